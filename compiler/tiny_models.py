@@ -55,9 +55,7 @@ def tiny_config(family: str, **overrides: Any) -> PreTrainedConfig:
     from transformers import AutoConfig
 
     if family not in _families():
-        raise UsageError(
-            f"unknown model family {family!r}", hint=f"known families: {', '.join(family_names())}"
-        )
+        raise UsageError(f"unknown model family {family!r}", hint=f"known families: {', '.join(family_names())}")
     arguments = copy.deepcopy(_families()[family]) | overrides
     config: PreTrainedConfig = AutoConfig.for_model(arguments.pop("model_type", family), **arguments)
     return config
@@ -134,9 +132,7 @@ def _randomise(model: PreTrainedModel, generator: torch.Generator, experts: int)
     """
     import torch
 
-    embeddings = {
-        module.weight.data_ptr() for module in model.modules() if isinstance(module, torch.nn.Embedding)
-    }
+    embeddings = {module.weight.data_ptr() for module in model.modules() if isinstance(module, torch.nn.Embedding)}
     seen: set[int] = set()
     for name, tensor in model.state_dict().items():
         if not tensor.is_floating_point() or tensor.data_ptr() in seen:

@@ -1,0 +1,1 @@
+"""Families that bypass the registries of transformers: one adapter each."""

@@ -1,0 +1,354 @@
+"""Capture: a checkpoint becomes a Program, without a weight being read.
+
+The model is built on the meta device; the few modules that own non-persistent buffers (rotary tables) get real ones;
+parameters become fake CPU tensors; then torch.export traces a step with the hooks of `moec.compiler.hooks` in place.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.export.graph_signature import InputKind
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from moec.compiler import hooks
+from moec.compiler.adapters.base import adapt
+from moec.compiler.checkpoint import Checkpoint, first_line
+from moec.compiler.conversion import open_weights
+from moec.compiler.errors import MoecError, UnsupportedModelError
+from moec.compiler.program import Dim, Program, StateSpec, TensorSpec, moe_layers
+from moec.compiler.weights import Constant, LazyTensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+INPUTS = ("input_ids", "attention_mask", "position_ids", "cache_position")
+AXES = ("batch", "sequence", "past_sequence", "total_sequence")
+# Distinct sizes, so that no two axes are taken for one.
+SAMPLE = {"batch": 2, "sequence": 5, "past_sequence": 7, "total_sequence": 12}
+
+
+def capture(checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32) -> Program:
+    """Trace one step of the model: prefill and decode are the same graph with another past.
+
+    Args:
+        checkpoint: The checkpoint; its weights are not read.
+        dtype: Activation dtype of the graph.
+
+    Returns:
+        A Program with dynamic batch, sequence and past; inputs `input_ids`, `attention_mask` [B, P + S],
+        `position_ids` and `cache_position` [S], outputs `logits` and the present states.
+
+    Raises:
+        UnsupportedModelError: Something cannot be captured; the message names the module and the reason.
+        CheckpointError: Config and weights disagree.
+    """
+    hooks.register()
+    model = _meta_model(checkpoint, dtype)
+    weights = open_weights(checkpoint, model)
+    names = {module: name for name, module in model.named_modules()}
+    max_length = int(getattr(checkpoint.config, "max_position_embeddings", None) or 4096)
+    adapt(model)
+    with torch.no_grad():
+        mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+        _fake_parameters(model, mode)
+        shapes = _state_shapes(model, names, max_length, mode)
+        step = _Step(model, names, max_length, tuple(shapes))
+        exported = _export(step, shapes, dtype, mode)
+    graph, constants, dims = _own_graph(exported)
+    states = tuple(_state_specs(shapes, dtype))
+    inputs = tuple(TensorSpec(name, _INPUT_SHAPES[name], torch.int64) for name in INPUTS)
+    layers = moe_layers(graph)
+    _check_layers(model, layers, step.traced.record)
+    return Program(graph, weights.with_tensors(constants), inputs, states, layers, dtype, checkpoint.raw_config, dims)
+
+
+_INPUT_SHAPES: dict[str, tuple[Dim, ...]] = {
+    "input_ids": ("batch", "sequence"),
+    "attention_mask": ("batch", "total_sequence"),
+    "position_ids": ("batch", "sequence"),
+    "cache_position": ("sequence",),
+}
+
+
+def _meta_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    config = copy.deepcopy(checkpoint.config)  # from_config changes the config that it is given
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config,
+                attn_implementation=hooks.NAME,
+                trust_remote_code=checkpoint.trust_remote_code,
+                dtype=dtype,
+            )
+    except (ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
+        raise UnsupportedModelError(
+            f"{type(config).__name__}: transformers cannot build it as a causal language model "
+            f"with pluggable attention: {first_line(error)}",
+            hint="moec compiles decoders that AutoModelForCausalLM knows",
+        ) from error
+    if model._can_set_experts_implementation():
+        model.set_experts_implementation(hooks.NAME)
+    model.eval()
+    _real_buffers(model)
+    return model
+
+
+def _real_buffers(model: PreTrainedModel) -> None:
+    """Give the non-persistent buffers their values: they are in no checkpoint. The way of from_pretrained itself."""
+    owners = set()
+    for name, buffer in list(model.named_non_persistent_buffers()):
+        owner, _, attribute = name.rpartition(".")
+        module = model.get_submodule(owner)
+        setattr(module, attribute, nn.Buffer(torch.empty_like(buffer, device="cpu"), persistent=False))
+        owners.add(owner)
+    for owner in sorted(owners):
+        model._init_weights(model.get_submodule(owner))
+
+
+def _fake_parameters(model: nn.Module, mode: FakeTensorMode) -> None:
+    """Replace what the checkpoint holds by fake CPU tensors; tied parameters stay one."""
+    fakes: dict[int, Tensor] = {}
+    for module in model.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None:
+                if id(parameter) not in fakes:
+                    with mode:
+                        fake = torch.empty(parameter.shape, dtype=parameter.dtype)
+                    fakes[id(parameter)] = nn.Parameter(fake, requires_grad=False)
+                module._parameters[name] = fakes[id(parameter)]  # type: ignore[assignment]
+        for name, buffer in list(module._buffers.items()):
+            if buffer is not None and buffer.is_meta:
+                with mode:
+                    module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+
+
+def _state_shapes(
+    model: PreTrainedModel, names: dict[nn.Module, str], max_length: int, mode: FakeTensorMode
+) -> dict[int, tuple[tuple[int, int], tuple[int, int]]]:
+    """Heads and widths of the keys and values of each layer that has a cache, from one fake forward pass."""
+    record = hooks.Recording(max_length, names)
+    layers = int(getattr(model.config.get_text_config(), "num_hidden_layers", 0))
+    with mode, hooks.recording(record):
+        ids = torch.zeros(1, 3, dtype=torch.long)
+        _call(model, ids, torch.ones(1, 3, dtype=torch.long), torch.arange(3)[None], record, layers, 0)
+    if not record.experts:
+        _reject_without_experts(model, record)
+    return {
+        layer: ((int(key.shape[1]), int(key.shape[3])), (int(value.shape[1]), int(value.shape[3])))
+        for layer, (key, value) in sorted(record.states.items())
+    }
+
+
+def _reject_without_experts(model: nn.Module, record: hooks.Recording) -> None:
+    suspects = [
+        name
+        for name, module in model.named_modules()
+        if "expert" in type(module).__name__.lower() or "moe" in type(module).__name__.lower().rsplit("for", 1)[0]
+        if not isinstance(module, nn.ModuleList) and name.count(".") > 1
+    ]
+    if suspects:
+        kind = type(dict(model.named_modules())[suspects[0]]).__name__
+        raise UnsupportedModelError(
+            f"{suspects[0]}: {kind} bypasses the experts registry of transformers and has no adapter",
+            hint="moec families lists what works; CONTRIBUTING.md says how to write an adapter",
+        )
+    raise UnsupportedModelError(
+        f"{type(model).__name__} is a dense model: none of its {len(record.attentions)} layers has experts",
+        hint="moec compiles mixture-of-experts models; for dense models use optimum or the exporters of transformers",
+    )
+
+
+def _call(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    position_ids: Tensor,
+    record: hooks.Recording,
+    layers: int,
+    length: Any,
+) -> Any:
+    """Run one step with the hooks in place, and turn whatever goes wrong in the model into a named error."""
+    try:
+        return model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=hooks.step_cache(record, layers, length),
+            use_cache=True,
+            return_dict=True,
+        )
+    except MoecError:
+        raise
+    except Exception as error:
+        where = (record.experts + record.attentions)[-1:] or ["the first layer"]
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be traced, somewhere after {where[0]}: "
+            f"{type(error).__name__}: {first_line(error)}",
+            hint="moec families lists what works and why the rest does not",
+        ) from error
+
+
+class _Box:
+    record: hooks.Recording | None = None
+
+
+class _Step(nn.Module):
+    """The function that is exported: flat inputs and states in, logits and present states out."""
+
+    def __init__(
+        self, model: PreTrainedModel, names: dict[nn.Module, str], max_length: int, layers: Sequence[int]
+    ) -> None:
+        super().__init__()
+        self.model, self.names, self.max_length, self.layers = model, names, max_length, layers
+        # A box, since torch.export puts attributes that a trace assigns, lists too, back to what they were.
+        self.traced = _Box()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        cache_position: Tensor,
+        past: list[tuple[Tensor, Tensor]],
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        record = hooks.Recording(
+            self.max_length,
+            self.names,
+            cache_position,
+            attention_mask,
+            dict(zip(self.layers, past, strict=True)),
+        )
+        self.traced.record = record
+        layers = max(self.layers) + 1
+        with hooks.recording(record):
+            out = _call(
+                self.model,
+                input_ids,
+                attention_mask,
+                position_ids,
+                record,
+                max(layers, int(self.model.config.get_text_config().num_hidden_layers)),
+                past[0][0].shape[2],
+            )
+        return out.logits, [record.present[layer] for layer in self.layers]
+
+
+def _export(
+    step: _Step,
+    shapes: dict[int, tuple[tuple[int, int], tuple[int, int]]],
+    dtype: torch.dtype,
+    mode: FakeTensorMode,
+) -> torch.export.ExportedProgram:
+    batch, sequence, past, total = (SAMPLE[axis] for axis in AXES)
+    auto = torch.export.Dim.DYNAMIC
+    with mode:
+        # Distinct objects: torch.export silently takes one tensor object given twice for one input.
+        args = (
+            torch.zeros(batch, sequence, dtype=torch.long),
+            torch.ones(batch, total, dtype=torch.long),
+            torch.zeros(batch, sequence, dtype=torch.long),
+            torch.zeros(sequence, dtype=torch.long),
+            [
+                (
+                    torch.zeros(batch, key[0], past, key[1], dtype=dtype),
+                    torch.zeros(batch, value[0], past, value[1], dtype=dtype),
+                )
+                for key, value in shapes.values()
+            ],
+        )
+    token = {0: auto, 1: auto}
+    state = {0: auto, 2: auto}
+    dynamic = (token, dict(token), dict(token), {0: auto}, [(dict(state), dict(state)) for _ in shapes])
+    try:
+        exported = torch.export.export(step, args, dynamic_shapes=dynamic, strict=False)
+        return exported.run_decompositions({})
+    except MoecError:
+        raise
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"{type(step.model).__name__} cannot be exported: {type(error).__name__}: {first_line(error)}",
+            hint="data-dependent Python in a module stops the trace; moec families lists what works",
+        ) from error
+
+
+def _own_graph(
+    exported: torch.export.ExportedProgram,
+) -> tuple[fx.Graph, dict[str, LazyTensor], dict[str, Any]]:
+    """Turn parameter placeholders into `get_attr` nodes and name what is left."""
+    prefix = "model."
+    kinds = {spec.arg.name: spec for spec in exported.graph_signature.input_specs}
+    constants: dict[str, LazyTensor] = {}
+    graph, mapping = fx.Graph(), dict[fx.Node, fx.Node]()
+    users: list[fx.Node] = []
+    for node in exported.graph.nodes:
+        spec = kinds.get(node.name) if node.op == "placeholder" else None
+        if spec is not None and spec.kind is not InputKind.USER_INPUT:
+            name = str(spec.target).removeprefix(prefix)
+            value = _constant(exported, str(spec.target))
+            if value is not None:
+                constants[name] = Constant(value)
+            mapping[node] = graph.create_node("get_attr", name)
+        elif node.op == "output":
+            results = node.args[0]
+            graph.output(tuple(mapping[item] for item in results))
+            continue
+        else:
+            mapping[node] = graph.node_copy(node, lambda n: mapping[n])
+        mapping[node].meta = {"val": node.meta.get("val"), "module": _module_path(node, prefix)}
+        if node.op == "placeholder" and mapping[node].op == "placeholder":
+            users.append(mapping[node])
+    dims = _name_inputs(users)
+    return graph, constants, dims
+
+
+def _constant(exported: torch.export.ExportedProgram, target: str) -> Tensor | None:
+    value = exported.constants.get(target, exported.state_dict.get(target))
+    return value.detach() if isinstance(value, Tensor) and not isinstance(value, FakeTensor) else None
+
+
+def _module_path(node: fx.Node, prefix: str) -> str:
+    stack = node.meta.get("nn_module_stack") or {}
+    path = [str(entry[0]) for entry in stack.values()]
+    return path[-1].removeprefix("L['self'].").removeprefix(prefix) if path else ""
+
+
+def _name_inputs(users: Sequence[fx.Node]) -> dict[str, Any]:
+    """Rename the placeholders after moec's signature and read the symbols of the dynamic axes off them."""
+    dims: dict[str, Any] = {}
+    for name, node in zip(INPUTS, users, strict=False):
+        node.target = node.name = name
+        for axis, size in zip(_INPUT_SHAPES[name], node.meta["val"].shape, strict=True):
+            dims.setdefault(str(axis), size)
+    for position, node in enumerate(users[len(INPUTS) :]):
+        dims.setdefault("past_sequence", node.meta["val"].shape[2])
+        kind = "value" if position % 2 else "key"
+        node.target = node.name = f"past_{position // 2}_{kind}"
+    return dims
+
+
+def _state_specs(shapes: dict[int, tuple[tuple[int, int], tuple[int, int]]], dtype: torch.dtype) -> list[StateSpec]:
+    specs = []
+    for layer, sizes in shapes.items():
+        for kind, (heads, width) in zip(("key", "value"), sizes, strict=True):
+            past = TensorSpec(f"past_key_values.{layer}.{kind}", ("batch", heads, "past_sequence", width), dtype)
+            present = TensorSpec(f"present.{layer}.{kind}", ("batch", heads, "total_sequence", width), dtype)
+            specs.append(StateSpec(layer, kind, past, present))
+    return specs
+
+
+def _check_layers(model: nn.Module, layers: Sequence[Any], record: hooks.Recording | None) -> None:
+    """Every experts call must be a node: none may have been folded to the experts of the sample."""
+    assert record is not None
+    if len(layers) != len(record.experts):
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: {len(record.experts)} experts modules ran but {len(layers)} are in the graph",
+            hint="please report this model",
+        )

@@ -1,0 +1,186 @@
+"""The tensors of a checkpoint under the names of the model, by the conversion rules of transformers itself.
+
+Old per-expert names, renamed modules and fused projections all go through `WeightConverter` and `WeightRenaming`
+(transformers/core_model_loading.py), applied lazily and, for stacked experts, one expert at a time.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+
+from moec.compiler.checkpoint import Checkpoint, StoredEntry, first_line
+from moec.compiler.errors import CheckpointError
+from moec.compiler.weights import LazyTensor, Stored, WeightStore
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Converted(LazyTensor):
+    """The result `name` of a WeightConverter over stored tensors.
+
+    `sources` maps each source pattern to its tensors in order (one per expert for stacked experts).
+    """
+
+    name: str
+    first_name: str
+    converter: WeightConverter
+    sources: Mapping[str, tuple[Stored, ...]]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    config: Any = None
+
+    @property
+    def _stacks(self) -> bool:
+        """Whether index i of axis 0 depends on the i-th tensor of each pattern alone."""
+        first = self.converter.operations[0]
+        return (
+            isinstance(first, MergeModulelist)
+            and first.dim == 0
+            and all(len(tensors) == self.shape[0] for tensors in self.sources.values())
+        )
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Convert the slice alone where experts are stacked, else convert all and slice."""
+        if self._stacks:
+            return self._convert({key: tensors[start:stop] for key, tensors in self.sources.items()})
+        return self._convert(self.sources)[start:stop]
+
+    def _convert(self, sources: Mapping[str, tuple[Stored, ...]]) -> Tensor:
+        converter = copy.copy(self.converter)
+        converter.collected_tensors = defaultdict(list)
+        for pattern, tensors in sources.items():
+            converter.collected_tensors[pattern] = [tensor.read() for tensor in tensors]
+        results = converter.convert(self.first_name, config=self.config)
+        value = results[self.name]
+        return value[0] if isinstance(value, list) else value
+
+
+@dataclass
+class _Plan:
+    """The checkpoint tensors that make one parameter, or several of a one-to-many rule."""
+
+    rule: WeightConverter | WeightRenaming | None
+    sources: dict[str, list[StoredEntry]] = field(default_factory=lambda: defaultdict(list))
+
+
+def open_weights(checkpoint: Checkpoint, model: PreTrainedModel) -> WeightStore:
+    """Name every parameter and persistent buffer of `model` (on the meta device) after the checkpoint.
+
+    Raises:
+        CheckpointError: A tensor is missing, or its shape disagrees with the config.
+    """
+    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    tensors: dict[str, LazyTensor] = {}
+    for name, plan in _plans(checkpoint, model).items():
+        tensors.update(_lazy(name, plan, wanted, model))
+    aliases = dict(getattr(model, "all_tied_weights_keys", None) or {})
+    # Either name of a tied pair may be the one that the checkpoint holds.
+    resolved: dict[str, str] = {}
+    for tied, source in aliases.items():
+        if source in tensors or tied not in tensors:
+            resolved[tied] = source
+            tensors.pop(tied, None)
+        else:
+            resolved[source] = tied
+    _check(checkpoint, wanted, tensors, resolved)
+    return WeightStore(tensors, resolved)
+
+
+def _plans(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, _Plan]:
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
+    state = model.state_dict()
+    plans: dict[str, _Plan] = {}
+    for key in sorted(checkpoint.entries, key=dot_natural_key):
+        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
+        if name not in state and key in state:
+            name, pattern = rename_source_key(
+                key, [], [], base_model_prefix=model.base_model_prefix, meta_state_dict=state
+            )
+        if name not in state:
+            continue  # such as the weights of a vision tower or of a multi-token prediction head
+        plan = plans.setdefault(name, _Plan(by_pattern.get(pattern) if pattern else None))
+        plan.sources[pattern or key].append(checkpoint.entries[key])
+    return plans
+
+
+def _lazy(
+    name: str, plan: _Plan, wanted: Mapping[str, tuple[int, ...]], model: PreTrainedModel
+) -> dict[str, LazyTensor]:
+    if not isinstance(plan.rule, WeightConverter):
+        (entries,) = plan.sources.values()
+        return {name: Stored(entries[0])}
+    sources = {pattern: tuple(Stored(entry) for entry in entries) for pattern, entries in plan.sources.items()}
+    dtype = next(iter(sources.values()))[0].dtype
+    targets = [name]
+    if len(plan.rule.target_patterns) > 1:
+        first = plan.rule.target_patterns[0]
+        targets = [name.replace(first, target) for target in plan.rule.target_patterns]
+    return {
+        target: Converted(target, name, plan.rule, sources, wanted[target], dtype, model.config)
+        for target in targets
+        if target in wanted
+    }
+
+
+def _check(
+    checkpoint: Checkpoint,
+    wanted: Mapping[str, tuple[int, ...]],
+    tensors: Mapping[str, LazyTensor],
+    aliases: Mapping[str, str],
+) -> None:
+    missing = sorted(name for name in wanted if aliases.get(name, name) not in tensors)
+    if missing:
+        raise CheckpointError(
+            f"{checkpoint.directory}: {len(missing)} tensors that config.json asks for are not in the files: "
+            + ", ".join(missing[:4])
+            + (" ..." if len(missing) > 4 else ""),
+            hint="config and weights disagree: wrong config.json, or an incomplete checkpoint",
+        )
+    for name, shape in wanted.items():
+        tensor = tensors[aliases.get(name, name)]
+        found = tensor.shape if isinstance(tensor, Stored) else _converted_shape(checkpoint, tensor)
+        if found != shape:
+            raise CheckpointError(
+                f"{checkpoint.directory}: tensor {name} has shape {list(found)} but config.json asks for {list(shape)}",
+                hint="config and weights disagree: is this config.json the one of these weights?",
+            )
+
+
+def _converted_shape(checkpoint: Checkpoint, tensor: LazyTensor) -> tuple[int, ...]:
+    """Shape that a conversion yields, found on the meta device: no weight is read."""
+    if not isinstance(tensor, Converted):
+        return tensor.shape
+    converter = copy.copy(tensor.converter)
+    converter.collected_tensors = defaultdict(list)
+    for pattern, stored in tensor.sources.items():
+        converter.collected_tensors[pattern] = [
+            torch.empty(source.shape, dtype=source.dtype, device="meta") for source in stored
+        ]
+    try:
+        value = converter.convert(tensor.first_name, config=tensor.config)[tensor.name]
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{checkpoint.directory}: the tensors of {tensor.name} do not fit together: {first_line(error)}",
+            hint="config and weights disagree, or the checkpoint is incomplete",
+        ) from error
+    return tuple((value[0] if isinstance(value, list) else value).shape)

@@ -1,0 +1,63 @@
+"""Every error that moec raises on purpose, and the exit code of each."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class MoecError(Exception):
+    """Base class: the CLI prints `message` and `hint` without a traceback.
+
+    Args:
+        message: What went wrong, and where.
+        hint: What the user can do about it.
+    """
+
+    exit_code: ClassVar[int] = 70
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class UsageError(MoecError):
+    """The command, option or recipe makes no sense."""
+
+    exit_code = 2
+
+
+class UnsupportedModelError(MoecError):
+    """The model holds something that cannot be captured; the message names the module and the reason."""
+
+    exit_code = 3
+
+
+class LoweringError(MoecError):
+    """A target has no form for an operation, or its builder refused the graph."""
+
+    exit_code = 4
+
+
+class MissingExtraError(MoecError):
+    """An optional dependency is not installed; the hint is the pip command."""
+
+    exit_code = 8
+
+
+class ArtifactError(MoecError):
+    """An artifact is damaged, incomplete or not an artifact at all."""
+
+    exit_code = 9
+
+
+class CheckpointError(MoecError):
+    """A checkpoint or text is missing, damaged or disagrees with its config."""
+
+    exit_code = 10
+
+
+class OutputError(MoecError):
+    """The output directory cannot be written."""
+
+    exit_code = 11

@@ -1,0 +1,307 @@
+"""The hooks through which transformers speaks moec's ops while a model is traced.
+
+Three registries of transformers are used under the name "moec": experts functions, attention functions and mask
+functions. A cache object hands the past to the attention function, so that appending to it is part of
+`moec::attention`. Nothing here knows a model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
+from transformers import AttentionInterface
+from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+from moec.compiler.errors import UnsupportedModelError
+from moec.compiler.masks import MaskPattern, classify
+from moec.compiler.ops import ACTIVATIONS, Gate
+
+NAME = "moec"
+
+
+@dataclass
+class Recording:
+    """What one forward pass told us.
+
+    `past` is None while the shapes of the states are still being found out. A state is what attention takes as keys and
+    values, which for multi-head latent attention is more than what the family puts into its cache.
+    """
+
+    max_length: int
+    names: dict[nn.Module, str]
+    cache_position: Tensor | None = None
+    attention_mask: Tensor | None = None
+    past: dict[int, tuple[Tensor, Tensor]] | None = None
+    present: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    fresh: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    states: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    experts: list[str] = field(default_factory=list)
+    attentions: list[str] = field(default_factory=list)
+
+    def name(self, module: nn.Module) -> str:
+        """Path of `module` in the model."""
+        return self.names.get(module, type(module).__name__)
+
+
+_ACTIVE: list[Recording] = []
+
+
+@contextlib.contextmanager
+def recording(record: Recording) -> Iterator[Recording]:
+    """Make `record` the one that the hooks write to."""
+    _ACTIVE.append(record)
+    try:
+        yield record
+    finally:
+        _ACTIVE.pop()
+
+
+class StepLayer(CacheLayerMixin):
+    """One layer of the cache: it hands over the new keys and values unchanged and remembers them."""
+
+    is_sliding = False
+    is_compileable = False
+
+    def __init__(self, record: Recording, index: int, length: Any) -> None:
+        super().__init__()
+        self.record, self.index, self.length = record, index, length
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to set up: the past is an input."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Remember the new tokens' keys and values; `moec::attention` appends them."""
+        self.record.fresh[self.index] = (key_states, value_states)
+        return key_states, value_states
+
+    def get_seq_length(self) -> Any:
+        """Number of tokens in the past."""
+        return self.length
+
+    def get_mask_sizes(self, query_length: Any) -> tuple[Any, int]:
+        """Length and offset of the mask, of which only the pattern is used."""
+        return self.length + query_length, 0
+
+    def get_max_length(self) -> int:
+        """No maximum."""
+        return -1
+
+
+def step_cache(record: Recording, layers: int, length: Any) -> Cache:
+    """A cache of `layers` StepLayers whose past has `length` tokens."""
+    return Cache(layers=[StepLayer(record, index, length) for index in range(layers)])
+
+
+def mask_hook(*_: Any, mask_function: Any, **__: Any) -> MaskPattern:
+    """Mask implementation: return the pattern instead of a tensor. It reaches the attention function unharmed."""
+    return classify(mask_function, _ACTIVE[-1].max_length)
+
+
+def attention_hook(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    scaling: float | None = None,
+    dropout: float = 0.0,  # noqa: ARG001
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention implementation: one `moec::attention` node per layer.
+
+    Args:
+        module: The attention module; its `layer_idx` names the state unless the keys tell better.
+        query: [B, Hq, S, D].
+        key: [B, Hkv, S, D], the new tokens alone.
+        value: [B, Hkv, S, Dv].
+        attention_mask: The MaskPattern from `mask_hook`.
+        scaling: Factor on the logits, 1 / sqrt(D) if None.
+        dropout: Unused at inference.
+        softcap: See `moec::attention`.
+        s_aux: Attention sinks, [Hq].
+        position_bias: Must be None.
+
+    Raises:
+        UnsupportedModelError: The mask or a bias has a form that moec does not know.
+    """
+    record = _ACTIVE[-1]
+    where = record.name(module)
+    record.attentions.append(where)
+    if not isinstance(attention_mask, MaskPattern):
+        raise UnsupportedModelError(
+            f"{where}: its attention mask does not come from the mask functions of transformers",
+            hint="a family that builds its own mask needs an adapter",
+        )
+    if position_bias is not None:
+        raise UnsupportedModelError(f"{where}: attention with a position bias is not supported")
+    layer = _layer_of(record, module, key)
+    record.states.setdefault(layer, (key, value))
+    if record.past is None:
+        return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
+    past_key, past_value = record.past[layer]
+    out, present_key, present_value = torch.ops.moec.attention(
+        query,
+        key,
+        value,
+        past_key,
+        past_value,
+        record.cache_position,
+        record.attention_mask,
+        s_aux,
+        float(query.shape[-1] ** -0.5 if scaling is None else scaling),
+        attention_mask.kind,
+        attention_mask.window,
+        float(softcap or 0.0),
+    )
+    record.present.setdefault(layer, (present_key, present_value))
+    return out, None
+
+
+def _layer_of(record: Recording, module: nn.Module, key: Tensor) -> int:
+    """The state that `key` was appended to. Layers that share keys attend over the state of the first of them."""
+    for layer, (fresh, _) in record.fresh.items():
+        if fresh is key:
+            return layer
+    layer = getattr(module, "layer_idx", None)
+    if not isinstance(layer, int) or layer not in record.fresh:
+        raise UnsupportedModelError(
+            f"{record.name(module)}: its keys are not in the cache that moec handed to it",
+            hint="a family that bypasses the cache of transformers needs an adapter",
+        )
+    return layer
+
+
+def experts_hook(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """Experts implementation: one `moec::experts` node per layer, by the flags that transformers keeps on the class."""
+    record = _ACTIVE[-1]
+    where = record.name(module)
+    if getattr(module, "has_post_expert_norm", False):
+        raise UnsupportedModelError(f"{where}: experts with a norm of their own after down_proj are not supported")
+    first = "gate_up_proj" if module.has_gate else "up_proj"
+    gate = _gate_of(module, where)
+    return emit_experts(
+        record,
+        where,
+        hidden_states,
+        top_k_index,
+        top_k_weights,
+        gate,
+        getattr(module, first),
+        module.down_proj,
+        gate_up_bias=getattr(module, f"{first}_bias") if module.has_bias else None,
+        down_bias=module.down_proj_bias if module.has_bias else None,
+        transposed=bool(module.is_transposed),
+    )
+
+
+def emit_experts(
+    record: Recording,
+    where: str,
+    hidden_states: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    gate: Gate,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    *,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    transposed: bool = False,
+) -> Tensor:
+    """Call `moec::experts` and count it; adapters use this too. Shapes as in `moec.compiler.ops.experts`."""
+    record.experts.append(where)
+    return torch.ops.moec.experts(
+        hidden_states,
+        indices,
+        weights.to(hidden_states.dtype),
+        gate_up_proj,
+        gate_up_bias,
+        down_proj,
+        down_bias,
+        gate.activation,
+        gate.gated,
+        gate.interleaved,
+        transposed,
+        gate.alpha,
+        gate.limit,
+        gate.up_offset,
+    )
+
+
+def active_record() -> Recording:
+    """The recording that a trace in progress writes to."""
+    return _ACTIVE[-1]
+
+
+def activation_name(function: Any, where: str) -> str:
+    """Name of an activation in `ACTIVATIONS`, found by its values.
+
+    Raises:
+        UnsupportedModelError: It is none of them.
+    """
+    with _disable_current_modes():
+        grid = torch.linspace(-6, 6, 97)
+        values = function(grid)
+        for name, reference in ACTIVATIONS.items():
+            if torch.allclose(values, reference(grid), rtol=1e-5, atol=1e-6):
+                return name
+    raise UnsupportedModelError(
+        f"{where}: its activation {type(function).__name__} is none of {', '.join(ACTIVATIONS)}",
+        hint="ACTIVATIONS in moec/compiler/ops.py is the one place to add it",
+    )
+
+
+def _gate_of(module: Any, where: str) -> Gate:
+    """Recognise the activation of an experts module, whatever its class overrides, by its values on a grid."""
+    if not module.has_gate:
+        return Gate(activation_name(module.act_fn, where), gated=False)
+    interleaved = not module.is_concatenated
+    with _disable_current_modes():
+        grid = torch.linspace(-12, 12, 41)
+        gate, up = torch.meshgrid(grid, grid, indexing="ij")
+        pair = torch.stack([gate, up], -1).flatten(-2) if interleaved else torch.cat([gate, up], -1)
+        values = module._apply_gate(pair)
+        for candidate in _candidates(module, interleaved):
+            if torch.allclose(values, candidate(pair), rtol=1e-5, atol=1e-5):
+                return candidate
+    raise UnsupportedModelError(
+        f"{where}: {type(module).__name__} combines gate and up in a form that moec does not know",
+        hint="Gate in moec/compiler/ops.py is the one place to add it",
+    )
+
+
+def _candidates(module: Any, interleaved: bool) -> Iterator[Gate]:
+    """Every Gate that the numbers kept on the module allow: limits and alphas are among its float attributes."""
+    numbers = {float(value) for value in vars(module).values() if isinstance(value, int | float) and value}
+    config = getattr(module, "config", None)
+    numbers |= (
+        {float(value) for key, value in vars(config).items() if "limit" in key and isinstance(value, int | float)}
+        if config is not None
+        else set()
+    )
+    for activation in ACTIVATIONS:
+        for limit in (0.0, *sorted(n for n in numbers if n > 0)):
+            for offset in (0.0, 1.0):
+                yield Gate(activation, True, interleaved, 1.0, limit, offset)
+                if activation == "silu":
+                    for alpha in sorted(numbers):
+                        yield Gate(activation, True, interleaved, alpha, limit, offset)
+
+
+def register() -> None:
+    """Enter the hooks into the registries of transformers; calling it again changes nothing."""
+    ALL_EXPERTS_FUNCTIONS.register(NAME, experts_hook)
+    AttentionInterface.register(NAME, attention_hook)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, mask_hook)

@@ -1,0 +1,100 @@
+"""Classify an attention mask by probing the mask function of transformers on index grids.
+
+A family says nowhere in one place whether a layer is causal, sliding or chunked: the `sliding_window` keyword is absent
+for some and stale for others. The mask function itself, `(batch, head, q, kv) -> bool`, always tells the truth.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from moec.compiler.errors import UnsupportedModelError
+
+MaskFunction = Callable[[Any, Any, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class MaskPattern:
+    """What a layer may attend to, in place of the mask tensor: a `kind` of `moec::attention` and its `window`."""
+
+    kind: str
+    window: int = 0
+
+
+def classify(mask_function: MaskFunction, max_length: int) -> MaskPattern:
+    """Find the pattern that `mask_function` draws.
+
+    Args:
+        mask_function: As transformers passes it to a mask implementation, without padding.
+        max_length: Longest sequence that the model is made for; a window larger than this is no window.
+
+    Raises:
+        UnsupportedModelError: The mask is not causal, sliding or chunked.
+    """
+    with _disable_current_modes():
+        function = _without_padding(mask_function)
+        last = 2 * max(max_length, 64) + 1
+        first = int(_row(function, last).nonzero()[0])
+        if first == 0:
+            candidates = [MaskPattern("causal")]
+        else:
+            candidates = [MaskPattern("sliding", last - first + 1)]
+            # A chunk starts at `first` and holds `last`, and so does the chunk one earlier: both fix its size.
+            before = int(_row(function, first - 1).nonzero()[0])
+            candidates.append(MaskPattern("chunked", first - before))
+        for pattern in candidates:
+            if _draws(function, pattern, last):
+                return pattern
+    raise UnsupportedModelError(
+        "an attention mask is neither causal nor sliding nor chunked",
+        hint="moec captures decoders; bidirectional, blockwise and prefix masks are not supported",
+    )
+
+
+def _row(function: MaskFunction, query: int) -> Tensor:
+    """Evaluate one row of the mask: which of the slots 0 .. query + 2 the token at `query` sees."""
+    slots = torch.arange(query + 3)
+    zero = torch.zeros((), dtype=torch.long)
+    result = function(zero, zero, torch.tensor(query), slots)
+    return torch.broadcast_to(torch.as_tensor(result), slots.shape)
+
+
+def _draws(function: MaskFunction, pattern: MaskPattern, last: int) -> bool:
+    edges = {0, 1, 2, 3, 7, 31, 64, last // 3, last // 2, last - 1, last}
+    if pattern.window:
+        edges |= {pattern.window + offset for offset in (-2, -1, 0, 1)}
+        edges |= {2 * pattern.window + offset for offset in (-1, 0, 1)}
+    for query in sorted(edge for edge in edges if 0 <= edge <= last):
+        slots = torch.arange(query + 3)
+        want = slots <= query
+        if pattern.kind == "sliding":
+            want &= slots > query - pattern.window
+        elif pattern.kind == "chunked":
+            want &= slots // pattern.window == query // pattern.window
+        if not torch.equal(_row(function, query), want):
+            return False
+    return True
+
+
+def _without_padding(function: Any) -> Any:
+    """Rebuild a mask function with zeros for the fake tensors that it closes over.
+
+    While tracing, a chunked mask closes over the number of padding tokens, which has no value then. Padding is an
+    operand of `moec::attention`, so the pattern is the one without padding.
+    """
+    if isinstance(function, Tensor):
+        # One sequence is probed; asking a symbolic shape for its size would freeze it.
+        return torch.zeros([1] * function.ndim, dtype=function.dtype)
+    if isinstance(function, tuple):
+        return tuple(_without_padding(item) for item in function)
+    if not isinstance(function, types.FunctionType) or not function.__closure__:
+        return function
+    cells = tuple(types.CellType(_without_padding(cell.cell_contents)) for cell in function.__closure__)
+    return types.FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, cells)

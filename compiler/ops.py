@@ -1,0 +1,355 @@
+"""The semantic ops of moec: schemas, reference semantics and shape functions.
+
+Importing this module registers the namespace `torch.ops.moec`. The references are written for clarity and exactness;
+they are what every target is measured against.
+
+The contract that all of dynamic routing rests on: in `moec::experts` a slot whose weight is exactly 0 is dropped. It
+contributes exactly nothing, even if that expert would yield NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "identity": lambda x: x,
+}
+
+ATTENTION_KINDS = ("causal", "sliding", "chunked")
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """How an expert combines the outputs of its first projection.
+
+    With `gated`, the projection holds gate and up, either concatenated or `interleaved` (gate0, up0, gate1, ...), and
+    the result is `act(min(gate, limit)) * (clamp(up, -limit, limit) + up_offset)`. `act` is `activation`, or
+    `x * sigmoid(alpha * x)` where `activation` is "silu" and `alpha` is not 1 (gpt-oss). Without it: `activation(x)`.
+    A `limit` of 0 clamps nothing.
+    """
+
+    activation: str
+    gated: bool = True
+    interleaved: bool = False
+    alpha: float = 1.0
+    limit: float = 0.0
+    up_offset: float = 0.0
+
+    def split(self, projected: Tensor) -> tuple[Tensor, Tensor]:
+        """Split `projected` [..., 2 * I] into gate and up, each [..., I]."""
+        if self.interleaved:
+            return projected[..., ::2], projected[..., 1::2]
+        gate, up = projected.chunk(2, dim=-1)
+        return gate, up
+
+    def __call__(self, projected: Tensor) -> Tensor:
+        """Apply to `projected` [..., 2 * I] (or [..., I] without gate); return [..., I]."""
+        if not self.gated:
+            return ACTIVATIONS[self.activation](projected)
+        gate, up = self.split(projected)
+        if self.limit:
+            gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
+        if self.activation == "silu" and self.alpha != 1.0:
+            activated = gate * torch.sigmoid(self.alpha * gate)
+        else:
+            activated = ACTIVATIONS[self.activation](gate)
+        return activated * (up + self.up_offset if self.up_offset else up)
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertWeights:
+    """The weights of one expert as `linear` wants them: gate_up [2I or I, H], down [H, I]."""
+
+    gate_up: Tensor
+    down: Tensor
+    gate_up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
+
+
+def run_experts(
+    hidden_states: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    gate: Gate,
+    expert: Callable[[int], ExpertWeights],
+) -> Tensor:
+    """Reference of `moec::experts` with the weights of each expert fetched when it is needed.
+
+    Args:
+        hidden_states: [T, H].
+        indices: Expert of each slot, [T, k], integer. Values outside the experts (padding slots) are dropped.
+        weights: Routing weight of each slot, [T, k]. A weight of exactly 0 drops the slot.
+        gate: Activation of the experts.
+        expert: Returns the weights of one expert; called once per expert that is used.
+
+    Returns:
+        [T, H] in the dtype of `hidden_states`, accumulated in float32 (float64 for float64 input).
+    """
+    accumulate = torch.promote_types(hidden_states.dtype, torch.float32)
+    out = torch.zeros(hidden_states.shape, dtype=accumulate)
+    live = torch.where(weights != 0, indices, -1)
+    for index in torch.unique(live[live >= 0]).tolist():
+        token, slot = torch.where(live == index)
+        own = expert(index)
+        projected = F.linear(hidden_states[token], own.gate_up, own.gate_up_bias)
+        result = F.linear(gate(projected), own.down, own.down_bias)
+        out.index_add_(0, token, result.to(accumulate) * weights[token, slot, None].to(accumulate))
+    return out.to(hidden_states.dtype)
+
+
+torch.library.define(
+    "moec::experts",
+    "(Tensor hidden_states, Tensor indices, Tensor weights, Tensor gate_up_proj, Tensor? gate_up_bias, "
+    "Tensor down_proj, Tensor? down_bias, str activation, bool gated, bool interleaved, bool transposed, "
+    "float alpha, float limit, float up_offset) -> Tensor",
+)
+
+
+@torch.library.impl("moec::experts", "CompositeExplicitAutograd")
+def experts(
+    hidden_states: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    gate_up_proj: Tensor,
+    gate_up_bias: Tensor | None,
+    down_proj: Tensor,
+    down_bias: Tensor | None,
+    activation: str,
+    gated: bool,
+    interleaved: bool,
+    transposed: bool,
+    alpha: float,
+    limit: float,
+    up_offset: float,
+) -> Tensor:
+    """The feed-forward experts of one layer.
+
+    Args:
+        hidden_states: [T, H].
+        indices: [T, k] integer, unsorted, distinct within a row where their weight is not 0.
+        weights: [T, k]; a weight of exactly 0 drops the slot.
+        gate_up_proj: [E, 2I, H] ([E, I, H] without gate), or its last two axes swapped where `transposed`.
+        gate_up_bias: [E, 2I] or None.
+        down_proj: [E, H, I], or its last two axes swapped where `transposed`.
+        down_bias: [E, H] or None.
+        activation: A key of `ACTIVATIONS`; the rest of the arguments are the fields of `Gate`.
+        gated: See `Gate`.
+        interleaved: See `Gate`.
+        transposed: Whether the projections are stored [in, out].
+        alpha: See `Gate`.
+        limit: See `Gate`.
+        up_offset: See `Gate`.
+
+    Returns:
+        [T, H].
+    """
+
+    def expert(index: int) -> ExpertWeights:
+        gate_up, down = gate_up_proj[index], down_proj[index]
+        return ExpertWeights(
+            gate_up.T if transposed else gate_up,
+            down.T if transposed else down,
+            None if gate_up_bias is None else gate_up_bias[index],
+            None if down_bias is None else down_bias[index],
+        )
+
+    gate = Gate(activation, gated, interleaved, alpha, limit, up_offset)
+    return run_experts(hidden_states, indices, weights, gate, expert)
+
+
+@torch.library.register_fake("moec::experts")
+def _(hidden_states: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(hidden_states)
+
+
+torch.library.define("moec::select", "(Tensor weights, Tensor keep, bool renormalize) -> Tensor")
+
+
+@torch.library.impl("moec::select", "CompositeExplicitAutograd")
+def select(weights: Tensor, keep: Tensor, renormalize: bool) -> Tensor:
+    """Drop the routing slots that a policy does not keep.
+
+    The first slot with the largest weight is never dropped. Dropped slots become exactly 0.
+
+    Args:
+        weights: [T, k].
+        keep: [T, k] bool, what the policy wants to keep.
+        renormalize: Whether the kept weights are scaled so that the sum of the row stays what it was.
+
+    Returns:
+        [T, k].
+    """
+    slots = torch.arange(weights.shape[1])
+    keep = keep | (slots == weights.argmax(dim=-1, keepdim=True))
+    kept = torch.where(keep, weights, 0)
+    if renormalize:
+        total = kept.sum(dim=-1, keepdim=True)
+        # A row of zeros stays a row of zeros.
+        kept = kept * torch.where(total == 0, 1, weights.sum(dim=-1, keepdim=True) / torch.where(total == 0, 1, total))
+    return kept
+
+
+@torch.library.register_fake("moec::select")
+def _(weights: Tensor, keep: Tensor, renormalize: bool) -> Tensor:  # noqa: ARG001
+    return torch.empty_like(weights)
+
+
+torch.library.define(
+    "moec::attention",
+    "(Tensor query, Tensor key, Tensor value, Tensor past_key, Tensor past_value, Tensor cache_position, "
+    "Tensor? attention_mask, Tensor? sinks, float scale, str kind, int window, float softcap) "
+    "-> (Tensor, Tensor, Tensor)",
+)
+
+
+def visible(cache_position: Tensor, total: int, attention_mask: Tensor | None, kind: str, window: int) -> Tensor:
+    """Which cached token each new token may attend to.
+
+    Args:
+        cache_position: Slot of each new token in the cache, [S].
+        total: Number of slots T.
+        attention_mask: [B, T], nonzero where the slot holds a token; None where all do.
+        kind: "causal", "sliding" (the last `window` slots) or "chunked" (the slots of the same chunk of `window`,
+            counted from the first token that is no padding).
+        window: Size for "sliding" and "chunked".
+
+    Returns:
+        [B or 1, S, T] bool.
+    """
+    query, slot = cache_position[:, None], torch.arange(total)[None, :]
+    allowed = (slot <= query)[None]
+    if kind == "sliding":
+        allowed = allowed & (slot > query - window)
+    if attention_mask is not None:
+        mask = attention_mask.to(torch.bool)
+        if kind == "chunked":
+            padding = (mask.cumsum(-1) == 0).sum(-1)[:, None, None]
+            allowed = allowed & ((slot - padding) // window == (query - padding) // window)
+        return allowed & mask[:, None, :]
+    if kind == "chunked":
+        allowed = allowed & (slot // window == query // window)
+    return allowed
+
+
+@torch.library.impl("moec::attention", "CompositeExplicitAutograd")
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    past_key: Tensor,
+    past_value: Tensor,
+    cache_position: Tensor,
+    attention_mask: Tensor | None,
+    sinks: Tensor | None,
+    scale: float,
+    kind: str,
+    window: int,
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Scaled dot product attention over a cache that grows; each target chooses its own layout of it.
+
+    Args:
+        query: [B, Hq, S, D], rotary embedding applied.
+        key: [B, Hkv, S, D]; Hq is a multiple of Hkv.
+        value: [B, Hkv, S, Dv].
+        past_key: [B, Hkv, P, D].
+        past_value: [B, Hkv, P, Dv].
+        cache_position: Slots of the new tokens in the cache, [S] int64: P, P + 1, ... here.
+        attention_mask: [B, P + S] integer or bool, 0 where the slot is padding; None where nothing is.
+        sinks: Logit per head that joins the softmax and is then dropped, [Hq] (gpt-oss), or None.
+        scale: Factor on the logits.
+        kind: One of `ATTENTION_KINDS`.
+        window: See `visible`.
+        softcap: `cap * tanh(logits / cap)` where it is not 0 (Gemma 2).
+
+    Returns:
+        Output [B, S, Hq, Dv], present key [B, Hkv, P + S, D] and present value [B, Hkv, P + S, Dv]. A row that may
+        attend to nothing (padding) is the mean over all slots, as in eager mode of transformers; never NaN.
+    """
+    keys, values = torch.cat([past_key, key], dim=2), torch.cat([past_value, value], dim=2)
+    groups = query.shape[1] // keys.shape[1]
+    logits = torch.matmul(query, keys.repeat_interleave(groups, 1).transpose(-1, -2)).float() * scale
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    allowed = visible(cache_position, keys.shape[2], attention_mask, kind, window)
+    logits = logits.masked_fill(~allowed[:, None], torch.finfo(logits.dtype).min)
+    if sinks is not None:
+        column = sinks.float().reshape(1, -1, 1, 1).expand(logits.shape[0], -1, logits.shape[2], 1)
+        logits = torch.cat([logits, column], dim=-1)
+    probabilities = logits.softmax(-1)[..., : keys.shape[2]].to(values.dtype)
+    out = torch.matmul(probabilities, values.repeat_interleave(groups, 1))
+    return out.transpose(1, 2).contiguous(), keys, values
+
+
+@torch.library.register_fake("moec::attention")
+def _(
+    query: Tensor, key: Tensor, value: Tensor, past_key: Tensor, past_value: Tensor, *_: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, heads, length, _depth = query.shape
+    total = past_key.shape[2] + key.shape[2]
+    return (
+        query.new_empty(batch, length, heads, value.shape[-1]),
+        key.new_empty(batch, key.shape[1], total, key.shape[-1]),
+        value.new_empty(batch, value.shape[1], total, past_value.shape[-1]),
+    )
+
+
+torch.library.define("moec::rms_norm", "(Tensor hidden_states, Tensor? weight, float eps) -> Tensor")
+
+
+@torch.library.impl("moec::rms_norm", "CompositeExplicitAutograd")
+def rms_norm(hidden_states: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """`x / sqrt(mean(x ** 2) + eps) * weight` over the last axis, in float32 (arXiv 1910.07467).
+
+    Args:
+        hidden_states: [..., H].
+        weight: [H], or None for a norm without scale.
+        eps: Added to the mean square.
+
+    Returns:
+        [..., H] in the dtype of `hidden_states`.
+    """
+    x = hidden_states.float()
+    normed = (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)).to(hidden_states.dtype)
+    return normed if weight is None else normed * weight.to(normed.dtype)
+
+
+@torch.library.register_fake("moec::rms_norm")
+def _(hidden_states: Tensor, weight: Tensor | None, eps: float) -> Tensor:  # noqa: ARG001
+    return torch.empty_like(hidden_states)
+
+
+torch.library.define("moec::rotary", "(Tensor x, Tensor cos, Tensor sin) -> Tensor")
+
+
+@torch.library.impl("moec::rotary", "CompositeExplicitAutograd")
+def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding in the half-split form: `x * cos + [-x2, x1] * sin` (arXiv 2104.09864).
+
+    Args:
+        x: [B, heads, S, D].
+        cos: [B or 1, 1, S, D], both halves alike.
+        sin: Like `cos`.
+
+    Returns:
+        [B, heads, S, D].
+    """
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+@torch.library.register_fake("moec::rotary")
+def _(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # noqa: ARG001
+    return torch.empty_like(x)

@@ -1,0 +1,160 @@
+"""Program: an exported graph, the weights it names, the states it carries and its table of MoE layers.
+
+The graph is a `torch.fx.Graph` of aten and moec ops. Placeholders are inputs and states; a `get_attr` node names a
+tensor of the WeightStore, so that no pass ever holds weights. Every node keeps the fake value of its result in
+`meta["val"]` and the module that it came from in `meta["module"]`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from moec.compiler.weights import WeightStore
+
+EXPERTS = torch.ops.moec.experts.default
+ATTENTION = torch.ops.moec.attention.default
+SELECT = torch.ops.moec.select.default
+RMS_NORM = torch.ops.moec.rms_norm.default
+ROTARY = torch.ops.moec.rotary.default
+
+Dim = int | str
+"""A size: a number, or the name of a dynamic axis ("batch", "sequence", "past_sequence", "total_sequence")."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """Name, shape and dtype of an input or output of the Program."""
+
+    name: str
+    shape: tuple[Dim, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class StateSpec:
+    """One state that a step reads and replaces."""
+
+    layer: int
+    kind: str  # "key" or "value" today; convolution and SSM states would be further kinds
+    input: TensorSpec
+    output: TensorSpec
+
+
+@dataclass(frozen=True, slots=True)
+class MoeLayer:
+    """One row of the MoE layer table; sizes as in the checkpoint's config."""
+
+    index: int
+    module: str
+    node: str
+    num_experts: int
+    top_k: int
+    hidden_size: int
+    intermediate_size: int
+    gate_up_proj: str
+    down_proj: str
+
+
+@dataclass(frozen=True)
+class Program:
+    """A model between capture and lowering.
+
+    Attributes:
+        graph: See the module docstring.
+        weights: The tensors that the graph's `get_attr` nodes name.
+        inputs: Inputs that are no states, in placeholder order.
+        states: Every state, in placeholder order.
+        layers: The MoE layers in execution order.
+        dtype: Activation dtype.
+        config: The checkpoint's config.json as a plain mapping.
+        dims: Dynamic axis name -> the symbol that stands for it in fake shapes.
+        notes: What passes recorded for targets and reports, by pass name.
+    """
+
+    graph: fx.Graph
+    weights: WeightStore
+    inputs: tuple[TensorSpec, ...]
+    states: tuple[StateSpec, ...]
+    layers: tuple[MoeLayer, ...]
+    dtype: torch.dtype
+    config: Mapping[str, Any]
+    dims: Mapping[str, Any]
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+    def replace(self, **changes: Any) -> Program:
+        """Return a copy with `changes`."""
+        return dataclasses.replace(self, **changes)
+
+    def copy_graph(self) -> fx.Graph:
+        """Return a copy of the graph that a pass may change."""
+        return copy_graph(self.graph)
+
+    def nodes(self, target: Callable[..., Any]) -> list[fx.Node]:
+        """Every call of `target`, in execution order."""
+        return self.graph.find_nodes(op="call_function", target=target)
+
+    def weight_names(self) -> tuple[str, ...]:
+        """The tensors that the graph names, each once, in the order of first use."""
+        names = (str(node.target) for node in self.graph.nodes if node.op == "get_attr")
+        return tuple(dict.fromkeys(names))
+
+    @property
+    def vocab_size(self) -> int:
+        """Width of the logits."""
+        return int(self.outputs()["logits"].meta["val"].shape[-1])
+
+    def outputs(self) -> dict[str, fx.Node]:
+        """Output name -> node: "logits", then the outputs of the states."""
+        results = self.graph.output_node().args[0]
+        assert isinstance(results, tuple | list)
+        names = ("logits", *(state.output.name for state in self.states))
+        return {name: node for name, node in zip(names, results, strict=True) if isinstance(node, fx.Node)}
+
+
+def copy_graph(graph: fx.Graph) -> fx.Graph:
+    """Copy `graph` node by node, fake values and all."""
+    new, mapping = fx.Graph(), dict[fx.Node, fx.Node]()
+    for node in graph.nodes:
+        mapping[node] = new.node_copy(node, lambda n: mapping[n])
+    return new
+
+
+def module_of(node: fx.Node) -> str:
+    """Path of the module that `node` came from, for messages."""
+    return str(node.meta.get("module", "")) or "the model"
+
+
+def weight_argument(node: fx.Node, position: int) -> str | None:
+    """Name of the weight at argument `position` of `node`, or None where it is absent."""
+    argument = node.args[position]
+    return str(argument.target) if isinstance(argument, fx.Node) and argument.op == "get_attr" else None
+
+
+def moe_layers(graph: fx.Graph) -> tuple[MoeLayer, ...]:
+    """Read the MoE layer table off the experts nodes of `graph`."""
+    return tuple(_rows(graph))
+
+
+def _rows(graph: fx.Graph) -> Iterator[MoeLayer]:
+    for index, node in enumerate(graph.find_nodes(op="call_function", target=EXPERTS)):
+        hidden, indices, _, gate_up, _, down = (
+            argument.meta["val"] if isinstance(argument, fx.Node) else None for argument in node.args[:6]
+        )
+        transposed = bool(node.args[10])
+        yield MoeLayer(
+            index=index,
+            module=module_of(node),
+            node=node.name,
+            num_experts=int(gate_up.shape[0]),
+            top_k=int(indices.shape[1]),
+            hidden_size=int(hidden.shape[1]),
+            intermediate_size=int(down.shape[1 if transposed else 2]),
+            gate_up_proj=weight_argument(node, 3) or "",
+            down_proj=weight_argument(node, 5) or "",
+        )

@@ -1,0 +1,128 @@
+"""The contract between the compiler and a deployment target. Imports no torch: `moec run` goes through here."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from moec.compiler.rejections import Rejection
+
+if TYPE_CHECKING:
+    from moec.compiler.program import Program
+    from moec.passes.base import Pass
+
+
+class Phase(StrEnum):
+    """The two ways in which a decoder runs."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What a target does in one phase.
+
+    `skips_experts`: a slot whose weight is 0 costs nothing. Where it is False the report calls a saving by dynamic
+    routing "logical only", with `reason`.
+    """
+
+    skips_experts: bool
+    reason: str = ""
+
+
+class TargetOptions(BaseModel):
+    """Base of every target's options. The CLI makes a flag of each field, with its description as help."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """What a target wrote.
+
+    Attributes:
+        model_files: Names of the files in the directory that are hashed into moec.json.
+        signature: Inputs, outputs and states with shapes and dtypes, JSON-able.
+        rejections: Where the target took another form than it would like to.
+        facts: JSON-able and the same on every rebuild: kernels chosen, bytes per tensor class.
+    """
+
+    model_files: tuple[str, ...]
+    signature: Mapping[str, Any]
+    rejections: tuple[Rejection, ...] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Runner(Protocol):
+    """Runs an artifact. Gates, `moec run`, perplexity and benchmarks use nothing else. Arrays are numpy."""
+
+    def reset(self) -> None:
+        """Forget the sequences."""
+
+    def prefill(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None) -> np.ndarray:
+        """Start new sequences: input_ids [B, S] int64, attention_mask [B, S] -> logits [B, S, V] float32."""
+
+    def decode(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None) -> np.ndarray:
+        """Continue them: input_ids [B, S], attention_mask [B, past + S] or None -> logits [B, S, V] float32."""
+
+    def facts(self) -> Mapping[str, Any]:
+        """Runtime, version, threads and kernels, for the report."""
+
+
+ExpertReader = Callable[[int], np.ndarray]
+"""Index of an expert -> its values as the artifact holds them, dequantized, in the layout of the Program's tensor."""
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how much of it is done and how much there is."""
+
+
+class Target(ABC):
+    """A deployment format.
+
+    `name` is what `--target` takes; `Options` is a TargetOptions subclass; `extra` is the pip extra that it needs, if
+    any. Constructing a target imports nothing heavy: lowering modules are imported in the methods that need them.
+    """
+
+    name: ClassVar[str]
+    Options: ClassVar[type[TargetOptions]] = TargetOptions
+    extra: ClassVar[str | None] = None
+
+    @abstractmethod
+    def capabilities(self, options: TargetOptions, phase: Phase) -> Capabilities:
+        """Say what this target does in `phase`."""
+
+    def passes(self, options: TargetOptions) -> tuple[Pass, ...]:  # noqa: ARG002
+        """Passes that only this target wants, run after the common ones."""
+        return ()
+
+    def lint(self, program: Program, options: TargetOptions) -> tuple[Rejection, ...]:  # noqa: ARG002
+        """Everything in `program` that `lower` would refuse. Empty means that lowering should succeed."""
+        return ()
+
+    @abstractmethod
+    def lower(self, program: Program, options: TargetOptions, directory: Path, progress: Progress) -> Lowered:
+        """Write the model files into `directory`, which exists and is empty.
+
+        Raises:
+            LoweringError: An op has no form here, or the builder refuses.
+        """
+
+    @abstractmethod
+    def open(self, directory: Path, *, threads: int = 0) -> Runner:
+        """Open an artifact for running; 0 threads means the runtime's default."""
+
+    @abstractmethod
+    def expert_tensors(self, directory: Path) -> Mapping[str, ExpertReader]:
+        """Every expert tensor in the artifact by its Program name, for the integrity gate."""
+
+    def doctor(self) -> Mapping[str, str]:
+        """What can be built, run and measured here: keys "build", "run", "measure", "install"."""
+        return {"build": "yes", "run": "yes", "measure": "yes", "install": ""}
