@@ -82,7 +82,7 @@ def _meta_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
     config = copy.deepcopy(checkpoint.config)  # from_config changes the config that it is given
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
                 config,
                 attn_implementation=hooks.NAME,
                 trust_remote_code=checkpoint.trust_remote_code,
@@ -96,7 +96,7 @@ def _meta_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
         ) from error
     if model._can_set_experts_implementation():
         model.set_experts_implementation(hooks.NAME)
-    model.eval()
+    model.eval()  # type: ignore[no-untyped-call]
     _real_buffers(model)
     return model
 
@@ -110,7 +110,7 @@ def _real_buffers(model: PreTrainedModel) -> None:
         setattr(module, attribute, nn.Buffer(torch.empty_like(buffer, device="cpu"), persistent=False))
         owners.add(owner)
     for owner in sorted(owners):
-        model._init_weights(model.get_submodule(owner))
+        model._init_weights(model.get_submodule(owner))  # type: ignore[no-untyped-call]
 
 
 def _fake_parameters(model: nn.Module, mode: FakeTensorMode) -> None:
@@ -269,7 +269,7 @@ def _export(
     dynamic = (token, dict(token), dict(token), {0: auto}, [(dict(state), dict(state)) for _ in shapes])
     try:
         exported = torch.export.export(step, args, dynamic_shapes=dynamic, strict=False)
-        return exported.run_decompositions({})
+        core_program: torch.export.ExportedProgram = exported.run_decompositions({})
     except MoecError:
         raise
     except Exception as error:
@@ -277,6 +277,7 @@ def _export(
             f"{type(step.model).__name__} cannot be exported: {type(error).__name__}: {first_line(error)}",
             hint="data-dependent Python in a module stops the trace; moec families lists what works",
         ) from error
+    return core_program
 
 
 def _own_graph(

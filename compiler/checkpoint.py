@@ -95,7 +95,7 @@ class Checkpoint:
         from transformers import AutoConfig
 
         try:
-            return AutoConfig.from_pretrained(
+            config: PreTrainedConfig = AutoConfig.from_pretrained(
                 self.directory, local_files_only=True, trust_remote_code=self.trust_remote_code
             )
         except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
@@ -103,6 +103,7 @@ class Checkpoint:
                 f"{self.directory / 'config.json'}: transformers refuses it: {first_line(error)}",
                 hint="check model_type and the values it complains about",
             ) from error
+        return config
 
     @cached_property
     def files(self) -> tuple[Path, ...]:

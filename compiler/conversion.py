@@ -63,13 +63,14 @@ class Converted(LazyTensor):
         return self._convert(self.sources)[start:stop]
 
     def _convert(self, sources: Mapping[str, tuple[Stored, ...]]) -> Tensor:
-        converter = copy.copy(self.converter)
+        converter: Any = copy.copy(self.converter)
         converter.collected_tensors = defaultdict(list)
         for pattern, tensors in sources.items():
             converter.collected_tensors[pattern] = [tensor.read() for tensor in tensors]
         results = converter.convert(self.first_name, config=self.config)
         value = results[self.name]
-        return value[0] if isinstance(value, list) else value
+        converted: Tensor = value[0] if isinstance(value, list) else value
+        return converted
 
 
 @dataclass
@@ -170,7 +171,7 @@ def _converted_shape(checkpoint: Checkpoint, tensor: LazyTensor) -> tuple[int, .
     """Shape that a conversion yields, found on the meta device: no weight is read."""
     if not isinstance(tensor, Converted):
         return tensor.shape
-    converter = copy.copy(tensor.converter)
+    converter: Any = copy.copy(tensor.converter)
     converter.collected_tensors = defaultdict(list)
     for pattern, stored in tensor.sources.items():
         converter.collected_tensors[pattern] = [

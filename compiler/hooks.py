@@ -64,14 +64,14 @@ def recording(record: Recording) -> Iterator[Recording]:
         _ACTIVE.pop()
 
 
-class StepLayer(CacheLayerMixin):
+class StepLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """One layer of the cache: it hands over the new keys and values unchanged and remembers them."""
 
     is_sliding = False
     is_compileable = False
 
     def __init__(self, record: Recording, index: int, length: Any) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.record, self.index, self.length = record, index, length
         self.is_initialized = True
 
@@ -174,13 +174,13 @@ def _layer_of(record: Recording, module: nn.Module, key: Tensor) -> int:
     for layer, (fresh, _) in record.fresh.items():
         if fresh is key:
             return layer
-    layer = getattr(module, "layer_idx", None)
-    if not isinstance(layer, int) or layer not in record.fresh:
+    index = getattr(module, "layer_idx", None)
+    if not isinstance(index, int) or index not in record.fresh:
         raise UnsupportedModelError(
             f"{record.name(module)}: its keys are not in the cache that moec handed to it",
             hint="a family that bypasses the cache of transformers needs an adapter",
         )
-    return layer
+    return index
 
 
 def experts_hook(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -222,7 +222,7 @@ def emit_experts(
 ) -> Tensor:
     """Call `moec::experts` and count it; adapters use this too. Shapes as in `moec.compiler.ops.experts`."""
     record.experts.append(where)
-    return torch.ops.moec.experts(
+    out: Tensor = torch.ops.moec.experts(
         hidden_states,
         indices,
         weights.to(hidden_states.dtype),
@@ -238,6 +238,7 @@ def emit_experts(
         gate.limit,
         gate.up_offset,
     )
+    return out
 
 
 def active_record() -> Recording:

@@ -104,7 +104,7 @@ class Interpreter:
             return self._weight(argument) if argument.op == "get_attr" else values[argument]
 
         if node.target is EXPERTS:
-            args = fx.map_arg(node.args[:3], value)
+            args: Any = fx.map_arg(node.args[:3], value)
             result: Any = self._experts(node, values, *args)
         else:
             args, kwargs = fx.map_arg(node.args, value), fx.map_arg(node.kwargs, value)

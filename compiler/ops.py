@@ -169,7 +169,7 @@ def experts(
     return run_experts(hidden_states, indices, weights, gate, expert)
 
 
-@torch.library.register_fake("moec::experts")
+@torch.library.register_fake("moec::experts")  # type: ignore[untyped-decorator]
 def _(hidden_states: Tensor, *_: object) -> Tensor:
     return torch.empty_like(hidden_states)
 
@@ -201,7 +201,7 @@ def select(weights: Tensor, keep: Tensor, renormalize: bool) -> Tensor:
     return kept
 
 
-@torch.library.register_fake("moec::select")
+@torch.library.register_fake("moec::select")  # type: ignore[untyped-decorator]
 def _(weights: Tensor, keep: Tensor, renormalize: bool) -> Tensor:  # noqa: ARG001
     return torch.empty_like(weights)
 
@@ -293,7 +293,7 @@ def attention(
     return out.transpose(1, 2).contiguous(), keys, values
 
 
-@torch.library.register_fake("moec::attention")
+@torch.library.register_fake("moec::attention")  # type: ignore[untyped-decorator]
 def _(
     query: Tensor, key: Tensor, value: Tensor, past_key: Tensor, past_value: Tensor, *_: object
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -326,7 +326,7 @@ def rms_norm(hidden_states: Tensor, weight: Tensor | None, eps: float) -> Tensor
     return normed if weight is None else normed * weight.to(normed.dtype)
 
 
-@torch.library.register_fake("moec::rms_norm")
+@torch.library.register_fake("moec::rms_norm")  # type: ignore[untyped-decorator]
 def _(hidden_states: Tensor, weight: Tensor | None, eps: float) -> Tensor:  # noqa: ARG001
     return torch.empty_like(hidden_states)
 
@@ -350,6 +350,6 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
-@torch.library.register_fake("moec::rotary")
+@torch.library.register_fake("moec::rotary")  # type: ignore[untyped-decorator]
 def _(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # noqa: ARG001
     return torch.empty_like(x)

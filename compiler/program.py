@@ -143,9 +143,7 @@ def moe_layers(graph: fx.Graph) -> tuple[MoeLayer, ...]:
 
 def _rows(graph: fx.Graph) -> Iterator[MoeLayer]:
     for index, node in enumerate(graph.find_nodes(op="call_function", target=EXPERTS)):
-        hidden, indices, _, gate_up, _, down = (
-            argument.meta["val"] if isinstance(argument, fx.Node) else None for argument in node.args[:6]
-        )
+        hidden, indices, gate_up, down = (node.args[position].meta["val"] for position in (0, 1, 3, 5))
         transposed = bool(node.args[10])
         yield MoeLayer(
             index=index,

@@ -31,4 +31,4 @@ def adapt(model: nn.Module) -> None:
     by_name = {adapter.block: adapter for adapter in ADAPTERS}
     for module in model.modules():
         if adapter := by_name.get(type(module).__name__):
-            module.forward = adapter.forward.__get__(module)  # type: ignore[attr-defined]
+            module.forward = adapter.forward.__get__(module)
