@@ -1,0 +1,156 @@
+"""Recipe: what to build. A YAML file, the command line and `moec.export` all end here.
+
+```yaml
+checkpoint: allenai/OLMoE-1B-7B-0924   # a hub id or a directory; "./..." is relative to the recipe
+target: onnx
+dtype: fp16
+options:                               # of the target; see `moec export --target onnx --help`
+  flavor: genai
+```
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from moec.compiler.errors import UsageError
+
+DType = Literal["fp32", "fp16"]
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class Recipe(BaseModel):
+    """Everything that decides what an export writes, and nothing else: no output path, no display option."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    checkpoint: str = Field(min_length=1, description="Directory or hub id of the checkpoint.")
+    target: str = Field(min_length=1, description="Name of the target.")
+    dtype: DType = Field("fp32", description="Precision of activations and of weights that are not quantized.")
+    options: dict[str, Any] = Field(default_factory=dict, description="Options of the target.")
+    trust_remote_code: bool = Field(False, description="Run modelling code that the checkpoint brings along.")
+
+    def canonical(self, options: BaseModel) -> dict[str, Any]:
+        """The recipe for moec.json: complete, with every default, and free of where the checkpoint lies.
+
+        Args:
+            options: `self.options` as the target's own Options object.
+        """
+        plain = self.model_dump(mode="json", exclude={"checkpoint", "options"})
+        return {**plain, "options": options.model_dump(mode="json")}
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """Read a recipe file as a mapping, so that the command line can still complete or override it.
+
+    Raises:
+        UsageError: The file cannot be read, is no YAML mapping, or has a key that no recipe has.
+    """
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{path}: the recipe cannot be read: {error.strerror or error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: the recipe is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(value, dict):
+        raise UsageError(f"{path}: a recipe is a mapping of keys, such as 'target: ...'")
+    fields = {str(key): item for key, item in value.items()}
+    for key in fields:
+        if key not in Recipe.model_fields:
+            raise unknown(key, Recipe.model_fields, f"{path}: unknown recipe key", "the keys of a recipe")
+    checkpoint = fields.get("checkpoint")
+    if isinstance(checkpoint, str) and checkpoint.startswith("."):
+        fields["checkpoint"] = str(path.parent / checkpoint)
+    return fields
+
+
+def make_recipe(fields: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
+    """Validate a mapping.
+
+    Raises:
+        UsageError: A key is unknown or a value is wrong; the message names it and the hint what is valid.
+    """
+    for key, flag in (("checkpoint", "CHECKPOINT"), ("target", "--target")):
+        if not fields.get(key):
+            raise UsageError(f"{where}: no {key} is given", hint=f"give {flag}, or '{key}:' in a recipe file")
+    return validate(Recipe, fields, where=where)
+
+
+def validate(model: type[Model], fields: Mapping[str, Any], *, where: str) -> Model:
+    """Make a `model` of `fields`; `where` names their origin in messages.
+
+    Raises:
+        UsageError: As for `make_recipe`.
+    """
+    try:
+        return model.model_validate(dict(fields))
+    except ValidationError as error:
+        raise _usage_error(model, error, where) from error
+
+
+def unknown(name: str, known: Iterable[str], what: str, listing: str) -> UsageError:
+    """An error for a name that does not exist, with the nearest one that does.
+
+    Args:
+        name: What the user wrote.
+        known: What would have been valid.
+        what: Start of the message, such as "unknown target".
+        listing: What `known` is, for the hint, such as "the targets".
+    """
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    every = f"{listing}: {', '.join(names) or 'none'}"
+    return UsageError(f"{what} '{name}'", hint=f"did you mean '{near[0]}'? {every}" if near else every)
+
+
+def _usage_error(model: type[BaseModel], error: ValidationError, where: str) -> UsageError:
+    first = error.errors(include_url=False)[0]
+    location = [str(part) for part in first["loc"]]
+    path = ".".join((where, *location[:-1]))
+    if first["type"] == "extra_forbidden" and location:
+        known = _fields(model, location[:-1])
+        return unknown(location[-1], known, f"{path}: unknown key", f"the keys of {path}")
+    given = first.get("input")
+    at = ".".join((where, *location))
+    if first["type"] in {"literal_error", "enum"} and isinstance(given, str):
+        choices = _choices(model, location) or (str(first.get("ctx", {}).get("expected", "")),)
+        return unknown(given, choices, f"{at}: unknown value", "the values")
+    return UsageError(f"{at}: {first['msg']}, got {given!r}", hint="see --help for what each option takes")
+
+
+def _fields(model: type[BaseModel], location: Sequence[str]) -> Iterable[str]:
+    """Names of the fields of the model nested at `location`."""
+    for name in location:
+        annotation = model.model_fields[name].annotation
+        nested = [item for item in (annotation, *get_args(annotation)) if _is_model(item)]
+        model = nested[0]
+    return model.model_fields
+
+
+def _is_model(item: Any) -> bool:
+    return isinstance(item, type) and issubclass(item, BaseModel)
+
+
+def _choices(model: type[BaseModel], location: Sequence[str]) -> tuple[str, ...]:
+    owner = model
+    for name in location[:-1]:
+        annotation = owner.model_fields[name].annotation
+        owner = next((item for item in (annotation, *get_args(annotation)) if _is_model(item)), owner)
+    field = owner.model_fields.get(location[-1]) if location else None
+    return choices_of(field.annotation) if field else ()
+
+
+def choices_of(annotation: Any) -> tuple[str, ...]:
+    """The strings that an annotation allows: of a Literal or StrEnum, also inside a union; else empty."""
+    if isinstance(annotation, type) and hasattr(annotation, "__members__"):
+        return tuple(str(member) for member in annotation)  # type: ignore[attr-defined]
+    found: list[str] = []
+    for item in get_args(annotation):
+        found.extend([item] if isinstance(item, str) else choices_of(item))
+    return tuple(found)
