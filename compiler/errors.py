@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from moec.compiler.pipeline import Result
 
 
 class MoecError(Exception):
@@ -13,7 +16,7 @@ class MoecError(Exception):
         hint: What the user can do about it.
     """
 
-    exit_code: ClassVar[int] = 70
+    exit_code: int = 70
 
     def __init__(self, message: str, *, hint: str = "") -> None:
         super().__init__(message)
@@ -61,3 +64,14 @@ class OutputError(MoecError):
     """The output directory cannot be written."""
 
     exit_code = 11
+
+
+class GateError(MoecError):
+    """A gate failed. The artifact and its report are there: `result` has the directory and every verdict."""
+
+    exit_code = 5
+
+    def __init__(self, message: str, *, hint: str = "", result: Result) -> None:
+        super().__init__(message, hint=hint)
+        self.result = result
+        self.exit_code = result.exit_code

@@ -37,12 +37,14 @@ class Recipe(BaseModel):
     trust_remote_code: bool = Field(False, description="Run modelling code that the checkpoint brings along.")
 
     def canonical(self, options: BaseModel) -> dict[str, Any]:
-        """The recipe for moec.json: complete, with every default, and free of where the checkpoint lies.
+        """The recipe for moec.json: complete, with every default, and without what changes nothing in the artifact.
+
+        Where the checkpoint lies is left out (moec.json has its digests), and so is the consent to run its code.
 
         Args:
             options: `self.options` as the target's own Options object.
         """
-        plain = self.model_dump(mode="json", exclude={"checkpoint", "options"})
+        plain = self.model_dump(mode="json", exclude={"checkpoint", "options", "trust_remote_code"})
         return {**plain, "options": options.model_dump(mode="json")}
 
 

@@ -61,8 +61,30 @@ class Lowered:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class RunnerLimits:
+    """What a runner does not take. The defaults are a runner that takes everything.
+
+    Attributes:
+        max_batch: Most sequences at once; None where any number will do.
+        padding: Whether `attention_mask` may hold zeros (left padding).
+        max_sequence: Most tokens of a sequence, past and new together; None where the model alone sets the limit.
+        prefill_lengths: Lengths that the artifact was specialised to; the runner itself cuts or pads to them.
+        max_decode: Most tokens of one decode step; None where any number will do.
+    """
+
+    max_batch: int | None = None
+    padding: bool = True
+    max_sequence: int | None = None
+    prefill_lengths: tuple[int, ...] = ()
+    max_decode: int | None = None
+
+
 class Runner(Protocol):
-    """Runs an artifact. Gates, `moec run`, perplexity and benchmarks use nothing else. Arrays are numpy."""
+    """Runs an artifact. Gates, `moec run`, perplexity and benchmarks use nothing else. Arrays are numpy.
+
+    A runner that does not take every shape has an attribute `limits`, a RunnerLimits: ask `limits_of`.
+    """
 
     def reset(self) -> None:
         """Forget the sequences."""
@@ -77,6 +99,12 @@ class Runner(Protocol):
         """Runtime, version, threads and kernels, for the report."""
 
 
+def limits_of(runner: Runner) -> RunnerLimits:
+    """Limits that `runner` states, or none."""
+    limits = getattr(runner, "limits", None)
+    return limits if isinstance(limits, RunnerLimits) else RunnerLimits()
+
+
 ExpertReader = Callable[[int], np.ndarray]
 """Index of an expert -> its values as the artifact holds them, dequantized, in the layout of the Program's tensor."""
 
@@ -88,12 +116,14 @@ class Target(ABC):
     """A deployment format.
 
     `name` is what `--target` takes; `Options` is a TargetOptions subclass; `extra` is the pip extra that it needs, if
-    any. Constructing a target imports nothing heavy: lowering modules are imported in the methods that need them.
+    any; `tools` are the distributions, beyond torch, whose versions decide what it writes and so stand in moec.json.
+    Constructing a target imports nothing heavy: lowering modules are imported in the methods that need them.
     """
 
     name: ClassVar[str]
     Options: ClassVar[type[TargetOptions]] = TargetOptions
     extra: ClassVar[str | None] = None
+    tools: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def capabilities(self, options: TargetOptions, phase: Phase) -> Capabilities:

@@ -1,0 +1,326 @@
+"""The `moec` command: it parses, calls the compiler and shows. A MoecError becomes its exit code.
+
+Heavy imports happen inside the commands, so that `moec --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+import moec
+from moec.compiler.console import Console
+from moec.compiler.errors import MoecError
+
+if TYPE_CHECKING:
+    from moec.compiler.pipeline import Result
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Trust = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run modelling code that the checkpoint brings along.")
+]
+ArtifactDirectory = Annotated[Path, typer.Argument(metavar="DIRECTORY", help="The artifact.")]
+
+
+def export(
+    checkpoint: Annotated[str | None, typer.Argument(help="Directory or hub id; or in the recipe.")] = None,
+    target: Annotated[
+        str | None, typer.Option("--target", "-t", help="What to build for: 'moec doctor' lists the targets.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Directory to make.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(metavar="fp32|fp16", help="Precision of what is not quantized. [default: fp32]")
+    ] = None,
+    recipe: Annotated[Path | None, typer.Option(help="Recipe file (YAML); other flags override it.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an artifact at the output.")] = False,
+    no_gates: Annotated[bool, typer.Option("--no-gates", help="Do not prove the artifact.")] = False,
+    trust_remote_code: Trust = False,
+    json_output: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+    **options: Any,
+) -> int:
+    """Compile CHECKPOINT into an artifact and prove it.
+
+    Name a target to see its own options: moec export --target NAME --help.
+    """
+    from moec.compiler.api import merge
+    from moec.compiler.errors import UsageError
+    from moec.compiler.pipeline import compile_recipe
+
+    if output is None:
+        raise UsageError("no output directory is given", hint="give -o DIRECTORY")
+    common = {
+        "checkpoint": checkpoint,
+        "target": target,
+        "dtype": dtype,
+        "trust_remote_code": trust_remote_code or None,
+    }
+    wanted = merge(recipe, {**common, **options})
+    console = Console(json_output, quiet, debug)
+    with console.progress() as progress:
+        result = compile_recipe(wanted, output, overwrite=overwrite, gates=not no_gates, progress=progress)
+    return _show_result(console, result)
+
+
+def validate(
+    directory: ArtifactDirectory,
+    against: Annotated[str, typer.Option(metavar="CHECKPOINT", help="What it was built from.")],
+    trust_remote_code: Trust = False,
+    json_output: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> int:
+    """Run the gates again on an artifact that exists."""
+    from moec.compiler.pipeline import validate_artifact
+
+    console = Console(json_output, quiet, debug)
+    with console.progress() as progress:
+        result = validate_artifact(directory, against, trust_remote_code=trust_remote_code, progress=progress)
+    return _show_result(console, result)
+
+
+def verify(directory: ArtifactDirectory, json_output: Json = False, debug: Debug = False) -> int:
+    """Check by digests that the artifact is the one that was built."""
+    from moec.compiler import artifact
+
+    console = Console(json_output, debug=debug)
+    digests = artifact.verify(directory)
+    console.result(
+        {"files": digests}, lambda: console.line(f"{directory}: {len(digests)} files are as they were built")
+    )
+    return 0
+
+
+def run(
+    directory: ArtifactDirectory,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The text to continue; '-' reads standard input.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="At most so many new tokens.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Draw among the k most likely tokens; 0 means all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Draw among the likeliest tokens that together reach p.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+    chat: Annotated[bool, typer.Option("--chat", help="Wrap the prompt in the model's chat template.")] = False,
+    stats: Annotated[bool, typer.Option("--stats", help="Print counts and tokens per second on stderr.")] = False,
+    threads: Annotated[int, typer.Option(help="Threads of the runtime; 0 leaves it to the runtime.")] = 0,
+    json_output: Json = False,
+    debug: Debug = False,
+) -> int:
+    """Continue a text, from the artifact alone."""
+    from moec.compiler.generate import Generator, Sampling
+
+    console = Console(json_output, debug=debug)
+    sampling = Sampling(temperature, top_k, top_p, seed)
+    generator = Generator(directory, threads=threads)
+    text = sys.stdin.read() if prompt == "-" else prompt
+    pieces = generator.stream(text, chat=chat, max_new_tokens=max_new_tokens, sampling=sampling)
+    written = "".join(pieces) if json_output else _print_pieces(pieces)
+    counted = generator.statistics
+    figures = {
+        "prompt_tokens": counted.prompt_tokens,
+        "new_tokens": counted.new_tokens,
+        "prefill_seconds": counted.prefill_seconds,
+        "decode_seconds": counted.decode_seconds,
+        "tokens_per_second": counted.decode_rate,
+    }
+    console.result({"text": written, **figures}, lambda: None)
+    if stats:
+        console.note(
+            f"prompt: {counted.prompt_tokens} tokens in {counted.prefill_seconds:.3f} s; "
+            f"new: {counted.new_tokens} tokens, {counted.decode_rate:.1f} tokens/s"
+        )
+    return 0
+
+
+def inspect(
+    location: Annotated[str, typer.Argument(metavar="CHECKPOINT|DIRECTORY", help="Checkpoint, hub id or artifact.")],
+    trust_remote_code: Trust = False,
+    json_output: Json = False,
+    debug: Debug = False,
+) -> int:
+    """Show layers, experts, parameters, states, what can be captured, and files."""
+    from moec.compiler import inspect as inspection
+
+    console = Console(json_output, debug=debug)
+    found = inspection.inspect(location, trust_remote_code=trust_remote_code)
+    console.result(found, lambda: console.rows(inspection.describe(found)))
+    return 0
+
+
+def doctor(json_output: Json = False, debug: Debug = False) -> int:
+    """Show which targets can be built, run and measured here, and the command that adds each."""
+    from moec.compiler.doctor import doctor as examine
+
+    console = Console(json_output, debug=debug)
+    found = examine()
+
+    def show() -> None:
+        console.rows(found["environment"].items())
+        console.line("")
+        columns = ("build", "run", "measure", "install")
+        rows = [(name, *(facts.get(column, "") for column in columns)) for name, facts in found["targets"].items()]
+        console.rows(rows, header=("target", *columns))
+
+    console.result(found, show)
+    return 0
+
+
+def families(
+    names: Annotated[list[str] | None, typer.Argument(help="Families; all if none is named.")] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Build a tiny model of each, capture it and prove it.")
+    ] = False,
+    target: Annotated[str | None, typer.Option("--target", "-t", help="Lower to this target as well.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the table (Markdown) here.")] = None,
+    json_output: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> int:
+    """List the model families that moec knows tiny models of, or check what works for each."""
+    from moec.compiler import families as checks
+
+    console = Console(json_output, quiet, debug)
+    chosen = checks.choose(names or ())
+    if not check:
+        console.result({"families": list(chosen)}, lambda: console.line("\n".join(chosen)))
+        return 0
+    with console.progress() as progress:
+        rows = checks.check(chosen, target, progress=progress)
+    page = checks.markdown(rows, target)
+    if output is not None:
+        checks.write_page(output, page)
+    console.result({"families": [row.as_dict() for row in rows]}, lambda: console.line(page))
+    return 0
+
+
+def _print_pieces(pieces: Iterable[str]) -> str:
+    """Print text as it comes; a reader that goes away ends it quietly."""
+    written = []
+    try:
+        for piece in pieces:
+            written.append(piece)
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return "".join(written)
+
+
+def _show_result(console: Console, result: Result) -> int:
+    verdicts = [
+        {"gate": v.gate, "status": str(v.status), "summary": v.summary, "figures": dict(v.figures)}
+        for v in result.verdicts
+    ]
+    found = {
+        "directory": str(result.directory),
+        "exit_code": result.exit_code,
+        "verdicts": verdicts,
+        "rejections": result.manifest.get("rejections", []),
+        "seconds": dict(result.timings),
+    }
+
+    def show() -> None:
+        console.rows([(v.gate, str(v.status), v.summary) for v in result.verdicts], header=("gate", "verdict", ""))
+        console.line(f"{result.directory}: {sum(result.timings.values()):.1f} s; report.html has the details")
+
+    console.result(found, show)
+    if result.failed:
+        console.note("a gate failed: the artifact is kept so that it can be examined; do not ship it")
+    return result.exit_code
+
+
+def _guarded(command: Callable[..., int]) -> Callable[..., None]:
+    """Turn what a command raises into a message and an exit code."""
+
+    @functools.wraps(command)
+    def guarded(**arguments: Any) -> None:
+        console = Console(arguments.get("json_output", False), debug=arguments.get("debug", False))
+        raise typer.Exit(_guard(console, functools.partial(command, **arguments)))
+
+    return guarded
+
+
+def _guard(console: Console, call: Callable[[], int]) -> int:
+    try:
+        return call()
+    except MoecError as error:
+        return console.error(error)
+    except KeyboardInterrupt:
+        return console.interrupted()
+    except Exception as error:  # noqa: BLE001 - the last stop: whatever was not foreseen is reported as a fault of moec
+        return console.crash(error)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"moec {moec.__version__}")
+        raise typer.Exit
+
+
+def _application(arguments: list[str]) -> typer.Typer:
+    """The commands; `export` has the flags of the target that the command line or its recipe names."""
+    app = typer.Typer(name="moec", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+    @app.callback()
+    def root(
+        version: Annotated[
+            bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+        ] = False,
+    ) -> None:
+        """Compile mixture-of-experts checkpoints into deployment artifacts, with proof."""
+
+    app.command("export")(_guarded(_export_command(arguments)))
+    for command in (validate, verify, run, inspect, doctor, families):
+        app.command(command.__name__)(_guarded(command))
+    return app
+
+
+def _export_command(arguments: list[str]) -> Callable[..., int]:
+    from moec.compiler.flags import find_flag, with_flags, without_flags
+
+    if arguments[:1] != ["export"]:
+        return without_flags(export)
+    from moec.compiler.recipe import read_recipe
+    from moec.targets import get_target
+
+    name, recipe = find_flag(arguments, "--target", "-t"), find_flag(arguments, "--recipe")
+    if name is None and recipe is not None:
+        in_recipe = read_recipe(Path(recipe)).get("target")
+        name = in_recipe if isinstance(in_recipe, str) else None
+    if name is None:
+        return without_flags(export)
+    return with_flags(export, get_target(name).Options.model_fields, f"Options of target {name}")
+
+
+def _terminate(_signal: int, _frame: FrameType | None) -> NoReturn:
+    """Leave through every `finally`, so that nothing half-written stays."""
+    raise SystemExit(128 + signal.SIGTERM)
+
+
+def main() -> None:
+    """Entry point of the `moec` command."""
+    signal.signal(signal.SIGTERM, _terminate)
+    arguments = sys.argv[1:]
+    console = Console("--json" in arguments, debug="--debug" in arguments)
+
+    def build() -> int:
+        _application(arguments)()
+        return 0
+
+    raise SystemExit(_guard(console, build))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""The Python API: `moec.export` and `moec.load`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moec.compiler.errors import GateError
+from moec.compiler.recipe import Recipe, make_recipe, read_recipe
+
+if TYPE_CHECKING:
+    from moec.compiler.generate import Generator
+    from moec.compiler.pipeline import Result
+    from moec.targets.base import Progress
+
+
+def export(
+    checkpoint: str | Path | None = None,
+    *,
+    output: str | Path,
+    target: str | None = None,
+    recipe: str | Path | None = None,
+    overwrite: bool = False,
+    gates: bool = True,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Result:
+    """Compile a checkpoint into an artifact and prove it.
+
+    Args:
+        checkpoint: Directory or hub id.
+        output: Directory to make.
+        target: Such as "onnx"; `moec.targets.target_names()` lists them.
+        recipe: A recipe file; every other argument overrides what it says.
+        overwrite: Replace an artifact at `output`.
+        gates: Run the gates.
+        progress: Called with a stage, how much of it is done and how much there is.
+        options: Further recipe keys (`dtype`, `trust_remote_code`); everything else is an option of the target.
+
+    Raises:
+        GateError: A gate failed. The artifact is at `output` all the same; `error.result` has the verdicts.
+        MoecError: Anything else that stops an export; see `moec.compiler.errors`.
+    """
+    from moec.compiler.pipeline import compile_recipe, silent
+
+    common = {"checkpoint": None if checkpoint is None else str(checkpoint), "target": target}
+    wanted = merge(None if recipe is None else Path(recipe), {**common, **options})
+    result = compile_recipe(
+        wanted, Path(output), overwrite=overwrite, gates=gates, progress=silent if progress is None else progress
+    )
+    if result.exit_code:
+        failed = "; ".join(f"{verdict.gate}: {verdict.summary}" for verdict in result.failed)
+        raise GateError(f"{result.directory}: {failed}", hint="report.json has the figures", result=result)
+    return result
+
+
+def merge(recipe: Path | None, given: Mapping[str, Any]) -> Recipe:
+    """A recipe of a file and of what was given beside it, which wins; None means not given.
+
+    Keys that are no keys of a recipe are options of the target.
+    """
+    fields = read_recipe(recipe) if recipe else {}
+    extra: dict[str, Any] = {}
+    for name, value in given.items():
+        if value is not None:
+            (fields if name in Recipe.model_fields else extra)[name] = value
+    if extra:
+        in_file = fields.get("options") or {}
+        fields["options"] = {**in_file, **extra} if isinstance(in_file, Mapping) else in_file
+    return make_recipe(fields, where=str(recipe or "recipe"))
+
+
+def load(directory: str | Path, *, threads: int = 0) -> Generator:
+    """Open an artifact: `moec.load(directory).generate("...", max_new_tokens=40)`.
+
+    Args:
+        directory: The artifact.
+        threads: Threads of the runtime; 0 leaves it to the runtime.
+
+    Raises:
+        ArtifactError: No artifact, or a damaged one.
+    """
+    from moec.compiler.generate import Generator
+
+    return Generator(directory, threads=threads)

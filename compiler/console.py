@@ -1,0 +1,173 @@
+"""What a command shows: results on stdout for machines or people, progress and errors on stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import moec
+from moec.compiler.errors import MoecError
+
+if TYPE_CHECKING:
+    import rich.console
+
+INTERNAL, INTERRUPTED = 70, 130
+_STYLES = {"pass": "green", "fail": "bold red", "not run": "yellow", "yes": "green", "no": "red"}
+
+
+@dataclass
+class Console:
+    """The two streams of a command.
+
+    Attributes:
+        json: Results as JSON on stdout, errors too.
+        quiet: No progress.
+        debug: The traceback of an error.
+    """
+
+    json: bool = False
+    quiet: bool = False
+    debug: bool = False
+    _seen: dict[str, float] = field(default_factory=dict)
+
+    @cached_property
+    def _out(self) -> rich.console.Console:
+        from rich.console import Console as RichConsole
+
+        return RichConsole(markup=False, highlight=False, emoji=False)
+
+    @cached_property
+    def _err(self) -> rich.console.Console:
+        from rich.console import Console as RichConsole
+
+        return RichConsole(stderr=True, markup=False, highlight=False, emoji=False)
+
+    def result(self, value: Mapping[str, Any], show: Callable[[], None]) -> None:
+        """Print `value` as JSON, or call `show`."""
+        if self.json:
+            print(json.dumps(value, indent=2, ensure_ascii=False), flush=True)
+        else:
+            show()
+
+    def line(self, text: str) -> None:
+        """A line on stdout, however long."""
+        self._out.print(text, soft_wrap=True)
+
+    def note(self, text: str) -> None:
+        """A line on stderr, unless quiet."""
+        if not self.quiet:
+            self._err.print(text, style="dim", soft_wrap=True)
+
+    def rows(self, rows: Iterable[Sequence[str]], header: Sequence[str] = ()) -> None:
+        """A table on stdout."""
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(box=None, show_header=bool(header), pad_edge=False, header_style="bold")
+        materialised = [tuple(row) for row in rows]
+        width = max((len(row) for row in materialised), default=len(header))
+        for position in range(width):
+            table.add_column(header[position] if header else "", overflow="fold", no_wrap=not position)
+        for row in materialised:
+            cells = [Text(cell, style=_STYLES.get(cell, "")) for cell in row[1:]]
+            table.add_row(Text(row[0], style="bold"), *cells)
+        self._out.print(table)
+
+    def error(self, error: MoecError) -> int:
+        """Print message and hint; return the exit code."""
+        self._err.print(f"error: {error.message}", style="bold red", soft_wrap=True)
+        for note in getattr(error, "__notes__", ()):
+            self._err.print(note, style="dim", soft_wrap=True)
+        if error.hint:
+            self._err.print(f"hint: {error.hint}", soft_wrap=True)
+        if self.debug:
+            traceback.print_exception(error)
+        self._json_error(error.message, error.hint, error.exit_code)
+        return error.exit_code
+
+    def crash(self, error: Exception) -> int:
+        """Print that this is a fault of moec and where its details are; return the exit code."""
+        where = "the traceback is above"
+        if self.debug or not (path := _write_crash_log(error)):
+            traceback.print_exception(error)
+        else:
+            where = f"the details are in {path}"
+        message = f"internal: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        self._err.print(f"error: {message}", style="bold red", soft_wrap=True)
+        for note in getattr(error, "__notes__", ()):
+            self._err.print(note, style="dim", soft_wrap=True)
+        hint = f"this is a fault of moec; please report it: {where}"
+        self._err.print(f"hint: {hint}", soft_wrap=True)
+        self._json_error(message, hint, INTERNAL)
+        return INTERNAL
+
+    def interrupted(self) -> int:
+        """Print that nothing was written; return the exit code."""
+        self._err.print("interrupted; nothing was written")
+        self._json_error("interrupted", "", INTERRUPTED)
+        return INTERRUPTED
+
+    def _json_error(self, message: str, hint: str, code: int) -> None:
+        if self.json:
+            error = {"message": message, "hint": hint, "exit_code": code}
+            print(json.dumps({"error": error}, indent=2, ensure_ascii=False), flush=True)
+
+    @contextlib.contextmanager
+    def progress(self) -> Iterator[Callable[[str, int, int], None]]:
+        """Yield a Progress: bars on a terminal, a line for each finished step elsewhere, nothing if quiet."""
+        if self.quiet:
+            yield lambda _name, _done, _total: None
+        elif self._err.is_terminal:
+            with self._bars() as update:
+                yield update
+        else:
+            yield self._print_step
+
+    @contextlib.contextmanager
+    def _bars(self) -> Iterator[Callable[[str, int, int], None]]:
+        from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+        tasks: dict[str, TaskID] = {}
+        with Progress(*columns, console=self._err) as bars:
+
+            def update(name: str, done: int, total: int) -> None:
+                if name not in tasks:
+                    tasks[name] = bars.add_task(name, total=total or None)
+                # A bar that knows no more than begun and done pulses in between.
+                known = total if total > 1 or done else None
+                bars.update(tasks[name], completed=done, total=known)
+
+            yield update
+
+    def _print_step(self, name: str, done: int, total: int) -> None:
+        start = self._seen.setdefault(name, time.perf_counter())
+        if total and done >= total:
+            self._err.print(f"{name}: {time.perf_counter() - start:.1f} s", soft_wrap=True)
+
+
+def _write_crash_log(error: Exception) -> str | None:
+    """Write what a report needs into a file of its own; None if even that fails."""
+    lines = [
+        f"moec {moec.__version__}, Python {platform.python_version()}, {platform.platform()}",
+        f"command: {' '.join(sys.argv)}",
+        "",
+        *traceback.format_exception(error),
+    ]
+    try:
+        descriptor, path = tempfile.mkstemp(prefix="moec-", suffix=".log")
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write("\n".join(lines))
+    except OSError:
+        return None
+    return path

@@ -1,0 +1,252 @@
+"""From a recipe to an artifact: the order of the stages, their times, and the name of the one that failed."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import re
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import moec
+from moec import passes
+from moec.compiler import report
+from moec.compiler.artifact import read_manifest, verify, write_manifest
+from moec.compiler.capture import capture
+from moec.compiler.checkpoint import Checkpoint
+from moec.compiler.errors import ArtifactError, CheckpointError, LoweringError
+from moec.compiler.gates import run_gates
+from moec.compiler.gates.verdict import Status, Verdict
+from moec.compiler.program import Program
+from moec.compiler.recipe import Recipe, make_recipe, validate
+from moec.compiler.rejections import Rejection
+from moec.compiler.staging import check_output, staged
+from moec.compiler.summary import model_summary
+from moec.targets import get_target
+from moec.targets.base import Progress, Target, TargetOptions
+
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+_TOOLS = ("torch", "transformers", "safetensors", "numpy")
+_GATES = ("parity", "coverage", "integrity")
+_GATE_EXIT_CODE, _SEVERAL = 5, 12
+
+
+@dataclass(frozen=True)
+class Result:
+    """What an export or a validation ended with.
+
+    Attributes:
+        directory: The artifact. It is there even if a gate failed, so that it can be examined.
+        manifest: Its moec.json.
+        verdicts: One for each gate, those that did not run included.
+        timings: Stage -> seconds of wall-clock time, in the order in which they ran.
+    """
+
+    directory: Path
+    manifest: Mapping[str, Any]
+    verdicts: tuple[Verdict, ...]
+    timings: Mapping[str, float]
+
+    @property
+    def failed(self) -> tuple[Verdict, ...]:
+        """The verdicts of the gates that failed."""
+        return tuple(verdict for verdict in self.verdicts if verdict.status is Status.FAIL)
+
+    @property
+    def exit_code(self) -> int:
+        """0 if no gate failed, the gate's own code if one did, 12 if several did. The steps of a gate count once."""
+        codes = {re.split(r"\W", verdict.gate)[0]: verdict.exit_code for verdict in self.failed}
+        return 0 if not codes else next(iter(codes.values())) if len(codes) == 1 else _SEVERAL
+
+
+@dataclass(frozen=True)
+class _Built:
+    """The final Program with what its making recorded."""
+
+    checkpoint: Checkpoint
+    program: Program
+    model: Mapping[str, Any]
+    pass_log: Sequence[Mapping[str, Any]]
+
+
+@dataclass
+class _Stages:
+    """Times each stage, tells progress, and notes on an exception in which stage it came up."""
+
+    progress: Progress
+    timings: dict[str, float] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        self.progress(name, 0, 1)
+        try:
+            yield
+        except Exception as error:
+            error.add_note(f"stage: {name}")
+            raise
+        self.timings[name] = time.perf_counter() - start
+        self.progress(name, 1, 1)
+
+
+def silent(name: str, done: int, total: int) -> None:
+    """A Progress that shows nothing."""
+
+
+def compile_recipe(
+    recipe: Recipe, output: Path, *, overwrite: bool = False, gates: bool = True, progress: Progress = silent
+) -> Result:
+    """Build the artifact of `recipe` at `output`.
+
+    Args:
+        recipe: What to build.
+        output: A directory that does not exist or is empty, or an artifact if `overwrite` is set.
+        overwrite: Replace the artifact at `output`.
+        gates: Prove the artifact. Without, the report says "not run" for every gate.
+        progress: Told about every stage.
+
+    Returns:
+        The result; a gate that failed is in it and no exception.
+
+    Raises:
+        MoecError: Its subclass and message say what is wrong with recipe, checkpoint, model or output; nothing is
+            left at `output`, and an artifact that was there before still is.
+    """
+    target, options = _target(recipe)
+    check_output(output.expanduser().resolve(), overwrite=overwrite)
+    stages = _Stages(progress)
+    built = _build(recipe, target, options, stages)
+    with staged(output, overwrite=overwrite) as directory:
+        with stages("lower"):
+            refused = target.lint(built.program, options)
+            if refused:
+                raise _cannot_lower(target, refused)
+            lowered = target.lower(built.program, options, directory, progress)
+        with stages("package"):
+            for path in built.checkpoint.companions():
+                shutil.copyfile(path, directory / path.name)
+            content = {
+                "source": _source(built.checkpoint),
+                "recipe": recipe.canonical(options),
+                "model": built.model,
+                "passes": built.pass_log,
+                "rejections": [asdict(rejection) for rejection in lowered.rejections],
+                "signature": lowered.signature,
+                "model_files": sorted(lowered.model_files),
+                "facts": lowered.facts,
+                "tools": _tools(target),
+            }
+            manifest = write_manifest(directory, content)
+        verdicts = _not_run("switched off with --no-gates")
+        if gates:
+            with stages("gates"):
+                verdicts = run_gates(built.checkpoint, built.program, target, options, directory, progress)
+        report.write(directory, manifest, verdicts, stages.timings)
+    return Result(output, manifest, verdicts, stages.timings)
+
+
+def validate_artifact(
+    directory: Path, against: str, *, trust_remote_code: bool = False, progress: Progress = silent
+) -> Result:
+    """Run the gates on an artifact that exists, and write its report anew.
+
+    Args:
+        directory: The artifact.
+        against: Directory or hub id of the checkpoint that it was built from.
+        trust_remote_code: Run modelling code that the checkpoint brings along.
+        progress: Told about every stage.
+
+    Raises:
+        ArtifactError: The artifact is damaged.
+        CheckpointError: `against` is another checkpoint.
+    """
+    stages = _Stages(progress)
+    with stages("verify"):
+        verify(directory)
+        manifest = read_manifest(directory)
+        recipe = _recipe_of(directory, manifest, against, trust_remote_code)
+        target, options = _target(recipe)
+        checkpoint = Checkpoint.open(against, trust_remote_code=trust_remote_code)
+        _check_source(directory, manifest, checkpoint)
+    built = _build(recipe, target, options, stages)
+    with stages("gates"):
+        verdicts = run_gates(built.checkpoint, built.program, target, options, directory, progress)
+    report.write(directory, manifest, verdicts, stages.timings)
+    return Result(directory, manifest, verdicts, stages.timings)
+
+
+def build_program(recipe: Recipe, *, progress: Progress = silent) -> Program:
+    """The Program that an export of `recipe` would lower: captured and with every pass run."""
+    target, options = _target(recipe)
+    return _build(recipe, target, options, _Stages(progress)).program
+
+
+def _target(recipe: Recipe) -> tuple[Target, TargetOptions]:
+    target = get_target(recipe.target)
+    return target, validate(target.Options, recipe.options, where=f"options of target {target.name}")
+
+
+def _build(recipe: Recipe, target: Target, options: TargetOptions, stages: _Stages) -> _Built:
+    with stages("capture"):
+        checkpoint = Checkpoint.open(recipe.checkpoint, trust_remote_code=recipe.trust_remote_code)
+        program = capture(checkpoint, dtype=_DTYPES[recipe.dtype])
+        model = model_summary(program)
+    with stages("passes"):
+        chosen = (*passes.default_passes(), *target.passes(options))
+        program, log = passes.run_passes(program, chosen, lambda record: stages.progress(f"pass {record.name}", 1, 1))
+    # Without the times: moec.json is the same on every rebuild.
+    kept = [
+        {"name": record.name, "modified": record.modified, "rejections": [asdict(item) for item in record.rejections]}
+        for record in log
+    ]
+    return _Built(checkpoint, program, model, kept)
+
+
+def _cannot_lower(target: Target, refused: Sequence[Rejection]) -> LoweringError:
+    lines = [f"{rejection.where}: {rejection.reason}" for rejection in refused[:5]]
+    more = f" (and {len(refused) - 5} more)" if len(refused) > 5 else ""
+    return LoweringError(
+        f"target {target.name} cannot build this model: {'; '.join(lines)}{more}",
+        hint=f"moec export --target {target.name} --help lists other forms",
+    )
+
+
+def _source(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {"digests": dict(sorted(checkpoint.digests.items()))}
+
+
+def _tools(target: Target) -> dict[str, str]:
+    found = {"moec": moec.__version__}
+    for name in (*_TOOLS, *target.tools):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def _not_run(reason: str) -> tuple[Verdict, ...]:
+    return tuple(Verdict(gate, Status.NOT_RUN, reason, _GATE_EXIT_CODE) for gate in _GATES)
+
+
+def _recipe_of(directory: Path, manifest: Mapping[str, Any], against: str, trust_remote_code: bool) -> Recipe:
+    recorded = manifest.get("recipe")
+    if not isinstance(recorded, Mapping):
+        raise ArtifactError(f"{directory}: its moec.json holds no recipe", hint="export it again")
+    fields = {**recorded, "checkpoint": against, "trust_remote_code": trust_remote_code}
+    return make_recipe(fields, where=f"recipe of {directory}")
+
+
+def _check_source(directory: Path, manifest: Mapping[str, Any], checkpoint: Checkpoint) -> None:
+    built_from = manifest["source"]["digests"]
+    found = checkpoint.digests
+    if differing := sorted(name for name in {*built_from, *found} if built_from.get(name) != found.get(name)):
+        raise CheckpointError(
+            f"{checkpoint.directory}: not the checkpoint that {directory} was built from: "
+            f"{', '.join(differing[:4])} differ",
+            hint="give the checkpoint that it was exported from, or export this one",
+        )
