@@ -1,0 +1,43 @@
+"""Make `import moec` mean this checkout, installed or not, whatever its folder is called; shared fixtures."""
+
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Before torch is imported: workers that each use all cores only get in each other's way.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+ROOT = Path(__file__).resolve().parents[1]
+
+_spec = importlib.util.spec_from_file_location("moec", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
+assert _spec is not None
+assert _spec.loader is not None
+moec = importlib.util.module_from_spec(_spec)
+sys.modules["moec"] = moec
+_spec.loader.exec_module(moec)
+
+
+@pytest.fixture(scope="session")
+def golden_model() -> Path:
+    """The trained checkpoint that is kept in the repository."""
+    return ROOT / "golden_models" / "olmoe-tiny"
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Directory of a tiny random float32 checkpoint of a family, written once per session."""
+    from moec.compiler.tiny_models import write_tiny_checkpoint
+
+    written: dict[str, Path] = {}
+
+    def checkpoint(family: str) -> Path:
+        if family not in written:
+            written[family] = write_tiny_checkpoint(family, tmp_path_factory.mktemp(family))
+        return written[family]
+
+    return checkpoint
