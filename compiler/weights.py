@@ -7,7 +7,7 @@ axis 0, which for stacked experts is one expert, so that a whole stack need neve
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -241,3 +241,11 @@ class WeightStore(Mapping[str, LazyTensor]):
     def with_tensors(self, tensors: Mapping[str, LazyTensor]) -> WeightStore:
         """A store that holds `tensors` too."""
         return WeightStore({**self._tensors, **tensors}, self._aliases)
+
+    def only(self, names: Iterable[str]) -> WeightStore:
+        """A store that holds the tensors called `names` alone, with the aliases that lead to them."""
+        kept = {self.resolve(name) for name in names}
+        return WeightStore(
+            {name: tensor for name, tensor in self._tensors.items() if name in kept},
+            {alias: name for alias, name in self._aliases.items() if name in kept},
+        )

@@ -1,1 +1,133 @@
-"""Graph passes: one file, one pass, one job."""
+"""Graph passes: one file, one pass, one job. The order is the one list in `default_passes`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+
+from moec.compiler.errors import MoecError, UsageError
+from moec.compiler.invariants import check_invariants
+from moec.compiler.program import Program
+from moec.compiler.rejections import Rejection
+from moec.passes.base import Pass, PassResult
+from moec.passes.common_subexpressions import CommonSubexpressions
+from moec.passes.dead_code import DeadCode
+from moec.passes.fold_weights import FoldWeights
+from moec.passes.normalize import Normalize
+from moec.passes.rms_norm import RmsNorm
+
+GROUP = "moec.passes"
+
+
+@dataclass(frozen=True, slots=True)
+class PassRecord:
+    """What one pass did: an entry of the log."""
+
+    name: str
+    modified: bool
+    seconds: float
+    rejections: tuple[Rejection, ...]
+
+
+def default_passes(extra: Iterable[EntryPoint] | None = None) -> tuple[Pass, ...]:
+    """The passes that every target starts from, in order; those of third parties come last.
+
+    Args:
+        extra: Entry points of third parties; None: those installed in the group `moec.passes`.
+
+    Raises:
+        UsageError: Two passes claim one name, or an entry point is no Pass.
+    """
+    own = (
+        Normalize(),
+        FoldWeights(),
+        CommonSubexpressions(),
+        RmsNorm(),
+        DeadCode(),
+    )
+    return (*own, *_third_party({item.name for item in own}, extra))
+
+
+def _third_party(taken: set[str], extra: Iterable[EntryPoint] | None) -> list[Pass]:
+    found: list[Pass] = []
+    for entry in sorted(entry_points(group=GROUP) if extra is None else extra, key=lambda e: (e.name, e.value)):
+        if entry.name in taken:
+            raise UsageError(
+                f"the entry point {entry.name} = {entry.value} of group {GROUP} claims a name that is taken",
+                hint="uninstall one of the packages, or rename the pass",
+            )
+        loaded = entry.load()
+        if not (isinstance(loaded, type) and issubclass(loaded, Pass) and loaded.name == entry.name):
+            raise UsageError(
+                f"the entry point {entry.name} = {entry.value} of group {GROUP} is no Pass of that name",
+                hint="it must name a subclass of moec.passes.base.Pass whose `name` is the entry's",
+            )
+        taken.add(entry.name)
+        found.append(loaded())
+    return found
+
+
+def check_order(passes: Sequence[Pass]) -> None:
+    """Check, before anything runs, that every pass comes after those that it requires.
+
+    Raises:
+        UsageError: One does not; every missing requirement is named.
+    """
+    done: set[str] = set()
+    missing: list[str] = []
+    for item in passes:
+        missing += [f"{item.name} needs {name} before it" for name in item.requires if name not in done]
+        done.add(item.name)
+    if missing:
+        raise UsageError(f"the passes cannot run in this order: {'; '.join(missing)}", hint="see moec.passes")
+
+
+def run_passes(
+    program: Program, passes: Sequence[Pass], on_pass: Callable[[PassRecord], None] | None = None
+) -> tuple[Program, tuple[PassRecord, ...]]:
+    """Run `passes` in order, with the invariants checked before the first and after each.
+
+    Args:
+        program: Where to start.
+        passes: What to run.
+        on_pass: Called after each pass.
+
+    Returns:
+        The program after the last pass, and the log.
+
+    Raises:
+        UsageError: The order is wrong.
+        MoecError: A pass failed, or broke an invariant; the message names it.
+    """
+    check_order(passes)
+    check_invariants(program)
+    log: list[PassRecord] = []
+    for item in passes:
+        start = time.perf_counter()
+        result = _run(item, program, [record.name for record in log])
+        program = result.program
+        record = PassRecord(item.name, result.modified, time.perf_counter() - start, result.rejections)
+        log.append(record)
+        if on_pass is not None:
+            on_pass(record)
+    return program, tuple(log)
+
+
+def _run(item: Pass, program: Program, completed: Sequence[str]) -> PassResult:
+    """Run one pass and check what it left; whatever fails names the pass."""
+    try:
+        result = item.run(program)
+        check_invariants(result.program, [*completed, item.name])
+    except MoecError as error:
+        # The class stays, since it decides the exit code.
+        error.message = f"pass {item.name}: {error.message}"
+        error.args = (error.message,)
+        raise
+    except Exception as error:
+        raise MoecError(
+            f"pass {item.name} failed: {type(error).__name__}: {error}",
+            hint="this is a fault of moec or of the package that brought the pass: please report it",
+        ) from error
+    return result

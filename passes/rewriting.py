@@ -1,0 +1,125 @@
+"""What passes share: reading the arguments of a node, and adding nodes whose fake values are exact."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from moec.compiler.program import Program, moe_layers
+from moec.compiler.weights import WeightStore
+
+aten = torch.ops.aten
+
+CASTS = (aten._to_copy.default,)
+
+
+def rewritten(program: Program, graph: fx.Graph, weights: WeightStore | None = None) -> Program:
+    """`program` with a changed graph; the MoE layer table follows the graph."""
+    return program.replace(
+        graph=graph, layers=moe_layers(graph), weights=program.weights if weights is None else weights
+    )
+
+
+def fake_mode(graph: fx.Graph) -> FakeTensorMode:
+    """The mode that the fake values of `graph` belong to."""
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, FakeTensor):
+            return value.fake_mode
+    raise AssertionError("a graph without a tensor")
+
+
+def value_of(argument: Any) -> Any:
+    """The fake value of an argument; numbers and None are themselves."""
+    return argument.meta["val"] if isinstance(argument, fx.Node) else argument
+
+
+def evaluate(target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], mode: FakeTensorMode) -> Any:
+    """The fake value of a call: shapes and dtypes without values."""
+    with mode, torch.no_grad():
+        return target(*fx.map_arg(args, value_of), **fx.map_arg(kwargs, value_of))
+
+
+def call(graph: fx.Graph, target: Callable[..., Any], *args: Any, like: fx.Node, **kwargs: Any) -> fx.Node:
+    """Add a call at the insertion point of `graph`.
+
+    Args:
+        graph: Where to add it.
+        target: The op.
+        args: Its arguments: nodes and constants.
+        like: The node that the call takes the place of; the new node belongs to the same module.
+        kwargs: Its keyword arguments.
+    """
+    node = graph.call_function(target, args, kwargs)
+    node.meta = {"val": evaluate(target, args, kwargs, fake_mode(graph)), "module": like.meta.get("module", "")}
+    return node
+
+
+def add_weight(graph: fx.Graph, name: str, like: fx.Node) -> fx.Node:
+    """Add a `get_attr` of the weight `name` at the insertion point, with the fake value of `like`."""
+    node = graph.create_node("get_attr", name)
+    node.meta = {"val": like.meta["val"], "module": like.meta.get("module", "")}
+    return node
+
+
+def replace(old: fx.Node, new: fx.Node) -> None:
+    """Let the users of `old` use `new`, and take `old` out of the graph."""
+    old.replace_all_uses_with(new)
+    old.graph.erase_node(old)
+
+
+def substitute(old: fx.Node, new: fx.Node) -> None:
+    """Let the users of `old` use `new`, and take out of the graph whatever nobody uses any more."""
+    old.replace_all_uses_with(new)
+    dead = [old]
+    while dead:
+        node = dead.pop()
+        if node.op == "call_function" and not node.users:
+            sources = node.all_input_nodes
+            node.graph.erase_node(node)
+            dead += sources
+
+
+def is_call(argument: Any, *targets: Any) -> bool:
+    """Whether `argument` is a call of one of `targets`."""
+    return isinstance(argument, fx.Node) and argument.op == "call_function" and argument.target in targets
+
+
+def skip_casts(node: fx.Node) -> fx.Node:
+    """The node whose value `node` is, but for its dtype."""
+    while is_call(node, *CASTS):
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        node = source
+    return node
+
+
+def number(argument: Any) -> float | None:
+    """A Python number as float; None for anything else."""
+    if isinstance(argument, int | float) and not isinstance(argument, bool):
+        return float(argument)
+    return None
+
+
+def tensor_shape(argument: Any) -> tuple[Any, ...] | None:
+    """Shape of a tensor-valued node as sizes whose equality is structural; None for anything else."""
+    value = argument.meta.get("val") if isinstance(argument, fx.Node) else argument
+    return tuple(size_of(size) for size in value.shape) if isinstance(value, Tensor) else None
+
+
+def size_of(size: Any) -> Any:
+    """A size as an int or a symbolic expression: comparing those adds no guard to the trace."""
+    if isinstance(size, torch.SymInt):
+        expression = size.node.expr
+        return int(expression) if expression.is_number else expression
+    return int(size)
+
+
+def last_axis(node: fx.Node, axis: Any) -> bool:
+    """Whether `axis` is the last one of the tensor `node`."""
+    rank = node.meta["val"].ndim
+    return isinstance(axis, int) and axis in (-1, rank - 1)
