@@ -100,7 +100,8 @@ def test_a_training_step_learns_and_obeys_its_seed() -> None:
         torch.manual_seed(seed)
         model = train.new_model()
         assert train.train(model, tokens, steps=2, minutes=math.inf, seed=seed) == 2
-        return model.lm_head.weight.detach()
+        weight: torch.Tensor = model.lm_head.weight.detach()
+        return weight
 
     assert torch.equal(trained(1), trained(1))
     assert not torch.equal(trained(1), trained(2))
