@@ -1,0 +1,252 @@
+"""What a lowering function works with: the graph being built, values by fx node, constants, sizes and weights."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import fx
+
+from moec.compiler.errors import LoweringError
+from moec.compiler.program import Program, module_of
+from moec.compiler.rejections import Rejection
+from moec.compiler.weights import LazyTensor
+
+DTYPES: Mapping[torch.dtype, ir.DataType] = {
+    torch.float32: ir.DataType.FLOAT,
+    torch.float16: ir.DataType.FLOAT16,
+    torch.float64: ir.DataType.DOUBLE,
+    torch.int64: ir.DataType.INT64,
+    torch.int32: ir.DataType.INT32,
+    torch.int8: ir.DataType.INT8,
+    torch.uint8: ir.DataType.UINT8,
+    torch.bool: ir.DataType.BOOL,
+}
+MS = "com.microsoft"
+
+
+class Context:
+    """State of one lowering.
+
+    Args:
+        program: What is lowered.
+        settings: Choices of the target that lowering functions consult, such as {"contrib": True}.
+    """
+
+    def __init__(self, program: Program, settings: Mapping[str, Any]) -> None:
+        self.program, self.settings = program, settings
+        self.nodes: list[ir.Node] = []
+        self.initializers: dict[str, tuple[ir.Value, LazyTensor]] = {}
+        self.experts: dict[str, dict[str, Any]] = {}
+        self.rejections: list[Rejection] = []
+        self.memo: dict[Any, Any] = {}
+        self._values: dict[fx.Node, Any] = {}
+        self._constants: dict[Any, ir.Value] = {}
+        self._symbols = {str(symbol): name for name, symbol in program.dims.items()}
+        self._counter = 0
+
+    # Values -----------------------------------------------------------------------------------------------------
+
+    def set(self, node: fx.Node, value: Any) -> None:
+        """Remember what `node` lowered to, and give its value the type and shape that the trace found."""
+        self._values[node] = value
+        fake = node.meta.get("val")
+        if isinstance(value, ir.Value) and isinstance(fake, torch.Tensor) and value.name not in self.initializers:
+            value.type = ir.TensorType(DTYPES[fake.dtype])
+            value.shape = self.shape_of(fake.shape)
+
+    def get(self, argument: Any) -> Any:
+        """The lowered form of an argument: a Value for a tensor, numbers and lists as they are."""
+        if isinstance(argument, fx.Node):
+            if argument.op == "get_attr":
+                return self.weight(str(argument.target), argument.meta["val"].dtype)
+            return self._values[argument]
+        if isinstance(argument, list | tuple):
+            return [self.get(item) for item in argument]
+        return argument
+
+    def tensor(self, argument: Any, dtype: torch.dtype | None = None) -> ir.Value:
+        """`argument` as a tensor Value, cast to `dtype` if it has another one."""
+        if isinstance(argument, fx.Node) and isinstance(argument.meta.get("val"), torch.Tensor):
+            value = self.get(argument)
+            assert isinstance(value, ir.Value)
+            have = argument.meta["val"].dtype
+            return value if dtype in (None, have) else self.op("Cast", value, to=int(DTYPES[dtype]))
+        if isinstance(argument, fx.Node):
+            scalar = self.size(argument)
+            return scalar if dtype in (None, torch.int64) else self.op("Cast", scalar, to=int(DTYPES[dtype]))
+        if dtype is None:
+            dtype = torch.float32 if isinstance(argument, float) else torch.int64
+        return self.constant(np.asarray(argument, dtype=np_dtype(dtype)))
+
+    def shape_of(self, sizes: Sequence[Any]) -> ir.Shape:
+        """A torch shape, symbols and all, as an ONNX shape."""
+        return ir.Shape([self.dim(size) for size in sizes])
+
+    def dim(self, size: Any) -> int | str:
+        """A torch size as a number or the name of an axis."""
+        if isinstance(size, int):
+            return size
+        text = str(size)
+        for symbol, name in self._symbols.items():
+            text = text.replace(symbol, name)
+        return text
+
+    # Nodes ------------------------------------------------------------------------------------------------------
+
+    def op(self, op_type: str, *inputs: ir.Value | None, domain: str = "", **attributes: Any) -> ir.Value:
+        """Append a node with one output and return that."""
+        return self.ops(op_type, *inputs, outputs=1, domain=domain, **attributes)[0]
+
+    def ops(
+        self, op_type: str, *inputs: ir.Value | None, outputs: int, domain: str = "", **attributes: Any
+    ) -> Sequence[ir.Value]:
+        """Append a node with several outputs."""
+        node = ir.node(op_type, list(inputs), attributes, domain=domain, num_outputs=outputs)
+        self._counter += 1
+        node.name = f"{op_type}_{self._counter}"
+        for index, output in enumerate(node.outputs):
+            output.name = f"{op_type.lower()}_{self._counter}" + (f"_{index}" if outputs > 1 else "")
+        self.nodes.append(node)
+        return node.outputs
+
+    @contextlib.contextmanager
+    def subgraph(self, name: str) -> Iterator[ir.Graph]:
+        """Collect the nodes made inside into a graph of their own, for a branch; append its outputs to it.
+
+        What is shared between layers must not be made in a branch, so the memo starts empty inside.
+        """
+        outer, memo = self.nodes, self.memo
+        self.nodes, self.memo = [], {}
+        graph = ir.Graph([], [], nodes=[], name=name)
+        try:
+            yield graph
+            graph.extend(self.nodes)
+        finally:
+            self.nodes, self.memo = outer, memo
+
+    def shared(self, key: Any, make: Callable[[], ir.Value]) -> ir.Value:
+        """`make()` the first time that `key` is asked for, then the same value: masks and sizes of every layer."""
+        if key not in self.memo:
+            self.memo[key] = make()
+        value: ir.Value = self.memo[key]
+        return value
+
+    # Constants and weights --------------------------------------------------------------------------------------
+
+    def constant(self, value: Any, dtype: Any = None) -> ir.Value:
+        """A small constant as an initializer, each distinct one once."""
+        array = np.array(value, dtype=dtype, order="C")
+        key = (array.dtype.str, array.shape, array.tobytes())
+        if key not in self._constants:
+            name = f"const_{len(self._constants)}"
+            tensor = ir.Tensor(array, name=name)
+            self._constants[key] = ir.Value(
+                name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor
+            )
+        return self._constants[key]
+
+    def ints(self, *values: int) -> ir.Value:
+        """A 1-D int64 constant."""
+        return self.constant(np.asarray(values, dtype=np.int64))
+
+    def constants(self) -> list[ir.Value]:
+        """Every small constant made so far."""
+        return list(self._constants.values())
+
+    def initializer(self, name: str, tensor: LazyTensor) -> ir.Value:
+        """A weight, kept lazy until the file is written. The same name is the same tensor."""
+        if name not in self.initializers:
+            shape = ir.Shape(list(tensor.shape))
+            value = ir.Value(name=name, type=ir.TensorType(DTYPES[tensor.dtype]), shape=shape)
+            self.initializers[name] = (value, tensor)
+        return self.initializers[name][0]
+
+    def weight(self, name: str, dtype: torch.dtype) -> ir.Value:
+        """The Program's tensor called `name`, cast to `dtype`, as it is."""
+        name = self.program.weights.resolve(name)
+        return self.initializer(name, self.program.weights[name].cast(dtype))
+
+    def lazy(self, node: fx.Node) -> LazyTensor:
+        """The lazy tensor behind a `get_attr` node, in the dtype of the graph."""
+        return self.program.weights[str(node.target)].cast(node.meta["val"].dtype)
+
+    # Sizes ------------------------------------------------------------------------------------------------------
+
+    def size(self, argument: Any) -> ir.Value:
+        """A size as an int64 scalar Value; nodes are made only when somebody asks."""
+        if isinstance(argument, int):
+            return self.constant(np.int64(argument))
+        value = self._values[argument]
+        made: ir.Value = value() if callable(value) else value
+        return made
+
+    def dims(self, sizes: Sequence[Any]) -> ir.Value:
+        """A list of sizes, each a number or a node, as a 1-D int64 Value."""
+        if all(isinstance(size, int) for size in sizes):
+            return self.ints(*sizes)
+        parts = [
+            self.ints(size) if isinstance(size, int) else self.op("Reshape", self.size(size), self.ints(1))
+            for size in sizes
+        ]
+        return self.op("Concat", *parts, axis=0)
+
+    def axis_length(self, node: fx.Node, axis: int) -> ir.Value:
+        """Length of one axis of a tensor, as an int64 scalar; one set of nodes for each distinct length."""
+        size = node.meta["val"].shape[axis]
+        if isinstance(size, int):
+            return self.constant(np.int64(size))
+
+        def make() -> ir.Value:
+            shape = self.op("Shape", self.get(node), start=axis, end=axis + 1)
+            return self.op("Squeeze", shape, self.ints(0))
+
+        return self.shared(("size", str(size)), make)
+
+    # Messages ---------------------------------------------------------------------------------------------------
+
+    def reject(self, node: fx.Node, reason: str) -> None:
+        """Record that `node` took another form than the best one."""
+        self.rejections.append(Rejection("onnx", module_of(node), reason))
+
+    def refuse(self, node: fx.Node, reason: str, hint: str = "") -> LoweringError:
+        """The error for a node that has no form here."""
+        return LoweringError(f"{module_of(node)}: {node.target}: {reason}", hint=hint)
+
+
+def np_dtype(dtype: torch.dtype) -> Any:
+    """The numpy dtype of a torch dtype."""
+    return torch.empty(0, dtype=dtype).numpy().dtype
+
+
+def rank(node: fx.Node) -> int:
+    """Number of axes of a node's value."""
+    return len(node.meta["val"].shape)
+
+
+def result_dtype(node: fx.Node) -> torch.dtype:
+    """Dtype of a node's value."""
+    dtype: torch.dtype = node.meta["val"].dtype
+    return dtype
+
+
+def integer(argument: Any) -> int:
+    """An argument of an fx node that must be a whole number."""
+    assert isinstance(argument, int), argument
+    return argument
+
+
+def real(argument: Any) -> float:
+    """An argument of an fx node that must be a number."""
+    assert isinstance(argument, int | float), argument
+    return float(argument)
+
+
+def listed(argument: Any) -> list[Any]:
+    """An argument of an fx node that must be a list."""
+    assert isinstance(argument, list | tuple), argument
+    return list(argument)

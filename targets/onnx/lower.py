@@ -1,0 +1,156 @@
+"""Lower a Program to an ONNX model: walk the graph, call the table, write the files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import fx
+
+from moec.compiler.program import ATTENTION, Program, TensorSpec
+from moec.targets.onnx.context import DTYPES, MS, Context
+from moec.targets.onnx.lowerings.linear import untransposed_weights
+from moec.targets.onnx.lowerings.table import lookup
+
+OPSET = 24
+IR_VERSION = 11
+SYNTHESISED = ("cache_position",)
+"""Inputs of the Program that an ONNX model with a growing cache works out for itself."""
+
+
+def build(program: Program, *, contrib: bool) -> tuple[ir.Model, Context]:
+    """Lower `program`.
+
+    Args:
+        program: What is lowered; dynamic in batch, sequence and past.
+        contrib: Whether ops of the `com.microsoft` domain may be used.
+
+    Returns:
+        The model, whose large initializers have no value yet, and the context, which holds them.
+
+    Raises:
+        LoweringError: An op has no form.
+    """
+    resolve = program.weights.resolve
+    ctx = Context(program, {"contrib": contrib, "untransposed": untransposed_weights(program.graph, resolve)})
+    inputs = _inputs(ctx)
+    for node in program.graph.nodes:
+        if node.op == "call_function":
+            ctx.set(node, lookup(node)(ctx, node))
+    outputs = _outputs(ctx)
+    initializers = [value for value, _ in ctx.initializers.values()] + ctx.constants()
+    graph = ir.Graph(
+        inputs,
+        outputs,
+        nodes=ctx.nodes,
+        initializers=initializers,
+        opset_imports={"": OPSET, MS: 1} if contrib else {"": OPSET},
+        name="moec",
+    )
+    model = ir.Model(graph, ir_version=IR_VERSION, producer_name="moec")
+    model.metadata_props["moec.experts"] = json.dumps(ctx.experts, sort_keys=True)
+    return model, ctx
+
+
+def _spec_value(spec: TensorSpec) -> ir.Value:
+    return ir.Value(name=spec.name, type=ir.TensorType(DTYPES[spec.dtype]), shape=ir.Shape(list(spec.shape)))
+
+
+def _inputs(ctx: Context) -> list[ir.Value]:
+    specs = [*ctx.program.inputs, *(state.input for state in ctx.program.states)]
+    inputs = []
+    placeholders = ctx.program.graph.find_nodes(op="placeholder")
+    for node, spec in zip(placeholders, specs, strict=True):
+        if spec.name not in SYNTHESISED:
+            inputs.append(_spec_value(spec))
+            ctx.set(node, inputs[-1])
+    for node, spec in zip(placeholders, specs, strict=True):
+        if spec.name == "cache_position" and node.users:
+            ctx.set(node, _cache_position(ctx, placeholders))
+    return inputs
+
+
+def _cache_position(ctx: Context, placeholders: list[fx.Node]) -> ir.Value:
+    """The new tokens lie behind the past: P, P + 1, ..., P + S - 1."""
+    attention = ctx.program.nodes(ATTENTION)[0]
+    past_key, key = attention.args[3], placeholders[0]
+    assert isinstance(past_key, fx.Node)
+    past = ctx.axis_length(past_key, 2)
+    total = ctx.op("Add", past, ctx.axis_length(key, 1))
+    return ctx.op("Range", past, total, ctx.constant(np.int64(1)))
+
+
+def _outputs(ctx: Context) -> list[ir.Value]:
+    """Name the results. Logits leave as float32 whatever the graph computes in."""
+    program = ctx.program
+    outputs: list[ir.Value] = []
+    specs = {state.output.name: state.output for state in program.states}
+    for name, node in program.outputs().items():
+        fake = node.meta["val"]
+        dtype = torch.float32 if name == "logits" else fake.dtype
+        value = ctx.op("Cast", ctx.get(node), to=int(DTYPES[dtype])) if dtype != fake.dtype else ctx.get(node)
+        if value.name in {output.name for output in outputs} or value.is_graph_input():
+            value = ctx.op("Identity", value)
+        value.type = ir.TensorType(DTYPES[dtype])
+        value.shape = ir.Shape(list(specs[name].shape)) if name in specs else ctx.shape_of(fake.shape)
+        value.name = name
+        outputs.append(value)
+    return outputs
+
+
+def signature(program: Program) -> Mapping[str, Any]:
+    """Inputs, outputs and states for moec.json."""
+
+    def row(spec: TensorSpec) -> dict[str, Any]:
+        return {"name": spec.name, "shape": list(spec.shape), "dtype": str(spec.dtype).removeprefix("torch.")}
+
+    logits = program.outputs()["logits"].meta["val"]
+    return {
+        "inputs": [row(spec) for spec in program.inputs if spec.name not in SYNTHESISED],
+        "outputs": [{"name": "logits", "shape": ["batch", "sequence", int(logits.shape[-1])], "dtype": "float32"}],
+        "states": [
+            {"layer": state.layer, "kind": state.kind, "input": row(state.input), "output": row(state.output)}
+            for state in program.states
+        ],
+    }
+
+
+MODEL, DATA = "model.onnx", "model.onnx.data"
+ALIGNMENT = 4096
+"""Offsets of large tensors in the data file, so that they can be mapped into memory."""
+
+
+def write(model: ir.Model, ctx: Context, directory: Path, progress: Any) -> None:
+    """Write `model.onnx` and `model.onnx.data`, one slice of one tensor in memory at a time.
+
+    Bytes are the same on every run: tensors lie in the order of their first use, padded with zeros.
+    """
+    total = sum(tensor.nbytes for _, tensor in ctx.initializers.values())
+    done = 0
+    with (directory / DATA).open("wb") as file:
+        for name, (value, tensor) in ctx.initializers.items():
+            file.write(b"\0" * (-file.tell() % ALIGNMENT))
+            offset = file.tell()
+            for chunk in tensor.chunks():
+                file.write(_bytes(chunk).data)
+                done += chunk.numel() * chunk.element_size()
+                progress("weights", done, total)
+            value.const_value = ir.ExternalTensor(
+                DATA,
+                offset,
+                tensor.nbytes,
+                DTYPES[tensor.dtype],
+                shape=ir.Shape(list(tensor.shape)),
+                name=name,
+                base_dir=directory,
+            )
+    ir.save(model, directory / MODEL)
+
+
+def _bytes(chunk: torch.Tensor) -> np.ndarray:
+    return chunk.contiguous().view(-1).view(torch.uint8).numpy()

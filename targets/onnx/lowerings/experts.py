@@ -1,0 +1,245 @@
+"""`moec::experts` and `moec::select`: ONNX Runtime's `MoE`, or standard ops where that has no form.
+
+CPU `MoE` with `normalize_routing_weights=0` silently returns zeros when it may run in place
+(microsoft/onnxruntime#33866). It is therefore fed the logarithm of the routing weights, normalises them itself, and
+its output is multiplied by their sum: that form cannot fail that way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor, fx
+
+from moec.compiler.ops import Gate
+from moec.compiler.program import EXPERTS, SELECT
+from moec.compiler.weights import LazyTensor, Mapped, swap_last
+from moec.targets.onnx.context import MS, Context, np_dtype, result_dtype
+from moec.targets.onnx.lowerings.elementwise import Lowering
+
+PLAIN_KERNELS = ("relu", "silu", "identity")
+"""Activations without a gate that the `MoE` kernel computes as torch does (its gelu is another approximation)."""
+
+
+def gate_of(node: fx.Node) -> Gate:
+    """The activation of an experts node."""
+    activation, gated, interleaved, _transposed, alpha, limit, up_offset = node.args[7:14]
+    return Gate(activation, gated, interleaved, alpha, limit, up_offset)  # type: ignore[arg-type]
+
+
+def kernel_refusal(gate: Gate) -> str:
+    """Why the MoE kernels of ONNX Runtime cannot compute `gate`; empty where they can."""
+    if gate.gated and gate.activation != "silu":
+        return f"the kernel has no gated {gate.activation}"
+    if not gate.gated and gate.activation not in PLAIN_KERNELS:
+        return f"the kernel has no {gate.activation}"
+    return ""
+
+
+def kernel_attributes(gate: Gate) -> dict[str, Any]:
+    """Attributes of `MoE` and `QMoE` for `gate`."""
+    if not gate.gated:
+        return {"activation_type": gate.activation}
+    attributes: dict[str, Any] = {
+        "activation_type": "swiglu",
+        "swiglu_fusion": 1,
+        "activation_alpha": gate.alpha,
+        "activation_beta": gate.up_offset,
+    }
+    return {**attributes, "swiglu_limit": gate.limit} if gate.limit else attributes
+
+
+def interleave(value: Tensor) -> Tensor:
+    """[n, 2I, ...] with gate and up one after the other -> gate0, up0, gate1, ... along axis 1."""
+    gate, up = value.chunk(2, dim=1)
+    return torch.stack([gate, up], dim=2).reshape(value.shape)
+
+
+def kernel_layout(tensor: LazyTensor, gate: Gate, *, transposed: bool, first: bool) -> LazyTensor:
+    """The layout that the kernels want: [E, out, in], gate and up interleaved."""
+    if transposed and len(tensor.shape) == 3:
+        tensor = swap_last(tensor)
+    if first and gate.gated and not gate.interleaved:
+        return Mapped(tensor, interleave, tensor.shape, tensor.dtype)
+    return tensor
+
+
+def dense_weights(ctx: Context, node: fx.Node) -> ir.Value:
+    """Routing weights as [T, E]: 0 for every expert that a token does not use."""
+    hidden, indices, weights, gate_up = node.args[:4]
+    assert isinstance(hidden, fx.Node)
+    dtype = result_dtype(node)
+    count = int(gate_up.meta["val"].shape[0])  # type: ignore[union-attr]
+
+    def zeros() -> ir.Value:
+        tokens = ctx.op("Reshape", ctx.axis_length(hidden, 0), ctx.ints(1))
+        shape = ctx.op("Concat", tokens, ctx.ints(count), axis=0)
+        return ctx.op("ConstantOfShape", shape, value=ir.Tensor(np.zeros(1, np_dtype(dtype))))
+
+    empty = ctx.shared(("no experts", str(hidden.meta["val"].shape[0]), count, dtype), zeros)
+    return ctx.op("ScatterElements", empty, ctx.tensor(indices), ctx.tensor(weights, dtype), axis=1, reduction="add")
+
+
+def _experts(ctx: Context, node: fx.Node) -> ir.Value:
+    gate = gate_of(node)
+    refusal = kernel_refusal(gate) if ctx.settings["contrib"] else ""
+    if refusal:
+        ctx.reject(node, f"{refusal}: experts run in standard ops, one If per expert")
+    if refusal or not ctx.settings["contrib"]:
+        return _portable(ctx, node, gate)
+    return _kernel(ctx, node, gate)
+
+
+def _kernel(ctx: Context, node: fx.Node, gate: Gate) -> ir.Value:
+    hidden, indices, weights, *tensors = node.args[:7]
+    transposed, dtype = bool(node.args[10]), result_dtype(node)
+    operands = [
+        None if tensor is None else _kernel_tensor(ctx, tensor, gate, transposed=transposed, first=position < 2)
+        for position, tensor in enumerate(tensors)
+    ]
+    dense = dense_weights(ctx, node)
+    out = ctx.op(
+        "MoE",
+        ctx.tensor(hidden),
+        ctx.op("Log", dense),
+        *operands,
+        domain=MS,
+        k=int(indices.meta["val"].shape[1]),  # type: ignore[union-attr]
+        normalize_routing_weights=1,
+        **kernel_attributes(gate),
+    )
+    total = ctx.op("ReduceSum", ctx.tensor(weights, dtype), ctx.ints(1), keepdims=1)
+    return ctx.op("Mul", out, total)
+
+
+def _kernel_tensor(ctx: Context, argument: Any, gate: Gate, *, transposed: bool, first: bool) -> ir.Value:
+    tensor = kernel_layout(ctx.lazy(argument), gate, transposed=transposed, first=first)
+    name = ctx.program.weights.resolve(str(argument.target))
+    interleaved = first and gate.gated and not gate.interleaved
+    swapped = transposed and len(tensor.shape) == 3
+    if len(tensor.shape) == 3:
+        ctx.experts[name] = {"initializer": f"{name}.moe", "interleaved": interleaved, "transposed": swapped}
+    return ctx.initializer(f"{name}.moe", tensor)
+
+
+# Standard ops ---------------------------------------------------------------------------------------------------
+
+
+def _portable(ctx: Context, node: fx.Node, gate: Gate) -> ir.Value:
+    """One `If` per expert around its tokens alone: gather them, run the expert, scatter-add the result."""
+    hidden, gate_up = node.args[0], node.args[3]
+    count = int(gate_up.meta["val"].shape[0])  # type: ignore[union-attr]
+    x, dense, dtype = ctx.tensor(hidden), dense_weights(ctx, node), result_dtype(node)
+    total = ctx.op("ConstantOfShape", ctx.op("Shape", x), value=ir.Tensor(np.zeros(1, np_dtype(dtype))))
+    for index in range(count):
+        own = ctx.op("Gather", dense, ctx.constant(np.int64(index)), axis=1)
+        used = ctx.op("Cast", own, to=int(ir.DataType.BOOL))
+        hit = ctx.op("Cast", ctx.op("ReduceMax", ctx.op("Cast", used, to=6), keepdims=0), to=9)
+        with ctx.subgraph(f"expert_{index}") as then:
+            then.outputs.append(_one_expert(ctx, node, gate, index, x, own, total))
+        with ctx.subgraph(f"idle_{index}") as otherwise:
+            otherwise.outputs.append(ctx.op("Identity", total))
+        total = ctx.op("If", hit, then_branch=then, else_branch=otherwise)
+    return total
+
+
+def _one_expert(
+    ctx: Context, node: fx.Node, gate: Gate, index: int, x: ir.Value, weights: ir.Value, total: ir.Value
+) -> ir.Value:
+    gate_up, gate_up_bias, down, down_bias = node.args[3:7]
+    transposed = bool(node.args[10])
+    tokens = ctx.op("Squeeze", ctx.op("NonZero", weights), ctx.ints(0))
+    projected = _project(ctx, ctx.op("Gather", x, tokens, axis=0), gate_up, gate_up_bias, index, transposed)
+    result = _project(ctx, _activate(ctx, projected, gate, result_dtype(node)), down, down_bias, index, transposed)
+    scaled = ctx.op("Mul", result, ctx.op("Unsqueeze", ctx.op("Gather", weights, tokens, axis=0), ctx.ints(1)))
+    return ctx.op("ScatterND", total, ctx.op("Unsqueeze", tokens, ctx.ints(1)), scaled, reduction="add")
+
+
+def _project(ctx: Context, x: ir.Value, weight: Any, bias: Any, index: int, transposed: bool) -> ir.Value:
+    name = ctx.program.weights.resolve(str(weight.target))
+    row = _Row(ctx.lazy(weight), index)
+    ctx.experts[name] = {"per_expert": f"{name}.{{}}", "transposed": not transposed}
+    value = ctx.initializer(f"{name}.{index}", row if transposed else swap_last(row))
+    product = ctx.op("MatMul", x, value)
+    if bias is None:
+        return product
+    own = ctx.initializer(f"{bias.target}.{index}", _Row(ctx.lazy(bias), index))
+    return ctx.op("Add", product, own)
+
+
+class _Row(LazyTensor):
+    """One expert of a stack."""
+
+    def __init__(self, stack: LazyTensor, index: int) -> None:
+        self._stack, self._index = stack, index
+        self.shape, self.dtype = stack.shape[1:], stack.dtype
+
+    def read(self) -> Tensor:
+        return self._stack.rows(self._index, self._index + 1)[0]
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        return self.read()[start:stop]
+
+
+def _activate(ctx: Context, projected: ir.Value, gate: Gate, dtype: torch.dtype) -> ir.Value:
+    def constant(value: float) -> ir.Value:
+        return ctx.constant(np.asarray(value, np_dtype(dtype)))
+
+    if not gate.gated:
+        return _activation(ctx, projected, gate)
+    if gate.interleaved:
+        step, end = ctx.ints(2), ctx.ints(np.iinfo(np.int64).max)
+        first, up = (ctx.op("Slice", projected, ctx.ints(start), end, ctx.ints(1), step) for start in (0, 1))
+    else:
+        first, up = ctx.ops("Split", projected, outputs=2, axis=1, num_outputs=2)
+    if gate.limit:
+        first = ctx.op("Min", first, constant(gate.limit))
+        up = ctx.op("Clip", up, constant(-gate.limit), constant(gate.limit))
+    if gate.activation == "silu" and gate.alpha != 1.0:
+        activated = ctx.op("Mul", first, ctx.op("Sigmoid", ctx.op("Mul", first, constant(gate.alpha))))
+    else:
+        activated = _activation(ctx, first, gate)
+    return ctx.op("Mul", activated, ctx.op("Add", up, constant(gate.up_offset)) if gate.up_offset else up)
+
+
+def _activation(ctx: Context, x: ir.Value, gate: Gate) -> ir.Value:
+    match gate.activation:
+        case "silu":
+            return ctx.op("Mul", x, ctx.op("Sigmoid", x))
+        case "gelu":
+            return ctx.op("Gelu", x)
+        case "gelu_tanh":
+            return ctx.op("Gelu", x, approximate="tanh")
+        case "relu2":
+            positive = ctx.op("Relu", x)
+            return ctx.op("Mul", positive, positive)
+        case "identity":
+            return x
+        case name:
+            return ctx.op({"relu": "Relu", "sigmoid": "Sigmoid", "tanh": "Tanh"}[name], x)
+
+
+def _select(ctx: Context, node: fx.Node) -> ir.Value:
+    """`moec::select`: zero what the policy drops, never the largest, and keep the sum of the row if asked."""
+    weights, keep, renormalize = node.args
+    dtype = result_dtype(node)
+    value = ctx.tensor(weights, dtype)
+    count = int(node.meta["val"].shape[1])
+    best = ctx.op("ArgMax", value, axis=1, keepdims=1)
+    largest = ctx.op("Equal", ctx.constant(np.arange(count, dtype=np.int64)[None]), best)
+    zero = ctx.constant(np.asarray(0, np_dtype(dtype)))
+    kept = ctx.op("Where", ctx.op("Or", ctx.tensor(keep), largest), value, zero)
+    if not renormalize:
+        return kept
+    before, after = (ctx.op("ReduceSum", item, ctx.ints(1), keepdims=1) for item in (value, kept))
+    one = ctx.constant(np.asarray(1, np_dtype(dtype)))
+    safe = ctx.op("Where", ctx.op("Equal", after, zero), one, after)
+    ratio = ctx.op("Where", ctx.op("Equal", after, zero), one, ctx.op("Div", before, safe))
+    return ctx.op("Mul", kept, ratio)
+
+
+TABLE: Mapping[Any, Lowering] = {EXPERTS: _experts, SELECT: _select}

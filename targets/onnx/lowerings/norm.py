@@ -1,0 +1,90 @@
+"""Normalisation and rotary embedding."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import fx
+
+from moec.compiler.program import RMS_NORM, ROTARY
+from moec.targets.onnx.context import Context, integer, listed, np_dtype, rank, real, result_dtype
+from moec.targets.onnx.lowerings.elementwise import Lowering
+
+aten = torch.ops.aten
+
+
+def _rms_norm(ctx: Context, node: fx.Node) -> ir.Value:
+    x, weight, eps = node.args
+    assert isinstance(x, fx.Node)
+    dtype = result_dtype(node)
+    if weight is None:
+        width = int(x.meta["val"].shape[-1])
+        scale = ctx.constant(np.ones(width, dtype=np_dtype(dtype)))
+    else:
+        scale = ctx.tensor(weight, dtype)
+    # ONNX Runtime's fused kernel predates the standard op and is the faster of the two on CPU.
+    if ctx.settings["contrib"]:
+        return ctx.op("SimplifiedLayerNormalization", ctx.tensor(x), scale, epsilon=real(eps), axis=-1, stash_type=1)
+    return ctx.op("RMSNormalization", ctx.tensor(x), scale, epsilon=real(eps), axis=-1, stash_type=1)
+
+
+def _layer_norm(ctx: Context, node: fx.Node) -> ir.Value:
+    x, sizes, weight, bias, eps = [*node.args, *(None, None, 1e-5)[len(node.args) - 2 :]][:5]
+    dtype = result_dtype(node)
+    widths = listed(sizes)
+    if len(widths) != 1:
+        raise ctx.refuse(node, "a layer norm over several axes has no form")
+    width = integer(widths[0])
+    scale = ctx.constant(np.ones(width, dtype=np_dtype(dtype))) if weight is None else ctx.tensor(weight, dtype)
+    shift = None if bias is None else ctx.tensor(bias, dtype)
+    return ctx.op("LayerNormalization", ctx.tensor(x, dtype), scale, shift, axis=-1, epsilon=real(eps))
+
+
+def _rotary(ctx: Context, node: fx.Node) -> ir.Value:
+    """`RotaryEmbedding` takes one half of cos and sin as [B, S, D / 2]; the halves are made once for all layers."""
+    x, cos, sin = node.args
+    assert isinstance(x, fx.Node)
+    dtype, width = result_dtype(node), int(x.meta["val"].shape[-1])
+
+    def half(table: Any) -> ir.Value:
+        def make() -> ir.Value:
+            value = ctx.tensor(table, dtype)
+            first = ctx.op("Slice", value, ctx.ints(0), ctx.ints(width // 2), ctx.ints(rank(table) - 1))
+            flat = ctx.op("Squeeze", first, ctx.ints(1))
+            batch = ctx.axis_length(x, 0)
+            length = ctx.axis_length(x, 2)
+            sizes = [ctx.op("Reshape", size, ctx.ints(1)) for size in (batch, length)]
+            return ctx.op("Expand", flat, ctx.op("Concat", *sizes, ctx.ints(width // 2), axis=0))
+
+        return ctx.shared(("rotary half", table, width, dtype), make)
+
+    return ctx.op("RotaryEmbedding", ctx.tensor(x), half(cos), half(sin))
+
+
+def _rotary_plain(ctx: Context, node: fx.Node) -> ir.Value:
+    """The same in elementary ops, for tables whose layout the fused op does not take."""
+    x, cos, sin = node.args
+    assert isinstance(x, fx.Node)
+    width, axis = int(x.meta["val"].shape[-1]), rank(x) - 1
+    value, dtype = ctx.tensor(x), result_dtype(node)
+    first = ctx.op("Slice", value, ctx.ints(0), ctx.ints(width // 2), ctx.ints(axis))
+    second = ctx.op("Slice", value, ctx.ints(width // 2), ctx.ints(width), ctx.ints(axis))
+    turned = ctx.op("Concat", ctx.op("Neg", second), first, axis=axis)
+    return ctx.op("Add", ctx.op("Mul", value, ctx.tensor(cos, dtype)), ctx.op("Mul", turned, ctx.tensor(sin, dtype)))
+
+
+def _rotary_any(ctx: Context, node: fx.Node) -> ir.Value:
+    tables = [argument for argument in node.args[1:] if isinstance(argument, fx.Node)]
+    fits = all(rank(table) == 4 and table.meta["val"].shape[1] == 1 for table in tables) and rank(node) == 4
+    return _rotary(ctx, node) if fits else _rotary_plain(ctx, node)
+
+
+TABLE: Mapping[Any, Lowering] = {
+    RMS_NORM: _rms_norm,
+    ROTARY: _rotary_any,
+    aten.layer_norm.default: _layer_norm,
+}

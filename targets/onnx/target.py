@@ -1,0 +1,101 @@
+"""The ONNX target: `model.onnx` with external data, for ONNX Runtime and, with `--flavor portable`, any runtime."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+from pydantic import Field
+
+from moec.compiler.rejections import Rejection
+from moec.targets.base import Capabilities, ExpertReader, Lowered, Phase, Progress, Runner, Target, TargetOptions
+
+if TYPE_CHECKING:
+    from moec.compiler.program import Program
+
+
+class Flavor(StrEnum):
+    """Dialects of the model."""
+
+    DEFAULT = "default"
+    PORTABLE = "portable"
+
+
+class OnnxOptions(TargetOptions):
+    """Options of the ONNX target."""
+
+    flavor: Flavor = Field(
+        Flavor.DEFAULT, description="default: ONNX Runtime's fused kernels; portable: standard opset 24 only"
+    )
+
+
+class OnnxTarget(Target):
+    """Lowers to ONNX."""
+
+    name: ClassVar[str] = "onnx"
+    Options: ClassVar[type[TargetOptions]] = OnnxOptions
+
+    def capabilities(self, options: TargetOptions, phase: Phase) -> Capabilities:  # noqa: ARG002
+        """Every flavor skips: the MoE kernels drop slots of weight 0, and so do the Ifs of the portable one."""
+        return Capabilities(skips_experts=True)
+
+    def lint(self, program: Program, options: TargetOptions) -> tuple[Rejection, ...]:  # noqa: ARG002
+        """Ops that have no lowering."""
+        from moec.targets.onnx.lowerings.table import TABLE
+
+        return tuple(
+            Rejection(self.name, str(node.meta.get("module", "")), f"no lowering for {node.target}")
+            for node in program.graph.nodes
+            if node.op == "call_function" and node.target not in TABLE
+        )
+
+    def lower(self, program: Program, options: TargetOptions, directory: Path, progress: Progress) -> Lowered:
+        """Write `model.onnx` and `model.onnx.data`."""
+        from moec.targets.onnx import lower
+
+        assert isinstance(options, OnnxOptions)
+        model, ctx = lower.build(program, contrib=options.flavor is not Flavor.PORTABLE)
+        counts: dict[str, int] = {}
+        for node in model.graph.all_nodes():
+            counts[node.op_type] = counts.get(node.op_type, 0) + 1
+        lower.write(model, ctx, directory, progress)
+        return Lowered(
+            (lower.MODEL, lower.DATA),
+            lower.signature(program),
+            tuple(ctx.rejections),
+            {"opset": lower.OPSET, "ops": dict(sorted(counts.items()))},
+        )
+
+    def open(self, directory: Path, *, threads: int = 0) -> Runner:
+        """Open with ONNX Runtime on CPU."""
+        from moec.targets.onnx.runner import OnnxRunner
+
+        return OnnxRunner(directory, threads=threads)
+
+    def expert_tensors(self, directory: Path) -> Mapping[str, ExpertReader]:
+        """Read the experts back from the files, in the layout of the Program."""
+        import onnx_ir as ir
+
+        model = ir.load(directory / "model.onnx")
+        table = json.loads(model.metadata_props["moec.experts"])
+        return {name: _reader(model.graph.initializers, entry) for name, entry in table.items()}
+
+
+def _reader(initializers: Mapping[str, object], entry: Mapping[str, object]) -> ExpertReader:
+    def values(name: str) -> np.ndarray:
+        return initializers[name].const_value.numpy()  # type: ignore[attr-defined, no-any-return]
+
+    def read(index: int) -> np.ndarray:
+        if "per_expert" in entry:
+            value = values(str(entry["per_expert"]).format(index))
+        else:
+            value = values(str(entry["initializer"]))[index]
+            if entry["interleaved"]:
+                value = np.concatenate([value[0::2], value[1::2]])
+        return np.ascontiguousarray(value.T) if entry["transposed"] else np.asarray(value)
+
+    return read
