@@ -1,0 +1,160 @@
+"""Runs a case on a runner and compares it with the reference, position by position."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from moec.compiler.errors import ArtifactError
+from moec.compiler.gates.cases import Case
+from moec.compiler.gates.reference import Trace
+from moec.compiler.gates.tolerance import TOKEN_TIE, Tolerance
+from moec.targets.base import Runner
+
+
+@dataclass(frozen=True)
+class CaseResult:
+    """How one case went.
+
+    Attributes:
+        name: Name of the case.
+        error: Largest difference of a position that is not excused, relative to the largest logit.
+        excused_error: The same over the excused positions, 0 where there are none.
+        positions: Number of positions that are no padding.
+        excused: How many of them are out of tolerance because of a tie.
+        tied: How many of them hold a tie.
+        top1: Share of positions where both prefer the same token.
+        tokens: Number of tokens generated greedily.
+        mismatch: Index of the first generated token that the reference would not have chosen, or None.
+    """
+
+    name: str
+    error: float
+    excused_error: float
+    positions: int
+    excused: int
+    tied: int
+    top1: float
+    tokens: int = 0
+    mismatch: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Output:
+    """What a runner made of a case: the ids [B, T] with those generated, and the logits [B, T, V]."""
+
+    input_ids: np.ndarray
+    logits: np.ndarray
+
+
+def run_case(runner: Runner, case: Case) -> Output:
+    """Feed a case step by step, then generate. The last generated token is not fed: its logits are not needed.
+
+    Raises:
+        ArtifactError: The logits do not have the shape that was asked for.
+    """
+    ids, pieces, offset = case.input_ids, list[np.ndarray](), 0
+    runner.reset()
+    for step in case.steps:
+        stop = offset + step
+        mask = None if case.attention_mask is None else case.attention_mask[:, :stop]
+        call = runner.decode if offset else runner.prefill
+        pieces.append(_checked(call(ids[:, offset:stop], mask), (ids.shape[0], step), case.name))
+        offset = stop
+    for index in range(case.new_tokens):
+        token = pieces[-1][:, -1].argmax(-1)[:, None].astype(np.int64)
+        ids = np.concatenate([ids, token], axis=1)
+        if index + 1 < case.new_tokens:
+            pieces.append(_checked(runner.decode(token), token.shape, case.name))
+    runner.reset()
+    return Output(ids, np.concatenate(pieces, axis=1))
+
+
+def _checked(logits: np.ndarray, shape: tuple[int, ...], name: str) -> np.ndarray:
+    if logits.ndim != 3 or logits.shape[:2] != shape:
+        raise ArtifactError(
+            f"{name}: the runner returned logits of shape {logits.shape} for input_ids of shape {shape}",
+            hint="a runner returns logits for every new token: [batch, sequence, vocabulary]",
+        )
+    return logits
+
+
+def compare(case: Case, output: Output, trace: Trace, tolerance: Tolerance) -> tuple[CaseResult, np.ndarray]:
+    """Compare a runner's output with the reference.
+
+    Args:
+        case: What was run.
+        output: What the runner made of it.
+        trace: The reference on `output.input_ids`, or on all of them but the last.
+        tolerance: The limits.
+
+    Returns:
+        The result, and which positions count as proven: [B, T] bool, neither padding nor excused.
+
+    Raises:
+        ArtifactError: The vocabularies differ.
+    """
+    length = output.logits.shape[1]
+    want = trace.logits[:, :length]
+    if output.logits.shape != want.shape:
+        raise ArtifactError(
+            f"{case.name}: the logits have {output.logits.shape[-1]} entries, the model's vocabulary {want.shape[-1]}"
+        )
+    valid = np.ones(want.shape[:2], dtype=bool)
+    if case.attention_mask is not None:
+        valid = case.attention_mask.astype(bool)
+    errors = position_errors(output.logits, want, valid)
+    tied = trace.tied[:, :length] & valid
+    excused = excused_positions(errors, tied, tolerance.limit)
+    proven = valid & ~excused
+    result = CaseResult(
+        case.name,
+        error=float(errors[proven].max(initial=0.0)),
+        excused_error=float(errors[excused].max(initial=0.0)),
+        positions=int(valid.sum()),
+        excused=int(excused.sum()),
+        tied=int(tied.sum()),
+        top1=float((output.logits.argmax(-1) == want.argmax(-1))[valid].mean()),
+        tokens=case.new_tokens,
+        mismatch=_mismatch(output.input_ids, want, excused, case.new_tokens),
+    )
+    return result, proven
+
+
+def position_errors(got: np.ndarray, want: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    """Largest |got - want| of each position over the largest |want| of all valid ones: [B, T]; infinite for NaN."""
+    scale = float(np.abs(want[valid]).max(initial=0.0))
+    errors = np.empty(want.shape[:2], dtype=np.float64)
+    for row in range(want.shape[0]):  # row by row: the difference is as large as the logits
+        errors[row] = np.abs(got[row] - want[row]).max(-1)
+    errors /= scale if scale > 0 else 1.0
+    errors[~np.isfinite(errors)] = np.inf
+    errors[~valid] = 0.0
+    return errors
+
+
+def excused_positions(errors: np.ndarray, tied: np.ndarray, limit: float) -> np.ndarray:
+    """Positions out of tolerance that a tie explains: [B, T] bool.
+
+    An expert that flips at a tied token changes the logits there and at the tokens that attend to it. So a position is
+    excused when it, or an earlier token of its sequence, is tied and shows a difference of its own: more than a quarter
+    of the limit. A NaN is never excused.
+    """
+    flipped = np.logical_or.accumulate(tied & (errors > limit / 4), axis=1)
+    return flipped & (errors > limit) & np.isfinite(errors)
+
+
+def _mismatch(ids: np.ndarray, want: np.ndarray, excused: np.ndarray, new_tokens: int) -> int | None:
+    """Index of the first generated token that is not the reference's choice, ties aside."""
+    if not new_tokens:
+        return None
+    first = want.shape[1] - new_tokens  # position whose logits choose the first generated token
+    scale = float(np.abs(want).max(initial=0.0))
+    for index in range(new_tokens):
+        position = first + index
+        chosen = np.take_along_axis(want[:, position], ids[:, position + 1, None], axis=-1)[:, 0]
+        worse = want[:, position].max(-1) - chosen > TOKEN_TIE * scale
+        if (worse & ~excused[:, position]).any():
+            return index
+    return None

@@ -1,0 +1,150 @@
+"""What the logits should be: the reference side of a parity check, with ties and experts of every token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import psutil
+import torch
+
+from moec.compiler.checkpoint import Checkpoint
+from moec.compiler.errors import CheckpointError
+from moec.compiler.gates.ties import RouterWatch
+from moec.compiler.interpreter import ProgramRunner
+from moec.compiler.program import Program
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Logits = Callable[[np.ndarray], np.ndarray]
+"""Input ids [B, T] without padding -> logits [B, T, V] float32."""
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """What the reference says about some sequences.
+
+    Attributes:
+        logits: [B, T, V] float32, 0 in padding.
+        tied: [B, T] bool: some router decision of the token is a tie.
+        slots: MoE layer -> expert of each slot that is not dropped, else -1: [B, T, k] int32.
+    """
+
+    logits: np.ndarray
+    tied: np.ndarray
+    slots: Mapping[int, np.ndarray]
+
+
+class Oracle:
+    """Traces sequences through the reference, each without padding and without a cache: one pass from the first token.
+
+    Args:
+        program: Gives ties and experts, and the logits too unless `logits` does.
+        margin: See `Tolerance.tie_margin`.
+        logits: Another source of logits, such as the model in transformers.
+    """
+
+    def __init__(self, program: Program, margin: float, logits: Logits | None = None) -> None:
+        self._watch = RouterWatch(program, margin)
+        self._runner = ProgramRunner(program, observer=self._watch)
+        self._logits = logits
+
+    def trace(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None) -> Trace:
+        """Trace sequences.
+
+        Args:
+            input_ids: [B, T] int64.
+            attention_mask: [B, T], 0 in left padding. Each row is run alone, without its padding.
+        """
+        if attention_mask is None:
+            return self._trace(input_ids)
+        rows = []
+        for ids, mask in zip(input_ids, attention_mask, strict=True):
+            start = int(len(mask) - mask.sum())
+            rows.append(_pad_left(self._trace(ids[None, start:]), start))
+        return Trace(
+            np.concatenate([row.logits for row in rows]),
+            np.concatenate([row.tied for row in rows]),
+            {layer: np.concatenate([row.slots[layer] for row in rows]) for layer in rows[0].slots},
+        )
+
+    def _trace(self, input_ids: np.ndarray) -> Trace:
+        self._watch.begin(*input_ids.shape)
+        logits = self._runner.prefill(input_ids)
+        self._runner.reset()
+        if self._logits is not None:
+            logits = self._logits(input_ids)
+        return Trace(logits, self._watch.tied, self._watch.slots)
+
+
+def _pad_left(trace: Trace, padding: int) -> Trace:
+    def pad(values: np.ndarray, fill: int) -> np.ndarray:
+        widths = [(0, 0), (padding, 0)] + [(0, 0)] * (values.ndim - 2)
+        return np.pad(values, widths, constant_values=fill)
+
+    return Trace(
+        pad(trace.logits, 0), pad(trace.tied, 0), {layer: pad(slots, -1) for layer, slots in trace.slots.items()}
+    )
+
+
+def load_source(checkpoint: Checkpoint) -> Logits:
+    """Load the checkpoint in transformers: eager attention and experts, float32, on the CPU.
+
+    Raises:
+        CheckpointError: It lacks weights that the model needs.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            checkpoint.directory,
+            dtype=torch.float32,
+            attn_implementation="eager",
+            trust_remote_code=checkpoint.trust_remote_code,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    finally:
+        if bars:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+    model: PreTrainedModel = loaded[0]
+    info: Mapping[str, Any] = loaded[1]
+    if missing := sorted(info["missing_keys"]):
+        raise CheckpointError(
+            f"{checkpoint.directory}: transformers finds no weights for {missing[0]} ({len(missing)} tensors)",
+            hint="the reference would be random there; download the checkpoint again",
+        )
+    if model._can_set_experts_implementation():
+        model.set_experts_implementation("eager")
+    model.train(mode=False)
+
+    @torch.no_grad()
+    def logits(input_ids: np.ndarray) -> np.ndarray:
+        ids = torch.from_numpy(input_ids)
+        result: np.ndarray = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.numpy()
+        return result
+
+    return logits
+
+
+def source_bytes(checkpoint: Checkpoint) -> int:
+    """Memory that the model in transformers takes: every weight as float32, and a quarter for loading and running."""
+    values = sum(torch.Size(entry.shape).numel() for entry in checkpoint.entries.values())
+    return values * 5
+
+
+def available_bytes() -> int:
+    """Memory that this process may still take: what the machine has left, or the container."""
+    available = int(psutil.virtual_memory().available)
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    with suppress(OSError, ValueError):  # no control groups, or no limit ("max")
+        available = min(available, int(limit.read_text()) - int(used.read_text()))
+    return available

@@ -1,0 +1,168 @@
+"""Runs the gates in order and turns their verdicts into a table and an exit code."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from moec.compiler.checkpoint import Checkpoint, first_line
+from moec.compiler.errors import MoecError
+from moec.compiler.gates.cases import Prompts
+from moec.compiler.gates.coverage import GATE as COVERAGE_GATE
+from moec.compiler.gates.coverage import judge_coverage
+from moec.compiler.gates.integrity import GATE as INTEGRITY_GATE
+from moec.compiler.gates.integrity import check_integrity
+from moec.compiler.gates.parity import (
+    ARTIFACT_GATE,
+    CAPTURE_GATE,
+    EXIT_CODE,
+    Evidence,
+    ParityOptions,
+    gather_artifact,
+    gather_capture,
+    judge_parity,
+)
+from moec.compiler.gates.verdict import Status, Verdict
+from moec.compiler.program import Program
+from moec.targets.base import Progress, Target
+
+SEVERAL_FAILED = 12
+
+REPORTED = (MoecError, RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, OSError, MemoryError)
+"""What a gate may raise because the artifact, the checkpoint or the machine is at fault: the gate then failed."""
+
+Gate = Callable[[], Verdict]
+
+
+@dataclass(frozen=True)
+class GateInputs:
+    """What the gates look at.
+
+    Attributes:
+        checkpoint: The source.
+        captured: The Program as captured.
+        program: The final Program, from which the artifact was lowered.
+        target: The target.
+        directory: The artifact.
+        facts: `Lowered.facts` of the artifact; "expert_tensor_bytes" maps expert tensors to their bytes.
+        threads: Threads of the artifact's runtime; 0 is its default.
+    """
+
+    checkpoint: Checkpoint
+    captured: Program
+    program: Program
+    target: Target
+    directory: Path
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    threads: int = 0
+
+
+def run_gates(
+    inputs: GateInputs,
+    options: ParityOptions | None = None,
+    progress: Progress = lambda *_: None,
+    *,
+    further: Sequence[tuple[str, int, Gate]] = (),
+) -> tuple[Verdict, ...]:
+    """Run parity, coverage and integrity, then `further` gates.
+
+    Args:
+        inputs: What to look at.
+        options: Settings of parity and coverage.
+        progress: Told what is being done.
+        further: Later gates: name, exit code and the function that runs each.
+
+    Returns:
+        One verdict per gate, always in the same order. Each carries its duration as the figure "seconds".
+    """
+    options = options or ParityOptions()
+    evidence: dict[str, Evidence] = {}
+
+    def capture() -> Verdict:
+        prompts = Prompts.of(inputs.checkpoint.directory, inputs.captured.vocab_size, seed=options.seed)
+        seen = gather_capture(inputs.checkpoint, inputs.captured, prompts, options, progress)
+        if isinstance(seen, Verdict):
+            return seen
+        evidence[CAPTURE_GATE] = seen
+        return judge_parity(CAPTURE_GATE, seen, options)
+
+    def artifact() -> Verdict:
+        prompts = Prompts.of(inputs.checkpoint.directory, inputs.program.vocab_size, seed=options.seed)
+        runner = inputs.target.open(inputs.directory, threads=inputs.threads)
+        seen = gather_artifact(inputs.program, runner, prompts, options, progress)
+        evidence[ARTIFACT_GATE] = seen
+        verdict = judge_parity(ARTIFACT_GATE, seen, options)
+        return replace(verdict, figures={**verdict.figures, "runner": dict(runner.facts())})
+
+    def coverage() -> Verdict:
+        if ARTIFACT_GATE not in evidence:
+            return Verdict(COVERAGE_GATE, Status.NOT_RUN, f"'{ARTIFACT_GATE}' did not finish", EXIT_CODE)
+        return judge_coverage(
+            {name: seen.coverage for name, seen in evidence.items()},
+            options.coverage_min,
+            {name: seen.tokens for name, seen in evidence.items()},
+        )
+
+    def integrity() -> Verdict:
+        readers = inputs.target.expert_tensors(inputs.directory)
+        tensor_bytes = inputs.facts.get("expert_tensor_bytes")
+        return check_integrity(inputs.program, readers, tensor_bytes=tensor_bytes, progress=progress)
+
+    gates: list[tuple[str, int, Gate]] = [
+        (CAPTURE_GATE, EXIT_CODE, capture),
+        (ARTIFACT_GATE, EXIT_CODE, artifact),
+        (COVERAGE_GATE, EXIT_CODE, coverage),
+        (INTEGRITY_GATE, EXIT_CODE, integrity),
+        *further,
+    ]
+    return tuple(run_gate(name, code, gate) for name, code, gate in gates)
+
+
+def run_gate(name: str, code: int, gate: Gate) -> Verdict:
+    """Run one gate. A gate that raises has failed, with the reason: it is never a pass."""
+    started = time.perf_counter()
+    try:
+        verdict = gate()
+    except REPORTED as error:
+        hint = getattr(error, "hint", "")
+        reason = f"{type(error).__name__}: {first_line(error)}" + (f" ({hint})" if hint else "")
+        verdict = Verdict(name, Status.FAIL, reason, code)
+    return replace(verdict, figures={**verdict.figures, "seconds": time.perf_counter() - started})
+
+
+def exit_code(verdicts: Iterable[Verdict], *, strict: bool = False) -> int:
+    """Exit code of a command that ran gates.
+
+    Args:
+        verdicts: What the gates said.
+        strict: Whether a gate that did not run counts as failed. It is never a pass, but without this it
+            does not fail the command either: a machine without a GPU cannot measure TensorRT's latency.
+
+    Returns:
+        0, the code of the gates that failed, or 12 where several with different codes did.
+    """
+    failing = {Status.FAIL, Status.NOT_RUN} if strict else {Status.FAIL}
+    codes = {verdict.exit_code for verdict in verdicts if verdict.status in failing}
+    if not codes:
+        return 0
+    return codes.pop() if len(codes) == 1 else SEVERAL_FAILED
+
+
+_STYLES = {Status.PASS: "green", Status.FAIL: "bold red", Status.NOT_RUN: "yellow"}
+
+
+def table(verdicts: Iterable[Verdict]) -> Table:
+    """The verdicts for a terminal."""
+    result = Table(title="Gates", title_justify="left", expand=False)
+    result.add_column("Gate", no_wrap=True)
+    result.add_column("Verdict", no_wrap=True)
+    result.add_column("What it found")
+    for verdict in verdicts:
+        result.add_row(verdict.gate, Text(verdict.status.upper(), _STYLES[verdict.status]), Text(verdict.summary))
+    return result

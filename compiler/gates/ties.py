@@ -1,0 +1,134 @@
+"""Where a router's decision is a tie, and which experts each token reached.
+
+Routing is discontinuous: when the k-th and the (k+1)-th score of a token are almost equal, two correct implementations
+may choose different experts, and their logits differ by far more than rounding. Such a decision is found by watching
+the decision nodes of the reference: top-k and argmax whose indices are used, and comparisons of floats (thresholds of
+routing policies), where they lead to an experts node without another experts or attention node in between.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from moec.compiler.errors import UnsupportedModelError
+from moec.compiler.program import ATTENTION, EXPERTS, Program
+
+aten = torch.ops.aten
+
+
+def _top_k_gap(scores: Tensor, count: int, dim: int = -1, largest: bool = True, *_: object) -> Tensor:
+    """Gap between the last score taken and the first one left, relative to the score: [...] without `dim`.
+
+    Relative to the last score taken where no score is negative (probabilities: their errors scale with their value),
+    else to the largest |score| (logits).
+    """
+    scores = scores.double() if largest else -scores.double()
+    if count >= scores.shape[dim]:
+        return torch.full(scores.amax(dim).shape, torch.inf)
+    best = scores.topk(count + 1, dim).values
+    taken, left = best.select(dim, count - 1), best.select(dim, count)
+    finite = torch.where(scores.isfinite(), scores, 0)
+    positive = (finite >= 0).all(dim) if largest else (finite <= 0).all(dim)
+    scale = torch.where(positive, taken.abs(), finite.abs().amax(dim)).clamp(min=1e-30)
+    return torch.nan_to_num((taken - left) / scale, nan=torch.inf)
+
+
+def _argmax_gap(scores: Tensor, dim: int | None = -1, *_: object) -> Tensor:
+    return _top_k_gap(scores, 1, -1 if dim is None else dim)
+
+
+def _comparison_gap(left: Tensor, right: Tensor | float, *_: object) -> Tensor:
+    """Relative difference of the two sides. Sides that are equal bit by bit are one value by construction."""
+    first = left.double()
+    second = right.double() if isinstance(right, Tensor) else torch.tensor(float(right), dtype=torch.float64)
+    scale = torch.maximum(first.abs(), second.abs()).clamp(min=1e-30)
+    gap = torch.nan_to_num((first - second).abs() / scale, nan=torch.inf)
+    return torch.where(first == second, torch.inf, gap)
+
+
+_GAPS: Mapping[Any, Callable[..., Tensor]] = {
+    aten.topk.default: _top_k_gap,
+    aten.max.dim: _argmax_gap,
+    aten.argmax.default: _argmax_gap,
+    **dict.fromkeys(
+        (
+            *(aten.lt.Tensor, aten.le.Tensor, aten.gt.Tensor, aten.ge.Tensor),
+            *(aten.lt.Scalar, aten.le.Scalar, aten.gt.Scalar, aten.ge.Scalar),
+        ),
+        _comparison_gap,
+    ),
+}
+_VALUES_AND_INDICES = frozenset({aten.topk.default, aten.max.dim})
+
+
+def decision_nodes(graph: fx.Graph) -> frozenset[fx.Node]:
+    """The nodes of `graph` at which a small change of a router's scores changes the experts."""
+    pending = [argument for node in graph.find_nodes(op="call_function", target=EXPERTS) for argument in node.args[:3]]
+    seen: set[fx.Node] = set()
+    while pending:
+        node = pending.pop()
+        if isinstance(node, fx.Node) and node not in seen and node.target not in (EXPERTS, ATTENTION):
+            seen.add(node)
+            pending.extend(node.all_input_nodes)
+    return frozenset(node for node in seen if node.target in _GAPS and _decides(node))
+
+
+def _decides(node: fx.Node) -> bool:
+    first = node.args[0]
+    value = first.meta.get("val") if isinstance(first, fx.Node) else None
+    if not (isinstance(value, Tensor) and value.is_floating_point()):
+        return False
+    if node.target not in _VALUES_AND_INDICES:
+        return True
+    # The values of a top-k change continuously when two scores swap places; its indices do not.
+    return any(user.target is operator.getitem and user.args[1] == 1 and user.users for user in node.users)
+
+
+class RouterWatch:
+    """An observer of the interpreter that notes ties and experts, token by token.
+
+    Args:
+        program: The Program that will run.
+        margin: See `Tolerance.tie_margin`.
+    """
+
+    def __init__(self, program: Program, margin: float) -> None:
+        self._margin = margin
+        self._decisions = decision_nodes(program.graph)
+        self._layers = {node: index for index, node in enumerate(program.nodes(EXPERTS))}
+        self._experts = {row.index: row.num_experts for row in program.layers}
+        self.begin(0, 0)
+
+    def begin(self, batch: int, length: int) -> None:
+        """Forget what was seen: the next step has `batch` sequences of `length` tokens."""
+        self._shape = (batch, length)
+        self.tied = np.zeros((batch, length), dtype=bool)
+        self.slots: dict[int, np.ndarray] = {}
+
+    def __call__(self, node: fx.Node, args: tuple[Any, ...], result: Any) -> None:  # noqa: ARG002
+        """See `moec.compiler.interpreter.Observer`."""
+        if node in self._decisions:
+            gaps = _GAPS[node.target](*args)
+            tokens = self._shape[0] * self._shape[1]
+            if tokens and gaps.numel() % tokens == 0:
+                tied = (gaps.reshape(tokens, -1) < self._margin).any(dim=1)
+                self.tied |= tied.numpy().reshape(self._shape)
+        elif node in self._layers:
+            self._note_experts(node, args[1], args[2])
+
+    def _note_experts(self, node: fx.Node, indices: Tensor, weights: Tensor) -> None:
+        layer = self._layers[node]
+        # A family may hand over each slot of a token as a row of its own, the slots of a token side by side (Llama 4).
+        if indices.shape[0] % max(self._shape[0] * self._shape[1], 1):
+            raise UnsupportedModelError(
+                f"MoE layer {layer}: its experts see {indices.shape[0]} rows in a step of {self._shape}",
+                hint="please report this model: its coverage cannot be established",
+            )
+        live = (weights != 0) & (indices >= 0) & (indices < self._experts[layer])
+        self.slots[layer] = torch.where(live, indices, -1).to(torch.int32).numpy().reshape(*self._shape, -1)

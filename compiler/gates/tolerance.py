@@ -1,0 +1,99 @@
+"""How far an artifact may be from its reference, by precision: one table, each row with its reason.
+
+A difference is max |difference| over a position's logits, divided by max |logit| of the reference over the whole case.
+It is relative to the largest logit because rounding errors of a matrix product scale with the largest terms and not
+with the result: a logit near 0 has no fewer rounding errors than a large one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+import torch
+
+from moec.compiler.errors import UsageError
+
+if TYPE_CHECKING:
+    from moec.compiler.program import Program
+
+
+class Precision(StrEnum):
+    """The coarsest arithmetic in an artifact."""
+
+    FP32 = "fp32"
+    FP16 = "fp16"
+    INT8 = "int8"
+    INT4 = "int4"
+
+
+@dataclass(frozen=True, slots=True)
+class Tolerance:
+    """Limits of one precision.
+
+    Attributes:
+        limit: Largest allowed difference relative to the largest logit.
+        tie_margin: A router decision is a tie when the two scores that it separates differ by less than this,
+            relative to the score (see `moec.compiler.gates.ties`).
+        identical_tokens: Whether greedy generation must give the same tokens.
+        reason: Why these numbers.
+    """
+
+    limit: float
+    tie_margin: float
+    identical_tokens: bool
+    reason: str
+
+
+TOLERANCES: Mapping[Precision, Tolerance] = {
+    Precision.FP32: Tolerance(
+        1e-4,
+        1e-4,
+        True,
+        "correct fp32 implementations differ by 2e-7 to 1e-5 through the order of summation; "
+        "a wrong mask, norm or expert shows at 1e-3 and above",
+    ),
+    Precision.FP16: Tolerance(
+        1e-2,
+        1e-2,
+        False,
+        "fp16 rounds each value to 5e-4 and the errors of the layers add up; correct kernels stay below 6e-3",
+    ),
+    Precision.INT8: Tolerance(
+        2e-2,
+        5e-2,
+        False,
+        "the reference holds the dequantized weights, so what is left is the rounding of activations to int8, "
+        "1.1e-2 to 1.5e-2 for one experts kernel",
+    ),
+    Precision.INT4: Tolerance(
+        2e-2,
+        5e-2,
+        False,
+        "as for int8: the reference holds the dequantized weights and int4 kernels round activations to int8, 1.1e-2",
+    ),
+}
+
+TOKEN_TIE = 1e-5
+"""Two logits closer than this share of the largest are a coin toss that fp32 rounding may decide either way."""
+
+
+def precision_of(program: Program) -> Precision:
+    """The coarsest precision in `program`: that of its quantized weights, else its activation dtype.
+
+    Raises:
+        UsageError: There is no tolerance for its activation dtype.
+    """
+    bits = []
+    for name in program.weight_names():
+        width = getattr(getattr(program.weights[name], "format", None), "bits", None)
+        if width is not None:
+            bits.append(int(width))
+    if bits:
+        return Precision.INT4 if min(bits) <= 4 else Precision.INT8
+    by_dtype = {torch.float32: Precision.FP32, torch.float16: Precision.FP16}
+    if program.dtype not in by_dtype:
+        raise UsageError(f"no parity tolerance is defined for activations in {program.dtype}", hint="use fp32 or fp16")
+    return by_dtype[program.dtype]
