@@ -353,3 +353,10 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 @torch.library.register_fake("moec::rotary")  # type: ignore[untyped-decorator]
 def _(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # noqa: ARG001
     return torch.empty_like(x)
+
+
+EXPERTS = torch.ops.moec.experts.default
+ATTENTION = torch.ops.moec.attention.default
+SELECT = torch.ops.moec.select.default
+RMS_NORM = torch.ops.moec.rms_norm.default
+ROTARY = torch.ops.moec.rotary.default

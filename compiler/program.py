@@ -15,13 +15,25 @@ from typing import Any
 import torch
 from torch import fx
 
+from moec.compiler.ops import ATTENTION, EXPERTS, RMS_NORM, ROTARY, SELECT
 from moec.compiler.weights import WeightStore
 
-EXPERTS = torch.ops.moec.experts.default
-ATTENTION = torch.ops.moec.attention.default
-SELECT = torch.ops.moec.select.default
-RMS_NORM = torch.ops.moec.rms_norm.default
-ROTARY = torch.ops.moec.rotary.default
+__all__ = [
+    "ATTENTION",
+    "EXPERTS",
+    "RMS_NORM",
+    "ROTARY",
+    "SELECT",
+    "Dim",
+    "MoeLayer",
+    "Program",
+    "StateSpec",
+    "TensorSpec",
+    "copy_graph",
+    "module_of",
+    "moe_layers",
+    "weight_argument",
+]
 
 Dim = int | str
 """A size: a number, or the name of a dynamic axis ("batch", "sequence", "past_sequence", "total_sequence")."""

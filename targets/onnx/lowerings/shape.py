@@ -201,7 +201,7 @@ def _index_select(ctx: Context, node: fx.Node) -> ir.Value:
 
 def _index(ctx: Context, node: fx.Node) -> ir.Value:
     source, indices = node.args
-    used = [(axis, index) for axis, index in enumerate(indices) if index is not None]  # type: ignore[arg-type, union-attr]
+    used = [(axis, index) for axis, index in enumerate(indices) if index is not None]  # type: ignore[arg-type]
     if len(used) != 1:
         raise ctx.refuse(node, "indexing by several tensors has no form")
     axis, index = used[0]
