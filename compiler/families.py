@@ -78,6 +78,7 @@ def check(names: Iterable[str], target: str | None, *, progress: Progress) -> li
 def _check(name: str, target: str | None, folder: Path) -> FamilyRow:
     from moec.compiler.capture import capture
     from moec.compiler.checkpoint import Checkpoint
+    from moec.compiler.gates.cases import Prompts
     from moec.compiler.gates.parity import check_capture
     from moec.compiler.gates.verdict import Status
 
@@ -88,7 +89,7 @@ def _check(name: str, target: str | None, folder: Path) -> FamilyRow:
         return FamilyRow(name, False, False, None if target is None else False, error.message)
     if target is not None:
         return _lower(name, target, folder)
-    verdict = check_capture(checkpoint, program)
+    verdict = check_capture(checkpoint, program, Prompts.of(checkpoint.directory, program.vocab_size))
     return FamilyRow(name, True, verdict.status is Status.PASS, None, verdict.summary)
 
 

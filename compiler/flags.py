@@ -76,12 +76,12 @@ def _annotation(name: str, info: FieldInfo, panel: str) -> Any:
 
 def _default(info: FieldInfo) -> str:
     if info.is_required():
-        return "[required]"
+        return "(required)"
     value = info.get_default(call_default_factory=True, validated_data={})
     if value is None or value in ((), [], ""):
         return ""
     shown = {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
-    return f"[default: {', '.join(map(str, shown)) if isinstance(shown, _SEQUENCES) else shown}]"
+    return f"(default: {', '.join(map(str, shown)) if isinstance(shown, _SEQUENCES) else shown})"
 
 
 def _kind(annotation: Any) -> str:

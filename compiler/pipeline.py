@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +20,10 @@ from moec.compiler.artifact import read_manifest, verify, write_manifest
 from moec.compiler.capture import capture
 from moec.compiler.checkpoint import Checkpoint
 from moec.compiler.errors import ArtifactError, CheckpointError, LoweringError
-from moec.compiler.gates import run_gates
+from moec.compiler.gates.coverage import GATE as COVERAGE_GATE
+from moec.compiler.gates.integrity import GATE as INTEGRITY_GATE
+from moec.compiler.gates.parity import ARTIFACT_GATE, CAPTURE_GATE, EXIT_CODE
+from moec.compiler.gates.run import GateInputs, exit_code, run_gates
 from moec.compiler.gates.verdict import Status, Verdict
 from moec.compiler.program import Program
 from moec.compiler.recipe import Recipe, make_recipe, validate
@@ -33,8 +35,6 @@ from moec.targets.base import Progress, Target, TargetOptions
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 _TOOLS = ("torch", "transformers", "safetensors", "numpy")
-_GATES = ("parity", "coverage", "integrity")
-_GATE_EXIT_CODE, _SEVERAL = 5, 12
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,8 @@ class Result:
 
     @property
     def exit_code(self) -> int:
-        """0 if no gate failed, the gate's own code if one did, 12 if several did. The steps of a gate count once."""
-        codes = {re.split(r"\W", verdict.gate)[0]: verdict.exit_code for verdict in self.failed}
-        return 0 if not codes else next(iter(codes.values())) if len(codes) == 1 else _SEVERAL
+        """0 if no gate failed, their exit code if those that failed have one in common, else 12."""
+        return exit_code(self.verdicts)
 
 
 @dataclass(frozen=True)
@@ -70,6 +69,7 @@ class _Built:
     """The final Program with what its making recorded."""
 
     checkpoint: Checkpoint
+    captured: Program
     program: Program
     model: Mapping[str, Any]
     pass_log: Sequence[Mapping[str, Any]]
@@ -146,7 +146,7 @@ def compile_recipe(
         verdicts = _not_run("switched off with --no-gates")
         if gates:
             with stages("gates"):
-                verdicts = run_gates(built.checkpoint, built.program, target, options, directory, progress)
+                verdicts = _gates(built, target, directory, manifest, progress)
         report.write(directory, manifest, verdicts, stages.timings)
     return Result(output, manifest, verdicts, stages.timings)
 
@@ -176,7 +176,7 @@ def validate_artifact(
         _check_source(directory, manifest, checkpoint)
     built = _build(recipe, target, options, stages)
     with stages("gates"):
-        verdicts = run_gates(built.checkpoint, built.program, target, options, directory, progress)
+        verdicts = _gates(built, target, directory, manifest, progress)
     report.write(directory, manifest, verdicts, stages.timings)
     return Result(directory, manifest, verdicts, stages.timings)
 
@@ -195,17 +195,17 @@ def _target(recipe: Recipe) -> tuple[Target, TargetOptions]:
 def _build(recipe: Recipe, target: Target, options: TargetOptions, stages: _Stages) -> _Built:
     with stages("capture"):
         checkpoint = Checkpoint.open(recipe.checkpoint, trust_remote_code=recipe.trust_remote_code)
-        program = capture(checkpoint, dtype=_DTYPES[recipe.dtype])
-        model = model_summary(program)
+        captured = capture(checkpoint, dtype=_DTYPES[recipe.dtype])
+        model = model_summary(captured)
     with stages("passes"):
         chosen = (*passes.default_passes(), *target.passes(options))
-        program, log = passes.run_passes(program, chosen, lambda record: stages.progress(f"pass {record.name}", 1, 1))
+        program, log = passes.run_passes(captured, chosen, lambda record: stages.progress(f"pass {record.name}", 1, 1))
     # Without the times: moec.json is the same on every rebuild.
     kept = [
         {"name": record.name, "modified": record.modified, "rejections": [asdict(item) for item in record.rejections]}
         for record in log
     ]
-    return _Built(checkpoint, program, model, kept)
+    return _Built(checkpoint, captured, program, model, kept)
 
 
 def _cannot_lower(target: Target, refused: Sequence[Rejection]) -> LoweringError:
@@ -229,8 +229,18 @@ def _tools(target: Target) -> dict[str, str]:
     return found
 
 
+def _gates(
+    built: _Built, target: Target, directory: Path, manifest: Mapping[str, Any], progress: Progress
+) -> tuple[Verdict, ...]:
+    inputs = GateInputs(
+        built.checkpoint, built.captured, built.program, target, directory, facts=manifest.get("facts", {})
+    )
+    return run_gates(inputs, progress=progress)
+
+
 def _not_run(reason: str) -> tuple[Verdict, ...]:
-    return tuple(Verdict(gate, Status.NOT_RUN, reason, _GATE_EXIT_CODE) for gate in _GATES)
+    gates = (CAPTURE_GATE, ARTIFACT_GATE, COVERAGE_GATE, INTEGRITY_GATE)
+    return tuple(Verdict(gate, Status.NOT_RUN, reason, EXIT_CODE) for gate in gates)
 
 
 def _recipe_of(directory: Path, manifest: Mapping[str, Any], against: str, trust_remote_code: bool) -> Recipe:

@@ -32,9 +32,9 @@ class Recipe(BaseModel):
 
     checkpoint: str = Field(min_length=1, description="Directory or hub id of the checkpoint.")
     target: str = Field(min_length=1, description="Name of the target.")
-    dtype: DType = Field("fp32", description="Precision of activations and of weights that are not quantized.")
+    dtype: DType = Field(default="fp32", description="Precision of activations and of weights that are not quantized.")
     options: dict[str, Any] = Field(default_factory=dict, description="Options of the target.")
-    trust_remote_code: bool = Field(False, description="Run modelling code that the checkpoint brings along.")
+    trust_remote_code: bool = Field(default=False, description="Run modelling code that the checkpoint brings along.")
 
     def canonical(self, options: BaseModel) -> dict[str, Any]:
         """The recipe for moec.json: complete, with every default, and without what changes nothing in the artifact.

@@ -151,8 +151,9 @@ def _output_errors(output: Path) -> Iterator[None]:
             raise _full_disk(output) from error
         if not _concerns(error, output):
             raise
+        at = "" if str(error.filename) == str(output) else f" at {error.filename}"
         raise OutputError(
-            f"{output}: cannot be written: {error.strerror or error}", hint="choose another directory with -o"
+            f"{output}: cannot be written: {error.strerror or error}{at}", hint="choose another directory with -o"
         ) from error
     except Exception as error:
         if _is_full(output.parent):

@@ -2,8 +2,9 @@
 
 import importlib.util
 import os
+import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -41,3 +42,21 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str],
         return written[family]
 
     return checkpoint
+
+
+@pytest.fixture
+def fake_target(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """Install the target of `tests/plugin` through its entry point, here and, by the environment, in subprocesses."""
+    from moec import targets
+
+    site = tmp_path_factory.mktemp("site")
+    shutil.copy(ROOT / "tests" / "plugin" / "moec_fake.py", site)
+    metadata = site / "moec_fake-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: moec-fake\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text("[moec.targets]\nfake = moec_fake:FakeTarget\n")
+    monkeypatch.syspath_prepend(site)
+    targets._table.cache_clear()
+    yield {**os.environ, "PYTHONPATH": os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")])}
+    targets._table.cache_clear()
+    sys.modules.pop("moec_fake", None)
