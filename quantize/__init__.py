@@ -1,0 +1,1 @@
+"""Number formats, calibration, rounding and bit allocation; knows no target."""

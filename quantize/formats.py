@@ -1,0 +1,225 @@
+"""Number formats as typed, frozen values, each with a short text form such as `int4:32` or `int8:channel`.
+
+The text form is what recipes, the command line and the manifest hold. Its first word is the kind; the others may
+come in any order and are left out where they have their default:
+
+    none                      the dtype of the checkpoint, unchanged
+    fp16                      IEEE half precision
+    int8[:auto|channel|32|64|128][:fp16|fp32][:float|int8-dynamic]
+    int4[:auto|channel|32|64|128][:sym|asym][:fp16|fp32][:float|int8-dynamic]
+
+`auto` is the largest of 128, 64 and 32 that divides the quantized dimension. `fp16` and `fp32` name the dtype of the
+scales, `float` and `int8-dynamic` that of the activations.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Literal, TypeAlias
+
+import torch
+
+from moec.compiler.errors import UsageError
+
+BLOCK_SIZES = (128, 64, 32)
+
+Granularity: TypeAlias = Literal["auto", "channel", 32, 64, 128]
+
+
+class FloatKind(StrEnum):
+    """What a tensor that is not quantized is stored as."""
+
+    NONE = "none"
+    FP16 = "fp16"
+
+
+class ScaleType(StrEnum):
+    """The dtype of the scales."""
+
+    FP16 = "fp16"
+    FP32 = "fp32"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype as torch names it."""
+        return torch.float16 if self is ScaleType.FP16 else torch.float32
+
+
+class Activations(StrEnum):
+    """What the activations are in the product with the quantized weight."""
+
+    FLOAT = "float"
+    INT8_DYNAMIC = "int8-dynamic"
+
+
+@dataclass(frozen=True)
+class FloatFormat:
+    """A float format: no codes and no scales."""
+
+    kind: FloatKind = FloatKind.NONE
+
+    def __str__(self) -> str:
+        return self.kind.value
+
+    def planned_bytes(self, shape: Sequence[int], *, source_itemsize: int) -> int:
+        """Bytes of a tensor of `shape` whose checkpoint dtype takes `source_itemsize` bytes."""
+        itemsize = source_itemsize if self.kind is FloatKind.NONE else 2
+        return math.prod(shape) * itemsize
+
+
+@dataclass(frozen=True)
+class IntegerFormat:
+    """Integer codes with one scale per block of the last dimension, or per output channel.
+
+    Attributes:
+        bits: Bits of one code.
+        granularity: Weights that share a scale: a block size, "channel" for the whole last dimension, or "auto".
+        symmetric: True: weight = code * scale. False: weight = (code - zero_point) * scale; four bits only.
+        scale_type: dtype of the scales.
+        activations: Whether a kernel may quantize the activations, per token, to int8.
+    """
+
+    bits: Literal[4, 8]
+    granularity: Granularity = "auto"
+    symmetric: bool = True
+    scale_type: ScaleType = ScaleType.FP16
+    activations: Activations = Activations.FLOAT
+
+    def __post_init__(self) -> None:
+        if self.bits == 8 and not self.symmetric:
+            raise UsageError(
+                "format int8:asym does not exist: int8 is symmetric in moec",
+                hint="Write int8, or int4:asym.",
+            )
+
+    def __str__(self) -> str:
+        words = [f"int{self.bits}"]
+        if self.granularity != "auto":
+            words.append(str(self.granularity))
+        if not self.symmetric:
+            words.append("asym")
+        if self.scale_type is not ScaleType.FP16:
+            words.append(self.scale_type.value)
+        if self.activations is not Activations.FLOAT:
+            words.append(self.activations.value)
+        return ":".join(words)
+
+    @property
+    def code_range(self) -> tuple[int, int]:
+        """Smallest and largest code. int8 leaves -128 out, which TFLite's symmetric kernels do not take."""
+        return (-8, 7) if self.bits == 4 else (-127, 127)
+
+    def resolve(self, dimension: int, name: str) -> IntegerFormat:
+        """Turn "auto" into a block size and check that the block divides the dimension.
+
+        Args:
+            dimension: Length of the quantized (last) dimension.
+            name: Name of the tensor, for the error.
+
+        Raises:
+            UsageError: No block size, or not the one asked for, divides `dimension`.
+        """
+        if self.granularity == "auto":
+            return replace(self, granularity=default_block(dimension, name))
+        if self.granularity != "channel" and dimension % self.granularity:
+            divisors = [str(size) for size in reversed(BLOCK_SIZES) if dimension % size == 0]
+            raise UsageError(
+                f"{name}: block size {self.granularity} does not divide its dimension {dimension}",
+                hint=f"Use block size {' or '.join(divisors)}." if divisors else _CHANNEL_HINT,
+            )
+        return self
+
+    def block_length(self, dimension: int, name: str = "tensor") -> int:
+        """Weights that share one scale, in a last dimension of length `dimension`."""
+        granularity = self.resolve(dimension, name).granularity
+        return granularity if isinstance(granularity, int) else dimension
+
+    def bytes_per_weight(self, dimension: int) -> float:
+        """Mean bytes of one weight with its share of scale and zero point."""
+        return self.planned_bytes((1, dimension)) / dimension
+
+    def planned_bytes(self, shape: Sequence[int], *, source_itemsize: int = 2) -> int:
+        """Bytes of the codes, scales and zero points of a tensor of `shape` [..., N, K].
+
+        Args:
+            shape: Shape of the float tensor.
+            source_itemsize: Taken so that all formats are called alike; a quantized tensor does not need it.
+
+        Raises:
+            UsageError: The tensor is not a matrix, or the block does not divide K.
+        """
+        del source_itemsize
+        if len(shape) < 2:
+            raise UsageError(
+                f"a tensor of shape {tuple(shape)} cannot take the format {self}: only matrices are quantized",
+                hint="Leave norms and biases float.",
+            )
+        rows, dimension = math.prod(shape[:-1]), shape[-1]
+        groups = dimension // self.block_length(dimension, f"tensor of shape {tuple(shape)}")
+        codes = (dimension * self.bits + 7) // 8
+        zero_points = 0 if self.symmetric else (groups * self.bits + 7) // 8
+        return rows * (codes + groups * self.scale_type.dtype.itemsize + zero_points)
+
+
+Format: TypeAlias = FloatFormat | IntegerFormat
+
+NONE = FloatFormat(FloatKind.NONE)
+FP16 = FloatFormat(FloatKind.FP16)
+_CHANNEL_HINT = "Use one scale per channel (int8:channel), or leave the tensor float (none)."
+_WORDS: dict[str, tuple[str, object]] = {
+    "auto": ("granularity", "auto"),
+    "channel": ("granularity", "channel"),
+    **{str(size): ("granularity", size) for size in BLOCK_SIZES},
+    "sym": ("symmetric", True),
+    "asym": ("symmetric", False),
+    **{kind.value: ("scale_type", kind) for kind in ScaleType},
+    **{kind.value: ("activations", kind) for kind in Activations},
+}
+
+
+def default_block(dimension: int, name: str) -> Literal[32, 64, 128]:
+    """The largest block size that divides `dimension`.
+
+    Raises:
+        UsageError: None does; the message names the tensor and the dimension.
+    """
+    for size in (128, 64, 32):
+        if dimension > 0 and dimension % size == 0:
+            return size
+    raise UsageError(
+        f"{name}: no block size (32, 64, 128) divides its dimension {dimension}",
+        hint=_CHANNEL_HINT,
+    )
+
+
+def parse_format(text: str) -> Format:
+    """Read the text form of a format; `str(format)` is its inverse.
+
+    Raises:
+        UsageError: The text is not a format; the hint names the nearest valid word.
+    """
+    kind, *words = text.strip().lower().split(":")
+    if kind in {"none", "fp16"}:
+        if words:
+            raise UsageError(f"format {text!r}: {kind} takes no further words", hint=f"Write {kind}.")
+        return FloatFormat(FloatKind(kind))
+    if kind not in {"int8", "int4"}:
+        raise UsageError(f"unknown format {text!r}", hint=_suggest(kind, ["none", "fp16", "int8", "int4"]))
+    fields: dict[str, object] = {}
+    for word in words:
+        if word not in _WORDS:
+            raise UsageError(f"format {text!r}: unknown word {word!r}", hint=_suggest(word, list(_WORDS)))
+        field, value = _WORDS[word]
+        if field in fields:
+            raise UsageError(f"format {text!r}: {word!r} contradicts an earlier word", hint="Keep one of them.")
+        fields[field] = value
+    return IntegerFormat(bits=4 if kind == "int4" else 8, **fields)  # type: ignore[arg-type]
+
+
+def _suggest(word: str, valid: list[str]) -> str:
+    nearest = difflib.get_close_matches(word, valid, n=1, cutoff=0.5)
+    return f"Did you mean {nearest[0]!r}?" if nearest else f"Valid: {', '.join(valid)}."

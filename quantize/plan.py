@@ -1,0 +1,226 @@
+"""Which tensor gets which number format: per tensor class, with overrides per layer and per expert."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+from moec.compiler.errors import UsageError
+from moec.quantize.formats import FP16, NONE, FloatFormat, Format, IntegerFormat, parse_format
+
+
+class TensorClass(StrEnum):
+    """What a weight is for. `OTHER` holds norms, biases and whatever is none of the rest."""
+
+    EXPERTS_GATE_UP = "experts_gate_up"
+    EXPERTS_DOWN = "experts_down"
+    SHARED_EXPERT = "shared_expert"
+    ATTENTION = "attention"
+    EMBEDDING = "embedding"
+    LM_HEAD = "lm_head"
+    ROUTER = "router"
+    OTHER = "other"
+
+
+_ALWAYS_FLOAT = {
+    TensorClass.ROUTER: "quantizing it flips experts: small errors in its logits send tokens to other experts",
+    TensorClass.OTHER: "norms and biases are too small to save bytes and too sensitive to round",
+}
+_EXPERTS = {TensorClass.EXPERTS_GATE_UP, TensorClass.EXPERTS_DOWN}
+
+
+@dataclass(frozen=True)
+class Override:
+    """Another format for a part of one tensor class.
+
+    Attributes:
+        tensor_class: The class.
+        format: The format there.
+        layer: Only this layer; None means every layer.
+        expert: Only this expert; None means every expert.
+    """
+
+    tensor_class: TensorClass
+    format: Format
+    layer: int | None = None
+    expert: int | None = None
+
+    def __post_init__(self) -> None:
+        where = f"override of {self.tensor_class}"
+        _check_float(self.tensor_class, self.format, where)
+        if self.layer is None and self.expert is None:
+            raise UsageError(
+                f"{where}: it names neither a layer nor an expert", hint="Set the format of the class instead."
+            )
+        if self.expert is not None and self.tensor_class not in _EXPERTS:
+            raise UsageError(
+                f"{where}: this class has no experts, yet the override names expert {self.expert}",
+                hint=f"Only {' and '.join(sorted(_EXPERTS))} have experts.",
+            )
+        if any(index is not None and index < 0 for index in (self.layer, self.expert)):
+            raise UsageError(f"{where}: a layer or expert index is negative", hint="Indices start at 0.")
+
+    def matches(self, tensor_class: TensorClass, layer: int | None, expert: int | None) -> bool:
+        """Whether it applies to this tensor."""
+        return self.tensor_class is tensor_class and self.layer in {None, layer} and self.expert in {None, expert}
+
+    @property
+    def rank(self) -> tuple[bool, bool]:
+        """The greater rank wins: an expert beats a layer, both together beat either."""
+        return (self.expert is not None, self.layer is not None)
+
+    def to_dict(self) -> dict[str, str | int]:
+        """Plain form, without what is not set."""
+        plain: dict[str, str | int] = {"tensor_class": self.tensor_class.value}
+        if self.layer is not None:
+            plain["layer"] = self.layer
+        if self.expert is not None:
+            plain["expert"] = self.expert
+        return plain | {"format": str(self.format)}
+
+
+@dataclass(frozen=True)
+class QuantizationPlan:
+    """A format for every tensor class, and the exceptions.
+
+    Attributes:
+        formats: One entry per class, in the order of `TensorClass`.
+        overrides: Exceptions, sorted; at most one per class, layer and expert.
+    """
+
+    formats: tuple[tuple[TensorClass, Format], ...]
+    overrides: tuple[Override, ...] = ()
+
+    @classmethod
+    def build(cls, formats: Mapping[TensorClass, Format], overrides: Iterable[Override] = ()) -> QuantizationPlan:
+        """Make a plan; a class that is not named stays as it is in the checkpoint ("none").
+
+        Raises:
+            UsageError: A class that must stay float has another format, or two overrides have the same target.
+        """
+        for tensor_class, chosen in formats.items():
+            _check_float(tensor_class, chosen, "quantization plan")
+        ordered = sorted(overrides, key=_override_key)
+        for first, second in itertools.pairwise(ordered):
+            if _override_key(first) == _override_key(second):
+                raise UsageError(f"quantization plan: two overrides for {first.to_dict()}", hint="Keep one of them.")
+        return cls(tuple((member, formats.get(member, NONE)) for member in TensorClass), tuple(ordered))
+
+    def format_for(self, tensor_class: TensorClass, *, layer: int | None = None, expert: int | None = None) -> Format:
+        """The format of one tensor, or of one expert's matrix in it; the most specific override wins."""
+        matching = [override for override in self.overrides if override.matches(tensor_class, layer, expert)]
+        if matching:
+            return max(matching, key=lambda override: override.rank).format
+        return dict(self.formats)[tensor_class]
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain form for YAML and the manifest, always in the same order."""
+        plain: dict[str, object] = {
+            "formats": {tensor_class.value: str(chosen) for tensor_class, chosen in self.formats}
+        }
+        if self.overrides:
+            plain["overrides"] = [override.to_dict() for override in self.overrides]
+        return plain
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, object]) -> QuantizationPlan:
+        """Read the plain form.
+
+        Raises:
+            UsageError: An unknown key, class or format, or a plan that `build` refuses.
+        """
+        _check_keys(plain, {"formats", "overrides"}, "quantization plan")
+        formats = plain.get("formats", {})
+        overrides = plain.get("overrides", [])
+        if not isinstance(formats, Mapping) or not isinstance(overrides, list):
+            raise UsageError(
+                "quantization plan: `formats` must be a mapping and `overrides` a list",
+                hint="For example: formats: {experts_down: int4}.",
+            )
+        chosen = {parse_class(str(key)): parse_format(str(value)) for key, value in formats.items()}
+        return cls.build(chosen, [_parse_override(entry) for entry in overrides])
+
+
+def parse_class(text: str) -> TensorClass:
+    """Read the name of a tensor class.
+
+    Raises:
+        UsageError: There is none of that name; the hint says the nearest one.
+    """
+    names = [member.value for member in TensorClass]
+    if text in names:
+        return TensorClass(text)
+    nearest = difflib.get_close_matches(text.lower().replace("-", "_"), names, n=1, cutoff=0.4)
+    raise UsageError(
+        f"unknown tensor class {text!r}",
+        hint=f"Did you mean {nearest[0]!r}?" if nearest else f"Valid: {', '.join(names)}.",
+    )
+
+
+def preset(name: str) -> QuantizationPlan:
+    """The plan behind `--quantize fp16|int8|int4|none`.
+
+    Raises:
+        UsageError: There is no preset of that name.
+    """
+    if name not in PRESETS:
+        raise UsageError(f"unknown quantization {name!r}", hint=f"Valid: {', '.join(PRESETS)}.")
+    return PRESETS[name]
+
+
+def _check_float(tensor_class: TensorClass, chosen: Format, where: str) -> None:
+    reason = _ALWAYS_FLOAT.get(tensor_class)
+    if reason is not None and not isinstance(chosen, FloatFormat):
+        raise UsageError(
+            f"{where}: {tensor_class} cannot be {chosen}, it always stays float ({reason})",
+            hint=f"Leave {tensor_class} out, or write none or fp16.",
+        )
+
+
+def _override_key(override: Override) -> tuple[int, int, int]:
+    order = list(TensorClass).index(override.tensor_class)
+    layer = -1 if override.layer is None else override.layer
+    return (order, layer, -1 if override.expert is None else override.expert)
+
+
+def _check_keys(plain: Mapping[str, object], valid: set[str], where: str) -> None:
+    for key in plain:
+        if key not in valid:
+            raise UsageError(f"{where}: unknown key {key!r}", hint=f"Valid: {', '.join(sorted(valid))}.")
+
+
+def _parse_override(entry: object) -> Override:
+    where = "override in the quantization plan"
+    if not isinstance(entry, Mapping):
+        raise UsageError(
+            f"{where}: {entry!r} is not a mapping",
+            hint="For example: {tensor_class: experts_down, layer: 0, format: int8}.",
+        )
+    _check_keys(entry, {"tensor_class", "layer", "expert", "format"}, where)
+    for key in ("tensor_class", "format"):
+        if key not in entry:
+            raise UsageError(f"{where}: {dict(entry)} lacks {key!r}", hint="Add it.")
+    indices = {key: entry.get(key) for key in ("layer", "expert")}
+    for key, index in indices.items():
+        if index is not None and (not isinstance(index, int) or isinstance(index, bool)):
+            raise UsageError(f"{where}: {key} {index!r} is not a whole number", hint="Indices start at 0.")
+    tensor_class, chosen = parse_class(str(entry["tensor_class"])), parse_format(str(entry["format"]))
+    return Override(tensor_class, chosen, **indices)
+
+
+def _uniform(chosen: Format, **others: Format) -> QuantizationPlan:
+    """`chosen` for every class that may be quantized, except `others`."""
+    formats = {member: chosen for member in TensorClass if member not in _ALWAYS_FLOAT}
+    return QuantizationPlan.build(formats | {TensorClass(key): value for key, value in others.items()})
+
+
+PRESETS = {
+    "fp16": _uniform(FP16),
+    "int8": _uniform(IntegerFormat(8, 32)),
+    # Rounding the embedding and the head to four bits costs about as much as rounding all of the rest to four.
+    "int4": _uniform(IntegerFormat(4, 32), embedding=IntegerFormat(8, 32), lm_head=IntegerFormat(8, 32)),
+    "none": QuantizationPlan.build({}),
+}

@@ -1,0 +1,133 @@
+"""Round to nearest (RTN), with an optional search for the clip ratio of each group."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+from torch import Tensor
+
+from moec.compiler.errors import CheckpointError, UsageError
+from moec.quantize.formats import IntegerFormat
+from moec.quantize.scales import NO_CLIPPING, ClipSearch, check_scales, choose_scales, encode
+from moec.quantize.tensors import QuantizedTensor, grouped
+
+
+class Method(StrEnum):
+    """How a matrix was rounded."""
+
+    RTN = "rtn"
+    GPTQ = "gptq"
+
+
+@dataclass(frozen=True)
+class MatrixReport:
+    """What rounding did to one matrix (one expert of a stack).
+
+    Attributes:
+        method: How it was rounded.
+        tokens: Calibration tokens that this matrix has seen; 0 without calibration.
+        error: Squared error over the squared norm: of the outputs on the calibration tokens where there are
+            any, else of the weights. 0 for an all-zero matrix.
+        reason: Why it is not `GPTQ` although that was asked for; empty otherwise.
+    """
+
+    method: Method
+    tokens: int
+    error: float
+    reason: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class RoundingResult:
+    """A quantized tensor and one report per matrix: E of them for [E, N, K], one for [N, K]."""
+
+    tensor: QuantizedTensor
+    matrices: tuple[MatrixReport, ...]
+
+
+def round_to_nearest(
+    weight: Tensor,
+    fmt: IntegerFormat,
+    *,
+    name: str,
+    clip: ClipSearch = NO_CLIPPING,
+) -> RoundingResult:
+    """Quantize by rounding each weight to the nearest code.
+
+    Without clipping each weight is off by at most half a scale (and one rounding of fp32).
+
+    Args:
+        weight: Float weights, any float dtype, [N, K] or [E, N, K].
+        fmt: The format; "auto" blocks are resolved here.
+        name: Name of the tensor, for errors.
+        clip: Clip ratios to try; none by default.
+
+    Raises:
+        UsageError: The block does not divide K, or the tensor is not a matrix or a stack of them.
+        CheckpointError: The tensor holds NaN or infinity, or is too large for its scale dtype.
+    """
+    resolved = prepare(weight, fmt, name)
+    parts = [_round_matrix(matrix, resolved, clip) for matrix in matrices(weight)]
+    tensor = assemble([(codes, scales, points) for codes, scales, points, _ in parts], resolved, weight.shape, name)
+    return RoundingResult(tensor, tuple(MatrixReport(Method.RTN, 0, error) for *_, error in parts))
+
+
+def _round_matrix(matrix: Tensor, fmt: IntegerFormat, clip: ClipSearch) -> tuple[Tensor, Tensor, Tensor, float]:
+    """Codes int8 [N, K], scales [N, G], zero points [N, G] and relative squared error of one matrix."""
+    source = matrix.to(torch.float32)
+    groups = grouped(source, fmt.block_length(matrix.shape[-1]))
+    scales, points = choose_scales(groups, fmt, clip)
+    codes = encode(groups, scales.unsqueeze(-1), points.unsqueeze(-1), fmt)
+    restored = (codes - points.unsqueeze(-1)).mul_(scales.unsqueeze(-1))
+    error = relative(float(restored.sub_(groups).square_().sum()), float(source.square().sum()))
+    return codes.flatten(-2).to(torch.int8), scales, points, error
+
+
+def prepare(weight: Tensor, fmt: IntegerFormat, name: str) -> IntegerFormat:
+    """Check a weight and resolve the block size of its format.
+
+    Raises:
+        UsageError: Not a matrix or a stack of matrices, or the block does not divide.
+        CheckpointError: NaN or infinity.
+    """
+    if weight.dim() not in {2, 3}:
+        raise UsageError(
+            f"{name}: shape {tuple(weight.shape)} is neither a matrix nor a stack of matrices",
+            hint="Leave this tensor float.",
+        )
+    if not bool(weight.isfinite().all()):
+        raise CheckpointError(
+            f"{name}: holds NaN or infinity", hint="The checkpoint is damaged or overflowed; download or save it again."
+        )
+    return fmt.resolve(weight.shape[-1], name)
+
+
+def matrices(weight: Tensor) -> list[Tensor]:
+    """The matrices [N, K] of a matrix or stack."""
+    return list(weight) if weight.dim() == 3 else [weight]
+
+
+def assemble(
+    parts: list[tuple[Tensor, Tensor, Tensor]],
+    fmt: IntegerFormat,
+    shape: torch.Size,
+    name: str,
+) -> QuantizedTensor:
+    """Make one quantized tensor of `shape` from codes, scales and zero points of each matrix.
+
+    Raises:
+        CheckpointError: A scale overflowed its dtype.
+    """
+    codes, scales, points = (torch.stack(list(column)) for column in zip(*parts, strict=True))
+    if len(shape) == 2:
+        codes, scales, points = codes[0], scales[0], points[0]
+    stored = scales.to(fmt.scale_type.dtype)
+    check_scales(stored, name)
+    return QuantizedTensor(fmt, codes, stored, None if fmt.symmetric else points.to(torch.int8))
+
+
+def relative(error: float, norm: float) -> float:
+    """`error / norm`, and 0 where both vanish."""
+    return error / norm if norm > 0 else 0.0

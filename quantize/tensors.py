@@ -1,0 +1,92 @@
+"""The quantized tensor: codes, scales and zero points, in no target's layout."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moec.quantize.formats import IntegerFormat
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedTensor:
+    """A quantized matrix, or a stack of them.
+
+    Attributes:
+        format: Its format, with the block size resolved.
+        codes: Signed codes, one per element, int8 [..., N, K].
+        scales: Positive scales, fp16 or fp32 [..., N, K / block].
+        zero_points: Signed zero points, int8 [..., N, K / block]; None when symmetric.
+    """
+
+    format: IntegerFormat
+    codes: Tensor
+    scales: Tensor
+    zero_points: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        groups = self.codes.shape[-1] // self.block
+        expected = (*self.codes.shape[:-1], groups)
+        if self.scales.shape != expected or groups * self.block != self.codes.shape[-1]:
+            raise ValueError(f"scales have shape {tuple(self.scales.shape)}, expected {expected}")
+        if (self.zero_points is None) != self.format.symmetric:
+            raise ValueError("an asymmetric format has zero points, a symmetric one has none")
+        if self.zero_points is not None and self.zero_points.shape != expected:
+            raise ValueError(f"zero points have shape {tuple(self.zero_points.shape)}, expected {expected}")
+
+    @property
+    def block(self) -> int:
+        """Weights that share a scale."""
+        return self.format.block_length(self.codes.shape[-1])
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the float tensor that it stands for."""
+        return self.codes.shape
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The float tensor [..., N, K], computed in fp32."""
+        groups = grouped(self.codes, self.block).to(torch.float32)
+        if self.zero_points is not None:
+            groups -= self.zero_points.unsqueeze(-1)
+        groups *= self.scales.to(torch.float32).unsqueeze(-1)
+        return groups.flatten(-2).to(dtype)
+
+    def unsigned_codes(self) -> Tensor:
+        """Codes shifted by half the range to uint8: 0 becomes 8 (four bits) or 128 (eight bits)."""
+        return _unsigned(self.codes, self.format.bits)
+
+    def unsigned_zero_points(self) -> Tensor:
+        """Zero points that belong to `unsigned_codes`: uint8 [..., N, K / block]; constant when symmetric."""
+        if self.zero_points is None:
+            return torch.full(self.scales.shape, 1 << (self.format.bits - 1), dtype=torch.uint8)
+        return _unsigned(self.zero_points, self.format.bits)
+
+    def __getitem__(self, expert: int) -> QuantizedTensor:
+        """The matrix of one expert of a stack [E, N, K]."""
+        zero_points = None if self.zero_points is None else self.zero_points[expert]
+        return QuantizedTensor(self.format, self.codes[expert], self.scales[expert], zero_points)
+
+
+def stack(tensors: list[QuantizedTensor]) -> QuantizedTensor:
+    """Stack matrices of one format and shape: E times [N, K] -> [E, N, K]."""
+    if len({tensor.format for tensor in tensors}) != 1:
+        raise ValueError("tensors of different formats cannot be stacked")
+    points = [tensor.zero_points for tensor in tensors if tensor.zero_points is not None]
+    return QuantizedTensor(
+        tensors[0].format,
+        torch.stack([tensor.codes for tensor in tensors]),
+        torch.stack([tensor.scales for tensor in tensors]),
+        torch.stack(points) if points else None,
+    )
+
+
+def grouped(tensor: Tensor, block: int) -> Tensor:
+    """View the last dimension K as [K / block, block]."""
+    return tensor.reshape(*tensor.shape[:-1], -1, block)
+
+
+def _unsigned(signed: Tensor, bits: int) -> Tensor:
+    return (signed.to(torch.int16) + (1 << (bits - 1))).to(torch.uint8)

@@ -1,0 +1,115 @@
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moec.compiler.errors import UsageError
+from moec.quantize.formats import (
+    BLOCK_SIZES,
+    FP16,
+    NONE,
+    Activations,
+    FloatFormat,
+    FloatKind,
+    Format,
+    IntegerFormat,
+    ScaleType,
+    default_block,
+    parse_format,
+)
+
+INTEGER_FORMATS = st.builds(
+    IntegerFormat,
+    bits=st.just(4),
+    granularity=st.sampled_from(["auto", "channel", 32, 64, 128]),
+    symmetric=st.booleans(),
+    scale_type=st.sampled_from(ScaleType),
+    activations=st.sampled_from(Activations),
+) | st.builds(
+    IntegerFormat,
+    bits=st.just(8),
+    granularity=st.sampled_from(["auto", "channel", 32, 64, 128]),
+    scale_type=st.sampled_from(ScaleType),
+    activations=st.sampled_from(Activations),
+)
+FORMATS = INTEGER_FORMATS | st.builds(FloatFormat, st.sampled_from(FloatKind))
+
+
+@given(FORMATS)
+@settings(deadline=None)
+def test_text_form_round_trips(chosen: Format) -> None:
+    assert parse_format(str(chosen)) == chosen
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("none", NONE),
+        ("fp16", FP16),
+        (" INT8 ", IntegerFormat(8)),
+        ("int4:32:sym", IntegerFormat(4, 32)),
+        ("int4:asym:64", IntegerFormat(4, 64, symmetric=False)),
+        ("int8:channel:fp32", IntegerFormat(8, "channel", scale_type=ScaleType.FP32)),
+        ("int8:int8-dynamic", IntegerFormat(8, activations=Activations.INT8_DYNAMIC)),
+    ],
+)
+def test_text_forms(text: str, expected: Format) -> None:
+    assert parse_format(text) == expected
+
+
+def test_the_defaults_are_not_printed() -> None:
+    assert str(parse_format("int4:auto:sym:fp16:float")) == "int4"
+
+
+@pytest.mark.parametrize(
+    ("text", "message", "hint"),
+    [
+        ("int5", "unknown format 'int5'", "Did you mean 'int8'"),
+        ("", "unknown format ''", "Valid: none, fp16, int8, int4."),
+        ("int4:33", "unknown word '33'", "Did you mean '32'"),
+        ("int4:chanel", "unknown word 'chanel'", "Did you mean 'channel'"),
+        ("int4:32:64", "'64' contradicts", "Keep one"),
+        ("int4:sym:asym", "'asym' contradicts", "Keep one"),
+        ("fp16:32", "takes no further words", "Write fp16."),
+        ("int8:asym", "int8:asym does not exist", "int4:asym"),
+    ],
+)
+def test_what_is_no_format_is_refused(text: str, message: str, hint: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        parse_format(text)
+    assert message in caught.value.message
+    assert hint in caught.value.hint
+
+
+@given(st.integers(1, 10_000))
+@settings(deadline=None)
+def test_default_block_is_the_largest_that_divides(dimension: int) -> None:
+    fitting = [size for size in BLOCK_SIZES if dimension % size == 0]
+    if fitting:
+        assert default_block(dimension, "w") == max(fitting)
+    else:
+        with pytest.raises(UsageError, match=f"layers.3.down: .* divides its dimension {dimension}"):
+            default_block(dimension, "layers.3.down")
+
+
+def test_a_block_that_does_not_divide_is_refused_with_one_that_does() -> None:
+    with pytest.raises(UsageError, match=r"layers.0.up: block size 128 .* dimension 96") as caught:
+        IntegerFormat(4, 128).resolve(96, "layers.0.up")
+    assert caught.value.hint == "Use block size 32."
+    with pytest.raises(UsageError) as caught:
+        IntegerFormat(4, 32).resolve(100, "layers.0.up")
+    assert "int8:channel" in caught.value.hint
+
+
+def test_bytes() -> None:
+    assert IntegerFormat(4, 32).bytes_per_weight(256) == 4.5 / 8
+    assert IntegerFormat(8, 128).bytes_per_weight(256) == 8.125 / 8
+    assert IntegerFormat(8, "channel", scale_type=ScaleType.FP32).planned_bytes((3, 10, 100)) == 30 * 104
+    assert IntegerFormat(4, "channel").planned_bytes((10, 101)) == 10 * (51 + 2)
+    assert IntegerFormat(4, 32, symmetric=False).planned_bytes((1, 96)) == 48 + 6 + 2
+    assert FP16.planned_bytes((7,), source_itemsize=4) == 14
+    assert NONE.planned_bytes((7, 2), source_itemsize=4) == 56
+
+
+def test_only_matrices_have_a_size_in_an_integer_format() -> None:
+    with pytest.raises(UsageError, match="only matrices"):
+        IntegerFormat(8).planned_bytes((128,))
