@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import sympy
 import torch
-from torch import Tensor, fx
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from moec.compiler.errors import UnsupportedModelError, UsageError
 from moec.compiler.program import ATTENTION, Dim, Program, StateSpec, TensorSpec, module_of, moe_layers
 
 _MASK_ARGUMENT = 6
 """Position of `attention_mask` among the arguments of `moec::attention`."""
+
+_LENGTHS = ("sequence", "past_sequence", "total_sequence")
 
 
 def specialise(
@@ -41,10 +43,8 @@ def specialise(
     given = {"batch": batch, "sequence": sequence, "past_sequence": past_sequence, "total_sequence": total_sequence}
     sizes = {axis: size for axis, size in given.items() if size is not None}
     _check(program, sizes)
-    if "sequence" in sizes and "past_sequence" in sizes and "total_sequence" in program.dims:
-        sizes["total_sequence"] = sizes["sequence"] + sizes["past_sequence"]
-    symbols = {program.dims[axis].node.expr: size for axis, size in sizes.items()}
-    graph = _Inference(program, symbols).run()
+    _derive(program, sizes)
+    graph = infer_again(program, sizes)
     return program.replace(
         graph=graph,
         inputs=tuple(_fixed(spec, sizes) for spec in program.inputs),
@@ -65,12 +65,37 @@ def _check(program: Program, sizes: Mapping[str, int]) -> None:
             )
         if size < (0 if axis == "past_sequence" else 1):
             raise UsageError(f"the axis {axis} cannot have size {size}")
-    total = sizes.get("total_sequence")
-    if total is None:
-        return
-    parts = [sizes.get("sequence"), sizes.get("past_sequence")]
-    if None not in parts and sum(part or 0 for part in parts) != total:
-        raise UsageError(f"total_sequence {total} is not sequence {parts[0]} + past_sequence {parts[1]}")
+
+
+def _derive(program: Program, sizes: dict[str, int]) -> None:
+    """Of sequence, past and total, two give the third."""
+    known = {axis: size for axis in _LENGTHS if (size := sizes.get(axis, _constant(program, axis))) is not None}
+    if len(known) == 2:
+        (axis,) = set(_LENGTHS) - set(known)
+        if axis == "total_sequence":
+            size = known["sequence"] + known["past_sequence"]
+        else:
+            size = known["total_sequence"] - sum(known[other] for other in _LENGTHS[:2] if other in known)
+        _check(program, {axis: size})
+        sizes[axis] = size
+    elif len(known) == 3 and known["sequence"] + known["past_sequence"] != known["total_sequence"]:
+        raise UsageError(
+            f"total_sequence {known['total_sequence']} is not sequence {known['sequence']} "
+            f"+ past_sequence {known['past_sequence']}"
+        )
+
+
+def _constant(program: Program, axis: str) -> int | None:
+    """The size of an axis that was fixed earlier, read off the first input or state that has it."""
+    if axis in program.dims:
+        return None
+    position = {"sequence": ("input_ids", 1), "total_sequence": ("attention_mask", 1)}.get(axis)
+    shapes = {spec.name: spec.shape for spec in program.inputs}
+    if position is None:
+        size = program.states[0].input.shape[2] if program.states else None
+    else:
+        size = shapes[position[0]][position[1]] if position[0] in shapes else None
+    return size if isinstance(size, int) else None
 
 
 def _fixed(spec: TensorSpec, sizes: Mapping[str, int]) -> TensorSpec:
@@ -78,61 +103,53 @@ def _fixed(spec: TensorSpec, sizes: Mapping[str, int]) -> TensorSpec:
     return TensorSpec(spec.name, shape, spec.dtype)
 
 
-class _Inference:
-    """Copies a graph with some symbols replaced by numbers, one node after the other."""
+def infer_again(program: Program, sizes: Mapping[str, int]) -> fx.Graph:
+    """Copy the graph with its fake values inferred anew, one node after the other.
 
-    def __init__(self, program: Program, symbols: Mapping[sympy.Symbol, int]) -> None:
-        self.program, self.symbols = program, symbols
-        self.graph = fx.Graph()
-        self.mapping: dict[fx.Node, Any] = {}
-        """Old node -> new node, or the number that its size has become."""
-        self.mode = next(
-            value.fake_mode
-            for node in program.graph.nodes
-            if isinstance(value := node.meta.get("val"), torch._subclasses.fake_tensor.FakeTensor)
-        )
+    Args:
+        program: Its signature says which axis is which; each axis becomes one symbol.
+        sizes: Axes that become numbers. Arithmetic on sizes that yields a number leaves the graph.
+    """
+    specs = iter([*program.inputs, *(state.input for state in program.states)])
+    mode = _mode(program.graph)
+    graph, mapping = fx.Graph(), dict[fx.Node, Any]()
+    for node in program.graph.nodes:
+        if node.op == "output":
+            graph.output(_mapped(node.args[0], mapping))
+        elif node.op == "call_function":
+            mapping[node] = _called(graph, node, mapping, mode)
+        else:
+            mapping[node] = graph.node_copy(node)
+            if node.op == "placeholder":
+                spec = next(specs)
+                shape = [size if isinstance(size, int) else sizes.get(size, program.dims[size]) for size in spec.shape]
+                with mode:
+                    mapping[node].meta["val"] = torch.empty(shape, dtype=spec.dtype)
+    return graph
 
-    def run(self) -> fx.Graph:
-        for node in self.program.graph.nodes:
-            if node.op == "output":
-                self.graph.output(self._mapped(node.args[0]))
-            elif node.op == "call_function":
-                self._call(node)
-            else:
-                new = self.graph.node_copy(node)
-                if node.op == "placeholder":
-                    new.meta["val"] = self._resized(node.meta["val"])
-                self.mapping[node] = new
-        return self.graph
 
-    def _mapped(self, argument: Any) -> Any:
-        return fx.map_arg(argument, lambda node: self.mapping[node])
+def _mode(graph: fx.Graph) -> FakeTensorMode:
+    values = (node.meta.get("val") for node in graph.nodes)
+    return next(value.fake_mode for value in values if isinstance(value, FakeTensor))
 
-    def _call(self, node: fx.Node) -> None:
-        args, kwargs = self._mapped(node.args), self._mapped(node.kwargs)
-        assert callable(node.target)
-        with self.mode, torch.no_grad():
-            value = node.target(*fx.map_arg(args, _value), **fx.map_arg(kwargs, _value))
-        if isinstance(value, int):
-            self.mapping[node] = value
-            return
-        if isinstance(value, torch.SymInt) and value.node.expr.is_number:
-            self.mapping[node] = int(value.node.expr)
-            return
-        new = self.graph.create_node("call_function", node.target, args, kwargs, node.name)
-        new.meta = {**node.meta, "val": value}
-        self.mapping[node] = new
 
-    def _resized(self, value: Tensor) -> Tensor:
-        shape = [self._size(size) for size in value.shape]
-        with self.mode:
-            return torch.empty(shape, dtype=value.dtype)
+def _mapped(argument: Any, mapping: Mapping[fx.Node, Any]) -> Any:
+    return fx.map_arg(argument, lambda node: mapping[node])
 
-    def _size(self, size: int | torch.SymInt) -> int | torch.SymInt:
-        if not isinstance(size, torch.SymInt):
-            return size
-        number = self.symbols.get(size.node.expr)
-        return size if number is None else number
+
+def _called(graph: fx.Graph, node: fx.Node, mapping: Mapping[fx.Node, Any], mode: FakeTensorMode) -> fx.Node | int:
+    """The call of `node` in the new graph, or the number that its size has become."""
+    args, kwargs = _mapped(node.args, mapping), _mapped(node.kwargs, mapping)
+    assert callable(node.target)
+    with mode, torch.no_grad():
+        value = node.target(*fx.map_arg(args, _value), **fx.map_arg(kwargs, _value))
+    if isinstance(value, torch.SymInt) and value.node.expr.is_number:
+        value = int(value.node.expr)
+    if isinstance(value, int):
+        return value
+    new = graph.create_node("call_function", node.target, args, kwargs, node.name)
+    new.meta = {**node.meta, "val": value}
+    return new
 
 
 def _value(node: fx.Node) -> Any:

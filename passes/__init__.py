@@ -16,7 +16,10 @@ from moec.passes.common_subexpressions import CommonSubexpressions
 from moec.passes.dead_code import DeadCode
 from moec.passes.fold_weights import FoldWeights
 from moec.passes.normalize import Normalize
+from moec.passes.real_rotary import RealRotary
 from moec.passes.rms_norm import RmsNorm
+from moec.passes.rotary import Rotary
+from moec.passes.unify_sizes import UnifySizes
 
 GROUP = "moec.passes"
 
@@ -41,10 +44,16 @@ def default_passes(extra: Iterable[EntryPoint] | None = None) -> tuple[Pass, ...
         UsageError: Two passes claim one name, or an entry point is no Pass.
     """
     own = (
+        UnifySizes(),
         Normalize(),
         FoldWeights(),
+        RealRotary(),
         CommonSubexpressions(),
         RmsNorm(),
+        Rotary(),
+        # What the last two leave: transpositions that meet, and tables that several layers derive alike.
+        Normalize(),
+        CommonSubexpressions(),
         DeadCode(),
     )
     return (*own, *_third_party({item.name for item in own}, extra))

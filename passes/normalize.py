@@ -36,6 +36,8 @@ COPIES = frozenset(
 )
 """Ops whose result has the values of their argument."""
 
+CASTS_AS = frozenset({aten.type_as.default, aten.to.dtype, aten.to.other, aten.to.device})
+
 RESHAPES = frozenset({aten.view.default, aten._unsafe_view.default, aten.reshape.default})
 
 SAME_IF_SHAPE = frozenset(
@@ -79,7 +81,7 @@ class Normalize(Pass):
         for node in list(graph.nodes):
             if node.op == "call_function":
                 # A reshape may turn out to undo the one before it once the two are one.
-                modified |= _erase_check(node) or _unite_reshape(node) | _replace_by_source(node)
+                modified |= _erase_check(node) or _unite_cast(node) | _unite_reshape(node) | _replace_by_source(node)
         return PassResult(rewritten(program, graph) if modified else program, modified)
 
 
@@ -87,6 +89,14 @@ def _erase_check(node: fx.Node) -> bool:
     if node.target not in CHECKS or node.users:
         return False
     node.graph.erase_node(node)
+    return True
+
+
+def _unite_cast(node: fx.Node) -> bool:
+    """Turn every cast into `aten._to_copy`."""
+    if node.target not in CASTS_AS:
+        return False
+    node.target, node.args, node.kwargs = aten._to_copy.default, node.args[:1], {"dtype": node.meta["val"].dtype}
     return True
 
 

@@ -78,7 +78,8 @@ def _match(node: fx.Node) -> _Norm | str | None:
 
 
 def _match_fused(node: fx.Node) -> _Norm | str:
-    source, axes, weight, eps = (*node.args, *(None, None)[len(node.args) - 2 :])
+    defaults = (None, None)
+    source, axes, weight, eps = node.args + defaults[len(node.args) - 2 :]
     assert isinstance(source, fx.Node)
     assert isinstance(axes, list | tuple)
     if len(axes) != 1:
