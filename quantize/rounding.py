@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moec.compiler.errors import CheckpointError, UsageError
 from moec.quantize.formats import IntegerFormat
-from moec.quantize.scales import NO_CLIPPING, ClipSearch, check_scales, choose_scales, encode
+from moec.quantize.scales import CHUNK, NO_CLIPPING, ClipSearch, check_scales, choose_scales, encode
 from moec.quantize.tensors import QuantizedTensor, grouped
 
 
@@ -76,13 +76,22 @@ def round_to_nearest(
 
 def _round_matrix(matrix: Tensor, fmt: IntegerFormat, clip: ClipSearch) -> tuple[Tensor, Tensor, Tensor, float]:
     """Codes int8 [N, K], scales [N, G], zero points [N, G] and relative squared error of one matrix."""
-    source = matrix.to(torch.float32)
-    groups = grouped(source, fmt.block_length(matrix.shape[-1]))
-    scales, points = choose_scales(groups, fmt, clip)
-    codes = encode(groups, scales.unsqueeze(-1), points.unsqueeze(-1), fmt)
-    restored = (codes - points.unsqueeze(-1)).mul_(scales.unsqueeze(-1))
-    error = relative(float(restored.sub_(groups).square_().sum()), float(source.square().sum()))
-    return codes.flatten(-2).to(torch.int8), scales, points, error
+    rows, columns = matrix.shape
+    block = fmt.block_length(columns)
+    codes = torch.empty(rows, columns, dtype=torch.int8)
+    scales, points = torch.empty(rows, columns // block), torch.empty(rows, columns // block)
+    lost = norm = 0.0
+    step = max(1, CHUNK // columns)
+    for start in range(0, rows, step):
+        part = slice(start, start + step)
+        groups = grouped(matrix[part].to(torch.float32), block)
+        scales[part], points[part] = choose_scales(groups, fmt, clip)
+        scale, point = scales[part].unsqueeze(-1), points[part].unsqueeze(-1)
+        rounded = encode(groups, scale, point, fmt)
+        codes[part] = rounded.flatten(-2)
+        lost += float(rounded.sub_(point).mul_(scale).sub_(groups).square_().sum())
+        norm += float(groups.square().sum())
+    return codes, scales, points, relative(lost, norm)
 
 
 def prepare(weight: Tensor, fmt: IntegerFormat, name: str) -> IntegerFormat:

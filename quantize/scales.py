@@ -11,7 +11,7 @@ from moec.compiler.errors import CheckpointError
 from moec.quantize.formats import IntegerFormat, ScaleType
 
 # A pass over this many weights stays in the level-2 cache, which makes the search about three times faster.
-_CHUNK = 1 << 16
+CHUNK = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def choose_scales(
     flat = groups.reshape(-1, groups.shape[-1])
     weights = None if importance is None else importance.expand_as(groups).reshape(flat.shape)
     scales, points = torch.empty(len(flat)), torch.empty(len(flat))
-    rows = max(1, _CHUNK // flat.shape[-1])
+    rows = max(1, CHUNK // flat.shape[-1])
     for start in range(0, len(flat), rows):
         part = slice(start, start + rows)
         scales[part], points[part] = _search(flat[part], fmt, clip, None if weights is None else weights[part])
