@@ -115,3 +115,18 @@ def test_candidates_are_checked() -> None:
         Candidate(INT4, 1, float("nan"))
     with pytest.raises(ValueError, match="w has no candidate"):
         least_loss({"w": []}, max_bytes=1)
+
+
+def test_a_hard_problem_is_solved_to_the_last_bit() -> None:
+    """Sizes and gains are nearly proportional, so that greedy choices and rounded relaxations miss the optimum."""
+    sizes = [(index * 7919) % 89 + 20 for index in range(40)]
+    gains = [size + (index * 104729) % 7 for index, size in enumerate(sizes)]
+    problem = {
+        f"w{index}": [Candidate(INT4, 0, float(gain)), Candidate(INT8, size, 0.0)]
+        for index, (size, gain) in enumerate(zip(sizes, gains, strict=True))
+    }
+    best = [0] * (sum(sizes) // 2 + 1)
+    for size, gain in zip(sizes, gains, strict=True):
+        for room in range(len(best) - 1, size - 1, -1):
+            best[room] = max(best[room], best[room - size] + gain)
+    assert least_loss(problem, max_bytes=len(best) - 1).loss == sum(gains) - best[-1]

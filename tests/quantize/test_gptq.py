@@ -218,3 +218,14 @@ def test_the_inverse_factor_survives_an_indefinite_matrix() -> None:
     factor = _inverse_factor(matrix)
     torch.testing.assert_close(factor[0], torch.eye(4))
     assert bool(factor.isfinite().all())
+
+
+def test_the_width_of_the_updates_changes_nothing_but_speed() -> None:
+    weight, inputs, hessians = case(9, experts=1)
+    narrow, wide = (
+        gptq(weight, hessians, INT4, name="w", options=GptqOptions(refinements=2, update_block=columns)).tensor
+        for columns in (5, 64)
+    )
+    assert float((narrow.codes == wide.codes).float().mean()) > 0.98
+    errors = [output_errors(weight, tensor.dequantize(), inputs)[0] for tensor in (narrow, wide)]
+    assert errors[0] == pytest.approx(errors[1], rel=0.02)

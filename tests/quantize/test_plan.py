@@ -156,3 +156,11 @@ def test_presets() -> None:
 @pytest.mark.parametrize("member", TensorClass)
 def test_class_names_round_trip(member: TensorClass) -> None:
     assert parse_class(member.value) is member
+
+
+def test_an_override_of_an_expert_beats_one_of_a_layer() -> None:
+    down = TensorClass.EXPERTS_DOWN
+    plan = QuantizationPlan.build(
+        {down: NONE}, [Override(down, IntegerFormat(8), layer=1), Override(down, FP16, expert=2)]
+    )
+    assert plan.format_for(down, layer=1, expert=2) == FP16
