@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moec.compiler.errors import UnsupportedModelError, UsageError
+from moec.compiler.inference import fake_mode, infer
 from moec.compiler.program import ATTENTION, Dim, Program, StateSpec, TensorSpec, module_of, moe_layers
 
 _MASK_ARGUMENT = 6
@@ -111,7 +112,7 @@ def infer_again(program: Program, sizes: Mapping[str, int]) -> fx.Graph:
         sizes: Axes that become numbers. Arithmetic on sizes that yields a number leaves the graph.
     """
     specs = iter([*program.inputs, *(state.input for state in program.states)])
-    mode = _mode(program.graph)
+    mode = fake_mode(program.graph)
     graph, mapping = fx.Graph(), dict[fx.Node, Any]()
     for node in program.graph.nodes:
         if node.op == "output":
@@ -128,11 +129,6 @@ def infer_again(program: Program, sizes: Mapping[str, int]) -> fx.Graph:
     return graph
 
 
-def _mode(graph: fx.Graph) -> FakeTensorMode:
-    values = (node.meta.get("val") for node in graph.nodes)
-    return next(value.fake_mode for value in values if isinstance(value, FakeTensor))
-
-
 def _mapped(argument: Any, mapping: Mapping[fx.Node, Any]) -> Any:
     return fx.map_arg(argument, lambda node: mapping[node])
 
@@ -141,8 +137,7 @@ def _called(graph: fx.Graph, node: fx.Node, mapping: Mapping[fx.Node, Any], mode
     """The call of `node` in the new graph, or the number that its size has become."""
     args, kwargs = _mapped(node.args, mapping), _mapped(node.kwargs, mapping)
     assert callable(node.target)
-    with mode, torch.no_grad():
-        value = node.target(*fx.map_arg(args, _value), **fx.map_arg(kwargs, _value))
+    value = infer(node.target, args, kwargs, mode)
     if isinstance(value, torch.SymInt) and value.node.expr.is_number:
         value = int(value.node.expr)
     if isinstance(value, int):
@@ -150,10 +145,6 @@ def _called(graph: fx.Graph, node: fx.Node, mapping: Mapping[fx.Node, Any], mode
     new = graph.create_node("call_function", node.target, args, kwargs, node.name)
     new.meta = {**node.meta, "val": value}
     return new
-
-
-def _value(node: fx.Node) -> Any:
-    return node.meta["val"]
 
 
 def without_padding(program: Program) -> Program:

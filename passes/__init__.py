@@ -12,6 +12,7 @@ from moec.compiler.invariants import check_invariants
 from moec.compiler.program import Program
 from moec.compiler.rejections import Rejection
 from moec.passes.base import Pass, PassResult
+from moec.passes.canonical_experts import CanonicalExperts
 from moec.passes.common_subexpressions import CommonSubexpressions
 from moec.passes.dead_code import DeadCode
 from moec.passes.fold_weights import FoldWeights
@@ -19,6 +20,7 @@ from moec.passes.normalize import Normalize
 from moec.passes.real_rotary import RealRotary
 from moec.passes.rms_norm import RmsNorm
 from moec.passes.rotary import Rotary
+from moec.passes.slice_writes import SliceWrites
 from moec.passes.unify_sizes import UnifySizes
 
 GROUP = "moec.passes"
@@ -46,8 +48,10 @@ def default_passes(extra: Iterable[EntryPoint] | None = None) -> tuple[Pass, ...
     own = (
         UnifySizes(),
         Normalize(),
+        SliceWrites(),
         FoldWeights(),
         RealRotary(),
+        CanonicalExperts(),
         CommonSubexpressions(),
         RmsNorm(),
         Rotary(),

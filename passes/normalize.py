@@ -36,6 +36,8 @@ COPIES = frozenset(
 )
 """Ops whose result has the values of their argument."""
 
+JOINS = frozenset({aten.concat.default, aten.concatenate.default})
+
 CASTS_AS = frozenset({aten.type_as.default, aten.to.dtype, aten.to.other, aten.to.device})
 
 RESHAPES = frozenset({aten.view.default, aten._unsafe_view.default, aten.reshape.default})
@@ -81,7 +83,7 @@ class Normalize(Pass):
         for node in list(graph.nodes):
             if node.op == "call_function":
                 # A reshape may turn out to undo the one before it once the two are one.
-                modified |= _erase_check(node) or _unite_cast(node) | _unite_reshape(node) | _replace_by_source(node)
+                modified |= _erase_check(node) or _unite_names(node) | _unite_reshape(node) | _replace_by_source(node)
         return PassResult(rewritten(program, graph) if modified else program, modified)
 
 
@@ -92,8 +94,11 @@ def _erase_check(node: fx.Node) -> bool:
     return True
 
 
-def _unite_cast(node: fx.Node) -> bool:
-    """Turn every cast into `aten._to_copy`."""
+def _unite_names(node: fx.Node) -> bool:
+    """Turn every cast into `aten._to_copy`, and every join into `aten.cat`."""
+    if node.target in JOINS:
+        node.target = aten.cat.default
+        return True
     if node.target not in CASTS_AS:
         return False
     node.target, node.args, node.kwargs = aten._to_copy.default, node.args[:1], {"dtype": node.meta["val"].dtype}

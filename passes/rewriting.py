@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from moec.compiler.inference import fake_mode, infer
 from moec.compiler.program import Program, moe_layers
 from moec.compiler.weights import WeightStore
 
@@ -24,26 +24,6 @@ def rewritten(program: Program, graph: fx.Graph, weights: WeightStore | None = N
     )
 
 
-def fake_mode(graph: fx.Graph) -> FakeTensorMode:
-    """The mode that the fake values of `graph` belong to."""
-    for node in graph.nodes:
-        value = node.meta.get("val")
-        if isinstance(value, FakeTensor):
-            return value.fake_mode
-    raise AssertionError("a graph without a tensor")
-
-
-def value_of(argument: Any) -> Any:
-    """The fake value of an argument; numbers and None are themselves."""
-    return argument.meta["val"] if isinstance(argument, fx.Node) else argument
-
-
-def evaluate(target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], mode: FakeTensorMode) -> Any:
-    """The fake value of a call: shapes and dtypes without values."""
-    with mode, torch.no_grad():
-        return target(*fx.map_arg(args, value_of), **fx.map_arg(kwargs, value_of))
-
-
 def call(graph: fx.Graph, target: Callable[..., Any], *args: Any, like: fx.Node, **kwargs: Any) -> fx.Node:
     """Add a call at the insertion point of `graph`.
 
@@ -54,8 +34,9 @@ def call(graph: fx.Graph, target: Callable[..., Any], *args: Any, like: fx.Node,
         like: The node that the call takes the place of; the new node belongs to the same module.
         kwargs: Its keyword arguments.
     """
-    node = graph.call_function(target, args, kwargs)
-    node.meta = {"val": evaluate(target, args, kwargs, fake_mode(graph)), "module": like.meta.get("module", "")}
+    name = target._schema.name.rpartition("::")[2] if isinstance(target, torch._ops.OpOverload) else None
+    node = graph.create_node("call_function", target, args, kwargs, name)
+    node.meta = {"val": infer(target, args, kwargs, fake_mode(graph)), "module": like.meta.get("module", "")}
     return node
 
 

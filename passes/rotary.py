@@ -52,7 +52,10 @@ class Rotary(Pass):
 
 @dataclass(frozen=True, slots=True)
 class _Rotation:
-    """A match. `style` is HALVES or EVEN_ODD; `whole` says whether the tables have the width of the input or half."""
+    """A match: parts taken in the style of `part` are turned and joined in `style`.
+
+    `whole` says whether the tables have the width of the input or half of it.
+    """
 
     part: Part
     cosine: fx.Node
@@ -60,7 +63,7 @@ class _Rotation:
     style: str
     whole: bool
     shape: Any = None
-    """With EVEN_ODD: the size arguments that bring pairs into one axis."""
+    """With style EVEN_ODD: the size arguments that bring pairs into one axis."""
 
 
 def _match(node: fx.Node) -> _Rotation | str | None:
@@ -146,7 +149,7 @@ def _match_parts(low: fx.Node, high: fx.Node, style: str, shape: Any) -> _Rotati
     for first, cosine in _factors(low.args[0]):
         for second, sine in _factors(low.args[1]):
             one, two = part_of(first), part_of(second)
-            if one is None or two is None or one.source is not two.source or one.style != style or two.style != style:
+            if one is None or two is None or one.source is not two.source or one.style != two.style:
                 continue
             if (one.index, two.index) == (0, 1) and _is_sum(high, (second, cosine), (first, sine)):
                 return _Rotation(one, cosine, sine, style, False, shape)
@@ -183,7 +186,7 @@ def _rewrite(graph: fx.Graph, node: fx.Node, found: _Rotation) -> str | None:
             return "the elements of its tables may not come in equal pairs"
         swap = _swapped(node, found.cosine)
         source = found.part.whole(graph, node)
-        if found.style == EVEN_ODD:
+        if found.part.style == EVEN_ODD:
             parts = [call(graph, aten.slice.Tensor, source, -1, start, INT_MAX, 2, like=node) for start in (0, 1)]
             source = call(graph, aten.cat.default, parts, -1, like=node)
         operands = [source, *(table for table in tables if table is not None)]
