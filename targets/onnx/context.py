@@ -15,6 +15,7 @@ from moec.compiler.errors import LoweringError
 from moec.compiler.program import Program, module_of
 from moec.compiler.rejections import Rejection
 from moec.compiler.weights import LazyTensor
+from moec.quantize.lazy import Float16
 
 DTYPES: Mapping[torch.dtype, ir.DataType] = {
     torch.float32: ir.DataType.FLOAT,
@@ -106,7 +107,11 @@ class Context:
         self, op_type: str, *inputs: ir.Value | None, outputs: int, domain: str = "", **attributes: Any
     ) -> Sequence[ir.Value]:
         """Append a node with several outputs."""
-        node = ir.node(op_type, list(inputs), attributes, domain=domain, num_outputs=outputs)
+        operands = list(inputs)
+        # An optional input that is named but empty crashes some kernels of ONNX Runtime (LayerNormalization's bias).
+        while operands and operands[-1] is None:
+            operands.pop()
+        node = ir.node(op_type, operands, attributes, domain=domain, num_outputs=outputs)
         self._counter += 1
         node.name = f"{op_type}_{self._counter}"
         for index, output in enumerate(node.outputs):
@@ -158,8 +163,17 @@ class Context:
         """Every small constant made so far."""
         return list(self._constants.values())
 
-    def initializer(self, name: str, tensor: LazyTensor) -> ir.Value:
-        """A weight, kept lazy until the file is written. The same name is the same tensor."""
+    def initializer(self, name: str, tensor: LazyTensor, *, half: bool = False) -> ir.Value:
+        """A weight, kept lazy until the file is written. The same name is the same tensor.
+
+        Args:
+            name: Name in the file.
+            tensor: The values.
+            half: Store it as float16 and cast it when the model is loaded.
+        """
+        if half and tensor.dtype is torch.float32:
+            stored = self.initializer(f"{name}.fp16", tensor.cast(torch.float16))
+            return self.shared(("half", name), lambda: self.op("Cast", stored, to=int(ir.DataType.FLOAT)))
         if name not in self.initializers:
             shape = ir.Shape(list(tensor.shape))
             value = ir.Value(name=name, type=ir.TensorType(DTYPES[tensor.dtype]), shape=shape)
@@ -169,7 +183,11 @@ class Context:
     def weight(self, name: str, dtype: torch.dtype) -> ir.Value:
         """The Program's tensor called `name`, cast to `dtype`, as it is."""
         name = self.program.weights.resolve(name)
-        return self.initializer(name, self.program.weights[name].cast(dtype))
+        return self.initializer(name, self.program.weights[name].cast(dtype), half=self.stored_half(name))
+
+    def stored_half(self, name: str) -> bool:
+        """Whether the plan stores this tensor in half precision."""
+        return isinstance(self.program.weights[name], Float16)
 
     def lazy(self, node: fx.Node) -> LazyTensor:
         """The lazy tensor behind a `get_attr` node, in the dtype of the graph."""

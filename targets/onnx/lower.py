@@ -94,7 +94,7 @@ def _outputs(ctx: Context) -> list[ir.Value]:
         fake = node.meta["val"]
         dtype = torch.float32 if name == "logits" else fake.dtype
         value = ctx.op("Cast", ctx.get(node), to=int(DTYPES[dtype])) if dtype != fake.dtype else ctx.get(node)
-        if value.name in {output.name for output in outputs} or value.is_graph_input():
+        if value.name in {output.name for output in outputs} or value.producer() is None:
             value = ctx.op("Identity", value)
         value.type = ir.TensorType(DTYPES[dtype])
         value.shape = ir.Shape(list(specs[name].shape)) if name in specs else ctx.shape_of(fake.shape)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -90,7 +90,11 @@ def _reader(initializers: Mapping[str, object], entry: Mapping[str, object]) -> 
         return initializers[name].const_value.numpy()  # type: ignore[attr-defined, no-any-return]
 
     def read(index: int) -> np.ndarray:
-        if "per_expert" in entry:
+        if "quantized" in entry:
+            value = _dequantized(values, entry, index)
+            if entry["interleaved"]:
+                value = np.concatenate([value[0::2], value[1::2]])
+        elif "per_expert" in entry:
             value = values(str(entry["per_expert"]).format(index))
         else:
             value = values(str(entry["initializer"]))[index]
@@ -99,3 +103,19 @@ def _reader(initializers: Mapping[str, object], entry: Mapping[str, object]) -> 
         return np.ascontiguousarray(value.T) if entry["transposed"] else np.asarray(value)
 
     return read
+
+
+def _dequantized(values: Callable[[str], np.ndarray], entry: Mapping[str, object], index: int) -> np.ndarray:
+    """One expert [N, K] float32 from its packed codes, scales and zero points."""
+    name, bits = str(entry["quantized"]), int(str(entry["bits"]))
+    codes, scales = values(f"{name}.codes")[index], values(f"{name}.scales")[index].astype(np.float32)
+    if bits == 4:
+        codes = np.stack([codes & 15, codes >> 4], axis=-1).reshape(len(codes), -1)
+    points = np.full(scales.shape, 1 << (bits - 1), np.float32)
+    if not entry["symmetric"]:
+        packed = values(f"{name}.zero_points")[index]
+        points = np.stack([packed & 15, packed >> 4], axis=-1).reshape(len(packed), -1)[:, : scales.shape[1]]
+    block = codes.shape[1] // scales.shape[1]
+    groups = codes.astype(np.float32).reshape(len(codes), -1, block) - points[:, :, None]
+    result: np.ndarray = (groups * scales[:, :, None]).reshape(len(codes), -1)
+    return result

@@ -11,7 +11,7 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
-from moec.targets.onnx.context import Context, integer, np_dtype, result_dtype
+from moec.targets.onnx.context import Context, integer, np_dtype, real, result_dtype
 
 aten = torch.ops.aten
 Lowering = Callable[[Context, fx.Node], Any]
@@ -97,7 +97,15 @@ def _expm1(ctx: Context, node: fx.Node) -> ir.Value:
 
 
 def _softplus(ctx: Context, node: fx.Node) -> ir.Value:
-    return ctx.op("Softplus", ctx.tensor(node.args[0]))
+    """`log(1 + exp(beta * x)) / beta`, and `x` itself where `beta * x` is beyond the threshold."""
+    source, beta, threshold = [*node.args, *(1.0, 20.0)[len(node.args) - 1 :]][:3]
+    dtype, x = result_dtype(node), ctx.tensor(source)
+    scaled = x if beta == 1 else ctx.op("Mul", x, ctx.tensor(beta, dtype))
+    smooth = ctx.op("Softplus", scaled)
+    smooth = smooth if beta == 1 else ctx.op("Div", smooth, ctx.tensor(beta, dtype))
+    if real(threshold) >= 20:  # beyond 20 the two agree to the last bit of float32
+        return smooth
+    return ctx.op("Where", ctx.op("Greater", scaled, ctx.tensor(threshold, dtype)), x, smooth)
 
 
 def _clamp(ctx: Context, node: fx.Node) -> ir.Value:
@@ -158,8 +166,17 @@ def _divide_mode(ctx: Context, node: fx.Node) -> ir.Value:
         return _floor_divide(ctx, node)
     out = _binary("Div")(ctx, node)
     if mode == "trunc" and result_dtype(node).is_floating_point:
-        raise ctx.refuse(node, "division rounded toward zero of floats has no form")
+        return ctx.op("Mul", ctx.op("Sign", out), ctx.op("Floor", ctx.op("Abs", out)))
     return out  # type: ignore[no-any-return]
+
+
+def _remainder(ctx: Context, node: fx.Node) -> ir.Value:
+    """The remainder has the sign of the divisor, as in Python; ONNX's Mod knows that for whole numbers alone."""
+    dtype = result_dtype(node)
+    left, right = (ctx.tensor(argument, dtype) for argument in node.args[:2])
+    if not dtype.is_floating_point:
+        return ctx.op("Mod", left, right)
+    return ctx.op("Sub", left, ctx.op("Mul", ctx.op("Floor", ctx.op("Div", left, right)), right))
 
 
 def _zeros_like(ctx: Context, node: fx.Node) -> ir.Value:
@@ -210,7 +227,7 @@ TABLE: Mapping[Any, Lowering] = {
     aten.div.Scalar: _binary("Div"),
     aten.div.Tensor_mode: _divide_mode,
     aten.floor_divide.default: _floor_divide,
-    aten.remainder.Scalar: _binary("Mod"),
+    aten.remainder.Scalar: _remainder,
     aten.maximum.default: _binary("Max"),
     aten.minimum.default: _binary("Min"),
     aten.pow.Tensor_Scalar: _power,

@@ -17,9 +17,12 @@ from torch import Tensor, fx
 
 from moec.compiler.ops import Gate
 from moec.compiler.program import EXPERTS, SELECT
-from moec.compiler.weights import LazyTensor, Mapped, swap_last
+from moec.compiler.weights import LazyTensor, swap_last
+from moec.quantize.lazy import Quantized
 from moec.targets.onnx.context import MS, Context, np_dtype, result_dtype
+from moec.targets.onnx.lowerings import quantized
 from moec.targets.onnx.lowerings.elementwise import Lowering
+from moec.targets.onnx.lowerings.layouts import kernel_layout
 
 PLAIN_KERNELS = ("relu", "silu", "identity")
 """Activations without a gate that the `MoE` kernel computes as torch does (its gelu is another approximation)."""
@@ -53,21 +56,6 @@ def kernel_attributes(gate: Gate) -> dict[str, Any]:
     return {**attributes, "swiglu_limit": gate.limit} if gate.limit else attributes
 
 
-def interleave(value: Tensor) -> Tensor:
-    """[n, 2I, ...] with gate and up one after the other -> gate0, up0, gate1, ... along axis 1."""
-    gate, up = value.chunk(2, dim=1)
-    return torch.stack([gate, up], dim=2).reshape(value.shape)
-
-
-def kernel_layout(tensor: LazyTensor, gate: Gate, *, transposed: bool, first: bool) -> LazyTensor:
-    """The layout that the kernels want: [E, out, in], gate and up interleaved."""
-    if transposed and len(tensor.shape) == 3:
-        tensor = swap_last(tensor)
-    if first and gate.gated and not gate.interleaved:
-        return Mapped(tensor, interleave, tensor.shape, tensor.dtype)
-    return tensor
-
-
 def dense_weights(ctx: Context, node: fx.Node) -> ir.Value:
     """Routing weights as [T, E]: 0 for every expert that a token does not use."""
     hidden, indices, weights, gate_up = node.args[:4]
@@ -91,7 +79,13 @@ def _experts(ctx: Context, node: fx.Node) -> ir.Value:
         ctx.reject(node, f"{refusal}: experts run in standard ops, one If per expert")
     if refusal or not ctx.settings["contrib"]:
         return _portable(ctx, node, gate)
+    if all(_is_quantized(ctx, node.args[position]) for position in (3, 5)):
+        return quantized.experts(ctx, node, gate, dense_weights(ctx, node), kernel_attributes(gate))
     return _kernel(ctx, node, gate)
+
+
+def _is_quantized(ctx: Context, argument: Any) -> bool:
+    return argument.op == "get_attr" and isinstance(ctx.program.weights[str(argument.target)], Quantized)
 
 
 def _kernel(ctx: Context, node: fx.Node, gate: Gate) -> ir.Value:
@@ -123,7 +117,10 @@ def _kernel_tensor(ctx: Context, argument: Any, gate: Gate, *, transposed: bool,
     swapped = transposed and len(tensor.shape) == 3
     if len(tensor.shape) == 3:
         ctx.experts[name] = {"initializer": f"{name}.moe", "interleaved": interleaved, "transposed": swapped}
-    return ctx.initializer(f"{name}.moe", tensor)
+    half = ctx.stored_half(name)
+    if half and tensor.dtype is torch.float32:
+        ctx.experts[name]["initializer"] = f"{name}.moe.fp16"
+    return ctx.initializer(f"{name}.moe", tensor, half=half)
 
 
 # Standard ops ---------------------------------------------------------------------------------------------------

@@ -10,7 +10,9 @@ import torch
 from torch import fx
 
 from moec.compiler.weights import swap_last
+from moec.quantize.lazy import Quantized
 from moec.targets.onnx.context import MS, Context, result_dtype
+from moec.targets.onnx.lowerings import quantized
 from moec.targets.onnx.lowerings.elementwise import Lowering
 
 aten = torch.ops.aten
@@ -21,22 +23,26 @@ def _linear(ctx: Context, node: fx.Node) -> ir.Value:
     x, weight, bias = [*node.args, None][:3]
     assert isinstance(weight, fx.Node)
     dtype = result_dtype(node)
-    product = _product(ctx, ctx.tensor(x, dtype), weight, dtype)
+    product = _product(ctx, node, ctx.tensor(x, dtype), weight)
     return product if bias is None else ctx.op("Add", product, ctx.tensor(bias, dtype))
 
 
-def _product(ctx: Context, x: ir.Value, weight: fx.Node, dtype: torch.dtype) -> ir.Value:
+def _product(ctx: Context, node: fx.Node, x: ir.Value, weight: fx.Node) -> ir.Value:
+    dtype = result_dtype(node)
     if weight.op != "get_attr":
         return ctx.op("MatMul", x, ctx.op("Transpose", ctx.tensor(weight, dtype), perm=[1, 0]))
     name = ctx.program.weights.resolve(str(weight.target))
+    own = ctx.program.weights[name]
+    if isinstance(own, Quantized):
+        return quantized.linear(ctx, node, x, name, own)
     if name in ctx.settings["untransposed"]:
         # Tied to the embedding: one copy serves both.
         value = ctx.weight(name, dtype)
         if ctx.settings["contrib"]:
             return ctx.op("FusedMatMul", x, value, domain=MS, transB=1)
         return ctx.op("MatMul", x, ctx.op("Transpose", value, perm=[1, 0]))
-    tensor = ctx.program.weights[name].cast(dtype)
-    return ctx.op("MatMul", x, ctx.initializer(f"{name}.T", swap_last(tensor)))
+    value = ctx.initializer(f"{name}.T", swap_last(own.cast(dtype)), half=ctx.stored_half(name))
+    return ctx.op("MatMul", x, value)
 
 
 def untransposed_weights(graph: fx.Graph, resolve: Any) -> frozenset[str]:
@@ -58,7 +64,12 @@ def _matmul(ctx: Context, node: fx.Node) -> ir.Value:
 def _addmm(ctx: Context, node: fx.Node) -> ir.Value:
     dtype = result_dtype(node)
     bias, left, right = (ctx.tensor(argument, dtype) for argument in node.args[:3])
-    return ctx.op("Add", ctx.op("MatMul", left, right), bias)
+    product = ctx.op("MatMul", left, right)
+    if node.kwargs.get("alpha", 1) != 1:
+        product = ctx.op("Mul", product, ctx.tensor(node.kwargs["alpha"], dtype))
+    if node.kwargs.get("beta", 1) != 1:
+        bias = ctx.op("Mul", bias, ctx.tensor(node.kwargs["beta"], dtype))
+    return ctx.op("Add", product, bias)
 
 
 TABLE: Mapping[Any, Lowering] = {

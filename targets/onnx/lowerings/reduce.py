@@ -43,9 +43,11 @@ def _reduce_bool(op_type: str) -> Lowering:
 
 def _arg(op_type: str) -> Lowering:
     def lower(ctx: Context, node: fx.Node) -> ir.Value:
-        axis = _axes(node)[-1] if len(node.args) > 1 else -1
+        value = ctx.tensor(node.args[0])
+        if len(node.args) < 2 or node.args[1] is None:
+            return ctx.op(op_type, ctx.op("Reshape", value, ctx.ints(-1)), axis=0, keepdims=0)
         keep = bool(node.args[2]) if len(node.args) > 2 else False
-        return ctx.op(op_type, ctx.tensor(node.args[0]), axis=axis, keepdims=int(keep))
+        return ctx.op(op_type, value, axis=_axes(node)[0], keepdims=int(keep))
 
     return lower
 
@@ -96,11 +98,13 @@ def _vector_norm(ctx: Context, node: fx.Node) -> ir.Value:
     order = node.args[1] if len(node.args) > 1 else 2
     if order not in (1, 2):
         raise ctx.refuse(node, f"a norm of order {order} has no form")
-    axes = node.args[2] if len(node.args) > 2 else [-1]
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    axes = node.args[2] if len(node.args) > 2 and node.args[2] is not None else list(range(rank(source)))
     keep = bool(node.args[3]) if len(node.args) > 3 else False
     wanted = axes if isinstance(axes, list | tuple) else [axes]
     op_type = "ReduceL1" if order == 1 else "ReduceL2"
-    return ctx.op(op_type, ctx.tensor(node.args[0]), ctx.ints(*(integer(a) for a in wanted)), keepdims=int(keep))
+    return ctx.op(op_type, ctx.tensor(source), ctx.ints(*(integer(a) for a in wanted)), keepdims=int(keep))
 
 
 TABLE: Mapping[Any, Lowering] = {

@@ -12,7 +12,9 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
+from moec.quantize.lazy import Quantized
 from moec.targets.onnx.context import Context, integer, listed, np_dtype, rank, result_dtype
+from moec.targets.onnx.lowerings import quantized
 from moec.targets.onnx.lowerings.elementwise import Lowering
 
 aten = torch.ops.aten
@@ -154,9 +156,9 @@ def _slice_scatter(ctx: Context, node: fx.Node) -> ir.Value:
     assert isinstance(target, fx.Node)
     position = integer(axis or 0) % rank(target)
     length = target.meta["val"].shape[position]
-    first, last = integer(start or 0), min(END if stop is None else integer(stop), int(length))
-    if step not in (None, 1):
-        raise ctx.refuse(node, "writing to every n-th slice has no form")
+    if step not in (None, 1) or not isinstance(length, int):
+        raise ctx.refuse(node, "writing to every n-th slice, or along an axis of unknown size, has no form")
+    first, last, _ = slice(start, stop).indices(length)
     whole, value = ctx.tensor(target), ctx.tensor(source, result_dtype(node))
     around = [(0, first), (last, length)]
     pieces = [
@@ -183,15 +185,20 @@ def _repeat_interleave(ctx: Context, node: fx.Node) -> ir.Value:
     value = ctx.op("Unsqueeze", ctx.tensor(source), ctx.ints(axis + 1))
     ones = [1] * (rank(source) + 1)
     ones[axis + 1] = times
-    target = reshape_target(source.meta["val"].shape, node.meta["val"].shape)
-    if target is None:
-        raise ctx.refuse(node, "repeat_interleave over several unknown sizes has no form")
-    # Reshape's 0 refers to the repeated tensor, whose axes before `axis` are those of the source.
-    fixed = [-1 if size == 0 and place > axis else size for place, size in enumerate(target)]
-    return ctx.op("Reshape", ctx.op("Expand", value, ctx.ints(*ones)), ctx.ints(*fixed))
+    repeated = ctx.op("Expand", value, ctx.ints(*ones))
+    # Reshape's 0 copies a size of the repeated tensor, whose axes before `axis` are those of the source.
+    before = [ctx.ints(*(0,) * axis, -1)]
+    after = [ctx.op("Reshape", ctx.axis_length(source, place), ctx.ints(1)) for place in range(axis + 1, rank(source))]
+    return ctx.op("Reshape", repeated, ctx.op("Concat", *before, *after, axis=0))
 
 
 def _embedding(ctx: Context, node: fx.Node) -> ir.Value:
+    table = node.args[0]
+    if isinstance(table, fx.Node) and table.op == "get_attr":
+        name = ctx.program.weights.resolve(str(table.target))
+        own = ctx.program.weights[name]
+        if isinstance(own, Quantized):
+            return quantized.embedding(ctx, node, ctx.tensor(node.args[1]), name, own)
     return ctx.op("Gather", ctx.tensor(node.args[0]), ctx.tensor(node.args[1]), axis=0)
 
 
@@ -246,6 +253,8 @@ def _full(ctx: Context, node: fx.Node) -> ir.Value:
         return ctx.constant(np.asarray(node.args[0], dtype=dtype))
     sizes = node.args[1] if isinstance(node.args[0], fx.Node) else node.args[0]
     fill = fills[node.target] if node.target in fills else node.args[1]
+    if isinstance(fill, fx.Node):
+        return ctx.op("Expand", ctx.tensor(fill, result_dtype(node)), ctx.dims(listed(sizes)))
     value = ir.Tensor(np.asarray([fill], dtype=dtype))
     return ctx.op("ConstantOfShape", ctx.dims(listed(sizes)), value=value)
 
@@ -331,7 +340,6 @@ TABLE: Mapping[Any, Lowering] = {
     aten.arange.start_step: _arange,
     aten.repeat.default: _repeat,
     aten.constant_pad_nd.default: _pad,
-    aten.pad.default: _pad,
 }
 
 

@@ -1,0 +1,115 @@
+"""Turn a quantization plan into lazy quantized weights. The graph stays as it is; targets read the weights' type."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from moec.compiler.errors import UsageError
+from moec.compiler.program import Program
+from moec.compiler.rejections import Rejection
+from moec.compiler.weights import LazyTensor
+from moec.passes.base import Pass, PassResult
+from moec.quantize.formats import FloatFormat, FloatKind, Format, IntegerFormat
+from moec.quantize.lazy import Float16, Quantized
+from moec.quantize.plan import QuantizationPlan
+from moec.quantize.roles import Role, weight_roles
+from moec.quantize.rounding import RoundingResult
+from moec.quantize.scales import NO_CLIPPING, ClipSearch
+
+
+@dataclass(frozen=True)
+class Quantize(Pass):
+    """Give each weight the format that the plan has for its class and layer.
+
+    ```
+    linear(x, @q_proj.weight[N, K] float)
+    ->
+    linear(x, @q_proj.weight[N, K] int4:32)      the same node; the tensor is a `quantize.lazy.Quantized`
+    ```
+
+    Attributes:
+        plan: Formats by tensor class, with overrides.
+        rounded: Results of calibrated rounding by tensor name; what is not in it is rounded to nearest.
+        clip: Clip ratios that rounding to nearest tries.
+    """
+
+    name: ClassVar[str] = "quantize"
+    requires: ClassVar[tuple[str, ...]] = ("fold-weights", "canonical-experts")
+
+    plan: QuantizationPlan = field(default_factory=lambda: QuantizationPlan.build({}))
+    rounded: Mapping[str, RoundingResult] = field(default_factory=dict)
+    clip: ClipSearch = NO_CLIPPING
+
+    def run(self, program: Program) -> PassResult:
+        """See the class.
+
+        Raises:
+            UsageError: A block size does not divide a dimension, or experts of one tensor have several formats.
+        """
+        changed: dict[str, LazyTensor] = {}
+        rejections: list[Rejection] = []
+        classes: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
+        for name, role in weight_roles(program).items():
+            source = program.weights[name]
+            chosen = format_of(self.plan, name, role, source)
+            classes[role.tensor_class.value][str(chosen)] += 1
+            tensor = self._quantized(name, source, chosen)
+            if tensor is not None:
+                changed[name] = tensor
+            rejections += self._fallbacks(name)
+        if not changed:
+            return PassResult(program, modified=False)
+        notes: dict[str, Any] = {**program.notes, "quantization": {key: dict(value) for key, value in classes.items()}}
+        weights = program.weights.with_tensors(changed)
+        return PassResult(program.replace(weights=weights, notes=notes), True, tuple(rejections))
+
+    def _quantized(self, name: str, source: LazyTensor, chosen: Format) -> LazyTensor | None:
+        if isinstance(chosen, IntegerFormat):
+            resolved = chosen.resolve(source.shape[-1], name)
+            result = self.rounded.get(name)
+            if result is None:
+                return Quantized(name, source, resolved, self.clip)
+            codes = result.tensor
+            return Quantized(name, source, resolved, self.clip, (codes,) if codes.codes.ndim == 2 else _experts(codes))
+        return Float16(source) if chosen.kind is FloatKind.FP16 else None
+
+    def _fallbacks(self, name: str) -> list[Rejection]:
+        """Experts that calibration hardly reached were rounded to nearest: never silently."""
+        result = self.rounded.get(name)
+        reports = result.matrices if result is not None else ()
+        return [
+            Rejection(self.name, f"{name}[{index}]", f"rounded to nearest: {report.reason}")
+            for index, report in enumerate(reports)
+            if report.reason
+        ]
+
+
+def _experts(codes: Any) -> tuple[Any, ...]:
+    return tuple(codes[index] for index in range(codes.shape[0]))
+
+
+def format_of(plan: QuantizationPlan, name: str, role: Role, tensor: LazyTensor) -> Format:
+    """The format of a tensor; a stack of experts has one.
+
+    Raises:
+        UsageError: The plan gives the experts of one tensor several formats.
+    """
+    chosen = plan.format_for(role.tensor_class, layer=role.layer)
+    if len(tensor.shape) == 3:
+        each = {plan.format_for(role.tensor_class, layer=role.layer, expert=i) for i in range(tensor.shape[0])}
+        if len(each) > 1:
+            names = ", ".join(sorted(str(item) for item in each))
+            raise UsageError(
+                f"{name}: the plan gives its experts several formats ({names}), but they are stored as one stack",
+                hint="override the format of whole layers",
+            )
+        chosen = each.pop()
+    return chosen
+
+
+def float_plan(plan: QuantizationPlan) -> bool:
+    """Whether the plan quantizes nothing."""
+    return all(isinstance(chosen, FloatFormat) for _, chosen in plan.formats) and not plan.overrides

@@ -1,0 +1,268 @@
+"""Quantized weights: `QMoE`, `MatMulNBits`, `GatherBlockQuantized`, or blocked `DequantizeLinear` in standard ops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, fx
+
+from moec.compiler.ops import Gate
+from moec.compiler.weights import LazyTensor
+from moec.quantize.formats import Activations
+from moec.quantize.lazy import Quantized
+from moec.targets.onnx.context import DTYPES, MS, Context, result_dtype
+from moec.targets.onnx.lowerings.layouts import interleave, interleaved_rows
+
+INT8_ACTIVATIONS = 4
+"""`accuracy_level` that lets a kernel quantize its activations to int8."""
+
+
+@dataclass(frozen=True)
+class Packed(LazyTensor):
+    """Codes, scales or zero points of a Quantized in a kernel's layout, made row by row.
+
+    `function` takes a QuantizedTensor, or with `scales_alone` a `Scales`, and returns its rows in that layout.
+    """
+
+    source: Quantized
+    function: Callable[[Any], Tensor]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    scales_alone: bool = False
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Pack the same rows of the source."""
+        read = self.source.scale_rows if self.scales_alone else self.source.quantized_rows
+        return self.function(read(start, stop))
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """uint8 codes [..., K] -> bytes [..., K * bits / 8], the lower nibble first."""
+    if bits == 8:
+        return codes
+    if codes.shape[-1] % 2:
+        codes = torch.nn.functional.pad(codes, (0, 1))
+    return codes[..., 0::2] | (codes[..., 1::2] << 4)
+
+
+def expand_scales(scales: Tensor, groups: int) -> Tensor:
+    """Repeat the scales of larger blocks [..., G] so that there are `groups` of them."""
+    return scales.repeat_interleave(groups // scales.shape[-1], dim=-1)
+
+
+def accuracy_level(*tensors: Quantized) -> int:
+    """`accuracy_level` for weights of these formats."""
+    dynamic = any(tensor.format.activations is Activations.INT8_DYNAMIC for tensor in tensors)
+    return INT8_ACTIVATIONS if dynamic else 0
+
+
+def kernel_block(*tensors: Quantized) -> int:
+    """A block size that all tensors can be written in: the largest of 128 .. 16 that divides the blocks of each."""
+    for size in (128, 64, 32, 16):
+        if all(tensor.block % size == 0 for tensor in tensors):
+            return size
+    raise ValueError("blocks of 16 or more divide every quantized dimension")
+
+
+# Linear ---------------------------------------------------------------------------------------------------------
+
+
+def linear(ctx: Context, node: fx.Node, x: ir.Value, name: str, weight: Quantized) -> ir.Value:
+    """`x @ weight.T` by MatMulNBits; by DequantizeLinear and MatMul where only standard ops are allowed."""
+    if not ctx.settings["contrib"]:
+        product: ir.Value = ctx.op("MatMul", x, ctx.op("Transpose", dequantize(ctx, node, name, weight), perm=[1, 0]))
+        return product
+    rows, columns = weight.shape
+    block, bits = kernel_block(weight), weight.format.bits
+    groups = columns // block
+    codes = Packed(
+        weight,
+        lambda part: pack(part.unsigned_codes(), bits).reshape(len(part.codes), groups, -1),
+        (rows, groups, block * bits // 8),
+        torch.uint8,
+    )
+    points = None
+    if not weight.format.symmetric:
+        points = ctx.initializer(f"{name}.zero_points", _points(weight, groups))
+    return ctx.op(
+        "MatMulNBits",
+        x,
+        ctx.initializer(f"{name}.codes", codes),
+        _scales(ctx, name, weight, groups, result_dtype(node)),
+        points,
+        domain=MS,
+        K=columns,
+        N=rows,
+        bits=bits,
+        block_size=block,
+        accuracy_level=accuracy_level(weight),
+    )
+
+
+def _scales(ctx: Context, name: str, weight: Quantized, groups: int, dtype: torch.dtype) -> ir.Value:
+    """Scales [..., groups] in their own dtype in the file, and in the dtype of the graph for the kernel."""
+    stored = weight.format.scale_type.dtype
+    tensor = Packed(
+        weight, lambda part: expand_scales(part.scales, groups).to(stored), (*weight.shape[:-1], groups), stored, True
+    )
+    value = ctx.initializer(f"{name}.scales", tensor)
+    if stored is dtype:
+        return value
+    return ctx.shared(("scales", name, dtype), lambda: ctx.op("Cast", value, to=int(DTYPES[dtype])))
+
+
+def _points(weight: Quantized, groups: int) -> Packed:
+    bits = weight.format.bits
+    return Packed(
+        weight,
+        lambda part: pack(expand_scales(part.unsigned_zero_points(), groups), bits),
+        (*weight.shape[:-1], (groups * bits + 7) // 8),
+        torch.uint8,
+        True,
+    )
+
+
+# Embedding ------------------------------------------------------------------------------------------------------
+
+
+def embedding(ctx: Context, node: fx.Node, indices: ir.Value, name: str, weight: Quantized) -> ir.Value:
+    """Rows of a quantized table, dequantized as they are gathered."""
+    if not ctx.settings["contrib"]:
+        rows: ir.Value = ctx.op("Gather", dequantize(ctx, node, name, weight), indices, axis=0)
+        return rows
+    block, bits = kernel_block(weight), weight.format.bits
+    groups = weight.shape[1] // block
+    codes = Packed(
+        weight,
+        lambda part: pack(part.unsigned_codes(), bits),
+        (weight.shape[0], weight.shape[1] * bits // 8),
+        torch.uint8,
+    )
+    points = None
+    if not weight.format.symmetric:
+        points = ctx.initializer(f"{name}.zero_points", _points(weight, groups))
+    # A tied head has the same bytes in another shape; the writer stores equal sources once.
+    return ctx.op(
+        "GatherBlockQuantized",
+        ctx.initializer(f"{name}.table", codes),
+        indices,
+        _scales(ctx, name, weight, groups, result_dtype(node)),
+        points,
+        domain=MS,
+        bits=bits,
+        block_size=block,
+        gather_axis=0,
+        quantize_axis=1,
+    )
+
+
+# Experts --------------------------------------------------------------------------------------------------------
+
+
+def experts(ctx: Context, node: fx.Node, gate: Gate, dense: ir.Value, attributes: dict[str, Any]) -> ir.Value:
+    """`QMoE`, which drops a slot whose weight is 0 before tokens are grouped by expert, so that it costs nothing.
+
+    The routing weights are both what it selects by and, unnormalised, what it mixes by.
+    """
+    hidden, indices, _weights, gate_up, gate_up_bias, down, down_bias = node.args[:7]
+    tensors = [_quantized(ctx, argument) for argument in (gate_up, down)]
+    block = kernel_block(*(tensor for _, tensor in tensors))
+    operands: list[ir.Value | None] = [ctx.tensor(hidden), dense]
+    points: list[ir.Value | None] = []
+    for (name, tensor), bias, first in zip(tensors, (gate_up_bias, down_bias), (True, False), strict=True):
+        interleaved = first and gate.gated and not gate.interleaved
+        codes, scales, zero_points = _stack(tensor, tensor.shape[2] // block, interleaved)
+        operands += [ctx.initializer(f"{name}.codes", codes), ctx.initializer(f"{name}.scales", scales)]
+        operands.append(None if bias is None else _bias(ctx, bias, interleaved))
+        points.append(None if zero_points is None else ctx.initializer(f"{name}.zero_points", zero_points))
+        ctx.experts[name] = {
+            "quantized": name,
+            "bits": tensor.format.bits,
+            "symmetric": tensor.format.symmetric,
+            "interleaved": interleaved,
+            "transposed": False,
+        }
+    bits = [tensor.format.bits for _, tensor in tensors]
+    return ctx.op(
+        "QMoE",
+        *operands,
+        *(None,) * 3,
+        *points,
+        None,
+        dense,
+        domain=MS,
+        k=int(indices.meta["val"].shape[1]),  # type: ignore[union-attr]
+        normalize_routing_weights=0,
+        expert_weight_bits=max(bits),
+        fc1_expert_weight_bits=bits[0],
+        fc2_expert_weight_bits=bits[1],
+        block_size=block,
+        accuracy_level=accuracy_level(*(tensor for _, tensor in tensors)),
+        **attributes,
+    )
+
+
+def _quantized(ctx: Context, argument: Any) -> tuple[str, Quantized]:
+    name = ctx.program.weights.resolve(str(argument.target))
+    tensor = ctx.program.weights[name]
+    assert isinstance(tensor, Quantized)
+    return name, tensor
+
+
+def _bias(ctx: Context, bias: Any, interleaved: bool) -> ir.Value:
+    tensor = ctx.lazy(bias)
+    return ctx.initializer(f"{bias.target}.moe", interleaved_rows(tensor) if interleaved else tensor)
+
+
+def _stack(tensor: Quantized, groups: int, interleaved: bool) -> tuple[Packed, Packed, Packed | None]:
+    """Codes [E, N, K * bits / 8], scales [E, N, groups] and zero points, the rows of gate and up interleaved."""
+    count, rows, columns = tensor.shape
+    bits, stored = tensor.format.bits, tensor.format.scale_type.dtype
+
+    def ordered(value: Tensor) -> Tensor:
+        return interleave(value) if interleaved else value
+
+    codes = Packed(
+        tensor, lambda part: ordered(pack(part.unsigned_codes(), bits)), (count, rows, columns * bits // 8), torch.uint8
+    )
+    scales = Packed(
+        tensor, lambda part: ordered(expand_scales(part.scales, groups)).to(stored), (count, rows, groups), stored, True
+    )
+    if tensor.format.symmetric:
+        return codes, scales, None
+    width = (groups * bits + 7) // 8
+    points = Packed(
+        tensor,
+        lambda part: ordered(pack(expand_scales(part.unsigned_zero_points(), groups), bits)),
+        (count, rows, width),
+        torch.uint8,
+        True,
+    )
+    return codes, scales, points
+
+
+# Standard ops ---------------------------------------------------------------------------------------------------
+
+
+def dequantize(ctx: Context, node: fx.Node, name: str, weight: Quantized) -> ir.Value:
+    """The float matrix [N, K] by DequantizeLinear with blocks, from opset 21 on."""
+    rows, columns = weight.shape
+    groups = columns // kernel_block(weight)
+    codes = Packed(weight, lambda part: part.codes, (rows, columns), torch.int8)
+    if not weight.format.symmetric:
+        raise ctx.refuse(node, "asymmetric weights have no standard form here", hint="use a symmetric format")
+    return ctx.shared(
+        ("dequantized", name),
+        lambda: ctx.op(
+            "DequantizeLinear",
+            ctx.initializer(f"{name}.codes", codes),
+            _scales(ctx, name, weight, groups, result_dtype(node)),
+            axis=1,
+            block_size=columns // groups,
+        ),
+    )
