@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib.resources
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from moec.compiler.model_config import context_length
 from moec.compiler.program import ATTENTION
 from moec.targets.base import RunnerLimits
 
@@ -98,19 +99,10 @@ class Bounds:
 
 def bounds(program: Program, limits: RunnerLimits, max_tokens: int) -> Bounds:
     """Bounds of the sequences for `program` on a runner with `limits`; `max_tokens` is the gate's own budget."""
-    lengths = [max_tokens, max_positions(program.config)]
+    lengths = [max_tokens, context_length(program.config) or max_tokens]
     if limits.max_sequence is not None:
         lengths.append(limits.max_sequence)
     return Bounds(limits, min(lengths))
-
-
-def max_positions(config: Mapping[str, Any]) -> int:
-    """Longest sequence that the model was made for, 4096 where its config does not say."""
-    for holder in (config, config.get("text_config") or {}):
-        for key in ("max_position_embeddings", "max_seq_len", "n_positions"):
-            if isinstance(holder.get(key), int):
-                return int(holder[key])
-    return 4096
 
 
 def base_cases(program: Program, prompts: Prompts, bound: Bounds, new_tokens: int) -> tuple[list[Case], list[str]]:

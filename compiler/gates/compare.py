@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
-from moec.compiler.errors import ArtifactError
+from moec.compiler.checkpoint import first_line
+from moec.compiler.errors import ArtifactError, MoecError
 from moec.compiler.gates.cases import Case
 from moec.compiler.gates.reference import Trace
 from moec.compiler.gates.tolerance import TOKEN_TIE, Tolerance
 from moec.targets.base import Runner
+
+Step = Callable[[np.ndarray, np.ndarray | None], np.ndarray]
+"""`Runner.prefill` or `Runner.decode`."""
 
 
 @dataclass(frozen=True)
@@ -52,29 +57,37 @@ def run_case(runner: Runner, case: Case) -> Output:
     """Feed a case step by step, then generate. The last generated token is not fed: its logits are not needed.
 
     Raises:
-        ArtifactError: The logits do not have the shape that was asked for.
+        ArtifactError: The runtime fails, or the logits do not have the shape that was asked for.
     """
     ids, pieces, offset = case.input_ids, list[np.ndarray](), 0
     runner.reset()
     for step in case.steps:
         stop = offset + step
         mask = None if case.attention_mask is None else case.attention_mask[:, :stop]
-        call = runner.decode if offset else runner.prefill
-        pieces.append(_checked(call(ids[:, offset:stop], mask), (ids.shape[0], step), case.name))
+        pieces.append(_call(runner.decode if offset else runner.prefill, ids[:, offset:stop], mask, case.name))
         offset = stop
     for index in range(case.new_tokens):
         token = pieces[-1][:, -1].argmax(-1)[:, None].astype(np.int64)
         ids = np.concatenate([ids, token], axis=1)
         if index + 1 < case.new_tokens:
-            pieces.append(_checked(runner.decode(token), token.shape, case.name))
+            pieces.append(_call(runner.decode, token, None, case.name))
     runner.reset()
     return Output(ids, np.concatenate(pieces, axis=1))
 
 
-def _checked(logits: np.ndarray, shape: tuple[int, ...], name: str) -> np.ndarray:
-    if logits.ndim != 3 or logits.shape[:2] != shape:
+def _call(step: Step, ids: np.ndarray, mask: np.ndarray | None, name: str) -> np.ndarray:
+    try:
+        logits = step(ids, mask)
+    except MoecError:
+        raise
+    except Exception as error:  # the exceptions of runtimes share no base class but this one
         raise ArtifactError(
-            f"{name}: the runner returned logits of shape {logits.shape} for input_ids of shape {shape}",
+            f"{name}: the artifact fails at run time: {type(error).__name__}: {first_line(error)}",
+            hint="it was built but cannot be run; please report this with the recipe",
+        ) from error
+    if logits.ndim != 3 or logits.shape[:2] != ids.shape:
+        raise ArtifactError(
+            f"{name}: the runner returned logits of shape {logits.shape} for input_ids of shape {ids.shape}",
             hint="a runner returns logits for every new token: [batch, sequence, vocabulary]",
         )
     return logits
@@ -125,7 +138,7 @@ def compare(case: Case, output: Output, trace: Trace, tolerance: Tolerance) -> t
 def position_errors(got: np.ndarray, want: np.ndarray, valid: np.ndarray) -> np.ndarray:
     """Largest |got - want| of each position over the largest |want| of all valid ones: [B, T]; infinite for NaN."""
     scale = float(np.abs(want[valid]).max(initial=0.0))
-    errors = np.empty(want.shape[:2], dtype=np.float64)
+    errors: np.ndarray = np.empty(want.shape[:2], dtype=np.float64)
     for row in range(want.shape[0]):  # row by row: the difference is as large as the logits
         errors[row] = np.abs(got[row] - want[row]).max(-1)
     errors /= scale if scale > 0 else 1.0
@@ -141,8 +154,9 @@ def excused_positions(errors: np.ndarray, tied: np.ndarray, limit: float) -> np.
     excused when it, or an earlier token of its sequence, is tied and shows a difference of its own: more than a quarter
     of the limit. A NaN is never excused.
     """
-    flipped = np.logical_or.accumulate(tied & (errors > limit / 4), axis=1)
-    return flipped & (errors > limit) & np.isfinite(errors)
+    flipped: np.ndarray = np.logical_or.accumulate(tied & (errors > limit / 4), axis=1)
+    excused: np.ndarray = flipped & (errors > limit) & np.isfinite(errors)
+    return excused
 
 
 def _mismatch(ids: np.ndarray, want: np.ndarray, excused: np.ndarray, new_tokens: int) -> int | None:

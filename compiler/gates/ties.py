@@ -36,7 +36,7 @@ def _top_k_gap(scores: Tensor, count: int, dim: int = -1, largest: bool = True, 
     finite = torch.where(scores.isfinite(), scores, 0)
     positive = (finite >= 0).all(dim) if largest else (finite <= 0).all(dim)
     scale = torch.where(positive, taken.abs(), finite.abs().amax(dim)).clamp(min=1e-30)
-    return torch.nan_to_num((taken - left) / scale, nan=torch.inf)
+    return torch.nan_to_num((taken - left) / scale, nan=torch.inf, posinf=torch.inf)
 
 
 def _argmax_gap(scores: Tensor, dim: int | None = -1, *_: object) -> Tensor:
@@ -48,7 +48,7 @@ def _comparison_gap(left: Tensor, right: Tensor | float, *_: object) -> Tensor:
     first = left.double()
     second = right.double() if isinstance(right, Tensor) else torch.tensor(float(right), dtype=torch.float64)
     scale = torch.maximum(first.abs(), second.abs()).clamp(min=1e-30)
-    gap = torch.nan_to_num((first - second).abs() / scale, nan=torch.inf)
+    gap = torch.nan_to_num((first - second).abs() / scale, nan=torch.inf, posinf=torch.inf)
     return torch.where(first == second, torch.inf, gap)
 
 

@@ -1,0 +1,129 @@
+"""Integrity reads every expert back and believes no figure that it was not given."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from moec.compiler.checkpoint import Checkpoint
+from moec.compiler.errors import ArtifactError
+from moec.compiler.gates.integrity import check_integrity, expert_weights
+from moec.compiler.gates.tolerance import Precision, precision_of
+from moec.compiler.gates.verdict import Status
+from moec.compiler.program import EXPERTS, Program
+from moec.compiler.weights import LazyTensor
+from moec.quantize.formats import IntegerFormat
+from moec.targets.base import ExpertReader
+
+Captured = tuple[Checkpoint, Program]
+
+
+def _readers(program: Program) -> dict[str, ExpertReader]:
+    def reader(name: str) -> ExpertReader:
+        return lambda index: program.weights[name].rows(index, index + 1)[0].numpy()
+
+    return {name: reader(name) for name in expert_weights(program)}
+
+
+def test_every_expert_is_compared(gpt_oss: Captured) -> None:
+    program = gpt_oss[1]
+    verdict = check_integrity(program, _readers(program))
+    assert verdict.status is Status.PASS
+    biases = sum("bias" in tensor["name"] for tensor in verdict.figures["tensors"])
+    assert biases == 2 * len(program.layers)
+    assert all(tensor["experts"] == 8 for tensor in verdict.figures["tensors"])
+
+
+@pytest.mark.parametrize("value", [np.nan, 1e-3])
+def test_one_changed_value_of_one_expert_is_found(mixtral: Captured, value: float) -> None:
+    program = mixtral[1]
+    readers = _readers(program)
+    name = program.layers[1].down_proj
+    right = readers[name]
+
+    def wrong(index: int) -> np.ndarray:
+        values = right(index).copy()
+        if index == 6:
+            values[-1, -1] += value
+        return values
+
+    verdict = check_integrity(program, {**readers, name: wrong})
+    assert verdict.status is Status.FAIL
+    assert verdict.exit_code == 5
+    assert f"{name} experts 6" in verdict.summary
+
+
+def test_swapped_experts_wrong_shapes_and_missing_tensors_are_found(mixtral: Captured) -> None:
+    program = mixtral[1]
+    readers = _readers(program)
+    name = program.layers[0].gate_up_proj
+    right = readers[name]
+    swapped = {**readers, name: lambda index: right((1, 0, *range(2, 8))[index])}
+    assert "experts 0, 1" in check_integrity(program, swapped).summary
+    turned = {**readers, name: lambda index: right(index).T}
+    assert check_integrity(program, turned).status is Status.FAIL
+    readers.pop(name)
+    verdict = check_integrity(program, readers)
+    assert verdict.status is Status.FAIL
+    assert f"missing from the artifact: {name}" in verdict.summary
+
+
+def test_weights_computed_in_the_graph_are_an_error(mixtral: Captured) -> None:
+    program = mixtral[1]
+    graph = program.copy_graph()
+    experts = graph.find_nodes(op="call_function", target=EXPERTS)[0]
+    with graph.inserting_before(experts):
+        computed = graph.call_function(torch.ops.aten.neg.default, (experts.args[3],))
+    experts.update_arg(3, computed)
+    with pytest.raises(ArtifactError, match="computed in the graph"):
+        check_integrity(program.replace(graph=graph), {})
+
+
+@dataclass(frozen=True)
+class _Planned(LazyTensor):
+    source: LazyTensor
+    format: IntegerFormat
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        return self.source.shape
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        return self.source.dtype
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        return self.source.rows(start, stop)
+
+
+def _quantized(program: Program) -> tuple[Program, Mapping[str, Any]]:
+    planned = {name: _Planned(program.weights[name], IntegerFormat(4, "channel")) for name in expert_weights(program)}
+    bytes_ = {name: tensor.format.planned_bytes(tensor.shape) for name, tensor in planned.items()}
+    return program.replace(weights=program.weights.with_tensors(planned)), bytes_
+
+
+def test_quantized_experts_must_be_small_and_say_so(mixtral: Captured) -> None:
+    program, planned = _quantized(mixtral[1])
+    assert precision_of(program) is Precision.INT4
+    readers = _readers(program)
+    assert check_integrity(program, readers, tensor_bytes=planned).status is Status.PASS
+    assert check_integrity(program, readers).status is Status.NOT_RUN
+    name = program.layers[0].down_proj
+    left_float = {**planned, name: program.weights[name].nbytes}
+    verdict = check_integrity(program, readers, tensor_bytes=left_float)
+    assert verdict.status is Status.FAIL
+    assert f"larger than its format: {name}" in verdict.summary
+
+
+def test_rounding_is_allowed_to_quantized_experts_alone(mixtral: Captured) -> None:
+    program, planned = _quantized(mixtral[1])
+    rounded = {name: _rounded(reader) for name, reader in _readers(program).items()}
+    assert check_integrity(program, rounded, tensor_bytes=planned).status is Status.PASS
+    assert check_integrity(mixtral[1], rounded).status is Status.FAIL
+
+
+def _rounded(reader: ExpertReader) -> ExpertReader:
+    return lambda index: np.nextafter(reader(index), np.float32(np.inf))

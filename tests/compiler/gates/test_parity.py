@@ -1,0 +1,238 @@
+"""Parity passes what is right and nothing else."""
+
+# ruff: noqa: ARG001, ARG002 - the arguments are those of the protocols
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from moec.compiler.checkpoint import Checkpoint
+from moec.compiler.errors import ArtifactError
+from moec.compiler.gates import parity
+from moec.compiler.gates.cases import Prompts
+from moec.compiler.gates.parity import check_artifact, check_capture, gather_artifact, gather_capture
+from moec.compiler.gates.tolerance import TOLERANCES, Precision, precision_of
+from moec.compiler.gates.verdict import Status, Verdict
+from moec.compiler.interpreter import ProgramRunner
+from moec.compiler.program import ATTENTION, Program
+from moec.targets.base import RunnerLimits
+
+from .conftest import OPTIONS, Wrapped, changed, prompts, zero_4kb  # noqa: TID252 - tests are no package with a name of its own
+
+Captured = tuple[Checkpoint, Program]
+
+
+def test_capture_equals_transformers(gpt_oss: Captured) -> None:
+    checkpoint, program = gpt_oss
+    verdict = check_capture(checkpoint, program, prompts(program), OPTIONS)
+    assert verdict.status is Status.PASS, verdict.summary
+    assert verdict.figures["max_error"] < 1e-5
+    names = [case["name"] for case in verdict.figures["cases"]]
+    assert {"batch 1, sequence 1, past 9", "batch 2, sequence 5, past 0", "batch 2, sequence 5, past 7"} <= set(names)
+    assert {"batch 1, sequence 130, past 0", "left-padded batch of 2"} <= set(names)
+    assert any(name.startswith("decode past the sliding window") for name in names)
+
+
+def test_a_wrong_capture_fails(mixtral: Captured) -> None:
+    checkpoint, program = mixtral
+    wrong = zero_4kb(program, 0, 2)
+    verdict = check_capture(checkpoint, wrong, prompts(program), OPTIONS)
+    assert verdict.status is Status.FAIL
+    assert verdict.exit_code == 5
+
+
+def test_too_little_memory_is_not_run_and_no_pass(mixtral: Captured) -> None:
+    checkpoint, program = mixtral
+    verdict = gather_capture(checkpoint, program, prompts(program), OPTIONS, lambda *_: None, lambda: 1000)
+    assert isinstance(verdict, Verdict)
+    assert verdict.status is Status.NOT_RUN
+    assert "GiB" in verdict.summary
+
+
+def test_a_right_artifact_passes(gpt_oss: Captured) -> None:
+    program = gpt_oss[1]
+    verdict = check_artifact(program, ProgramRunner(program), prompts(program), OPTIONS)
+    assert verdict.status is Status.PASS, verdict.summary
+    assert "12 greedy tokens identical" in verdict.summary
+    assert verdict.figures["excused"] == 0
+
+
+@pytest.mark.parametrize("expert", range(8))
+def test_4_kb_of_any_expert_are_missed_by_no_input_set(mixtral: Captured, expert: int) -> None:
+    program = mixtral[1]
+    verdict = check_artifact(program, ProgramRunner(zero_4kb(program, 1, expert)), prompts(program), OPTIONS)
+    assert verdict.status is Status.FAIL
+
+
+def test_a_wrong_window_fails(gpt_oss: Captured) -> None:
+    program = gpt_oss[1]
+    graph = program.copy_graph()
+    for node in graph.find_nodes(op="call_function", target=ATTENTION):
+        if node.args[9] == "sliding":
+            node.args = (*node.args[:10], int(node.args[10]) + 1, *node.args[11:])
+    verdict = check_artifact(program, ProgramRunner(program.replace(graph=graph)), prompts(program), OPTIONS)
+    assert verdict.status is Status.FAIL
+    # Short sequences cannot tell: the verdict stands on the cases beyond the window.
+    wrong = {case["name"] for case in verdict.figures["cases"] if case["error"] > 1e-4}
+    assert "batch 2, sequence 5, past 0" not in wrong
+    assert any(name.startswith("prefill past the sliding window") for name in wrong)
+
+
+def test_an_ignored_padding_mask_fails(mixtral: Captured) -> None:
+    program = mixtral[1]
+
+    class Ignores(ProgramRunner):
+        def decode(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None) -> np.ndarray:
+            return super().decode(input_ids, None)
+
+    verdict = check_artifact(program, Ignores(program), prompts(program), OPTIONS)
+    assert verdict.status is Status.FAIL
+    assert [case["name"] for case in verdict.figures["cases"] if case["error"] > 1e-4] == ["left-padded batch of 2"]
+
+
+def test_one_nan_fails(mixtral: Captured) -> None:
+    program = mixtral[1]
+
+    def spoil(logits: np.ndarray, step: int) -> np.ndarray:
+        if step == 3:
+            logits[0, -1, 5] = np.nan
+        return logits
+
+    verdict = check_artifact(program, Wrapped(program, spoil), prompts(program), OPTIONS)
+    assert verdict.status is Status.FAIL
+    assert verdict.figures["max_error"] == float("inf")
+
+
+def test_a_wrong_greedy_token_fails(mixtral: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = mixtral[1]
+    loose = dataclasses.replace(TOLERANCES[Precision.FP32], limit=10.0)
+    monkeypatch.setattr(parity, "TOLERANCES", {Precision.FP32: loose})
+    cases = len(check_artifact(program, ProgramRunner(program), prompts(program), OPTIONS).figures["cases"])
+    assert cases > 1
+
+    def spoil(logits: np.ndarray, step: int) -> np.ndarray:
+        if logits.shape[:2] == (1, 1):  # one decoded token: the runner prefers the worst one
+            logits[0, 0] = -logits[0, 0]
+        return logits
+
+    verdict = check_artifact(program, Wrapped(program, spoil), prompts(program), OPTIONS)
+    assert verdict.status is Status.FAIL
+    assert "greedy token 2 of 12 differs" in verdict.summary
+
+
+def test_logits_of_another_shape_are_an_error(mixtral: Captured) -> None:
+    program = mixtral[1]
+    with pytest.raises(ArtifactError, match="shape"):
+        check_artifact(program, Wrapped(program, lambda logits, _: logits[:, -1:]), prompts(program), OPTIONS)
+    with pytest.raises(ArtifactError, match="vocabulary"):
+        check_artifact(program, Wrapped(program, lambda logits, _: logits[..., :-1]), prompts(program), OPTIONS)
+
+
+def test_a_runtime_that_fails_is_a_named_error(mixtral: Captured) -> None:
+    class KernelError(Exception):
+        """As ONNX Runtime's: derives from Exception alone."""
+
+    def spoil(logits: np.ndarray, step: int) -> np.ndarray:
+        raise KernelError("no kernel")
+
+    with pytest.raises(ArtifactError, match="KernelError: no kernel"):
+        check_artifact(mixtral[1], Wrapped(mixtral[1], spoil), prompts(mixtral[1]), OPTIONS)
+
+
+def _tie(program: Program) -> tuple[Program, Program]:
+    """A router that scores two experts alike, and the same with one of them a hair ahead."""
+    name = "model.layers.1.mlp.gate.weight"
+
+    def same(weight: torch.Tensor) -> None:
+        weight[3] = weight[5]
+
+    def nudge(weight: torch.Tensor) -> None:
+        weight[3] = weight[5] * (1 + 1e-6)
+
+    return changed(program, name, same), changed(program, name, nudge)
+
+
+def test_ties_are_excused_by_rule_and_not_without_limit(mixtral: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    program, flipped = _tie(mixtral[1])
+    lenient = dataclasses.replace(OPTIONS, max_excused=1.0, coverage_tokens=0)
+    verdict = check_artifact(program, ProgramRunner(flipped), prompts(program), lenient)
+    assert verdict.status is Status.PASS, verdict.summary
+    assert verdict.figures["excused"] > 0
+    assert "excused by router ties" in verdict.summary
+
+    strict = dataclasses.replace(lenient, max_excused=0.0)
+    verdict = check_artifact(program, ProgramRunner(flipped), prompts(program), strict)
+    assert verdict.status is Status.FAIL
+    assert "proves nothing" in verdict.summary
+
+    blind = dataclasses.replace(TOLERANCES[Precision.FP32], tie_margin=0.0)
+    monkeypatch.setattr(parity, "TOLERANCES", {Precision.FP32: blind})
+    assert check_artifact(program, ProgramRunner(flipped), prompts(program), lenient).status is Status.FAIL
+
+
+def test_excused_positions_prove_no_expert(mixtral: Captured) -> None:
+    program, flipped = _tie(mixtral[1])
+    options = dataclasses.replace(OPTIONS, max_excused=1.0, coverage_tokens=0)
+    clean = gather_artifact(program, ProgramRunner(program), prompts(program), options, lambda *_: None)
+    tied = gather_artifact(program, ProgramRunner(flipped), prompts(program), options, lambda *_: None)
+
+    def tokens(evidence: parity.Evidence) -> int:
+        return sum(sum(layer["tokens"]) for layer in evidence.coverage.figures()["layers"])
+
+    excused = sum(result.excused for result in tied.results)
+    generated = OPTIONS.greedy_tokens  # the generated tokens may differ: compare what does not
+    assert tokens(tied) <= tokens(clean) - 4 * (excused - generated)
+
+
+class Limited(ProgramRunner):
+    """A phone: one sequence, no padding, 20 tokens, one decoded token at a time."""
+
+    limits = RunnerLimits(max_batch=1, padding=False, max_sequence=20, prefill_lengths=(8,), max_decode=1)
+
+    def prefill(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None) -> np.ndarray:
+        assert attention_mask is None
+        assert input_ids.shape[0] == 1
+        self.length = 0
+        return super().prefill(input_ids, attention_mask)
+
+    def decode(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None) -> np.ndarray:
+        assert self.length == 0 or input_ids.shape[1] == 1
+        self.length += input_ids.shape[1]
+        assert self.length <= 20
+        return super().decode(input_ids, attention_mask)
+
+
+def test_limits_of_a_runner_are_kept_and_reported(mixtral: Captured) -> None:
+    program = mixtral[1]
+    verdict = check_artifact(program, Limited(program), prompts(program), parity.ParityOptions())
+    assert verdict.status is Status.PASS, verdict.summary
+    for left_out in ("batch 2", "left padding", "130 tokens", "greedy tokens"):
+        assert left_out in verdict.summary
+    names = [case["name"] for case in verdict.figures["cases"]]
+    assert "batch 1, sequence 8, past 0" in names
+    assert "batch 1, sequence 9, past 0" in names
+
+
+def test_verdicts_repeat(mixtral: Captured) -> None:
+    program = mixtral[1]
+    first, second = (check_artifact(program, ProgramRunner(program), prompts(program), OPTIONS) for _ in range(2))
+    assert first == second
+
+
+def test_prompts_are_text_where_there_is_a_tokenizer(golden_model: Path, tmp_path: Path) -> None:
+    golden = Prompts.of(golden_model, 4096)
+    assert golden.source == "calibration text"
+    assert Prompts.of(tmp_path, 4096).source == "random ids"
+    ids = golden.text(2, 50)
+    assert ids.shape == (2, 50)
+    assert ids.max() < 4096
+    assert (ids == Prompts.of(golden_model, 4096).text(2, 50)).all()
+
+
+def test_precision_is_that_of_the_coarsest_part(mixtral: Captured) -> None:
+    program = mixtral[1]
+    assert precision_of(program) is Precision.FP32
+    assert precision_of(program.replace(dtype=torch.float16)) is Precision.FP16

@@ -1,0 +1,120 @@
+"""The gates together: order, exit codes, and that nothing but a pass is a pass."""
+
+# ruff: noqa: ARG002, ARG005 - the arguments are those of the protocols
+
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from moec.compiler.checkpoint import Checkpoint
+from moec.compiler.errors import ArtifactError
+from moec.compiler.gates.integrity import expert_weights
+from moec.compiler.gates.run import SEVERAL_FAILED, GateInputs, exit_code, run_gate, run_gates, table
+from moec.compiler.gates.verdict import Status, Verdict
+from moec.compiler.interpreter import ProgramRunner
+from moec.compiler.program import Program
+from moec.targets.base import Capabilities, ExpertReader, Lowered, Phase, Progress, Runner, Target, TargetOptions
+
+from .conftest import OPTIONS, zero_4kb  # noqa: TID252 - tests are no package with a name of its own
+
+Captured = tuple[Checkpoint, Program]
+
+
+class InterpreterTarget(Target):
+    """Its artifact is a Program."""
+
+    name = "interpreter"
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+
+    def capabilities(self, options: TargetOptions, phase: Phase) -> Capabilities:
+        return Capabilities(skips_experts=True)
+
+    def lower(self, program: Program, options: TargetOptions, directory: Path, progress: Progress) -> Lowered:
+        return Lowered((), {})
+
+    def open(self, directory: Path, *, threads: int = 0) -> Runner:
+        return ProgramRunner(self.program)
+
+    def expert_tensors(self, directory: Path) -> Mapping[str, ExpertReader]:
+        def reader(name: str) -> ExpertReader:
+            return lambda index: self.program.weights[name].rows(index, index + 1)[0].numpy()
+
+        return {name: reader(name) for name in expert_weights(self.program)}
+
+
+class BrokenTarget(InterpreterTarget):
+    def open(self, directory: Path, *, threads: int = 0) -> Runner:
+        raise ArtifactError("model.bin: truncated", hint="build it again")
+
+
+def _run(captured: Captured, target: Target, **more: Any) -> tuple[Verdict, ...]:
+    checkpoint, program = captured
+    return run_gates(GateInputs(checkpoint, program, program, target, Path()), OPTIONS, **more)
+
+
+def test_a_right_artifact_passes_every_gate(mixtral: Captured) -> None:
+    told: list[str] = []
+    verdicts = _run(mixtral, InterpreterTarget(mixtral[1]), progress=lambda what, done, total: told.append(what))
+    assert [verdict.gate for verdict in verdicts] == ["parity: capture", "parity: artifact", "coverage", "integrity"]
+    assert {verdict.status for verdict in verdicts} == {Status.PASS}
+    assert exit_code(verdicts) == 0
+    assert all(verdict.figures["seconds"] >= 0 for verdict in verdicts)
+    assert verdicts[1].figures["runner"]["runtime"] == "moec interpreter"
+    assert "integrity" in told
+
+
+def test_a_damaged_expert_fails_parity_and_integrity(mixtral: Captured) -> None:
+    verdicts = _run(mixtral, InterpreterTarget(zero_4kb(mixtral[1], 0, 5)))
+    assert [verdict.status for verdict in verdicts] == [Status.PASS, Status.FAIL, Status.PASS, Status.FAIL]
+    assert exit_code(verdicts) == 5
+
+
+def test_an_artifact_that_cannot_be_opened_fails_and_proves_no_coverage(mixtral: Captured) -> None:
+    verdicts = _run(mixtral, BrokenTarget(mixtral[1]))
+    statuses = {verdict.gate: verdict.status for verdict in verdicts}
+    assert statuses["parity: artifact"] is Status.FAIL
+    assert statuses["coverage"] is Status.NOT_RUN
+    assert "truncated (build it again)" in verdicts[1].summary
+    assert exit_code(verdicts) == 5
+
+
+def test_further_gates_come_last_and_keep_their_codes(mixtral: Captured) -> None:
+    def slow() -> Verdict:
+        return Verdict("latency", Status.FAIL, "p50 20 ms, budget 12 ms", 6)
+
+    verdicts = _run(mixtral, BrokenTarget(mixtral[1]), further=[("latency", 6, slow)])
+    assert verdicts[-1].gate == "latency"
+    assert exit_code(verdicts) == SEVERAL_FAILED
+    assert exit_code(verdicts[-1:]) == 6
+
+
+@pytest.mark.parametrize("error", [RuntimeError("boom"), MemoryError(), KeyError("x"), ArtifactError("damaged")])
+def test_a_gate_that_raises_fails(error: Exception) -> None:
+    def gate() -> Verdict:
+        raise error
+
+    verdict = run_gate("quality", 7, gate)
+    assert verdict.status is Status.FAIL
+    assert verdict.gate == "quality"
+    assert type(error).__name__ in verdict.summary
+    assert exit_code([verdict]) == 7
+
+
+def test_not_run_fails_only_when_asked_to() -> None:
+    skipped = Verdict("latency", Status.NOT_RUN, "no GPU", 6)
+    assert exit_code([skipped]) == 0
+    assert exit_code([skipped], strict=True) == 6
+
+
+def test_the_table_names_every_status() -> None:
+    verdicts = [Verdict(status.value, status, "[why]", 5) for status in Status]
+    out = io.StringIO()
+    Console(file=out, width=100, no_color=True).print(table(verdicts))
+    for text in ("PASS", "FAIL", "NOT RUN", "[why]"):
+        assert text in out.getvalue()

@@ -1,0 +1,75 @@
+"""Ties are found where a decision is close, and nowhere else."""
+
+import numpy as np
+import pytest
+import torch
+
+from moec.compiler.checkpoint import Checkpoint
+from moec.compiler.gates.compare import excused_positions
+from moec.compiler.gates.ties import RouterWatch, _comparison_gap, _top_k_gap, decision_nodes
+from moec.compiler.interpreter import ProgramRunner
+from moec.compiler.program import Program
+
+Captured = tuple[Checkpoint, Program]
+
+aten = torch.ops.aten
+
+
+def test_probabilities_are_judged_by_their_value_and_logits_by_their_spread() -> None:
+    probabilities = torch.tensor([[0.9, 0.0201, 0.02, 0.01]])
+    assert _top_k_gap(probabilities, 2).item() == pytest.approx(0.0001 / 0.0201, rel=1e-3)
+    logits = torch.tensor([[5.0, 0.001, -0.001, -8.0]])
+    assert _top_k_gap(logits, 2).item() == pytest.approx(0.002 / 8)
+
+
+def test_masked_scores_and_full_top_k_are_no_ties() -> None:
+    masked = torch.tensor([[1.0, 0.5, -torch.inf, -torch.inf]])
+    assert _top_k_gap(masked, 2).item() == torch.inf
+    assert _top_k_gap(masked, 3).item() == torch.inf
+    assert _top_k_gap(torch.tensor([[1.0, 1.0]]), 2).item() == torch.inf
+    assert _top_k_gap(torch.tensor([[1.0, 1.0, 1.0]]), 2).item() == 0
+
+
+def test_a_comparison_is_a_tie_when_close_but_not_when_identical() -> None:
+    gap = _comparison_gap(torch.tensor([0.5, 0.500001, 0.7]), 0.5)
+    assert gap[0] == torch.inf  # one value by construction
+    assert gap[1] == pytest.approx(2e-6, rel=0.1)
+    assert gap[2] > 0.2
+
+
+def test_the_decisions_of_a_router_are_found(mixtral: Captured) -> None:
+    program = mixtral[1]
+    found = decision_nodes(program.graph)
+    assert [node.target for node in found] == [aten.topk.default] * len(program.layers)
+
+
+def test_the_watch_sees_each_token(mixtral: Captured) -> None:
+    program = mixtral[1]
+    watch = RouterWatch(program, margin=1e-4)
+    runner = ProgramRunner(program, observer=watch)
+    ids = np.arange(10).reshape(2, 5)
+    watch.begin(2, 5)
+    runner.prefill(ids)
+    assert not watch.tied.any()
+    assert {layer: slots.shape for layer, slots in watch.slots.items()} == {0: (2, 5, 2), 1: (2, 5, 2)}
+    assert all((slots >= 0).all() for slots in watch.slots.values())
+    wide = RouterWatch(program, margin=1e9)
+    wide.begin(2, 5)
+    ProgramRunner(program, observer=wide).prefill(ids)
+    assert wide.tied.all()
+
+
+def test_a_tie_excuses_itself_and_what_attends_to_it() -> None:
+    errors = np.array([[1e-6, 0.1, 0.1, 1e-6, 0.1], [0.1, 1e-6, 1e-6, 1e-6, 1e-6]])
+    tied = np.array([[False, True, False, False, False], [False, True, False, False, False]])
+    excused = excused_positions(errors, tied, 1e-4)
+    assert excused.tolist() == [[False, True, True, False, True], [False] * 5]
+
+
+def test_a_tie_that_did_not_flip_excuses_nothing() -> None:
+    errors = np.array([[1e-6, 0.1]])
+    assert not excused_positions(errors, np.array([[True, False]]), 1e-4).any()
+
+
+def test_nan_is_never_excused() -> None:
+    assert not excused_positions(np.array([[np.inf]]), np.array([[True]]), 1e-4).any()
