@@ -1,0 +1,235 @@
+"""The expert kernels: what ONNX Runtime does wrong, that the lowering does not meet it, and what it leaves alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+
+from moec.compiler import ops
+from moec.compiler.program import EXPERTS, SELECT
+
+EXPERT_COUNT, HIDDEN, INNER, TOP_K = 4, 8, 6, 2
+
+
+def random(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed + sum(shape)).standard_normal(shape, dtype=np.float32)
+
+
+def moe_session(normalize: int) -> ort.InferenceSession:
+    """x -> Identity-like Mul -> MoE -> Add: the input of MoE is an intermediate that nobody else needs."""
+    up, down = random(EXPERT_COUNT, 2 * INNER, HIDDEN), random(EXPERT_COUNT, HIDDEN, INNER, seed=1)
+    nodes = [
+        helper.make_node("Mul", ["x", "two"], ["doubled"]),
+        helper.make_node(
+            "MoE",
+            ["doubled", "router", "up", "", "down"],
+            ["mixed"],
+            domain="com.microsoft",
+            k=TOP_K,
+            activation_type="swiglu",
+            swiglu_fusion=1,
+            activation_alpha=1.0,
+            activation_beta=0.0,
+            normalize_routing_weights=normalize,
+        ),
+        helper.make_node("Mul", ["mixed", "two"], ["out"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "reproducer",
+        [
+            helper.make_tensor_value_info("x", TensorProto.FLOAT, ["tokens", HIDDEN]),
+            helper.make_tensor_value_info("router", TensorProto.FLOAT, ["tokens", EXPERT_COUNT]),
+        ],
+        [helper.make_tensor_value_info("out", TensorProto.FLOAT, ["tokens", HIDDEN])],
+        initializer=[
+            numpy_helper.from_array(np.float32(2), "two"),
+            numpy_helper.from_array(up, "up"),
+            numpy_helper.from_array(down, "down"),
+        ],
+        value_info=[
+            helper.make_tensor_value_info(name, TensorProto.FLOAT, ["tokens", HIDDEN]) for name in ("doubled", "mixed")
+        ],
+    )
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    return ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+
+
+def test_onnx_runtime_still_returns_zeros_without_normalization() -> None:
+    """microsoft/onnxruntime#33866: the day this fails the fault is mended, and the lowering may use the plain form."""
+    feeds = {"x": random(3, HIDDEN), "router": random(3, EXPERT_COUNT)}
+    (wrong,) = moe_session(0).run(None, feeds)
+    (right,) = moe_session(1).run(None, feeds)
+    assert not wrong.any()
+    assert right.all()
+
+
+def experts_arguments(d: Any) -> tuple[Any, ...]:
+    """Unsorted distinct experts, weights that do not add up to one, one dropped slot."""
+    generator = torch.Generator().manual_seed(0)
+    indices = torch.stack([torch.randperm(EXPERT_COUNT, generator=generator)[:TOP_K] for _ in range(d.b)])
+    weights = torch.rand(d.b, TOP_K, generator=generator) + 0.1
+    weights[0, 0] = 0
+    up, down = (torch.from_numpy(random(*shape)) for shape in ((EXPERT_COUNT, 2 * INNER, HIDDEN), (4, HIDDEN, INNER)))
+    plain = ("silu", True, False, False, 1.0, 0.0, 0.0)
+    return (
+        torch.randn(d.b, HIDDEN, generator=generator),
+        indices,
+        weights,
+        d.weight(up),
+        None,
+        d.weight(down),
+        None,
+        *plain,
+    )
+
+
+def with_gate(*gate: Any, bias: bool = False) -> Callable[[Any], tuple[Any, ...]]:
+    """`experts_arguments` with (activation, gated, interleaved, transposed, alpha, limit, up_offset) and biases."""
+
+    def arguments(d: Any) -> tuple[Any, ...]:
+        values = list(experts_arguments(d))
+        width = 2 * INNER if gate[1] else INNER
+        up, down = random(EXPERT_COUNT, width, HIDDEN), random(EXPERT_COUNT, HIDDEN, INNER, seed=1)
+        if gate[3]:
+            up, down = (np.ascontiguousarray(value.swapaxes(1, 2)) for value in (up, down))
+        values[3], values[5] = d.weight(torch.from_numpy(up)), d.weight(torch.from_numpy(down))
+        if bias:
+            values[4] = d.weight(torch.from_numpy(random(EXPERT_COUNT, width, seed=2)))
+            values[6] = d.weight(torch.from_numpy(random(EXPERT_COUNT, HIDDEN, seed=3)))
+        return *values[:7], *gate
+
+    return arguments
+
+
+GATES = {
+    "silu": ("silu", True, False, False, 1.0, 0.0, 0.0),
+    "silu-interleaved-transposed": ("silu", True, True, True, 1.0, 0.0, 0.0),
+    "gpt-oss": ("silu", True, True, True, 1.702, 0.7, 1.0),
+    "limit-concatenated": ("silu", True, False, False, 1.0, 0.5, 0.0),
+    "gelu": ("gelu", True, False, False, 1.0, 0.0, 0.0),
+    "gelu-tanh": ("gelu_tanh", True, False, False, 1.0, 0.0, 0.0),
+    "plain-relu": ("relu", False, False, False, 1.0, 0.0, 0.0),
+    "plain-relu2": ("relu2", False, False, False, 1.0, 0.0, 0.0),
+    "plain-silu": ("silu", False, False, False, 1.0, 0.0, 0.0),
+    "plain-gelu": ("gelu", False, False, False, 1.0, 0.0, 0.0),
+    "plain-sigmoid": ("sigmoid", False, False, False, 1.0, 0.0, 0.0),
+    "plain-tanh": ("tanh", False, False, False, 1.0, 0.0, 0.0),
+    "plain-identity": ("identity", False, False, False, 1.0, 0.0, 0.0),
+}
+KERNEL = {"silu", "silu-interleaved-transposed", "gpt-oss", "limit-concatenated"}
+KERNEL |= {"plain-relu", "plain-silu", "plain-identity"}
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("contrib", [True, False], ids=["default", "portable"])
+@pytest.mark.parametrize("name", GATES)
+def test_experts(name: str, contrib: bool, bias: bool, check_op: Any) -> None:
+    session = check_op(EXPERTS, with_gate(*GATES[name], bias=bias), contrib=contrib)
+    in_kernel = contrib and name in KERNEL
+    assert ("MoE" in session.op_types) == in_kernel
+    reasons = [rejection.reason for rejection in session.context.rejections]
+    assert bool(reasons) == (contrib and not in_kernel)
+    assert all(name.removeprefix("plain-").replace("-", "_") in reason for reason in reasons)
+
+
+def test_an_expert_that_is_not_used_may_yield_nan(check_op: Any) -> None:
+    def arguments(d: Any) -> tuple[Any, ...]:
+        values = list(experts_arguments(d))
+        values[1] = torch.tensor([[0, 1]]).repeat(d.b, 1)
+        values[2] = torch.tensor([[0.0, 0.7]]).repeat(d.b, 1)
+        values[3].value[0] = torch.nan
+        return tuple(values)
+
+    for contrib in (True, False):
+        check_op(EXPERTS, arguments, contrib=contrib)
+
+
+def test_select(check_op: Any) -> None:
+    def arguments(d: Any) -> tuple[Any, ...]:
+        generator = torch.Generator().manual_seed(d.b)
+        weights = torch.rand(d.b, 4, generator=generator)
+        keep = torch.rand(d.b, 4, generator=generator) > 0.6
+        weights[0] = 0
+        return weights, keep, True
+
+    check_op(SELECT, arguments)
+    check_op(SELECT, lambda d: (*arguments(d)[:2], False))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "olmoe"])
+def test_the_lowering_is_immune(family: str, tiny_checkpoint: Any, lower_checkpoint: Any) -> None:
+    """The MoE nodes of a model stand in the very situation of the fault, and are right."""
+    model = lower_checkpoint(tiny_checkpoint(family))
+    graph = onnx.load(model.directory / "model.onnx", load_external_data=False).graph
+    nodes = [node for node in graph.node if node.op_type == "MoE"]
+    assert len(nodes) == len(model.program.layers)
+    consumers = [name for node in graph.node for name in node.input]
+    outputs = {output.name for output in graph.output}
+    situation = [
+        node
+        for node in nodes
+        if node.output[0] not in outputs and node.input[0] in {o for n in graph.node for o in n.output}
+    ]
+    assert situation == nodes
+    assert all(consumers.count(node.output[0]) == 1 for node in nodes)
+    for node in nodes:
+        attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+        assert attributes["normalize_routing_weights"] == 1
+
+
+def test_rejection_of_an_activation_without_kernel(tiny_checkpoint: Any, lower_checkpoint: Any) -> None:
+    model = lower_checkpoint(tiny_checkpoint("gemma4_text"))
+    assert [rejection.where for rejection in model.lowered.rejections] == [
+        layer.module for layer in model.program.layers
+    ]
+    assert {rejection.reason for rejection in model.lowered.rejections} == {
+        "the kernel has no gated gelu_tanh: experts run in standard ops, one If per expert"
+    }
+
+
+def test_experts_are_read_back(tiny_checkpoint: Any, lower_checkpoint: Any) -> None:
+    from moec.targets.onnx.target import OnnxTarget
+
+    for family, flavor in (("olmoe", "default"), ("gpt_oss", "default"), ("gpt_oss", "portable")):
+        model = lower_checkpoint(tiny_checkpoint(family), flavor=flavor)
+        readers = OnnxTarget().expert_tensors(model.directory)
+        names = {name for layer in model.program.layers for name in (layer.gate_up_proj, layer.down_proj)}
+        assert set(readers) == names
+        for name, read in readers.items():
+            want = model.program.weights.read(name)
+            for index in range(want.shape[0]):
+                np.testing.assert_array_equal(read(index), want[index].numpy())
+        Path(model.directory).exists()
+
+
+def test_reference_of_the_contract() -> None:
+    """The comparison above is against the op itself; this pins the op."""
+    hidden = torch.ones(1, 2)
+    eye = torch.eye(2)[None]
+    out = ops.experts(
+        hidden,
+        torch.tensor([[0]]),
+        torch.tensor([[0.5]]),
+        eye,
+        None,
+        eye,
+        None,
+        "identity",
+        False,
+        False,
+        False,
+        1,
+        0,
+        0,
+    )
+    assert out.tolist() == [[0.5, 0.5]]
