@@ -16,12 +16,15 @@ import torch
 from torch import Tensor, fx
 
 from moec.compiler.errors import UsageError
-from moec.compiler.ops import ExpertWeights, Gate, run_experts
+from moec.compiler.ops import ExpertCall, ExpertWeights, Gate, run_experts
 from moec.compiler.program import EXPERTS, Program
 from moec.compiler.weights import LazyTensor
 
 Observer = Callable[[fx.Node, tuple[Any, ...], Any], None]
 """Called after each node with the node, its evaluated arguments and its result."""
+
+ExpertObserver = Callable[[fx.Node, ExpertCall], None]
+"""Called for every expert that a layer runs, with the experts node."""
 
 
 class WeightReader:
@@ -60,10 +63,18 @@ class Interpreter:
         program: What to run.
         cache_bytes: Memory for weights that may be kept between steps; 1 GiB by default.
         observer: See `Observer`.
+        expert_observer: See `ExpertObserver`.
     """
 
-    def __init__(self, program: Program, *, cache_bytes: int = 1 << 30, observer: Observer | None = None) -> None:
-        self.program, self.observer = program, observer
+    def __init__(
+        self,
+        program: Program,
+        *,
+        cache_bytes: int = 1 << 30,
+        observer: Observer | None = None,
+        expert_observer: ExpertObserver | None = None,
+    ) -> None:
+        self.program, self.observer, self.expert_observer = program, observer, expert_observer
         self._reader = WeightReader(cache_bytes)
         self._last_use = _last_uses(program.graph)
 
@@ -144,7 +155,8 @@ class Interpreter:
                 row(down_bias, index),
             )
 
-        return run_experts(hidden, indices, weights, gate, expert)
+        watch = None if self.expert_observer is None else partial(self.expert_observer, node)
+        return run_experts(hidden, indices, weights, gate, expert, watch)
 
 
 def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
@@ -179,9 +191,18 @@ def default_positions(attention_mask: Tensor, length: int) -> Tensor:
 class ProgramRunner:
     """Runs a Program as if it were an artifact: the Runner of `moec.targets.base` over the interpreter."""
 
-    def __init__(self, program: Program, *, cache_bytes: int = 1 << 30, observer: Observer | None = None) -> None:
+    def __init__(
+        self,
+        program: Program,
+        *,
+        cache_bytes: int = 1 << 30,
+        observer: Observer | None = None,
+        expert_observer: ExpertObserver | None = None,
+    ) -> None:
         self.program = program
-        self._interpreter = Interpreter(program, cache_bytes=cache_bytes, observer=observer)
+        self._interpreter = Interpreter(
+            program, cache_bytes=cache_bytes, observer=observer, expert_observer=expert_observer
+        )
         self._states: dict[str, Tensor] = {}
 
     def reset(self) -> None:

@@ -78,12 +78,36 @@ class ExpertWeights:
     down_bias: Tensor | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class ExpertCall:
+    """What one expert did in one layer, for calibration and accounting.
+
+    Attributes:
+        expert: Its index.
+        tokens: Rows of the layer's input that it ran on, [n].
+        slots: Routing slot of each, [n].
+        weights: Routing weight of each, [n].
+        inputs: [n, H].
+        inner: Input of the second projection, [n, I].
+        outputs: Its outputs before they are weighted, [n, H].
+    """
+
+    expert: int
+    tokens: Tensor
+    slots: Tensor
+    weights: Tensor
+    inputs: Tensor
+    inner: Tensor
+    outputs: Tensor
+
+
 def run_experts(
     hidden_states: Tensor,
     indices: Tensor,
     weights: Tensor,
     gate: Gate,
     expert: Callable[[int], ExpertWeights],
+    watch: Callable[[ExpertCall], None] | None = None,
 ) -> Tensor:
     """Reference of `moec::experts` with the weights of each expert fetched when it is needed.
 
@@ -93,6 +117,7 @@ def run_experts(
         weights: Routing weight of each slot, [T, k]. A weight of exactly 0 drops the slot.
         gate: Activation of the experts.
         expert: Returns the weights of one expert; called once per expert that is used.
+        watch: Called after each expert.
 
     Returns:
         [T, H] in the dtype of `hidden_states`, accumulated in float32 (float64 for float64 input).
@@ -103,9 +128,12 @@ def run_experts(
     for index in torch.unique(live[live >= 0]).tolist():
         token, slot = torch.where(live == index)
         own = expert(index)
-        projected = F.linear(hidden_states[token], own.gate_up, own.gate_up_bias)
-        result = F.linear(gate(projected), own.down, own.down_bias)
-        out.index_add_(0, token, result.to(accumulate) * weights[token, slot, None].to(accumulate))
+        inputs, share = hidden_states[token], weights[token, slot]
+        inner = gate(F.linear(inputs, own.gate_up, own.gate_up_bias))
+        result = F.linear(inner, own.down, own.down_bias)
+        out.index_add_(0, token, result.to(accumulate) * share[:, None].to(accumulate))
+        if watch is not None:
+            watch(ExpertCall(index, token, slot, share, inputs, inner, result))
     return out.to(hidden_states.dtype)
 
 
@@ -181,23 +209,18 @@ torch.library.define("moec::select", "(Tensor weights, Tensor keep, bool renorma
 def select(weights: Tensor, keep: Tensor, renormalize: bool) -> Tensor:
     """Drop the routing slots that a policy does not keep.
 
-    The first slot with the largest weight is never dropped. Dropped slots become exactly 0.
-
     Args:
-        weights: [T, k].
-        keep: [T, k] bool, what the policy wants to keep.
+        weights: [T, k], not negative.
+        keep: [T, k] or [1, k] bool, what stays. It holds the largest slot of every row: who inserts the op sees to it.
         renormalize: Whether the kept weights are scaled so that the sum of the row stays what it was.
 
     Returns:
-        [T, k].
+        [T, k]: dropped slots are exactly 0, and a row of zeros stays a row of zeros.
     """
-    slots = torch.arange(weights.shape[1])
-    keep = keep | (slots == weights.argmax(dim=-1, keepdim=True))
     kept = torch.where(keep, weights, 0)
     if renormalize:
-        total = kept.sum(dim=-1, keepdim=True)
-        # A row of zeros stays a row of zeros.
-        kept = kept * torch.where(total == 0, 1, weights.sum(dim=-1, keepdim=True) / torch.where(total == 0, 1, total))
+        total = kept.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
+        kept = kept * (weights.sum(dim=-1, keepdim=True) / total)
     return kept
 
 

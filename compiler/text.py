@@ -1,0 +1,103 @@
+"""Text for calibration and judgement: read, checked, tokenized and cut into windows. Imports no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.resources
+from pathlib import Path
+
+import numpy as np
+
+from moec.compiler.errors import CheckpointError, UsageError
+
+DEFAULT = ("golden_models", "olmoe-tiny", "texts", "calibration.txt")
+SUFFIXES = (".txt", ".md", ".rst", ".text")
+
+
+def read_text(location: str | Path | None = None) -> str:
+    """Read a file, or every text file of a directory in the order of their names; the shipped text if None.
+
+    Raises:
+        CheckpointError: It is missing, empty, or no UTF-8 text.
+    """
+    if location is None:
+        return importlib.resources.files("moec").joinpath(*DEFAULT).read_text(encoding="utf-8")
+    path = Path(location).expanduser()
+    if path.is_dir():
+        files = sorted(item for item in path.rglob("*") if item.suffix in SUFFIXES and item.is_file())
+        if not files:
+            raise CheckpointError(
+                f"{path}: no text in it ({', '.join(SUFFIXES)})", hint="give a file, or another directory"
+            )
+    else:
+        files = [path]
+    text = "\n\n".join(_read(file) for file in files)
+    if not text.strip():
+        raise CheckpointError(f"{path}: the text is empty", hint="give a text of at least a few pages")
+    return text
+
+
+def _read(path: Path) -> str:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}", hint="give a text file") from error
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path}: not UTF-8 text (byte {error.start})", hint="convert it to UTF-8") from error
+    if "\0" in text:
+        raise CheckpointError(f"{path}: a binary file, not text", hint="give a text file")
+    return text
+
+
+def digest(text: str) -> str:
+    """sha256 of a text, for manifests."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def tokenize(directory: Path, text: str) -> np.ndarray:
+    """Token ids of `text` by the tokenizer.json in `directory`, without special tokens: [n] int64.
+
+    Raises:
+        CheckpointError: There is no tokenizer.json.
+    """
+    from tokenizers import Tokenizer
+
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        raise CheckpointError(
+            f"{directory}: no tokenizer.json, so no text can be used",
+            hint="save the fast tokenizer with the checkpoint",
+        )
+    tokenizer = Tokenizer.from_file(str(path))
+    # Long strings cost more than their parts together; lines are where tokenizers cut anyway.
+    pieces = [text[start : start + 20_000] for start in range(0, len(text), 20_000)]
+    encoded = tokenizer.encode_batch(pieces, add_special_tokens=False)
+    return np.asarray([index for piece in encoded for index in piece.ids], dtype=np.int64)
+
+
+def windows(ids: np.ndarray, length: int, count: int | None = None, *, start: int = 0) -> np.ndarray:
+    """Cut token ids into windows that do not overlap: [n, length].
+
+    Args:
+        ids: Token ids, [n].
+        length: Tokens of a window.
+        count: At most so many; all if None.
+        start: Windows to leave out at the beginning.
+
+    Raises:
+        CheckpointError: The text is shorter than one window.
+        UsageError: `length` is less than 2.
+    """
+    if length < 2:
+        raise UsageError(f"a window of {length} tokens has nothing to predict", hint="take 2 or more")
+    whole = len(ids) // length - start
+    if whole < 1:
+        raise CheckpointError(
+            f"the text has {len(ids)} tokens, fewer than one window of {length}"
+            + (f" after the first {start}" if start else ""),
+            hint="give a longer text, or shorter windows",
+        )
+    taken = whole if count is None else min(whole, count)
+    return ids[start * length : (start + taken) * length].reshape(taken, length)

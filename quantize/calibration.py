@@ -1,0 +1,160 @@
+"""Calibrated rounding: Hessians from text through the interpreter, then GPTQ, a group of tensors at a time.
+
+The Hessian of an expert is accumulated from the tokens that are routed to it alone, each weighted by its squared
+routing weight, by which its error counts in the layer's output.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from torch import Tensor, fx
+
+from moec.compiler.interpreter import ProgramRunner
+from moec.compiler.ops import ExpertCall
+from moec.compiler.program import Program
+from moec.passes.quantize import format_of
+from moec.quantize.formats import IntegerFormat
+from moec.quantize.gptq import GptqOptions, gptq
+from moec.quantize.hessian import Hessian
+from moec.quantize.plan import QuantizationPlan, TensorClass
+from moec.quantize.roles import LINEAR, Role, weight_roles
+from moec.quantize.rounding import RoundingResult, round_to_nearest
+from moec.quantize.scales import ClipSearch
+from moec.targets.base import Progress
+
+MEMORY = 1 << 30
+"""Bytes of Hessians held at a time. More tensors than fit into it mean further passes over the text."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What calibration found.
+
+    Attributes:
+        rounded: Result by tensor name; tensors that the plan leaves float are not in it.
+        tokens: Tokens that each expert saw, by name of its first tensor: [E].
+    """
+
+    rounded: Mapping[str, RoundingResult]
+    tokens: Mapping[str, tuple[int, ...]]
+
+
+@dataclass
+class _Hessians:
+    """Hessians of a group of tensors: one for a matrix, one per expert for a stack."""
+
+    by_name: dict[str, list[Hessian]] = field(default_factory=dict)
+
+    def see_linear(self, name: str, inputs: Tensor) -> None:
+        if name in self.by_name:
+            self.by_name[name][0].add(inputs)
+
+    def see_expert(self, name: str, expert: int, inputs: Tensor, weights: Tensor) -> None:
+        if name in self.by_name:
+            self.by_name[name][expert].add(inputs, weights.float().square())
+
+
+def calibrate(
+    program: Program,
+    plan: QuantizationPlan,
+    windows: np.ndarray,
+    *,
+    options: GptqOptions | None = None,
+    memory: int = MEMORY,
+    progress: Progress = lambda _what, _done, _total: None,
+) -> Calibration:
+    """Round every tensor that `plan` quantizes, by GPTQ where its inputs are known.
+
+    Args:
+        program: Float Program after the common passes.
+        plan: What to quantize.
+        windows: Calibration tokens [n, length].
+        options: How GPTQ rounds.
+        memory: See `MEMORY`.
+        progress: Told about text and tensors.
+
+    Raises:
+        UsageError: A block size does not divide a dimension.
+        CheckpointError: Weights or inputs hold NaN or infinity.
+    """
+    options = options or GptqOptions()
+    wanted = _wanted(program, plan)
+    rounded: dict[str, RoundingResult] = {}
+    tokens: dict[str, tuple[int, ...]] = {}
+    done = 0
+    for group in _groups(program, wanted, memory):
+        hessians = _collect(program, group, windows, progress)
+        for name in group:
+            role, chosen = wanted[name]
+            weight = program.weights.read(name)
+            # No product with an embedding, so no Hessian: its rows are looked up.
+            if role.tensor_class is TensorClass.EMBEDDING:
+                rounded[name] = round_to_nearest(weight, chosen, name=name, clip=ClipSearch())
+            else:
+                own = hessians.by_name.pop(name)
+                rounded[name] = gptq(weight, own, chosen, name=name, options=options)
+                if len(own) > 1:
+                    tokens[name] = tuple(hessian.tokens for hessian in own)
+            done += 1
+            progress("rounding", done, len(wanted))
+    return Calibration(rounded, tokens)
+
+
+def _wanted(program: Program, plan: QuantizationPlan) -> dict[str, tuple[Role, IntegerFormat]]:
+    found = {}
+    for name, role in weight_roles(program).items():
+        tensor = program.weights[name]
+        chosen = format_of(plan, name, role, tensor)
+        if isinstance(chosen, IntegerFormat):
+            found[name] = (role, chosen.resolve(tensor.shape[-1], name))
+    return found
+
+
+def _groups(
+    program: Program, wanted: Mapping[str, tuple[Role, IntegerFormat]], memory: int
+) -> Iterator[tuple[str, ...]]:
+    group: list[str] = []
+    used = 0
+    for name in wanted:
+        shape = program.weights[name].shape
+        size = 4 * shape[-1] ** 2 * math.prod(shape[:-2])
+        if group and used + size > memory:
+            yield tuple(group)
+            group, used = [], 0
+        group.append(name)
+        used += size
+    if group:
+        yield tuple(group)
+
+
+def _collect(program: Program, group: tuple[str, ...], windows: np.ndarray, progress: Progress) -> _Hessians:
+    """Run the text once and accumulate the Hessians of `group`."""
+    hessians = _Hessians()
+    resolve = program.weights.resolve
+    for name in group:
+        shape = program.weights[name].shape
+        hessians.by_name[name] = [Hessian(shape[-1], f"{name}[{i}]") for i in range(math.prod(shape[:-2]))]
+
+    def on_node(node: fx.Node, args: tuple[Any, ...], _result: Any) -> None:
+        if node.target is LINEAR:
+            weight = node.args[1]
+            assert isinstance(weight, fx.Node)
+            hessians.see_linear(resolve(str(weight.target)), args[0])
+
+    def on_expert(node: fx.Node, call: ExpertCall) -> None:
+        first, second = (node.args[3], node.args[5])
+        assert isinstance(first, fx.Node)
+        assert isinstance(second, fx.Node)
+        hessians.see_expert(resolve(str(first.target)), call.expert, call.inputs, call.weights)
+        hessians.see_expert(resolve(str(second.target)), call.expert, call.inner, call.weights)
+
+    runner = ProgramRunner(program, observer=on_node, expert_observer=on_expert)
+    for index in range(0, len(windows), 4):
+        runner.prefill(windows[index : index + 4])
+        progress("calibration text", min(index + 4, len(windows)), len(windows))
+    return hessians
