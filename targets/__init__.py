@@ -19,6 +19,7 @@ GROUP = "moec.targets"
 
 _BUILT_IN: Mapping[str, str] = {
     "onnx": "moec.targets.onnx.target:OnnxTarget",
+    "tflite": "moec.targets.tflite.target:TfliteTarget",
 }
 
 

@@ -1,0 +1,1 @@
+"""The TFLite target: one `.tflite` file for LiteRT, with a branch per expert."""

@@ -1,0 +1,145 @@
+"""Lower a Program to a LiteRT model: one subgraph per signature, shapes fixed, weights shared."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from moec.compiler.program import ATTENTION, EXPERTS, Program
+from moec.compiler.specialise import specialise, without_padding
+from moec.targets.tflite.context import Context, Settings, Shared
+from moec.targets.tflite.lowerings.table import TABLE, lookup
+from moec.targets.tflite.model import Graph, Model, Value
+from moec.targets.tflite.reader import METADATA
+from moec.targets.tflite.weights import Weights
+
+
+def build(program: Program, *, lengths: Sequence[int], capacity: int, branches: bool) -> tuple[Model, Shared]:
+    """Lower `program` to the signatures `decode` and `prefill_N`.
+
+    Args:
+        program: What is lowered; dynamic in batch, sequence and past.
+        lengths: Tokens of a step, one signature each; 1 is `decode`.
+        capacity: Slots of the KV cache.
+        branches: Whether an expert may be a branch, which is skipped where no token needs it.
+
+    Returns:
+        The model, whose weights are still to be read, and what was found on the way.
+
+    Raises:
+        LoweringError: An op, or the format of a weight, has no form.
+    """
+    plain = without_padding(program)
+    shared = Shared(plain, Weights(plain))
+    model = Model(description="made by moec")
+    for length in lengths:
+        static = specialise(plain, batch=1, sequence=length, past_sequence=capacity - length)
+        name = signature_name(length)
+        model.signatures[name] = _signature(static, shared, Settings(capacity, branches), name)
+    facts = {"capacity": capacity, "experts": shared.experts, "prefill_lengths": [n for n in lengths if n > 1]}
+    model.metadata[METADATA] = json.dumps(facts, sort_keys=True).encode()
+    return model, shared
+
+
+def signature_name(length: int) -> str:
+    """Name of the signature that takes `length` tokens."""
+    return "decode" if length == 1 else f"prefill_{length}"
+
+
+def state_name(kind: str, layer: int) -> str:
+    """LiteRT's name of a state."""
+    return f"kv_cache_{kind[0]}_{layer}"
+
+
+def _signature(program: Program, shared: Shared, settings: Settings, name: str) -> Graph:
+    ctx = Context(shared, settings, Graph(name))
+    _inputs(ctx, program)
+    for node in program.graph.nodes:
+        if node.op == "call_function":
+            ctx.set(node, _constant(ctx, node) if _is_constant(ctx, node) else lookup(node)(ctx, node))
+    _outputs(ctx, program)
+    return ctx.graph
+
+
+def _inputs(ctx: Context, program: Program) -> None:
+    """`tokens` and `input_pos`, from which every input of the Program but the states follows."""
+    tokens = next(spec for spec in program.inputs if spec.name == "input_ids")
+    length = tokens.shape[1]
+    assert isinstance(length, int)
+    ids = ctx.graph.input("tokens", (1, length), "INT32")
+    positions = ctx.graph.input("input_pos", (length,), "INT32")
+    made = {"input_ids": lambda: ids, "cache_position": lambda: positions}
+    made["position_ids"] = lambda: ctx.reshape(positions, (1, length))
+    placeholders = iter(program.graph.find_nodes(op="placeholder"))
+    for spec in program.inputs:
+        node = next(placeholders)
+        if spec.name not in made:
+            raise ctx.refuse(node, f"the input {spec.name} has no place in LiteRT's signatures")
+        if node.users:
+            ctx.set(node, made[spec.name]())
+    for node, state in zip(placeholders, program.states, strict=True):
+        _, heads, _, width = state.input.shape
+        shape = (1, int(heads), ctx.settings.capacity, int(width))
+        value = ctx.graph.input(state_name(state.kind, state.layer), shape, "FLOAT32")
+        ctx.bind(node, value)
+
+
+def _outputs(ctx: Context, program: Program) -> None:
+    names = {state.output.name: state_name(state.kind, state.layer) for state in program.states}
+    taken: set[Value] = set()
+    for name, node in program.outputs().items():
+        value = ctx.tensor(node)
+        if value in taken:
+            raise ctx.refuse(node, "two outputs of one value have no form")
+        taken.add(value)
+        ctx.graph.output(names.get(name, name), value)
+
+
+def _is_constant(ctx: Context, node: fx.Node) -> bool:
+    """Whether everything that `node` reads is known: sizes are, and what was computed from them."""
+    return node.target not in (ATTENTION, EXPERTS) and all(
+        ctx.known(argument) is not None for argument in node.all_input_nodes
+    )
+
+
+def _constant(ctx: Context, node: fx.Node) -> Any:
+    args, kwargs = (fx.map_arg(part, ctx.known) for part in (node.args, node.kwargs))
+    assert callable(node.target)
+    return node.target(*args, **{**kwargs, **({"device": "cpu"} if "device" in kwargs else {})})
+
+
+def unsupported(program: Program) -> list[fx.Node]:
+    """Calls that neither have a lowering nor are constant once the sizes are."""
+    known: set[fx.Node] = set()
+    missing = []
+    for node in program.graph.nodes:
+        if node.op != "call_function":
+            continue
+        value = node.meta.get("val")
+        if isinstance(value, torch.SymInt | int) or all(argument in known for argument in node.all_input_nodes):
+            known.add(node)
+        elif node.target not in TABLE:
+            missing.append(node)
+    return missing
+
+
+def signature(program: Program, model: Model) -> Mapping[str, Any]:
+    """Inputs, outputs and states of every signature, for moec.json."""
+
+    def rows(values: Sequence[tuple[str, Value]]) -> list[dict[str, Any]]:
+        return [{"name": name, "shape": list(value.shape), "dtype": value.dtype.lower()} for name, value in values]
+
+    return {
+        "signatures": {
+            name: {"inputs": rows(graph.inputs), "outputs": rows(graph.outputs)}
+            for name, graph in model.signatures.items()
+        },
+        "states": [
+            {"layer": state.layer, "kind": state.kind, "name": state_name(state.kind, state.layer)}
+            for state in program.states
+        ],
+    }

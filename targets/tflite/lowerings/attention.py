@@ -1,0 +1,90 @@
+"""`moec::attention` over a cache of fixed capacity: new keys and values are written at their slots, the rest is masked.
+
+Slots beyond the newest token hold what was there before, or the keys of padding. The causal mask keeps them out with a
+weight of exactly 0 (the exponential of -1e9 underflows), and they are overwritten before a token may see them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+
+from moec.compiler.program import ATTENTION
+from moec.targets.tflite.context import Context, integer, shape_of
+from moec.targets.tflite.lowerings.elementwise import Lowering, choose
+from moec.targets.tflite.lowerings.linear import batch_matmul
+from moec.targets.tflite.model import Value
+
+MASKED = -1e9
+
+
+def _attention(ctx: Context, node: fx.Node) -> Sequence[Value]:
+    query, _key, _value, _past_key, _past_value, position, padding, sinks, scale, _kind, _window, softcap = node.args
+    if padding is not None:
+        raise ctx.refuse(node, "attention with a padding mask has no form")
+    keys, values = (_updated(ctx, node.args[past], node.args[new], position) for past, new in ((3, 1), (4, 2)))
+    heads, length, depth = shape_of(query)[1:]
+    groups, capacity, width = keys.shape[1], ctx.settings.capacity, values.shape[3]
+    # Query heads of one group lie behind one another: one product per key head, without a copy of the keys.
+    scaled = ctx.op("MUL", ctx.tensor(query), ctx.scalar(float(scale)))  # type: ignore[arg-type]
+    grouped = ctx.reshape(scaled, (1, groups, heads // groups * length, depth))
+    logits = ctx.reshape(batch_matmul(ctx, grouped, keys, turned=True), (1, heads, length, capacity))
+    if softcap:
+        cap = float(softcap)  # type: ignore[arg-type]
+        logits = ctx.op("MUL", ctx.op("TANH", ctx.op("MUL", logits, ctx.scalar(1 / cap))), ctx.scalar(cap))
+    logits = ctx.op("ADD", logits, _mask(ctx, node))
+    probabilities = _softmax(ctx, logits, None if sinks is None else ctx.tensor(sinks, torch.float32))
+    mixed = batch_matmul(ctx, ctx.reshape(probabilities, (1, groups, heads // groups * length, capacity)), values)
+    out = ctx.transpose(ctx.reshape(mixed, (1, heads, length, width)), (0, 2, 1, 3))
+    return out, keys, values
+
+
+def _updated(ctx: Context, past: Any, new: Any, position: Any) -> Value:
+    """The cache [1, heads, capacity, D] with the new tokens at their slots."""
+
+    def start() -> Value:
+        first = ctx.slice(ctx.tensor(position, torch.int64), 0, 0, 1)
+        return ctx.concat([ctx.ints(0, 0), first, ctx.ints(0)], 0)
+
+    cache = ctx.tensor(past)
+    begin = ctx.shared_value(("start of update", position), start)
+    return ctx.op("DYNAMIC_UPDATE_SLICE", cache, ctx.tensor(new), begin, shape=cache.shape)
+
+
+def _mask(ctx: Context, node: fx.Node) -> Value:
+    """What is added to the logits, [1, 1, S, capacity]: 0 where a token is visible; one for all layers alike."""
+    position, kind, window = node.args[5], node.args[9], node.args[10]
+
+    def make() -> Value:
+        slots = np.arange(ctx.settings.capacity)
+        query = ctx.reshape(ctx.tensor(position, torch.int64), (shape_of(position)[0], 1))
+        line = ctx.constant(slots[None], torch.int32)
+        allowed = ctx.op("LESS_EQUAL", line, query, dtype="BOOL")
+        size = ctx.constant(np.int32(integer(window)), torch.int32)
+        if kind == "sliding":
+            near = ctx.op("GREATER", line, ctx.op("SUB", query, size), dtype="BOOL")
+            allowed = ctx.op("LOGICAL_AND", allowed, near)
+        elif kind == "chunked":
+            chunk = ctx.constant(slots[None] // integer(window), torch.int32)
+            same = ctx.op("EQUAL", chunk, ctx.op("FLOOR_DIV", query, size), dtype="BOOL")
+            allowed = ctx.op("LOGICAL_AND", allowed, same)
+        added = choose(ctx, allowed, ctx.scalar(0.0), ctx.scalar(MASKED))
+        return ctx.reshape(added, (1, 1, *added.shape))
+
+    return ctx.shared_value(("mask", position, kind, window), make)
+
+
+def _softmax(ctx: Context, logits: Value, sinks: Value | None) -> Value:
+    """Softmax over the slots, with a sink per head where there are any: a column that is dropped afterwards."""
+    if sinks is None:
+        return ctx.op("SOFTMAX", logits, beta=1.0)
+    column = ctx.expand(ctx.reshape(sinks, (1, sinks.shape[0], 1, 1)), (*logits.shape[:3], 1))
+    probabilities = ctx.op("SOFTMAX", ctx.concat([logits, column], 3), beta=1.0)
+    return ctx.slice(probabilities, 3, 0, logits.shape[3])
+
+
+TABLE: Mapping[Any, Lowering] = {ATTENTION: _attention}

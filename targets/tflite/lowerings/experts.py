@@ -1,0 +1,156 @@
+"""`moec::experts` and `moec::select`.
+
+Each expert is an IF: its weights are constants of the branch, so that an expert that no token needs costs a comparison
+and is not even read. Without control flow every expert is computed and what no token asked for is cut out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+
+from moec.compiler.ops import Gate
+from moec.compiler.program import EXPERTS, SELECT
+from moec.targets.tflite.context import Context, node_of, result_dtype, shape_of
+from moec.targets.tflite.lowerings.elementwise import Lowering, choose
+from moec.targets.tflite.lowerings.linear import fully_connected
+from moec.targets.tflite.lowerings.reduce import argmax
+from moec.targets.tflite.lowerings.shape import one_hot, split
+from moec.targets.tflite.model import Graph, Value
+
+
+def _experts(ctx: Context, node: fx.Node) -> Value:
+    x = ctx.tensor(node.args[0], result_dtype(node))
+    count = shape_of(node.args[3])[0]
+    dense = _dense_weights(ctx, node, count)
+    columns = _unpack(ctx, ctx.reshape(ctx.transpose(dense, (1, 0)), (count, x.shape[0], 1)))
+    total = ctx.constant(np.zeros(x.shape, np.float32))
+    if not ctx.settings.branches:
+        for index, column in enumerate(columns):
+            total = _expert(ctx, node, index, x, column, total)
+        return total
+    hits = ctx.op("NOT_EQUAL", dense, ctx.scalar(0.0), dtype="BOOL")
+    for index, hit in enumerate(_unpack(ctx, ctx.reduce("REDUCE_ANY", hits, [0], keep=False))):
+        branches = (_branch(ctx, node, index, x), _idle(ctx, x))
+        operands = [hit, x, columns[index], total]
+        (total,) = ctx.graph.op("IF", operands, [(x.shape, x.dtype)], branches=branches)
+    return total
+
+
+def _dense_weights(ctx: Context, node: fx.Node, count: int) -> Value:
+    """Routing weights [T, E]: those of the slots at their experts, 0 elsewhere."""
+    indices, weights = ctx.tensor(node.args[1], torch.int64), ctx.tensor(node.args[2], torch.float32)
+    column = ctx.reshape(weights, (*weights.shape, 1))
+    return ctx.reduce("SUM", choose(ctx, one_hot(ctx, indices, count), column, ctx.scalar(0.0)), [1], keep=False)
+
+
+def _unpack(ctx: Context, value: Value) -> list[Value]:
+    outputs = [(value.shape[1:], value.dtype)] * value.shape[0]
+    return ctx.graph.op("UNPACK", [value], outputs, {"num": value.shape[0], "axis": 0})
+
+
+def _operands(graph: Graph, x: Value) -> list[Value]:
+    tokens = x.shape[0]
+    shapes = {"hidden_states": x.shape, "weight": (tokens, 1), "total": x.shape}
+    return [graph.input(name, shape, "FLOAT32") for name, shape in shapes.items()]
+
+
+def _branch(ctx: Context, node: fx.Node, index: int, x: Value) -> Graph:
+    inner = ctx.branch(f"{node.name}.{index}")
+    own, weight, total = _operands(inner.graph, x)
+    inner.graph.output("total", _expert(inner, node, index, own, weight, total))
+    return inner.graph
+
+
+def _idle(ctx: Context, x: Value) -> Graph:
+    """The branch of an expert that no token needs; one for all of the same size."""
+    if x.shape not in ctx.shared.idle:
+        graph = ctx.shared.idle[x.shape] = Graph("idle")
+        graph.output("total", _operands(graph, x)[2])
+    return ctx.shared.idle[x.shape]
+
+
+def _expert(ctx: Context, node: fx.Node, index: int, x: Value, weight: Value, total: Value) -> Value:
+    """`total + weight * expert(x)`; tokens of weight 0 keep their total even if the expert yields NaN for them."""
+    activation, gated, interleaved, _transposed, alpha, limit, up_offset = node.args[7:14]
+    gate = Gate(activation, gated, interleaved, alpha, limit, up_offset)  # type: ignore[arg-type]
+    projected = _project(ctx, node, index, x, 3)
+    result = _project(ctx, node, index, activate(ctx, projected, gate), 5)
+    added = ctx.op("ADD", total, ctx.op("MUL", result, weight))
+    if ctx.settings.branches and x.shape[0] == 1:
+        return added
+    used = ctx.op("NOT_EQUAL", weight, ctx.scalar(0.0), dtype="BOOL")
+    return choose(ctx, used, added, total)
+
+
+def _project(ctx: Context, node: fx.Node, index: int, x: Value, position: int) -> Value:
+    """One of the two projections; its bias follows the weight among the arguments."""
+    interleaved = bool(node.args[8]) and bool(node.args[9]) and position == 3
+    transposed, weights = bool(node.args[10]), ctx.shared.weights
+    made = []
+    for argument in node.args[position : position + 2]:
+        if argument is None:
+            continue
+        source = node_of(argument)
+        if source.op != "get_attr":
+            raise ctx.refuse(node, "experts whose weights are computed in the graph have no form")
+        name, dtype = str(source.target), source.meta["val"].dtype
+        matrix = len(source.meta["val"].shape) == 3
+        made.append(weights.expert(name, index, dtype, transposed=transposed and matrix, interleaved=interleaved))
+        entry = {"transposed": transposed and matrix, "interleaved": interleaved}
+        ctx.shared.experts[ctx.shared.program.weights.resolve(name)] = entry
+    bias = ctx.float32(ctx.graph.weight(made[1])) if len(made) > 1 else None
+    return fully_connected(ctx, x, made[0], bias)
+
+
+def activate(ctx: Context, projected: Value, gate: Gate) -> Value:
+    """`Gate` on [T, 2I] (gate and up one after the other) or [T, I]."""
+    if not gate.gated:
+        return _activation(ctx, projected, gate)
+    first, up = split(ctx, projected, [projected.shape[1] // 2] * 2, 1)
+    if gate.limit:
+        first = ctx.op("MINIMUM", first, ctx.scalar(gate.limit))
+        up = ctx.op("MINIMUM", ctx.op("MAXIMUM", up, ctx.scalar(-gate.limit)), ctx.scalar(gate.limit))
+    if gate.activation == "silu" and gate.alpha != 1.0:
+        activated = ctx.op("MUL", first, ctx.op("LOGISTIC", ctx.op("MUL", first, ctx.scalar(gate.alpha))))
+    else:
+        activated = _activation(ctx, first, gate)
+    return ctx.op("MUL", activated, ctx.op("ADD", up, ctx.scalar(gate.up_offset)) if gate.up_offset else up)
+
+
+def _activation(ctx: Context, x: Value, gate: Gate) -> Value:
+    match gate.activation:
+        case "silu":
+            return ctx.op("MUL", x, ctx.op("LOGISTIC", x))
+        case "gelu" | "gelu_tanh" as name:
+            return ctx.op("GELU", x, approximate=name == "gelu_tanh")
+        case "relu2":
+            positive = ctx.op("RELU", x)
+            return ctx.op("MUL", positive, positive)
+        case "identity":
+            return x
+        case name:
+            return ctx.op({"relu": "RELU", "sigmoid": "LOGISTIC", "tanh": "TANH"}[name], x)
+
+
+def _select(ctx: Context, node: fx.Node) -> Value:
+    """`moec::select`: zero what the policy drops, never the largest, and keep the sum of the row if asked."""
+    weights, keep, renormalize = node.args
+    value = ctx.tensor(weights, torch.float32)
+    slots = ctx.constant(np.arange(value.shape[1])[None], torch.int32)
+    largest = ctx.op("EQUAL", slots, argmax(ctx, value, 1), dtype="BOOL")
+    zero, one = ctx.scalar(0.0), ctx.scalar(1.0)
+    kept = choose(ctx, ctx.op("LOGICAL_OR", ctx.tensor(keep, torch.bool), largest), value, zero)
+    if not renormalize:
+        return kept
+    before, after = (ctx.reduce("SUM", item, [1], keep=True) for item in (value, kept))
+    empty = ctx.op("EQUAL", after, zero, dtype="BOOL")
+    ratio = choose(ctx, empty, one, ctx.op("DIV", before, choose(ctx, empty, one, after)))
+    return ctx.op("MUL", kept, ratio)
+
+
+TABLE: Mapping[Any, Lowering] = {EXPERTS: _experts, SELECT: _select}

@@ -1,0 +1,98 @@
+"""Matrix products with weights and without, and embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from moec.targets.tflite.context import Context, node_of, result_dtype
+from moec.targets.tflite.lowerings.elementwise import Lowering
+from moec.targets.tflite.lowerings.shape import gather
+from moec.targets.tflite.model import Value, Weight
+
+aten = torch.ops.aten
+
+
+def fully_connected(ctx: Context, x: Value, weight: Weight | Value, bias: Value | None) -> Value:
+    """`x @ weight.T + bias`; with integer weights XNNPACK rounds the activations to int8, row by row."""
+    matrix = weight if isinstance(weight, Value) else ctx.float32(ctx.graph.weight(weight))
+    shape = (*x.shape[:-1], matrix.shape[0])
+    return ctx.op("FULLY_CONNECTED", x, matrix, bias, shape=shape, keepNumDims=True)
+
+
+def _linear(ctx: Context, node: fx.Node) -> Value:
+    x, weight, bias = [*node.args, None][:3]
+    dtype = result_dtype(node)
+    own = None if bias is None else ctx.tensor(bias, dtype)
+    source = node_of(weight)
+    matrix = ctx.tensor(source) if source.op != "get_attr" else ctx.shared.weights.matrix(str(source.target), dtype)
+    return fully_connected(ctx, ctx.tensor(x, dtype), matrix, own)
+
+
+def batch_matmul(ctx: Context, left: Value, right: Value, *, turned: bool = False) -> Value:
+    """`left @ right`, or `left @ right.T` of the last two axes where `turned`."""
+    batch = _broadcast(left.shape[:-2], right.shape[:-2])
+    width = right.shape[-2 if turned else -1]
+    return ctx.op("BATCH_MATMUL", left, right, shape=(*batch, left.shape[-2], width), adjX=False, adjY=turned)
+
+
+def _broadcast(left: tuple[int, ...], right: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(torch.broadcast_shapes(left, right))
+
+
+def _matmul(ctx: Context, node: fx.Node) -> Value:
+    dtype = result_dtype(node)
+    left, right = (ctx.tensor(argument, dtype) for argument in node.args[:2])
+    return ctx.reshape(_product(ctx, left, right), tuple(node.meta["val"].shape))
+
+
+def _product(ctx: Context, left: Value, right: Value) -> Value:
+    """A product of torch's `matmul` kinds; vectors get an axis, which the caller's reshape takes away."""
+    if left.rank == 1:
+        left = ctx.reshape(left, (1, *left.shape))
+    if right.rank == 1:
+        right = ctx.reshape(right, (*right.shape, 1))
+    return batch_matmul(ctx, left, right)
+
+
+def _addmm(ctx: Context, node: fx.Node) -> Value:
+    dtype = result_dtype(node)
+    if node.kwargs.get("alpha", 1) != 1 or node.kwargs.get("beta", 1) != 1:
+        raise ctx.refuse(node, "addmm with factors has no form")
+    bias, left, right = (ctx.tensor(argument, dtype) for argument in node.args[:3])
+    return ctx.op("ADD", batch_matmul(ctx, left, right), bias)
+
+
+def _embedding(ctx: Context, node: fx.Node) -> Value:
+    """Rows of a table; those of a quantized one are dequantized as they are fetched."""
+    table, index = node_of(node.args[0]), ctx.tensor(node.args[1], torch.int64)
+    if table.op != "get_attr":
+        return gather(ctx, ctx.tensor(table), index, 0)
+    weight = ctx.shared.weights.matrix(str(table.target), result_dtype(node))
+    if not weight.block:
+        rows = gather(ctx, ctx.graph.weight(weight), index, 0)
+        return ctx.op("DEQUANTIZE", rows, dtype="FLOAT32") if rows.dtype == "FLOAT16" else rows
+    if weight.blockwise:
+        raise ctx.refuse(node, f"{weight.name}: an embedding in blocks has no form", "give embeddings int8:channel")
+    flat = ctx.reshape(index, (-1,) if index.rank == 1 else (_size(index.shape),))
+    rows = ctx.op(
+        "EMBEDDING_LOOKUP", flat, ctx.graph.weight(weight), shape=(flat.shape[0], weight.shape[1]), dtype="FLOAT32"
+    )
+    return ctx.reshape(rows, (*index.shape, weight.shape[1]))
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    return torch.Size(shape).numel()
+
+
+TABLE: Mapping[Any, Lowering] = {
+    aten.linear.default: _linear,
+    aten.matmul.default: _matmul,
+    aten.mm.default: _matmul,
+    aten.bmm.default: _matmul,
+    aten.addmm.default: _addmm,
+    aten.embedding.default: _embedding,
+}

@@ -1,0 +1,56 @@
+"""Normalisation and rotary embedding, in elementary ops that XNNPACK takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from moec.compiler.program import RMS_NORM, ROTARY
+from moec.targets.tflite.context import Context, listed, result_dtype
+from moec.targets.tflite.lowerings.elementwise import Lowering
+from moec.targets.tflite.model import Value
+
+aten = torch.ops.aten
+
+
+def _rms_norm(ctx: Context, node: fx.Node) -> Value:
+    x, weight, eps = node.args
+    value = ctx.tensor(x)
+    normed = _scaled_by_variance(ctx, value, value, float(eps))  # type: ignore[arg-type]
+    return normed if weight is None else ctx.op("MUL", normed, ctx.tensor(weight, result_dtype(node)))
+
+
+def _scaled_by_variance(ctx: Context, value: Value, centred: Value, eps: float) -> Value:
+    """`centred / sqrt(mean(centred ** 2) + eps)` over the last axis."""
+    square = ctx.reduce("MEAN", ctx.op("MUL", centred, centred), [value.rank - 1], keep=True)
+    return ctx.op("MUL", centred, ctx.op("RSQRT", ctx.op("ADD", square, ctx.scalar(eps))))
+
+
+def _layer_norm(ctx: Context, node: fx.Node) -> Value:
+    x, sizes, weight, bias, eps = [*node.args, *(None, None, 1e-5)[len(node.args) - 2 :]][:5]
+    dtype = result_dtype(node)
+    if len(listed(sizes)) != 1:
+        raise ctx.refuse(node, "a layer norm over several axes has no form")
+    value = ctx.tensor(x, dtype)
+    mean = ctx.reduce("MEAN", value, [value.rank - 1], keep=True)
+    normed = _scaled_by_variance(ctx, value, ctx.op("SUB", value, mean), float(eps))  # type: ignore[arg-type]
+    if weight is not None:
+        normed = ctx.op("MUL", normed, ctx.tensor(weight, dtype))
+    return normed if bias is None else ctx.op("ADD", normed, ctx.tensor(bias, dtype))
+
+
+def _rotary(ctx: Context, node: fx.Node) -> Value:
+    x, cos, sin = (ctx.tensor(argument) for argument in node.args)
+    half, axis = x.shape[-1] // 2, x.rank - 1
+    turned = ctx.concat([ctx.op("NEG", ctx.slice(x, axis, half, half)), ctx.slice(x, axis, 0, half)], axis)
+    return ctx.op("ADD", ctx.op("MUL", x, cos), ctx.op("MUL", turned, sin))
+
+
+TABLE: Mapping[Any, Lowering] = {
+    RMS_NORM: _rms_norm,
+    ROTARY: _rotary,
+    aten.layer_norm.default: _layer_norm,
+}

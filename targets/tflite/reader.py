@@ -1,0 +1,118 @@
+"""Reads the experts back from a `.tflite` file, as the integrity gate wants them. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import struct
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moec.compiler.errors import ArtifactError
+from moec.targets.base import ExpertReader
+from moec.targets.tflite.extra import schema
+
+METADATA = "moec"
+"""Name of the entry of the model's metadata that says what a reader of the file has to know."""
+
+_DTYPES = {"FLOAT32": "<f4", "FLOAT16": "<f2", "INT32": "<i4"}
+
+
+class TfliteFile:
+    """A `.tflite` file whose tensors can be read by name.
+
+    Args:
+        path: The file.
+
+    Raises:
+        ArtifactError: It is no such file, or none that moec wrote.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._schema, self._path = schema(), path
+        with path.open("rb") as file:
+            self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size > 8 else b""
+        if self._data[4:8] != b"TFL3":
+            raise ArtifactError(f"{path}: not a .tflite file", hint="export it again")
+        try:
+            self._model = self._schema.Model.GetRootAs(self._data, 0)
+            self.facts: Mapping[str, Any] = json.loads(self._metadata())
+            self._tensors = self._named()
+        except (struct.error, IndexError, ValueError, AttributeError) as error:
+            raise ArtifactError(f"{path}: damaged: {error}", hint="export it again") from error
+
+    def _metadata(self) -> bytes:
+        for index in range(self._model.MetadataLength()):
+            entry = self._model.Metadata(index)
+            if entry.Name().decode() == METADATA:
+                return bytes(self._buffer(entry.Buffer()))
+        raise ArtifactError(f"{self._path}: it holds no metadata of moec", hint="export it with moec")
+
+    def _named(self) -> dict[str, tuple[Any, Any]]:
+        """Name -> tensor with the subgraph that it was found in, for tensors that have values."""
+        found: dict[str, tuple[Any, Any]] = {}
+        for place in range(self._model.SubgraphsLength()):
+            graph = self._model.Subgraphs(place)
+            for index in range(graph.TensorsLength()):
+                tensor = graph.Tensors(index)
+                if tensor.Buffer() and tensor.Name():
+                    found.setdefault(tensor.Name().decode(), (tensor, graph))
+        return found
+
+    def _buffer(self, index: int) -> np.ndarray:
+        buffer = self._model.Buffers(index)
+        if buffer.Offset() > 1:
+            return np.frombuffer(self._data, np.uint8, buffer.Size(), buffer.Offset())
+        data: np.ndarray = buffer.DataAsNumpy()
+        return data
+
+    def read(self, name: str) -> np.ndarray:
+        """Values of a tensor, dequantized.
+
+        Raises:
+            ArtifactError: There is none of that name.
+        """
+        if name not in self._tensors:
+            raise ArtifactError(f"{self._path}: it has no tensor {name}", hint="export it again")
+        tensor, graph = self._tensors[name]
+        shape = tuple(tensor.ShapeAsNumpy())
+        kinds = {value: key for key, value in vars(self._schema.TensorType).items() if not key.startswith("_")}
+        kind, data = kinds[tensor.Type()], self._buffer(tensor.Buffer())
+        if kind in _DTYPES:
+            return data.view(_DTYPES[kind]).reshape(shape)
+        codes = data.view(np.int8) if kind == "INT8" else unpack_int4(data)
+        scales = self._scales(tensor, graph).reshape(shape[0], -1)
+        blocks = codes.reshape(shape[0], scales.shape[1], -1).astype(np.float32)
+        values: np.ndarray = (blocks * scales[:, :, None].astype(np.float32)).reshape(shape)
+        return values
+
+    def _scales(self, tensor: Any, graph: Any) -> np.ndarray:
+        quantization = tensor.Quantization()
+        if quantization.DetailsType() != self._schema.QuantizationDetails.BlockwiseQuantization:
+            scales: np.ndarray = quantization.ScaleAsNumpy()
+            return scales
+        details = self._schema.BlockwiseQuantization()
+        details.Init(quantization.Details().Bytes, quantization.Details().Pos)
+        return self._buffer(graph.Tensors(details.Scales()).Buffer()).view("<f2")
+
+    def experts(self) -> Mapping[str, ExpertReader]:
+        """Every expert tensor by its Program name."""
+        return {name: partial(self._expert, name, entry) for name, entry in self.facts["experts"].items()}
+
+    def _expert(self, name: str, entry: Mapping[str, bool], index: int) -> np.ndarray:
+        value = self.read(f"{name}.{index}")
+        if entry["interleaved"]:
+            halves = np.split(value, 2)
+            value = np.stack(halves, axis=1).reshape(value.shape)
+        return np.ascontiguousarray(value.T) if entry["transposed"] else value
+
+
+def unpack_int4(data: np.ndarray) -> np.ndarray:
+    """Bytes that hold two signed codes each, the first in the low half, as a flat int8 array."""
+    halves = np.stack([data & 0xF, data >> 4], axis=-1).reshape(-1)
+    codes: np.ndarray = ((halves ^ 8).astype(np.int16) - 8).astype(np.int8)
+    return codes

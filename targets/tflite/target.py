@@ -1,0 +1,153 @@
+"""The TFLite target: `model.tflite` for LiteRT, with signatures `decode` and `prefill_N` and an IF per expert."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from pydantic import Field, PositiveInt
+
+from moec.compiler.errors import UsageError
+from moec.compiler.rejections import Rejection
+from moec.targets.base import Capabilities, ExpertReader, Lowered, Phase, Progress, Runner, Target, TargetOptions
+
+if TYPE_CHECKING:
+    from moec.compiler.program import Program
+    from moec.targets.tflite.model import Weight
+
+MODEL = "model.tflite"
+DEFAULT_CONTEXT = 1024
+
+
+class Flavor(StrEnum):
+    """Forms of the experts."""
+
+    DEFAULT = "default"
+    NO_CONTROL_FLOW = "no-control-flow"
+
+
+class TfliteOptions(TargetOptions):
+    """Options of the TFLite target."""
+
+    flavor: Flavor = Field(
+        Flavor.DEFAULT,
+        description="default: a branch per expert, skipped where no token needs it; no-control-flow: every expert "
+        "computed, for delegates without IF",
+    )
+    prefill: tuple[PositiveInt, ...] = Field(
+        (128,), description="Prompt lengths to build a signature for; every one costs memory when the file is opened."
+    )
+    context: PositiveInt | None = Field(
+        None, description=f"Tokens that the cache holds (default: what the model knows, up to {DEFAULT_CONTEXT})."
+    )
+
+
+class TfliteTarget(Target):
+    """Lowers to LiteRT."""
+
+    name: ClassVar[str] = "tflite"
+    Options: ClassVar[type[TargetOptions]] = TfliteOptions
+    extra: ClassVar[str | None] = "tflite"
+    tools: ClassVar[tuple[str, ...]] = ("ai-edge-litert", "flatbuffers")
+
+    def capabilities(self, options: TargetOptions, phase: Phase) -> Capabilities:
+        """Decode skips every expert that its token does not need, prefill those that no token of the piece needs."""
+        assert isinstance(options, TfliteOptions)
+        if options.flavor is Flavor.NO_CONTROL_FLOW:
+            return Capabilities(skips_experts=False, reason="the flavor no-control-flow computes every expert")
+        if phase is Phase.PREFILL:
+            return Capabilities(
+                skips_experts=False, reason="an expert is computed for all tokens of a piece as soon as one needs it"
+            )
+        return Capabilities(skips_experts=True)
+
+    def lint(self, program: Program, options: TargetOptions) -> tuple[Rejection, ...]:  # noqa: ARG002
+        """Ops that have no lowering."""
+        from moec.targets.tflite.lower import unsupported
+
+        return tuple(
+            Rejection(self.name, str(node.meta.get("module", "")), f"no lowering for {node.target}")
+            for node in unsupported(program)
+        )
+
+    def lower(self, program: Program, options: TargetOptions, directory: Path, progress: Progress) -> Lowered:
+        """Write `model.tflite`."""
+        from moec.targets.tflite import lower
+        from moec.targets.tflite.writer import write
+
+        assert isinstance(options, TfliteOptions)
+        capacity = _capacity(program, options)
+        lengths = (1, *sorted({length for length in options.prefill if length > 1}))
+        branches = options.flavor is not Flavor.NO_CONTROL_FLOW
+        model, shared = lower.build(program, lengths=lengths, capacity=capacity, branches=branches)
+        write(model, directory / MODEL, progress)
+        counts: dict[str, int] = {}
+        for graph in model.graphs():
+            for operator in graph.operators:
+                counts[operator.name] = counts.get(operator.name, 0) + 1
+        facts = {
+            "context": capacity,
+            "prefill_lengths": list(lengths[1:]),
+            "subgraphs": len(model.graphs()),
+            "ops": dict(sorted(counts.items())),
+            "expert_tensor_bytes": _expert_bytes(model.weights(), shared.experts),
+        }
+        return Lowered((MODEL,), lower.signature(program, model), tuple(shared.rejections), facts)
+
+    def open(self, directory: Path, *, threads: int = 0) -> Runner:
+        """Open with the LiteRT interpreter on CPU."""
+        from moec.targets.tflite.runner import TfliteRunner
+
+        return TfliteRunner(directory / MODEL, threads=threads)
+
+    def expert_tensors(self, directory: Path) -> Mapping[str, ExpertReader]:
+        """Read the experts back from the file, in the layout of the Program."""
+        from moec.targets.tflite.reader import TfliteFile
+
+        return TfliteFile(directory / MODEL).experts()
+
+    def doctor(self) -> Mapping[str, str]:
+        """Everything works where LiteRT is installed.
+
+        Raises:
+            MissingExtraError: It is not.
+        """
+        from moec.targets.tflite.extra import module
+
+        for name in ("ai_edge_litert.interpreter", "flatbuffers"):
+            module(name)
+        return super().doctor()
+
+
+def _capacity(program: Program, options: TfliteOptions) -> int:
+    """Slots of the cache.
+
+    Raises:
+        UsageError: The model, or a prefill signature, does not fit.
+    """
+    known = program.config.get("max_position_embeddings")
+    most = known if isinstance(known, int) else None
+    capacity = options.context or min(most or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
+    if most is not None and capacity > most:
+        raise UsageError(
+            f"--context {capacity}: the model was made for {most} tokens", hint=f"give at most --context {most}"
+        )
+    longest = max(options.prefill, default=1)
+    if longest > capacity:
+        raise UsageError(
+            f"--prefill {longest} is longer than the cache of {capacity} tokens",
+            hint=f"give --prefill of at most {capacity}, or a larger --context",
+        )
+    return capacity
+
+
+def _expert_bytes(weights: Sequence[Weight], experts: Mapping[str, object]) -> dict[str, int]:
+    """Program name of an expert tensor -> bytes of its codes and scales in the file."""
+    found = dict.fromkeys(experts, 0)
+    for weight in weights:
+        name, _, index = weight.name.rpartition(".")
+        if name in found and index.isdigit():
+            found[name] += weight.total_bytes
+    return found

@@ -1,0 +1,176 @@
+"""The Program's tensors as the file holds them: float32, fp16, int8 with a scale per row, int4 per row or per block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moec.compiler.errors import LoweringError
+from moec.compiler.program import Program
+from moec.compiler.weights import LazyTensor
+from moec.targets.tflite.model import Chunk, Weight
+
+CHUNK_BYTES = 1 << 25
+INT4_BLOCK = 32
+"""XNNPACK's blockwise int4 product wants blocks that are a multiple of this."""
+
+HINT = "int8:channel, int4:channel and int4 in blocks, all symmetric, are what LiteRT computes with"
+
+
+def format_of(tensor: LazyTensor) -> Any:
+    """The integer format that the plan gives to `tensor`, or None where it stays float."""
+    return getattr(tensor, "format", None) if hasattr(tensor, "quantized_rows") else None
+
+
+def inexpressible(form: Any, width: int) -> str:
+    """Why an integer format has no form in LiteRT, for rows of `width`; empty where it has one."""
+    if not form.symmetric:
+        return "LiteRT has no kernel for weights with zero points"
+    block = form.block_length(width)
+    if block == width:
+        return ""
+    if form.bits == 8:
+        return "LiteRT computes with int8 weights of one scale per row only, not in blocks"
+    return "" if block % INT4_BLOCK == 0 else f"blocks of int4 weights must be multiples of {INT4_BLOCK}"
+
+
+class Weights:
+    """Makes `Weight`s of the Program's tensors, each once however many signatures use it."""
+
+    def __init__(self, program: Program) -> None:
+        self._store = program.weights
+        self._made: dict[Any, Weight] = {}
+
+    def plain(self, name: str, dtype: torch.dtype) -> Weight:
+        """A tensor that stays float.
+
+        Raises:
+            LoweringError: The plan quantizes it.
+        """
+        tensor = self._store[name]
+        if (form := format_of(tensor)) is not None:
+            raise LoweringError(
+                f"{name} is quantized to {form}, but is used where LiteRT takes floats only",
+                hint="leave it float in the plan",
+            )
+        return self._float(self._store.resolve(name), tensor, dtype)
+
+    def matrix(self, name: str, dtype: torch.dtype) -> Weight:
+        """A matrix [N, K] of a linear or an embedding, in the format of the plan.
+
+        Raises:
+            LoweringError: LiteRT cannot express the format.
+        """
+        tensor = self._store[name]
+        if format_of(tensor) is None:
+            return self.plain(name, dtype)
+        return self._once(
+            self._store.resolve(name),
+            lambda key: _quantized(key, tensor, tensor.shape, lambda: _row_slices(tensor), name),
+        )
+
+    def expert(self, name: str, index: int, dtype: torch.dtype, *, transposed: bool, interleaved: bool) -> Weight:
+        """The matrix [N, K] (or bias [N]) of one expert of a stack.
+
+        Args:
+            name: The stack.
+            index: The expert.
+            dtype: Dtype in the graph.
+            transposed: Whether the stack holds [in, out].
+            interleaved: Whether its rows alternate gate and up; in the file they follow one another.
+
+        Raises:
+            LoweringError: LiteRT cannot express the format.
+        """
+        tensor, name = self._store[name], self._store.resolve(name)
+
+        def order(value: Tensor) -> Tensor:
+            turned = value.T if transposed and value.ndim == 2 else value
+            return torch.cat([turned[0::2], turned[1::2]]) if interleaved else turned
+
+        if (form := format_of(tensor)) is None:
+            stored = _stored_dtype(tensor, dtype)
+
+            def chunks() -> Iterator[Chunk]:
+                yield _bytes(order(tensor.rows(index, index + 1)[0].to(stored))), None
+
+            shape = tensor.shape[1:]
+            if transposed and len(shape) == 2:
+                shape = (shape[1], shape[0])
+            return self._once((name, index), lambda _: Weight(f"{name}.{index}", shape, _kind(stored), chunks))
+        if transposed:
+            raise LoweringError(
+                f"{name}: {form} scales along the outputs of its experts, which LiteRT cannot express", hint=HINT
+            )
+
+        def slices() -> Iterator[tuple[Tensor, Tensor]]:
+            own = tensor.quantized_rows(index, index + 1)[0]  # type: ignore[attr-defined]
+            yield order(own.codes), order(own.scales)
+
+        return self._once(
+            (name, index), lambda _: _quantized(f"{name}.{index}", tensor, tensor.shape[1:], slices, name)
+        )
+
+    def _float(self, name: str, tensor: LazyTensor, dtype: torch.dtype) -> Weight:
+        stored = _stored_dtype(tensor, dtype)
+
+        def chunks() -> Iterator[Chunk]:
+            for chunk in tensor.chunks(CHUNK_BYTES):
+                yield _bytes(chunk.to(stored)), None
+
+        return self._once(name, lambda _: Weight(name, tensor.shape, _kind(stored), chunks))
+
+    def _once(self, key: Any, make: Callable[[Any], Weight]) -> Weight:
+        if key not in self._made:
+            self._made[key] = make(key)
+        return self._made[key]
+
+
+def _stored_dtype(tensor: LazyTensor, dtype: torch.dtype) -> torch.dtype:
+    half = torch.float16 in (tensor.dtype, dtype) and dtype in (torch.float16, torch.float32)
+    if half:
+        return torch.float16
+    return torch.float32 if dtype.is_floating_point else torch.int32
+
+
+def _kind(dtype: torch.dtype) -> str:
+    return {torch.float16: "FLOAT16", torch.float32: "FLOAT32", torch.int32: "INT32"}[dtype]
+
+
+def _quantized(
+    name: str, tensor: LazyTensor, shape: tuple[int, ...], slices: Callable[[], Iterator[Any]], of: str
+) -> Weight:
+    form = format_of(tensor)
+    if reason := inexpressible(form, shape[-1]):
+        raise LoweringError(f"{of}: the TFLite target has no form for {form}: {reason}", hint=HINT)
+    if form.bits == 4 and shape[-1] % 2:
+        raise LoweringError(f"{of}: rows of {shape[-1]} int4 codes do not fill whole bytes", hint=HINT)
+
+    def chunks() -> Iterator[Chunk]:
+        for codes, scales in slices():
+            data = codes.contiguous().numpy()
+            yield (pack_int4(data) if form.bits == 4 else data.view(np.uint8)), scales.float().contiguous().numpy()
+
+    return Weight(name, shape, f"INT{form.bits}", chunks, form.block_length(shape[-1]))
+
+
+def _row_slices(tensor: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    step = max(1, CHUNK_BYTES // (4 * tensor.shape[-1]))
+    for start in range(0, tensor.shape[0], step):
+        own = tensor.quantized_rows(start, min(start + step, tensor.shape[0]))
+        yield own.codes, own.scales
+
+
+def pack_int4(codes: np.ndarray) -> np.ndarray:
+    """Signed codes [..., K] as bytes, two in each, the first in the low half."""
+    pairs = codes.reshape(-1, 2).view(np.uint8) & 0xF
+    packed: np.ndarray = pairs[:, 0] | (pairs[:, 1] << 4)
+    return packed
+
+
+def _bytes(value: Tensor) -> np.ndarray:
+    return value.contiguous().reshape(-1).view(torch.uint8).numpy()
