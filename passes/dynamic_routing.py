@@ -105,32 +105,36 @@ class DynamicRouting(Pass):
         assert isinstance(weights, fx.Node)
         if int(weights.meta["val"].shape[1]) == 1:
             return "its tokens have one expert each, which always stays"
-        operands = [hidden, indices, weights] + ([] if budget is None else [budget])
-        rule = _trace(self.policy, layer, [node.meta["val"] for node in operands])
+        rule = _trace(self.policy, layer, [hidden, indices, weights], budget)
         if rule is None:
             return ""
         adding.begin(experts)
         ordered_indices, ordered = adding.in_order(indices, weights)
-        keep = adding.splice(rule, [hidden, ordered_indices, ordered, *operands[3:]])
+        seen = ordered if non_negative(weights) else adding.call(aten.clamp.default, ordered, 0)
+        keep = adding.splice(rule, [hidden, ordered_indices, seen, budget])
         selected = adding.call(SELECT, ordered, keep, self.policy.renormalize)
         experts.update_arg(1, ordered_indices)
         experts.update_arg(2, selected)
         return ""
 
 
-def _trace(policy: Policy, layer: int, values: list[Any]) -> fx.Graph | None:
-    """The policy's rule as a graph of aten ops over (hidden, indices, weights[, budget]); None if it keeps all."""
+def _trace(policy: Policy, layer: int, operands: list[fx.Node], budget: fx.Node | None) -> fx.Graph | None:
+    """The policy's rule as a graph of aten ops over (hidden, indices, weights, budget); None if it keeps all."""
     kept_all = False
+    values = [node.meta["val"] for node in operands]
 
-    def rule(hidden: Tensor, indices: Tensor, weights: Tensor, budget: Tensor | None = None) -> Tensor:
+    def rule(hidden: Tensor, indices: Tensor, weights: Tensor, fed: Tensor) -> Tensor:
         nonlocal kept_all
-        slots = Slots(layer, indices, weights.to(torch.float32), hidden, budget, descending=True)
+        knob = None if budget is None else fed
+        slots = Slots(layer, indices, weights.to(torch.float32), hidden, knob, descending=True)
         mask = selection(policy, slots)
         kept_all = mask is None
         return weights if mask is None else mask
 
     # Real tensors, arange and the like, meet fake ones here: the traced constants are evaluated later.
-    traced = make_fx(rule, tracing_mode="fake", _allow_non_fake_inputs=True)(*values)
+    # A tensor of its own: two inputs that are one object would be traced as one.
+    fed = values[2].new_empty(()) if budget is None else budget.meta["val"]
+    traced = make_fx(rule, tracing_mode="fake", _allow_non_fake_inputs=True)(*values, fed)
     if kept_all:
         return None
     traced.graph.eliminate_dead_code()
@@ -162,22 +166,20 @@ class _Adding:
         return node
 
     def in_order(self, indices: fx.Node, weights: fx.Node) -> tuple[fx.Node, fx.Node]:
-        """Experts and weights of each row in the order of falling weights, none of them negative."""
-        if not non_negative(weights):
-            weights = self.call(aten.clamp.default, weights, 0)
+        """Experts and weights of each row in the order of falling weights."""
         if descending(weights):
             return indices, weights
         ranked = self.call(aten.topk.default, weights, int(weights.meta["val"].shape[1]))
         values, order = (self.call(operator.getitem, ranked, position) for position in (0, 1))
         return self.call(aten.gather.default, indices, 1, order), values
 
-    def splice(self, rule: fx.Graph, operands: list[fx.Node]) -> fx.Node:
+    def splice(self, rule: fx.Graph, operands: list[fx.Node | None]) -> fx.Node:
         """Copy a traced rule; what depends on no operand becomes a constant."""
         supply = iter(operands)
         mapping: dict[fx.Node, Any] = {}
         for node in rule.nodes:
             if node.op == "placeholder":
-                mapping[node] = next(supply, None)
+                mapping[node] = next(supply)
             elif node.op == "output":
                 return self._placed(mapping[node.args[0]])
             else:

@@ -101,10 +101,10 @@ def descending(weights: fx.Node) -> bool:
     if not is_call(source, aten.gather.default):
         return False
     chosen = source.args[2]
-    if not (is_call(chosen, operator.getitem) and chosen.args[1] == 1 and _sorts(chosen.args[0])):  # type: ignore[union-attr]
+    if not (is_call(chosen, operator.getitem) and chosen.args[1] == 1 and _sorts(chosen.args[0])):
         return False
     # Gathered from the scores that were sorted, or from what rises with them.
-    ranked = chosen.args[0].args[0]  # type: ignore[union-attr]
+    ranked = chosen.args[0].args[0]
     return _before_increasing(source.args[0]) is _before_increasing(ranked)
 
 

@@ -4,9 +4,10 @@ A policy only says which slots to keep. `select` does everything else, so that t
 lives in one place: a dropped slot's weight is exactly 0, the slot with the largest weight is never dropped,
 and the row sum is preserved unless the policy says otherwise.
 
-Everything here is traced into aten ops that all targets have (compare, where, arithmetic, sum, amax, mean).
+Everything here is traced into aten ops that all targets have (compare, where, arithmetic, sum, amax, mean, matmul).
 There is no sort, top-k or cumulative sum: k is small, so ranks come from comparing the slots pairwise, which is
-also what makes a policy independent of the order in which a router hands over its slots.
+also what makes a policy independent of the order in which a router hands over its slots. Where the slots are known to
+come in descending order, ranks are constants and the mass before each slot is one product with a constant matrix.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class Slots:
         weights: [T, k] float32, not negative, in any order.
         hidden: [T, H], the input of the experts.
         budget: Scalar tensor that replaces the policy's knob at run time, or None.
+        descending: The weights of each row are known to fall, or stay, from slot to slot.
     """
 
     layer: int
@@ -50,6 +52,7 @@ class Slots:
     weights: Tensor
     hidden: Tensor
     budget: Tensor | None = None
+    descending: bool = False
 
     @property
     def top_k(self) -> int:
@@ -64,7 +67,16 @@ class Slots:
     @cached_property
     def largest(self) -> Tensor:
         """Largest weight of each row: [T, 1] float32."""
+        if self.descending:
+            return self.weights.narrow(1, 0, 1)
         return self.weights.amax(-1, keepdim=True)
+
+    @cached_property
+    def second(self) -> Tensor:
+        """Second largest weight of each row, 0 where there is one slot: [T, 1] float32."""
+        if self.descending and self.top_k > 1:
+            return self.weights.narrow(1, 1, 1)
+        return torch.where(self.rank == 0, 0.0, self.weights).amax(-1, keepdim=True)
 
     @cached_property
     def shares(self) -> Tensor:
@@ -86,12 +98,16 @@ class Slots:
 
     @cached_property
     def rank(self) -> Tensor:
-        """Place of each slot in descending order, counted from 0: [T, k] float32."""
+        """Place of each slot in descending order, counted from 0: [T, k] float32, or [1, k] where that is constant."""
+        if self.descending:
+            return torch.arange(self.top_k, dtype=torch.float32).unsqueeze(0)
         return self.before.to(torch.float32).sum(-1)
 
     @cached_property
     def mass_before(self) -> Tensor:
         """Sum of the weights that come before each slot in descending order: [T, k] float32."""
+        if self.descending:
+            return self.weights @ torch.ones(self.top_k, self.top_k).triu(1)
         return torch.where(self.before, self.others, 0.0).sum(-1)
 
     @cached_property

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-import torch
-
 from moec.passes.routing.base import EPSILON, Slots
 from moec.passes.routing.complexity import ComplexityPolicy
 
@@ -27,5 +25,4 @@ class Margin(ComplexityPolicy):
     @staticmethod
     def complexity(slots: Slots) -> Tensor:
         """See `ComplexityPolicy.complexity`."""
-        second = torch.where(slots.rank == 0, 0.0, slots.weights).amax(-1, keepdim=True)
-        return (second - slots.largest) / slots.total.clamp(min=EPSILON)
+        return (slots.second - slots.largest) / slots.total.clamp(min=EPSILON)

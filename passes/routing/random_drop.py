@@ -52,6 +52,9 @@ class RandomDrop(Policy):
 
     def keep(self, slots: Slots) -> Tensor:
         """See `Policy.keep`."""
-        token = slots.hidden[:, :COMPONENTS].to(torch.float32).sum(-1, keepdim=True) * HIDDEN_FACTOR
+        token = (
+            slots.hidden.narrow(1, 0, min(COMPONENTS, slots.hidden.shape[1])).to(torch.float32).sum(-1, keepdim=True)
+            * HIDDEN_FACTOR
+        )
         mixed = token + slots.indices.to(torch.float32) * EXPERT_FACTOR
         return mixed - mixed.floor() < self.operand(slots)

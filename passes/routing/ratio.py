@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Self
 
-import torch
-
 from moec.passes.routing.base import EPSILON, Policy, Slots, at_layer
 
 if TYPE_CHECKING:
@@ -57,5 +55,4 @@ class Ratio(Policy):
 
 def _median_ratio(slots: Slots) -> float:
     """Median over tokens of the second largest weight relative to the largest."""
-    second = torch.where(slots.rank == 0, 0.0, slots.weights).amax(-1, keepdim=True)
-    return max(float((second / slots.largest.clamp(min=EPSILON)).median()), SMALLEST_SCALE)
+    return max(float((slots.second / slots.largest.clamp(min=EPSILON)).median()), SMALLEST_SCALE)
