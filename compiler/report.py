@@ -202,9 +202,8 @@ def _cases(report: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _coverage(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Heat maps of the coverage gate: step -> layers -> experts with tokens and heat in 0..1 on a log scale."""
-    figures: Mapping[str, Any] = next(
-        (verdict["figures"] for verdict in report["verdicts"] if verdict["gate"] == "coverage"), {}
-    )
+    by_gate: Mapping[str, Any] = {verdict["gate"]: verdict["figures"] for verdict in report["verdicts"]}
+    figures = by_gate.get(COVERAGE_GATE, {})
     maps = []
     for step, seen in figures.get("steps", {}).items():
         largest = max((tokens for layer in seen["layers"] for tokens in layer["tokens"]), default=0)

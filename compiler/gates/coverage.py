@@ -48,6 +48,10 @@ class Coverage:
         found = {row.module: np.flatnonzero(self._hits[row.index] == 0).tolist() for row in self.layers}
         return {module: experts for module, experts in found.items() if experts}
 
+    def missing(self) -> list[tuple[int, int]]:
+        """Layer and expert of all that no compared token reached."""
+        return [(row.index, int(i)) for row in self.layers for i in np.flatnonzero(self._hits[row.index] == 0)]
+
     @property
     def share(self) -> float:
         """Reached experts of all experts."""

@@ -14,11 +14,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from moec.compiler.checkpoint import Checkpoint
 from moec.compiler.gates.cases import Bounds, Case, Prompts, base_cases, bounds, split_steps
 from moec.compiler.gates.compare import CaseResult, compare, run_case
 from moec.compiler.gates.coverage import Coverage
 from moec.compiler.gates.reference import Oracle, Trace, available_bytes, load_source, source_bytes
+from moec.compiler.gates.search import ExpertSearch
 from moec.compiler.gates.tolerance import TOLERANCES, Precision, Tolerance, precision_of
 from moec.compiler.gates.verdict import Status, Verdict
 from moec.compiler.interpreter import ProgramRunner
@@ -38,7 +41,8 @@ class ParityOptions:
         seed: Seed of the inputs.
         greedy_tokens: How many tokens are generated greedily.
         max_tokens: Longest sequence that is tried; windows beyond it are left out and named.
-        coverage_tokens: Tokens that may be tried to reach experts that the cases did not reach.
+        coverage_tokens: Tokens that may be tried to reach experts that the cases did not reach: half of them as
+            prompts, the rest in a search for what is still missing.
         coverage_prompt: Tokens of one such prompt.
         coverage_min: Share of the live experts that must be reached.
         memory_share: Share of the free memory that the model in transformers may take.
@@ -99,7 +103,9 @@ def gather(
         progress(gate, index, len(cases))
         _run(evidence, runner, oracle, case)
     progress(gate, len(cases), len(cases))
-    _extend(gate, evidence, runner, oracle, prompts, bound, options, progress)
+    extension = _Extension(gate, evidence, runner, oracle, prompts, bound, options, progress)
+    extension.by_prompts(options.coverage_tokens // 2)
+    extension.by_search(program, options.coverage_tokens - options.coverage_tokens // 2)
     return evidence
 
 
@@ -113,31 +119,53 @@ def _run(evidence: Evidence, runner: Runner, oracle: Oracle, case: Case, trace: 
     evidence.coverage.add(trace, proven)
 
 
-def _extend(
-    gate: str,
-    evidence: Evidence,
-    runner: Runner,
-    oracle: Oracle,
-    prompts: Prompts,
-    bound: Bounds,
-    options: ParityOptions,
-    progress: Progress,
-) -> None:
-    """Try prompts on the reference, text and random ids in turn, and keep those that reach a new expert."""
-    length = min(options.coverage_prompt, bound.max_tokens)
-    attempts = options.coverage_tokens // length
-    for attempt in range(attempts):
-        if not evidence.coverage.unreached():
-            return
-        progress(f"{gate}: reaching every expert", attempt, attempts)
-        ids = prompts.random(1, length) if attempt % 2 else prompts.text(1, length)
-        trace = oracle.trace(ids)
-        evidence.tokens += length
-        if evidence.coverage.would_reach(trace):
-            first = max(length // 2, 1)
-            steps = (first, length - first) if length > 1 else (1,)
-            case = Case(f"coverage prompt {attempt}", ids, None, split_steps(steps, bound.runner))
-            _run(evidence, runner, oracle, case, trace)
+@dataclass(frozen=True)
+class _Extension:
+    """Further inputs for the experts that the cases did not reach. Tried on the reference; what reaches one is kept."""
+
+    gate: str
+    evidence: Evidence
+    runner: Runner
+    oracle: Oracle
+    prompts: Prompts
+    bound: Bounds
+    options: ParityOptions
+    progress: Progress
+
+    def by_prompts(self, budget: int) -> None:
+        """Try prompts, text and random ids in turn."""
+        length = min(self.options.coverage_prompt, self.bound.max_tokens)
+        attempts = budget // length
+        for attempt in range(attempts):
+            if not self.evidence.coverage.unreached():
+                return
+            self.progress(f"{self.gate}: reaching every expert", attempt, attempts)
+            ids = self.prompts.random(1, length) if attempt % 2 else self.prompts.text(1, length)
+            self._try(ids)
+
+    def by_search(self, program: Program, budget: int) -> None:
+        """Look for each expert that is still missing; the budget is shared among them."""
+        missing = self.evidence.coverage.missing()
+        search = ExpertSearch(program, self.prompts, self.bound.max_tokens)
+        for index, (layer, expert) in enumerate(missing):
+            self.progress(f"{self.gate}: looking for experts", index, len(missing))
+            share = (budget - search.tokens) // (len(missing) - index)
+            if (layer, expert) in self.evidence.coverage.missing():
+                search.find(layer, expert, share, self._try)
+        self.evidence.tokens += search.tokens
+
+    def _try(self, ids: np.ndarray) -> bool:
+        """Keep `ids` [1, T] as a case if the reference reaches a new expert with them."""
+        trace = self.oracle.trace(ids)
+        length = ids.shape[1]
+        self.evidence.tokens += length
+        if not self.evidence.coverage.would_reach(trace):
+            return False
+        first = max(length // 2, 1)
+        steps = split_steps((first, length - first) if length > 1 else (1,), self.bound.runner)
+        name = f"coverage prompt {len(self.evidence.results)}"
+        _run(self.evidence, self.runner, self.oracle, Case(name, ids, None, steps), trace)
+        return True
 
 
 def judge_parity(gate: str, evidence: Evidence, options: ParityOptions) -> Verdict:

@@ -7,12 +7,13 @@ import numpy as np
 from moec.compiler.checkpoint import Checkpoint
 from moec.compiler.gates.coverage import Coverage, judge_coverage
 from moec.compiler.gates.parity import ParityOptions, gather_artifact
-from moec.compiler.gates.reference import Trace
+from moec.compiler.gates.reference import Oracle, Trace
+from moec.compiler.gates.search import ExpertSearch, selections
 from moec.compiler.gates.verdict import Status
 from moec.compiler.interpreter import ProgramRunner
 from moec.compiler.program import MoeLayer, Program
 
-from .conftest import prompts  # noqa: TID252 - tests are no package with a name of its own
+from .conftest import changed, prompts  # noqa: TID252 - tests are no package with a name of its own
 
 Captured = tuple[Checkpoint, Program]
 
@@ -68,3 +69,34 @@ def test_inputs_are_extended_until_every_expert_is_reached(mixtral: Captured) ->
     assert not after.coverage.unreached()
     assert any(result.name.startswith("coverage prompt") for result in after.results)
     assert after.tokens < 200
+
+
+def test_an_expert_that_prompts_hardly_reach_is_found(mixtral: Captured) -> None:
+    # A flat row of the router: the expert's score rarely wins.
+    name = "model.layers.1.mlp.gate.weight"
+    program = changed(mixtral[1], name, lambda weight: weight[4].mul_(0.15))
+    searched: list[int] = []
+    search = ExpertSearch(program, prompts(program), 100)
+    oracle = Oracle(program, 1e-4)
+
+    def reaches(ids: np.ndarray) -> bool:
+        searched.append(ids.size)
+        return bool((oracle.trace(ids).slots[1] == 4).any())
+
+    found = search.find(1, 4, 4000, reaches)
+    assert found is not None
+    assert reaches(found)
+    assert search.tokens < 4000
+
+
+def test_an_expert_that_cannot_be_reached_ends_the_search(mixtral: Captured) -> None:
+    name = "model.layers.1.mlp.gate.weight"
+    program = changed(mixtral[1], name, lambda weight: weight.zero_())
+    search = ExpertSearch(program, prompts(program), 100)
+    assert search.find(1, 7, 600, lambda _: False) is None
+    assert 600 <= search.tokens < 1000
+    assert search.find(99, 0, 600, lambda _: True) is None
+
+
+def test_the_selection_of_every_layer_is_found(gpt_oss: Captured) -> None:
+    assert set(selections(gpt_oss[1])) == set(range(len(gpt_oss[1].layers)))
