@@ -42,8 +42,8 @@ class RealRotary(Pass):
         writer = _Writer(graph)
         for node in list(graph.nodes):
             writer.visit(node)
-        for node in reversed(writer.pairs):
-            if not node.users:
+        for node in reversed(graph.nodes):
+            if _is_complex(node) and not node.users:
                 graph.erase_node(node)
         if not writer.pairs:
             return PassResult(program, modified=False)

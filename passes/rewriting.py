@@ -56,13 +56,13 @@ def replace(old: fx.Node, new: fx.Node) -> None:
 def substitute(old: fx.Node, new: fx.Node) -> None:
     """Let the users of `old` use `new`, and take out of the graph whatever nobody uses any more."""
     old.replace_all_uses_with(new)
-    dead = [old]
-    while dead:
-        node = dead.pop()
-        if node.op == "call_function" and not node.users:
-            sources = node.all_input_nodes
+    candidates, erased = [old], set[fx.Node]()
+    while candidates:
+        node = candidates.pop()
+        if node.op == "call_function" and not node.users and node not in erased:
+            candidates += node.all_input_nodes
             node.graph.erase_node(node)
-            dead += sources
+            erased.add(node)
 
 
 def is_call(argument: Any, *targets: Any) -> bool:

@@ -217,11 +217,11 @@ def _table(graph: fx.Graph, table: fx.Node, found: _Rotation, node: fx.Node) -> 
 
 def _layout_problem(node: fx.Node, found: _Rotation) -> str | None:
     """Why the tables do not fit the op: [B or 1, 1, S, D] (or [B or 1, S, 1, D]) for an input of [B, heads, S, D]."""
-    value = node.meta["val"]
+    value, dtype = node.meta["val"], found.part.source.meta["val"].dtype
     for table in (found.cosine, found.sine):
         other = table.meta["val"]
-        if other.dtype != value.dtype:
-            return f"its tables are {other.dtype} and its input is {value.dtype}"
+        if other.dtype != dtype:
+            return f"its tables are {other.dtype} and its input is {dtype}"
         if other.ndim != 4 or value.ndim != 4 or 1 not in (other.shape[1], other.shape[2]):
             return f"its tables have shape {list(other.shape)} for an input of shape {list(value.shape)}"
     return None
