@@ -6,9 +6,11 @@ Heavy imports happen inside the commands, so that `moec --help` answers at once.
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import FrameType
@@ -39,7 +41,7 @@ def export(
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Directory to make.")] = None,
     dtype: Annotated[
-        str | None, typer.Option(metavar="fp32|fp16", help="Precision of what is not quantized. [default: fp32]")
+        str | None, typer.Option(metavar="fp32|fp16", help="Precision of what is not quantized. (default: fp32)")
     ] = None,
     recipe: Annotated[Path | None, typer.Option(help="Recipe file (YAML); other flags override it.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an artifact at the output.")] = False,
@@ -288,20 +290,26 @@ def _application(arguments: list[str]) -> typer.Typer:
 
 
 def _export_command(arguments: list[str]) -> Callable[..., int]:
-    from moec.compiler.flags import find_flag, with_flags, without_flags
+    from moec.compiler.flags import with_flags, without_flags
 
-    if arguments[:1] != ["export"]:
+    name = _named_target(arguments) if arguments[:1] == ["export"] else None
+    if name is None:
         return without_flags(export)
-    from moec.compiler.recipe import read_recipe
     from moec.targets import get_target
+
+    return with_flags(export, get_target(name).Options.model_fields, f"Options of target {name}")
+
+
+def _named_target(arguments: list[str]) -> str | None:
+    from moec.compiler.flags import find_flag
 
     name, recipe = find_flag(arguments, "--target", "-t"), find_flag(arguments, "--recipe")
     if name is None and recipe is not None:
+        from moec.compiler.recipe import read_recipe
+
         in_recipe = read_recipe(Path(recipe)).get("target")
         name = in_recipe if isinstance(in_recipe, str) else None
-    if name is None:
-        return without_flags(export)
-    return with_flags(export, get_target(name).Options.model_fields, f"Options of target {name}")
+    return name
 
 
 def _terminate(_signal: int, _frame: FrameType | None) -> NoReturn:
@@ -309,17 +317,29 @@ def _terminate(_signal: int, _frame: FrameType | None) -> NoReturn:
     raise SystemExit(128 + signal.SIGTERM)
 
 
+def dispatch(arguments: list[str]) -> int:
+    """Run one command line, without the name of the program, and return its exit code."""
+    console = Console("--json" in arguments, debug="--debug" in arguments)
+
+    def call() -> int:
+        try:
+            _application(arguments)(arguments, prog_name="moec")
+        except SystemExit as done:
+            return done.code if isinstance(done.code, int) else int(done.code is not None)
+        return 0
+
+    return _guard(console, call)
+
+
 def main() -> None:
     """Entry point of the `moec` command."""
     signal.signal(signal.SIGTERM, _terminate)
     arguments = sys.argv[1:]
-    console = Console("--json" in arguments, debug="--debug" in arguments)
-
-    def build() -> int:
-        _application(arguments)()
-        return 0
-
-    raise SystemExit(_guard(console, build))
+    if "--debug" not in arguments:
+        # torch, torchao and transformers warn of matters that are theirs.
+        logging.disable(logging.WARNING)
+        warnings.simplefilter("ignore")
+    raise SystemExit(dispatch(arguments))
 
 
 if __name__ == "__main__":

@@ -6,10 +6,26 @@ import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+
+from jinja2 import TemplateError, TemplateSyntaxError, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from moec.compiler.errors import ArtifactError, UsageError
 from moec.compiler.model_config import read_json
+
+
+class GenerationTag(Extension):
+    """`{% generation %}...{% endgeneration %}`, which marks the model's own turns for training: it changes no text."""
+
+    tags: ClassVar[set[str]] = {"generation"}
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        """Replace the block by what it encloses."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 def render_chat(directory: Path, messages: Sequence[Mapping[str, str]]) -> str:
@@ -23,12 +39,9 @@ def render_chat(directory: Path, messages: Sequence[Mapping[str, str]]) -> str:
         UsageError: The model has no chat template, or its template refuses the messages.
         ArtifactError: The template is damaged.
     """
-    from jinja2 import TemplateError, TemplateSyntaxError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
     config = read_json(directory / "tokenizer_config.json")
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, GenerationTag]
     )
     environment.filters["tojson"] = _to_json
     environment.globals |= {"raise_exception": _refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
@@ -65,6 +78,4 @@ def _to_json(value: Any, indent: int | None = None) -> str:
 
 
 def _refuse(message: str) -> None:
-    from jinja2 import TemplateError
-
     raise TemplateError(message)

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moec.compiler.artifact import MANIFEST, read_manifest
-from moec.compiler.chat import render_chat
 from moec.compiler.errors import ArtifactError, UsageError
 from moec.compiler.model_config import context_length, read_json, text_config, token_ids
 from moec.targets import get_target
@@ -137,6 +136,8 @@ class Generator:
             UsageError: There is nothing to start from, or no chat template.
         """
         if chat:
+            from moec.compiler.chat import render_chat
+
             text = render_chat(self.directory, [{"role": "user", "content": prompt}])
             ids = self.tokenizer.encode(text, add_special_tokens=False).ids
         else:
