@@ -60,6 +60,10 @@ class Context:
             value.type = ir.TensorType(DTYPES[fake.dtype])
             value.shape = self.shape_of(fake.shape)
 
+    def __contains__(self, node: fx.Node) -> bool:
+        """Whether `node` is lowered already."""
+        return node in self._values
+
     def get(self, argument: Any) -> Any:
         """The lowered form of an argument: a Value for a tensor, numbers and lists as they are."""
         if isinstance(argument, fx.Node):

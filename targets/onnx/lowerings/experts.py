@@ -24,6 +24,7 @@ from moec.targets.onnx.lowerings import quantized
 from moec.targets.onnx.lowerings.elementwise import Lowering
 from moec.targets.onnx.lowerings.layouts import kernel_layout
 
+aten = torch.ops.aten
 PLAIN_KERNELS = ("relu", "silu", "identity")
 """Activations without a gate that the `MoE` kernel computes as torch does (its gelu is another approximation)."""
 
@@ -58,7 +59,16 @@ def kernel_attributes(gate: Gate) -> dict[str, Any]:
 
 def dense_weights(ctx: Context, node: fx.Node) -> ir.Value:
     """Routing weights as [T, E]: 0 for every expert that a token does not use."""
-    hidden, indices, weights, gate_up = node.args[:4]
+    return _scattered(ctx, node, ctx.tensor(node.args[2], result_dtype(node)))
+
+
+def is_select(weights: Any) -> bool:
+    """Whether routing weights come out of a policy's selection."""
+    return isinstance(weights, fx.Node) and weights.target is SELECT
+
+
+def _scattered(ctx: Context, node: fx.Node, slots: ir.Value) -> ir.Value:
+    hidden, indices, _weights, gate_up = node.args[:4]
     assert isinstance(hidden, fx.Node)
     dtype = result_dtype(node)
     count = int(gate_up.meta["val"].shape[0])  # type: ignore[union-attr]
@@ -69,7 +79,7 @@ def dense_weights(ctx: Context, node: fx.Node) -> ir.Value:
         return ctx.op("ConstantOfShape", shape, value=ir.Tensor(np.zeros(1, np_dtype(dtype))))
 
     empty = ctx.shared(("no experts", str(hidden.meta["val"].shape[0]), count, dtype), zeros)
-    return ctx.op("ScatterElements", empty, ctx.tensor(indices), ctx.tensor(weights, dtype), axis=1, reduction="add")
+    return ctx.op("ScatterElements", empty, ctx.tensor(indices), slots, axis=1, reduction="add")
 
 
 def _experts(ctx: Context, node: fx.Node) -> ir.Value:
@@ -95,7 +105,10 @@ def _kernel(ctx: Context, node: fx.Node, gate: Gate) -> ir.Value:
         None if tensor is None else _kernel_tensor(ctx, tensor, gate, transposed=transposed, first=position < 2)
         for position, tensor in enumerate(tensors)
     ]
-    dense = dense_weights(ctx, node)
+    # The kernel normalises its weights: what a policy keeps need not be scaled, and the sum is that of what it saw.
+    scaled = is_select(weights) and bool(weights.args[2])  # type: ignore[union-attr]
+    slots = _kept(ctx, weights) if scaled else ctx.tensor(weights, dtype)  # type: ignore[arg-type]
+    dense = _scattered(ctx, node, slots)
     out = ctx.op(
         "MoE",
         ctx.tensor(hidden),
@@ -106,8 +119,8 @@ def _kernel(ctx: Context, node: fx.Node, gate: Gate) -> ir.Value:
         normalize_routing_weights=1,
         **kernel_attributes(gate),
     )
-    total = ctx.op("ReduceSum", ctx.tensor(weights, dtype), ctx.ints(1), keepdims=1)
-    return ctx.op("Mul", out, total)
+    source = weights.args[0] if scaled else weights  # type: ignore[union-attr]
+    return ctx.op("Mul", out, _row_sum(ctx, source, dtype))
 
 
 def _kernel_tensor(ctx: Context, argument: Any, gate: Gate, *, transposed: bool, first: bool) -> ir.Value:
@@ -221,22 +234,35 @@ def _activation(ctx: Context, x: ir.Value, gate: Gate) -> ir.Value:
 
 
 def _select(ctx: Context, node: fx.Node) -> ir.Value:
-    """`moec::select`: zero what the policy drops, never the largest, and keep the sum of the row if asked."""
-    weights, keep, renormalize = node.args
-    dtype = result_dtype(node)
-    value = ctx.tensor(weights, dtype)
-    count = int(node.meta["val"].shape[1])
-    best = ctx.op("ArgMax", value, axis=1, keepdims=1)
-    largest = ctx.op("Equal", ctx.constant(np.arange(count, dtype=np.int64)[None]), best)
-    zero = ctx.constant(np.asarray(0, np_dtype(dtype)))
-    kept = ctx.op("Where", ctx.op("Or", ctx.tensor(keep), largest), value, zero)
+    """`moec::select`: zero what the policy drops and keep the sum of the row if asked."""
+    weights, _keep, renormalize = node.args
+    kept = _kept(ctx, node)
     if not renormalize:
         return kept
-    before, after = (ctx.op("ReduceSum", item, ctx.ints(1), keepdims=1) for item in (value, kept))
-    one = ctx.constant(np.asarray(1, np_dtype(dtype)))
-    safe = ctx.op("Where", ctx.op("Equal", after, zero), one, after)
-    ratio = ctx.op("Where", ctx.op("Equal", after, zero), one, ctx.op("Div", before, safe))
-    return ctx.op("Mul", kept, ratio)
+    dtype = result_dtype(node)
+    tiny = ctx.constant(np.asarray(torch.finfo(dtype).tiny, np_dtype(dtype)))
+    after = ctx.op("Max", ctx.op("ReduceSum", kept, ctx.ints(1), keepdims=1), tiny)
+    return ctx.op("Mul", kept, ctx.op("Div", _row_sum(ctx, weights, dtype), after))
+
+
+def _kept(ctx: Context, node: fx.Node) -> ir.Value:
+    """The weights of a select node that stay, not scaled yet: 0 in dropped slots."""
+    weights, keep, _renormalize = node.args
+    dtype = result_dtype(node)
+    zero = ctx.constant(np.asarray(0, np_dtype(dtype)))
+
+    def where() -> ir.Value:
+        return ctx.op("Where", ctx.tensor(keep), ctx.tensor(weights, dtype), zero)
+
+    return ctx.shared(("kept", node.name), where)
+
+
+def _row_sum(ctx: Context, weights: Any, dtype: torch.dtype) -> ir.Value:
+    """Sum of the routing weights of each token, [T, 1]; the policy may have computed it already."""
+    for user in weights.users:
+        if user.target is aten.sum.dim_IntList and list(user.args[1:]) == [[-1], True] and user in ctx:
+            return ctx.tensor(user, dtype)
+    return ctx.op("ReduceSum", ctx.tensor(weights, dtype), ctx.ints(1), keepdims=1)
 
 
 TABLE: Mapping[Any, Lowering] = {EXPERTS: _experts, SELECT: _select}
