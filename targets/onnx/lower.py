@@ -14,6 +14,7 @@ from torch import fx
 
 from moec.compiler.program import ATTENTION, Program, TensorSpec
 from moec.targets.onnx.context import DTYPES, MS, Context
+from moec.targets.onnx.lowerings.group_query import share_lengths
 from moec.targets.onnx.lowerings.linear import untransposed_weights
 from moec.targets.onnx.lowerings.table import lookup
 
@@ -23,12 +24,13 @@ SYNTHESISED = ("cache_position",)
 """Inputs of the Program that an ONNX model with a growing cache works out for itself."""
 
 
-def build(program: Program, *, contrib: bool) -> tuple[ir.Model, Context]:
+def build(program: Program, *, contrib: bool, shared_buffer: bool = False) -> tuple[ir.Model, Context]:
     """Lower `program`.
 
     Args:
         program: What is lowered; dynamic in batch, sequence and past.
         contrib: Whether ops of the `com.microsoft` domain may be used.
+        shared_buffer: Whether past and present of a layer may be one buffer, longer than the sequence.
 
     Returns:
         The model, whose large initializers have no value yet, and the context, which holds them.
@@ -38,12 +40,15 @@ def build(program: Program, *, contrib: bool) -> tuple[ir.Model, Context]:
     """
     resolve = program.weights.resolve
     ctx = Context(program, {"contrib": contrib, "untransposed": untransposed_weights(program.graph, resolve)})
+    ctx.settings = {**ctx.settings, "shared_buffer": shared_buffer}
     inputs = _inputs(ctx)
     for node in program.graph.nodes:
         if node.op == "call_function":
             ctx.set(node, lookup(node)(ctx, node))
     outputs = _outputs(ctx)
+    _drop_unused(ctx.nodes, outputs)
     initializers = [value for value, _ in ctx.initializers.values()] + ctx.constants()
+    initializers += [value for value in inputs if value.const_value is not None]
     graph = ir.Graph(
         inputs,
         outputs,
@@ -53,6 +58,7 @@ def build(program: Program, *, contrib: bool) -> tuple[ir.Model, Context]:
         name="moec",
     )
     model = ir.Model(graph, ir_version=IR_VERSION, producer_name="moec")
+    model.metadata_props["moec.attention"] = "GroupQueryAttention" if shared_buffer else "Attention"
     model.metadata_props["moec.experts"] = json.dumps(ctx.experts, sort_keys=True)
     return model, ctx
 
@@ -63,12 +69,18 @@ def _spec_value(spec: TensorSpec) -> ir.Value:
 
 def _inputs(ctx: Context) -> list[ir.Value]:
     specs = [*ctx.program.inputs, *(state.input for state in ctx.program.states)]
-    inputs = []
+    inputs: list[ir.Value] = []
+    defaults = ctx.program.notes.get("input_defaults", {})
     placeholders = ctx.program.graph.find_nodes(op="placeholder")
     for node, spec in zip(placeholders, specs, strict=True):
         if spec.name not in SYNTHESISED:
             inputs.append(_spec_value(spec))
             ctx.set(node, inputs[-1])
+            if spec.name in defaults:
+                # An initializer that is an input too: what stands there where nobody feeds it.
+                inputs[-1].const_value = ir.Tensor(defaults[spec.name].numpy(), name=spec.name)
+    if ctx.settings["shared_buffer"]:
+        share_lengths(ctx)
     for node, spec in zip(placeholders, specs, strict=True):
         if spec.name == "cache_position" and node.users:
             ctx.set(node, _cache_position(ctx, placeholders))
@@ -83,6 +95,16 @@ def _cache_position(ctx: Context, placeholders: list[fx.Node]) -> ir.Value:
     past = ctx.axis_length(past_key, 2)
     total = ctx.op("Add", past, ctx.axis_length(key, 1))
     return ctx.op("Range", past, total, ctx.constant(np.int64(1)))
+
+
+def _drop_unused(nodes: list[ir.Node], outputs: list[ir.Value]) -> None:
+    """Take out nodes whose results nobody took: a lowering may offer a form that its user does without."""
+    wanted = set(outputs)
+    for node in reversed(list(nodes)):
+        if not any(value in wanted or value.uses() for value in node.outputs):
+            for position in range(len(node.inputs)):
+                node.replace_input_with(position, None)
+            nodes.remove(node)
 
 
 def _outputs(ctx: Context) -> list[ir.Value]:

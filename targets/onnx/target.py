@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 from pydantic import Field
 
+from moec.compiler.errors import LoweringError
 from moec.compiler.rejections import Rejection
 from moec.targets.base import Capabilities, ExpertReader, Lowered, Phase, Progress, Runner, Target, TargetOptions
 
@@ -22,6 +23,7 @@ class Flavor(StrEnum):
     """Dialects of the model."""
 
     DEFAULT = "default"
+    GENAI = "genai"
     PORTABLE = "portable"
 
 
@@ -29,7 +31,9 @@ class OnnxOptions(TargetOptions):
     """Options of the ONNX target."""
 
     flavor: Flavor = Field(
-        Flavor.DEFAULT, description="default: ONNX Runtime's fused kernels; portable: standard opset 24 only"
+        Flavor.DEFAULT,
+        description="default: ONNX Runtime's fused kernels; genai: for onnxruntime-genai, past and present in one "
+        "buffer; portable: standard opset 24 only",
     )
 
 
@@ -43,28 +47,37 @@ class OnnxTarget(Target):
         """Every flavor skips: the MoE kernels drop slots of weight 0, and so do the Ifs of the portable one."""
         return Capabilities(skips_experts=True)
 
-    def lint(self, program: Program, options: TargetOptions) -> tuple[Rejection, ...]:  # noqa: ARG002
-        """Ops that have no lowering."""
+    def lint(self, program: Program, options: TargetOptions) -> tuple[Rejection, ...]:
+        """Ops that have no lowering, and what the flavor cannot express."""
+        from moec.targets.onnx.lowerings.group_query import refusals
         from moec.targets.onnx.lowerings.table import TABLE
 
-        return tuple(
+        assert isinstance(options, OnnxOptions)
+        refused = refusals(program) if options.flavor is Flavor.GENAI else ()
+        return refused + tuple(
             Rejection(self.name, str(node.meta.get("module", "")), f"no lowering for {node.target}")
             for node in program.graph.nodes
             if node.op == "call_function" and node.target not in TABLE
         )
 
     def lower(self, program: Program, options: TargetOptions, directory: Path, progress: Progress) -> Lowered:
-        """Write `model.onnx` and `model.onnx.data`."""
-        from moec.targets.onnx import lower
+        """Write `model.onnx`, `model.onnx.data` and, for onnxruntime-genai, `genai_config.json`."""
+        from moec.targets.onnx import genai, lower
+        from moec.targets.onnx.lowerings.group_query import refusals
 
         assert isinstance(options, OnnxOptions)
-        model, ctx = lower.build(program, contrib=options.flavor is not Flavor.PORTABLE)
+        shared = options.flavor is Flavor.GENAI
+        if shared and (refused := refusals(program)):
+            raise LoweringError(f"{refused[0].where}: {refused[0].reason}", hint="take the default flavor")
+        model, ctx = lower.build(program, contrib=options.flavor is not Flavor.PORTABLE, shared_buffer=shared)
         counts: dict[str, int] = {}
         for node in model.graph.all_nodes():
             counts[node.op_type] = counts.get(node.op_type, 0) + 1
         lower.write(model, ctx, directory, progress)
+        if shared:
+            genai.write(program, lower.MODEL, directory)
         return Lowered(
-            (lower.MODEL, lower.DATA),
+            (lower.MODEL, lower.DATA, *((genai.CONFIG,) if shared else ())),
             lower.signature(program),
             tuple(ctx.rejections),
             {"opset": lower.OPSET, "ops": dict(sorted(counts.items()))},

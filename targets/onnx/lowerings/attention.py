@@ -13,11 +13,14 @@ from torch import fx
 from moec.compiler.program import ATTENTION
 from moec.targets.onnx.context import Context, integer, np_dtype, real, result_dtype
 from moec.targets.onnx.lowerings.elementwise import Lowering
+from moec.targets.onnx.lowerings.group_query import group_query_attention
 
 
 def _attention(ctx: Context, node: fx.Node) -> Sequence[ir.Value]:
     query, key, value, past_key, past_value, _position, _mask, sinks, scale, _kind, _window, softcap = node.args
     mask = visible(ctx, node)
+    if ctx.settings.get("shared_buffer"):
+        return group_query_attention(ctx, node, mask)
     if sinks is not None:
         if softcap:
             raise ctx.refuse(node, "attention with both sinks and a soft cap has no form")
@@ -60,8 +63,11 @@ def _slots_and_query(ctx: Context, node: fx.Node) -> tuple[ir.Value, ir.Value]:
     """Slots [1, 1, 1, T] and the slot of each query [1, 1, S, 1]."""
     position = node.args[5]
 
+    def total_length() -> ir.Value:
+        return ctx.op("Add", ctx.axis_length(_node(node.args[3]), 2), ctx.axis_length(_node(node.args[1]), 2))
+
     def slots() -> ir.Value:
-        total = ctx.op("Add", ctx.axis_length(_node(node.args[3]), 2), ctx.axis_length(_node(node.args[1]), 2))
+        total = ctx.shared("total length", total_length)
         line = ctx.op("Range", ctx.constant(np.int64(0)), total, ctx.constant(np.int64(1)))
         return ctx.op("Unsqueeze", line, ctx.ints(0, 1, 2))
 

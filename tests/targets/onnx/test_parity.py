@@ -60,7 +60,7 @@ def check_padding(model: Any, dtype: torch.dtype) -> None:
 
 
 @DTYPES
-@FLAVORS
+@pytest.mark.parametrize("flavor", ["default", "portable", "genai"])
 @pytest.mark.parametrize("family", DEFAULT)
 def test_family(family: str, flavor: str, dtype: torch.dtype, tiny_checkpoint: Any, lower_checkpoint: Any) -> None:
     model = lower_checkpoint(tiny_checkpoint(family), flavor=flavor, dtype=dtype)

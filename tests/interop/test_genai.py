@@ -1,0 +1,50 @@
+"""An artifact of `--flavor genai` in onnxruntime-genai, with its shared buffer and its own search."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytestmark = pytest.mark.interop
+
+
+def test_greedy_tokens(export_golden: Callable[[str], Path], golden_prompts: list[tuple[list[int], list[int]]]) -> None:
+    import onnxruntime_genai as og
+
+    directory = export_golden("genai")
+    model = og.Model(str(directory))
+    for prompt, greedy in golden_prompts:
+        parameters = og.GeneratorParams(model)
+        parameters.set_search_options(max_length=len(prompt) + len(greedy))
+        generator = og.Generator(model, parameters)
+        generator.append_tokens(np.asarray(prompt, dtype=np.int32))
+        while not generator.is_done():
+            generator.generate_next_token()
+        assert list(generator.get_sequence(0)) == prompt + greedy
+
+
+def test_text_and_padded_batch(export_golden: Callable[[str], Path]) -> None:
+    """Its tokenizer reads ours, and a batch that it pads on the left answers as its sequences alone."""
+    import onnxruntime_genai as og
+    from tokenizers import Tokenizer
+
+    directory = export_golden("genai")
+    model = og.Model(str(directory))
+    tokenizer, own = og.Tokenizer(model), Tokenizer.from_file(str(directory / "tokenizer.json"))
+    texts = ["The function returns", "It is a truth universally acknowledged, that a single man"]
+    ids = [list(tokenizer.encode(text)) for text in texts]
+    assert ids == [own.encode(text).ids for text in texts]
+
+    def answer(prompts: list[str]) -> list[list[int]]:
+        parameters = og.GeneratorParams(model)
+        parameters.set_search_options(max_length=40, batch_size=len(prompts))
+        generator = og.Generator(model, parameters)
+        generator.append_tokens(tokenizer.encode_batch(prompts))
+        for _ in range(16):
+            generator.generate_next_token()
+        return [list(generator.get_sequence(index))[-16:] for index in range(len(prompts))]
+
+    assert answer(texts) == [answer([text])[0] for text in texts]

@@ -1,0 +1,28 @@
+"""An artifact of the default flavor in optimum-onnx's ORTModelForCausalLM, in an environment of its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.interop
+HERE = Path(__file__).parent
+
+
+def test_greedy_tokens(
+    environment: Callable[[str, Path], Path],
+    export_golden: Callable[[str], Path],
+    golden_prompts: list[tuple[list[int], list[int]]],
+) -> None:
+    python = environment("optimum", HERE / "optimum-requirements.txt")
+    prompts, greedy = zip(*golden_prompts, strict=True)
+    command = [python, HERE / "generate_with_optimum.py", export_golden("default"), json.dumps(prompts), "64"]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["answers"] == list(greedy)
+    print(result["versions"])

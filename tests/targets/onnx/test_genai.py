@@ -1,0 +1,89 @@
+"""The flavor for onnxruntime-genai: one buffer for past and present, its description, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+
+from moec.compiler.errors import LoweringError
+from moec.compiler.interpreter import ProgramRunner
+from moec.targets.onnx.target import OnnxOptions, OnnxTarget
+
+MAX_LENGTH = 64
+
+
+class SharedBuffer:
+    """Runs a model as onnxruntime-genai does: each cache is one buffer of full length, past and present at once."""
+
+    def __init__(self, model: Any) -> None:
+        self.session = ort.InferenceSession(str(model.directory / "model.onnx"), providers=["CPUExecutionProvider"])
+        self.states = model.program.states
+        self.length = 0
+        # Whatever lies behind the sequence must not be looked at.
+        self.buffers = {
+            state.input.name: ort.OrtValue.ortvalue_from_numpy(
+                np.full((1, state.input.shape[1], MAX_LENGTH, state.input.shape[3]), 1e3, np.float32)
+            )
+            for state in self.states
+        }
+
+    def step(self, input_ids: np.ndarray) -> np.ndarray:
+        new = input_ids.shape[1]
+        binding = self.session.io_binding()
+        total = self.length + new
+        binding.bind_cpu_input("input_ids", input_ids)
+        binding.bind_cpu_input("attention_mask", np.ones((1, total), np.int64))
+        binding.bind_cpu_input("position_ids", np.arange(self.length, total)[None])
+        for state in self.states:
+            buffer = self.buffers[state.input.name]
+            binding.bind_ortvalue_input(state.input.name, buffer)
+            binding.bind_ortvalue_output(state.output.name, buffer)
+        binding.bind_output("logits")
+        self.session.run_with_iobinding(binding)
+        self.length = total
+        return np.asarray(binding.get_outputs()[-1].numpy())
+
+
+@pytest.mark.parametrize("family", ["olmoe", "gpt_oss"])
+def test_shared_buffer(family: str, tiny_checkpoint: Any, lower_checkpoint: Any) -> None:
+    model = lower_checkpoint(tiny_checkpoint(family), flavor="genai")
+    shared, reference = SharedBuffer(model), ProgramRunner(model.program)
+    tokens = np.random.default_rng(0).integers(3, model.program.vocab_size, (1, 45))
+    for start, stop in ((0, 30), (30, 31), (31, 40), (40, 45)):
+        got, want = shared.step(tokens[:, start:stop]), reference.decode(tokens[:, start:stop])
+        assert np.abs(got - want).max() <= 1e-4 * np.abs(want).max()
+
+
+def test_description(tiny_checkpoint: Any, lower_checkpoint: Any) -> None:
+    model = lower_checkpoint(tiny_checkpoint("olmoe"), flavor="genai")
+    config, said = model.program.config, json.loads((model.directory / "genai_config.json").read_text())
+    decoder = said["model"]["decoder"]
+    assert model.lowered.model_files == ("model.onnx", "model.onnx.data", "genai_config.json")
+    assert said["search"]["past_present_share_buffer"] is True
+    assert (decoder["num_hidden_layers"], decoder["hidden_size"]) == (2, config["hidden_size"])
+    assert (decoder["num_attention_heads"], decoder["num_key_value_heads"], decoder["head_size"]) == (4, 2, 16)
+    assert (said["model"]["eos_token_id"], said["model"]["vocab_size"]) == (2, 128)
+    graph = ir.load(model.directory / "model.onnx").graph
+    layers = range(decoder["num_hidden_layers"])
+    caches = [decoder["inputs"][f"past_{kind}_names"] % layer for layer in layers for kind in ("key", "value")]
+    plain = [decoder["inputs"][name] for name in ("input_ids", "attention_mask", "position_ids")]
+    assert [value.name for value in graph.inputs] == plain + caches
+    present = [decoder["outputs"][f"present_{kind}_names"] % layer for layer in layers for kind in ("key", "value")]
+    assert [value.name for value in graph.outputs] == ["logits", *present]
+
+
+def test_refusals(tmp_path: Any, tiny_checkpoint: Any, program_of: Any) -> None:
+    """Multi-head latent attention: keys are wider than values."""
+    program = program_of(tiny_checkpoint("deepseek_v3"))
+    options = OnnxOptions(flavor="genai")
+    (first, *_) = OnnxTarget().lint(program, options)
+    assert first.reason == "GroupQueryAttention needs keys and values of one width, not 28 and 20"
+    assert "self_attn" in first.where
+    with pytest.raises(LoweringError, match="of one width"):
+        OnnxTarget().lower(program, options, tmp_path, lambda *_: None)
+    assert OnnxTarget().lint(program, OnnxOptions()) == ()
