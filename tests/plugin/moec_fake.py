@@ -43,12 +43,16 @@ class FakeTarget(Target):
                     file.write(chunk.numpy().tobytes())
                 if not position:
                     file.flush()
-                    (directory.parent / "in-the-middle").touch()
-                    time.sleep(options.delay)
+                    self.pause(directory, options.delay)
                     if options.fault == "crash":
                         raise ZeroDivisionError("a fault that nobody foresaw")
         rejected = (Rejection("fake", "lm_head", "it likes another layout"),)
         return Lowered(("model.bin",), {"inputs": ["input_ids"]}, rejected, {"bytes": 3})
+
+    def pause(self, directory: Path, seconds: float) -> None:
+        if seconds:
+            (directory.parent / "in-the-middle").touch()
+            time.sleep(seconds)
 
     def open(self, directory: Path, *, threads: int = 0) -> Runner:
         return FakeRunner(json.loads((directory / "config.json").read_text())["vocab_size"])

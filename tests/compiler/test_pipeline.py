@@ -1,0 +1,113 @@
+"""The whole way, with a real target: capture, passes, lowering, gates, report; then validated, rebuilt and run."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import moec
+from moec.compiler.artifact import verify
+from moec.compiler.errors import ArtifactError, CheckpointError, UsageError
+from moec.compiler.families import check, choose, markdown, write_page
+from moec.compiler.gates.verdict import Status
+from moec.compiler.pipeline import Result, build_program, silent, validate_artifact
+from moec.compiler.recipe import Recipe
+
+Tiny = Callable[[str], Path]
+REPORTS = {"report.json", "report.html", "report.xml"}
+
+
+@pytest.fixture(scope="module")
+def exported(tiny_checkpoint: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Result:
+    return moec.export(tiny_checkpoint("olmoe"), target="onnx", output=tmp_path_factory.mktemp("onnx") / "out")
+
+
+def test_every_gate_passes_and_is_in_the_report(exported: Result) -> None:
+    assert {verdict.status for verdict in exported.verdicts} == {Status.PASS}
+    assert {verdict.gate.split(":")[0] for verdict in exported.verdicts} == {"parity", "coverage", "integrity"}
+    report = json.loads((exported.directory / "report.json").read_text())
+    assert [verdict["gate"] for verdict in report["verdicts"]] == [verdict.gate for verdict in exported.verdicts]
+    assert exported.exit_code == 0
+
+
+def test_the_manifest_says_what_was_built_and_nothing_else(exported: Result, tiny_checkpoint: Tiny) -> None:
+    text = (exported.directory / "moec.json").read_text()
+    manifest = json.loads(text)
+    assert manifest["recipe"] == {"target": "onnx", "dtype": "fp32", "options": manifest["recipe"]["options"]}
+    assert manifest["source"]["digests"].keys() == {"config.json", "model.safetensors"}
+    assert manifest["files"].keys() == {path.name for path in exported.directory.iterdir()} - REPORTS - {"moec.json"}
+    assert [record["name"] for record in manifest["passes"]]
+    assert manifest["tools"]["moec"] == moec.__version__
+    assert {"torch", "transformers"} <= manifest["tools"].keys()
+    for absent in (str(exported.directory.parent), str(tiny_checkpoint("olmoe")), "seconds"):
+        assert absent not in text
+
+
+def test_a_rebuild_is_byte_identical(exported: Result, tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    copy = tmp_path / "elsewhere"
+    copy.mkdir()
+    for path in tiny_checkpoint("olmoe").iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    again = moec.export(copy, target="onnx", output=tmp_path / "b", gates=False).directory
+    first = {path.name: path.read_bytes() for path in exported.directory.iterdir() if path.name not in REPORTS}
+    assert first == {path.name: path.read_bytes() for path in again.iterdir() if path.name not in REPORTS}
+
+
+def test_validate_finds_nothing_and_then_what_was_changed(
+    exported: Result, tiny_checkpoint: Tiny, tmp_path: Path
+) -> None:
+    result = validate_artifact(exported.directory, str(tiny_checkpoint("olmoe")))
+    assert {verdict.status for verdict in result.verdicts} == {Status.PASS}
+    with pytest.raises(CheckpointError, match=r"not the checkpoint .* config.json, model.safetensors differ"):
+        validate_artifact(exported.directory, str(tiny_checkpoint("mixtral")))
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    for path in exported.directory.iterdir():
+        (damaged / path.name).write_bytes(path.read_bytes())
+    data = bytearray((damaged / "model.onnx.data").read_bytes())
+    data[len(data) // 2] ^= 0x40
+    (damaged / "model.onnx.data").write_bytes(data)
+    with pytest.raises(ArtifactError, match=r"model\.onnx\.data differs"):
+        validate_artifact(damaged, str(tiny_checkpoint("olmoe")))
+    assert verify(exported.directory)
+
+
+def test_the_artifact_generates_what_transformers_generates(exported: Result, tiny_checkpoint: Tiny) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    prompt = [3, 14, 15, 92, 65]
+    generator = moec.load(exported.directory)
+    model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint("olmoe"), attn_implementation="eager", dtype="float32")
+    ids = torch.tensor([prompt])
+    expected = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False)[0, 5:]
+    expected = [token for token in expected.tolist() if token not in generator.eos_token_ids]
+    assert list(generator.tokens(prompt, max_new_tokens=24)) == expected
+    assert np.isfinite(generator.runner.prefill(np.asarray([prompt]))).all()
+
+
+def test_build_program_is_what_is_lowered(exported: Result, tiny_checkpoint: Tiny) -> None:
+    recipe = Recipe(checkpoint=str(tiny_checkpoint("olmoe")), target="onnx")
+    program = build_program(recipe)
+    assert [layer.module for layer in program.layers] == [
+        layer["module"] for layer in exported.manifest["model"]["moe_layers"]
+    ]
+    with pytest.raises(UsageError, match="unknown key 'flavour'"):
+        build_program(recipe.model_copy(update={"options": {"flavour": "x"}}))
+
+
+def test_families_are_checked_and_tabulated(tmp_path: Path) -> None:
+    rows = check(["olmoe", "switch_transformers"], None, progress=silent)
+    assert [(row.family, row.captured, row.proven) for row in rows] == [
+        ("olmoe", True, True),
+        ("switch_transformers", False, False),
+    ]
+    page = markdown(rows, None)
+    assert "| olmoe | yes | yes |" in page
+    assert "1 of 2 families work." in page
+    assert len(rows[1].reason) > 20
+    write_page(tmp_path / "families.md", page)
+    assert (tmp_path / "families.md").read_text().startswith("# Model families")
+    assert "olmoe" in choose([])
