@@ -184,3 +184,26 @@ def test_joining_negated_parts_is_no_near_miss(build):
     result = Rotary().run(build.program(build.call(aten.cat.default, parts, -1)))
     assert not result.modified
     assert result.rejections == ()
+
+
+def test_halves_of_the_tables_that_differ(build):
+    def double(angles):
+        return build.call(aten.cat.default, [angles, build.call(aten.neg.default, angles)], -1)
+
+    x = build.input("x", BATCH, HEADS, LENGTH, WIDTH)
+    rotated = [build.call(aten.neg.default, cut(build, x, HALF, END)), cut(build, x, 0, HALF)]
+    turned = build.call(aten.cat.default, rotated, -1)
+    result = Rotary().run(build.program(whole(build, x, turned, *tables(build, double))))
+    assert not result.modified
+    assert "may differ" in result.rejections[0].reason
+
+
+def test_a_shear_is_no_rotation(build):
+    x = build.input("x", BATCH, HEADS, LENGTH, WIDTH)
+    first, second = cut(build, x, 0, HALF), cut(build, x, HALF, END)
+    cos, sin = tables(build, lambda angles: angles)
+    low, _ = written_out(build, first, second, cos, sin)
+    # Cosine and sine in the second part are the wrong way round.
+    _, high = written_out(build, first, second, sin, cos)
+    program = build.program(build.call(aten.cat.default, [low, high], -1))
+    assert not Rotary().run(program).modified
