@@ -18,6 +18,7 @@ GROUP = "moec.targets"
 """Entry-point group through which other packages add targets: name = "package.module:TargetClass"."""
 
 _BUILT_IN: Mapping[str, str] = {
+    "coreml": "moec.targets.coreml.target:CoremlTarget",
     "onnx": "moec.targets.onnx.target:OnnxTarget",
     "tflite": "moec.targets.tflite.target:TfliteTarget",
 }

@@ -1,0 +1,220 @@
+"""What a lowering function works with: the MIL builder, values by fx node, constants, sizes, weights and states."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+
+from moec.compiler.errors import LoweringError
+from moec.compiler.program import Program, module_of
+from moec.compiler.rejections import Rejection
+from moec.compiler.weights import LazyTensor
+from moec.targets.coreml.weights import WeightPool
+
+Var = Any
+"""A value of the MIL builder; coremltools has no type annotations."""
+
+MIL_NAMES: Mapping[torch.dtype, str] = {
+    torch.float32: "fp32",
+    torch.float64: "fp32",
+    torch.float16: "fp16",
+    torch.int64: "int32",
+    torch.int32: "int32",
+    torch.int16: "int32",
+    torch.int8: "int32",
+    torch.uint8: "int32",
+    torch.bool: "bool",
+}
+NUMPY: Mapping[str, Any] = {"fp32": np.float32, "fp16": np.float16, "int32": np.int32, "bool": np.bool_}
+
+
+class Context:
+    """State of the lowering of one function.
+
+    Args:
+        program: What is lowered.
+        mb: coremltools' MIL builder, with the function open.
+        pool: Weights of all functions of the model, each stored once.
+        settings: Choices that lowering functions consult, such as {"skip_experts": True}.
+    """
+
+    def __init__(self, program: Program, mb: Any, pool: WeightPool, settings: Mapping[str, Any]) -> None:
+        self.program, self.mb, self.pool, self.settings = program, mb, pool, settings
+        self.rejections: list[Rejection] = []
+        self.memo: dict[Any, Any] = {}
+        self._values: dict[fx.Node, Any] = {}
+
+    # Values -----------------------------------------------------------------------------------------------------
+
+    def set(self, node: fx.Node, value: Any) -> None:
+        """Remember what `node` lowered to."""
+        self._values[node] = value
+
+    def get(self, argument: Any) -> Any:
+        """The lowered form of an argument: a Var for a tensor, numbers and lists as they are."""
+        if isinstance(argument, fx.Node):
+            return self.weight(argument) if argument.op == "get_attr" else self._values[argument]
+        if isinstance(argument, list | tuple):
+            return [self.get(item) for item in argument]
+        return argument
+
+    def tensor(self, argument: Any, dtype: torch.dtype | None = None) -> Var:
+        """`argument` as a Var, cast to `dtype` if it has another one."""
+        if isinstance(argument, fx.Node) and isinstance(argument.meta.get("val"), torch.Tensor):
+            value, have = self.get(argument), MIL_NAMES[argument.meta["val"].dtype]
+            return value if dtype is None or MIL_NAMES[dtype] == have else self.cast(value, MIL_NAMES[dtype])
+        if isinstance(argument, fx.Node):
+            size = self.size(argument)
+            return size if dtype is None else self.cast(size, MIL_NAMES[dtype])
+        if dtype is None:
+            dtype = torch.float32 if isinstance(argument, float) else torch.int64
+        return self.constant(number(argument, dtype))
+
+    def cast(self, value: Var, name: str) -> Var:
+        """`value` as MIL type `name`; nothing happens if it has that type."""
+        have = self.type_name(value)
+        return value if have == name else self.mb.cast(x=value, dtype=name)
+
+    def type_name(self, value: Var) -> str:
+        """MIL's name of the element type of `value`."""
+        return {"float16": "fp16", "float32": "fp32", "int": "int32", "int64": "int32", "uint": "int32"}.get(
+            name := str(np.dtype(self.pool.numpy_type(value)).name), name
+        )
+
+    @contextlib.contextmanager
+    def branch(self) -> Iterator[None]:
+        """While a branch of `cond` is built: what is made inside must not be reused outside."""
+        outer = self.memo
+        self.memo = dict(outer)
+        try:
+            yield
+        finally:
+            self.memo = outer
+
+    def shared(self, key: Any, make: Callable[[], Any]) -> Any:
+        """`make()` the first time that `key` is asked for, then the same value: masks and sizes of every layer."""
+        if key not in self.memo:
+            self.memo[key] = make()
+        return self.memo[key]
+
+    # Constants and weights --------------------------------------------------------------------------------------
+
+    def constant(self, value: Any, dtype: Any = None) -> Var:
+        """A small constant, each distinct one once per block."""
+        array = np.array(value, dtype=dtype, order="C")
+        key = ("constant", array.dtype.str, array.shape, array.tobytes())
+        scalar = array.item() if array.dtype == np.bool_ and not array.shape else array[()]
+        return self.shared(key, lambda: self.mb.const(val=scalar))
+
+    def ints(self, *values: int) -> Var:
+        """A 1-D int32 constant."""
+        return self.constant(np.asarray(values, dtype=np.int32))
+
+    def zeros(self, width: int, dtype: torch.dtype) -> Var:
+        """A bias of zeros. One for all: the builder would store another one for every `linear` without a bias."""
+        name = MIL_NAMES[dtype]
+        array = np.zeros(width, NUMPY[name])
+        return self.shared(("zeros", width, name), lambda: self.pool.const(self.mb, f"zeros_{name}_{width}", array))
+
+    def weight(self, node: fx.Node) -> Var:
+        """The Program's tensor that a `get_attr` node names, in the dtype of the graph."""
+        name = self.program.weights.resolve(str(node.target))
+        dtype = node.meta["val"].dtype
+        tensor = self.program.weights[name]
+        return self.shared(("weight", name, dtype), lambda: self.pool.tensor(self.mb, name, tensor, MIL_NAMES[dtype]))
+
+    def lazy(self, node: fx.Node) -> LazyTensor:
+        """The lazy tensor behind a `get_attr` node."""
+        return self.program.weights[str(node.target)]
+
+    # Sizes ------------------------------------------------------------------------------------------------------
+
+    def size(self, argument: Any) -> Var:
+        """A size as an int32 scalar; ops are made only when somebody asks."""
+        if isinstance(argument, int):
+            return self.constant(np.int32(min(argument, np.iinfo(np.int32).max)))
+        value = self._values[argument]
+        return value() if callable(value) else value
+
+    def dims(self, sizes: Sequence[Any]) -> Any:
+        """A list of sizes, each a number or a node, as numbers if they all are, else as a 1-D int32 Var."""
+        if all(isinstance(size, int) for size in sizes):
+            return self.ints(*sizes)
+        parts = [
+            self.ints(size) if isinstance(size, int) else self.mb.expand_dims(x=self.size(size), axes=self.ints(0))
+            for size in sizes
+        ]
+        return self.mb.concat(values=parts, axis=self.constant(np.int32(0)))
+
+    def axis_length(self, node: fx.Node, axis: int) -> Var:
+        """Length of one axis of a tensor, as an int32 scalar; one set of ops for each distinct length."""
+        size = node.meta["val"].shape[axis]
+        if isinstance(size, int):
+            return self.constant(np.int32(size))
+
+        def make() -> Var:
+            shape = self.mb.shape(x=self.get(node))
+            index = axis % len(node.meta["val"].shape)
+            return self.mb.gather(x=shape, indices=np.int32(index), axis=0, validate_indices=False)
+
+        return self.shared(("size", str(size)), make)
+
+    # Messages ---------------------------------------------------------------------------------------------------
+
+    def reject(self, node: fx.Node, reason: str) -> None:
+        """Record that `node` took another form than the best one."""
+        self.rejections.append(Rejection("coreml", module_of(node), reason))
+
+    def refuse(self, node: fx.Node, reason: str, hint: str = "") -> LoweringError:
+        """The error for a node that has no form here."""
+        return LoweringError(f"{module_of(node)}: {node.target}: {reason}", hint=hint)
+
+
+def number(value: Any, dtype: torch.dtype) -> Any:
+    """A Python number or list as numpy, clipped to what int32 holds: MIL has no wider integers."""
+    kind = NUMPY[MIL_NAMES[dtype]]
+    if kind is np.int32:
+        limits = np.iinfo(np.int32)
+        return np.clip(np.asarray(value, np.int64), limits.min, limits.max).astype(np.int32)
+    return np.asarray(value, dtype=kind)
+
+
+def rank(node: fx.Node) -> int:
+    """Number of axes of a node's value."""
+    return len(node.meta["val"].shape)
+
+
+def result_dtype(node: fx.Node) -> torch.dtype:
+    """Dtype of a node's value."""
+    dtype: torch.dtype = node.meta["val"].dtype
+    return dtype
+
+
+def integer(argument: Any) -> int:
+    """An argument of an fx node that must be a whole number."""
+    assert isinstance(argument, int), argument
+    return argument
+
+
+def real(argument: Any) -> float:
+    """An argument of an fx node that must be a number."""
+    assert isinstance(argument, int | float), argument
+    return float(argument)
+
+
+def listed(argument: Any) -> list[Any]:
+    """An argument of an fx node that must be a list."""
+    assert isinstance(argument, list | tuple), argument
+    return list(argument)
+
+
+def source_of(node: fx.Node) -> fx.Node:
+    """The first argument of an fx node, which must be a node."""
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    return source

@@ -1,0 +1,265 @@
+"""Lower a Program to an ML program: one function per phase, one set of weights, states for the key-value cache."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+
+from moec.compiler.program import ATTENTION, Program, TensorSpec
+from moec.compiler.rejections import Rejection
+from moec.compiler.specialise import specialise, without_padding
+from moec.targets.base import Phase
+from moec.targets.coreml.context import MIL_NAMES, NUMPY, Context, Var
+from moec.targets.coreml.extra import coremltools_module
+from moec.targets.coreml.lowerings.table import lookup
+from moec.targets.coreml.package import METADATA_KEY
+from moec.targets.coreml.state import Cache, CacheLayout, cache_layout
+from moec.targets.coreml.weights import WeightPool, identifier
+
+DERIVED = ("attention_mask", "position_ids")
+"""Inputs of the Program that follow from `cache_position` when there is one sequence without padding."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes that a model is built for.
+
+    Attributes:
+        context: Tokens that the cache holds.
+        chunk: Most tokens of one prefill call.
+    """
+
+    context: int
+    chunk: int
+
+
+@dataclass
+class Built:
+    """The MIL program and what its making found out."""
+
+    program: Any
+    layout: CacheLayout
+    pool: WeightPool
+    expert_tensors: set[str] = field(default_factory=set)
+    rejections: list[Rejection] = field(default_factory=list)
+    ops: dict[str, dict[str, int]] = field(default_factory=dict)
+    extra: dict[str, list[float]] = field(default_factory=dict)
+
+
+def build(program: Program, shape: Shape) -> Built:
+    """Lower `program`.
+
+    Args:
+        program: Dynamic in batch, sequence and past.
+        shape: Sizes of the model.
+
+    Raises:
+        LoweringError: An op has no form.
+        UnsupportedModelError: The model needs a padding mask outside of attention.
+    """
+    mil = coremltools_module("coremltools.converters.mil.mil")
+    made = mil.Program()
+    layout = cache_layout(program, shape.context, split=program.dtype is torch.float32)
+    built = Built(made, layout, WeightPool())
+    with _fresh_names():
+        for phase in (Phase.DECODE, Phase.PREFILL):
+            fixed = specialise(program, batch=1, sequence=1 if phase is Phase.DECODE else None)
+            made.add_function(phase.value, _Function(without_padding(fixed), phase, shape, built).build())
+    made.default_function_name = Phase.DECODE.value
+    made.export_as_multifunction = True
+    made.skip_all_passes = True
+    return built
+
+
+@contextmanager
+def _fresh_names() -> Iterator[None]:
+    """Count the builder's names from 0, so that a rebuild in the same process gives the same names."""
+    counts = coremltools_module("coremltools.converters.mil").Builder.name_count
+    kept = dict(counts)
+    counts.clear()
+    try:
+        yield
+    finally:
+        counts.clear()
+        counts.update(kept)
+
+
+class _Function:
+    """Lowers one phase."""
+
+    def __init__(self, program: Program, phase: Phase, shape: Shape, built: Built) -> None:
+        self._program, self._phase, self._shape, self._built = program, phase, shape, built
+        self._mil = coremltools_module("coremltools.converters.mil.mil")
+        self._mb = coremltools_module("coremltools.converters.mil").Builder
+
+    def build(self) -> Any:
+        types, target = self._mil.types, coremltools_module().target
+        length: Any = 1 if self._phase is Phase.DECODE else self._mil.get_new_symbol()
+        inputs = {
+            "input_ids": self._mb.placeholder((1, length), types.int32),
+            "cache_position": self._mb.placeholder((length,), types.int32),
+        }
+        for spec in self._extra():
+            kind = types.string_to_builtin(MIL_NAMES[spec.dtype])
+            inputs[identifier(spec.name)] = self._mb.placeholder(tuple(spec.shape) or (1,), kind)
+        for name, size in self._built.layout.states().items():
+            inputs[name] = self._mb.state_tensor_placeholder(size, types.fp16)
+        with self._mil.Function(inputs, opset_version=target.iOS18) as function:
+            function.set_outputs([self._body(function.inputs)])
+        if self._phase is Phase.PREFILL:
+            function.input_types = self._ranges()
+        self._built.ops[self._phase.value] = count_ops(function)
+        return function
+
+    def _ranges(self) -> tuple[Any, ...]:
+        ct = coremltools_module()
+        length = ct.RangeDim(lower_bound=1, upper_bound=self._shape.chunk, default=1)
+        return (
+            ct.TensorType(name="input_ids", shape=(1, length), dtype=np.int32),
+            ct.TensorType(name="cache_position", shape=(length,), dtype=np.int32),
+        )
+
+    def _extra(self) -> list[TensorSpec]:
+        """Inputs that passes added, such as a routing budget."""
+        known = (*DERIVED, "input_ids", "cache_position")
+        return [spec for spec in self._program.inputs if spec.name not in known]
+
+    def _body(self, inputs: Mapping[str, Var]) -> Var:
+        program, mb, built = self._program, self._mb, self._built
+        start, stop = self._bounds(inputs["cache_position"])
+        specs = [*program.inputs, *(state.input for state in program.states)]
+        placeholders = program.graph.find_nodes(op="placeholder")
+        names = {node: spec.name for node, spec in zip(placeholders, specs, strict=True)}
+        settings: dict[str, Any] = {
+            "skip_experts": self._phase is Phase.DECODE,
+            "context": self._shape.context,
+            "state_names": names,
+            "expert_tensors": built.expert_tensors,
+        }
+        ctx = Context(program, mb, built.pool, settings)
+        states = {name: inputs[name] for name in built.layout.states()}
+        settings["cache"] = Cache(ctx, built.layout, states, start, stop)
+        for node, name in names.items():
+            self._bind(ctx, node, name, inputs)
+        for node in program.graph.nodes:
+            if node.op == "call_function":
+                ctx.set(node, lookup(node)(ctx, node))
+        logits = ctx.tensor(program.outputs()["logits"])
+        built.rejections += ctx.rejections
+        return mb.identity(x=logits, name="logits")
+
+    def _bounds(self, position: Var) -> tuple[Var, Var]:
+        """First slot of the new tokens and the one behind the last, each int32 [1]."""
+        mb = self._mb
+        start = mb.slice_by_size(x=position, begin=[0], size=[1])
+        last = mb.slice_by_index(x=position, begin=[-1], end=[0], end_mask=[True])
+        return start, mb.add(x=last, y=np.int32(1))
+
+    def _bind(self, ctx: Context, node: fx.Node, name: str, inputs: Mapping[str, Var]) -> None:
+        if name == "position_ids":
+            # Without padding the position of a token is its slot in the cache.
+            ctx.set(node, ctx.mb.expand_dims(x=inputs["cache_position"], axes=ctx.ints(0)))
+        elif identifier(name) in inputs:
+            ctx.set(node, inputs[identifier(name)])
+        elif any(user.target is not ATTENTION for user in node.users):
+            raise ctx.refuse(node, "something other than attention reads the cache")
+
+
+def count_ops(function: Any) -> dict[str, int]:
+    """Op type -> how often it occurs in `function`, constants left out."""
+    counts: dict[str, int] = {}
+    pending = [function]
+    while pending:
+        for operation in pending.pop().operations:
+            if operation.op_type != "const":
+                counts[operation.op_type] = counts.get(operation.op_type, 0) + 1
+            pending += operation.blocks
+    return dict(sorted(counts.items()))
+
+
+_DESCRIPTIONS: Mapping[str, str] = {
+    "input_ids": "Token ids, int32 [1, tokens].",
+    "cache_position": "Slots of these tokens in the cache, int32 [tokens]: past, past + 1, and so on. The slot of a "
+    "token is its position.",
+    "logits": "Scores of the next token after each of these, [1, tokens, vocabulary].",
+    "keyCache": "Keys of the tokens so far.",
+    "valueCache": "Values of the tokens so far.",
+}
+
+
+def describe(spec: Any, built: Built, shape: Shape, texts: Mapping[str, str]) -> None:
+    """Add what Xcode shows: descriptions of inputs, outputs and states, author, license; and what the runner needs."""
+    for function in spec.description.functions:
+        for feature in (*function.input, *function.output, *function.state):
+            base = next((key for key in _DESCRIPTIONS if feature.name.startswith(key)), "")
+            feature.shortDescription = _DESCRIPTIONS.get(base, "")
+    metadata = spec.description.metadata
+    metadata.author, metadata.license = texts["author"], texts["license"]
+    metadata.shortDescription, metadata.versionString = texts["description"], texts["version"]
+    metadata.userDefined[METADATA_KEY] = json.dumps(runner_notes(built, shape), sort_keys=True)
+
+
+def runner_notes(built: Built, shape: Shape) -> dict[str, Any]:
+    """What moec's runner must know of the model."""
+    return {
+        "context": shape.context,
+        "chunk": shape.chunk,
+        "experts": {name: identifier(f"{name}.") + "{}" for name in sorted(built.expert_tensors)},
+        "inputs": built.extra,
+    }
+
+
+def expert_bytes(built: Built) -> dict[str, int]:
+    """Expert tensor -> bytes that its codes, scales and offsets take in the weight file."""
+    stored = built.pool.stored_bytes
+    return {
+        name: sum(size for entry, size in stored.items() if entry.startswith(f"{name}."))
+        for name in sorted(built.expert_tensors)
+    }
+
+
+def signature(spec: Any) -> dict[str, Any]:
+    """Inputs, outputs and states of each function, for moec.json."""
+    return {
+        function.name: {
+            "inputs": _features(function.input),
+            "outputs": _features(function.output),
+            "states": _features(function.state),
+        }
+        for function in spec.description.functions
+    }
+
+
+def _features(features: Sequence[Any]) -> list[dict[str, Any]]:
+    rows = []
+    for feature in features:
+        state = feature.type.WhichOneof("Type") == "stateType"
+        array = feature.type.stateType.arrayType if state else feature.type.multiArrayType
+        row: dict[str, Any] = {
+            "name": feature.name,
+            "shape": [int(size) for size in array.shape],
+            "dtype": array.ArrayDataType.Name(array.dataType).lower(),
+        }
+        if array.WhichOneof("ShapeFlexibility") == "shapeRange":
+            row["range"] = [[int(item.lowerBound), int(item.upperBound)] for item in array.shapeRange.sizeRanges]
+        rows.append(row)
+    return rows
+
+
+def model_files(package: Path) -> tuple[str, ...]:
+    """The files of a package, relative to the folder that it is in."""
+    return tuple(sorted(str(path.relative_to(package.parent)) for path in package.rglob("*") if path.is_file()))
+
+
+def default_inputs(program: Program) -> dict[str, list[float]]:
+    """Values of the inputs that passes added, by the names that the model gives them."""
+    defaults: Mapping[str, Any] = program.notes.get("input_defaults", {})
+    return {identifier(name): np.asarray(value, NUMPY["fp32"]).reshape(-1).tolist() for name, value in defaults.items()}

@@ -1,0 +1,51 @@
+"""Matrix products with weights and without."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from moec.targets.coreml.context import Context, Var, result_dtype
+from moec.targets.coreml.lowerings.elementwise import Lowering
+
+aten = torch.ops.aten
+
+
+def project(ctx: Context, x: Var, weight: Var, bias: Var | None, dtype: torch.dtype) -> Var:
+    """`x @ weight.T + bias`, with zeros that all share where there is no bias."""
+    return ctx.mb.linear(x=x, weight=weight, bias=ctx.zeros(int(weight.shape[0]), dtype) if bias is None else bias)
+
+
+def _linear(ctx: Context, node: fx.Node) -> Var:
+    x, weight, bias = [*node.args, None][:3]
+    assert isinstance(weight, fx.Node)
+    dtype = result_dtype(node)
+    value = ctx.tensor(x, dtype)
+    constant_bias = bias is None or (isinstance(bias, fx.Node) and bias.op == "get_attr")
+    if weight.op == "get_attr" and constant_bias:
+        return project(ctx, value, ctx.tensor(weight, dtype), None if bias is None else ctx.tensor(bias, dtype), dtype)
+    product = ctx.mb.matmul(x=value, y=ctx.tensor(weight, dtype), transpose_y=ctx.constant(True))
+    return product if bias is None else ctx.mb.add(x=product, y=ctx.tensor(bias, dtype))
+
+
+def _matmul(ctx: Context, node: fx.Node) -> Var:
+    dtype = result_dtype(node)
+    return ctx.mb.matmul(x=ctx.tensor(node.args[0], dtype), y=ctx.tensor(node.args[1], dtype))
+
+
+def _addmm(ctx: Context, node: fx.Node) -> Var:
+    dtype = result_dtype(node)
+    bias, left, right = (ctx.tensor(argument, dtype) for argument in node.args[:3])
+    return ctx.mb.add(x=ctx.mb.matmul(x=left, y=right), y=bias)
+
+
+TABLE: Mapping[Any, Lowering] = {
+    aten.linear.default: _linear,
+    aten.matmul.default: _matmul,
+    aten.mm.default: _matmul,
+    aten.bmm.default: _matmul,
+    aten.addmm.default: _addmm,
+}

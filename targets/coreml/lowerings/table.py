@@ -1,0 +1,41 @@
+"""The lowering table: op of the graph -> function that emits its MIL form."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from torch import fx
+
+from moec.compiler.errors import LoweringError
+from moec.compiler.program import module_of
+from moec.targets.coreml.lowerings import attention, elementwise, experts, indexing, linear, norm, reduce, shape
+from moec.targets.coreml.lowerings.elementwise import Lowering
+
+TABLE: Mapping[Any, Lowering] = {
+    **elementwise.TABLE,
+    **shape.TABLE,
+    **indexing.TABLE,
+    **reduce.TABLE,
+    **linear.TABLE,
+    **norm.TABLE,
+    **attention.TABLE,
+    **experts.TABLE,
+}
+
+
+def lookup(node: fx.Node) -> Lowering:
+    """The lowering function of `node`.
+
+    Raises:
+        LoweringError: There is none; the message names the op, the module and the nearest op that has one.
+    """
+    found = TABLE.get(node.target)
+    if found is not None:
+        return found
+    near = difflib.get_close_matches(str(node.target), [str(target) for target in TABLE], n=1)
+    raise LoweringError(
+        f"{module_of(node)}: the CoreML target has no lowering for {node.target}",
+        hint=f"the nearest op that has one is {near[0]}" if near else "targets/coreml/lowerings is the place to add it",
+    )

@@ -1,0 +1,127 @@
+"""Two ways to run a function of a package: Core ML itself on macOS, moec's executor elsewhere."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from moec.compiler.errors import ArtifactError
+from moec.targets.coreml.extra import coremltools_module, quiet
+from moec.targets.coreml.interpreter import MilModel, MilSession
+
+Feeds = Mapping[str, np.ndarray]
+
+
+class Backend(Protocol):
+    """Runs the functions of one package on one set of states."""
+
+    def reset(self) -> None:
+        """Set every state to zero."""
+
+    def predict(self, function: str, feeds: Feeds) -> Mapping[str, np.ndarray]:
+        """Run `function` once; its states change."""
+
+    def facts(self) -> Mapping[str, Any]:
+        """Runtime and what it counted, for the report."""
+
+
+class InterpreterBackend:
+    """moec's executor in numpy.
+
+    Args:
+        package: The `.mlpackage`.
+    """
+
+    def __init__(self, package: Path) -> None:
+        self.model = MilModel.open(package)
+        self._state = self.model.new_state()
+        self._sessions: dict[str, MilSession] = {}
+        self._tokens: dict[str, int] = {}
+
+    def reset(self) -> None:
+        """Set every state to zero."""
+        self._state.reset()
+
+    def predict(self, function: str, feeds: Feeds) -> Mapping[str, np.ndarray]:
+        """Run `function` once."""
+        if function not in self._sessions:
+            self._sessions[function] = self.model.session(function, state=self._state)
+        self._tokens[function] = self._tokens.get(function, 0) + int(feeds["input_ids"].shape[1])
+        return self._sessions[function].predict(feeds)
+
+    def facts(self) -> Mapping[str, Any]:
+        """Runtime, and for each function what was executed: tokens, multiply-accumulates and weight bytes read."""
+        executed = {}
+        for name, session in self._sessions.items():
+            whole, experts = session.counters.total(), session.counters.total("experts_")
+            executed[name] = {
+                "tokens": self._tokens[name],
+                "macs": whole.macs,
+                "weight_bytes": whole.weight_bytes,
+                "expert_macs": experts.macs,
+                "expert_weight_bytes": experts.weight_bytes,
+            }
+        return {
+            "runtime": "moec executor for ML programs (numpy)",
+            "latency": "not measured: needs macOS",
+            "executed": executed,
+        }
+
+
+class CoreMLBackend:
+    """Core ML itself.
+
+    Args:
+        package: The `.mlpackage`.
+        units: Name of a `coremltools.ComputeUnit`.
+    """
+
+    def __init__(self, package: Path, units: str = "ALL") -> None:
+        self._package, self._units = package, units
+        self._models: dict[str, Any] = {}
+        self._state: Any = None
+
+    def reset(self) -> None:
+        """Forget the state; a new one is made when it is needed."""
+        self._state = None
+
+    def predict(self, function: str, feeds: Feeds) -> Mapping[str, np.ndarray]:
+        """Run `function` once.
+
+        Raises:
+            ArtifactError: Core ML refuses the package or the inputs.
+        """
+        try:
+            model = self._models.get(function) or self._load(function)
+            if self._state is None:
+                self._state = model.make_state()
+            results: Mapping[str, np.ndarray] = model.predict(dict(feeds), state=self._state)
+        except RuntimeError as error:
+            raise ArtifactError(
+                f"{self._package}: Core ML cannot run function {function}: {str(error).splitlines()[0]}",
+                hint="moec verify tells whether the files are those that were built",
+            ) from error
+        return results
+
+    def _load(self, function: str) -> Any:
+        ct = coremltools_module()
+        with quiet():
+            model = ct.models.MLModel(
+                str(self._package), function_name=function, compute_units=getattr(ct.ComputeUnit, self._units)
+            )
+        self._models[function] = model
+        return model
+
+    def facts(self) -> Mapping[str, Any]:
+        """Runtime and compute units."""
+        return {"runtime": f"Core ML on macOS {platform.mac_ver()[0]}", "compute_units": self._units}
+
+
+def open_backend(package: Path) -> Backend:
+    """Core ML where it exists, else moec's executor."""
+    return CoreMLBackend(package) if sys.platform == "darwin" else InterpreterBackend(package)

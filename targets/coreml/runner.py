@@ -1,0 +1,100 @@
+"""Runs a CoreML artifact: one sequence, prompts in pieces, single tokens by the function that skips experts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moec.compiler.errors import ArtifactError, UsageError
+from moec.targets.base import RunnerLimits
+from moec.targets.coreml.interpreter.package import load_spec, model_file
+from moec.targets.coreml.package import METADATA_KEY, PACKAGE
+from moec.targets.coreml.predict import Backend, open_backend
+
+
+def runner_notes(directory: Path) -> Mapping[str, Any]:
+    """What the export noted in the model's metadata for the runner.
+
+    Raises:
+        ArtifactError: There is no model, or another tool wrote it.
+    """
+    package = directory / PACKAGE
+    text = load_spec(model_file(package)).description.metadata.userDefined.get(METADATA_KEY, "")
+    if not text:
+        raise ArtifactError(f"{package}: moec did not write this model", hint="give a directory that moec exported")
+    notes: Mapping[str, Any] = json.loads(text)
+    return notes
+
+
+class CoremlRunner:
+    """The Runner of the CoreML target.
+
+    Args:
+        directory: The artifact.
+        backend: Opens the package; Core ML on macOS and moec's executor elsewhere.
+
+    Raises:
+        ArtifactError: The package is damaged or no model of moec.
+    """
+
+    def __init__(self, directory: Path, *, backend: Callable[[Path], Backend] = open_backend) -> None:
+        notes = runner_notes(directory)
+        self._context, self._chunk = int(notes["context"]), int(notes["chunk"])
+        self._defaults = {name: np.asarray(values, np.float32) for name, values in notes["inputs"].items()}
+        self._backend = backend(directory / PACKAGE)
+        self._length = 0
+        self.limits = RunnerLimits(max_batch=1, padding=False, max_sequence=self._context)
+
+    def reset(self) -> None:
+        """Forget the sequence."""
+        self._length = 0
+        self._backend.reset()
+
+    def prefill(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None) -> np.ndarray:
+        """Start a new sequence; see `moec.targets.base.Runner`."""
+        self.reset()
+        return self.decode(input_ids, attention_mask)
+
+    def decode(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None) -> np.ndarray:
+        """Continue it; see `moec.targets.base.Runner`.
+
+        Raises:
+            UsageError: Several sequences, padding, or more tokens than the cache holds.
+        """
+        self._check(input_ids, attention_mask)
+        pieces = [
+            self._step(input_ids[:, start : start + self._chunk]) for start in range(0, input_ids.shape[1], self._chunk)
+        ]
+        return np.concatenate(pieces, axis=1)
+
+    def _check(self, input_ids: np.ndarray, attention_mask: np.ndarray | None) -> None:
+        batch, new = input_ids.shape
+        if batch != 1:
+            raise UsageError(f"a CoreML model runs one sequence at a time, not {batch}", hint="run them in turn")
+        if attention_mask is not None and not attention_mask.all():
+            raise UsageError("a CoreML model takes no padding", hint="leave the padding out")
+        if self._length + new > self._context:
+            raise UsageError(
+                f"{self._length + new} tokens are more than the {self._context} that the model's cache holds",
+                hint="export with a larger --context",
+            )
+
+    def _step(self, ids: np.ndarray) -> np.ndarray:
+        """One call: the prefill function, or for a single token the decode function, which skips experts."""
+        length = ids.shape[1]
+        feeds = {
+            "input_ids": np.ascontiguousarray(ids, dtype=np.int32),
+            "cache_position": np.arange(self._length, self._length + length, dtype=np.int32),
+            **self._defaults,
+        }
+        logits = self._backend.predict("decode" if length == 1 else "prefill", feeds)["logits"]
+        self._length += length
+        return np.asarray(logits).astype(np.float32, copy=False)
+
+    def facts(self) -> Mapping[str, Any]:
+        """Runtime, and what it executed where it counts that."""
+        return {**self._backend.facts(), "context": self._context, "prefill_chunk": self._chunk}

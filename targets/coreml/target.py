@@ -1,0 +1,185 @@
+"""The CoreML target: `model.mlpackage`, an ML program with states for iOS 18 and macOS 15 or later."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+from pydantic import Field, field_validator
+
+from moec.compiler.rejections import Rejection
+from moec.targets.base import Capabilities, ExpertReader, Lowered, Phase, Progress, Runner, Target, TargetOptions
+
+if TYPE_CHECKING:
+    from moec.compiler.program import Program
+    from moec.targets.coreml.interpreter import MilModel
+
+DEFAULT_CONTEXT = 2048
+INSTALL = "pip install 'moec[coreml]'"
+
+
+class Minimum(StrEnum):
+    """Oldest system that the model must run on; the older ones are named so that the refusal can say why."""
+
+    IOS16 = "ios16"
+    IOS17 = "ios17"
+    IOS18 = "ios18"
+    MACOS13 = "macos13"
+    MACOS14 = "macos14"
+    MACOS15 = "macos15"
+
+
+TOO_OLD = (Minimum.IOS16, Minimum.IOS17, Minimum.MACOS13, Minimum.MACOS14)
+SPECIFICATION_VERSION = 9
+"""Of the model format: that of iOS 18 and macOS 15."""
+
+
+class CoremlOptions(TargetOptions):
+    """Options of the CoreML target."""
+
+    minimum: Minimum = Field(Minimum.IOS18, description="oldest system to run on: ios18 or macos15")
+    context: int | None = Field(
+        None,
+        ge=2,
+        description=f"tokens that the cache holds; default: what the model allows, at most {DEFAULT_CONTEXT}",
+    )
+    prefill_chunk: int = Field(128, ge=2, description="most tokens of one call of the prefill function")
+    author: str = Field("", description="author shown by Xcode")
+    license: str = Field("", description="licence of the weights, shown by Xcode")
+
+    @field_validator("minimum")
+    @classmethod
+    def _has_states(cls, minimum: Minimum) -> Minimum:
+        if minimum in TOO_OLD:
+            raise ValueError(
+                f"{minimum} has neither states, which hold the key-value cache, nor int4 weights: "
+                "both came with ios18 and macos15"
+            )
+        return minimum
+
+
+class CoremlTarget(Target):
+    """Lowers to a CoreML package."""
+
+    name: ClassVar[str] = "coreml"
+    Options: ClassVar[type[TargetOptions]] = CoremlOptions
+    extra: ClassVar[str | None] = "coreml"
+    tools: ClassVar[tuple[str, ...]] = ("coremltools",)
+
+    def capabilities(self, options: TargetOptions, phase: Phase) -> Capabilities:  # noqa: ARG002
+        """Decode skips by a `cond` around each expert; prefill computes every expert for every token."""
+        if phase is Phase.DECODE:
+            return Capabilities(skips_experts=True)
+        return Capabilities(skips_experts=False, reason="prefill computes every expert for every token")
+
+    def lint(self, program: Program, options: TargetOptions) -> tuple[Rejection, ...]:  # noqa: ARG002
+        """Ops that have no lowering."""
+        from moec.targets.coreml.lowerings.table import TABLE
+
+        return tuple(
+            Rejection(self.name, str(node.meta.get("module", "")), f"no lowering for {node.target}")
+            for node in program.graph.nodes
+            if node.op == "call_function" and node.target not in TABLE
+        )
+
+    def lower(self, program: Program, options: TargetOptions, directory: Path, progress: Progress) -> Lowered:
+        """Write `model.mlpackage`."""
+        from moec.targets.coreml import lower
+        from moec.targets.coreml.extra import quiet
+        from moec.targets.coreml.package import PACKAGE, write_package
+
+        assert isinstance(options, CoremlOptions)
+        context = context_length(program.config, options.context)
+        shape = lower.Shape(context, min(options.prefill_chunk, context))
+        texts = metadata_texts(program.config, options)
+        with quiet():
+            built = lower.build(program, shape)
+            progress("weights", 0, 1)
+            spec = write_package(
+                built.program,
+                directory / PACKAGE,
+                SPECIFICATION_VERSION,
+                lambda spec: lower.describe(spec, built, shape, texts),
+            )
+            progress("weights", 1, 1)
+        facts = {
+            "minimum": str(options.minimum),
+            "context": context,
+            "prefill_chunk": shape.chunk,
+            "ops": built.ops,
+            "expert_tensor_bytes": lower.expert_bytes(built),
+        }
+        return Lowered(lower.model_files(directory / PACKAGE), lower.signature(spec), tuple(built.rejections), facts)
+
+    def open(self, directory: Path, *, threads: int = 0) -> Runner:  # noqa: ARG002
+        """Open with Core ML on macOS, elsewhere with moec's executor."""
+        from moec.targets.coreml.runner import CoremlRunner
+
+        return CoremlRunner(directory)
+
+    def expert_tensors(self, directory: Path) -> Mapping[str, ExpertReader]:
+        """Read the experts back from the package, codes expanded, in the layout of the Program."""
+        from moec.targets.coreml.interpreter import MilModel
+        from moec.targets.coreml.package import PACKAGE
+        from moec.targets.coreml.runner import runner_notes
+
+        model = MilModel.open(directory / PACKAGE)
+        return {name: _reader(model, pattern) for name, pattern in runner_notes(directory)["experts"].items()}
+
+    def doctor(self) -> Mapping[str, str]:
+        """Building and running work anywhere; only a Mac can measure."""
+        from moec.compiler.errors import MissingExtraError
+        from moec.targets.coreml.extra import coremltools_module
+
+        try:
+            coremltools_module()
+        except MissingExtraError:
+            return {"build": "no", "run": "no", "measure": "no", "install": INSTALL}
+        mac = sys.platform == "darwin"
+        return {
+            "build": "yes",
+            "run": "yes, by Core ML" if mac else "yes, by moec's executor in numpy",
+            "measure": "yes" if mac else "no: needs macOS",
+            "install": "",
+        }
+
+
+def _reader(model: MilModel, pattern: str) -> ExpertReader:
+    def read(index: int) -> np.ndarray:
+        return model.constants(Phase.DECODE.value)[pattern.format(index)].load()
+
+    return read
+
+
+def context_length(config: Mapping[str, object], wanted: int | None) -> int:
+    """Tokens that the cache is made for.
+
+    Raises:
+        UsageError: More than the model was made for.
+    """
+    from moec.compiler.errors import UsageError
+
+    given = (config.get(key) for key in ("max_position_embeddings", "max_seq_len", "n_positions"))
+    most = next((size for size in given if isinstance(size, int)), DEFAULT_CONTEXT)
+    if wanted is not None and wanted > most:
+        raise UsageError(f"--context {wanted}: the model was made for {most} tokens", hint=f"give at most {most}")
+    return wanted or min(most, DEFAULT_CONTEXT)
+
+
+def metadata_texts(config: Mapping[str, object], options: CoremlOptions) -> Mapping[str, str]:
+    """What Xcode shows of a model."""
+    import moec
+
+    names = config.get("architectures") or [config.get("model_type", "language model")]
+    name = str(names[0] if isinstance(names, list) else names)
+    return {
+        "author": options.author,
+        "license": options.license,
+        "description": f"{name}: mixture-of-experts language model with a key-value cache in states. Functions: "
+        "prefill takes a piece of the prompt, decode one token and skips the experts that it does not need.",
+        "version": moec.__version__,
+    }

@@ -1,0 +1,119 @@
+"""Weights as MIL constants: float, or codes and scales that Core ML expands. Each is stored once in the package."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from moec.compiler.errors import UsageError
+from moec.compiler.weights import LazyTensor
+from moec.targets.coreml.extra import coremltools_module
+
+_TORCH: Mapping[str, torch.dtype] = {
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "int32": torch.int32,
+    "bool": torch.bool,
+}
+
+
+class WeightPool:
+    """Arrays of all functions of one model by name.
+
+    The functions of a model share the entry of a weight in the weight file if their constants have one `weight_id`,
+    so each array is made once and its name is that id.
+    """
+
+    def __init__(self) -> None:
+        self._arrays: dict[str, np.ndarray] = {}
+        self.stored_bytes: dict[str, int] = {}
+        self._types = coremltools_module("coremltools.converters.mil.mil").types
+
+    def numpy_type(self, value: Any) -> Any:
+        """The numpy type of a builder's value."""
+        return self._types.nptype_from_builtin(value.dtype)
+
+    def const(self, mb: Any, name: str, array: np.ndarray, *, bits: int = 0) -> Any:
+        """A constant of the open block that is stored once under `name`; `bits` is its width where that is below 8."""
+        kept = self._arrays.setdefault(name, array)
+        self.stored_bytes[name] = (kept.size * bits + 7) // 8 if bits else kept.nbytes
+        value = mb.const(val=kept, name=identifier(name))
+        if kept.size > 1:
+            value.op.weight_id = name
+        return value
+
+    def array(self, name: str, make: Callable[[], np.ndarray]) -> np.ndarray:
+        """The array called `name`, made if it is new."""
+        if name not in self._arrays:
+            self._arrays[name] = make()
+        return self._arrays[name]
+
+    def tensor(self, mb: Any, name: str, tensor: LazyTensor, type_name: str) -> Any:
+        """A whole weight as a constant of MIL type `type_name`."""
+        return self.rows(mb, name, tensor, type_name, None)
+
+    def rows(self, mb: Any, name: str, tensor: LazyTensor, type_name: str, row: int | None) -> Any:
+        """A weight, or its index `row` along axis 0 alone.
+
+        Args:
+            mb: The builder, with the block open that uses the weight.
+            name: Name of the whole tensor.
+            tensor: The weight; one with a `quantized_rows` is stored as codes and scales.
+            type_name: MIL type of the result.
+            row: Index along axis 0, or None.
+
+        Raises:
+            UsageError: The scales have another type than the program computes in.
+        """
+        own = name if row is None else f"{name}.{row}"
+        if hasattr(tensor, "quantized_rows"):
+            return self._quantized(mb, own, tensor, type_name, row)
+
+        def make() -> np.ndarray:
+            value = tensor.read() if row is None else tensor.rows(row, row + 1)[0]
+            return np.ascontiguousarray(value.to(_TORCH[type_name]).numpy())
+
+        return self.const(mb, own, self.array(own, make))
+
+    def _quantized(self, mb: Any, own: str, tensor: Any, type_name: str, row: int | None) -> Any:
+        """`constexpr_blockwise_shift_scale`: signed codes, one scale per block of the last axis, no offset or one."""
+        codes, scales, points = f"{own}.codes", f"{own}.scales", f"{own}.zero_points"
+        if codes not in self._arrays:
+            first, last = (0, tensor.shape[0]) if row is None else (row, row + 1)
+            made = tensor.quantized_rows(first, last)
+            for name, part in ((codes, made.codes), (scales, made.scales), (points, made.zero_points)):
+                if part is not None:
+                    self._arrays[name] = np.ascontiguousarray((part if row is None else part[0]).numpy())
+        if self._arrays[scales].dtype != np.dtype(_NUMPY[type_name]):
+            raise UsageError(
+                f"{own}: its scales are {self._arrays[scales].dtype} and the program computes in {type_name}",
+                hint="build with --dtype fp16, or quantize with scales in fp32, such as int4:fp32",
+            )
+        narrow = tensor.format.bits == 4
+        operands = {
+            "data": self._codes(mb, codes, narrow=narrow),
+            "scale": self.const(mb, scales, self._arrays[scales]),
+        }
+        if points in self._arrays:
+            operands["offset"] = self._codes(mb, points, narrow=narrow)
+        return mb.constexpr_blockwise_shift_scale(**operands, name=identifier(own))
+
+    def _codes(self, mb: Any, name: str, *, narrow: bool) -> Any:
+        array = self._arrays[name]
+        if not narrow:
+            return self.const(mb, name, array)
+        four_bits = self._types.nptype_from_builtin(self._types.int4)
+        return self.const(mb, name, array.astype(four_bits), bits=4)
+
+
+_NUMPY: Mapping[str, Any] = {"fp32": np.float32, "fp16": np.float16}
+
+
+def identifier(name: str) -> str:
+    """`name` as MIL takes it for a value: letters, digits and underscores, no digit first."""
+    plain = re.sub(r"\W", "_", name)
+    return f"_{plain}" if plain[:1].isdigit() else plain
