@@ -8,7 +8,7 @@ from moec.compiler.checkpoint import Checkpoint
 from moec.compiler.gates.compare import excused_positions
 from moec.compiler.gates.ties import RouterWatch, _comparison_gap, _top_k_gap, decision_nodes
 from moec.compiler.interpreter import ProgramRunner
-from moec.compiler.program import Program
+from moec.compiler.program import EXPERTS, Program
 
 Captured = tuple[Checkpoint, Program]
 
@@ -57,6 +57,16 @@ def test_the_watch_sees_each_token(mixtral: Captured) -> None:
     wide.begin(2, 5)
     ProgramRunner(program, observer=wide).prefill(ids)
     assert wide.tied.all()
+
+
+def test_a_slot_of_weight_0_reaches_no_expert(mixtral: Captured) -> None:
+    program = mixtral[1]
+    watch = RouterWatch(program, margin=1e-4)
+    watch.begin(1, 2)
+    node = program.nodes(EXPERTS)[1]
+    indices, weights = torch.tensor([[0, 7], [3, 8]]), torch.tensor([[1.0, 0.0], [0.5, 0.5]])
+    watch(node, (torch.zeros(2, 64), indices, weights), None)
+    assert watch.slots[1].tolist() == [[[0, -1], [3, -1]]]  # there is no expert 8: a padding slot
 
 
 def test_a_tie_excuses_itself_and_what_attends_to_it() -> None:
