@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from moec.compiler.errors import UsageError
 from moec.compiler.program import Program
 from moec.compiler.rejections import Rejection
 from moec.compiler.weights import LazyTensor
@@ -15,7 +14,7 @@ from moec.passes.base import Pass, PassResult
 from moec.quantize.formats import FloatFormat, FloatKind, Format, IntegerFormat
 from moec.quantize.lazy import Float16, Quantized
 from moec.quantize.plan import QuantizationPlan
-from moec.quantize.roles import Role, weight_roles
+from moec.quantize.roles import format_of, weight_roles
 from moec.quantize.rounding import RoundingResult
 from moec.quantize.scales import NO_CLIPPING, ClipSearch
 
@@ -89,25 +88,6 @@ class Quantize(Pass):
 
 def _experts(codes: Any) -> tuple[Any, ...]:
     return tuple(codes[index] for index in range(codes.shape[0]))
-
-
-def format_of(plan: QuantizationPlan, name: str, role: Role, tensor: LazyTensor) -> Format:
-    """The format of a tensor; a stack of experts has one.
-
-    Raises:
-        UsageError: The plan gives the experts of one tensor several formats.
-    """
-    chosen = plan.format_for(role.tensor_class, layer=role.layer)
-    if len(tensor.shape) == 3:
-        each = {plan.format_for(role.tensor_class, layer=role.layer, expert=i) for i in range(tensor.shape[0])}
-        if len(each) > 1:
-            names = ", ".join(sorted(str(item) for item in each))
-            raise UsageError(
-                f"{name}: the plan gives its experts several formats ({names}), but they are stored as one stack",
-                hint="override the format of whole layers",
-            )
-        chosen = each.pop()
-    return chosen
 
 
 def float_plan(plan: QuantizationPlan) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor, fx
@@ -17,15 +17,16 @@ from torch import Tensor, fx
 from moec.compiler.interpreter import ProgramRunner
 from moec.compiler.ops import ExpertCall
 from moec.compiler.program import Program
-from moec.passes.quantize import format_of
 from moec.quantize.formats import IntegerFormat
 from moec.quantize.gptq import GptqOptions, gptq
 from moec.quantize.hessian import Hessian
 from moec.quantize.plan import QuantizationPlan, TensorClass
-from moec.quantize.roles import LINEAR, Role, weight_roles
+from moec.quantize.roles import LINEAR, Role, format_of, weight_roles
 from moec.quantize.rounding import RoundingResult, round_to_nearest
 from moec.quantize.scales import ClipSearch
-from moec.targets.base import Progress
+
+if TYPE_CHECKING:
+    from moec.targets.base import Progress
 
 MEMORY = 1 << 30
 """Bytes of Hessians held at a time. More tensors than fit into it mean further passes over the text."""

@@ -8,8 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from moec.compiler.errors import UsageError
 from moec.compiler.program import ATTENTION, EXPERTS, Program, module_of
-from moec.quantize.plan import TensorClass
+from moec.compiler.weights import LazyTensor
+from moec.quantize.formats import Format
+from moec.quantize.plan import QuantizationPlan, TensorClass
 
 LINEAR = torch.ops.aten.linear.default
 EMBEDDING = torch.ops.aten.embedding.default
@@ -129,3 +132,22 @@ def _head(program: Program) -> fx.Node | None:
             return None
         waiting += node.all_input_nodes
     return None
+
+
+def format_of(plan: QuantizationPlan, name: str, role: Role, tensor: LazyTensor) -> Format:
+    """The format of a tensor; a stack of experts has one.
+
+    Raises:
+        UsageError: The plan gives the experts of one tensor several formats.
+    """
+    chosen = plan.format_for(role.tensor_class, layer=role.layer)
+    if len(tensor.shape) == 3:
+        each = {plan.format_for(role.tensor_class, layer=role.layer, expert=i) for i in range(tensor.shape[0])}
+        if len(each) > 1:
+            names = ", ".join(sorted(str(item) for item in each))
+            raise UsageError(
+                f"{name}: the plan gives its experts several formats ({names}), but they are stored as one stack",
+                hint="override the format of whole layers",
+            )
+        chosen = each.pop()
+    return chosen
