@@ -49,7 +49,7 @@ def export_golden(golden_model: Path, tmp_path: Path) -> Callable[[str], Path]:
 
     def export(flavor: str) -> Path:
         directory = tmp_path / flavor
-        moec.export(str(golden_model), target="onnx", output=directory, options={"flavor": flavor}, gates=False)
+        moec.export(str(golden_model), target="onnx", output=directory, flavor=flavor, gates=False)
         return directory
 
     return export

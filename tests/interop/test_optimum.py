@@ -25,4 +25,4 @@ def test_greedy_tokens(
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["answers"] == list(greedy)
-    print(result["versions"])
+    assert result["versions"]["optimum-onnx"] == "0.1.0"

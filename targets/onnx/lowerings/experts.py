@@ -19,7 +19,7 @@ from moec.compiler.ops import Gate
 from moec.compiler.program import EXPERTS, SELECT
 from moec.compiler.weights import LazyTensor, swap_last
 from moec.quantize.lazy import Quantized
-from moec.targets.onnx.context import MS, Context, np_dtype, result_dtype
+from moec.targets.onnx.context import DTYPES, MS, Context, np_dtype, result_dtype
 from moec.targets.onnx.lowerings import quantized
 from moec.targets.onnx.lowerings.elementwise import Lowering
 from moec.targets.onnx.lowerings.layouts import kernel_layout
@@ -76,10 +76,14 @@ def _scattered(ctx: Context, node: fx.Node, slots: ir.Value) -> ir.Value:
     def zeros() -> ir.Value:
         tokens = ctx.op("Reshape", ctx.axis_length(hidden, 0), ctx.ints(1))
         shape = ctx.op("Concat", tokens, ctx.ints(count), axis=0)
-        return ctx.op("ConstantOfShape", shape, value=ir.Tensor(np.zeros(1, np_dtype(dtype))))
+        return ctx.op("ConstantOfShape", shape, value=ir.Tensor(np.zeros(1, np.float32)))
 
-    empty = ctx.shared(("no experts", str(hidden.meta["val"].shape[0]), count, dtype), zeros)
-    return ctx.op("ScatterElements", empty, ctx.tensor(indices), slots, axis=1, reduction="add")
+    # ONNX Runtime on CPU adds in ScatterElements for float32 alone.
+    wide = dtype == torch.float32
+    empty = ctx.shared(("no experts", str(hidden.meta["val"].shape[0]), count), zeros)
+    values = slots if wide else ctx.op("Cast", slots, to=int(ir.DataType.FLOAT))
+    dense = ctx.op("ScatterElements", empty, ctx.tensor(indices), values, axis=1, reduction="add")
+    return dense if wide else ctx.op("Cast", dense, to=int(DTYPES[dtype]))
 
 
 def _experts(ctx: Context, node: fx.Node) -> ir.Value:
@@ -144,7 +148,8 @@ def _portable(ctx: Context, node: fx.Node, gate: Gate) -> ir.Value:
     hidden, gate_up = node.args[0], node.args[3]
     count = int(gate_up.meta["val"].shape[0])  # type: ignore[union-attr]
     x, dense, dtype = ctx.tensor(hidden), dense_weights(ctx, node), result_dtype(node)
-    total = ctx.op("ConstantOfShape", ctx.op("Shape", x), value=ir.Tensor(np.zeros(1, np_dtype(dtype))))
+    # Sums are float32, as in the reference; ONNX Runtime on CPU adds in ScatterND for nothing narrower.
+    total = ctx.op("ConstantOfShape", ctx.op("Shape", x), value=ir.Tensor(np.zeros(1, np.float32)))
     for index in range(count):
         own = ctx.op("Gather", dense, ctx.constant(np.int64(index)), axis=1)
         used = ctx.op("Cast", own, to=int(ir.DataType.BOOL))
@@ -154,7 +159,7 @@ def _portable(ctx: Context, node: fx.Node, gate: Gate) -> ir.Value:
         with ctx.subgraph(f"idle_{index}") as otherwise:
             otherwise.outputs.append(ctx.op("Identity", total))
         total = ctx.op("If", hit, then_branch=then, else_branch=otherwise)
-    return total
+    return total if dtype == torch.float32 else ctx.op("Cast", total, to=int(DTYPES[dtype]))
 
 
 def _one_expert(
@@ -166,6 +171,8 @@ def _one_expert(
     projected = _project(ctx, ctx.op("Gather", x, tokens, axis=0), gate_up, gate_up_bias, index, transposed)
     result = _project(ctx, _activate(ctx, projected, gate, result_dtype(node)), down, down_bias, index, transposed)
     scaled = ctx.op("Mul", result, ctx.op("Unsqueeze", ctx.op("Gather", weights, tokens, axis=0), ctx.ints(1)))
+    if result_dtype(node) != torch.float32:
+        scaled = ctx.op("Cast", scaled, to=int(ir.DataType.FLOAT))
     return ctx.op("ScatterND", total, ctx.op("Unsqueeze", tokens, ctx.ints(1)), scaled, reduction="add")
 
 
