@@ -1,0 +1,58 @@
+"""Random OLMoE checkpoints for benchmarks: real values, or a sparse file where only names and shapes matter."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+BASE: dict[str, Any] = {
+    "hidden_size": 1024,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "num_experts": 32,
+    "num_experts_per_tok": 8,
+    "intermediate_size": 512,
+    "vocab_size": 32000,
+    "max_position_embeddings": 4096,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+    "bos_token_id": 0,
+}
+"""1.004 GB in bfloat16, 167 M active parameters per token."""
+
+
+def random_checkpoint(directory: Path, **overrides: Any) -> Path:
+    """Write a checkpoint of random bfloat16 values (once) and return its directory."""
+    if not (directory / "model.safetensors").is_file():
+        import torch
+        from transformers import AutoModelForCausalLM, OlmoeConfig
+
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(OlmoeConfig(**{**BASE, **overrides}), dtype=torch.bfloat16)
+        model.save_pretrained(directory)
+    return directory
+
+
+def hollow_checkpoint(directory: Path, **overrides: Any) -> Path:
+    """Write a checkpoint whose tensors are holes in a sparse file: for capture, which reads no weight."""
+    import torch
+    from transformers import AutoModelForCausalLM, OlmoeConfig
+
+    config = OlmoeConfig(**{**BASE, **overrides})
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    table: dict[str, Any] = {}
+    offset = 0
+    for name, value in model.state_dict().items():
+        size = value.numel() * 2
+        table[name] = {"dtype": "BF16", "shape": list(value.shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    header = json.dumps(table).encode()
+    directory.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(directory)
+    with (directory / "model.safetensors").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + offset)
+    return directory

@@ -1,0 +1,157 @@
+"""What an export costs: CPU time and anonymous memory of a 1.0 GB checkpoint, and how capture grows with the model.
+
+    python benchmarks/export_cost.py [--work DIR] [--full]
+
+Each measurement runs in a process of its own. Memory is RssAnon from /proc: pages of mapped files can be dropped at any
+time and do not count; total RSS stands beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+from checkpoints import hollow_checkpoint, random_checkpoint
+from machine import describe
+
+CASES = {
+    "fp32": ["--dtype", "fp32"],
+    "fp16": ["--dtype", "fp16"],
+    "int4, rounded to nearest": ["--quantize", "int4", "--rounding", "rtn"],
+}
+SHAPES = ((8, 32), (16, 32), (32, 32), (64, 32), (8, 64), (8, 128), (64, 128))
+
+
+def memory() -> dict[str, float]:
+    """RssAnon and RSS of this process in GB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    fields = {line.split(":")[0]: line.split()[1] for line in lines if line.startswith(("RssAnon", "VmRSS"))}
+    return {name: int(value) * 1024 / 1e9 for name, value in fields.items()}
+
+
+class Peak:
+    """Samples the memory of this process every 5 ms."""
+
+    def __enter__(self) -> Peak:
+        """Start."""
+        self.highest = {"RssAnon": 0.0, "VmRSS": 0.0}
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self._thread.start()
+        return self
+
+    def _sample(self) -> None:
+        while not self._stop.wait(0.005):
+            for name, value in memory().items():
+                self.highest[name] = max(self.highest[name], value)
+
+    def __exit__(self, *_: object) -> None:
+        """Stop."""
+        self._stop.set()
+        self._thread.join()
+
+
+def _bare_imports() -> None:
+    import onnx_ir
+    import onnxruntime
+    import torch
+    import transformers
+    from transformers import AutoModelForCausalLM, OlmoeForCausalLM
+
+    assert all((onnx_ir, onnxruntime, torch, transformers, AutoModelForCausalLM, OlmoeForCausalLM))
+
+
+def measure_export(checkpoint: str, output: str, arguments: list[str]) -> dict[str, Any]:
+    """Export without gates in this process and say what it took."""
+    import torch
+
+    torch.set_num_threads(1)
+    _bare_imports()
+    from moec.cli import main
+
+    before, start = memory(), time.process_time()
+    with Peak() as peak:
+        code = main(["export", checkpoint, "--target", "onnx", "-o", output, "--no-gates", "-q", *arguments])
+    assert code == 0, code
+    return {
+        "cpu_s": time.process_time() - start,
+        "imports_anon_gb": before["RssAnon"],
+        "peak_anon_gb": peak.highest["RssAnon"],
+        "peak_rss_gb": peak.highest["VmRSS"],
+    }
+
+
+def measure_capture(checkpoint: str) -> dict[str, Any]:
+    """Capture in this process."""
+    import torch
+
+    torch.set_num_threads(1)
+    _bare_imports()
+    from moec.compiler.capture import capture
+    from moec.compiler.checkpoint import Checkpoint
+
+    before, start = memory(), time.process_time()
+    with Peak() as peak:
+        program = capture(Checkpoint.open(checkpoint))
+    return {
+        "cpu_s": time.process_time() - start,
+        "nodes": len(program.graph.nodes),
+        "anon_above_imports_gb": peak.highest["RssAnon"] - before["RssAnon"],
+    }
+
+
+def _child(what: str, *arguments: str) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--child", what, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, help="where to keep the checkpoints")
+    parser.add_argument("--child", nargs=argparse.REMAINDER)
+    options = parser.parse_args()
+    if options.child:
+        what, *arguments = options.child
+        call = (
+            measure_export(arguments[0], arguments[1], arguments[2:])
+            if what == "export"
+            else measure_capture(*arguments)
+        )
+        print(json.dumps(call))
+        return
+    print(describe())
+    with tempfile.TemporaryDirectory() as temporary:
+        work = options.work or Path(temporary)
+        checkpoint = random_checkpoint(work / "olmoe-1gb")
+        print("\n| export of 1.0 GB bf16 | CPU s | anonymous GB above the imports | peak RSS, GB |")
+        print("|---|---|---|---|")
+        for name, arguments in CASES.items():
+            row = _child("export", str(checkpoint), str(Path(temporary) / name.split(",")[0]), *arguments)
+            above = row["peak_anon_gb"] - row["imports_anon_gb"]
+            print(f"| {name} | {row['cpu_s']:.1f} | {above:.2f} | {row['peak_rss_gb']:.2f} |", flush=True)
+        print("\n| layers | experts | capture CPU s | nodes | memory above the imports, GB |\n|---|---|---|---|---|")
+        for layers, experts in SHAPES:
+            hollow = hollow_checkpoint(
+                Path(temporary) / f"{layers}x{experts}", num_hidden_layers=layers, num_experts=experts
+            )
+            row = _child("capture", str(hollow))
+            print(
+                f"| {layers} | {experts} | {row['cpu_s']:.1f} | {row['nodes']} | {row['anon_above_imports_gb']:.2f} |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

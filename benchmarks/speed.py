@@ -1,0 +1,163 @@
+"""Decode and prefill speed of ONNX artifacts against each other and against peers, in alternation, one thread.
+
+    python benchmarks/speed.py NAME=DIR [NAME=DIR ...] [--genai NAME=DIR] [--hf NAME=FILE.onnx] [--rounds 7]
+
+DIR is a moec artifact of the ONNX target; `--genai` names a directory for onnxruntime-genai; `--hf` an ONNX file that
+transformers.exporters.OnnxExporter wrote. Process CPU milliseconds: the median over rounds of each round's best, with
+the ratio to the first. Random token ids, so only random checkpoints of equal widths can be compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent))
+from machine import describe
+
+PROMPT = 128
+STEPS = 8
+
+
+class Model(Protocol):
+    """What is measured."""
+
+    def prefill(self, ids: np.ndarray) -> None: ...
+
+    def decode(self, ids: np.ndarray) -> None: ...
+
+
+class Moec:
+    """A moec artifact through its own runner."""
+
+    def __init__(self, directory: str) -> None:
+        from moec.targets import get_target
+
+        self.runner = get_target("onnx").open(Path(directory), threads=1)
+
+    def prefill(self, ids: np.ndarray) -> None:
+        self.runner.prefill(ids)
+
+    def decode(self, ids: np.ndarray) -> None:
+        self.runner.decode(ids)
+
+
+class Genai:
+    """A model of onnxruntime-genai."""
+
+    def __init__(self, directory: str) -> None:
+        import onnxruntime_genai as og
+
+        config = og.Config(directory)
+        self.og, self.model, self.generator = og, og.Model(config), None
+
+    def prefill(self, ids: np.ndarray) -> None:
+        parameters = self.og.GeneratorParams(self.model)
+        parameters.set_search_options(max_length=1024, do_sample=False)
+        self.generator: Any = self.og.Generator(self.model, parameters)
+        self.generator.append_tokens(ids[0].tolist())
+        self.generator.get_logits()
+
+    def decode(self, ids: np.ndarray) -> None:
+        self.generator.append_tokens(ids[0].tolist())
+        self.generator.get_logits()
+
+
+class Exported:
+    """The ONNX file of the first-party exporter of transformers: a session with past and present."""
+
+    def __init__(self, path: str) -> None:
+        import onnxruntime as ort
+
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = 1
+        self.session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        self.ort, self.inputs = ort, {item.name: item for item in self.session.get_inputs()}
+        self.outputs = [item.name for item in self.session.get_outputs()]
+        self.past: dict[str, Any] = {}
+        self.length = 0
+
+    def _run(self, ids: np.ndarray) -> None:
+        total = self.length + ids.shape[1]
+        feeds: dict[str, Any] = {}
+        for name, item in self.inputs.items():
+            if name == "input_ids":
+                array: Any = ids.astype(np.int64)
+            elif "mask" in name:
+                array = np.ones((1, total), np.int64)
+            elif "position" in name:
+                array = np.arange(self.length, total)[None] if len(item.shape) == 2 else np.arange(self.length, total)
+            elif self.past:
+                feeds[name] = self.past[name]
+                continue
+            else:
+                array = np.zeros(
+                    [1 if i == 0 else 0 if i == 2 else size for i, size in enumerate(item.shape)], np.float32
+                )
+            feeds[name] = self.ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+        results = self.session.run_with_ort_values(self.outputs, feeds)
+        states = [name for name in self.inputs if name not in ("input_ids", "attention_mask", "position_ids")]
+        self.past = dict(zip(states, results[1:], strict=True))
+        self.length = total
+
+    def prefill(self, ids: np.ndarray) -> None:
+        self.past, self.length = {}, 0
+        self._run(ids)
+
+    def decode(self, ids: np.ndarray) -> None:
+        self._run(ids)
+
+
+def cpu_ms(call: Callable[[], None]) -> float:
+    """Process CPU time of one call."""
+    start = time.process_time()
+    call()
+    return (time.process_time() - start) * 1e3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("models", nargs="*")
+    parser.add_argument("--genai", action="append", default=[])
+    parser.add_argument("--hf", action="append", default=[])
+    parser.add_argument("--rounds", type=int, default=7)
+    options = parser.parse_args()
+    kinds: list[tuple[list[str], Callable[[str], Model]]] = [
+        (options.models, Moec),
+        (options.genai, Genai),
+        (options.hf, Exported),
+    ]
+    models = {item.split("=")[0]: kind(item.split("=", 1)[1]) for items, kind in kinds for item in items}
+    print(describe())
+    random = np.random.default_rng(0)
+    found: dict[str, dict[str, list[float]]] = {name: {"prefill": [], "decode": []} for name in models}
+    for turn in range(options.rounds + 1):  # the first round warms up
+        for name, model in models.items():
+            ids = random.integers(3, 31999, (1, PROMPT))
+            prefill = cpu_ms(lambda model=model, ids=ids: model.prefill(ids))  # type: ignore[misc]
+            steps = [
+                cpu_ms(lambda model=model: model.decode(random.integers(3, 31999, (1, 1))))  # type: ignore[misc]
+                for _ in range(STEPS)
+            ]
+            if turn:
+                found[name]["prefill"].append(prefill)
+                found[name]["decode"].append(min(steps))
+    first = next(iter(found.values()))
+    print(f"\n| model | decode ms | ratio | prefill {PROMPT} ms | ratio |\n|---|---|---|---|---|")
+    for name, figures in found.items():
+        cells = []
+        for phase in ("decode", "prefill"):
+            value = statistics.median(figures[phase])
+            cells.append(f"{value:.1f} | {value / statistics.median(first[phase]):.2f}")
+        print(f"| {name} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()
