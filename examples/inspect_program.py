@@ -1,0 +1,16 @@
+"""Capture a checkpoint, run the common passes and look at the Program. No weight is read."""
+
+from pathlib import Path
+
+from moec import passes
+from moec.compiler.capture import capture
+from moec.compiler.checkpoint import Checkpoint
+from moec.compiler.printing import format_graph
+
+CHECKPOINT = Path(__file__).resolve().parents[1] / "golden_models" / "olmoe-tiny"
+
+program, log = passes.run_passes(capture(Checkpoint.open(CHECKPOINT)), passes.default_passes())
+for layer in program.layers:
+    print(f"{layer.module}: {layer.num_experts} experts, top {layer.top_k}, {layer.intermediate_size} wide")
+print("passes that changed something:", ", ".join(record.name for record in log if record.modified))
+print(format_graph(program)[:1500], "...")
