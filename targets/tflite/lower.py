@@ -14,6 +14,7 @@ from moec.compiler.specialise import specialise, without_padding
 from moec.targets.tflite.context import Context, Settings, Shared
 from moec.targets.tflite.lowerings.table import TABLE, lookup
 from moec.targets.tflite.model import Graph, Model, Value
+from moec.targets.tflite.positions import from_input
 from moec.targets.tflite.reader import METADATA
 from moec.targets.tflite.weights import Weights
 
@@ -33,7 +34,7 @@ def build(program: Program, *, lengths: Sequence[int], capacity: int, branches: 
     Raises:
         LoweringError: An op, or the format of a weight, has no form.
     """
-    plain = without_padding(program)
+    plain = from_input(without_padding(program))
     shared = Shared(plain, Weights(plain))
     model = Model(description="made by moec")
     for length in lengths:

@@ -1,0 +1,68 @@
+"""Positions that a model counts from the length of its past, read from `input_pos` instead.
+
+Here the cache has a fixed capacity, so that its length says nothing about the number of tokens in it. Llama 4, for one,
+tunes its attention temperature by `arange(S) + past`, which is what `cache_position` holds.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from moec.compiler.errors import LoweringError
+from moec.compiler.program import Program, module_of, moe_layers
+
+aten = torch.ops.aten
+_ADDITIONS = (aten.add.Tensor, aten.add.Scalar)
+
+
+def from_input(program: Program) -> Program:
+    """Replace `arange(sequence) + past` by `cache_position`.
+
+    Raises:
+        LoweringError: Something else than attention depends on the length of the past.
+    """
+    graph = program.copy_graph()
+    position = next(node for node in graph.find_nodes(op="placeholder") if node.target == "cache_position")
+    for node in list(graph.nodes):
+        if node.target in _ADDITIONS and _counts_from_past(program, node):
+            node.replace_all_uses_with(position)
+    graph.eliminate_dead_code()
+    for node in graph.nodes:
+        if isinstance(node.meta.get("val"), torch.SymInt) and _depends_on_past(program, node):
+            user = next(iter(node.users))
+            raise LoweringError(
+                f"{module_of(user)}: %{user.name} ({user.target}) depends on the length of the past, which a cache of "
+                "fixed capacity does not tell",
+                hint="--target onnx keeps a cache that grows",
+            )
+    return program.replace(graph=graph, layers=moe_layers(graph))
+
+
+def _counts_from_past(program: Program, node: fx.Node) -> bool:
+    if node.kwargs.get("alpha", 1) != 1:
+        return False
+    sequence, past = str(program.dims.get("sequence")), str(program.dims.get("past_sequence"))
+    return any(
+        _is_line(line, sequence) and isinstance(offset, fx.Node) and str(offset.meta.get("val")) == past
+        for line, offset in (node.args[:2], node.args[1::-1])
+    )
+
+
+def _is_line(argument: Any, sequence: str) -> bool:
+    """Whether `argument` is 0, 1, ... one number for each new token."""
+    return (
+        isinstance(argument, fx.Node)
+        and argument.target is aten.arange.default
+        and argument.meta["val"].dtype is torch.int64
+        and str(argument.meta["val"].shape[0]) == sequence
+    )
+
+
+def _depends_on_past(program: Program, node: fx.Node) -> bool:
+    symbols = {str(program.dims.get(axis)) for axis in ("past_sequence", "total_sequence")}
+    free = {str(symbol) for symbol in node.meta["val"].node.expr.free_symbols}
+    # The total is written as the sum in some graphs and has a symbol of its own in others.
+    return bool(free & symbols - {str(program.dims.get("sequence"))})
