@@ -48,7 +48,7 @@ class Built:
     program: Any
     layout: CacheLayout
     pool: WeightPool
-    expert_tensors: set[str] = field(default_factory=set)
+    expert_tensors: dict[str, dict[int, str]] = field(default_factory=dict)
     rejections: list[Rejection] = field(default_factory=list)
     ops: dict[str, dict[str, int]] = field(default_factory=dict)
     extra: dict[str, list[float]] = field(default_factory=dict)
@@ -68,7 +68,7 @@ def build(program: Program, shape: Shape) -> Built:
     mil = coremltools_module("coremltools.converters.mil.mil")
     made = mil.Program()
     layout = cache_layout(program, shape.context, split=program.dtype is torch.float32)
-    built = Built(made, layout, WeightPool())
+    built = Built(made, layout, WeightPool(), extra=default_inputs(program))
     with _fresh_names():
         for phase in (Phase.DECODE, Phase.PREFILL):
             fixed = specialise(program, batch=1, sequence=1 if phase is Phase.DECODE else None)
@@ -147,6 +147,9 @@ class _Function:
         ctx = Context(program, mb, built.pool, settings)
         states = {name: inputs[name] for name in built.layout.states()}
         settings["cache"] = Cache(ctx, built.layout, states, start, stop)
+        if "past_sequence" in program.dims:
+            # The tokens in the cache are those before the first new one, whatever length the states have.
+            ctx.memo["size", str(program.dims["past_sequence"])] = mb.squeeze(x=start, axes=[0])
         for node, name in names.items():
             self._bind(ctx, node, name, inputs)
         for node in program.graph.nodes:
@@ -168,8 +171,10 @@ class _Function:
             # Without padding the position of a token is its slot in the cache.
             ctx.set(node, ctx.mb.expand_dims(x=inputs["cache_position"], axes=ctx.ints(0)))
         elif identifier(name) in inputs:
-            ctx.set(node, inputs[identifier(name)])
-        elif any(user.target is not ATTENTION for user in node.users):
+            value = inputs[identifier(name)]
+            # Core ML has no inputs without axes.
+            ctx.set(node, value if node.meta["val"].ndim else ctx.mb.squeeze(x=value, axes=ctx.ints(0)))
+        elif any(user.target not in (ATTENTION, torch.ops.aten.sym_size.int) for user in node.users):
             raise ctx.refuse(node, "something other than attention reads the cache")
 
 
@@ -212,7 +217,7 @@ def runner_notes(built: Built, shape: Shape) -> dict[str, Any]:
     return {
         "context": shape.context,
         "chunk": shape.chunk,
-        "experts": {name: identifier(f"{name}.") + "{}" for name in sorted(built.expert_tensors)},
+        "experts": {name: [rows[index] for index in sorted(rows)] for name, rows in built.expert_tensors.items()},
         "inputs": built.extra,
     }
 

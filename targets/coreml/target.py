@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -128,7 +128,7 @@ class CoremlTarget(Target):
         from moec.targets.coreml.runner import runner_notes
 
         model = MilModel.open(directory / PACKAGE)
-        return {name: _reader(model, pattern) for name, pattern in runner_notes(directory)["experts"].items()}
+        return {name: _reader(model, labels) for name, labels in runner_notes(directory)["experts"].items()}
 
     def doctor(self) -> Mapping[str, str]:
         """Building and running work anywhere; only a Mac can measure."""
@@ -148,9 +148,9 @@ class CoremlTarget(Target):
         }
 
 
-def _reader(model: MilModel, pattern: str) -> ExpertReader:
+def _reader(model: MilModel, labels: Sequence[str]) -> ExpertReader:
     def read(index: int) -> np.ndarray:
-        return model.constants(Phase.DECODE.value)[pattern.format(index)].load()
+        return model.constants(Phase.DECODE.value)[labels[index]].load()
 
     return read
 

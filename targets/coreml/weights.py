@@ -32,16 +32,20 @@ class WeightPool:
         self._arrays: dict[str, np.ndarray] = {}
         self.stored_bytes: dict[str, int] = {}
         self._types = coremltools_module("coremltools.converters.mil.mil").types
+        # int8 to numpy, with a mark that tells the builder that four bits of each are stored.
+        self._int4 = self._types.nptype_from_builtin(self._types.int4)
 
     def numpy_type(self, value: Any) -> Any:
         """The numpy type of a builder's value."""
         return self._types.nptype_from_builtin(value.dtype)
 
-    def const(self, mb: Any, name: str, array: np.ndarray, *, bits: int = 0) -> Any:
-        """A constant of the open block that is stored once under `name`; `bits` is its width where that is below 8."""
+    def const(self, mb: Any, name: str, array: np.ndarray, label: str = "") -> Any:
+        """A constant of the open block that is stored once under `name` and called `label`, or else `name` too."""
         kept = self._arrays.setdefault(name, array)
-        self.stored_bytes[name] = (kept.size * bits + 7) // 8 if bits else kept.nbytes
-        value = mb.const(val=kept, name=identifier(name))
+        value = mb.const(val=kept, name=identifier(label or name))
+        # What the builder made of it decides how wide it is in the file, not what was wanted.
+        narrow = self._types.builtin_to_string(value.dtype) in _HALF_BYTES
+        self.stored_bytes[name] = (kept.size + 1) // 2 if narrow else kept.nbytes
         if kept.size > 1:
             value.op.weight_id = name
         return value
@@ -53,33 +57,34 @@ class WeightPool:
         return self._arrays[name]
 
     def tensor(self, mb: Any, name: str, tensor: LazyTensor, type_name: str) -> Any:
-        """A whole weight as a constant of MIL type `type_name`."""
-        return self.rows(mb, name, tensor, type_name, None)
-
-    def rows(self, mb: Any, name: str, tensor: LazyTensor, type_name: str, row: int | None) -> Any:
-        """A weight, or its index `row` along axis 0 alone.
+        """A whole weight as a constant.
 
         Args:
             mb: The builder, with the block open that uses the weight.
-            name: Name of the whole tensor.
+            name: Name of the tensor.
             tensor: The weight; one with a `quantized_rows` is stored as codes and scales.
             type_name: MIL type of the result.
-            row: Index along axis 0, or None.
 
         Raises:
             UsageError: The scales have another type than the program computes in.
         """
-        own = name if row is None else f"{name}.{row}"
+        return self._stored(mb, name, tensor, type_name, None, identifier(name))
+
+    def row(self, mb: Any, name: str, tensor: LazyTensor, type_name: str, index: int, label: str) -> Any:
+        """Index `index` of a weight along axis 0 as a constant called `label`; for the other arguments see `tensor`."""
+        return self._stored(mb, f"{name}.{index}", tensor, type_name, index, label)
+
+    def _stored(self, mb: Any, own: str, tensor: LazyTensor, type_name: str, row: int | None, label: str) -> Any:
         if hasattr(tensor, "quantized_rows"):
-            return self._quantized(mb, own, tensor, type_name, row)
+            return self._quantized(mb, own, tensor, type_name, row, label)
 
         def make() -> np.ndarray:
             value = tensor.read() if row is None else tensor.rows(row, row + 1)[0]
             return np.ascontiguousarray(value.to(_TORCH[type_name]).numpy())
 
-        return self.const(mb, own, self.array(own, make))
+        return self.const(mb, own, self.array(own, make), label)
 
-    def _quantized(self, mb: Any, own: str, tensor: Any, type_name: str, row: int | None) -> Any:
+    def _quantized(self, mb: Any, own: str, tensor: Any, type_name: str, row: int | None, label: str) -> Any:
         """`constexpr_blockwise_shift_scale`: signed codes, one scale per block of the last axis, no offset or one."""
         codes, scales, points = f"{own}.codes", f"{own}.scales", f"{own}.zero_points"
         if codes not in self._arrays:
@@ -87,29 +92,24 @@ class WeightPool:
             made = tensor.quantized_rows(first, last)
             for name, part in ((codes, made.codes), (scales, made.scales), (points, made.zero_points)):
                 if part is not None:
-                    self._arrays[name] = np.ascontiguousarray((part if row is None else part[0]).numpy())
+                    value = np.ascontiguousarray((part if row is None else part[0]).numpy())
+                    packed = name != scales and tensor.format.bits == 4
+                    self._arrays[name] = value.view(self._int4) if packed else value
         if self._arrays[scales].dtype != np.dtype(_NUMPY[type_name]):
             raise UsageError(
                 f"{own}: its scales are {self._arrays[scales].dtype} and the program computes in {type_name}",
                 hint="build with --dtype fp16, or quantize with scales in fp32, such as int4:fp32",
             )
-        narrow = tensor.format.bits == 4
+        names = {"data": codes, "scale": scales, "offset": points}
         operands = {
-            "data": self._codes(mb, codes, narrow=narrow),
-            "scale": self.const(mb, scales, self._arrays[scales]),
+            key: self.const(mb, name, self._arrays[name], f"{label}_{key}")
+            for key, name in names.items()
+            if name in self._arrays
         }
-        if points in self._arrays:
-            operands["offset"] = self._codes(mb, points, narrow=narrow)
-        return mb.constexpr_blockwise_shift_scale(**operands, name=identifier(own))
-
-    def _codes(self, mb: Any, name: str, *, narrow: bool) -> Any:
-        array = self._arrays[name]
-        if not narrow:
-            return self.const(mb, name, array)
-        four_bits = self._types.nptype_from_builtin(self._types.int4)
-        return self.const(mb, name, array.astype(four_bits), bits=4)
+        return mb.constexpr_blockwise_shift_scale(**operands, name=label)
 
 
+_HALF_BYTES = ("int4", "uint4")
 _NUMPY: Mapping[str, Any] = {"fp32": np.float32, "fp16": np.float16}
 
 

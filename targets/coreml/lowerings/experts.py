@@ -49,8 +49,8 @@ def _experts(ctx: Context, node: fx.Node) -> Var:
     # Experts are summed in fp32, as the reference does.
     total = _zeros(ctx, x)
     add = _skipped if ctx.settings["skip_experts"] else _masked
-    for index in range(count):
-        own = cut(ctx, dense, 1, index, index + 1)
+    columns = [dense] if count == 1 else ctx.mb.split(x=dense, num_splits=count, axis=1)
+    for index, own in enumerate(columns):
         total = add(ctx, total, own, f"experts_{layer[0]}_{index}", _expert(ctx, node, index, x, layer[0]))
     layer[0] += 1
     return ctx.cast(total, MIL_NAMES[dtype])
@@ -102,7 +102,11 @@ def _expert(ctx: Context, node: fx.Node, index: int, x: Var, layer: int) -> Expe
 
 def _project(ctx: Context, node: fx.Node, x: Var, tensors: tuple[Any, Any], index: int, name: str) -> Var:
     dtype, transposed = result_dtype(node), bool(node.args[10])
-    weight, bias = (None if item is None else _row(ctx, item, index, dtype) for item in tensors)
+    labels = (name.replace("experts", "weights"), name.replace("experts", "biases"))
+    weight, bias = (
+        None if item is None else _row(ctx, item, index, dtype, label)
+        for item, label in zip(tensors, labels, strict=True)
+    )
     assert weight is not None
     if not transposed:
         width = int(weight.shape[0])
@@ -111,10 +115,10 @@ def _project(ctx: Context, node: fx.Node, x: Var, tensors: tuple[Any, Any], inde
     return product if bias is None else ctx.mb.add(x=product, y=bias)
 
 
-def _row(ctx: Context, argument: fx.Node, index: int, dtype: torch.dtype) -> Var:
+def _row(ctx: Context, argument: fx.Node, index: int, dtype: torch.dtype, label: str) -> Var:
     name = ctx.program.weights.resolve(str(argument.target))
-    ctx.settings["expert_tensors"].add(name)
-    return ctx.pool.rows(ctx.mb, name, ctx.lazy(argument), MIL_NAMES[dtype], index)
+    ctx.settings["expert_tensors"].setdefault(name, {})[index] = label
+    return ctx.pool.row(ctx.mb, name, ctx.lazy(argument), MIL_NAMES[dtype], index, label)
 
 
 def _activate(ctx: Context, projected: Var, gate: Gate, dtype: torch.dtype) -> Var:
