@@ -31,6 +31,7 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run modelling code that the checkpoint brings along.")
 ]
+ROUTING = "Dynamic routing"
 ArtifactDirectory = Annotated[Path, typer.Argument(metavar="DIRECTORY", help="The artifact.")]
 
 
@@ -44,6 +45,25 @@ def export(
         str | None, typer.Option(metavar="fp32|fp16", help="Precision of what is not quantized. (default: fp32)")
     ] = None,
     recipe: Annotated[Path | None, typer.Option(help="Recipe file (YAML); other flags override it.")] = None,
+    routing: Annotated[
+        str | None, typer.Option(metavar="POLICY|off", help="Let tokens use fewer experts.", rich_help_panel=ROUTING)
+    ] = None,
+    expert_budget: Annotated[
+        str | None, typer.Option(metavar="SHARE", help="Share of the experts' slots to keep.", rich_help_panel=ROUTING)
+    ] = None,
+    max_quality_loss: Annotated[
+        str | None, typer.Option(metavar="1%", help="Most that perplexity may rise.", rich_help_panel=ROUTING)
+    ] = None,
+    calibration: Annotated[Path | None, typer.Option(help="File of moec calibrate.", rich_help_panel=ROUTING)] = None,
+    routing_text: Annotated[
+        Path | None, typer.Option(help="Calibration text; moec brings one along.", rich_help_panel=ROUTING)
+    ] = None,
+    routing_input: Annotated[
+        bool, typer.Option("--routing-input", help="Make the threshold an input.", rich_help_panel=ROUTING)
+    ] = False,
+    prune_experts: Annotated[
+        str | None, typer.Option(metavar="SHARE", help="Share of experts to remove.", rich_help_panel=ROUTING)
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an artifact at the output.")] = False,
     no_gates: Annotated[bool, typer.Option("--no-gates", help="Do not prove the artifact.")] = False,
     trust_remote_code: Trust = False,
@@ -58,6 +78,7 @@ def export(
     """
     from moec.compiler.api import merge
     from moec.compiler.errors import UsageError
+    from moec.compiler.flags import given
     from moec.compiler.pipeline import compile_recipe
 
     if output is None:
@@ -68,11 +89,45 @@ def export(
         "dtype": dtype,
         "trust_remote_code": trust_remote_code or None,
     }
-    wanted = merge(recipe, {**common, **options})
+    flags = {
+        "policy": routing,
+        "budget": expert_budget,
+        "max_quality_loss": max_quality_loss,
+        "calibration": None if calibration is None else str(calibration),
+        "text": None if routing_text is None else str(routing_text),
+        "runtime_input": routing_input or None,
+        "prune": prune_experts,
+    }
+    wanted = merge(recipe, {**common, "routing": given(flags) or None, **options})
     console = Console(json_output, quiet, debug)
     with console.progress() as progress:
         result = compile_recipe(wanted, output, overwrite=overwrite, gates=not no_gates, progress=progress)
     return _show_result(console, result)
+
+
+def calibrate(
+    checkpoint: Annotated[str, typer.Argument(help="Directory or hub id.")],
+    policy: Annotated[str, typer.Option("--policy", help="Routing policy, such as top-p.")],
+    budget: Annotated[str, typer.Option("--budget", metavar="0.5,0.6,...", help="Shares of the slots to keep.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to write.")],
+    text: Annotated[Path | None, typer.Option(help="A text file or a directory; moec brings one along.")] = None,
+    trust_remote_code: Trust = False,
+    json_output: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> int:
+    """Fit a routing policy to expert budgets; 'moec export --calibration FILE' takes the result."""
+    from moec.compiler import routing as plans
+
+    console = Console(json_output, quiet, debug)
+    budgets = plans.parse_budgets(budget)
+    with console.progress() as progress:
+        found = plans.calibrate_file(
+            checkpoint, policy, budgets, output, text=text, trust_remote_code=trust_remote_code, progress=progress
+        )
+    rows = [(f"{entry['budget']:g}", f"{entry['kept_share']:.1%}") for entry in found["entries"]]
+    console.result(found, lambda: console.rows(rows, header=("budget", "slots kept")))
+    return 0
 
 
 def validate(
@@ -146,6 +201,10 @@ def run(
 
 def inspect(
     location: Annotated[str, typer.Argument(metavar="CHECKPOINT|DIRECTORY", help="Checkpoint, hub id or artifact.")],
+    text: Annotated[str | None, typer.Option(help="Colour this text by the experts that each token uses.")] = None,
+    against: Annotated[
+        str | None, typer.Option(metavar="CHECKPOINT", help="What the artifact was built from; for --text.")
+    ] = None,
     trust_remote_code: Trust = False,
     json_output: Json = False,
     debug: Debug = False,
@@ -154,6 +213,12 @@ def inspect(
     from moec.compiler import inspect as inspection
 
     console = Console(json_output, debug=debug)
+    if text is not None:
+        from moec.compiler.token_view import coloured, experts_by_token
+
+        view = experts_by_token(location, text, against, trust_remote_code=trust_remote_code)
+        console.result({"tokens": view}, lambda: console.show(coloured(view)))
+        return 0
     found = inspection.inspect(location, trust_remote_code=trust_remote_code)
     console.result(found, lambda: console.rows(inspection.describe(found)))
     return 0
@@ -284,7 +349,7 @@ def _application(arguments: list[str]) -> typer.Typer:
         """Compile mixture-of-experts checkpoints into deployment artifacts, with proof."""
 
     app.command("export")(_guarded(_export_command(arguments)))
-    for command in (validate, verify, run, inspect, doctor, families):
+    for command in (calibrate, validate, verify, run, inspect, doctor, families):
         app.command(command.__name__)(_guarded(command))
     return app
 

@@ -65,6 +65,10 @@ def merge(recipe: Path | None, given: Mapping[str, Any]) -> Recipe:
     for name, value in given.items():
         if value is not None:
             (fields if name in Recipe.model_fields else extra)[name] = value
+    if isinstance(routing := given.get("routing"), Mapping):
+        # What was said first of the same section goes where it was not said again.
+        in_section = read_recipe(recipe).get("routing") if recipe else None
+        fields["routing"] = {**in_section, **routing} if isinstance(in_section, Mapping) else dict(routing)
     if extra:
         in_file = fields.get("options") or {}
         fields["options"] = {**in_file, **extra} if isinstance(in_file, Mapping) else in_file

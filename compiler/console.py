@@ -20,6 +20,7 @@ from moec.compiler.errors import MoecError
 
 if TYPE_CHECKING:
     import rich.console
+    import rich.text
 
 INTERNAL, INTERRUPTED = 70, 130
 _STYLES = {"pass": "green", "fail": "bold red", "not run": "yellow", "yes": "green", "no": "red"}
@@ -61,6 +62,10 @@ class Console:
 
     def line(self, text: str) -> None:
         """A line on stdout, however long."""
+        self._out.print(text, soft_wrap=True)
+
+    def show(self, text: rich.text.Text) -> None:
+        """A styled text on stdout."""
         self._out.print(text, soft_wrap=True)
 
     def note(self, text: str) -> None:

@@ -7,7 +7,7 @@ import importlib.metadata
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,11 @@ from moec.compiler.gates.verdict import Status, Verdict
 from moec.compiler.program import Program
 from moec.compiler.recipe import Recipe, make_recipe, validate
 from moec.compiler.rejections import Rejection
+from moec.compiler.routing import RoutingPlan, measure_savings, plan_routing
 from moec.compiler.staging import check_output, staged
 from moec.compiler.summary import model_summary
 from moec.targets import get_target
-from moec.targets.base import Progress, Target, TargetOptions
+from moec.targets.base import Phase, Progress, Target, TargetOptions
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 _TOOLS = ("torch", "transformers", "safetensors", "numpy")
@@ -73,6 +74,7 @@ class _Built:
     program: Program
     model: Mapping[str, Any]
     pass_log: Sequence[Mapping[str, Any]]
+    routing: RoutingPlan
 
 
 @dataclass
@@ -133,11 +135,12 @@ def compile_recipe(
                 shutil.copyfile(path, directory / path.name)
             content = {
                 "source": _source(built.checkpoint),
-                "recipe": recipe.canonical(options),
+                "recipe": {**recipe.canonical(options), "routing": built.routing.recorded},
                 "model": built.model,
                 "passes": built.pass_log,
                 "rejections": [asdict(rejection) for rejection in lowered.rejections],
                 "signature": lowered.signature,
+                **({"routing": built.routing.facts} if built.routing.facts else {}),
                 "model_files": sorted(lowered.model_files),
                 "facts": lowered.facts,
                 "tools": _tools(target),
@@ -197,15 +200,23 @@ def _build(recipe: Recipe, target: Target, options: TargetOptions, stages: _Stag
         checkpoint = Checkpoint.open(recipe.checkpoint, trust_remote_code=recipe.trust_remote_code)
         captured = capture(checkpoint, dtype=_DTYPES[recipe.dtype])
         model = model_summary(captured)
+    settings = None if recipe.routing is None or recipe.routing.does_nothing else recipe.routing
+    with stages("routing") if settings else contextlib.nullcontext():
+        routing = plan_routing(settings, checkpoint, captured, stages.progress)
     with stages("passes"):
-        chosen = (*passes.default_passes(), *target.passes(options))
+        chosen = (*passes.default_passes(), *routing.passes, *target.passes(options))
         program, log = passes.run_passes(captured, chosen, lambda record: stages.progress(f"pass {record.name}", 1, 1))
     # Without the times: moec.json is the same on every rebuild.
     kept = [
         {"name": record.name, "modified": record.modified, "rejections": [asdict(item) for item in record.rejections]}
         for record in log
     ]
-    return _Built(checkpoint, captured, program, model, kept)
+    if settings:
+        with stages("accounting"):
+            capabilities = {phase: target.capabilities(options, phase) for phase in Phase}
+            savings = measure_savings(settings, checkpoint, captured, program, capabilities)
+            routing = replace(routing, facts={**(routing.facts or {}), "accounting": savings})
+    return _Built(checkpoint, captured, program, model, kept, routing)
 
 
 def _cannot_lower(target: Target, refused: Sequence[Rejection]) -> LoweringError:

@@ -6,6 +6,9 @@ target: onnx
 dtype: fp16
 options:                               # of the target; see `moec export --target onnx --help`
   flavor: genai
+routing:                               # see docs/routing.md; without it every token uses all its experts
+  policy: top-p
+  budget: 0.6                          # or max_quality_loss: 1%, or calibration: FILE, or parameters: {mass: 0.9}
 ```
 """
 
@@ -14,15 +17,63 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from moec.compiler.errors import UsageError
 
 DType = Literal["fp32", "fp16"]
 Model = TypeVar("Model", bound=BaseModel)
+
+
+def _fraction(value: Any) -> Any:
+    """A share that may be written in percent: "1%" is 0.01."""
+    if isinstance(value, str) and value.strip().endswith("%"):
+        try:
+            return float(value.strip()[:-1]) / 100
+        except ValueError:
+            return value
+    return value
+
+
+class RoutingRecipe(BaseModel):
+    """Which experts a token may do without."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    policy: str = Field(default="off", description="Routing policy, or off.")
+    budget: Annotated[float | None, BeforeValidator(_fraction)] = Field(
+        default=None, gt=0, le=1, description="Share of the pretrained top-k to keep."
+    )
+    max_quality_loss: Annotated[float | None, BeforeValidator(_fraction)] = Field(
+        default=None,
+        ge=0,
+        description="Largest relative increase of perplexity that the saving may cost.",
+    )
+    calibration: str | None = Field(default=None, description="File that moec calibrate wrote.")
+    parameters: dict[str, Any] | None = Field(default=None, description="Parameters of the policy, not calibrated.")
+    text: str | None = Field(default=None, description="Calibration text: a file or a directory.")
+    runtime_input: bool = Field(default=False, description="Make the policy's threshold an input with a default.")
+    prune: Annotated[float | None, BeforeValidator(_fraction)] = Field(
+        default=None, gt=0, lt=1, description="Share of every layer's experts to remove, by REAP saliency."
+    )
+    removed: list[list[int]] | None = Field(default=None, description="Experts to remove, a list per MoE layer.")
+
+    @property
+    def does_nothing(self) -> bool:
+        """Whether it leaves the model as it is."""
+        return self.policy == "off" and not self.prune and self.removed is None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        sources = [self.max_quality_loss, self.parameters, self.calibration or self.budget]
+        if sum(source is not None for source in sources) > 1:
+            raise ValueError("budget or calibration, max_quality_loss and parameters exclude each other")
+        if self.policy == "off" and (self.runtime_input or any(source is not None for source in sources)):
+            raise ValueError("settings of a policy are given, but no policy")
+        return self
 
 
 class Recipe(BaseModel):
@@ -34,6 +85,7 @@ class Recipe(BaseModel):
     target: str = Field(min_length=1, description="Name of the target.")
     dtype: DType = Field(default="fp32", description="Precision of activations and of weights that are not quantized.")
     options: dict[str, Any] = Field(default_factory=dict, description="Options of the target.")
+    routing: RoutingRecipe | None = Field(default=None, description="Dynamic routing and expert pruning.")
     trust_remote_code: bool = Field(default=False, description="Run modelling code that the checkpoint brings along.")
 
     def canonical(self, options: BaseModel) -> dict[str, Any]:
@@ -69,6 +121,9 @@ def read_recipe(path: Path) -> dict[str, Any]:
     checkpoint = fields.get("checkpoint")
     if isinstance(checkpoint, str) and checkpoint.startswith("."):
         fields["checkpoint"] = str(path.parent / checkpoint)
+    if isinstance(routing := fields.get("routing"), dict):
+        near = {key: str(path.parent / str(routing[key])) for key in ("calibration", "text") if routing.get(key)}
+        fields["routing"] = {**routing, **near}
     return fields
 
 

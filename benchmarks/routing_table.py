@@ -1,0 +1,193 @@
+"""Table of all routing policies at all budgets on held-out text: `python benchmarks/routing_table.py`.
+
+Everything is calibrated on the calibration text; the held-out texts are only judged on. Perplexity comes from the
+interpreter, which runs the very Program that targets lower. Results of single runs are kept beside the output, so that
+an interrupted run goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from moec import passes
+from moec.compiler.capture import capture
+from moec.compiler.checkpoint import Checkpoint
+from moec.compiler.perplexity import RESAMPLES
+from moec.compiler.program import Program
+from moec.compiler.text import read_text, tokenize, windows
+from moec.passes.dynamic_routing import DynamicRouting
+from moec.passes.routing.base import Policy
+from moec.passes.routing.calibrate import fit
+from moec.passes.routing.collect import Collector, collect, measure_sensitivities
+from moec.passes.routing.table import BUILT_IN, parameters_of
+from moec.passes.routing.top_p import TopP
+from moec.passes.routing.traces import kept_share, replay
+
+ROOT = Path(__file__).resolve().parents[1]
+MODEL = ROOT / "golden_models" / "olmoe-tiny"
+LENGTH = 256
+BUDGETS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
+GOAL, MARGIN = 0.70, 0.03
+"""Share of slots that may remain, and by how much the budget on calibration text stays below it."""
+TEXTS = {
+    "kjv": ("heldout_kjv.txt", 48, 96),
+    "python": ("heldout_python.txt", 0, 24),
+    "austen": ("heldout_austen.txt", 0, 24),
+}
+"""Text: file, first window, windows. The first 48 windows of kjv served while the policies were written."""
+BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
+
+
+def judge(program: Program, texts: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Loss of every window and share of the slots that are executed, by text."""
+    found: dict[str, Any] = {}
+    for name, chosen in texts.items():
+        collector, losses = Collector(program), list[float]()
+
+        def score(ids: np.ndarray, logits: np.ndarray, losses: list[float] = losses) -> None:
+            predicted, wanted = torch.from_numpy(logits)[:, :-1], torch.from_numpy(ids)[:, 1:]
+            each = torch.nn.functional.cross_entropy(predicted.flatten(0, 1), wanted.flatten(), reduction="none")
+            losses.extend(each.double().view(len(ids), -1).mean(1).tolist())
+
+        collector.run(chosen, judge=score)
+        live = [float((trace.weights != 0).double().mean()) for trace in collector.traces()]
+        found[name] = {"losses": losses, "kept": float(np.mean(live)), "kept_per_layer": live}
+    return found
+
+
+def increase(losses: np.ndarray, reference: np.ndarray) -> tuple[float, float, float]:
+    """Relative increase of perplexity with its paired bootstrap 95 % interval over windows."""
+    difference = losses - reference
+    draws = np.random.default_rng(0).integers(0, len(difference), (RESAMPLES, len(difference)))
+    low, high = np.quantile(np.exp(difference[draws].mean(1)) - 1, [0.025, 0.975])
+    return float(np.exp(difference.mean()) - 1), float(low), float(high)
+
+
+def jobs(traces: list[Any], sensitivities: Any) -> dict[str, Policy]:
+    """Every policy at every budget, calibrated on the calibration text; those that come out alike once."""
+    made: dict[str, Policy] = {}
+    for kind in BUILT_IN:
+        for budget in BUDGETS:
+            made[f"{kind.name} {budget:.2f}"] = fit(kind.name, traces, budget, sensitivities)
+    goal = GOAL - MARGIN
+    made[f"top-p-plain {goal:.2f}"] = fit(TopP.name, traces, goal)
+    for name in (TopP.name, "capped", "random-drop"):
+        made[f"{name} {goal:.2f}"] = fit(name, traces, goal, sensitivities)
+    for k in range(1, traces[0].weights.shape[1]):
+        made[f"uniform-k k={k}"] = fit("uniform-k", traces, k / traces[0].weights.shape[1])
+    return made
+
+
+def measure(cache: Path) -> dict[str, Any]:
+    """Judge everything; what the cache holds is taken from there."""
+    checkpoint = Checkpoint.open(MODEL)
+    program, _ = passes.run_passes(capture(checkpoint), passes.default_passes())
+    tokens = tokenize(MODEL, read_text())
+    # The text has several sources, one after the other: windows from all over it.
+    every = windows(tokens, LENGTH)
+    chosen = every[:: max(1, len(every) // 64)][:64]
+    traces = collect(program, chosen)
+    sensitivities = measure_sensitivities(program, chosen[::8])
+    texts = {
+        name: windows(tokenize(MODEL, read_text(MODEL / "texts" / file)), LENGTH, count, start=first)
+        for name, (file, first, count) in TEXTS.items()
+    }
+    results: dict[str, Any] = json.loads(cache.read_text()) if cache.is_file() else {}
+    layers = replay(traces)
+    for name, policy in {"off": None, **jobs(traces, sensitivities)}.items():
+        parameters = None if policy is None else json.loads(json.dumps(parameters_of(policy)))
+        if name in results and results[name]["parameters"] == parameters:
+            continue
+        routed = program if policy is None else DynamicRouting(policy).run(program).program
+        share = 1.0 if policy is None else kept_share(policy, layers)
+        results[name] = {"parameters": parameters, "calibration_kept": share, **judge(routed, texts)}
+        cache.write_text(json.dumps(results))
+        print(f"{name}: kept {results[name]['kjv']['kept']:.3f}", flush=True)
+    return results
+
+
+def row(name: str, found: dict[str, Any], off: dict[str, Any]) -> str:
+    """One line of the table."""
+    policy, budget = name.split()
+    cells = [policy, budget, f"{found['calibration_kept']:.1%}", f"{found['kjv']['kept']:.1%}"]
+    for text in TEXTS:
+        mean, low, high = increase(np.array(found[text]["losses"]), np.array(off[text]["losses"]))
+        cells.append(f"{mean:+.2%} [{low:+.2%}, {high:+.2%}]")
+    return "| " + " | ".join(cells) + " |"
+
+
+def interpolated(results: dict[str, Any], kept: float, text: str) -> np.ndarray:
+    """Loss of uniform-k per window, interpolated between whole numbers of experts at a kept share."""
+    points = {
+        found[text]["kept"]: found[text]["losses"] for name, found in results.items() if name.startswith("uniform-k k=")
+    }
+    points[results["off"][text]["kept"]] = results["off"][text]["losses"]
+    shares = sorted(points)
+    table = np.array([points[share] for share in shares])
+    return np.array([np.interp(kept, shares, column) for column in table.T])
+
+
+def verdict(results: dict[str, Any]) -> list[str]:
+    """The sentences that say what the table shows."""
+    goal = f"{GOAL - MARGIN:.2f}"
+    off = np.array(results["off"]["kjv"]["losses"])
+    lines = [
+        f"At {GOAL - MARGIN:.0%} of the slots on calibration text ({MARGIN:.0%} below the goal of {GOAL:.0%}), on kjv:",
+        "",
+    ]
+    for name in (f"top-p-plain {goal}", f"top-p {goal}", f"capped {goal}"):
+        found = results[name]["kjv"]
+        losses = np.array(found["losses"])
+        mean, low, high = increase(losses, off)
+        uniform = interpolated(results, found["kept"], "kjv")
+        better, least, most = increase(losses, uniform)
+        drop = results[f"random-drop {goal}"]["kjv"]
+        drop_mean = float((np.array(drop["losses"]) - off).mean())
+        own = float((losses - off).mean())
+        lines.append(
+            f"- `{name.split()[0]}`: {1 - found['kept']:.1%} of the expert FLOPs are not executed; "
+            f"perplexity {mean:+.2%} [{low:+.2%}, {high:+.2%}]; "
+            f"against uniform-k at the same FLOPs {better:+.2%} [{least:+.2%}, {most:+.2%}]; "
+            f"loss {own:+.4f} nats, random-drop at {drop['kept']:.1%} of the slots {drop_mean:+.4f} nats"
+        )
+    return lines
+
+
+def table(results: dict[str, Any]) -> str:
+    """The table as Markdown."""
+    header = [
+        "policy",
+        "budget",
+        "kept, calibration",
+        "executed FLOPs, kjv",
+        *(f"perplexity, {text}" for text in TEXTS),
+    ]
+    rows = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    rows += [row(name, found, results["off"]) for name, found in results.items() if name != "off" and "k=" not in name]
+    return "\n".join([*rows, "", *verdict(results)])
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--output", type=Path, default=ROOT / "docs" / "routing.md", help="page whose table is replaced"
+    )
+    parser.add_argument("--cache", type=Path, default=ROOT / "benchmarks" / "routing_table.json", help="single runs")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    text = table(measure(arguments.cache))
+    page = arguments.output.read_text(encoding="utf-8") if arguments.output.is_file() else f"{BEGIN}\n{END}\n"
+    before, _, rest = page.partition(BEGIN)
+    after = rest.partition(END)[2]
+    arguments.output.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
