@@ -173,7 +173,7 @@ def to_html(report: Mapping[str, Any]) -> str:
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"size": _size, "seconds": _seconds, "error": _error}
-    return environment.from_string(template).render(
+    page: str = environment.from_string(template).render(
         report=report,
         name=", ".join(report["model"].get("architectures", ())) or "artifact",
         coverage=_coverage(report),
@@ -181,6 +181,7 @@ def to_html(report: Mapping[str, Any]) -> str:
         sizes=_bars(report["tensor_bytes"] or report["files"]),
         timings=_bars(report["timings"]),
     )
+    return page
 
 
 def _bars(values: Mapping[str, float]) -> list[dict[str, Any]]:

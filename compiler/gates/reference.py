@@ -101,8 +101,9 @@ def load_source(checkpoint: Checkpoint) -> Logits:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    bars_of: Any = logging  # untyped there
+    bars = bars_of.is_progress_bar_enabled()
+    bars_of.disable_progress_bar()
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             checkpoint.directory,
@@ -114,7 +115,7 @@ def load_source(checkpoint: Checkpoint) -> Logits:
         )
     finally:
         if bars:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+            bars_of.enable_progress_bar()
     model: PreTrainedModel = loaded[0]
     info: Mapping[str, Any] = loaded[1]
     if missing := sorted(info["missing_keys"]):

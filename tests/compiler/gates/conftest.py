@@ -45,7 +45,7 @@ def prompts(program: Program) -> Prompts:
     return Prompts(program.vocab_size, seed=3)
 
 
-def changed(program: Program, name: str, change: Callable[[torch.Tensor], None]) -> Program:
+def changed(program: Program, name: str, change: Callable[[torch.Tensor], object]) -> Program:
     """`program` with the weight `name` changed in place."""
     value = program.weights.read(name).clone()
     change(value)
