@@ -19,7 +19,6 @@ from moec.compiler.program import EXPERTS, SELECT
 from moec.targets.coreml.context import MIL_NAMES, NUMPY, Context, Var, result_dtype
 from moec.targets.coreml.lowerings.elementwise import Lowering, where
 from moec.targets.coreml.lowerings.shape import cut
-from moec.targets.coreml.weights import identifier
 
 
 def gate_of(node: fx.Node) -> Gate:
@@ -67,26 +66,36 @@ Expert = Callable[[], Var]
 
 
 def _skipped(ctx: Context, total: Var, own: Var, name: str, expert: Expert) -> Var:
-    """`total` plus the expert's result if its weight is not 0; one token."""
+    """`total` plus the expert's results, if any token uses it."""
     mb = ctx.mb
-    weight = mb.squeeze(x=own, axes=ctx.ints(0, 1))
-    used = mb.not_equal(x=weight, y=ctx.tensor(0.0, torch.float32))
+    used = mb.not_equal(x=own, y=ctx.tensor(0.0, torch.float32))
+    several = own.shape[0] != 1
+    if several:
+        # A family whose experts scale their input has a row for each slot of the one token.
+        taken = mb.reduce_max(x=ctx.cast(used, "int32"), axes=ctx.ints(0, 1), keep_dims=ctx.constant(False))
+        needed = ctx.cast(taken, "bool")
+    else:
+        needed = mb.squeeze(x=used, axes=ctx.ints(0, 1))
 
     def run() -> Var:
         with ctx.branch():
-            return mb.add(x=total, y=mb.mul(x=ctx.cast(expert(), "fp32"), y=weight))
+            share = mb.mul(x=ctx.cast(expert(), "fp32"), y=own)
+            return mb.add(x=total, y=_of_used(ctx, used, share) if several else share)
 
-    return mb.cond(pred=used, _true_fn=run, _false_fn=lambda: mb.identity(x=total), name=identifier(name))
+    return mb.cond(pred=needed, _true_fn=run, _false_fn=lambda: mb.identity(x=total), name=name)
 
 
 def _masked(ctx: Context, total: Var, own: Var, name: str, expert: Expert) -> Var:
-    """`total` plus the results of the tokens whose weight is not 0; what it makes of others, NaN too, is dropped."""
+    """`total` plus the expert's results, computed for every token."""
     mb = ctx.mb
-    result = ctx.cast(expert(), "fp32")
-    zero = ctx.tensor(0.0, torch.float32)
-    used = mb.not_equal(x=own, y=zero)
-    share = mb.select(cond=used, a=mb.mul(x=result, y=own), b=zero)
-    return mb.add(x=total, y=share, name=identifier(name))
+    share = mb.mul(x=ctx.cast(expert(), "fp32"), y=own)
+    used = mb.not_equal(x=own, y=ctx.tensor(0.0, torch.float32))
+    return mb.add(x=total, y=_of_used(ctx, used, share), name=name)
+
+
+def _of_used(ctx: Context, used: Var, share: Var) -> Var:
+    """Only the rows whose weight is not 0: what the expert makes of the others, NaN too, is dropped."""
+    return ctx.mb.select(cond=used, a=share, b=ctx.tensor(0.0, torch.float32))
 
 
 def _expert(ctx: Context, node: fx.Node, index: int, x: Var, layer: int) -> Expert:
