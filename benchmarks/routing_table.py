@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "golden_models" / "olmoe-tiny"
 LENGTH = 256
 BUDGETS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
-GOAL, MARGIN = 0.70, 0.03
+GOAL, MARGIN = 0.70, 0.02
 """Share of slots that may remain, and by how much the budget on calibration text stays below it."""
 TEXTS = {
     "kjv": ("heldout_kjv.txt", 48, 96),
@@ -41,6 +41,9 @@ TEXTS = {
     "austen": ("heldout_austen.txt", 0, 24),
 }
 """Text: file, first window, windows. The first 48 windows of kjv served while the policies were written."""
+FRESH = "kjv, fresh"
+FRESH_WINDOWS = ("heldout_kjv.txt", 144, 96)
+"""Windows for the verdict alone: nobody looked at them before the margin was set."""
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
 
 
@@ -70,45 +73,55 @@ def increase(losses: np.ndarray, reference: np.ndarray) -> tuple[float, float, f
 
 
 def jobs(traces: list[Any], sensitivities: Any) -> dict[str, Policy]:
-    """Every policy at every budget, calibrated on the calibration text; those that come out alike once."""
+    """Every policy at every budget, calibrated on the calibration text; at the goal those of the verdict."""
     made: dict[str, Policy] = {}
     for kind in BUILT_IN:
         for budget in BUDGETS:
             made[f"{kind.name} {budget:.2f}"] = fit(kind.name, traces, budget, sensitivities)
+    top_k = traces[0].weights.shape[1]
+    for k in range(1, top_k):
+        made[f"uniform-k k={k}"] = fit("uniform-k", traces, k / top_k)
     goal = GOAL - MARGIN
     made[f"top-p-plain {goal:.2f}"] = fit(TopP.name, traces, goal)
-    for name in (TopP.name, "capped", "random-drop"):
+    for name in (TopP.name, "threshold", "random-drop"):
         made[f"{name} {goal:.2f}"] = fit(name, traces, goal, sensitivities)
-    for k in range(1, traces[0].weights.shape[1]):
-        made[f"uniform-k k={k}"] = fit("uniform-k", traces, k / traces[0].weights.shape[1])
     return made
+
+
+def in_verdict(name: str) -> bool:
+    """Whether the verdict needs this run on the fresh windows."""
+    return name == "off" or "k=" in name or name.endswith(f"{GOAL - MARGIN:.2f}")
 
 
 def measure(cache: Path) -> dict[str, Any]:
     """Judge everything; what the cache holds is taken from there."""
     checkpoint = Checkpoint.open(MODEL)
     program, _ = passes.run_passes(capture(checkpoint), passes.default_passes())
-    tokens = tokenize(MODEL, read_text())
+    every = windows(tokenize(MODEL, read_text()), LENGTH)
     # The text has several sources, one after the other: windows from all over it.
-    every = windows(tokens, LENGTH)
     chosen = every[:: max(1, len(every) // 64)][:64]
     traces = collect(program, chosen)
     sensitivities = measure_sensitivities(program, chosen[::8])
     texts = {
         name: windows(tokenize(MODEL, read_text(MODEL / "texts" / file)), LENGTH, count, start=first)
-        for name, (file, first, count) in TEXTS.items()
+        for name, (file, first, count) in {**TEXTS, FRESH: FRESH_WINDOWS}.items()
     }
     results: dict[str, Any] = json.loads(cache.read_text()) if cache.is_file() else {}
     layers = replay(traces)
     for name, policy in {"off": None, **jobs(traces, sensitivities)}.items():
         parameters = None if policy is None else json.loads(json.dumps(parameters_of(policy)))
-        if name in results and results[name]["parameters"] == parameters:
-            continue
-        routed = program if policy is None else DynamicRouting(policy).run(program).program
-        share = 1.0 if policy is None else kept_share(policy, layers)
-        results[name] = {"parameters": parameters, "calibration_kept": share, **judge(routed, texts)}
-        cache.write_text(json.dumps(results))
-        print(f"{name}: kept {results[name]['kjv']['kept']:.3f}", flush=True)
+        if results.get(name, {}).get("parameters", parameters) != parameters:
+            del results[name]
+        found = results.setdefault(name, {"parameters": parameters})
+        found["calibration_kept"] = 1.0 if policy is None else kept_share(policy, layers)
+        missing = {
+            text: ids for text, ids in texts.items() if text not in found and (text != FRESH or in_verdict(name))
+        }
+        if missing:
+            routed = program if policy is None else DynamicRouting(policy).run(program).program
+            found |= judge(routed, missing)
+            cache.write_text(json.dumps(results))
+            print(f"{name}: kept {found['kjv']['kept']:.3f}", flush=True)
     return results
 
 
@@ -134,29 +147,29 @@ def interpolated(results: dict[str, Any], kept: float, text: str) -> np.ndarray:
 
 
 def verdict(results: dict[str, Any]) -> list[str]:
-    """The sentences that say what the table shows."""
+    """The second table: the goal on fresh windows, against uniform-k at the same FLOPs and random-drop."""
     goal = f"{GOAL - MARGIN:.2f}"
-    off = np.array(results["off"]["kjv"]["losses"])
-    lines = [
-        f"At {GOAL - MARGIN:.0%} of the slots on calibration text ({MARGIN:.0%} below the goal of {GOAL:.0%}), on kjv:",
-        "",
-    ]
-    for name in (f"top-p-plain {goal}", f"top-p {goal}", f"capped {goal}"):
-        found = results[name]["kjv"]
+    off = np.array(results["off"][FRESH]["losses"])
+    drop = results[f"random-drop {goal}"][FRESH]
+    dropped = float((np.array(drop["losses"]) - off).mean())
+    header = ["policy", "expert FLOPs not executed", "perplexity", "against uniform-k at the same FLOPs", "loss, nats"]
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    for name in (f"top-p-plain {goal}", f"top-p {goal}", f"threshold {goal}"):
+        found = results[name][FRESH]
         losses = np.array(found["losses"])
         mean, low, high = increase(losses, off)
-        uniform = interpolated(results, found["kept"], "kjv")
-        better, least, most = increase(losses, uniform)
-        drop = results[f"random-drop {goal}"]["kjv"]
-        drop_mean = float((np.array(drop["losses"]) - off).mean())
-        own = float((losses - off).mean())
-        lines.append(
-            f"- `{name.split()[0]}`: {1 - found['kept']:.1%} of the expert FLOPs are not executed; "
-            f"perplexity {mean:+.2%} [{low:+.2%}, {high:+.2%}]; "
-            f"against uniform-k at the same FLOPs {better:+.2%} [{least:+.2%}, {most:+.2%}]; "
-            f"loss {own:+.4f} nats, random-drop at {drop['kept']:.1%} of the slots {drop_mean:+.4f} nats"
-        )
-    return lines
+        better, least, most = increase(losses, interpolated(results, found["kept"], FRESH))
+        cells = [
+            name.split()[0],
+            f"{1 - found['kept']:.1%}",
+            f"{mean:+.2%} [{low:+.2%}, {high:+.2%}]",
+            f"{better:+.2%} [{least:+.2%}, {most:+.2%}]",
+            f"{float((losses - off).mean()):+.4f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    mean, low, high = increase(np.array(drop["losses"]), off)
+    cells = ["random-drop", f"{1 - drop['kept']:.1%}", f"{mean:+.2%} [{low:+.2%}, {high:+.2%}]", "", f"{dropped:+.4f}"]
+    return [*lines, "| " + " | ".join(cells) + " |"]
 
 
 def table(results: dict[str, Any]) -> str:

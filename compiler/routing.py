@@ -25,7 +25,7 @@ from moec.passes.prune_experts import PruneExperts, choose_removed
 from moec.passes.routing.base import Policy
 from moec.passes.routing.calibrate import fit
 from moec.passes.routing.calibration import Sensitivities
-from moec.passes.routing.collect import Collector, collect, measure_sensitivities
+from moec.passes.routing.collect import MASSES, Collector, collect, measure_sensitivities
 from moec.passes.routing.search import Saving, largest_saving
 from moec.passes.routing.table import parameters_of, policy, policy_type
 from moec.passes.routing.traces import RoutingTrace, kept_per_layer, kept_share, replay
@@ -39,8 +39,6 @@ LENGTH = 256
 WINDOWS = 64
 SENSITIVITY_WINDOWS = 8
 ACCOUNTED_WINDOWS = 8
-NEEDS_SENSITIVITIES = ("layer-k", "capped", "top-p", "threshold")
-"""Policies whose parameters per layer come from measured losses."""
 STAGE = "calibrate routing"
 
 
@@ -79,12 +77,17 @@ class _Material:
         return collect(self.program, self.chosen, lambda done, total: progress(STAGE, done, total))
 
     def sensitivities(self, name: str, progress: Progress) -> Sensitivities | None:
-        if name not in NEEDS_SENSITIVITIES:
+        wanted = policy_type(name).sensitivities
+        if not wanted:
             return None
         step = max(1, len(self.chosen) // SENSITIVITY_WINDOWS)
         sample = self.chosen[::step][:SENSITIVITY_WINDOWS]
         return measure_sensitivities(
-            self.program, sample, told=lambda done, total: progress("routing sensitivities", done, total)
+            self.program,
+            sample,
+            ks="k" in wanted,
+            masses=MASSES if "mass" in wanted else (),
+            told=lambda done, total: progress("routing sensitivities", done, total),
         )
 
 

@@ -137,6 +137,8 @@ class Policy(ABC):
     """Values of the knob between which the kept share goes from least to all, or from all to least."""
     bisected: ClassVar[bool] = True
     """Calibration bisects the knob; False: `prepare` sets it."""
+    sensitivities: ClassVar[frozenset[str]] = frozenset()
+    """What calibration measures for `prepare`: "k" (the loss of every k per layer), "mass" (that of top-p masses)."""
     keeps_largest: ClassVar[bool] = False
     """The rule by itself never drops the largest slot, so that `select` need not add it."""
 

@@ -28,6 +28,7 @@ class Capped(TopP):
     """
 
     name: ClassVar[str] = "capped"
+    sensitivities: ClassVar[frozenset[str]] = frozenset({"k", "mass"})
 
     caps: tuple[int, ...] = ()
 

@@ -144,6 +144,7 @@ def measure_sensitivities(
     program: Program,
     windows: np.ndarray,
     *,
+    ks: bool = True,
     masses: tuple[float, ...] = MASSES,
     told: Told = silent,
 ) -> Sensitivities:
@@ -152,6 +153,7 @@ def measure_sensitivities(
     Args:
         program: A Program without a policy.
         windows: Token ids [n, length]; fewer are taken where their logits would not fit into half a gigabyte.
+        ks: Measure every k below the pretrained one in every layer.
         masses: Measure top-p at these masses, which fall from 1; empty: do not.
         told: Called with how many measurements are done and how many there are.
     """
@@ -159,7 +161,7 @@ def measure_sensitivities(
     windows = windows[:most]
     reference = [log_softmax(ProgramRunner(program).prefill(batch)) for batch in _batches(windows)]
     tops = [row.top_k for row in program.layers]
-    total = sum(k - 1 for k in tops) + len(tops) * max(len(masses) - 1, 0)
+    total = ks * sum(k - 1 for k in tops) + len(tops) * max(len(masses) - 1, 0)
     done = 0
 
     def loss(pass_: DynamicRouting) -> float:
@@ -170,15 +172,19 @@ def measure_sensitivities(
         return value
 
     rows = list(enumerate(tops))
-    k_loss = [[loss(DynamicRouting(LayerK(ks=_with(tops, layer, k)))) for k in range(1, top)] for layer, top in rows]
+    k_loss = [
+        (*(loss(DynamicRouting(LayerK(ks=_with(tops, layer, k)))) for k in range(1, top)), 0.0)
+        for layer, top in rows
+        if ks
+    ]
     # Without slack a layer keeps its whole mass.
     none = [0.0] * len(tops)
     mass_loss = [
-        [loss(DynamicRouting(TopP(mass=m, slack=_with(none, layer, 1.0)))) for m in masses[1:]] for layer, _ in rows
+        (0.0, *(loss(DynamicRouting(TopP(mass=mass, slack=_with(none, layer, 1.0)))) for mass in masses[1:]))
+        for layer, _ in rows
+        if masses
     ]
-    return Sensitivities(
-        tuple((*row, 0.0) for row in k_loss), masses, tuple((0.0, *row) for row in mass_loss) if masses else ()
-    )
+    return Sensitivities(tuple(k_loss), masses, tuple(mass_loss))
 
 
 def _with(values: list[Number], position: int, value: Number) -> tuple[Number, ...]:

@@ -27,6 +27,7 @@ class LayerK(Policy):
 
     name: ClassVar[str] = "layer-k"
     keeps_largest: ClassVar[bool] = True
+    sensitivities: ClassVar[frozenset[str]] = frozenset({"k"})
 
     ks: tuple[int, ...] = ()
 

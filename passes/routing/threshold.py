@@ -32,6 +32,7 @@ class Threshold(Policy):
     name: ClassVar[str] = "threshold"
     knob: ClassVar[str | None] = "tau"
     keeps_largest: ClassVar[bool] = True
+    sensitivities: ClassVar[frozenset[str]] = frozenset({"k"})
 
     tau: float = 0.0
     importance: tuple[float, ...] = ()

@@ -40,6 +40,7 @@ class TopP(Policy):
     name: ClassVar[str] = "top-p"
     knob: ClassVar[str | None] = "mass"
     keeps_largest: ClassVar[bool] = True
+    sensitivities: ClassVar[frozenset[str]] = frozenset({"mass"})
 
     mass: float = 1.0
     slack: tuple[float, ...] = ()
