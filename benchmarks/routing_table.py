@@ -43,7 +43,7 @@ TEXTS = {
 """Text: file, first window, windows. The first 48 windows of kjv served while the policies were written."""
 FRESH = "kjv, fresh"
 FRESH_WINDOWS = ("heldout_kjv.txt", 144, 96)
-"""Windows for the verdict alone: nobody looked at them before the margin was set."""
+"""Windows for the verdict alone: no choice was made by looking at them."""
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
 
 
@@ -108,7 +108,8 @@ def measure(cache: Path) -> dict[str, Any]:
     }
     results: dict[str, Any] = json.loads(cache.read_text()) if cache.is_file() else {}
     layers = replay(traces)
-    for name, policy in {"off": None, **jobs(traces, sensitivities)}.items():
+    wanted: dict[str, Policy | None] = {"off": None, **jobs(traces, sensitivities)}
+    for name, policy in wanted.items():
         parameters = None if policy is None else json.loads(json.dumps(parameters_of(policy)))
         if results.get(name, {}).get("parameters", parameters) != parameters:
             del results[name]
@@ -122,7 +123,7 @@ def measure(cache: Path) -> dict[str, Any]:
             found |= judge(routed, missing)
             cache.write_text(json.dumps(results))
             print(f"{name}: kept {found['kjv']['kept']:.3f}", flush=True)
-    return results
+    return {name: results[name] for name in wanted}
 
 
 def row(name: str, found: dict[str, Any], off: dict[str, Any]) -> str:

@@ -30,8 +30,8 @@ def account(
 
     Returns:
         `layers` (per MoE layer: pretrained top_k, `kept_share`, `kept_by_k`: share of the tokens that use 0, 1, ...
-        slots, `tokens`: per expert), `kept_share` of all slots, and per phase `executed_flops_share` with
-        `bytes_per_token_share` (weights that a single token reads) or, where nothing is skipped, `reason`.
+        slots, `tokens`: per expert), `kept_share` of all slots, and per phase `executed_flops_share`, in
+        decode `bytes_per_token_share` (expert weights that one token reads), where nothing is skipped `reason`.
     """
     collector = Collector(program)
     collector.run(windows)
@@ -47,7 +47,7 @@ def account(
     return {
         "kept_share": float(np.average([row["kept_share"] for row in rows], weights=[row["top_k"] for row in rows])),
         "layers": rows,
-        "phases": {str(phase): _phase(given, live, routed) for phase, given in capabilities.items()},
+        "phases": {str(phase): _phase(phase, given, live, routed) for phase, given in capabilities.items()},
     }
 
 
@@ -70,12 +70,13 @@ def _expert_size(node: fx.Node) -> int:
     return sum(int(stack.meta["val"][0].numel()) for stack in (first, second))
 
 
-def _phase(given: Capabilities, live: float, routed: float) -> dict[str, Any]:
+def _phase(phase: Phase, given: Capabilities, live: float, routed: float) -> dict[str, Any]:
     share = live if given.skips_experts else routed
     found: dict[str, Any] = {"executed_flops_share": share}
     if not given.skips_experts:
         return {**found, "reason": f"logical saving only: {given.reason}"}
-    return {**found, "bytes_per_token_share": live}
+    # In prefill many tokens share the experts that are read: only of a single token the bytes follow the slots.
+    return {**found, "bytes_per_token_share": live} if phase is Phase.DECODE else found
 
 
 def token_view(program: Program, ids: Sequence[int]) -> list[tuple[int, float, tuple[int, ...]]]:
