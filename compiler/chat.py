@@ -17,7 +17,7 @@ from moec.compiler.errors import ArtifactError, UsageError
 from moec.compiler.model_config import read_json
 
 
-class GenerationTag(Extension):
+class GenerationTag(Extension):  # type: ignore[misc]
     """`{% generation %}...{% endgeneration %}`, which marks the model's own turns for training: it changes no text."""
 
     tags: ClassVar[set[str]] = {"generation"}
@@ -25,7 +25,8 @@ class GenerationTag(Extension):
     def parse(self, parser: Parser) -> list[nodes.Node]:
         """Replace the block by what it encloses."""
         next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        body: list[nodes.Node] = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return body
 
 
 def render_chat(directory: Path, messages: Sequence[Mapping[str, str]]) -> str:
@@ -48,11 +49,12 @@ def render_chat(directory: Path, messages: Sequence[Mapping[str, str]]) -> str:
     special = {name: _text(config[name]) for name in ("bos_token", "eos_token", "pad_token") if name in config}
     try:
         template = environment.from_string(_template(directory, config))
-        return template.render(messages=list(messages), add_generation_prompt=True, **special)
+        text: str = template.render(messages=list(messages), add_generation_prompt=True, **special)
     except TemplateSyntaxError as error:
         raise ArtifactError(f"{directory}: its chat template is damaged: {error}") from error
     except TemplateError as error:
         raise UsageError(f"{directory}: the chat template refuses the prompt: {error}") from error
+    return text
 
 
 def _template(directory: Path, config: Mapping[str, Any]) -> str:

@@ -133,7 +133,7 @@ def compile_recipe(
         with stages("package"):
             for path in built.checkpoint.companions():
                 shutil.copyfile(path, directory / path.name)
-            content = {
+            content: dict[str, Any] = {
                 "source": _source(built.checkpoint),
                 "recipe": {**recipe.canonical(options), "routing": built.routing.recorded},
                 "model": built.model,

@@ -72,7 +72,7 @@ class FakeRunner:
 
     def prefill(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None) -> np.ndarray:
         distance = (np.arange(self.vocab_size) - input_ids[..., None] - 1) % self.vocab_size
-        return (-distance).astype(np.float32)
+        return np.asarray(-distance, dtype=np.float32)
 
     decode = prefill
 
