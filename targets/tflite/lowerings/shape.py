@@ -43,7 +43,9 @@ def _expand(ctx: Context, node: fx.Node) -> Value:
 
 
 def _slice(ctx: Context, node: fx.Node) -> Value:
-    source, axis, start, stop, step = [*node.args, *(None,) * 5][:5]
+    # Typed as Any: with every kind of argument that fx allows, the overloads of `slice` take mypy minutes.
+    arguments: list[Any] = [*node.args, *(None,) * 5]
+    source, axis, start, stop, step = arguments[:5]
     value = ctx.tensor(source)
     place = integer(axis or 0) % value.rank
     size = value.shape[place]
