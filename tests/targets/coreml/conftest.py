@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from moec import passes
+from moec.compiler.capture import capture
+from moec.compiler.checkpoint import Checkpoint
+from moec.compiler.program import Program
 from moec.targets.coreml.extra import coremltools_module, quiet
 from moec.targets.coreml.interpreter import MilModel
+from moec.targets.coreml.runner import CoremlRunner
+from moec.targets.coreml.target import CoremlOptions, CoremlTarget
 
 Build = Callable[..., Any]
 
@@ -139,3 +148,60 @@ def inferred(request: pytest.FixtureRequest, builder: Builder) -> Callable[[str]
         return values
 
     return infer
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A Program, what lowering it said, and where the artifact is."""
+
+    program: Program
+    facts: Mapping[str, Any]
+    directory: Path
+
+    def runner(self) -> CoremlRunner:
+        return CoremlRunner(self.directory)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(path.stat().st_size for path in self.directory.rglob("*") if path.is_file())
+
+
+@functools.cache
+def program_of(checkpoint: Path, dtype: torch.dtype) -> Program:
+    program, _ = passes.run_passes(capture(Checkpoint.open(checkpoint), dtype=dtype), passes.default_passes())
+    return program
+
+
+def lower_program(program: Program, directory: Path, **options: Any) -> Lowered:
+    directory.mkdir()
+    target = CoremlTarget()
+    lowered = target.lower(program, CoremlOptions(**options), directory, lambda *_: None)
+    return Lowered(program, lowered.facts, directory)
+
+
+@pytest.fixture(scope="session", name="program_of")
+def program_of_fixture() -> Callable[..., Program]:
+    """Checkpoint directory, dtype -> Program after the default passes."""
+    return program_of
+
+
+@pytest.fixture(scope="session", name="lower")
+def lower_fixture(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Lowered]:
+    """Program, options -> what lowering made of it."""
+
+    def run(program: Program, **options: Any) -> Lowered:
+        return lower_program(program, tmp_path_factory.mktemp("coreml") / "artifact", **options)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def golden(golden_model: Path, lower: Callable[..., Lowered]) -> Callable[[str], Lowered]:
+    """The trained checkpoint as it is lowered to a precision, once per session."""
+    dtypes = {"fp32": torch.float32, "fp16": torch.float16}
+
+    @functools.cache
+    def lowered(precision: str) -> Lowered:
+        return lower(program_of(golden_model, dtypes[precision]), context=128, prefill_chunk=32)
+
+    return lowered

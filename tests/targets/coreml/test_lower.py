@@ -1,0 +1,235 @@
+"""What lowering writes: sizes, bytes that repeat, metadata, skipped experts, and what it refuses."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from moec.compiler.errors import LoweringError, UsageError
+from moec.compiler.gates.integrity import check_integrity
+from moec.compiler.gates.verdict import Status
+from moec.compiler.interpreter import ProgramRunner
+from moec.compiler.program import EXPERTS, Program
+from moec.compiler.recipe import validate
+from moec.compiler.weights import Constant
+from moec.passes.dynamic_routing import DynamicRouting
+from moec.passes.routing.uniform_k import UniformK
+from moec.quantize.formats import IntegerFormat, parse_format
+from moec.quantize.lazy import Quantized
+from moec.targets.base import Phase
+from moec.targets.coreml.interpreter.package import load_spec, model_file
+from moec.targets.coreml.package import PACKAGE, WEIGHT_FILE
+from moec.targets.coreml.target import CoremlOptions, CoremlTarget
+
+Golden = Callable[[str], Any]
+
+
+def quantized(program: Program, text: str) -> Program:
+    wanted = parse_format(text)
+    assert isinstance(wanted, IntegerFormat)
+    changed = {}
+    for layer in program.layers:
+        for name in (layer.gate_up_proj, layer.down_proj):
+            tensor = program.weights[name]
+            changed[name] = Quantized(name, tensor, wanted.resolve(tensor.shape[-1], name))
+    return program.replace(weights=program.weights.with_tensors(changed))
+
+
+def planned_bytes(program: Program) -> int:
+    """Bytes of every weight in its planned format, float weights in fp16."""
+    total = 0
+    for name in program.weight_names():
+        tensor = program.weights[name]
+        wanted = getattr(tensor, "format", None)
+        total += wanted.planned_bytes(tensor.shape) if wanted else 2 * int(np.prod(tensor.shape))
+    return total
+
+
+def prompt(program: Program, length: int = 9) -> np.ndarray:
+    return np.random.default_rng(0).integers(3, program.vocab_size, (1, length))
+
+
+def check_against_interpreter(lowered: Any, limit: float) -> None:
+    runner, reference, ids = lowered.runner(), ProgramRunner(lowered.program), prompt(lowered.program)
+    for function, piece in (("prefill", ids[:, :6]), ("decode", ids[:, 6:7]), ("decode", ids[:, 7:])):
+        want = getattr(reference, function)(piece)
+        assert np.abs(getattr(runner, function)(piece) - want).max() <= limit * np.abs(want).max()
+
+
+def test_weights_are_stored_once(golden: Golden) -> None:
+    """Both functions and every branch use one copy, and no bias of zeros is written beside each linear."""
+    lowered = golden("fp16")
+    planned = planned_bytes(lowered.program)
+    assert planned <= lowered.nbytes <= 1.05 * planned
+    assert (lowered.directory / PACKAGE / WEIGHT_FILE).stat().st_size <= 1.005 * planned
+
+
+@pytest.mark.parametrize("text", [pytest.param("int8:64", marks=pytest.mark.slow), "int4:32"])
+def test_quantized_experts(golden: Golden, lower: Any, text: str) -> None:
+    program = quantized(golden("fp16").program, text)
+    lowered = lower(program, context=32, prefill_chunk=16)
+    planned = planned_bytes(program)
+    assert planned <= lowered.nbytes <= 1.05 * planned
+    check_against_interpreter(lowered, 2e-2)
+    readers = CoremlTarget().expert_tensors(lowered.directory)
+    verdict = check_integrity(program, readers, tensor_bytes=lowered.facts["expert_tensor_bytes"])
+    assert verdict.status is Status.PASS, verdict.summary
+
+
+def test_zero_points(tiny_checkpoint: Any, program_of: Any, lower: Any) -> None:
+    program = quantized(program_of(tiny_checkpoint("olmoe"), torch.float16), "int4:channel:asym")
+    lowered = lower(program, context=32)
+    check_against_interpreter(lowered, 2e-2)
+
+
+def test_scales_of_another_type_are_refused(tiny_checkpoint: Any, program_of: Any, lower: Any) -> None:
+    program = quantized(program_of(tiny_checkpoint("olmoe"), torch.float32), "int8:channel")
+    with pytest.raises(UsageError, match="its scales are float16 and the program computes in fp32") as raised:
+        lower(program, context=32)
+    assert "--dtype fp16" in raised.value.hint
+    fitting = quantized(program_of(tiny_checkpoint("olmoe"), torch.float32), "int8:channel:fp32")
+    check_against_interpreter(lower(fitting, context=32), 1e-4)
+
+
+def digests(directory: Path) -> dict[str, str]:
+    files = (path for path in sorted(directory.rglob("*")) if path.is_file())
+    return {str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def test_a_rebuild_is_byte_identical(tiny_checkpoint: Any, program_of: Any, lower: Any) -> None:
+    program = program_of(tiny_checkpoint("olmoe"), torch.float16)
+    first, second = (lower(program, context=32) for _ in range(2))
+    assert digests(first.directory) == digests(second.directory)
+    assert len(digests(first.directory)) == 3
+
+
+def test_metadata(tiny_checkpoint: Any, program_of: Any, lower: Any) -> None:
+    program = program_of(tiny_checkpoint("olmoe"), torch.float16)
+    lowered = lower(program, context=32, author="Ada", license="Apache-2.0")
+    description = load_spec(model_file(lowered.directory / PACKAGE)).description
+    assert (description.metadata.author, description.metadata.license) == ("Ada", "Apache-2.0")
+    assert "OlmoeForCausalLM" in description.metadata.shortDescription
+    functions = {function.name: function for function in description.functions}
+    assert functions.keys() == {"decode", "prefill"}
+    for function in functions.values():
+        assert [item.name for item in function.input] == ["input_ids", "cache_position"]
+        assert [item.name for item in function.state] == ["keyCache", "valueCache"]
+        assert all(item.shortDescription for item in (*function.input, *function.output, *function.state))
+        assert list(function.state[0].type.stateType.arrayType.shape) == [2, 2, 32, 16]
+
+
+def test_layers_that_differ_have_states_of_their_own(tiny_checkpoint: Any, program_of: Any, lower: Any) -> None:
+    program = program_of(tiny_checkpoint("mimo_v2_flash"), torch.float16)
+    shapes = {(state.kind, state.input.shape[1], state.input.shape[3]) for state in program.states}
+    assert len(shapes) > 2, "the family no longer has layers that differ: choose another"
+    description = load_spec(model_file(lower(program, context=64).directory / PACKAGE)).description
+    names = [item.name for item in description.functions[0].state]
+    assert len(names) == len(program.states)
+    assert "keyCache0" in names
+
+
+def halved(program: Program) -> Program:
+    return DynamicRouting(UniformK(k=2)).run(program).program
+
+
+def expert_macs(lowered: Any) -> int:
+    runner, ids = lowered.runner(), prompt(lowered.program, 4)
+    for token in ids[0]:
+        runner.decode(token[None, None])
+    return int(runner.facts()["executed"]["decode"]["expert_macs"])
+
+
+def test_half_the_slots_are_half_the_work(golden: Golden, lower: Any) -> None:
+    static = golden("fp16")
+    assert {layer.top_k for layer in static.program.layers} == {4}
+    dynamic = lower(halved(static.program), context=32, prefill_chunk=16)
+    hidden, width = static.program.layers[0].hidden_size, static.program.layers[0].intermediate_size
+    # 4 tokens, 4 layers, 4 slots, gate, up and down.
+    assert expert_macs(static) == 4 * 4 * 4 * 3 * hidden * width
+    assert expert_macs(dynamic) <= 0.55 * expert_macs(static)
+    check_against_interpreter(dynamic, 2e-2)
+
+
+@pytest.mark.parametrize("length", [1, 5])
+def test_a_dropped_expert_contributes_nothing_even_if_it_yields_nan(
+    tiny_checkpoint: Any, program_of: Any, lower: Any, length: int
+) -> None:
+    program = program_of(tiny_checkpoint("olmoe"), torch.float32)
+    name = program.layers[0].down_proj
+    used = np.zeros(program.layers[0].num_experts, bool)
+
+    def watch(node: Any, args: Any, _result: Any) -> None:
+        if node.target is EXPERTS and not used.any():
+            used[np.unique(args[1].numpy())] = True
+
+    want = ProgramRunner(program, observer=watch).prefill(prompt(program, length))
+    idle = np.flatnonzero(~used)
+    assert idle.size, "the prompt uses every expert: choose a shorter one"
+    values = program.weights.read(name).clone()
+    values[idle] = float("nan")
+    broken = program.replace(weights=program.weights.with_tensors({name: Constant(values)}))
+    # The first layer alone is watched: later ones see the same values if it is right.
+    found = lower(broken, context=16).runner().prefill(prompt(program, length))
+    assert np.abs(found - want).max() <= 1e-4 * np.abs(want).max()
+
+
+def test_a_flipped_block_of_one_expert_is_caught(tiny_checkpoint: Any, program_of: Any, lower: Any) -> None:
+    program = program_of(tiny_checkpoint("olmoe"), torch.float16)
+    lowered = lower(program, context=64)
+    target = CoremlTarget()
+    assert check_integrity(program, target.expert_tensors(lowered.directory)).status is Status.PASS
+    file = lowered.directory / PACKAGE / WEIGHT_FILE
+    # One block of the last expert of the last layer.
+    row = program.weights.read(program.layers[-1].down_proj)[-1].to(torch.float16).numpy().tobytes()
+    content = bytearray(file.read_bytes())
+    assert content.count(row) == 1
+    start = content.index(row)
+    content[start : start + 64] = bytes(64)
+    file.write_bytes(content)
+    verdict = check_integrity(program, target.expert_tensors(lowered.directory))
+    assert verdict.status is Status.FAIL
+    assert f"{program.layers[-1].down_proj} experts 7" in verdict.summary
+    ids = prompt(program, 48)
+    want = ProgramRunner(program).prefill(ids)
+    assert np.abs(lowered.runner().prefill(ids) - want).max() > 2e-2 * np.abs(want).max()
+
+
+@pytest.mark.parametrize("minimum", ["ios16", "ios17", "macos13", "macos14"])
+def test_systems_without_states_are_refused(minimum: str) -> None:
+    with pytest.raises(UsageError, match=f"{minimum} has neither states.*nor int4 weights"):
+        validate(CoremlOptions, {"minimum": minimum}, where="options")
+
+
+def test_context_beyond_the_model(tiny_checkpoint: Any, program_of: Any, lower: Any) -> None:
+    program = program_of(tiny_checkpoint("olmoe"), torch.float16)
+    with pytest.raises(UsageError, match="made for 512 tokens"):
+        lower(program, context=513)
+
+
+def test_an_op_without_a_lowering_is_named(tiny_checkpoint: Any, program_of: Any, lower: Any) -> None:
+    program = program_of(tiny_checkpoint("olmoe"), torch.float16)
+    graph = program.copy_graph()
+    node = next(item for item in graph.nodes if item.target is torch.ops.aten.silu.default or item.target is EXPERTS)
+    with graph.inserting_after(node):
+        new = graph.call_function(torch.ops.aten.lgamma.default, (node,))
+    new.meta = dict(node.meta)
+    node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+    odd = program.replace(graph=graph)
+    (rejection,) = CoremlTarget().lint(odd, CoremlOptions())
+    assert "lgamma" in rejection.reason
+    with pytest.raises(LoweringError, match=r"no lowering for aten\.lgamma"):
+        lower(odd, context=32)
+
+
+def test_capabilities() -> None:
+    target, options = CoremlTarget(), CoremlOptions()
+    assert target.capabilities(options, Phase.DECODE).skips_experts
+    prefill = target.capabilities(options, Phase.PREFILL)
+    assert not prefill.skips_experts
+    assert "every expert" in prefill.reason

@@ -1,0 +1,93 @@
+"""Whole models against the interpreter and, for the golden model, against what transformers recorded of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from moec.compiler.errors import UnsupportedModelError
+from moec.compiler.gates.cases import Case
+from moec.compiler.gates.compare import compare, run_case
+from moec.compiler.gates.reference import Oracle
+from moec.compiler.gates.tolerance import TOLERANCES, Precision
+from moec.compiler.tiny_models import family_names
+
+LIMITS = {"fp32": 1e-4, "fp16": 2e-2}
+DEFAULT = ("gpt_oss", "llama4_text")
+"""Sinks, biases, a window and interleaved gates; chunks and a row of tokens for each slot."""
+NOT_CAPTURED = frozenset(
+    {
+        *("doge", "granitemoehybrid", "jamba", "jetmoe", "kimi_linear", "lfm2_moe", "llama", "longcat_flash"),
+        *("nemotron_h", "nllb_moe", "qwen3_next", "switch_transformers"),
+    }
+)
+"""Hybrids, encoder-decoders, a dense model and experts behind no registry."""
+PRECISION = {torch.float32: Precision.FP32, torch.float16: Precision.FP16}
+STEPS = ((21, 1, 1, 9), (1, 1, 2), (33,))
+"""Tokens per call: past every window and chunk of the tiny models, pieces of 16, single tokens from the start."""
+
+
+def check(lowered: Any, dtype: torch.dtype) -> None:
+    tolerance = TOLERANCES[PRECISION[dtype]]
+    oracle, runner = Oracle(lowered.program, tolerance.tie_margin), lowered.runner()
+    results = []
+    for steps in STEPS:
+        ids = np.random.default_rng(sum(steps)).integers(3, lowered.program.vocab_size, (1, sum(steps)))
+        case = Case(str(steps), ids, None, steps)
+        results.append(compare(case, run_case(runner, case), oracle.trace(ids), tolerance)[0])
+        assert results[-1].error <= tolerance.limit, results[-1]
+    assert sum(result.excused for result in results) <= 0.2 * sum(result.positions for result in results)
+
+
+@pytest.mark.parametrize("family", DEFAULT)
+def test_family(family: str, tiny_checkpoint: Any, program_of: Any, lower: Any) -> None:
+    program = program_of(tiny_checkpoint(family), torch.float32)
+    check(lower(program, context=64, prefill_chunk=16), torch.float32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("family", sorted(set(family_names()) - NOT_CAPTURED))
+def test_every_family(family: str, dtype: torch.dtype, tiny_checkpoint: Any, program_of: Any, lower: Any) -> None:
+    check(lower(program_of(tiny_checkpoint(family), dtype), context=64, prefill_chunk=16), dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", sorted(NOT_CAPTURED))
+def test_the_others_cannot_be_captured(family: str, tiny_checkpoint: Any, program_of: Any) -> None:
+    with pytest.raises(UnsupportedModelError):
+        program_of(tiny_checkpoint(family), torch.float32)
+
+
+def continue_greedily(runner: Any, logits: np.ndarray, count: int) -> list[int]:
+    tokens = [int(logits[0, -1].argmax())]
+    while len(tokens) < count:
+        tokens.append(int(runner.decode(np.array([tokens[-1:]]))[0, -1].argmax()))
+    return tokens
+
+
+def check_golden(directory: Path, lowered: Any, precision: str, prompt: int, count: int) -> None:
+    with np.load(directory / "golden_logits.npz") as recorded:
+        ids, want, greedy = (recorded[f"{prompt}.{name}"] for name in ("input_ids", "logits", "greedy"))
+    runner = lowered.runner()
+    found = runner.prefill(ids[None])
+    assert np.abs(found[0, -len(want) :] - want).max() <= LIMITS[precision] * np.abs(want).max()
+    assert continue_greedily(runner, found, count) == greedy[:count].tolist()
+
+
+@pytest.mark.parametrize(("precision", "count"), [("fp16", 32), ("fp32", 12)])
+def test_golden_model(golden: Callable[[str], Any], golden_model: Path, precision: str, count: int) -> None:
+    """Recorded logits and greedy tokens of transformers in float32; prefill and decode through the states."""
+    check_golden(golden_model, golden(precision), precision, 2, count)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prompt", range(4))
+@pytest.mark.parametrize("precision", ["fp16", "fp32"])
+def test_golden_model_64_tokens(golden: Callable[[str], Any], golden_model: Path, precision: str, prompt: int) -> None:
+    check_golden(golden_model, golden(precision), precision, prompt, 64)
