@@ -7,23 +7,19 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 import moec
 from moec.compiler.console import Console
 from moec.compiler.errors import MoecError
-
-if TYPE_CHECKING:
-    from moec.compiler.pipeline import Result
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
@@ -102,7 +98,7 @@ def export(
     console = Console(json_output, quiet, debug)
     with console.progress() as progress:
         result = compile_recipe(wanted, output, overwrite=overwrite, gates=not no_gates, progress=progress)
-    return _show_result(console, result)
+    return console.verdicts(result)
 
 
 def calibrate(
@@ -144,7 +140,7 @@ def validate(
     console = Console(json_output, quiet, debug)
     with console.progress() as progress:
         result = validate_artifact(directory, against, trust_remote_code=trust_remote_code, progress=progress)
-    return _show_result(console, result)
+    return console.verdicts(result)
 
 
 def verify(directory: ArtifactDirectory, json_output: Json = False, debug: Debug = False) -> int:
@@ -181,7 +177,7 @@ def run(
     generator = Generator(directory, threads=threads)
     text = sys.stdin.read() if prompt == "-" else prompt
     pieces = generator.stream(text, chat=chat, max_new_tokens=max_new_tokens, sampling=sampling)
-    written = "".join(pieces) if json_output else _print_pieces(pieces)
+    written = "".join(pieces) if json_output else console.pieces(pieces)
     counted = generator.statistics
     figures = {
         "prompt_tokens": counted.prompt_tokens,
@@ -268,44 +264,6 @@ def families(
         checks.write_page(output, page)
     console.result({"families": [row.as_dict() for row in rows]}, lambda: console.line(page))
     return 0
-
-
-def _print_pieces(pieces: Iterable[str]) -> str:
-    """Print text as it comes; a reader that goes away ends it quietly."""
-    written = []
-    try:
-        for piece in pieces:
-            written.append(piece)
-            sys.stdout.write(piece)
-            sys.stdout.flush()
-        sys.stdout.write("\n")
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return "".join(written)
-
-
-def _show_result(console: Console, result: Result) -> int:
-    verdicts = [
-        {"gate": v.gate, "status": str(v.status), "summary": v.summary, "figures": dict(v.figures)}
-        for v in result.verdicts
-    ]
-    found = {
-        "directory": str(result.directory),
-        "exit_code": result.exit_code,
-        "verdicts": verdicts,
-        "rejections": result.manifest.get("rejections", []),
-        "seconds": dict(result.timings),
-    }
-
-    def show() -> None:
-        console.rows([(v.gate, str(v.status), v.summary) for v in result.verdicts], header=("gate", "verdict", ""))
-        console.line(f"{result.directory}: {sum(result.timings.values()):.1f} s; report.html has the details")
-
-    console.result(found, show)
-    if result.failed:
-        console.note("a gate failed: the artifact is kept so that it can be examined; do not ship it")
-    return result.exit_code
 
 
 def _guarded(command: Callable[..., int]) -> Callable[..., None]:

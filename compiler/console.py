@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     import rich.console
     import rich.text
 
+    from moec.compiler.pipeline import Result
+
 INTERNAL, INTERRUPTED = 70, 130
 _STYLES = {"pass": "green", "fail": "bold red", "not run": "yellow", "yes": "green", "no": "red"}
 
@@ -87,6 +89,43 @@ class Console:
             cells = [Text(cell, style=_STYLES.get(cell, "")) for cell in row[1:]]
             table.add_row(Text(row[0], style="bold"), *cells)
         self._out.print(table)
+
+    def pieces(self, pieces: Iterable[str]) -> str:
+        """Print text on stdout as it comes and return it whole; a reader that goes away ends it quietly."""
+        written = []
+        try:
+            for piece in pieces:
+                written.append(piece)
+                sys.stdout.write(piece)
+                sys.stdout.flush()
+            sys.stdout.write("\n")
+            sys.stdout.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return "".join(written)
+
+    def verdicts(self, result: Result) -> int:
+        """Print what the gates said of an export or a validation; return the exit code."""
+        judged = [
+            {"gate": v.gate, "status": str(v.status), "summary": v.summary, "figures": dict(v.figures)}
+            for v in result.verdicts
+        ]
+        found = {
+            "directory": str(result.directory),
+            "exit_code": result.exit_code,
+            "verdicts": judged,
+            "rejections": result.manifest.get("rejections", []),
+            "seconds": dict(result.timings),
+        }
+
+        def show() -> None:
+            self.rows([(v.gate, str(v.status), v.summary) for v in result.verdicts], header=("gate", "verdict", ""))
+            self.line(f"{result.directory}: {sum(result.timings.values()):.1f} s; report.html has the details")
+
+        self.result(found, show)
+        if result.failed:
+            self.note("a gate failed: the artifact is kept so that it can be examined; do not ship it")
+        return result.exit_code
 
     def error(self, error: MoecError) -> int:
         """Print message and hint; return the exit code."""

@@ -17,6 +17,9 @@ TOP = {
     "moec.compiler.doctor",
     "moec.compiler.generate",
     "moec.compiler.inspect",
+    "moec.compiler.routing",
+    "moec.compiler.accounting",
+    "moec.compiler.token_view",
 }
 """What composes the parts. Nothing below may import it."""
 
