@@ -1,0 +1,74 @@
+"""ONNX artifacts with dynamic routing against the Program that they were lowered from."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moec import passes
+from moec.compiler.capture import capture
+from moec.compiler.checkpoint import Checkpoint
+from moec.compiler.interpreter import ProgramRunner
+from moec.compiler.program import Program
+from moec.passes.dynamic_routing import BUDGET_INPUT, DynamicRouting
+from moec.passes.routing.base import Policy
+from moec.passes.routing.ratio import Ratio
+from moec.passes.routing.top_p import TopP
+from moec.targets.onnx.runner import OnnxRunner
+from moec.targets.onnx.target import Flavor, OnnxOptions, OnnxTarget
+
+Tiny = Callable[[str], Path]
+
+
+def programs(checkpoint: Path, policy: Policy, *, runtime: bool = False) -> tuple[Program, Program]:
+    """Without and with routing."""
+    program, _ = passes.run_passes(capture(Checkpoint.open(checkpoint)), passes.default_passes())
+    routing = (DynamicRouting(policy, runtime), passes.CommonSubexpressions(), passes.DeadCode())
+    return program, passes.run_passes(program, routing)[0]
+
+
+def lowered(program: Program, directory: Path, flavor: Flavor = Flavor.DEFAULT) -> tuple[OnnxRunner, dict[str, int]]:
+    directory.mkdir()
+    found = OnnxTarget().lower(program, OnnxOptions(flavor=flavor), directory, lambda *_: None)
+    return OnnxRunner(directory, threads=1), found.facts["ops"]
+
+
+def assert_same(runner: OnnxRunner, program: Program, seed: int = 5) -> None:
+    ids = np.random.default_rng(seed).integers(3, program.vocab_size, (2, 9))
+    reference = ProgramRunner(program)
+    for step in (ids[:, :6], ids[:, 6:7], ids[:, 7:]):
+        want, got = reference.decode(step), runner.decode(step)
+        np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
+    runner.reset()
+
+
+@pytest.mark.parametrize("flavor", [Flavor.DEFAULT, Flavor.PORTABLE])
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
+def test_parity_with_sorted_and_unsorted_slots(
+    family: str, flavor: Flavor, tiny_checkpoint: Tiny, tmp_path: Path
+) -> None:
+    off, on = programs(tiny_checkpoint(family), TopP(mass=0.6))
+    runner, _ = lowered(on, tmp_path / "on", flavor)
+    assert_same(runner, on)
+    ids = np.arange(3, 20)[None]
+    assert np.abs(runner.prefill(ids) - ProgramRunner(off).prefill(ids)).max() > 1e-3
+
+
+def test_four_nodes_a_layer_where_the_kernel_normalises(golden_model: Path, tmp_path: Path) -> None:
+    off, on = programs(golden_model, TopP(mass=0.8))
+    (_, before), (runner, after) = lowered(off, tmp_path / "off"), lowered(on, tmp_path / "on")
+    added = {name: after[name] - before.get(name, 0) for name in after if after[name] != before.get(name, 0)}
+    assert added == {"MatMul": 4, "Mul": 4, "Less": 4, "Where": 4}
+    assert_same(runner, on)
+
+
+def test_the_threshold_can_be_fed_and_need_not_be(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    off, on = programs(tiny_checkpoint("mixtral"), Ratio(beta=0.9), runtime=True)
+    runner, _ = lowered(on, tmp_path / "on")
+    assert_same(runner, on)
+    assert [item.name for item in runner.session.get_overridable_initializers()] == [BUDGET_INPUT]
+    runner.overrides[BUDGET_INPUT] = np.asarray(0.0, np.float32)
+    ids = np.arange(3, 20)[None]
+    want = ProgramRunner(off).prefill(ids)
+    np.testing.assert_allclose(runner.prefill(ids), want, atol=1e-5 * np.abs(want).max())
