@@ -50,7 +50,8 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     """Log probabilities [..., V] in float32, computed in place of a copy."""
     shifted = logits - logits.max(axis=-1, keepdims=True)
     shifted -= np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-    return shifted
+    result: np.ndarray = shifted
+    return result
 
 
 def losses(runner: Runner, windows: np.ndarray, *, told: Told = lambda _done, _total: None) -> np.ndarray:

@@ -20,6 +20,8 @@ from moec.compiler.perplexity import losses
 from moec.compiler.program import Program
 from moec.compiler.text import digest, read_text, tokenize, windows
 from moec.passes.base import Pass
+from moec.passes.common_subexpressions import CommonSubexpressions
+from moec.passes.dead_code import DeadCode
 from moec.passes.dynamic_routing import DynamicRouting
 from moec.passes.prune_experts import PruneExperts, choose_removed
 from moec.passes.routing.base import Policy
@@ -216,7 +218,7 @@ def plan_routing(
     if settings.policy != "off":
         chosen, measured = _policy(settings, checkpoint, program, progress)
         facts |= {"policy": chosen.name, "parameters": json.loads(json.dumps(parameters_of(chosen))), **measured}
-        added += [DynamicRouting(chosen, settings.runtime_input), passes.CommonSubexpressions(), passes.DeadCode()]
+        added += [DynamicRouting(chosen, settings.runtime_input), CommonSubexpressions(), DeadCode()]
     recorded = {
         "policy": settings.policy,
         "parameters": facts.get("parameters"),

@@ -189,7 +189,9 @@ def measure_sensitivities(
 
 def _with(values: list[Number], position: int, value: Number) -> tuple[Number, ...]:
     """The values with another one at a position."""
-    return (*values[:position], value, *values[position + 1 :])
+    changed = list(values)
+    changed[position] = value
+    return tuple(changed)
 
 
 def _divergence(program: Program, windows: np.ndarray, reference: list[np.ndarray]) -> float:

@@ -108,7 +108,8 @@ def _is_constant(ctx: Context, node: fx.Node) -> bool:
 
 
 def _constant(ctx: Context, node: fx.Node) -> Any:
-    args, kwargs = (fx.map_arg(part, ctx.known) for part in (node.args, node.kwargs))
+    args: Any = fx.map_arg(node.args, ctx.known)
+    kwargs: Any = fx.map_arg(node.kwargs, ctx.known)
     assert callable(node.target)
     return node.target(*args, **{**kwargs, **({"device": "cpu"} if "device" in kwargs else {})})
 

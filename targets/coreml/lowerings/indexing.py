@@ -97,10 +97,10 @@ def _scalar(ctx: Context, node: fx.Node) -> Var:
 
 def _arange(ctx: Context, node: fx.Node) -> Var:
     dtype = result_dtype(node)
-    bounds = [0, *node.args] if len(node.args) == 1 else list(node.args)
+    bounds: list[Any] = [0, *node.args] if len(node.args) == 1 else list(node.args)
     start, stop, step = [*bounds, 1][:3]
     if all(isinstance(bound, int | float) for bound in (start, stop, step)):
-        return ctx.constant(number(np.arange(start, stop, step), dtype))  # type: ignore[call-overload]
+        return ctx.constant(number(np.arange(start, stop, step), dtype))
     return ctx.mb.range_1d(start=ctx.tensor(start, dtype), end=ctx.tensor(stop, dtype), step=ctx.tensor(step, dtype))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx
 
@@ -40,7 +41,7 @@ def batch_matmul(ctx: Context, left: Value, right: Value, *, turned: bool = Fals
 
 
 def _broadcast(left: tuple[int, ...], right: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(torch.broadcast_shapes(left, right))
+    return tuple(np.broadcast_shapes(left, right))
 
 
 def _matmul(ctx: Context, node: fx.Node) -> Value:

@@ -110,7 +110,8 @@ def _getitem(ctx: Context, node: fx.Node) -> Any:
 
 
 def _slice_scatter(ctx: Context, node: fx.Node) -> Value:
-    target, source, axis, start, stop, step = [*node.args, *(None,) * 6][:6]
+    arguments: list[Any] = [*node.args, *(None,) * 6]
+    target, source, axis, start, stop, step = arguments[:6]
     if step not in (None, 1):
         raise ctx.refuse(node, "writing to every n-th slice has no form")
     whole, value = ctx.tensor(target), ctx.tensor(source, result_dtype(node))
