@@ -10,8 +10,9 @@ from torch import fx
 
 from moec.compiler.errors import LoweringError
 from moec.compiler.program import module_of
-from moec.targets.onnx.lowerings import attention, elementwise, experts, linear, norm, reduce, shape
+from moec.targets.onnx.lowerings import attention, elementwise, linear, norm, reduce, shape
 from moec.targets.onnx.lowerings.elementwise import Lowering
+from moec.targets.onnx.lowerings.experts import TABLE as EXPERTS
 
 TABLE: Mapping[Any, Lowering] = {
     **elementwise.TABLE,
@@ -20,7 +21,7 @@ TABLE: Mapping[Any, Lowering] = {
     **linear.TABLE,
     **norm.TABLE,
     **attention.TABLE,
-    **experts.TABLE,
+    **EXPERTS,
 }
 
 
