@@ -99,8 +99,9 @@ def _arange(ctx: Context, node: fx.Node) -> Var:
     dtype = result_dtype(node)
     bounds: list[Any] = [0, *node.args] if len(node.args) == 1 else list(node.args)
     start, stop, step = [*bounds, 1][:3]
-    if all(isinstance(bound, int | float) for bound in (start, stop, step)):
-        return ctx.constant(number(np.arange(start, stop, step), dtype))
+    fixed = [bound for bound in (start, stop, step) if isinstance(bound, int | float)]
+    if len(fixed) == 3:
+        return ctx.constant(number(np.arange(*fixed), dtype))
     return ctx.mb.range_1d(start=ctx.tensor(start, dtype), end=ctx.tensor(stop, dtype), step=ctx.tensor(step, dtype))
 
 

@@ -156,6 +156,21 @@ def test_half_the_slots_are_half_the_work(golden: Golden, lower: Any) -> None:
     check_against_interpreter(dynamic, 2e-2)
 
 
+def test_a_routing_budget_at_run_time_is_an_input_with_a_default(
+    tiny_checkpoint: Any, program_of: Any, lower: Any
+) -> None:
+    program = program_of(tiny_checkpoint("olmoe"), torch.float32)
+    routed = DynamicRouting(UniformK(k=1), runtime_budget=True).run(program).program
+    lowered = lower(routed, context=16)
+    check_against_interpreter(lowered, 1e-4)
+    runner = lowered.runner()
+    once = runner.prefill(prompt(program))
+    runner._defaults["routing_budget"] = np.array([2], np.float32)
+    assert np.abs(runner.prefill(prompt(program)) - once).max() > 1e-2
+    want = ProgramRunner(program).prefill(prompt(program))
+    np.testing.assert_allclose(runner.prefill(prompt(program)), want, atol=1e-4 * float(np.abs(want).max()))
+
+
 @pytest.mark.parametrize("length", [1, 5])
 def test_a_dropped_expert_contributes_nothing_even_if_it_yields_nan(
     tiny_checkpoint: Any, program_of: Any, lower: Any, length: int
