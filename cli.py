@@ -27,7 +27,13 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run modelling code that the checkpoint brings along.")
 ]
-ROUTING = "Dynamic routing"
+
+
+def _routing(metavar: str | None, text: str) -> Any:
+    """A flag of dynamic routing."""
+    return typer.Option(metavar=metavar, help=text, rich_help_panel="Dynamic routing")
+
+
 ArtifactDirectory = Annotated[Path, typer.Argument(metavar="DIRECTORY", help="The artifact.")]
 
 
@@ -41,25 +47,13 @@ def export(
         str | None, typer.Option(metavar="fp32|fp16", help="Precision of what is not quantized. (default: fp32)")
     ] = None,
     recipe: Annotated[Path | None, typer.Option(help="Recipe file (YAML); other flags override it.")] = None,
-    routing: Annotated[
-        str | None, typer.Option(metavar="POLICY|off", help="Let tokens use fewer experts.", rich_help_panel=ROUTING)
-    ] = None,
-    expert_budget: Annotated[
-        str | None, typer.Option(metavar="SHARE", help="Share of the experts' slots to keep.", rich_help_panel=ROUTING)
-    ] = None,
-    max_quality_loss: Annotated[
-        str | None, typer.Option(metavar="1%", help="Most that perplexity may rise.", rich_help_panel=ROUTING)
-    ] = None,
-    calibration: Annotated[Path | None, typer.Option(help="File of moec calibrate.", rich_help_panel=ROUTING)] = None,
-    routing_text: Annotated[
-        Path | None, typer.Option(help="Calibration text; moec brings one along.", rich_help_panel=ROUTING)
-    ] = None,
-    routing_input: Annotated[
-        bool, typer.Option("--routing-input", help="Make the threshold an input.", rich_help_panel=ROUTING)
-    ] = False,
-    prune_experts: Annotated[
-        str | None, typer.Option(metavar="SHARE", help="Share of experts to remove.", rich_help_panel=ROUTING)
-    ] = None,
+    routing: Annotated[str | None, _routing("POLICY|off", "Let tokens use fewer experts.")] = None,
+    expert_budget: Annotated[str | None, _routing("SHARE", "Share of the pretrained top-k to keep.")] = None,
+    max_quality_loss: Annotated[str | None, _routing("1%", "Most that perplexity may rise.")] = None,
+    calibration: Annotated[Path | None, _routing("FILE", "What moec calibrate wrote.")] = None,
+    routing_text: Annotated[Path | None, _routing("PATH", "Calibration text; moec brings one along.")] = None,
+    routing_input: Annotated[bool | None, _routing(None, "Make the policy's threshold an input.")] = None,
+    prune_experts: Annotated[str | None, _routing("SHARE", "Share of every layer's experts to remove.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an artifact at the output.")] = False,
     no_gates: Annotated[bool, typer.Option("--no-gates", help="Do not prove the artifact.")] = False,
     trust_remote_code: Trust = False,
@@ -91,7 +85,7 @@ def export(
         "max_quality_loss": max_quality_loss,
         "calibration": None if calibration is None else str(calibration),
         "text": None if routing_text is None else str(routing_text),
-        "runtime_input": routing_input or None,
+        "runtime_input": routing_input,
         "prune": prune_experts,
     }
     wanted = merge(recipe, {**common, "routing": given(flags) or None, **options})

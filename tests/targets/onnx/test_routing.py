@@ -11,6 +11,8 @@ from moec.compiler.capture import capture
 from moec.compiler.checkpoint import Checkpoint
 from moec.compiler.interpreter import ProgramRunner
 from moec.compiler.program import Program
+from moec.passes.common_subexpressions import CommonSubexpressions
+from moec.passes.dead_code import DeadCode
 from moec.passes.dynamic_routing import BUDGET_INPUT, DynamicRouting
 from moec.passes.routing.base import Policy
 from moec.passes.routing.ratio import Ratio
@@ -24,7 +26,7 @@ Tiny = Callable[[str], Path]
 def programs(checkpoint: Path, policy: Policy, *, runtime: bool = False) -> tuple[Program, Program]:
     """Without and with routing."""
     program, _ = passes.run_passes(capture(Checkpoint.open(checkpoint)), passes.default_passes())
-    routing = (DynamicRouting(policy, runtime), passes.CommonSubexpressions(), passes.DeadCode())
+    routing = (DynamicRouting(policy, runtime), CommonSubexpressions(), DeadCode())
     return program, passes.run_passes(program, routing)[0]
 
 
