@@ -42,6 +42,7 @@ class OnnxTarget(Target):
 
     name: ClassVar[str] = "onnx"
     Options: ClassVar[type[TargetOptions]] = OnnxOptions
+    tools: ClassVar[tuple[str, ...]] = ("onnx-ir", "onnx", "onnxruntime")
 
     def capabilities(self, options: TargetOptions, phase: Phase) -> Capabilities:  # noqa: ARG002
         """Every flavor skips: the MoE kernels drop slots of weight 0, and so do the Ifs of the portable one."""
