@@ -1,6 +1,6 @@
 """The peer: export a checkpoint's decode step (and prefill, by dynamic axes) with the exporter of transformers itself.
 
-    python benchmarks/export_with_transformers.py CHECKPOINT OUTPUT
+python benchmarks/export_with_transformers.py CHECKPOINT OUTPUT
 """
 
 from __future__ import annotations
