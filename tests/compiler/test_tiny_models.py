@@ -69,9 +69,7 @@ def test_no_weight_is_degenerate() -> None:
         weights = tiny_model(family).state_dict()
         constant = [name for name, w in weights.items() if w.numel() > 1 and w.float().std() < 0.05]
         assert constant == [], family
-    assert (
-        tiny_model("deepseek_v3").state_dict()["model.layers.1.mlp.gate.e_score_correction_bias"].std() > 0.05
-    )
+    assert tiny_model("deepseek_v3").state_dict()["model.layers.1.mlp.gate.e_score_correction_bias"].std() > 0.05
 
 
 def test_routing_is_decided() -> None:
