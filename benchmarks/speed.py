@@ -98,9 +98,9 @@ class Exported:
                 feeds[name] = self.past[name]
                 continue
             else:
-                array = np.zeros(
-                    [1 if i == 0 else 0 if i == 2 else size for i, size in enumerate(item.shape)], np.float32
-                )
+                # The exporter gives known sizes as text too.
+                sizes = [1 if axis == 0 else 0 if axis == 2 else int(size) for axis, size in enumerate(item.shape)]
+                array = np.zeros(sizes, np.float32)
             feeds[name] = self.ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
         results = self.session.run_with_ort_values(self.outputs, feeds)
         states = [name for name in self.inputs if name not in ("input_ids", "attention_mask", "position_ids")]
