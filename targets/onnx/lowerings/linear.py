@@ -14,6 +14,7 @@ from moec.quantize.lazy import Quantized
 from moec.targets.onnx.context import MS, Context, result_dtype
 from moec.targets.onnx.lowerings import quantized
 from moec.targets.onnx.lowerings.elementwise import Lowering
+from moec.targets.onnx.lowerings.fusions import joint_product
 
 aten = torch.ops.aten
 
@@ -41,6 +42,9 @@ def _product(ctx: Context, node: fx.Node, x: ir.Value, weight: fx.Node) -> ir.Va
         if ctx.settings["contrib"]:
             return ctx.op("FusedMatMul", x, value, domain=MS, transB=1)
         return ctx.op("MatMul", x, ctx.op("Transpose", value, perm=[1, 0]))
+    joint = joint_product(ctx, node, x)
+    if joint is not None:
+        return joint
     value = ctx.initializer(f"{name}.T", swap_last(own.cast(dtype)), half=ctx.stored_half(name))
     return ctx.op("MatMul", x, value)
 

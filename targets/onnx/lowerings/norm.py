@@ -13,6 +13,7 @@ from torch import fx
 from moec.compiler.program import RMS_NORM, ROTARY
 from moec.targets.onnx.context import Context, integer, listed, np_dtype, rank, real, result_dtype
 from moec.targets.onnx.lowerings.elementwise import Lowering
+from moec.targets.onnx.lowerings.fusions import skip_norm
 
 aten = torch.ops.aten
 
@@ -28,6 +29,9 @@ def _rms_norm(ctx: Context, node: fx.Node) -> ir.Value:
         scale = ctx.tensor(weight, dtype)
     # ONNX Runtime's fused kernel predates the standard op and is the faster of the two on CPU.
     if ctx.settings["contrib"]:
+        fused = skip_norm(ctx, x, scale, real(eps))
+        if fused is not None:
+            return fused
         return ctx.op("SimplifiedLayerNormalization", ctx.tensor(x), scale, epsilon=real(eps), axis=-1, stash_type=1)
     return ctx.op("RMSNormalization", ctx.tensor(x), scale, epsilon=real(eps), axis=-1, stash_type=1)
 
