@@ -18,7 +18,6 @@ from moec.compiler.program import EXPERTS, SELECT
 from moec.targets.tflite.context import Context, node_of, result_dtype, shape_of
 from moec.targets.tflite.lowerings.elementwise import Lowering, choose
 from moec.targets.tflite.lowerings.linear import fully_connected
-from moec.targets.tflite.lowerings.reduce import argmax
 from moec.targets.tflite.lowerings.shape import one_hot, split
 from moec.targets.tflite.model import Graph, Value
 
@@ -138,19 +137,15 @@ def _activation(ctx: Context, x: Value, gate: Gate) -> Value:
 
 
 def _select(ctx: Context, node: fx.Node) -> Value:
-    """`moec::select`: zero what the policy drops, never the largest, and keep the sum of the row if asked."""
+    """`moec::select`: zero what the policy drops and keep the sum of the row if asked."""
     weights, keep, renormalize = node.args
     value = ctx.tensor(weights, torch.float32)
-    slots = ctx.constant(np.arange(value.shape[1])[None], torch.int32)
-    largest = ctx.op("EQUAL", slots, argmax(ctx, value, 1), dtype="BOOL")
-    zero, one = ctx.scalar(0.0), ctx.scalar(1.0)
-    kept = choose(ctx, ctx.op("LOGICAL_OR", ctx.tensor(keep, torch.bool), largest), value, zero)
+    kept = choose(ctx, ctx.tensor(keep, torch.bool), value, ctx.scalar(0.0))
     if not renormalize:
         return kept
     before, after = (ctx.reduce("SUM", item, [1], keep=True) for item in (value, kept))
-    empty = ctx.op("EQUAL", after, zero, dtype="BOOL")
-    ratio = choose(ctx, empty, one, ctx.op("DIV", before, choose(ctx, empty, one, after)))
-    return ctx.op("MUL", kept, ratio)
+    safe = ctx.op("MAXIMUM", after, ctx.scalar(torch.finfo(torch.float32).tiny))
+    return ctx.op("MUL", kept, ctx.op("DIV", before, safe))
 
 
 TABLE: Mapping[Any, Lowering] = {EXPERTS: _experts, SELECT: _select}

@@ -53,11 +53,6 @@ def _position(ctx: Context, name: str, value: Value, axis: int, keep: bool) -> V
     return ctx.reshape(index, kept) if keep else index
 
 
-def argmax(ctx: Context, value: Value, axis: int) -> Value:
-    """The first index of the largest value along `axis`, which stays with length 1; int32."""
-    return _position(ctx, "ARG_MAX", value, axis, keep=True)
-
-
 def _max_dim(ctx: Context, node: fx.Node) -> Sequence[Value]:
     value, axes, keep = ctx.tensor(node.args[0]), _axes(node), _keep(node)
     return ctx.reduce("REDUCE_MAX", value, axes, keep=keep), _position(ctx, "ARG_MAX", value, axes[0], keep)

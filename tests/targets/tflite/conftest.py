@@ -1,0 +1,144 @@
+"""Programs of tiny models, calls of single ops, and the `.tflite` files that they are lowered to."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from moec import passes
+from moec.compiler.capture import capture
+from moec.compiler.checkpoint import Checkpoint
+from moec.compiler.program import Program
+from moec.compiler.weights import Constant, LazyTensor, WeightStore
+from moec.targets.tflite import lower
+from moec.targets.tflite.context import Context, Settings, Shared
+from moec.targets.tflite.extra import module
+from moec.targets.tflite.lowerings.table import lookup
+from moec.targets.tflite.model import Graph, Model, Value
+from moec.targets.tflite.runner import TfliteRunner
+from moec.targets.tflite.weights import Weights
+from moec.targets.tflite.writer import write
+
+Operation = tuple[Any, ...]
+"""An op, its arguments, and a mapping of keyword arguments if it has any; a LazyTensor argument is a weight."""
+
+
+@dataclass(frozen=True)
+class Build:
+    """Writes Programs and single calls as files, and opens them."""
+
+    directory: Path
+
+    def file(
+        self,
+        program: Program,
+        *,
+        lengths: Sequence[int] = (1, 16),
+        capacity: int = 96,
+        branches: bool = True,
+    ) -> Path:
+        model, _ = lower.build(program, lengths=lengths, capacity=capacity, branches=branches)
+        return self.model(model)
+
+    def model(self, model: Model) -> Path:
+        path = self.directory / "model.tflite"
+        write(model, path, lambda *_: None)
+        return path
+
+    def runner(self, program: Program, **settings: Any) -> TfliteRunner:
+        return TfliteRunner(self.file(program, **settings), threads=1)
+
+    def calls(
+        self, operations: Mapping[str, Operation], *, branches: bool = True, capacity: int = 8
+    ) -> dict[str, list[np.ndarray]]:
+        """Results of calls, all run as signatures of one file."""
+        weights = {
+            f"weight{id(item)}": item
+            for operation in operations.values()
+            for item in operation
+            if isinstance(item, LazyTensor)
+        }
+        program = Program(fx.Graph(), WeightStore(weights), (), (), (), torch.float32, {}, {})
+        shared, model, feeds, known = Shared(program, Weights(program)), Model(), {}, {}
+        for name, operation in operations.items():
+            ctx = Context(shared, Settings(capacity, branches), Graph(name))
+            feeds[name] = dict[str, np.ndarray]()
+            results = _lower(ctx, operation, feeds[name])
+            if any(isinstance(result, Tensor) for result in results):
+                known[name] = [result.numpy() for result in results]
+                continue
+            for index, result in enumerate(results):
+                ctx.graph.output(f"out{index}", result)
+            model.signatures[name] = ctx.graph
+        interpreter = module("ai_edge_litert.interpreter").Interpreter(str(self.model(model)), num_threads=1)
+        for name in model.signatures:
+            found = interpreter.get_signature_runner(name)(**feeds[name])
+            known[name] = [found[f"out{index}"] for index in range(len(found))]
+        return known
+
+
+def _lower(ctx: Context, operation: Operation, feeds: dict[str, np.ndarray]) -> list[Value | Tensor]:
+    """Lower one call in the graph of `ctx`, with an input for every tensor among its arguments."""
+    target, *arguments = operation
+    kwargs = arguments.pop() if arguments and isinstance(arguments[-1], dict) else {}
+    graph, mode = fx.Graph(), FakeTensorMode(allow_non_fake_inputs=True)
+
+    def argument(value: Any) -> Any:
+        if isinstance(value, list):
+            return [argument(item) for item in value]
+        if isinstance(value, LazyTensor):
+            node = graph.get_attr(f"weight{id(value)}")
+            node.meta["val"] = mode.from_tensor(value.read())
+            return node
+        if not isinstance(value, Tensor):
+            return value
+        node = graph.placeholder(f"in{len(feeds)}")
+        node.meta["val"] = mode.from_tensor(value)
+        array = value.numpy()
+        feeds[node.name] = array.astype(np.int32) if array.dtype == np.int64 else array
+        fed = feeds[node.name]
+        kinds = {"float32": "FLOAT32", "int32": "INT32", "bool": "BOOL"}
+        ctx.bind(node, ctx.graph.input(node.name, fed.shape, kinds[fed.dtype.name]))
+        return node
+
+    args = [argument(value) for value in arguments]
+    fake = fx.map_arg((tuple(args), kwargs), lambda node: node.meta["val"])
+    with mode:
+        value = target(*fake[0], **fake[1])
+    call = graph.call_function(target, tuple(args), kwargs)
+    call.meta["val"] = value
+    result = lookup(call)(ctx, call)
+    ctx.set(call, result)
+    return list(result) if isinstance(result, list | tuple) else [result]
+
+
+@pytest.fixture
+def build(tmp_path: Path) -> Build:
+    return Build(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def program_of(golden_model: Path, tiny_checkpoint: Callable[[str], Path]) -> Callable[[str], Program]:
+    """The Program of "golden" or of a tiny model of a family, with the common passes run; captured once."""
+
+    @functools.cache
+    def program(name: str) -> Program:
+        checkpoint = Checkpoint.open(str(golden_model if name == "golden" else tiny_checkpoint(name)))
+        return passes.run_passes(capture(checkpoint), passes.default_passes())[0]
+
+    return program
+
+
+@pytest.fixture(scope="session")
+def weight() -> Callable[[Tensor], LazyTensor]:
+    """A tensor as a weight of a Program."""
+    return Constant
