@@ -132,8 +132,7 @@ def _kernel_tensor(ctx: Context, argument: Any, gate: Gate, *, transposed: bool,
     name = ctx.program.weights.resolve(str(argument.target))
     interleaved = first and gate.gated and not gate.interleaved
     swapped = transposed and len(tensor.shape) == 3
-    if len(tensor.shape) == 3:
-        ctx.experts[name] = {"initializer": f"{name}.moe", "interleaved": interleaved, "transposed": swapped}
+    ctx.experts[name] = {"initializer": f"{name}.moe", "interleaved": interleaved, "transposed": swapped}
     half = ctx.stored_half(name)
     if half and tensor.dtype is torch.float32:
         ctx.experts[name]["initializer"] = f"{name}.moe.fp16"
@@ -184,6 +183,7 @@ def _project(ctx: Context, x: ir.Value, weight: Any, bias: Any, index: int, tran
     product = ctx.op("MatMul", x, value)
     if bias is None:
         return product
+    ctx.experts[str(bias.target)] = {"per_expert": f"{bias.target}.{{}}", "transposed": False}
     own = ctx.initializer(f"{bias.target}.{index}", _Row(ctx.lazy(bias), index))
     return ctx.op("Add", product, own)
 

@@ -216,6 +216,8 @@ def _quantized(ctx: Context, argument: Any) -> tuple[str, Quantized]:
 
 def _bias(ctx: Context, bias: Any, interleaved: bool) -> ir.Value:
     tensor = ctx.lazy(bias)
+    entry = {"initializer": f"{bias.target}.moe", "interleaved": interleaved, "transposed": False}
+    ctx.experts[str(bias.target)] = entry
     return ctx.initializer(f"{bias.target}.moe", interleaved_rows(tensor) if interleaved else tensor)
 
 
