@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import fx
 
 from moec.compiler.program import ATTENTION, EXPERTS, Program
 from moec.compiler.specialise import specialise, without_padding
-from moec.targets.tflite.context import Context, Settings, Shared
+from moec.targets.tflite.context import TENSOR_TYPES, Context, Settings, Shared
 from moec.targets.tflite.lowerings.table import TABLE, lookup
 from moec.targets.tflite.model import Graph, Model, Value
 from moec.targets.tflite.positions import from_input
@@ -41,7 +41,12 @@ def build(program: Program, *, lengths: Sequence[int], capacity: int, branches: 
         static = specialise(plain, batch=1, sequence=length, past_sequence=capacity - length)
         name = signature_name(length)
         model.signatures[name] = _signature(static, shared, Settings(capacity, branches), name)
-    facts = {"capacity": capacity, "experts": shared.experts, "prefill_lengths": [n for n in lengths if n > 1]}
+    facts: dict[str, Any] = {
+        "capacity": capacity,
+        "experts": shared.experts,
+        "prefill_lengths": [n for n in lengths if n > 1],
+    }
+    facts["inputs"] = default_inputs(plain)
     model.metadata[METADATA] = json.dumps(facts, sort_keys=True).encode()
     return model, shared
 
@@ -73,20 +78,33 @@ def _inputs(ctx: Context, program: Program) -> None:
     assert isinstance(length, int)
     ids = ctx.graph.input("tokens", (1, length), "INT32")
     positions = ctx.graph.input("input_pos", (length,), "INT32")
-    made = {"input_ids": lambda: ids, "cache_position": lambda: positions}
-    made["position_ids"] = lambda: ctx.reshape(positions, (1, length))
+    made: dict[str, Callable[[], Value]] = {
+        "input_ids": lambda: ids,
+        "cache_position": lambda: positions,
+        "position_ids": lambda: ctx.reshape(positions, (1, length)),
+    }
+    added = default_inputs(program)
     placeholders = iter(program.graph.find_nodes(op="placeholder"))
     for spec in program.inputs:
         node = next(placeholders)
-        if spec.name not in made:
+        if spec.name in added:
+            shape = [int(size) for size in spec.shape]
+            ctx.set(node, ctx.graph.input(spec.name, shape, TENSOR_TYPES[spec.dtype]))
+        elif spec.name not in made:
             raise ctx.refuse(node, f"the input {spec.name} has no place in LiteRT's signatures")
-        if node.users:
+        elif node.users:
             ctx.set(node, made[spec.name]())
     for node, state in zip(placeholders, program.states, strict=True):
         _, heads, _, width = state.input.shape
         shape = (1, int(heads), ctx.settings.capacity, int(width))
         value = ctx.graph.input(state_name(state.kind, state.layer), shape, "FLOAT32")
         ctx.bind(node, value)
+
+
+def default_inputs(program: Program) -> dict[str, list[float]]:
+    """Values of the inputs that passes added, such as a routing budget, for runs that do not set them."""
+    defaults: Mapping[str, Any] = program.notes.get("input_defaults", {})
+    return {name: value.reshape(-1).tolist() for name, value in defaults.items()}
 
 
 def _outputs(ctx: Context, program: Program) -> None:

@@ -12,8 +12,10 @@ import numpy as np
 from moec.compiler.errors import ArtifactError, UsageError
 from moec.targets.base import RunnerLimits
 from moec.targets.tflite.extra import module
+from moec.targets.tflite.reader import TfliteFile
 
 DECODE = "decode"
+STATE_PREFIX = "kv_cache_"
 _PREFIX = "prefill_"
 WORTH_PADDING = 8
 """A prompt's rest is padded to a signature's length if it fills at least one part in so many of it."""
@@ -36,6 +38,7 @@ class TfliteRunner:
 
     def __init__(self, file: Path, *, threads: int = 0) -> None:
         runtime = module("ai_edge_litert.interpreter")
+        added = TfliteFile(file).facts["inputs"]
         try:
             self._interpreter = runtime.Interpreter(model_path=str(file), num_threads=threads or None)
             signatures = self._interpreter.get_signature_list()
@@ -51,8 +54,14 @@ class TfliteRunner:
         self._empty = {
             name: np.zeros(item["shape"], item["dtype"])
             for name, item in details.items()
-            if name not in ("tokens", "input_pos")
+            if name.startswith(STATE_PREFIX)
         }
+        self._defaults = {
+            name: np.asarray(values, details[name]["dtype"]).reshape(details[name]["shape"])
+            for name, values in added.items()
+        }
+        self.overrides: dict[str, np.ndarray] = {}
+        """Values for inputs that have defaults, such as {"routing_budget": array of shape []}."""
         self.capacity = next(iter(self._empty.values())).shape[2]
         self.lengths = tuple(sorted((int(n.removeprefix(_PREFIX)) for n in signatures if n != DECODE), reverse=True))
         self.limits = RunnerLimits(
@@ -112,7 +121,8 @@ class TfliteRunner:
         padded[0, : tokens.size] = tokens
         positions = np.arange(self._length, self._length + size, dtype=np.int32)
         name = DECODE if size == 1 else f"{_PREFIX}{size}"
-        results = self._runners[name](tokens=padded, input_pos=positions, **self._states)
+        feeds = {"tokens": padded, "input_pos": positions, **self._defaults, **self.overrides, **self._states}
+        results = self._runners[name](**feeds)
         logits: np.ndarray = results.pop("logits")
         self._states = results
         self._length += tokens.size

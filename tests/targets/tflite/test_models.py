@@ -1,0 +1,399 @@
+"""Whole models: `.tflite` files against the interpreter, the contract on dropped slots, formats, and bad input."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from moec import passes
+from moec.compiler.errors import ArtifactError, LoweringError, MissingExtraError, UsageError
+from moec.compiler.interpreter import ProgramRunner
+from moec.compiler.ops import ACTIVATIONS
+from moec.compiler.program import EXPERTS, Program
+from moec.passes.dynamic_routing import DynamicRouting
+from moec.passes.quantize import Quantize
+from moec.passes.routing.top_p import TopP
+from moec.quantize.formats import parse_format
+from moec.quantize.plan import QuantizationPlan, TensorClass
+from moec.targets import get_target
+from moec.targets.base import Phase, limits_of
+from moec.targets.tflite import extra
+from moec.targets.tflite.reader import TfliteFile
+from moec.targets.tflite.runner import TfliteRunner
+from moec.targets.tflite.target import TfliteOptions, TfliteTarget
+
+Programs = Callable[[str], Program]
+EXPERT_CLASSES = (TensorClass.EXPERTS_GATE_UP, TensorClass.EXPERTS_DOWN)
+
+
+def difference(got: np.ndarray, want: np.ndarray) -> float:
+    return float(np.abs(got - want).max() / np.abs(want).max())
+
+
+def tokens(program: Program, count: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, program.vocab_size, (1, count))
+
+
+def quantized(program: Program, **formats: str) -> Program:
+    plan = QuantizationPlan.build({TensorClass(name): parse_format(text) for name, text in formats.items()})
+    return Quantize(plan=plan).run(program).program
+
+
+# Parity ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("branches", [True, False], ids=["branches", "dense"])
+@pytest.mark.parametrize("family", ["golden", "gpt_oss", "deepseek_v3"])
+def test_the_file_gives_the_logits_of_the_program(
+    build: Any, program_of: Programs, family: str, branches: bool
+) -> None:
+    program = program_of(family)
+    runner, reference = build.runner(program, branches=branches), ProgramRunner(program)
+    ids = tokens(program, 45)
+    whole = reference.prefill(ids)
+    # 16: one piece; 21: a piece and a padded one; 43: two pieces and a padded one; 1: decoding alone.
+    for cut in (16, 21, 43, 1):
+        got = np.concatenate([runner.prefill(ids[:, :cut]), runner.decode(ids[:, cut:])], axis=1)
+        assert difference(got, whole) < 1e-5, cut
+
+
+def test_greedy_tokens_are_those_of_the_program(build: Any, program_of: Programs) -> None:
+    program = program_of("golden")
+    runner = build.runner(program)
+    prompt = tokens(program, 8)
+    logits, chosen = runner.prefill(prompt), []
+    for _ in range(64):
+        chosen.append(int(logits[0, -1].argmax()))
+        logits = runner.decode(np.array([chosen[-1:]]))
+    # By induction: given these tokens, the reference would have chosen each of them.
+    sequence = np.concatenate([prompt, np.array([chosen])], axis=1)
+    want = ProgramRunner(program).prefill(sequence)[0, prompt.shape[1] - 1 : -1].argmax(-1)
+    assert chosen == want.tolist()
+
+
+FAMILIES = (
+    *("afmoe", "cohere2_moe", "dbrx", "deepseek_v2", "dots1", "ernie4_5_moe", "exaone_moe", "flex_olmo", "gemma4_text"),
+    *("glm4_moe", "glm4_moe_lite", "granitemoe", "granitemoe_swa", "granitemoeshared", "llama4_text", "mixtral"),
+    *("phimoe", "qwen2_moe", "qwen3_moe"),
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families(build: Any, program_of: Programs, family: str) -> None:
+    test_the_file_gives_the_logits_of_the_program(build, program_of, family, branches=True)
+
+
+def counting_from_past(program: Program, target: Any) -> Program:
+    """`program` with its positions made by `target(arange(sequence), past)`."""
+    graph = program.copy_graph()
+    inputs = {node.target: node for node in graph.find_nodes(op="placeholder")}
+    positions, cache_position = inputs["position_ids"], inputs["cache_position"]
+    sequence, past = program.dims["sequence"], program.dims["past_sequence"]
+    with graph.inserting_before(next(iter(positions.users))):
+        made = [
+            (graph.call_function(torch.ops.aten.sym_size.int, (inputs["input_ids"], 1)), sequence),
+            (graph.call_function(torch.ops.aten.sym_size.int, (inputs["past_0_key"], 2)), past),
+        ]
+        made.append((graph.call_function(torch.ops.aten.arange.default, (made[0][0],)), cache_position.meta["val"]))
+        made.append((graph.call_function(target, (made[2][0], made[1][0])), cache_position.meta["val"]))
+        row = graph.call_function(torch.ops.aten.unsqueeze.default, (made[3][0], 0))
+    for node, value in (*made, (row, positions.meta["val"])):
+        node.meta = {"val": value, "module": "model.rotary"}
+    positions.replace_all_uses_with(row)
+    return program.replace(graph=graph)
+
+
+def test_positions_counted_from_the_past_are_read_from_the_input(build: Any, program_of: Programs) -> None:
+    # As Llama 4 does it. With a cache of fixed capacity the length of the past says nothing.
+    program, ids = program_of("mixtral"), tokens(program_of("mixtral"), 18)
+    changed = counting_from_past(program, torch.ops.aten.add.Tensor)
+    assert difference(build.runner(changed).prefill(ids), ProgramRunner(program).prefill(ids)) < 1e-5
+
+
+def test_anything_else_that_reads_the_length_of_the_past_is_refused(build: Any, program_of: Programs) -> None:
+    with pytest.raises(LoweringError, match=r"model.rotary: .*depends on the length of the past"):
+        build.file(counting_from_past(program_of("mixtral"), torch.ops.aten.mul.Tensor))
+
+
+# Contract -------------------------------------------------------------------------------------------------------------
+
+
+def experts_call(weight: Any, hidden: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Any:
+    gate = ("silu", True, False, False, 1.0, 0.0, 0.0)
+    return (EXPERTS, hidden, indices, weights, weight(gate_up), None, weight(down), None, *gate)
+
+
+@pytest.mark.parametrize("branches", [True, False], ids=["branches", "dense"])
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_slot_of_weight_zero_contributes_nothing_even_if_its_expert_yields_nan(
+    build: Any, weight: Any, count: int, branches: bool
+) -> None:
+    generator = torch.Generator().manual_seed(count)
+    hidden, gate_up = torch.randn(count, 8, generator=generator), torch.randn(4, 12, 8, generator=generator)
+    down = torch.randn(4, 8, 6, generator=generator)
+    gate_up[3] = float("nan")
+    indices, weights = torch.tensor([[0, 3]] * count), torch.tensor([[0.7, 0.0]] * count)
+    call = experts_call(weight, hidden, indices, weights, gate_up, down)
+    (got,) = build.calls({"call": call}, branches=branches)["call"]
+    want = EXPERTS(hidden, indices, weights, gate_up, None, down, None, *call[8:])
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    assert np.isfinite(got).all()
+
+
+def test_a_token_keeps_its_total_when_only_another_one_needs_the_expert(build: Any, weight: Any) -> None:
+    hidden, gate_up, down = torch.ones(2, 8), torch.ones(2, 12, 8), torch.ones(2, 8, 6)
+    gate_up[1] = float("inf")
+    indices, weights = torch.tensor([[0, 1], [0, 1]]), torch.tensor([[1.0, 0.0], [1.0, 0.5]])
+    call = experts_call(weight, hidden, indices, weights, gate_up, down)
+    for branches in (True, False):
+        (got,) = build.calls({"call": call}, branches=branches)["call"]
+        assert np.isfinite(got[0]).all()
+        assert not np.isfinite(got[1]).all()
+
+
+@pytest.mark.parametrize(
+    ("activation", "gated", "interleaved", "transposed", "alpha", "limit", "up_offset", "bias"),
+    [
+        ("silu", True, True, True, 1.702, 0.7, 1.0, True),
+        ("silu", True, False, False, 1.0, 0.0, 0.0, True),
+        *((name, False, False, False, 1.0, 0.0, 0.0, False) for name in ACTIVATIONS),
+        *((name, True, True, False, 1.0, 0.0, 0.0, False) for name in ACTIVATIONS),
+    ],
+)
+def test_every_kind_of_expert(
+    build: Any,
+    weight: Any,
+    activation: str,
+    gated: bool,
+    interleaved: bool,
+    transposed: bool,
+    alpha: float,
+    limit: float,
+    up_offset: float,
+    bias: bool,
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    wide = 12 if gated else 6
+    hidden, indices, weights = random(3, 8), torch.tensor([[0, 2], [1, 0], [3, 2]]), random(3, 2).abs()
+    gate_up, down = random(4, wide, 8), random(4, 8, 6)
+    if transposed:
+        gate_up, down = gate_up.transpose(1, 2).contiguous(), down.transpose(1, 2).contiguous()
+    biases = [random(4, wide), random(4, 8)] if bias else [None, None]
+    gate = (activation, gated, interleaved, transposed, alpha, limit, up_offset)
+    held = [None if value is None else weight(value) for value in biases]
+    call = (EXPERTS, hidden, indices, weights, weight(gate_up), held[0], weight(down), held[1], *gate)
+    (got,) = build.calls({"call": call})["call"]
+    want = EXPERTS(hidden, indices, weights, gate_up, biases[0], down, biases[1], *gate)
+    np.testing.assert_allclose(got, want, atol=2e-5)
+
+
+def test_each_expert_is_a_branch_with_weights_of_its_own_stored_once(build: Any, program_of: Programs) -> None:
+    program = program_of("golden")
+    path = build.file(program)
+    file = TfliteFile(path)
+    graphs = [file._model.Subgraphs(index) for index in range(file._model.SubgraphsLength())]
+    branches = [graph for graph in graphs if graph.Name().startswith(b"experts")]
+    layers, experts, signatures = len(program.layers), program.layers[0].num_experts, 2
+    assert len(branches) == layers * experts * signatures
+    # The entry points hold no weight of an expert, and the two signatures read the same bytes.
+    entry = [graphs[0].Tensors(index).Name() or b"" for index in range(graphs[0].TensorsLength())]
+    assert not any(b"gate_up_proj" in name for name in entry)
+    stored = sum(
+        program.weights[name].nbytes for name in dict.fromkeys(map(program.weights.resolve, program.weight_names()))
+    )
+    assert path.stat().st_size < 1.1 * stored
+
+
+def test_a_policy_drops_slots_and_its_budget_is_an_input(build: Any, program_of: Programs) -> None:
+    routing = DynamicRouting(policy=TopP(mass=0.7), runtime_budget=True)
+    program = passes.run_passes(program_of("golden"), [*passes.default_passes(), routing])[0]
+    runner, ids = build.runner(program), tokens(program, 20)
+    assert difference(runner.prefill(ids), ProgramRunner(program).prefill(ids)) < 1e-5
+    pretrained = ProgramRunner(program_of("golden")).prefill(ids)
+    assert difference(runner.prefill(ids), pretrained) > 1e-3
+    runner.overrides["routing_budget"] = np.array(1.0, np.float32)
+    assert difference(runner.prefill(ids), pretrained) < 1e-5
+
+
+# Formats --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("formats", "limit"),
+    [
+        ({"experts_gate_up": "int8:channel", "experts_down": "int8:channel", "attention": "int8:channel"}, 2e-2),
+        ({"experts_gate_up": "int4:32", "experts_down": "int8:channel"}, 2e-2),
+        ({"experts_gate_up": "int4:channel", "experts_down": "int4:channel"}, 2e-2),
+        ({"embedding": "int8:channel"}, 1e-5),
+        ({name.value: "fp16" for name in (*EXPERT_CLASSES, TensorClass.LM_HEAD, TensorClass.EMBEDDING)}, 1e-5),
+    ],
+    ids=lambda value: "-".join(dict.fromkeys(value.values())) if isinstance(value, dict) else None,
+)
+def test_formats(build: Any, program_of: Programs, formats: dict[str, str], limit: float) -> None:
+    program = quantized(program_of("mixtral"), **formats)
+    runner, reference = build.runner(program), ProgramRunner(program)
+    ids = tokens(program, 20)
+    got, want = runner.prefill(ids), reference.prefill(ids)
+    # Most positions: rounded activations may send a token of an undecided router elsewhere.
+    errors = np.abs(got - want).max(-1)[0] / np.abs(want).max()
+    assert np.median(errors) < limit
+
+
+@pytest.mark.parametrize("text", ["none", "int8:channel", "int4:channel", "int4:32"])
+def test_experts_are_read_back_as_planned(build: Any, program_of: Programs, text: str) -> None:
+    program = quantized(program_of("mixtral"), experts_gate_up=text, experts_down="int4:channel")
+    readers = TfliteFile(build.file(program, lengths=(1,))).experts()
+    names = {name for layer in program.layers for name in (layer.gate_up_proj, layer.down_proj)}
+    assert set(readers) == names
+    for name in names:
+        for index in (0, program.weights[name].shape[0] - 1):
+            want = program.weights[name].rows(index, index + 1)[0].float().numpy()
+            np.testing.assert_allclose(readers[name](index), want, rtol=1e-6, atol=1e-9)
+
+
+def test_experts_stored_otherwise_are_read_back_in_the_programs_layout(build: Any, program_of: Programs) -> None:
+    program = program_of("gpt_oss")
+    for name, read in TfliteFile(build.file(program, lengths=(1,))).experts().items():
+        np.testing.assert_array_equal(read(1), program.weights[name].rows(1, 2)[0].numpy())
+
+
+@pytest.mark.parametrize(
+    ("formats", "reason"),
+    [
+        ({"experts_gate_up": "int8:32"}, "one scale per row only"),
+        ({"experts_gate_up": "int4:32:asym"}, "zero points"),
+        ({"embedding": "int4:32"}, "embedding in blocks"),
+    ],
+)
+def test_what_litert_cannot_express_is_an_error_that_names_tensor_and_format(
+    build: Any, program_of: Programs, formats: dict[str, str], reason: str
+) -> None:
+    with pytest.raises(LoweringError, match=reason) as caught:
+        build.file(quantized(program_of("mixtral"), **formats), lengths=(1,))
+    assert "weight" in caught.value.message or "gate_up_proj" in caught.value.message
+
+
+def test_a_quantized_weight_that_only_floats_can_stand_for_is_an_error(build: Any, program_of: Programs) -> None:
+    program = quantized(program_of("mixtral"), experts_down="int8:channel")
+    norm = next(name for name in program.weight_names() if name.endswith("norm.weight"))
+    changed = program.weights.with_tensors({norm: program.weights[program.layers[0].down_proj]})
+    with pytest.raises(LoweringError, match=f"{norm} is quantized to int8:channel"):
+        build.file(program.replace(weights=changed), lengths=(1,))
+
+
+# The target -----------------------------------------------------------------------------------------------------------
+
+
+def lowered(program: Program, directory: Path, **options: Any) -> Any:
+    directory.mkdir()
+    return TfliteTarget().lower(program, TfliteOptions(**options), directory, lambda *_: None)
+
+
+def test_the_same_model_gives_the_same_bytes(program_of: Programs, tmp_path: Path) -> None:
+    program = quantized(program_of("mixtral"), experts_gate_up="int4:32", experts_down="int8:channel")
+    files = []
+    for name in "ab":
+        lowered(program, tmp_path / name, prefill=(16,), context=64)
+        files.append((tmp_path / name / "model.tflite").read_bytes())
+    assert files[0] == files[1]
+
+
+def test_what_the_target_states(program_of: Programs, tmp_path: Path) -> None:
+    program = quantized(program_of("mixtral"), experts_gate_up="int8:channel")
+    result = lowered(program, tmp_path / "out", prefill=(32, 16), context=64)
+    assert result.facts["prefill_lengths"] == [16, 32]
+    assert result.facts["ops"]["IF"] == 3 * sum(layer.num_experts for layer in program.layers)
+    layer = program.layers[0]
+    experts, rows, width = program.weights[layer.gate_up_proj].shape
+    assert result.facts["expert_tensor_bytes"][layer.gate_up_proj] == experts * rows * (width + 4)
+    assert set(result.signature["signatures"]) == {"decode", "prefill_16", "prefill_32"}
+    json.dumps(result.facts)
+    runner = TfliteTarget().open(tmp_path / "out", threads=1)
+    limits = limits_of(runner)
+    assert (limits.max_batch, limits.padding, limits.max_sequence) == (1, False, 64)
+    assert limits.prefill_lengths == (16, 32)
+    assert "ai-edge-litert" in runner.facts()["runtime"]
+
+
+def test_without_control_flow_there_is_no_branch(program_of: Programs, tmp_path: Path) -> None:
+    result = lowered(program_of("mixtral"), tmp_path / "out", prefill=(16,), flavor="no-control-flow")
+    assert "IF" not in result.facts["ops"]
+    assert result.facts["subgraphs"] == 2
+
+
+def test_capabilities() -> None:
+    target = TfliteTarget()
+    assert target.capabilities(TfliteOptions(), Phase.DECODE).skips_experts
+    assert not target.capabilities(TfliteOptions(), Phase.PREFILL).skips_experts
+    dense = target.capabilities(TfliteOptions(flavor="no-control-flow"), Phase.DECODE)
+    assert not dense.skips_experts
+    assert "no-control-flow" in dense.reason
+    assert isinstance(get_target("tflite"), TfliteTarget)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"context": 5000, "prefill": ()}, "made for 1024 tokens"), ({"context": 64, "prefill": (65,)}, "longer than")],
+)
+def test_sizes_that_do_not_fit(program_of: Programs, tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        lowered(program_of("golden"), tmp_path / "out", **options)
+
+
+def test_what_the_runner_does_not_take(build: Any, program_of: Programs) -> None:
+    runner = build.runner(program_of("golden"), lengths=(1, 8), capacity=10)
+    ids = tokens(program_of("golden"), 11)
+    for call, message in (
+        (lambda: runner.prefill(np.repeat(ids[:, :2], 2, axis=0)), "runs one"),
+        (lambda: runner.prefill(ids[:, :2], np.array([[0, 1]])), "no padding"),
+        (lambda: runner.prefill(ids), "do not fit"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            call()
+    # Nine of ten slots: padding the tenth token to eight would move the update.
+    want = ProgramRunner(program_of("golden")).prefill(ids[:, :10])
+    runner.prefill(ids[:, :5])
+    assert difference(runner.decode(ids[:, 5:10]), want[:, 5:]) < 1e-5
+
+
+def test_damaged_files(build: Any, program_of: Programs) -> None:
+    path = build.file(program_of("golden"), lengths=(1,), capacity=16)
+    content = path.read_bytes()
+    for damaged in (b"", content[:100], b"0" * 4096):
+        path.write_bytes(damaged)
+        with pytest.raises(ArtifactError):
+            TfliteRunner(path)
+        with pytest.raises(ArtifactError):
+            TfliteFile(path)
+
+
+def test_an_op_without_a_form_is_named(program_of: Programs) -> None:
+    program = program_of("golden")
+    graph = program.copy_graph()
+    node = next(node for node in graph.nodes if node.target is torch.ops.aten.softmax.int)
+    node.target = torch.ops.aten.erf.default
+    (rejection,) = TfliteTarget().lint(dataclasses.replace(program, graph=graph), TfliteOptions())
+    assert "aten.erf" in rejection.reason
+
+
+def test_a_missing_extra_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> Any:
+        raise ModuleNotFoundError(f"No module named '{name}'", name=name.partition(".")[0])
+
+    monkeypatch.setattr(extra.importlib, "import_module", missing)
+    with pytest.raises(MissingExtraError) as caught:
+        TfliteTarget().doctor()
+    assert caught.value.hint == "pip install 'moec[tflite]'"
