@@ -37,6 +37,11 @@ def _routing(metavar: str | None, text: str) -> Any:
 ArtifactDirectory = Annotated[Path, typer.Argument(metavar="DIRECTORY", help="The artifact.")]
 
 
+def _quantize(metavar: str, text: str) -> Any:
+    """A flag of quantization."""
+    return typer.Option(metavar=metavar, help=text, rich_help_panel="Quantization")
+
+
 def export(
     checkpoint: Annotated[str | None, typer.Argument(help="Directory or hub id; or in the recipe.")] = None,
     target: Annotated[
@@ -49,11 +54,28 @@ def export(
     recipe: Annotated[Path | None, typer.Option(help="Recipe file (YAML); other flags override it.")] = None,
     routing: Annotated[str | None, _routing("POLICY|off", "Let tokens use fewer experts.")] = None,
     expert_budget: Annotated[str | None, _routing("SHARE", "Share of the pretrained top-k to keep.")] = None,
-    max_quality_loss: Annotated[str | None, _routing("1%", "Most that perplexity may rise.")] = None,
-    calibration: Annotated[Path | None, _routing("FILE", "What moec calibrate wrote.")] = None,
+    calibration: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="PATH", help="Calibration text (file or directory), or a JSON file of moec calibrate."),
+    ] = None,
+    max_quality_loss: Annotated[
+        str | None, typer.Option(metavar="1%", help="Most that perplexity may rise: fails the export, bounds routing.")
+    ] = None,
+    quality_text: Annotated[Path | None, typer.Option(metavar="PATH", help="Held-out text; moec brings one.")] = None,
     routing_text: Annotated[Path | None, _routing("PATH", "Calibration text; moec brings one along.")] = None,
     routing_input: Annotated[bool | None, _routing(None, "Make the policy's threshold an input.")] = None,
     prune_experts: Annotated[str | None, _routing("SHARE", "Share of every layer's experts to remove.")] = None,
+    quantize: Annotated[
+        str | None, _quantize("fp16|int8|int4|none|auto", "What weights are stored as; also a format such as int4:128.")
+    ] = None,
+    rounding: Annotated[str | None, _quantize("auto|rtn|gptq", "How weights are rounded. (default: auto)")] = None,
+    activations: Annotated[
+        str | None, _quantize("float|int8-dynamic", "What kernels may round activations to. (default: float)")
+    ] = None,
+    max_size: Annotated[str | None, _quantize("300MB|0.3x", "For auto: most that weights take; x: of fp16.")] = None,
+    max_perplexity_increase: Annotated[
+        str | None, _quantize("0.5%", "For auto: most that perplexity may rise, as predicted.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an artifact at the output.")] = False,
     no_gates: Annotated[bool, typer.Option("--no-gates", help="Do not prove the artifact.")] = False,
     trust_remote_code: Trust = False,
@@ -68,7 +90,7 @@ def export(
     """
     from moec.compiler.api import merge
     from moec.compiler.errors import UsageError
-    from moec.compiler.flags import given
+    from moec.compiler.flags import sections_of_flags
     from moec.compiler.pipeline import compile_recipe
 
     if output is None:
@@ -79,16 +101,24 @@ def export(
         "dtype": dtype,
         "trust_remote_code": trust_remote_code or None,
     }
-    flags = {
+    routed = {
         "policy": routing,
         "budget": expert_budget,
         "max_quality_loss": max_quality_loss,
-        "calibration": None if calibration is None else str(calibration),
-        "text": None if routing_text is None else str(routing_text),
+        "text": routing_text,
         "runtime_input": routing_input,
         "prune": prune_experts,
     }
-    wanted = merge(recipe, {**common, "routing": given(flags) or None, **options})
+    quantized = {
+        "format": quantize,
+        "rounding": rounding,
+        "activations": activations,
+        "max_size": max_size,
+        "max_perplexity_increase": max_perplexity_increase,
+    }
+    quality = {"max_loss": max_quality_loss, "text": quality_text}
+    sections = sections_of_flags(routed, quantized, quality, calibration or ())
+    wanted = merge(recipe, {**common, **sections, **options})
     console = Console(json_output, quiet, debug)
     with console.progress() as progress:
         result = compile_recipe(wanted, output, overwrite=overwrite, gates=not no_gates, progress=progress)

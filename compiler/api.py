@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moec.compiler.errors import GateError
-from moec.compiler.recipe import Recipe, make_recipe, read_recipe
+from moec.compiler.recipe import SECTIONS, Recipe, make_recipe, read_recipe
 
 if TYPE_CHECKING:
     from moec.compiler.generate import Generator
@@ -65,10 +65,11 @@ def merge(recipe: Path | None, given: Mapping[str, Any]) -> Recipe:
     for name, value in given.items():
         if value is not None:
             (fields if name in Recipe.model_fields else extra)[name] = value
-    if isinstance(routing := given.get("routing"), Mapping):
-        # What was said first of the same section goes where it was not said again.
-        in_section = read_recipe(recipe).get("routing") if recipe else None
-        fields["routing"] = {**in_section, **routing} if isinstance(in_section, Mapping) else dict(routing)
+    for name in SECTIONS:
+        if isinstance(section := given.get(name), Mapping):
+            # What was said first of the same section goes where it was not said again.
+            in_section = read_recipe(recipe).get(name) if recipe else None
+            fields[name] = {**in_section, **section} if isinstance(in_section, Mapping) else dict(section)
     if extra:
         in_file = fields.get("options") or {}
         fields["options"] = {**in_file, **extra} if isinstance(in_file, Mapping) else in_file

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin
 
@@ -117,3 +118,29 @@ def find_flag(arguments: list[str], *names: str) -> str | None:
 def given(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options that were given."""
     return {name: value for name, value in options.items() if value is not None}
+
+
+def sections_of_flags(
+    routing: Mapping[str, Any], quantize: Mapping[str, Any], quality: Mapping[str, Any], calibration: Sequence[Path]
+) -> dict[str, dict[str, Any] | None]:
+    """The sections of a recipe that flags speak of; None where they do not.
+
+    One flag may speak to several sections: `--calibration` names a file of `moec calibrate` by its suffix .json, else
+    a text; a text serves quantization, and routing where weights stay as they are. `--max-quality-loss` bounds the
+    search of routing only where nothing else says how much routing shall save.
+    """
+    routed, quantized, judged = (
+        {k: _plain(v) for k, v in given(part).items()} for part in (routing, quantize, quality)
+    )
+    for path in calibration:
+        if path.suffix == ".json" or not quantized:
+            routed["calibration"] = str(path)
+        else:
+            quantized["calibration"] = str(path)
+    if routed.get("policy", "off") == "off" or {"budget", "calibration"} & routed.keys():
+        routed.pop("max_quality_loss", None)
+    return {"routing": routed or None, "quantize": quantized or None, "quality": judged or None}
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value

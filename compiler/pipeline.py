@@ -26,6 +26,7 @@ from moec.compiler.gates.parity import ARTIFACT_GATE, CAPTURE_GATE, EXIT_CODE
 from moec.compiler.gates.run import GateInputs, exit_code, run_gates
 from moec.compiler.gates.verdict import Status, Verdict
 from moec.compiler.program import Program
+from moec.compiler.quantization import Quantization, manifest_facts, plan_quantization
 from moec.compiler.recipe import Recipe, make_recipe, validate
 from moec.compiler.rejections import Rejection
 from moec.compiler.routing import RoutingPlan, measure_savings, plan_routing
@@ -75,6 +76,7 @@ class _Built:
     model: Mapping[str, Any]
     pass_log: Sequence[Mapping[str, Any]]
     routing: RoutingPlan
+    quantization: Quantization
 
 
 @dataclass
@@ -135,12 +137,13 @@ def compile_recipe(
                 shutil.copyfile(path, directory / path.name)
             content: dict[str, Any] = {
                 "source": _source(built.checkpoint),
-                "recipe": {**recipe.canonical(options), "routing": built.routing.recorded},
+                "recipe": _recorded(recipe, options, built),
                 "model": built.model,
                 "passes": built.pass_log,
                 "rejections": [asdict(rejection) for rejection in lowered.rejections],
                 "signature": lowered.signature,
                 **({"routing": built.routing.facts} if built.routing.facts else {}),
+                **({"quantization": weights} if (weights := manifest_facts(built.quantization, built.program)) else {}),
                 "model_files": sorted(lowered.model_files),
                 "facts": lowered.facts,
                 "tools": _tools(target),
@@ -203,20 +206,44 @@ def _build(recipe: Recipe, target: Target, options: TargetOptions, stages: _Stag
     settings = None if recipe.routing is None or recipe.routing.does_nothing else recipe.routing
     with stages("routing") if settings else contextlib.nullcontext():
         routing = plan_routing(settings, checkpoint, captured, stages.progress)
+
+    def told(record: passes.PassRecord) -> None:
+        stages.progress(f"pass {record.name}", 1, 1)
+
     with stages("passes"):
-        chosen = (*passes.default_passes(), *routing.passes, *target.passes(options))
-        program, log = passes.run_passes(captured, chosen, lambda record: stages.progress(f"pass {record.name}", 1, 1))
-    # Without the times: moec.json is the same on every rebuild.
-    kept = [
-        {"name": record.name, "modified": record.modified, "rejections": [asdict(item) for item in record.rejections]}
-        for record in log
-    ]
+        common = (*passes.default_passes(), *routing.passes)
+        program, log = passes.run_passes(captured, common, told)
     if settings:
         with stages("accounting"):
             capabilities = {phase: target.capabilities(options, phase) for phase in Phase}
             savings = measure_savings(settings, checkpoint, captured, program, capabilities)
             routing = replace(routing, facts={**(routing.facts or {}), "accounting": savings})
-    return _Built(checkpoint, captured, program, model, kept, routing)
+
+    def in_float32() -> Program:
+        if captured.dtype == torch.float32:
+            return program
+        return passes.run_passes(capture(checkpoint, dtype=torch.float32), common)[0]
+
+    weights = None if recipe.quantize is None or recipe.quantize.does_nothing else recipe.quantize
+    with stages("quantize") if weights else contextlib.nullcontext():
+        quantization = plan_quantization(weights, checkpoint, program, in_float32, stages.progress)
+        later = (*quantization.passes, *target.passes(options))
+        final, more = passes.run_passes(program, later, told, completed=[record.name for record in log])
+    # Without the times: moec.json is the same on every rebuild.
+    kept = [
+        {"name": record.name, "modified": record.modified, "rejections": [asdict(item) for item in record.rejections]}
+        for record in (*log, *more)
+    ]
+    return _Built(checkpoint, captured, final, model, kept, routing, quantization)
+
+
+def _recorded(recipe: Recipe, options: TargetOptions, built: _Built) -> dict[str, Any]:
+    """The recipe for moec.json, with what was calibrated in place of how."""
+    return {
+        **recipe.canonical(options),
+        "routing": built.routing.recorded,
+        "quantize": built.quantization.recorded,
+    }
 
 
 def _cannot_lower(target: Target, refused: Sequence[Rejection]) -> LoweringError:

@@ -9,6 +9,11 @@ options:                               # of the target; see `moec export --targe
 routing:                               # see docs/routing.md; without it every token uses all its experts
   policy: top-p
   budget: 0.6                          # or max_quality_loss: 1%, or calibration: FILE, or parameters: {mass: 0.9}
+quantize:                              # see docs/quantization.md; `quantize: int4` is short for the format alone
+  format: int4                         # fp16, int8, int4, none, auto, a format such as int4:128, or a plan
+  calibration: texts/
+quality:
+  max_loss: 1%
 ```
 """
 
@@ -26,6 +31,8 @@ from moec.compiler.errors import UsageError
 
 DType = Literal["fp32", "fp16"]
 Model = TypeVar("Model", bound=BaseModel)
+SECTIONS = ("routing", "quantize", "quality")
+"""Keys of a recipe that hold keys of their own; flags go into them one by one."""
 
 
 def _fraction(value: Any) -> Any:
@@ -36,6 +43,11 @@ def _fraction(value: Any) -> Any:
         except ValueError:
             return value
     return value
+
+
+def _section_of_format(value: Any) -> Any:
+    """`quantize: int4` is short for `quantize: {format: int4}`."""
+    return {"format": value} if isinstance(value, str) else value
 
 
 class RoutingRecipe(BaseModel):
@@ -76,6 +88,61 @@ class RoutingRecipe(BaseModel):
         return self
 
 
+class QuantizeRecipe(BaseModel):
+    """What weights are stored as."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: str | dict[str, Any] = Field(
+        default="none",
+        description="fp16, int8, int4, none, auto, one format such as int4:128, or a plan: formats and overrides.",
+    )
+    rounding: Literal["auto", "rtn", "gptq"] = Field(
+        default="auto", description="To nearest, or GPTQ on calibration text; auto takes GPTQ where 4 bits are planned."
+    )
+    calibration: str | None = Field(default=None, description="Calibration text: a file or a directory.")
+    calibration_sha256: str | None = Field(default=None, description="Digest that the calibration text must have.")
+    windows: int = Field(default=96, gt=0, description="Windows of calibration text.")
+    window: int = Field(default=256, gt=1, description="Tokens of a window.")
+    activations: Literal["float", "int8-dynamic"] = Field(
+        default="float", description="What kernels may round activations to."
+    )
+    max_size: str | int | None = Field(
+        default=None,
+        description="For auto: most that the weights may take: 300MB, 1.5GB, or 0.3x of their size in fp16.",
+    )
+    max_perplexity_increase: Annotated[float | None, BeforeValidator(_fraction)] = Field(
+        default=None, gt=0, description="For auto: most that perplexity may rise by its own prediction."
+    )
+
+    @property
+    def does_nothing(self) -> bool:
+        """Whether it leaves the model as it is."""
+        return self.format == "none"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        limits = sum(limit is not None for limit in (self.max_size, self.max_perplexity_increase))
+        if self.format == "auto" and limits != 1:
+            raise ValueError("format auto needs either max_size or max_perplexity_increase")
+        if self.format != "auto" and limits:
+            raise ValueError("max_size and max_perplexity_increase are for format auto")
+        return self
+
+
+class QualityRecipe(BaseModel):
+    """What the quality gate demands. It decides nothing of the artifact, so moec.json does not hold it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    max_loss: Annotated[float | None, BeforeValidator(_fraction)] = Field(
+        default=None, ge=0, description="Most that perplexity may rise against the source model; None: the gate is off."
+    )
+    text: str | None = Field(default=None, description="Held-out text: a file or a directory.")
+    windows: int = Field(default=64, gt=1, description="Windows of text.")
+    window: int = Field(default=256, gt=1, description="Tokens of a window.")
+
+
 class Recipe(BaseModel):
     """Everything that decides what an export writes, and nothing else: no output path, no display option."""
 
@@ -86,6 +153,10 @@ class Recipe(BaseModel):
     dtype: DType = Field(default="fp32", description="Precision of activations and of weights that are not quantized.")
     options: dict[str, Any] = Field(default_factory=dict, description="Options of the target.")
     routing: RoutingRecipe | None = Field(default=None, description="Dynamic routing and expert pruning.")
+    quantize: Annotated[QuantizeRecipe | None, BeforeValidator(_section_of_format)] = Field(
+        default=None, description="What weights are stored as."
+    )
+    quality: QualityRecipe | None = Field(default=None, description="What the quality gate demands.")
     trust_remote_code: bool = Field(default=False, description="Run modelling code that the checkpoint brings along.")
 
     def canonical(self, options: BaseModel) -> dict[str, Any]:
@@ -96,7 +167,7 @@ class Recipe(BaseModel):
         Args:
             options: `self.options` as the target's own Options object.
         """
-        plain = self.model_dump(mode="json", exclude={"checkpoint", "options", "trust_remote_code"})
+        plain = self.model_dump(mode="json", exclude={"checkpoint", "options", "trust_remote_code", "quality"})
         return {**plain, "options": options.model_dump(mode="json")}
 
 
@@ -121,9 +192,10 @@ def read_recipe(path: Path) -> dict[str, Any]:
     checkpoint = fields.get("checkpoint")
     if isinstance(checkpoint, str) and checkpoint.startswith("."):
         fields["checkpoint"] = str(path.parent / checkpoint)
-    if isinstance(routing := fields.get("routing"), dict):
-        near = {key: str(path.parent / str(routing[key])) for key in ("calibration", "text") if routing.get(key)}
-        fields["routing"] = {**routing, **near}
+    for name in SECTIONS:
+        if isinstance(section := fields.get(name), dict):
+            near = {key: str(path.parent / str(section[key])) for key in ("calibration", "text") if section.get(key)}
+            fields[name] = {**section, **near}
     return fields
 
 

@@ -4,24 +4,33 @@ from __future__ import annotations
 
 import hashlib
 import importlib.resources
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from moec.compiler.errors import CheckpointError, UsageError
 
-DEFAULT = ("golden_models", "olmoe-tiny", "texts", "calibration.txt")
+_SHIPPED = ("golden_models", "olmoe-tiny", "texts")
+CALIBRATION = ("calibration.txt",)
+HELD_OUT = ("heldout_python.txt", "heldout_austen.txt", "heldout_kjv.txt")
+"""No line of these is in the calibration text, and no text is of the same source."""
 SUFFIXES = (".txt", ".md", ".rst", ".text")
 
 
-def read_text(location: str | Path | None = None) -> str:
-    """Read a file, or every text file of a directory in the order of their names; the shipped text if None.
+def read_text(location: str | Path | None = None, *, shipped: Sequence[str] = CALIBRATION) -> str:
+    """Read a file, or every text file of a directory in the order of their names.
+
+    Args:
+        location: File or directory; None: the texts that moec brings along.
+        shipped: Which of those, `CALIBRATION` or `HELD_OUT`.
 
     Raises:
         CheckpointError: It is missing, empty, or no UTF-8 text.
     """
     if location is None:
-        return importlib.resources.files("moec").joinpath(*DEFAULT).read_text(encoding="utf-8")
+        folder = importlib.resources.files("moec").joinpath(*_SHIPPED)
+        return "\n\n".join(folder.joinpath(name).read_text(encoding="utf-8") for name in shipped)
     path = Path(location).expanduser()
     if path.is_dir():
         files = sorted(item for item in path.rglob("*") if item.suffix in SUFFIXES and item.is_file())
@@ -101,3 +110,9 @@ def windows(ids: np.ndarray, length: int, count: int | None = None, *, start: in
         )
     taken = whole if count is None else min(whole, count)
     return ids[start * length : (start + taken) * length].reshape(taken, length)
+
+
+def spread(every: np.ndarray, count: int) -> np.ndarray:
+    """At most `count` of the windows [n, length], evenly spaced: a text may have several sources, one after another."""
+    taken = min(count, len(every))
+    return every[np.arange(taken) * len(every) // taken]

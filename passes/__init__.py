@@ -82,13 +82,17 @@ def _third_party(taken: set[str], extra: Iterable[EntryPoint] | None) -> list[Pa
     return found
 
 
-def check_order(passes: Sequence[Pass]) -> None:
+def check_order(passes: Sequence[Pass], completed: Sequence[str] = ()) -> None:
     """Check, before anything runs, that every pass comes after those that it requires.
+
+    Args:
+        passes: What is to run.
+        completed: Names of the passes that the program has had.
 
     Raises:
         UsageError: One does not; every missing requirement is named.
     """
-    done: set[str] = set()
+    done: set[str] = set(completed)
     missing: list[str] = []
     for item in passes:
         missing += [f"{item.name} needs {name} before it" for name in item.requires if name not in done]
@@ -98,7 +102,11 @@ def check_order(passes: Sequence[Pass]) -> None:
 
 
 def run_passes(
-    program: Program, passes: Sequence[Pass], on_pass: Callable[[PassRecord], None] | None = None
+    program: Program,
+    passes: Sequence[Pass],
+    on_pass: Callable[[PassRecord], None] | None = None,
+    *,
+    completed: Sequence[str] = (),
 ) -> tuple[Program, tuple[PassRecord, ...]]:
     """Run `passes` in order, with the invariants checked before the first and after each.
 
@@ -106,6 +114,7 @@ def run_passes(
         program: Where to start.
         passes: What to run.
         on_pass: Called after each pass.
+        completed: Names of the passes that `program` has had.
 
     Returns:
         The program after the last pass, and the log.
@@ -114,12 +123,12 @@ def run_passes(
         UsageError: The order is wrong.
         MoecError: A pass failed, or broke an invariant; the message names it.
     """
-    check_order(passes)
-    check_invariants(program)
+    check_order(passes, completed)
+    check_invariants(program, completed)
     log: list[PassRecord] = []
     for item in passes:
         start = time.perf_counter()
-        result = _run(item, program, [record.name for record in log])
+        result = _run(item, program, [*completed, *(record.name for record in log)])
         program = result.program
         record = PassRecord(item.name, result.modified, time.perf_counter() - start, result.rejections)
         log.append(record)

@@ -11,7 +11,7 @@ from moec.compiler.program import Program
 from moec.compiler.rejections import Rejection
 from moec.compiler.weights import LazyTensor
 from moec.passes.base import Pass, PassResult
-from moec.quantize.formats import FloatFormat, FloatKind, Format, IntegerFormat
+from moec.quantize.formats import FloatKind, Format, IntegerFormat
 from moec.quantize.lazy import Float16, Quantized
 from moec.quantize.plan import QuantizationPlan
 from moec.quantize.roles import format_of, weight_roles
@@ -72,7 +72,8 @@ class Quantize(Pass):
             if result is None:
                 return Quantized(name, source, resolved, self.clip)
             codes = result.tensor
-            return Quantized(name, source, resolved, self.clip, (codes,) if codes.codes.ndim == 2 else _experts(codes))
+            each = (codes,) if codes.codes.ndim == 2 else tuple(codes[index] for index in range(codes.codes.shape[0]))
+            return Quantized(name, source, resolved, self.clip, each, tuple(item.error for item in result.matrices))
         return Float16(source) if chosen.kind is FloatKind.FP16 else None
 
     def _fallbacks(self, name: str) -> list[Rejection]:
@@ -84,12 +85,3 @@ class Quantize(Pass):
             for index, report in enumerate(reports)
             if report.reason
         ]
-
-
-def _experts(codes: Any) -> tuple[Any, ...]:
-    return tuple(codes[index] for index in range(codes.shape[0]))
-
-
-def float_plan(plan: QuantizationPlan) -> bool:
-    """Whether the plan quantizes nothing."""
-    return all(isinstance(chosen, FloatFormat) for _, chosen in plan.formats) and not plan.overrides

@@ -42,6 +42,7 @@ class Quantized(LazyTensor):
         clip: Clip ratios that rounding to nearest tries.
         rounded: Codes that calibration has chosen, one QuantizedTensor per expert ([N, K]: one in all). Empty: round
             to nearest whenever rows are read, which always gives the same codes and keeps nothing in memory.
+        reported: Relative squared error of each of `rounded`.
     """
 
     name: str
@@ -49,7 +50,9 @@ class Quantized(LazyTensor):
     format: IntegerFormat
     clip: ClipSearch = NO_CLIPPING
     rounded: Sequence[QuantizedTensor] = ()
+    reported: Sequence[float] = ()
     _seen: list[tuple[int, int, Scales]] = field(default_factory=list, repr=False, compare=False)
+    _errors: dict[tuple[int, int], tuple[float, ...]] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def shape(self) -> tuple[int, ...]:  # type: ignore[override]
@@ -92,9 +95,17 @@ class Quantized(LazyTensor):
             torch.cat(points)[start:stop] if points else None,
         )
 
+    def errors(self) -> list[float]:
+        """Squared error over squared norm of each matrix (of each slice of rows) that has been rounded so far."""
+        if self.rounded:
+            return list(self.reported)
+        return [error for _, errors in sorted(self._errors.items()) for error in errors]
+
     def _quantize(self, start: int, stop: int) -> QuantizedTensor:
         if not self.rounded:
-            return round_to_nearest(self.source.rows(start, stop), self.format, name=self.name, clip=self.clip).tensor
+            result = round_to_nearest(self.source.rows(start, stop), self.format, name=self.name, clip=self.clip)
+            self._errors[start, stop] = tuple(report.error for report in result.matrices)
+            return result.tensor
         if len(self.shape) == 3:
             return stack(list(self.rounded[start:stop]))
         whole = self.rounded[0]

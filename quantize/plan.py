@@ -5,11 +5,11 @@ from __future__ import annotations
 import difflib
 import itertools
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from moec.compiler.errors import UsageError
-from moec.quantize.formats import FP16, NONE, FloatFormat, Format, IntegerFormat, parse_format
+from moec.quantize.formats import FP16, NONE, Activations, FloatFormat, Format, IntegerFormat, parse_format
 
 
 class TensorClass(StrEnum):
@@ -167,8 +167,45 @@ def preset(name: str) -> QuantizationPlan:
         UsageError: There is no preset of that name.
     """
     if name not in PRESETS:
-        raise UsageError(f"unknown quantization {name!r}", hint=f"Valid: {', '.join(PRESETS)}.")
+        known = [*PRESETS, "auto"]
+        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        valid = f"Valid: {', '.join(known)}, a format such as int4:128, or a plan in a recipe."
+        raise UsageError(
+            f"unknown quantization {name!r}", hint=f"Did you mean {nearest[0]!r}? {valid}" if nearest else valid
+        )
     return PRESETS[name]
+
+
+def requested(wanted: str | Mapping[str, object]) -> QuantizationPlan:
+    """The plan that a recipe or a flag asks for: a preset, one integer format, or a plan in its plain form.
+
+    A 4-bit format spares embedding and head as the preset does: they get 8 bits in the same blocks.
+
+    Raises:
+        UsageError: No preset, no format, or a wrong plan.
+    """
+    if not isinstance(wanted, str):
+        return QuantizationPlan.from_dict(wanted)
+    if wanted in PRESETS:
+        return PRESETS[wanted]
+    if wanted.partition(":")[0] not in {"int8", "int4"}:
+        return preset(wanted)
+    chosen = parse_format(wanted)
+    assert isinstance(chosen, IntegerFormat)
+    ends = replace(chosen, bits=8, symmetric=True)
+    return _uniform(chosen, embedding=ends, lm_head=ends)
+
+
+def with_activations(plan: QuantizationPlan, activations: Activations) -> QuantizationPlan:
+    """`plan` with these activations in every integer format."""
+
+    def changed(chosen: Format) -> Format:
+        return replace(chosen, activations=activations) if isinstance(chosen, IntegerFormat) else chosen
+
+    return QuantizationPlan(
+        tuple((tensor_class, changed(chosen)) for tensor_class, chosen in plan.formats),
+        tuple(replace(override, format=changed(override.format)) for override in plan.overrides),
+    )
 
 
 def _check_float(tensor_class: TensorClass, chosen: Format, where: str) -> None:

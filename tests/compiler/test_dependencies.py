@@ -13,6 +13,7 @@ TOP = {
     "moec.cli",
     "moec.compiler.api",
     "moec.compiler.pipeline",
+    "moec.compiler.quantization",
     "moec.compiler.families",
     "moec.compiler.doctor",
     "moec.compiler.generate",

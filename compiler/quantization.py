@@ -1,0 +1,147 @@
+"""From what a recipe says of quantization to a pass: the plan, calibrated rounding, and what moec.json records."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from moec.compiler.checkpoint import Checkpoint
+from moec.compiler.errors import CheckpointError
+from moec.compiler.program import Program
+from moec.compiler.recipe import QuantizeRecipe
+from moec.compiler.text import digest, read_text, spread, tokenize, windows
+from moec.passes.base import Pass
+from moec.passes.quantize import Quantize
+from moec.quantize.calibration import Calibration, calibrate
+from moec.quantize.formats import Activations, IntegerFormat
+from moec.quantize.lazy import Float16, Quantized
+from moec.quantize.plan import QuantizationPlan, requested, with_activations
+from moec.quantize.roles import weight_roles
+from moec.quantize.rounding import Method
+from moec.targets.base import Progress
+
+DIGITS = 4
+"""Significant digits of the errors in moec.json: what remains the same whatever the order of a sum."""
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """What quantization adds to an export.
+
+    Attributes:
+        passes: To run after the common ones and routing.
+        recorded: The recipe's section for moec.json: with it the same Program comes out again, without a search.
+        facts: What was decided and measured, for moec.json.
+    """
+
+    passes: tuple[Pass, ...] = ()
+    recorded: Mapping[str, Any] | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+def plan_quantization(
+    settings: QuantizeRecipe | None,
+    checkpoint: Checkpoint,
+    program: Program,
+    in_float32: Callable[[], Program],
+    progress: Progress,
+) -> Quantization:
+    """Decide a recipe's quantization. Text is read and the model run only where rounding or `auto` wants it.
+
+    Args:
+        settings: The section of the recipe.
+        checkpoint: Where the tokenizer comes from.
+        program: The float Program after the common passes and routing.
+        in_float32: Makes the same Program with activations in fp32, which calibration runs.
+        progress: Told how far it is.
+
+    Raises:
+        UsageError: The plan is wrong, or a block size does not divide a dimension.
+        CheckpointError: There is no tokenizer, or the text does not serve.
+    """
+    if settings is None or settings.does_nothing:
+        return Quantization()
+    plan = requested(settings.format)
+    if settings.activations != Activations.FLOAT.value:
+        plan = with_activations(plan, Activations(settings.activations))
+    method = _method(settings, plan, checkpoint)
+    recorded = settings.model_dump(mode="json") | {"format": plan.to_dict(), "rounding": method.value}
+    facts: dict[str, Any] = {"plan": plan.to_dict(), "rounding": method.value}
+    found = Calibration({}, {})
+    if method is Method.GPTQ:
+        text = calibration_text(settings)
+        chosen = spread(windows(tokenize(checkpoint.directory, text), settings.window), settings.windows)
+        found = calibrate(in_float32(), plan, chosen, progress=progress)
+        facts["calibration"] = {
+            "sha256": digest(text),
+            "windows": len(chosen),
+            "length": settings.window,
+            "tokens_per_expert": {name: list(counts) for name, counts in found.tokens.items()},
+            "rounded_to_nearest": _fallbacks(found),
+        }
+        # Where the text lies is left out, as for the checkpoint; its digest says which it is.
+        recorded |= {"calibration": None, "calibration_sha256": digest(text)}
+    # Fail before anything is rounded where a block does not divide.
+    Quantize(plan).run(program)
+    return Quantization((Quantize(plan, found.rounded),), recorded, facts)
+
+
+def calibration_text(settings: QuantizeRecipe) -> str:
+    """The calibration text of a recipe.
+
+    Raises:
+        CheckpointError: It is missing, empty or binary, or not the text that the recipe names the digest of.
+    """
+    text = read_text(settings.calibration)
+    if settings.calibration_sha256 not in {None, digest(text)}:
+        raise CheckpointError(
+            f"{settings.calibration or 'the calibration text of moec'}: not the text that the recipe was made with",
+            hint=f"give the text with sha256 {settings.calibration_sha256} (--calibration)",
+        )
+    return text
+
+
+def manifest_facts(quantization: Quantization, program: Program) -> dict[str, Any]:
+    """The facts, and format and relative error of every tensor class, known once the tensors have been written.
+
+    The error is the root of squared error over squared norm: of the outputs on the calibration text where GPTQ
+    rounded, else of the weights.
+    """
+    if not quantization.facts:
+        return {}
+    classes: dict[str, dict[str, Any]] = {}
+    errors: dict[str, list[float]] = defaultdict(list)
+    for name, role in weight_roles(program).items():
+        tensor = program.weights[name]
+        entry = classes.setdefault(role.tensor_class.value, {"formats": {}})
+        chosen = str(tensor.format) if isinstance(tensor, Quantized) else "fp16" if isinstance(tensor, Float16) else "none"
+        entry["formats"][chosen] = entry["formats"].get(chosen, 0) + 1
+        if isinstance(tensor, Quantized):
+            errors[role.tensor_class.value] += tensor.errors()
+    for name, values in errors.items():
+        if values:
+            classes[name]["relative_error"] = float(f"{math.sqrt(math.fsum(values) / len(values)):.{DIGITS}g}")
+    return {**quantization.facts, "classes": classes}
+
+
+def _method(settings: QuantizeRecipe, plan: QuantizationPlan, checkpoint: Checkpoint) -> Method:
+    formats = [chosen for _, chosen in plan.formats] + [override.format for override in plan.overrides]
+    bits = [chosen.bits for chosen in formats if isinstance(chosen, IntegerFormat)]
+    has_tokenizer = (checkpoint.directory / "tokenizer.json").is_file()
+    if settings.rounding == Method.RTN.value or not bits:
+        return Method.RTN
+    if settings.rounding == Method.GPTQ.value:
+        return Method.GPTQ
+    return Method.GPTQ if 4 in bits and (has_tokenizer or settings.calibration is not None) else Method.RTN
+
+
+def _fallbacks(found: Calibration) -> dict[str, dict[str, str]]:
+    """Name -> expert -> why it was rounded to nearest although GPTQ was asked for."""
+    listed = {
+        name: {str(index): report.reason for index, report in enumerate(result.matrices) if report.reason}
+        for name, result in found.rounded.items()
+    }
+    return {name: reasons for name, reasons in listed.items() if reasons}
