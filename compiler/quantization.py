@@ -117,7 +117,9 @@ def manifest_facts(quantization: Quantization, program: Program) -> dict[str, An
     for name, role in weight_roles(program).items():
         tensor = program.weights[name]
         entry = classes.setdefault(role.tensor_class.value, {"formats": {}})
-        chosen = str(tensor.format) if isinstance(tensor, Quantized) else "fp16" if isinstance(tensor, Float16) else "none"
+        chosen = "fp16" if isinstance(tensor, Float16) else "none"
+        if isinstance(tensor, Quantized):
+            chosen = str(tensor.format)
         entry["formats"][chosen] = entry["formats"].get(chosen, 0) + 1
         if isinstance(tensor, Quantized):
             errors[role.tensor_class.value] += tensor.errors()

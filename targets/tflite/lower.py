@@ -96,8 +96,8 @@ def _inputs(ctx: Context, program: Program) -> None:
             ctx.set(node, made[spec.name]())
     for node, state in zip(placeholders, program.states, strict=True):
         _, heads, _, width = state.input.shape
-        shape = (1, int(heads), ctx.settings.capacity, int(width))
-        value = ctx.graph.input(state_name(state.kind, state.layer), shape, "FLOAT32")
+        sizes = (1, int(heads), ctx.settings.capacity, int(width))
+        value = ctx.graph.input(state_name(state.kind, state.layer), sizes, "FLOAT32")
         ctx.bind(node, value)
 
 
