@@ -153,17 +153,31 @@ def calibrate(
 def validate(
     directory: ArtifactDirectory,
     against: Annotated[str, typer.Option(metavar="CHECKPOINT", help="What it was built from.")],
+    calibration: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="Text that its weights were rounded with, if not moec's own.")
+    ] = None,
+    max_quality_loss: Annotated[str | None, typer.Option(metavar="1%", help="Most that perplexity may rise.")] = None,
+    quality_text: Annotated[Path | None, typer.Option(metavar="PATH", help="Held-out text; moec brings one.")] = None,
     trust_remote_code: Trust = False,
     json_output: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> int:
     """Run the gates again on an artifact that exists."""
+    from moec.compiler.flags import sections_of_flags
     from moec.compiler.pipeline import validate_artifact
 
+    sections = sections_of_flags({}, {}, {"max_loss": max_quality_loss, "text": quality_text}, ())
     console = Console(json_output, quiet, debug)
     with console.progress() as progress:
-        result = validate_artifact(directory, against, trust_remote_code=trust_remote_code, progress=progress)
+        result = validate_artifact(
+            directory,
+            against,
+            calibration=None if calibration is None else str(calibration),
+            quality=sections["quality"],
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
     return console.verdicts(result)
 
 
@@ -337,26 +351,14 @@ def _application(arguments: list[str]) -> typer.Typer:
 
 
 def _export_command(arguments: list[str]) -> Callable[..., int]:
-    from moec.compiler.flags import with_flags, without_flags
+    from moec.compiler.flags import named_target, with_flags, without_flags
 
-    name = _named_target(arguments) if arguments[:1] == ["export"] else None
+    name = named_target(arguments) if arguments[:1] == ["export"] else None
     if name is None:
         return without_flags(export)
     from moec.targets import get_target
 
     return with_flags(export, get_target(name).Options.model_fields, f"Options of target {name}")
-
-
-def _named_target(arguments: list[str]) -> str | None:
-    from moec.compiler.flags import find_flag
-
-    name, recipe = find_flag(arguments, "--target", "-t"), find_flag(arguments, "--recipe")
-    if name is None and recipe is not None:
-        from moec.compiler.recipe import read_recipe
-
-        in_recipe = read_recipe(Path(recipe)).get("target")
-        name = in_recipe if isinstance(in_recipe, str) else None
-    return name
 
 
 def _terminate(_signal: int, _frame: FrameType | None) -> NoReturn:

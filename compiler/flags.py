@@ -115,6 +115,17 @@ def find_flag(arguments: list[str], *names: str) -> str | None:
     return found
 
 
+def named_target(arguments: list[str]) -> str | None:
+    """The target that a command line, not parsed yet, or its recipe names."""
+    name, recipe = find_flag(arguments, "--target", "-t"), find_flag(arguments, "--recipe")
+    if name is None and recipe is not None:
+        from moec.compiler.recipe import read_recipe
+
+        in_recipe = read_recipe(Path(recipe)).get("target")
+        name = in_recipe if isinstance(in_recipe, str) else None
+    return name
+
+
 def given(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options that were given."""
     return {name: value for name, value in options.items() if value is not None}

@@ -23,11 +23,15 @@ from moec.compiler.errors import ArtifactError, CheckpointError, LoweringError
 from moec.compiler.gates.coverage import GATE as COVERAGE_GATE
 from moec.compiler.gates.integrity import GATE as INTEGRITY_GATE
 from moec.compiler.gates.parity import ARTIFACT_GATE, CAPTURE_GATE, EXIT_CODE
+from moec.compiler.gates.quality import EXIT_CODE as QUALITY_EXIT_CODE
+from moec.compiler.gates.quality import GATE as QUALITY_GATE
+from moec.compiler.gates.quality import QualityOptions, held_out_text, judge_quality, not_run
 from moec.compiler.gates.run import GateInputs, exit_code, run_gates
 from moec.compiler.gates.verdict import Status, Verdict
+from moec.compiler.interpreter import ProgramRunner
 from moec.compiler.program import Program
-from moec.compiler.quantization import Quantization, manifest_facts, plan_quantization
-from moec.compiler.recipe import Recipe, make_recipe, validate
+from moec.compiler.quantization import Quantization, calibration_text, manifest_facts, plan_quantization
+from moec.compiler.recipe import QualityRecipe, Recipe, make_recipe, validate
 from moec.compiler.rejections import Rejection
 from moec.compiler.routing import RoutingPlan, measure_savings, plan_routing
 from moec.compiler.staging import check_output, staged
@@ -123,6 +127,7 @@ def compile_recipe(
             left at `output`, and an artifact that was there before still is.
     """
     target, options = _target(recipe)
+    _check_texts(recipe)
     check_output(output.expanduser().resolve(), overwrite=overwrite)
     stages = _Stages(progress)
     built = _build(recipe, target, options, stages)
@@ -152,19 +157,27 @@ def compile_recipe(
         verdicts = _not_run("switched off with --no-gates")
         if gates:
             with stages("gates"):
-                verdicts = _gates(built, target, directory, manifest, progress)
+                verdicts = _gates(built, target, directory, manifest, recipe.quality, progress)
         report.write(directory, manifest, verdicts, stages.timings)
     return Result(output, manifest, verdicts, stages.timings)
 
 
 def validate_artifact(
-    directory: Path, against: str, *, trust_remote_code: bool = False, progress: Progress = silent
+    directory: Path,
+    against: str,
+    *,
+    calibration: str | None = None,
+    quality: Mapping[str, Any] | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress = silent,
 ) -> Result:
     """Run the gates on an artifact that exists, and write its report anew.
 
     Args:
         directory: The artifact.
         against: Directory or hub id of the checkpoint that it was built from.
+        calibration: Calibration text that its weights were rounded with, if not the one that moec brings along.
+        quality: Section `quality` of a recipe, which moec.json does not hold.
         trust_remote_code: Run modelling code that the checkpoint brings along.
         progress: Told about every stage.
 
@@ -176,13 +189,15 @@ def validate_artifact(
     with stages("verify"):
         verify(directory)
         manifest = read_manifest(directory)
-        recipe = _recipe_of(directory, manifest, against, trust_remote_code)
+        given = {"checkpoint": against, "trust_remote_code": trust_remote_code, "quality": quality}
+        recipe = _recipe_of(directory, manifest, given, calibration)
+        _check_texts(recipe)
         target, options = _target(recipe)
         checkpoint = Checkpoint.open(against, trust_remote_code=trust_remote_code)
         _check_source(directory, manifest, checkpoint)
     built = _build(recipe, target, options, stages)
     with stages("gates"):
-        verdicts = _gates(built, target, directory, manifest, progress)
+        verdicts = _gates(built, target, directory, manifest, recipe.quality, progress)
     report.write(directory, manifest, verdicts, stages.timings)
     return Result(directory, manifest, verdicts, stages.timings)
 
@@ -191,6 +206,18 @@ def build_program(recipe: Recipe, *, progress: Progress = silent) -> Program:
     """The Program that an export of `recipe` would lower: captured and with every pass run."""
     target, options = _target(recipe)
     return _build(recipe, target, options, _Stages(progress)).program
+
+
+def _check_texts(recipe: Recipe) -> None:
+    """Read the texts that the recipe names before anything is built.
+
+    Raises:
+        CheckpointError: One is missing, empty or binary.
+    """
+    if recipe.quantize is not None and not recipe.quantize.does_nothing:
+        calibration_text(recipe.quantize)
+    if recipe.quality is not None and recipe.quality.max_loss is not None:
+        held_out_text(recipe.quality.text)
 
 
 def _target(recipe: Recipe) -> tuple[Target, TargetOptions]:
@@ -268,24 +295,48 @@ def _tools(target: Target) -> dict[str, str]:
 
 
 def _gates(
-    built: _Built, target: Target, directory: Path, manifest: Mapping[str, Any], progress: Progress
+    built: _Built,
+    target: Target,
+    directory: Path,
+    manifest: Mapping[str, Any],
+    quality: QualityRecipe | None,
+    progress: Progress,
 ) -> tuple[Verdict, ...]:
     inputs = GateInputs(
         built.checkpoint, built.captured, built.program, target, directory, facts=manifest.get("facts", {})
     )
-    return run_gates(inputs, progress=progress)
+
+    def judge() -> Verdict:
+        if quality is None or quality.max_loss is None:
+            return not_run()
+        options = QualityOptions(quality.max_loss, quality.text, quality.windows, quality.window)
+        source = built.captured
+        if source.dtype != torch.float32:
+            # The source model is what the checkpoint holds, not what is left of it in half precision.
+            source = capture(built.checkpoint, dtype=torch.float32)
+        runner = target.open(directory, threads=0)
+        return judge_quality(
+            built.captured, ProgramRunner(source), runner, built.checkpoint.directory, options, progress
+        )
+
+    return run_gates(inputs, progress=progress, further=[(QUALITY_GATE, QUALITY_EXIT_CODE, judge)])
 
 
 def _not_run(reason: str) -> tuple[Verdict, ...]:
     gates = (CAPTURE_GATE, ARTIFACT_GATE, COVERAGE_GATE, INTEGRITY_GATE)
-    return tuple(Verdict(gate, Status.NOT_RUN, reason, EXIT_CODE) for gate in gates)
+    proofs = (Verdict(gate, Status.NOT_RUN, reason, EXIT_CODE) for gate in gates)
+    return (*proofs, Verdict(QUALITY_GATE, Status.NOT_RUN, reason, QUALITY_EXIT_CODE))
 
 
-def _recipe_of(directory: Path, manifest: Mapping[str, Any], against: str, trust_remote_code: bool) -> Recipe:
+def _recipe_of(
+    directory: Path, manifest: Mapping[str, Any], given: Mapping[str, Any], calibration: str | None
+) -> Recipe:
     recorded = manifest.get("recipe")
     if not isinstance(recorded, Mapping):
         raise ArtifactError(f"{directory}: its moec.json holds no recipe", hint="export it again")
-    fields = {**recorded, "checkpoint": against, "trust_remote_code": trust_remote_code}
+    fields = {**recorded, **given}
+    if calibration is not None and isinstance(fields.get("quantize"), Mapping):
+        fields["quantize"] = {**fields["quantize"], "calibration": calibration}
     return make_recipe(fields, where=f"recipe of {directory}")
 
 

@@ -13,6 +13,7 @@ from moec.compiler.errors import CheckpointError
 from moec.compiler.program import Program
 from moec.compiler.recipe import QuantizeRecipe
 from moec.compiler.text import digest, read_text, spread, tokenize, windows
+from moec.compiler.weights import LazyTensor
 from moec.passes.base import Pass
 from moec.passes.quantize import Quantize
 from moec.quantize.calibration import Calibration, calibrate
@@ -117,9 +118,7 @@ def manifest_facts(quantization: Quantization, program: Program) -> dict[str, An
     for name, role in weight_roles(program).items():
         tensor = program.weights[name]
         entry = classes.setdefault(role.tensor_class.value, {"formats": {}})
-        chosen = "fp16" if isinstance(tensor, Float16) else "none"
-        if isinstance(tensor, Quantized):
-            chosen = str(tensor.format)
+        chosen = _stored_as(tensor)
         entry["formats"][chosen] = entry["formats"].get(chosen, 0) + 1
         if isinstance(tensor, Quantized):
             errors[role.tensor_class.value] += tensor.errors()
@@ -127,6 +126,12 @@ def manifest_facts(quantization: Quantization, program: Program) -> dict[str, An
         if values:
             classes[name]["relative_error"] = float(f"{math.sqrt(math.fsum(values) / len(values)):.{DIGITS}g}")
     return {**quantization.facts, "classes": classes}
+
+
+def _stored_as(tensor: LazyTensor) -> str:
+    if isinstance(tensor, Quantized):
+        return str(tensor.format)
+    return "fp16" if isinstance(tensor, Float16) else "none"
 
 
 def _method(settings: QuantizeRecipe, plan: QuantizationPlan, checkpoint: Checkpoint) -> Method:

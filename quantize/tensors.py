@@ -89,4 +89,5 @@ def grouped(tensor: Tensor, block: int) -> Tensor:
 
 
 def _unsigned(signed: Tensor, bits: int) -> Tensor:
-    return (signed.to(torch.int16) + (1 << (bits - 1))).to(torch.uint8)
+    # Two's complement: the same byte plus half the range, which wraps around where the code is negative.
+    return signed.view(torch.uint8) + (1 << (bits - 1))

@@ -197,6 +197,10 @@ class Context:
         """The lazy tensor behind a `get_attr` node, in the dtype of the graph."""
         return self.program.weights[str(node.target)].cast(node.meta["val"].dtype)
 
+    def bytes_of(self, name: str) -> int:
+        """Bytes in the file of everything that the Program's tensor `name` became."""
+        return sum(tensor.nbytes for key, (_, tensor) in self.initializers.items() if key.startswith(f"{name}."))
+
     # Sizes ------------------------------------------------------------------------------------------------------
 
     def size(self, argument: Any) -> ir.Value:

@@ -81,7 +81,11 @@ class OnnxTarget(Target):
             (lower.MODEL, lower.DATA, *((genai.CONFIG,) if shared else ())),
             lower.signature(program),
             tuple(ctx.rejections),
-            {"opset": lower.OPSET, "ops": dict(sorted(counts.items()))},
+            {
+                "opset": lower.OPSET,
+                "ops": dict(sorted(counts.items())),
+                "expert_tensor_bytes": {name: ctx.bytes_of(name) for name in sorted(ctx.experts)},
+            },
         )
 
     def open(self, directory: Path, *, threads: int = 0) -> Runner:

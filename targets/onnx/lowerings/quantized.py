@@ -47,7 +47,9 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         return codes
     if codes.shape[-1] % 2:
         codes = torch.nn.functional.pad(codes, (0, 1))
-    return codes[..., 0::2] | (codes[..., 1::2] << 4)
+    # A pair read as one number is low + 256 * high (every machine that runs torch is little-endian).
+    pairs = codes.contiguous().view(torch.int16)
+    return (pairs | (pairs >> 4)).to(torch.uint8)
 
 
 def expand_scales(scales: Tensor, groups: int) -> Tensor:

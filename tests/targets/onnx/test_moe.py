@@ -201,7 +201,8 @@ def test_experts_are_read_back(tiny_checkpoint: Any, lower_checkpoint: Any) -> N
     for family, flavor in (("olmoe", "default"), ("gpt_oss", "default"), ("gpt_oss", "portable")):
         model = lower_checkpoint(tiny_checkpoint(family), flavor=flavor)
         readers = OnnxTarget().expert_tensors(model.directory)
-        names = {name for layer in model.program.layers for name in (layer.gate_up_proj, layer.down_proj)}
+        nodes = [node for node in model.program.graph.nodes if node.name in {x.node for x in model.program.layers}]
+        names = {argument.target for node in nodes for argument in node.args[3:] if isinstance(argument, torch.fx.Node)}
         assert set(readers) == names
         for name, read in readers.items():
             want = model.program.weights.read(name)

@@ -1,0 +1,84 @@
+"""Decoding of the golden model on LiteRT with all its experts and with half of them, in alternation.
+
+    python benchmarks/tflite_decode.py [--context 128] [--threads 1] [--rounds 20]
+
+Half: the policy uniform-k with 2 of the 4 experts of each token, which is a budget of 0.5 exactly.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from machine import describe
+
+from moec.compiler.capture import capture
+from moec.compiler.checkpoint import Checkpoint
+from moec.compiler.program import Program
+from moec.passes import default_passes, run_passes
+from moec.passes.dynamic_routing import DynamicRouting
+from moec.passes.quantize import Quantize
+from moec.passes.routing.uniform_k import UniformK
+from moec.quantize.formats import parse_format
+from moec.quantize.plan import QuantizationPlan, TensorClass
+from moec.targets.tflite import lower
+from moec.targets.tflite.runner import TfliteRunner
+from moec.targets.tflite.writer import write
+
+GOLDEN = Path(__file__).resolve().parents[1] / "golden_models" / "olmoe-tiny"
+TOKENS = 16
+
+
+def programs(captured: Program, form: str) -> dict[str, Program]:
+    classes = (TensorClass.EXPERTS_GATE_UP, TensorClass.EXPERTS_DOWN, TensorClass.ATTENTION, TensorClass.LM_HEAD)
+    plan = QuantizationPlan.build({name: parse_format(form) for name in classes})
+    whole, _ = run_passes(captured, [*default_passes(), Quantize(plan=plan)])
+    half, _ = run_passes(captured, [*default_passes(), DynamicRouting(policy=UniformK(k=2)), Quantize(plan=plan)])
+    return {"all": whole, "half": half}
+
+
+def opened(program: Program, file: Path, options: argparse.Namespace) -> TfliteRunner:
+    model, _ = lower.build(program, lengths=(1,), capacity=options.context, branches=True)
+    write(model, file, lambda *_: None)
+    return TfliteRunner(file, threads=options.threads)
+
+
+def seconds(runner: TfliteRunner, ids: np.ndarray) -> list[float]:
+    runner.reset()
+    found = []
+    for token in ids:
+        start = time.perf_counter()
+        runner.decode(token[None, None])
+        found.append(time.perf_counter() - start)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--context", type=int, default=128)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=20)
+    options = parser.parse_args()
+    captured = capture(Checkpoint.open(str(GOLDEN)))
+    ids = np.random.default_rng(0).integers(0, captured.vocab_size, TOKENS)
+    print(describe())
+    print("\n| weights | experts | median ms | fastest ms | median of the pairs' ratio |\n|---|---|---|---|---|")
+    for form in ("none", "int8:channel"):
+        with tempfile.TemporaryDirectory() as folder:
+            made = programs(captured, form).items()
+            runners = {name: opened(program, Path(folder) / f"{name}.tflite", options) for name, program in made}
+            times: dict[str, list[float]] = {name: [] for name in runners}
+            for _ in range(options.rounds):
+                for name, runner in runners.items():
+                    times[name] += seconds(runner, ids)
+        ratio = np.median(np.array(times["half"]) / np.array(times["all"]))
+        for name, found in times.items():
+            shown = f"{ratio:.2f}" if name == "half" else ""
+            print(f"| {form} | {name} | {1e3 * float(np.median(found)):.3f} | {1e3 * min(found):.3f} | {shown} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""Quality: how much perplexity the artifact loses against the source model, on text that nothing was calibrated on.
+
+Both models read the same windows by teacher forcing. The gate passes when the whole 95 % interval of the increase
+(paired bootstrap over windows) lies within the limit: a text too short to tell is no proof. Without a limit it does not
+run, for it costs two passes over the text; and a gate that did not run is never a pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from moec.compiler.gates.verdict import Status, Verdict
+from moec.compiler.model_config import context_length
+from moec.compiler.perplexity import compare, perplexity
+from moec.compiler.program import Program
+from moec.compiler.text import HELD_OUT, digest, read_text, spread, tokenize, windows
+from moec.targets.base import Progress, Runner, limits_of
+
+GATE = "quality"
+EXIT_CODE = 7
+
+
+@dataclass(frozen=True)
+class QualityOptions:
+    """Settings of the gate.
+
+    Attributes:
+        max_loss: Largest relative increase of perplexity: 0.01 is 1 %.
+        text: Held-out text, a file or a directory; None: the texts that moec brings along.
+        windows: Windows that are judged, spread over the text.
+        window: Tokens of a window; fewer where model or runner take fewer.
+    """
+
+    max_loss: float
+    text: str | None = None
+    windows: int = 64
+    window: int = 256
+
+
+def held_out_text(location: str | None) -> str:
+    """The text that quality is judged on.
+
+    Raises:
+        CheckpointError: It is missing, empty or binary.
+    """
+    return read_text(location, shipped=HELD_OUT)
+
+
+def judge_quality(
+    program: Program, reference: Runner, candidate: Runner, directory: Path, options: QualityOptions, progress: Progress
+) -> Verdict:
+    """Compare two models on held-out text, one window's logits in memory at a time.
+
+    Args:
+        program: The captured Program, for the context length.
+        reference: Runs the source model.
+        candidate: Runs the artifact.
+        directory: Where tokenizer.json is.
+        options: Limit and text.
+        progress: Told after every window.
+
+    Raises:
+        CheckpointError: There is no tokenizer, or the text is shorter than two windows.
+    """
+    text = held_out_text(options.text)
+    length = _length(program, candidate, options.window)
+    every = windows(tokenize(directory, text), length)
+    chosen = spread(every, options.windows)
+    found = compare(reference, candidate, chosen, told=lambda done, total: progress(GATE, done, total))
+    low, high = found.interval()
+    passed = len(chosen) > 1 and high <= options.max_loss
+    figures = {
+        "increase": found.increase,
+        "interval": [low, high],
+        "level": 0.95,
+        "limit": options.max_loss,
+        "divergence": found.divergence,
+        "top1_agreement": found.agreement,
+        "perplexity": {"source": perplexity(found.reference), "artifact": perplexity(found.candidate)},
+        "text": {"sha256": digest(text), "windows": len(chosen), "length": length, "tokens": found.tokens},
+    }
+    summary = (
+        f"perplexity {found.increase:+.2%} [{low:+.2%}, {high:+.2%}] (limit {options.max_loss:.2%}), "
+        f"KL {found.divergence:.2g}, top-1 agreement {found.agreement:.1%}; {found.tokens} tokens"
+    )
+    if not passed and found.increase <= options.max_loss and np.isfinite(high):
+        summary += "; the interval reaches beyond the limit: judge more windows, or allow more"
+    return Verdict(GATE, Status.PASS if passed else Status.FAIL, summary, EXIT_CODE, figures)
+
+
+def not_run() -> Verdict:
+    """The verdict where no limit is given."""
+    return Verdict(GATE, Status.NOT_RUN, "no limit is given (--max-quality-loss 1%)", EXIT_CODE)
+
+
+def _length(program: Program, candidate: Runner, window: int) -> int:
+    most = [window, context_length(program.config) or window, limits_of(candidate).max_sequence or window]
+    return min(most)
