@@ -119,6 +119,7 @@ class Console:
         }
 
         def show() -> None:
+            self._trade_off(result.manifest)
             self.rows([(v.gate, str(v.status), v.summary) for v in result.verdicts], header=("gate", "verdict", ""))
             self.line(f"{result.directory}: {sum(result.timings.values()):.1f} s; report.html has the details")
 
@@ -126,6 +127,24 @@ class Console:
         if result.failed:
             self.note("a gate failed: the artifact is kept so that it can be examined; do not ship it")
         return result.exit_code
+
+    def _trade_off(self, manifest: Mapping[str, Any]) -> None:
+        """The curve that `--quantize auto` chose from, if it did."""
+        found = manifest.get("quantization", {}).get("auto")
+        if found is None:
+            return
+        points = [(point, "") for point in found["trade_off"]] + [(found["chosen"], "chosen")]
+        rows = [
+            (
+                f"{point['bytes'] / 1e6:.2f}",
+                f"{point['share_of_fp16']:.3f}",
+                f"{point['predicted_increase']:+.3%}",
+                mark,
+            )
+            for point, mark in sorted(points, key=lambda row: row[0]["bytes"])
+        ]
+        self.rows(rows, header=("weights, MB", "of fp16", "perplexity, predicted", ""))
+        self.line("")
 
     def error(self, error: MoecError) -> int:
         """Print message and hint; return the exit code."""

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from moec.compiler.checkpoint import Checkpoint
 from moec.compiler.errors import CheckpointError
 from moec.compiler.program import Program
@@ -16,6 +18,7 @@ from moec.compiler.text import digest, read_text, spread, tokenize, windows
 from moec.compiler.weights import LazyTensor
 from moec.passes.base import Pass
 from moec.passes.quantize import Quantize
+from moec.quantize.auto import Choice, choose, significant
 from moec.quantize.calibration import Calibration, calibrate
 from moec.quantize.formats import Activations, IntegerFormat
 from moec.quantize.lazy import Float16, Quantized
@@ -24,8 +27,8 @@ from moec.quantize.roles import weight_roles
 from moec.quantize.rounding import Method
 from moec.targets.base import Progress
 
-DIGITS = 4
-"""Significant digits of the errors in moec.json: what remains the same whatever the order of a sum."""
+SENSITIVITY_WINDOWS = 16
+"""Windows that `auto` measures each part on: their divergences vary by a few percent, formats by factors."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,8 @@ def plan_quantization(
     """
     if settings is None or settings.does_nothing:
         return Quantization()
-    plan = requested(settings.format)
+    chosen = _choose(settings, checkpoint, in_float32, progress) if settings.format == "auto" else None
+    plan = chosen.plan if chosen is not None else requested(settings.format)
     if settings.activations != Activations.FLOAT.value:
         plan = with_activations(plan, Activations(settings.activations))
     method = _method(settings, plan, checkpoint)
@@ -73,21 +77,42 @@ def plan_quantization(
     facts: dict[str, Any] = {"plan": plan.to_dict(), "rounding": method.value}
     found = Calibration({}, {})
     if method is Method.GPTQ:
-        text = calibration_text(settings)
-        chosen = spread(windows(tokenize(checkpoint.directory, text), settings.window), settings.windows)
-        found = calibrate(in_float32(), plan, chosen, progress=progress)
+        text, tokens = _calibration_windows(settings, checkpoint)
+        found = calibrate(in_float32(), plan, tokens, progress=progress)
         facts["calibration"] = {
             "sha256": digest(text),
-            "windows": len(chosen),
+            "windows": len(tokens),
             "length": settings.window,
             "tokens_per_expert": {name: list(counts) for name, counts in found.tokens.items()},
             "rounded_to_nearest": _fallbacks(found),
         }
         # Where the text lies is left out, as for the checkpoint; its digest says which it is.
         recorded |= {"calibration": None, "calibration_sha256": digest(text)}
+    if chosen is not None:
+        facts["auto"] = dict(chosen.facts)
+        # Once the formats are known there is nothing left to choose.
+        recorded |= {"max_size": None, "max_perplexity_increase": None}
     # Fail before anything is rounded where a block does not divide.
     Quantize(plan).run(program)
     return Quantization((Quantize(plan, found.rounded),), recorded, facts)
+
+
+def _choose(
+    settings: QuantizeRecipe, checkpoint: Checkpoint, in_float32: Callable[[], Program], progress: Progress
+) -> Choice:
+    tokens = spread(_calibration_windows(settings, checkpoint)[1], SENSITIVITY_WINDOWS)
+    return choose(
+        in_float32(),
+        tokens,
+        max_size=settings.max_size,
+        max_increase=settings.max_perplexity_increase,
+        progress=progress,
+    )
+
+
+def _calibration_windows(settings: QuantizeRecipe, checkpoint: Checkpoint) -> tuple[str, np.ndarray]:
+    text = calibration_text(settings)
+    return text, spread(windows(tokenize(checkpoint.directory, text), settings.window), settings.windows)
 
 
 def calibration_text(settings: QuantizeRecipe) -> str:
@@ -124,7 +149,7 @@ def manifest_facts(quantization: Quantization, program: Program) -> dict[str, An
             errors[role.tensor_class.value] += tensor.errors()
     for name, values in errors.items():
         if values:
-            classes[name]["relative_error"] = float(f"{math.sqrt(math.fsum(values) / len(values)):.{DIGITS}g}")
+            classes[name]["relative_error"] = significant(math.sqrt(math.fsum(values) / len(values)))
     return {**quantization.facts, "classes": classes}
 
 

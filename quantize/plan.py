@@ -25,7 +25,7 @@ class TensorClass(StrEnum):
     OTHER = "other"
 
 
-_ALWAYS_FLOAT = {
+ALWAYS_FLOAT = {
     TensorClass.ROUTER: "quantizing it flips experts: small errors in its logits send tokens to other experts",
     TensorClass.OTHER: "norms and biases are too small to save bytes and too sensitive to round",
 }
@@ -209,7 +209,7 @@ def with_activations(plan: QuantizationPlan, activations: Activations) -> Quanti
 
 
 def _check_float(tensor_class: TensorClass, chosen: Format, where: str) -> None:
-    reason = _ALWAYS_FLOAT.get(tensor_class)
+    reason = ALWAYS_FLOAT.get(tensor_class)
     if reason is not None and not isinstance(chosen, FloatFormat):
         raise UsageError(
             f"{where}: {tensor_class} cannot be {chosen}, it always stays float ({reason})",
@@ -250,7 +250,7 @@ def _parse_override(entry: object) -> Override:
 
 def _uniform(chosen: Format, **others: Format) -> QuantizationPlan:
     """`chosen` for every class that may be quantized, except `others`."""
-    formats = {member: chosen for member in TensorClass if member not in _ALWAYS_FLOAT}
+    formats = {member: chosen for member in TensorClass if member not in ALWAYS_FLOAT}
     return QuantizationPlan.build(formats | {TensorClass(key): value for key, value in others.items()})
 
 

@@ -107,7 +107,8 @@ def _compare(program: Program, name: str, dtype: torch.dtype, reader: ExpertRead
     exact = _format(program, name) is None
     wrong, worst = [], 0.0
     for index in range(tensor.shape[0]):
-        want = tensor.rows(index, index + 1)[0].to(dtype).float().numpy()
+        # Codes times scales is computed in float32, whatever the graph computes in.
+        want = tensor.rows(index, index + 1)[0].to(dtype if exact else torch.float32).float().numpy()
         error = _error(np.asarray(reader(index)), want)
         worst = max(worst, error)
         if not error <= (0.0 if exact else ROUNDING):

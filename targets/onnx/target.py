@@ -50,11 +50,13 @@ class OnnxTarget(Target):
 
     def lint(self, program: Program, options: TargetOptions) -> tuple[Rejection, ...]:
         """Ops that have no lowering, and what the flavor cannot express."""
-        from moec.targets.onnx.lowerings.group_query import refusals
+        from moec.targets.onnx.lowerings import group_query, quantized
         from moec.targets.onnx.lowerings.table import TABLE
 
         assert isinstance(options, OnnxOptions)
-        refused = refusals(program) if options.flavor is Flavor.GENAI else ()
+        refused = group_query.refusals(program) if options.flavor is Flavor.GENAI else ()
+        if options.flavor is not Flavor.PORTABLE:
+            refused += quantized.refusals(program)
         return refused + tuple(
             Rejection(self.name, str(node.meta.get("module", "")), f"no lowering for {node.target}")
             for node in program.graph.nodes

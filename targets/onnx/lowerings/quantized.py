@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, fx
 
 from moec.compiler.ops import Gate
+from moec.compiler.program import EXPERTS, Program, module_of
+from moec.compiler.rejections import Rejection
 from moec.compiler.weights import LazyTensor
 from moec.quantize.formats import Activations
 from moec.quantize.lazy import Quantized
@@ -207,6 +209,23 @@ def experts(ctx: Context, node: fx.Node, gate: Gate, dense: ir.Value, attributes
         accuracy_level=accuracy_level(*(tensor for _, tensor in tensors)),
         **attributes,
     )
+
+
+def refusals(program: Program) -> tuple[Rejection, ...]:
+    """Experts whose two products have different widths: `QMoE` on CPU computes both in one."""
+    found = []
+    for node in program.nodes(EXPERTS):
+        first, second = (_bits(program, node.args[position]) for position in (3, 5))
+        if first != second:
+            widths = " and ".join(f"{bits} bits" if bits else "float" for bits in (first, second))
+            reason = f"gate_up_proj and down_proj have {widths}, but QMoE computes both products in one width"
+            found.append(Rejection("onnx", module_of(node), reason))
+    return tuple(found)
+
+
+def _bits(program: Program, argument: Any) -> int | None:
+    tensor = program.weights[str(argument.target)] if argument.op == "get_attr" else None
+    return tensor.format.bits if isinstance(tensor, Quantized) else None
 
 
 def _quantized(ctx: Context, argument: Any) -> tuple[str, Quantized]:
