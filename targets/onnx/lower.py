@@ -24,13 +24,16 @@ SYNTHESISED = ("cache_position",)
 """Inputs of the Program that an ONNX model with a growing cache works out for itself."""
 
 
-def build(program: Program, *, contrib: bool, shared_buffer: bool = False) -> tuple[ir.Model, Context]:
+def build(
+    program: Program, *, contrib: bool, shared_buffer: bool = False, grouped: bool = False
+) -> tuple[ir.Model, Context]:
     """Lower `program`.
 
     Args:
         program: What is lowered; dynamic in batch, sequence and past.
         contrib: Whether ops of the `com.microsoft` domain may be used.
         shared_buffer: Whether past and present of a layer may be one buffer, longer than the sequence.
+        grouped: Whether float experts run as products of their own rather than in the `MoE` kernel.
 
     Returns:
         The model, whose large initializers have no value yet, and the context, which holds them.
@@ -39,8 +42,8 @@ def build(program: Program, *, contrib: bool, shared_buffer: bool = False) -> tu
         LoweringError: An op has no form.
     """
     resolve = program.weights.resolve
-    ctx = Context(program, {"contrib": contrib, "untransposed": untransposed_weights(program.graph, resolve)})
-    ctx.settings = {**ctx.settings, "shared_buffer": shared_buffer}
+    settings = {"contrib": contrib, "shared_buffer": shared_buffer, "grouped": grouped}
+    ctx = Context(program, {**settings, "untransposed": untransposed_weights(program.graph, resolve)})
     inputs = _inputs(ctx)
     for node in program.graph.nodes:
         if node.op == "call_function":

@@ -1,4 +1,4 @@
-"""`moec::experts` and `moec::select`: ONNX Runtime's `MoE`, or standard ops where that has no form.
+"""`moec::experts` and `moec::select`: ONNX Runtime's `MoE`, or standard ops.
 
 CPU `MoE` with `normalize_routing_weights=0` silently returns zeros when it may run in place
 (microsoft/onnxruntime#33866). It is therefore fed the logarithm of the routing weights, normalises them itself, and
@@ -13,15 +13,15 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from moec.compiler.ops import Gate
 from moec.compiler.program import EXPERTS, SELECT
-from moec.compiler.weights import LazyTensor, swap_last
 from moec.quantize.lazy import Quantized
 from moec.targets.onnx.context import DTYPES, MS, Context, np_dtype, result_dtype
 from moec.targets.onnx.lowerings import quantized
 from moec.targets.onnx.lowerings.elementwise import Lowering
+from moec.targets.onnx.lowerings.grouped import grouped
 from moec.targets.onnx.lowerings.layouts import kernel_layout
 
 aten = torch.ops.aten
@@ -90,11 +90,13 @@ def _experts(ctx: Context, node: fx.Node) -> ir.Value:
     gate = gate_of(node)
     refusal = kernel_refusal(gate) if ctx.settings["contrib"] else ""
     if refusal:
-        ctx.reject(node, f"{refusal}: experts run in standard ops, one If per expert")
+        ctx.reject(node, f"{refusal}: experts run in standard ops, two products each")
     if refusal or not ctx.settings["contrib"]:
-        return _portable(ctx, node, gate)
+        return grouped(ctx, node, gate, dense_weights(ctx, node))
     if all(_is_quantized(ctx, node.args[position]) for position in (3, 5)):
         return quantized.experts(ctx, node, gate, dense_weights(ctx, node), kernel_attributes(gate))
+    if ctx.settings["grouped"]:
+        return grouped(ctx, node, gate, dense_weights(ctx, node))
     return _kernel(ctx, node, gate)
 
 
@@ -137,107 +139,6 @@ def _kernel_tensor(ctx: Context, argument: Any, gate: Gate, *, transposed: bool,
     if half and tensor.dtype is torch.float32:
         ctx.experts[name]["initializer"] = f"{name}.moe.fp16"
     return ctx.initializer(f"{name}.moe", tensor, half=half)
-
-
-# Standard ops ---------------------------------------------------------------------------------------------------
-
-
-def _portable(ctx: Context, node: fx.Node, gate: Gate) -> ir.Value:
-    """One `If` per expert around its tokens alone: gather them, run the expert, scatter-add the result."""
-    hidden, gate_up = node.args[0], node.args[3]
-    count = int(gate_up.meta["val"].shape[0])  # type: ignore[union-attr]
-    x, dense, dtype = ctx.tensor(hidden), dense_weights(ctx, node), result_dtype(node)
-    # Sums are float32, as in the reference; ONNX Runtime on CPU adds in ScatterND for nothing narrower.
-    total = ctx.op("ConstantOfShape", ctx.op("Shape", x), value=ir.Tensor(np.zeros(1, np.float32)))
-    for index in range(count):
-        own = ctx.op("Gather", dense, ctx.constant(np.int64(index)), axis=1)
-        used = ctx.op("Cast", own, to=int(ir.DataType.BOOL))
-        hit = ctx.op("Cast", ctx.op("ReduceMax", ctx.op("Cast", used, to=6), keepdims=0), to=9)
-        with ctx.subgraph(f"expert_{index}") as then:
-            then.outputs.append(_one_expert(ctx, node, gate, index, x, own, total))
-        with ctx.subgraph(f"idle_{index}") as otherwise:
-            otherwise.outputs.append(ctx.op("Identity", total))
-        total = ctx.op("If", hit, then_branch=then, else_branch=otherwise)
-    return total if dtype == torch.float32 else ctx.op("Cast", total, to=int(DTYPES[dtype]))
-
-
-def _one_expert(
-    ctx: Context, node: fx.Node, gate: Gate, index: int, x: ir.Value, weights: ir.Value, total: ir.Value
-) -> ir.Value:
-    gate_up, gate_up_bias, down, down_bias = node.args[3:7]
-    transposed = bool(node.args[10])
-    tokens = ctx.op("Squeeze", ctx.op("NonZero", weights), ctx.ints(0))
-    projected = _project(ctx, ctx.op("Gather", x, tokens, axis=0), gate_up, gate_up_bias, index, transposed)
-    result = _project(ctx, _activate(ctx, projected, gate, result_dtype(node)), down, down_bias, index, transposed)
-    scaled = ctx.op("Mul", result, ctx.op("Unsqueeze", ctx.op("Gather", weights, tokens, axis=0), ctx.ints(1)))
-    if result_dtype(node) != torch.float32:
-        scaled = ctx.op("Cast", scaled, to=int(ir.DataType.FLOAT))
-    return ctx.op("ScatterND", total, ctx.op("Unsqueeze", tokens, ctx.ints(1)), scaled, reduction="add")
-
-
-def _project(ctx: Context, x: ir.Value, weight: Any, bias: Any, index: int, transposed: bool) -> ir.Value:
-    name = ctx.program.weights.resolve(str(weight.target))
-    row = _Row(ctx.lazy(weight), index)
-    ctx.experts[name] = {"per_expert": f"{name}.{{}}", "transposed": not transposed}
-    value = ctx.initializer(f"{name}.{index}", row if transposed else swap_last(row))
-    product = ctx.op("MatMul", x, value)
-    if bias is None:
-        return product
-    ctx.experts[str(bias.target)] = {"per_expert": f"{bias.target}.{{}}", "transposed": False}
-    own = ctx.initializer(f"{bias.target}.{index}", _Row(ctx.lazy(bias), index))
-    return ctx.op("Add", product, own)
-
-
-class _Row(LazyTensor):
-    """One expert of a stack."""
-
-    def __init__(self, stack: LazyTensor, index: int) -> None:
-        self._stack, self._index = stack, index
-        self.shape, self.dtype = stack.shape[1:], stack.dtype
-
-    def read(self) -> Tensor:
-        return self._stack.rows(self._index, self._index + 1)[0]
-
-    def rows(self, start: int, stop: int) -> Tensor:
-        return self.read()[start:stop]
-
-
-def _activate(ctx: Context, projected: ir.Value, gate: Gate, dtype: torch.dtype) -> ir.Value:
-    def constant(value: float) -> ir.Value:
-        return ctx.constant(np.asarray(value, np_dtype(dtype)))
-
-    if not gate.gated:
-        return _activation(ctx, projected, gate)
-    if gate.interleaved:
-        step, end = ctx.ints(2), ctx.ints(np.iinfo(np.int64).max)
-        first, up = (ctx.op("Slice", projected, ctx.ints(start), end, ctx.ints(1), step) for start in (0, 1))
-    else:
-        first, up = ctx.ops("Split", projected, outputs=2, axis=1, num_outputs=2)
-    if gate.limit:
-        first = ctx.op("Min", first, constant(gate.limit))
-        up = ctx.op("Clip", up, constant(-gate.limit), constant(gate.limit))
-    if gate.activation == "silu" and gate.alpha != 1.0:
-        activated = ctx.op("Mul", first, ctx.op("Sigmoid", ctx.op("Mul", first, constant(gate.alpha))))
-    else:
-        activated = _activation(ctx, first, gate)
-    return ctx.op("Mul", activated, ctx.op("Add", up, constant(gate.up_offset)) if gate.up_offset else up)
-
-
-def _activation(ctx: Context, x: ir.Value, gate: Gate) -> ir.Value:
-    match gate.activation:
-        case "silu":
-            return ctx.op("Mul", x, ctx.op("Sigmoid", x))
-        case "gelu":
-            return ctx.op("Gelu", x)
-        case "gelu_tanh":
-            return ctx.op("Gelu", x, approximate="tanh")
-        case "relu2":
-            positive = ctx.op("Relu", x)
-            return ctx.op("Mul", positive, positive)
-        case "identity":
-            return x
-        case name:
-            return ctx.op({"relu": "Relu", "sigmoid": "Sigmoid", "tanh": "Tanh"}[name], x)
 
 
 def _select(ctx: Context, node: fx.Node) -> ir.Value:

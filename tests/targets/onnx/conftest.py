@@ -23,7 +23,7 @@ from moec.compiler.program import Program, TensorSpec
 from moec.compiler.weights import Constant, LazyTensor, WeightStore
 from moec.targets.base import Lowered, Runner
 from moec.targets.onnx import lower
-from moec.targets.onnx.target import Flavor, OnnxOptions, OnnxTarget
+from moec.targets.onnx.target import OnnxOptions, OnnxTarget
 
 
 @dataclass(frozen=True)
@@ -245,16 +245,17 @@ def program_of(checkpoint: Path, dtype: torch.dtype) -> Program:
 def lower_checkpoint(tmp_path: Path) -> Lower:
     """Checkpoint directory -> Model."""
 
-    def run(checkpoint: Path, *, flavor: str = "default", dtype: torch.dtype = torch.float32) -> Model:
-        return lower_program(program_of(checkpoint, dtype), tmp_path / f"{checkpoint.name}-{flavor}-{dtype}", flavor)
+    def run(checkpoint: Path, *, dtype: torch.dtype = torch.float32, **options: str) -> Model:
+        directory = tmp_path / "-".join([checkpoint.name, str(dtype), *options.values()])
+        return lower_program(program_of(checkpoint, dtype), directory, **options)
 
     return run
 
 
-def lower_program(program: Program, directory: Path, flavor: str = "default") -> Model:
+def lower_program(program: Program, directory: Path, **options: str) -> Model:
     directory.mkdir()
     target = OnnxTarget()
-    lowered = target.lower(program, OnnxOptions(flavor=Flavor(flavor)), directory, lambda *_: None)
+    lowered = target.lower(program, OnnxOptions.model_validate(options), directory, lambda *_: None)
     return Model(program, lowered, target.open(directory, threads=1), directory)
 
 

@@ -22,7 +22,7 @@ def op_types(model: Any) -> Counter[str]:
 @pytest.mark.parametrize("flavor", ["default", "genai"])
 def test_residual_sums_and_projections(flavor: str, tiny_checkpoint: Any, lower_checkpoint: Any) -> None:
     """Two layers of mixtral: every norm but the first follows a residual sum; q, k and v are one product."""
-    model = lower_checkpoint(tiny_checkpoint("mixtral"), flavor=flavor)
+    model = lower_checkpoint(tiny_checkpoint("mixtral"), flavor=flavor, experts="kernel")
     found = op_types(model)
     assert found["SkipSimplifiedLayerNormalization"] == 4
     assert found["SimplifiedLayerNormalization"] == 1

@@ -167,7 +167,7 @@ def test_select(check_op: Any) -> None:
 @pytest.mark.parametrize("family", ["mixtral", "olmoe"])
 def test_the_lowering_is_immune(family: str, tiny_checkpoint: Any, lower_checkpoint: Any) -> None:
     """The MoE nodes of a model stand in the very situation of the fault, and are right."""
-    model = lower_checkpoint(tiny_checkpoint(family))
+    model = lower_checkpoint(tiny_checkpoint(family), experts="kernel")
     graph = onnx.load(model.directory / "model.onnx", load_external_data=False).graph
     nodes = [node for node in graph.node if node.op_type == "MoE"]
     assert len(nodes) == len(model.program.layers)
@@ -191,15 +191,15 @@ def test_rejection_of_an_activation_without_kernel(tiny_checkpoint: Any, lower_c
         layer.module for layer in model.program.layers
     ]
     assert {rejection.reason for rejection in model.lowered.rejections} == {
-        "the kernel has no gated gelu_tanh: experts run in standard ops, one If per expert"
+        "the kernel has no gated gelu_tanh: experts run in standard ops, two products each"
     }
 
 
 def test_experts_are_read_back(tiny_checkpoint: Any, lower_checkpoint: Any) -> None:
     from moec.targets.onnx.target import OnnxTarget
 
-    for family, flavor in (("olmoe", "default"), ("gpt_oss", "default"), ("gpt_oss", "portable")):
-        model = lower_checkpoint(tiny_checkpoint(family), flavor=flavor)
+    for family, experts in (("olmoe", "kernel"), ("gpt_oss", "kernel"), ("gpt_oss", "grouped")):
+        model = lower_checkpoint(tiny_checkpoint(family), experts=experts)
         readers = OnnxTarget().expert_tensors(model.directory)
         nodes = [node for node in model.program.graph.nodes if node.name in {x.node for x in model.program.layers}]
         names = {argument.target for node in nodes for argument in node.args[3:] if isinstance(argument, torch.fx.Node)}

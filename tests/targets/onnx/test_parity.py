@@ -41,7 +41,12 @@ NOT_CAPTURED = frozenset(
 )
 """Hybrids, encoder-decoders, a dense model and experts behind no registry: docs/families.md has the reasons."""
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
-FLAVORS = pytest.mark.parametrize("flavor", ["default", "portable"])
+FORMS: dict[str, dict[str, str]] = {
+    "default": {},
+    "kernel": {"experts": "kernel"},
+    "portable": {"flavor": "portable"},
+    "genai": {"flavor": "genai"},
+}
 
 
 def ids(program: Any, batch: int, length: int) -> np.ndarray:
@@ -69,21 +74,19 @@ def check(model: Any, dtype: torch.dtype) -> None:
 
 
 @DTYPES
-@pytest.mark.parametrize("flavor", ["default", "portable", "genai"])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("family", DEFAULT)
-def test_family(family: str, flavor: str, dtype: torch.dtype, tiny_checkpoint: Any, lower_checkpoint: Any) -> None:
-    model = lower_checkpoint(tiny_checkpoint(family), flavor=flavor, dtype=dtype)
+def test_family(family: str, form: str, dtype: torch.dtype, tiny_checkpoint: Any, lower_checkpoint: Any) -> None:
+    model = lower_checkpoint(tiny_checkpoint(family), dtype=dtype, **FORMS[form])
     check(model, dtype)
 
 
 @pytest.mark.slow
 @DTYPES
-@FLAVORS
+@pytest.mark.parametrize("form", ["default", "kernel", "portable"])
 @pytest.mark.parametrize("family", sorted(set(family_names()) - NOT_CAPTURED - set(DEFAULT)))
-def test_every_family(
-    family: str, flavor: str, dtype: torch.dtype, tiny_checkpoint: Any, lower_checkpoint: Any
-) -> None:
-    model = lower_checkpoint(tiny_checkpoint(family), flavor=flavor, dtype=dtype)
+def test_every_family(family: str, form: str, dtype: torch.dtype, tiny_checkpoint: Any, lower_checkpoint: Any) -> None:
+    model = lower_checkpoint(tiny_checkpoint(family), dtype=dtype, **FORMS[form])
     check(model, dtype)
 
 

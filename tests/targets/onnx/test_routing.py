@@ -18,7 +18,7 @@ from moec.passes.routing.base import Policy
 from moec.passes.routing.ratio import Ratio
 from moec.passes.routing.top_p import TopP
 from moec.targets.onnx.runner import OnnxRunner
-from moec.targets.onnx.target import Flavor, OnnxOptions, OnnxTarget
+from moec.targets.onnx.target import Experts, Flavor, OnnxOptions, OnnxTarget
 
 Tiny = Callable[[str], Path]
 
@@ -30,9 +30,12 @@ def programs(checkpoint: Path, policy: Policy, *, runtime: bool = False) -> tupl
     return program, passes.run_passes(program, routing)[0]
 
 
-def lowered(program: Program, directory: Path, flavor: Flavor = Flavor.DEFAULT) -> tuple[OnnxRunner, dict[str, int]]:
+def lowered(
+    program: Program, directory: Path, flavor: Flavor = Flavor.DEFAULT, experts: Experts = Experts.AUTO
+) -> tuple[OnnxRunner, dict[str, int]]:
     directory.mkdir()
-    found = OnnxTarget().lower(program, OnnxOptions(flavor=flavor), directory, lambda *_: None)
+    options = OnnxOptions(flavor=flavor, experts=experts)
+    found = OnnxTarget().lower(program, options, directory, lambda *_: None)
     return OnnxRunner(directory, threads=1), found.facts["ops"]
 
 
@@ -59,7 +62,9 @@ def test_parity_with_sorted_and_unsorted_slots(
 
 def test_four_nodes_a_layer_where_the_kernel_normalises(golden_model: Path, tmp_path: Path) -> None:
     off, on = programs(golden_model, TopP(mass=0.8))
-    (_, before), (runner, after) = lowered(off, tmp_path / "off"), lowered(on, tmp_path / "on")
+    (_, before), (runner, after) = (
+        lowered(program, tmp_path / name, experts=Experts.KERNEL) for name, program in (("off", off), ("on", on))
+    )
     added = {name: after[name] - before.get(name, 0) for name in after if after[name] != before.get(name, 0)}
     assert added == {"MatMul": 4, "Mul": 4, "Less": 4, "Where": 4}
     assert_same(runner, on)
