@@ -19,7 +19,7 @@ from typing import Any
 from moec.compiler.errors import ArtifactError
 
 MANIFEST = "moec.json"
-REPORTS = frozenset({"report.json", "report.html", "report.xml"})
+REPORTS = frozenset({"report.json", "report.html", "report.xml", "build.log"})
 """Measurements: they may be written anew at any time, so nothing hashes them."""
 
 SCHEMA_VERSION = 1

@@ -20,6 +20,7 @@ GROUP = "moec.targets"
 _BUILT_IN: Mapping[str, str] = {
     "coreml": "moec.targets.coreml.target:CoremlTarget",
     "onnx": "moec.targets.onnx.target:OnnxTarget",
+    "tensorrt": "moec.targets.tensorrt.target:TensorrtTarget",
     "tflite": "moec.targets.tflite.target:TfliteTarget",
 }
 

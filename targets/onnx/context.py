@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -30,16 +31,46 @@ DTYPES: Mapping[torch.dtype, ir.DataType] = {
 MS = "com.microsoft"
 
 
+Lowering = Callable[["Context", fx.Node], Any]
+"""Emits the ONNX form of one node of the graph and returns its value, or its values."""
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """Which ONNX is written. Targets share the walk over the graph and the functions of what they write alike.
+
+    Attributes:
+        target: Name of the target, for messages.
+        table: Op of the graph -> function that emits its form.
+        opset: Version of the standard operators.
+        contrib: Whether ops of the `com.microsoft` domain may be used.
+        shared_buffer: Whether past and present of a layer may be one buffer, longer than the sequence.
+        grouped: Whether float experts run as products of their own rather than in the `MoE` kernel.
+        input_defaults: Whether an input may have a value that stands where nobody feeds it.
+    """
+
+    target: str
+    table: Mapping[Any, Lowering]
+    opset: int = 24
+    contrib: bool = False
+    shared_buffer: bool = False
+    grouped: bool = False
+    input_defaults: bool = True
+
+
 class Context:
     """State of one lowering.
 
     Args:
         program: What is lowered.
-        settings: Choices of the target that lowering functions consult, such as {"contrib": True}.
+        dialect: What may be written.
+        untransposed: Weights of linears that something else uses as they are.
     """
 
-    def __init__(self, program: Program, settings: Mapping[str, Any]) -> None:
-        self.program, self.settings = program, settings
+    def __init__(self, program: Program, dialect: Dialect, untransposed: frozenset[str] = frozenset()) -> None:
+        self.program, self.dialect, self.untransposed = program, dialect, untransposed
+        self.module = ""
+        self.origins: dict[str, str] = {}
         self.nodes: list[ir.Node] = []
         self.initializers: dict[str, tuple[ir.Value, LazyTensor]] = {}
         self.experts: dict[str, dict[str, Any]] = {}
@@ -118,6 +149,7 @@ class Context:
         node = ir.node(op_type, operands, attributes, domain=domain, num_outputs=outputs)
         self._counter += 1
         node.name = f"{op_type}_{self._counter}"
+        self.origins[node.name] = self.module
         for index, output in enumerate(node.outputs):
             output.name = f"{op_type.lower()}_{self._counter}" + (f"_{index}" if outputs > 1 else "")
         self.nodes.append(node)
@@ -167,20 +199,28 @@ class Context:
         """Every small constant made so far."""
         return list(self._constants.values())
 
-    def initializer(self, name: str, tensor: LazyTensor, *, half: bool = False) -> ir.Value:
+    def initializer(
+        self,
+        name: str,
+        tensor: LazyTensor,
+        *,
+        half: bool = False,
+        packed: tuple[ir.DataType, Sequence[int]] | None = None,
+    ) -> ir.Value:
         """A weight, kept lazy until the file is written. The same name is the same tensor.
 
         Args:
             name: Name in the file.
             tensor: The values.
             half: Store it as float16 and cast it when the model is loaded.
+            packed: Type and shape of what the bytes of `tensor` stand for, where torch has no such type.
         """
         if half and tensor.dtype is torch.float32:
             stored = self.initializer(f"{name}.fp16", tensor.cast(torch.float16))
             return self.shared(("half", name), lambda: self.op("Cast", stored, to=int(ir.DataType.FLOAT)))
         if name not in self.initializers:
-            shape = ir.Shape(list(tensor.shape))
-            value = ir.Value(name=name, type=ir.TensorType(DTYPES[tensor.dtype]), shape=shape)
+            dtype, shape = packed or (DTYPES[tensor.dtype], tensor.shape)
+            value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(list(shape)))
             self.initializers[name] = (value, tensor)
         return self.initializers[name][0]
 
@@ -237,7 +277,7 @@ class Context:
 
     def reject(self, node: fx.Node, reason: str) -> None:
         """Record that `node` took another form than the best one."""
-        self.rejections.append(Rejection("onnx", module_of(node), reason))
+        self.rejections.append(Rejection(self.dialect.target, module_of(node), reason))
 
     def refuse(self, node: fx.Node, reason: str, hint: str = "") -> LoweringError:
         """The error for a node that has no form here."""

@@ -12,28 +12,23 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
-from moec.compiler.program import ATTENTION, Program, TensorSpec
-from moec.targets.onnx.context import DTYPES, MS, Context
+from moec.compiler.program import ATTENTION, Program, TensorSpec, module_of
+from moec.targets.onnx.context import DTYPES, MS, Context, Dialect
 from moec.targets.onnx.lowerings.group_query import share_lengths
 from moec.targets.onnx.lowerings.linear import untransposed_weights
 from moec.targets.onnx.lowerings.table import lookup
 
-OPSET = 24
 IR_VERSION = 11
 SYNTHESISED = ("cache_position",)
 """Inputs of the Program that an ONNX model with a growing cache works out for itself."""
 
 
-def build(
-    program: Program, *, contrib: bool, shared_buffer: bool = False, grouped: bool = False
-) -> tuple[ir.Model, Context]:
+def build(program: Program, dialect: Dialect) -> tuple[ir.Model, Context]:
     """Lower `program`.
 
     Args:
         program: What is lowered; dynamic in batch, sequence and past.
-        contrib: Whether ops of the `com.microsoft` domain may be used.
-        shared_buffer: Whether past and present of a layer may be one buffer, longer than the sequence.
-        grouped: Whether float experts run as products of their own rather than in the `MoE` kernel.
+        dialect: What may be written.
 
     Returns:
         The model, whose large initializers have no value yet, and the context, which holds them.
@@ -41,13 +36,12 @@ def build(
     Raises:
         LoweringError: An op has no form.
     """
-    resolve = program.weights.resolve
-    settings = {"contrib": contrib, "shared_buffer": shared_buffer, "grouped": grouped}
-    ctx = Context(program, {**settings, "untransposed": untransposed_weights(program.graph, resolve)})
+    ctx = Context(program, dialect, untransposed_weights(program.graph, program.weights.resolve))
     inputs = _inputs(ctx)
     for node in program.graph.nodes:
         if node.op == "call_function":
-            ctx.set(node, lookup(node)(ctx, node))
+            ctx.module = module_of(node)
+            ctx.set(node, lookup(node, dialect)(ctx, node))
     outputs = _outputs(ctx)
     _drop_unused(ctx.nodes, outputs)
     initializers = [value for value, _ in ctx.initializers.values()] + ctx.constants()
@@ -57,11 +51,11 @@ def build(
         outputs,
         nodes=ctx.nodes,
         initializers=initializers,
-        opset_imports={"": OPSET, MS: 1} if contrib else {"": OPSET},
+        opset_imports={"": dialect.opset, MS: 1} if dialect.contrib else {"": dialect.opset},
         name="moec",
     )
     model = ir.Model(graph, ir_version=IR_VERSION, producer_name="moec")
-    model.metadata_props["moec.attention"] = "GroupQueryAttention" if shared_buffer else "Attention"
+    model.metadata_props["moec.attention"] = "GroupQueryAttention" if dialect.shared_buffer else "Attention"
     model.metadata_props["moec.experts"] = json.dumps(ctx.experts, sort_keys=True)
     return model, ctx
 
@@ -79,10 +73,10 @@ def _inputs(ctx: Context) -> list[ir.Value]:
         if spec.name not in SYNTHESISED:
             inputs.append(_spec_value(spec))
             ctx.set(node, inputs[-1])
-            if spec.name in defaults:
+            if spec.name in defaults and ctx.dialect.input_defaults:
                 # An initializer that is an input too: what stands there where nobody feeds it.
                 inputs[-1].const_value = ir.Tensor(defaults[spec.name].numpy(), name=spec.name)
-    if ctx.settings["shared_buffer"]:
+    if ctx.dialect.shared_buffer:
         share_lengths(ctx)
     for node, spec in zip(placeholders, specs, strict=True):
         if spec.name == "cache_position" and node.users:
@@ -165,12 +159,14 @@ def write(model: ir.Model, ctx: Context, directory: Path, progress: Any) -> None
                 file.write(_bytes(chunk).data)
                 done += chunk.numel() * chunk.element_size()
                 progress("weights", done, total)
+            assert value.dtype is not None
+            assert isinstance(value.shape, ir.Shape)
             value.const_value = ir.ExternalTensor(
                 DATA,
                 offset,
                 tensor.nbytes,
-                DTYPES[tensor.dtype],
-                shape=ir.Shape(list(tensor.shape)),
+                value.dtype,
+                shape=value.shape,
                 name=name,
                 base_dir=directory,
             )

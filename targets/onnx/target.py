@@ -84,17 +84,16 @@ class OnnxTarget(Target):
         """Write `model.onnx`, `model.onnx.data` and, for onnxruntime-genai, `genai_config.json`."""
         from moec.targets.onnx import genai, lower
         from moec.targets.onnx.lowerings.group_query import refusals
+        from moec.targets.onnx.lowerings.table import onnx_dialect
 
         assert isinstance(options, OnnxOptions)
         shared = options.flavor is Flavor.GENAI
         if shared and (refused := refusals(program)):
             raise LoweringError(f"{refused[0].where}: {refused[0].reason}", hint="take the default flavor")
-        model, ctx = lower.build(
-            program,
-            contrib=options.flavor is not Flavor.PORTABLE,
-            shared_buffer=shared,
-            grouped=_grouped(program, options),
+        dialect = onnx_dialect(
+            contrib=options.flavor is not Flavor.PORTABLE, shared_buffer=shared, grouped=_grouped(program, options)
         )
+        model, ctx = lower.build(program, dialect)
         counts: dict[str, int] = {}
         for node in model.graph.all_nodes():
             counts[node.op_type] = counts.get(node.op_type, 0) + 1
@@ -106,7 +105,7 @@ class OnnxTarget(Target):
             lower.signature(program),
             tuple(ctx.rejections),
             {
-                "opset": lower.OPSET,
+                "opset": dialect.opset,
                 "ops": dict(sorted(counts.items())),
                 "expert_tensor_bytes": {name: ctx.bytes_of(name) for name in sorted(ctx.experts)},
             },
@@ -157,11 +156,11 @@ def _reader(initializers: Mapping[str, object], entry: Mapping[str, object]) -> 
 
 def _dequantized(values: Callable[[str], np.ndarray], entry: Mapping[str, object], index: int) -> np.ndarray:
     """One expert [N, K] float32 from its packed codes, scales and zero points."""
-    name, bits = str(entry["quantized"]), int(str(entry["bits"]))
+    name, bits, signed = str(entry["quantized"]), int(str(entry["bits"])), bool(entry.get("signed"))
     codes, scales = values(f"{name}.codes")[index], values(f"{name}.scales")[index].astype(np.float32)
-    if bits == 4:
+    if bits == 4 and not signed:
         codes = np.stack([codes & 15, codes >> 4], axis=-1).reshape(len(codes), -1)
-    points = np.full(scales.shape, 1 << (bits - 1), np.float32)
+    points = np.full(scales.shape, 0 if signed else 1 << (bits - 1), np.float32)
     if not entry["symmetric"]:
         packed = values(f"{name}.zero_points")[index]
         points = np.stack([packed & 15, packed >> 4], axis=-1).reshape(len(packed), -1)[:, : scales.shape[1]]

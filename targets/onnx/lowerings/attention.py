@@ -11,20 +11,17 @@ import torch
 from torch import fx
 
 from moec.compiler.program import ATTENTION
-from moec.targets.onnx.context import Context, integer, np_dtype, real, result_dtype
-from moec.targets.onnx.lowerings.elementwise import Lowering
+from moec.targets.onnx.context import DTYPES, Context, Lowering, integer, np_dtype, real, result_dtype
 from moec.targets.onnx.lowerings.group_query import group_query_attention
 
 
 def _attention(ctx: Context, node: fx.Node) -> Sequence[ir.Value]:
     query, key, value, past_key, past_value, _position, _mask, sinks, scale, _kind, _window, softcap = node.args
     mask = visible(ctx, node)
-    if ctx.settings.get("shared_buffer"):
+    if ctx.dialect.shared_buffer:
         return group_query_attention(ctx, node, mask)
     if sinks is not None:
-        if softcap:
-            raise ctx.refuse(node, "attention with both sinks and a soft cap has no form")
-        return _with_sinks(ctx, node, mask)
+        return decomposed(ctx, node, mask)
     out, present_key, present_value = ctx.ops(
         "Attention",
         *(ctx.tensor(argument) for argument in (query, key, value)),
@@ -93,11 +90,18 @@ def _same_chunk(ctx: Context, node: fx.Node, slots: ir.Value, query: ir.Value) -
     return ctx.op("Equal", ctx.op("Div", slots, window), ctx.op("Div", query, window))
 
 
-def _with_sinks(ctx: Context, node: fx.Node, mask: ir.Value) -> Sequence[ir.Value]:
-    """Attention whose softmax has one more column per head, in elementary ops (gpt-oss)."""
+def decomposed(ctx: Context, node: fx.Node, mask: ir.Value, *, wide: bool = False) -> Sequence[ir.Value]:
+    """Attention in elementary ops; with sinks its softmax has one more column per head (gpt-oss).
+
+    Args:
+        ctx: The context.
+        node: The attention node.
+        mask: [B, 1, S, T] bool, see `visible`.
+        wide: Whether the softmax is computed in float32, as in the reference, whatever the graph computes in.
+    """
     query, key, value, past_key, past_value = (ctx.tensor(argument) for argument in node.args[:5])
-    sinks, scale = node.args[7], real(node.args[8])
-    dtype = result_dtype(_node(node.args[0]))
+    own = result_dtype(_node(node.args[0]))
+    dtype = torch.float32 if wide else own
     heads, depth = (int(_node(node.args[0]).meta["val"].shape[axis]) for axis in (1, 3))
     groups = int(_node(node.args[1]).meta["val"].shape[1])
     keys = ctx.op("Concat", past_key, key, axis=2)
@@ -105,18 +109,38 @@ def _with_sinks(ctx: Context, node: fx.Node, mask: ir.Value) -> Sequence[ir.Valu
     # [B, Hkv, G, S, D] against [B, Hkv, 1, D, T]: grouped heads without a copy of the keys.
     grouped = ctx.op("Reshape", query, ctx.ints(0, groups, heads // groups, -1, depth))
     turned = ctx.op("Transpose", ctx.op("Unsqueeze", keys, ctx.ints(2)), perm=[0, 1, 2, 4, 3])
-    scaled = ctx.op("Mul", ctx.op("MatMul", grouped, turned), ctx.constant(np.asarray(scale, np_dtype(dtype))))
-    lowest = ctx.constant(np.asarray(torch.finfo(dtype).min, np_dtype(dtype)))
-    logits = ctx.op("Where", ctx.op("Unsqueeze", mask, ctx.ints(2)), scaled, lowest)
+    logits = _cast(ctx, ctx.op("MatMul", grouped, turned), own, dtype)
+    probabilities = _cast(ctx, _softmax(ctx, node, logits, mask, dtype), dtype, own)
+    mixed = ctx.op("MatMul", probabilities, ctx.op("Unsqueeze", values, ctx.ints(2)))
+    width = int(_node(node.args[2]).meta["val"].shape[3])
+    joined = ctx.op("Reshape", mixed, ctx.ints(0, heads, -1, width))
+    return ctx.op("Transpose", joined, perm=[0, 2, 1, 3]), keys, values
+
+
+def _softmax(ctx: Context, node: fx.Node, logits: ir.Value, mask: ir.Value, dtype: torch.dtype) -> ir.Value:
+    """Softmax of logits [B, Hkv, G, S, T] in `dtype`, scaled, capped and masked."""
+    sinks, scale, softcap = node.args[7], real(node.args[8]), real(node.args[11])
+
+    def constant(value: float) -> ir.Value:
+        return ctx.constant(np.asarray(value, np_dtype(dtype)))
+
+    logits = ctx.op("Mul", logits, constant(scale))
+    if softcap:
+        logits = ctx.op("Mul", ctx.op("Tanh", ctx.op("Div", logits, constant(softcap))), constant(softcap))
+    lowest = constant(torch.finfo(dtype).min)
+    logits = ctx.op("Where", ctx.op("Unsqueeze", mask, ctx.ints(2)), logits, lowest)
+    if sinks is None:
+        return ctx.op("Softmax", logits, axis=-1)
+    heads, groups = (int(_node(node.args[place]).meta["val"].shape[1]) for place in (0, 1))
     column = ctx.op("Reshape", ctx.tensor(sinks, dtype), ctx.ints(1, groups, heads // groups, 1, 1))
     first = ctx.op("Slice", logits, ctx.ints(0), ctx.ints(1), ctx.ints(4))
     column = ctx.op("Expand", column, ctx.op("Shape", first))
     probabilities = ctx.op("Softmax", ctx.op("Concat", logits, column, axis=4), axis=-1)
-    kept = ctx.op("Slice", probabilities, ctx.ints(0), ctx.ints(-1), ctx.ints(4))
-    mixed = ctx.op("MatMul", kept, ctx.op("Unsqueeze", values, ctx.ints(2)))
-    width = int(_node(node.args[2]).meta["val"].shape[3])
-    joined = ctx.op("Reshape", mixed, ctx.ints(0, heads, -1, width))
-    return ctx.op("Transpose", joined, perm=[0, 2, 1, 3]), keys, values
+    return ctx.op("Slice", probabilities, ctx.ints(0), ctx.ints(-1), ctx.ints(4))
+
+
+def _cast(ctx: Context, value: ir.Value, source: torch.dtype, dtype: torch.dtype) -> ir.Value:
+    return value if source == dtype else ctx.op("Cast", value, to=int(DTYPES[dtype]))
 
 
 def _node(argument: Any) -> fx.Node:

@@ -11,10 +11,9 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
-from moec.targets.onnx.context import Context, integer, np_dtype, real, result_dtype
+from moec.targets.onnx.context import Context, Lowering, integer, np_dtype, real, result_dtype
 
 aten = torch.ops.aten
-Lowering = Callable[[Context, fx.Node], Any]
 
 
 def _unary(op_type: str) -> Lowering:

@@ -18,9 +18,8 @@ from torch import fx
 from moec.compiler.ops import Gate
 from moec.compiler.program import EXPERTS, SELECT
 from moec.quantize.lazy import Quantized
-from moec.targets.onnx.context import DTYPES, MS, Context, np_dtype, result_dtype
+from moec.targets.onnx.context import DTYPES, MS, Context, Lowering, np_dtype, result_dtype
 from moec.targets.onnx.lowerings import quantized
-from moec.targets.onnx.lowerings.elementwise import Lowering
 from moec.targets.onnx.lowerings.grouped import grouped
 from moec.targets.onnx.lowerings.layouts import kernel_layout
 
@@ -88,14 +87,14 @@ def _scattered(ctx: Context, node: fx.Node, slots: ir.Value) -> ir.Value:
 
 def _experts(ctx: Context, node: fx.Node) -> ir.Value:
     gate = gate_of(node)
-    refusal = kernel_refusal(gate) if ctx.settings["contrib"] else ""
+    refusal = kernel_refusal(gate) if ctx.dialect.contrib else ""
     if refusal:
         ctx.reject(node, f"{refusal}: experts run in standard ops, two products each")
-    if refusal or not ctx.settings["contrib"]:
+    if refusal or not ctx.dialect.contrib:
         return grouped(ctx, node, gate, dense_weights(ctx, node))
     if all(_is_quantized(ctx, node.args[position]) for position in (3, 5)):
         return quantized.experts(ctx, node, gate, dense_weights(ctx, node), kernel_attributes(gate))
-    if ctx.settings["grouped"]:
+    if ctx.dialect.grouped:
         return grouped(ctx, node, gate, dense_weights(ctx, node))
     return _kernel(ctx, node, gate)
 

@@ -90,7 +90,7 @@ def _joinable(ctx: Context, node: fx.Node, like: fx.Node) -> bool:
         return False
     name = _weight(ctx, node)
     stored = ctx.stored_half(name) == ctx.stored_half(_weight(ctx, like))
-    single = len(weight.users) == 1 and name not in ctx.settings["untransposed"]
+    single = len(weight.users) == 1 and name not in ctx.untransposed
     return stored and single and not isinstance(ctx.program.weights[name], Quantized)
 
 

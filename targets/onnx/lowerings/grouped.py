@@ -51,7 +51,7 @@ def grouped(ctx: Context, node: fx.Node, gate: Gate, dense: ir.Value) -> ir.Valu
     rows = _products(ctx, node, rows, counts, gate_up)
     if gate_up_bias is not None:
         rows = ctx.op("Add", rows, _biases(ctx, gate_up_bias, experts))
-    rows = _products(ctx, node, _activate(ctx, rows, gate, dtype), counts, down)
+    rows = _products(ctx, node, activate(ctx, rows, gate, dtype), counts, down)
     if down_bias is not None:
         rows = ctx.op("Add", rows, _biases(ctx, down_bias, experts))
     weights = ctx.op("GatherND", by_expert, ctx.op("Transpose", places, perm=[1, 0]))
@@ -102,7 +102,9 @@ class _Row(LazyTensor):
         return self.read()[start:stop]
 
 
-def _activate(ctx: Context, projected: ir.Value, gate: Gate, dtype: torch.dtype) -> ir.Value:
+def activate(ctx: Context, projected: ir.Value, gate: Gate, dtype: torch.dtype) -> ir.Value:
+    """`gate` of `projected` [..., 2I] (or [..., I] without a gate)."""
+
     def constant(value: float) -> ir.Value:
         return ctx.constant(np.asarray(value, np_dtype(dtype)))
 
@@ -110,9 +112,9 @@ def _activate(ctx: Context, projected: ir.Value, gate: Gate, dtype: torch.dtype)
         return _activation(ctx, projected, gate)
     if gate.interleaved:
         step, end = ctx.ints(2), ctx.ints(np.iinfo(np.int64).max)
-        first, up = (ctx.op("Slice", projected, ctx.ints(start), end, ctx.ints(1), step) for start in (0, 1))
+        first, up = (ctx.op("Slice", projected, ctx.ints(start), end, ctx.ints(-1), step) for start in (0, 1))
     else:
-        first, up = ctx.ops("Split", projected, outputs=2, axis=1, num_outputs=2)
+        first, up = ctx.ops("Split", projected, outputs=2, axis=-1, num_outputs=2)
     if gate.limit:
         first = ctx.op("Min", first, constant(gate.limit))
         up = ctx.op("Clip", up, constant(-gate.limit), constant(gate.limit))

@@ -11,9 +11,8 @@ from torch import fx
 
 from moec.compiler.weights import swap_last
 from moec.quantize.lazy import Quantized
-from moec.targets.onnx.context import MS, Context, result_dtype
+from moec.targets.onnx.context import MS, Context, Lowering, result_dtype
 from moec.targets.onnx.lowerings import quantized
-from moec.targets.onnx.lowerings.elementwise import Lowering
 from moec.targets.onnx.lowerings.fusions import joint_product
 
 aten = torch.ops.aten
@@ -36,10 +35,10 @@ def _product(ctx: Context, node: fx.Node, x: ir.Value, weight: fx.Node) -> ir.Va
     own = ctx.program.weights[name]
     if isinstance(own, Quantized):
         return quantized.linear(ctx, node, x, name, own)
-    if name in ctx.settings["untransposed"]:
+    if name in ctx.untransposed:
         # Tied to the embedding: one copy serves both.
         value = ctx.weight(name, dtype)
-        if ctx.settings["contrib"]:
+        if ctx.dialect.contrib:
             return ctx.op("FusedMatMul", x, value, domain=MS, transB=1)
         return ctx.op("MatMul", x, ctx.op("Transpose", value, perm=[1, 0]))
     joint = joint_product(ctx, node, x)

@@ -11,8 +11,7 @@ import torch
 from torch import fx
 
 from moec.compiler.program import RMS_NORM, ROTARY
-from moec.targets.onnx.context import Context, integer, listed, np_dtype, rank, real, result_dtype
-from moec.targets.onnx.lowerings.elementwise import Lowering
+from moec.targets.onnx.context import Context, Lowering, integer, listed, np_dtype, rank, real, result_dtype
 from moec.targets.onnx.lowerings.fusions import skip_norm
 
 aten = torch.ops.aten
@@ -28,7 +27,7 @@ def _rms_norm(ctx: Context, node: fx.Node) -> ir.Value:
     else:
         scale = ctx.tensor(weight, dtype)
     # ONNX Runtime's fused kernel predates the standard op and is the faster of the two on CPU.
-    if ctx.settings["contrib"]:
+    if ctx.dialect.contrib:
         fused = skip_norm(ctx, x, scale, real(eps))
         if fused is not None:
             return fused
@@ -69,7 +68,7 @@ def _rotary(ctx: Context, node: fx.Node) -> ir.Value:
     return ctx.op("RotaryEmbedding", ctx.tensor(x), half(cos), half(sin))
 
 
-def _rotary_plain(ctx: Context, node: fx.Node) -> ir.Value:
+def rotary_plain(ctx: Context, node: fx.Node) -> ir.Value:
     """The same in elementary ops, for tables whose layout the fused op does not take."""
     x, cos, sin = node.args
     assert isinstance(x, fx.Node)
@@ -84,7 +83,7 @@ def _rotary_plain(ctx: Context, node: fx.Node) -> ir.Value:
 def _rotary_any(ctx: Context, node: fx.Node) -> ir.Value:
     tables = [argument for argument in node.args[1:] if isinstance(argument, fx.Node)]
     fits = all(rank(table) == 4 and table.meta["val"].shape[1] == 1 for table in tables) and rank(node) == 4
-    return _rotary(ctx, node) if fits else _rotary_plain(ctx, node)
+    return _rotary(ctx, node) if fits else rotary_plain(ctx, node)
 
 
 TABLE: Mapping[Any, Lowering] = {

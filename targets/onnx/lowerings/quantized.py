@@ -78,7 +78,7 @@ def kernel_block(*tensors: Quantized) -> int:
 
 def linear(ctx: Context, node: fx.Node, x: ir.Value, name: str, weight: Quantized) -> ir.Value:
     """`x @ weight.T` by MatMulNBits; by DequantizeLinear and MatMul where only standard ops are allowed."""
-    if not ctx.settings["contrib"]:
+    if not ctx.dialect.contrib:
         product: ir.Value = ctx.op("MatMul", x, ctx.op("Transpose", dequantize(ctx, node, name, weight), perm=[1, 0]))
         return product
     rows, columns = weight.shape
@@ -136,7 +136,7 @@ def _points(weight: Quantized, groups: int) -> Packed:
 
 def embedding(ctx: Context, node: fx.Node, indices: ir.Value, name: str, weight: Quantized) -> ir.Value:
     """Rows of a quantized table, dequantized as they are gathered."""
-    if not ctx.settings["contrib"]:
+    if not ctx.dialect.contrib:
         rows: ir.Value = ctx.op("Gather", dequantize(ctx, node, name, weight), indices, axis=0)
         return rows
     block, bits = kernel_block(weight), weight.format.bits

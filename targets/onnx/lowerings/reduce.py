@@ -9,8 +9,7 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
-from moec.targets.onnx.context import Context, integer, rank, result_dtype
-from moec.targets.onnx.lowerings.elementwise import Lowering
+from moec.targets.onnx.context import Context, Lowering, integer, rank, result_dtype
 
 aten = torch.ops.aten
 

@@ -13,9 +13,8 @@ import torch
 from torch import fx
 
 from moec.quantize.lazy import Quantized
-from moec.targets.onnx.context import Context, integer, listed, np_dtype, rank, result_dtype
+from moec.targets.onnx.context import Context, Lowering, integer, listed, np_dtype, rank, result_dtype
 from moec.targets.onnx.lowerings import quantized
-from moec.targets.onnx.lowerings.elementwise import Lowering
 
 aten = torch.ops.aten
 END = sys.maxsize

@@ -23,6 +23,7 @@ from moec.compiler.program import Program, TensorSpec
 from moec.compiler.weights import Constant, LazyTensor, WeightStore
 from moec.targets.base import Lowered, Runner
 from moec.targets.onnx import lower
+from moec.targets.onnx.lowerings.table import onnx_dialect
 from moec.targets.onnx.target import OnnxOptions, OnnxTarget
 
 
@@ -190,7 +191,7 @@ class Session:
     """ONNX Runtime over a Program that was lowered."""
 
     def __init__(self, program: Program, directory: Path, *, contrib: bool = True) -> None:
-        model, self.context = lower.build(program, contrib=contrib)
+        model, self.context = lower.build(program, onnx_dialect(contrib=contrib))
         lower.write(model, self.context, directory, lambda *_: None)
         options = ort.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = 1, 3

@@ -63,8 +63,9 @@ def norm_of_sum(shape: tuple[Any, ...], one_op: Any) -> Any:
 @pytest.mark.parametrize(("shape", "fused"), [(("b", "s", 8), True), ((8,), False), (("b", 1, 8), False)])
 def test_only_terms_of_the_shape_of_the_sum(shape: Any, fused: bool, one_op: Any) -> None:
     from moec.targets.onnx import lower
+    from moec.targets.onnx.lowerings.table import onnx_dialect
 
-    model, _ = lower.build(norm_of_sum(shape, one_op), contrib=True)
+    model, _ = lower.build(norm_of_sum(shape, one_op), onnx_dialect(contrib=True))
     found = [node.op_type for node in model.graph]
     assert ("SkipSimplifiedLayerNormalization" in found) is fused
     assert ("Add" in found) is not fused

@@ -53,12 +53,13 @@ def test_tied_embedding_is_stored_once(tiny_checkpoint: Any, lower_checkpoint: A
 
 def test_weights_are_not_read_before_they_are_written(one_op: Any) -> None:
     from moec.targets.onnx import lower
+    from moec.targets.onnx.lowerings.table import onnx_dialect
 
     one = one_op(aten.linear.default, lambda d: (torch.ones(d.b, 4), d.weight(torch.ones(3, 4))))
     (name,) = one.program.weight_names()
     broken = dataclasses.replace(one.program.weights[name], value=torch.full((3, 4), torch.nan))
     program = one.program.replace(weights=one.program.weights.with_tensors({name: broken}))
-    model, context = lower.build(program, contrib=True)
+    model, context = lower.build(program, onnx_dialect(contrib=True))
     (entry,) = context.initializers
     assert model.graph.initializers[entry].const_value is None
 
@@ -76,6 +77,7 @@ def test_op_without_lowering(one_op: Any, tmp_path: Path) -> None:
 
 def test_forms_that_are_refused(one_op: Any) -> None:
     from moec.targets.onnx import lower
+    from moec.targets.onnx.lowerings.table import onnx_dialect
 
     refused = {
         aten.slice_scatter.default: lambda d: (torch.ones(d.b, 8), torch.ones(d.b, 4), 1, 0, 8, 2),
@@ -85,7 +87,7 @@ def test_forms_that_are_refused(one_op: Any) -> None:
     }
     for target, arguments in refused.items():
         with pytest.raises(LoweringError, match=rf"the\.module: {target}: .* has no form"):
-            lower.build(one_op(target, arguments).program, contrib=True)
+            lower.build(one_op(target, arguments).program, onnx_dialect(contrib=True))
 
 
 def test_sizes_are_computed(check_op: Any) -> None:

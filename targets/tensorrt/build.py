@@ -1,0 +1,168 @@
+"""Runs the builder in a process of its own: with a limit on its memory, progress and a log."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import psutil
+
+from moec.compiler.errors import LoweringError
+from moec.targets.base import Progress
+
+LOG = "build.log"
+SCRIPT = "build_engine.py"
+SAMPLE_SECONDS = 0.02
+
+BASE_BYTES, BYTES_PER_WEIGHT_BYTE = 700_000_000, 3.5
+"""Peak memory of the builder: what it needs for a small model, and how it grows with the bytes of the weights.
+
+An upper bound of what benchmarks/tensorrt_build.py measures.
+"""
+
+
+@dataclass
+class Built:
+    """What a build told.
+
+    Attributes:
+        found: What is known about the engine, the same on every rebuild.
+        version: Of the library.
+        seconds: Time of the build.
+        peak_bytes: Most anonymous memory of the process.
+        failure: Stage, message, node and operator, where the parser or the builder refused.
+    """
+
+    found: dict[str, Any] = field(default_factory=dict)
+    version: str = ""
+    seconds: float = 0.0
+    peak_bytes: int = 0
+    failure: dict[str, str] = field(default_factory=dict)
+
+
+def predicted_bytes(weight_bytes: int) -> int:
+    """Memory that building an engine with so many bytes of weights takes at most."""
+    return BASE_BYTES + int(BYTES_PER_WEIGHT_BYTE * weight_bytes)
+
+
+def memory_limit(wanted_gb: float | None) -> int:
+    """Bytes that the builder may take: what is wanted, or what is free."""
+    return psutil.virtual_memory().available if wanted_gb is None else int(wanted_gb * 1e9)
+
+
+def check_memory(weight_bytes: int, limit: int) -> None:
+    """Refuse before the build starts what will not fit.
+
+    Raises:
+        LoweringError: The build is predicted to take more than `limit` bytes.
+    """
+    needed = predicted_bytes(weight_bytes)
+    if needed > limit:
+        raise LoweringError(
+            f"building the engine takes up to {needed / 1e9:.1f} GB of memory, and {limit / 1e9:.1f} GB may be used",
+            hint="quantize, raise --memory-limit, or build on another machine: --no-engine writes model.onnx and the "
+            "script that builds it",
+        )
+
+
+def run(
+    folder: Path, library: str, output: Path, *, limit: int, cache: Path | None = None, progress: Progress
+) -> Built:
+    """Build the engine of `folder`, which holds the script, the settings and the model.
+
+    Args:
+        folder: The artifact.
+        library: Module of the library.
+        output: Engine to write.
+        limit: Bytes of anonymous memory; the process is ended when it takes more.
+        cache: Timing cache, or None.
+        progress: Told what the builder does.
+
+    Raises:
+        LoweringError: It took too much memory or died. What parser and builder refuse is in the result.
+    """
+    built = Built()
+    reader, writer = os.pipe()
+    command = [sys.executable, "-P", str(folder / SCRIPT), "--library", library, "--output", str(output)]
+    command += ["--events", str(writer), *(("--timing-cache", str(cache)) if cache is not None else ())]
+    with (folder / LOG).open("w") as log:
+        try:
+            child = subprocess.Popen(command, pass_fds=(writer,), stdout=log, stderr=subprocess.STDOUT)
+        finally:
+            os.close(writer)
+        with os.fdopen(reader) as events, _ended(child), _watched(child, limit, built) as exceeded:
+            _listen(events, log, built, progress)
+            code = child.wait()
+        log.write(f"peak memory {built.peak_bytes} bytes, {built.seconds:.2f} s\n")
+    if exceeded():
+        raise LoweringError(
+            f"the builder was ended: it took more than the {limit / 1e9:.1f} GB of memory that it may use",
+            hint="raise --memory-limit, quantize, or build on another machine from model.onnx",
+        )
+    if code and not built.failure:
+        raise LoweringError(f"the builder died with code {code}: {_last_lines(folder / LOG)}", hint="see build.log")
+    return built
+
+
+def _listen(events: IO[str], log: IO[str], built: Built, progress: Progress) -> None:
+    """Take in the events of the child until it closes its end."""
+    for line in events:
+        event: Mapping[str, Any] = json.loads(line)
+        match event["kind"]:
+            case "progress":
+                progress("engine", event["done"], event["total"])
+            case "log":
+                log.write(f"[{event['severity']}] {event['message']}\n")
+            case "failed":
+                built.failure = {key: event[key] for key in ("stage", "message", "node", "operator")}
+            case _:
+                built.found, built.version, built.seconds = event["found"], event["version"], event["seconds"]
+
+
+@contextlib.contextmanager
+def _ended(child: subprocess.Popen[bytes]) -> Iterator[None]:
+    """End the child if this process leaves early."""
+    try:
+        yield
+    finally:
+        if child.poll() is None:
+            child.kill()
+            child.wait()
+
+
+@contextlib.contextmanager
+def _watched(child: subprocess.Popen[bytes], limit: int, built: Built) -> Iterator[Callable[[], bool]]:
+    """Sample the memory of the child and end it when it is over the limit; yield whether it was."""
+    stop, over = threading.Event(), threading.Event()
+
+    def sample() -> None:
+        while not stop.is_set() and child.poll() is None:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                memory = psutil.Process(child.pid).memory_info()
+                used = memory.rss - getattr(memory, "shared", 0)
+                built.peak_bytes = max(built.peak_bytes, used)
+                if used > limit:
+                    over.set()
+                    child.kill()
+            time.sleep(SAMPLE_SECONDS)
+
+    thread = threading.Thread(target=sample, daemon=True)
+    thread.start()
+    try:
+        yield over.is_set
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _last_lines(path: Path) -> str:
+    return " | ".join(path.read_text(errors="replace").splitlines()[-3:])

@@ -1,0 +1,244 @@
+"""Builds an engine from `model.onnx` as `tensorrt.json` beside it says. It needs TensorRT and nothing else.
+
+    python build_engine.py                            # classic TensorRT, for the GPU of this machine
+    python build_engine.py --library tensorrt_rtx     # TensorRT for RTX, for the compute capabilities listed
+
+moec runs this file to build the engine that it ships, and puts a copy beside it as `build_engine.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import importlib
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+Emit = Callable[[str, Mapping[str, Any]], None]
+"""Kind of an event and its fields."""
+
+RTX, CLASSIC = "tensorrt_rtx", "tensorrt"
+ENGINES = {RTX: "model.rtx.engine", CLASSIC: "model.engine"}
+FAILED = 3
+WEIGHTS = re.compile(r"Total Weights Memory: (\d+) bytes")
+ENGINE_LAYER = re.compile(r"^Name: .*?, LayerType: (\w+)", re.MULTILINE)
+CONSTANT = re.compile(r"Name: ([^,]+), Dimensions: \[([\d,]*)\][^}]*?Datatype: (\w+)")
+
+
+class Listener:
+    """Keeps what the library's messages say about the engine, and passes on errors and warnings.
+
+    The library describes a finished engine in its own log alone: to inspect it takes a GPU.
+    """
+
+    def __init__(self, emit: Emit) -> None:
+        self.emit = emit
+        self.errors: list[str] = []
+        self.weight_bytes = 0
+        self.layers: collections.Counter[str] = collections.Counter()
+        self.constants: dict[str, tuple[int, str]] = {}
+
+    def hear(self, severity: str, message: str) -> None:
+        """Take one message in."""
+        if severity.endswith("ERROR"):
+            self.errors.append(message)
+        if severity != "VERBOSE":
+            self.emit("log", {"severity": severity, "message": message})
+        if found := WEIGHTS.search(message):
+            self.weight_bytes += int(found.group(1))
+        if message.startswith("Layers:"):
+            self.layers.update(ENGINE_LAYER.findall(message))
+            for name, dimensions, kind in CONSTANT.findall(message):
+                count = 1
+                for size in filter(None, dimensions.split(",")):
+                    count *= int(size)
+                self.constants[name] = (count, kind)
+
+    def facts(self) -> dict[str, Any]:
+        """Layers by kind, and how many values of each type are constants of the engine."""
+        values: collections.Counter[str] = collections.Counter()
+        for count, kind in self.constants.values():
+            values[kind] += count
+        return {
+            "engine_layers": dict(sorted(self.layers.items())),
+            "constants": dict(sorted(values.items())),
+            "weight_bytes": self.weight_bytes,
+        }
+
+
+def _logger(library: Any, listener: Listener) -> Any:
+    class Log(library.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            library.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            listener.hear(severity.name, message)
+
+    return Log()
+
+
+def _monitor(library: Any, emit: Emit) -> Any:
+    class Monitor(library.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            library.IProgressMonitor.__init__(self)
+            self.steps: dict[str, int] = {}
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            # There are hundreds of phases; those at the top tell enough.
+            if parent_phase is None:
+                self.steps[phase_name] = num_steps
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            if phase_name in self.steps:
+                emit("progress", {"done": step + 1, "total": self.steps[phase_name]})
+            return True
+
+        def phase_finish(self, phase_name: str) -> None:
+            self.steps.pop(phase_name, None)
+
+    return Monitor()
+
+
+class BuildError(Exception):
+    """The parser or the builder refused; `stage` says which."""
+
+    def __init__(self, stage: str, message: str, node: str = "", operator: str = "") -> None:
+        super().__init__(message)
+        self.fields = {"stage": stage, "message": message, "node": node, "operator": operator}
+
+
+def parse(library: Any, logger: Any, builder: Any, model: Path) -> Any:
+    """The network of an ONNX file.
+
+    Raises:
+        BuildError: The parser refuses a node, which is named.
+    """
+    flags = 0
+    strong = getattr(library.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    # TensorRT 11 and TensorRT for RTX know strongly typed networks alone.
+    if strong is not None:
+        flags = 1 << int(strong)
+    network = builder.create_network(flags)
+    parser = library.OnnxParser(network, logger)
+    if not parser.parse_from_file(str(model)):
+        error = parser.get_error(0)
+        raise BuildError("parse", error.desc(), error.node_name(), error.node_operator())
+    return network
+
+
+def _configure(library: Any, builder: Any, settings: Mapping[str, Any], emit: Emit) -> Any:
+    config = builder.create_builder_config()
+    config.progress_monitor = _monitor(library, emit)
+    config.profiling_verbosity = library.ProfilingVerbosity.DETAILED
+    if settings["workspace_mib"]:
+        config.set_memory_pool_limit(library.MemoryPoolType.WORKSPACE, settings["workspace_mib"] << 20)
+    if settings["weight_streaming"]:
+        config.set_flag(library.BuilderFlag.WEIGHT_STREAMING)
+    if library.__name__ == RTX:
+        capabilities = settings["compute_capabilities"]
+        config.num_compute_capabilities = len(capabilities)
+        for index, capability in enumerate(capabilities):
+            name = "SM" + capability.replace(".", "")
+            config.set_compute_capability(library.ComputeCapability.__members__[name], index)
+    for profile in settings["profiles"]:
+        made = builder.create_optimization_profile()
+        for name, shapes in profile["inputs"].items():
+            made.set_shape(name, *(tuple(shapes[bound]) for bound in ("min", "opt", "max")))
+        config.add_optimization_profile(made)
+    return config
+
+
+def _mark_decomposable(network: Any) -> None:
+    """Let the builder write attention in elementary ops where it has no fused kernel."""
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        if layer.type.name == "ATTENTION_INPUT":
+            layer.attention.decomposable = True
+
+
+def _tensors(network: Any) -> dict[str, dict[str, list[Any]]]:
+    def rows(count: int, get: Callable[[int], Any]) -> dict[str, list[Any]]:
+        tensors = [get(index) for index in range(count)]
+        return {tensor.name: [tensor.dtype.name, list(tensor.shape)] for tensor in tensors}
+
+    return {
+        "inputs": rows(network.num_inputs, network.get_input),
+        "outputs": rows(network.num_outputs, network.get_output),
+    }
+
+
+def _network_layers(network: Any) -> dict[str, int]:
+    counts = collections.Counter(network.get_layer(index).type.name for index in range(network.num_layers))
+    return dict(sorted(counts.items()))
+
+
+def build(
+    library: Any, settings: Mapping[str, Any], folder: Path, output: Path, cache: Path | None, emit: Emit
+) -> dict[str, Any]:
+    """Build and write the engine; return what is known about it.
+
+    Raises:
+        BuildError: The parser or the builder refused.
+    """
+    listener = Listener(emit)
+    logger = _logger(library, listener)
+    builder = library.Builder(logger)
+    network = parse(library, logger, builder, folder / settings["onnx"])
+    _mark_decomposable(network)
+    config = _configure(library, builder, settings, emit)
+    # TensorRT for RTX chooses kernels on the user's GPU: it has no timings to keep.
+    timed = library.__name__ == CLASSIC and cache is not None
+    if timed and cache is not None:
+        config.set_timing_cache(config.create_timing_cache(cache.read_bytes() if cache.is_file() else b""), True)
+    found = {**_tensors(network), "network_layers": _network_layers(network)}
+    engine = builder.build_serialized_network(network, config)
+    if engine is None:
+        raise BuildError("build", listener.errors[-1] if listener.errors else "the builder gave no reason")
+    if timed and cache is not None:
+        cache.write_bytes(bytes(config.get_timing_cache().serialize()))
+    with output.open("wb") as file:
+        file.write(memoryview(engine))
+    return {**found, **listener.facts(), "engine_bytes": output.stat().st_size}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--settings", type=Path, default=Path(__file__).parent / "tensorrt.json")
+    parser.add_argument("--library", choices=(CLASSIC, RTX), default=CLASSIC)
+    parser.add_argument("--output", type=Path, help="engine to write")
+    parser.add_argument("--timing-cache", type=Path, help="file to read and to update (classic TensorRT)")
+    parser.add_argument("--events", type=int, help=argparse.SUPPRESS)
+    given = parser.parse_args(arguments)
+    stream = os.fdopen(given.events, "w", buffering=1) if given.events is not None else sys.stderr
+
+    def emit(kind: str, fields: Mapping[str, Any]) -> None:
+        if given.events is not None:
+            stream.write(json.dumps({"kind": kind, **fields}) + "\n")
+        elif kind == "log":
+            stream.write(f"[{fields['severity']}] {fields['message']}\n")
+
+    settings = json.loads(given.settings.read_text())
+    folder = given.settings.parent
+    output = given.output or folder / ENGINES[given.library]
+    start = time.perf_counter()
+    try:
+        library = importlib.import_module(given.library)
+        found = build(library, settings, folder, output, given.timing_cache, emit)
+    except BuildError as error:
+        emit("failed", error.fields)
+        print(f"{error.fields['stage']} failed: {error} {error.fields['node']}", file=sys.stderr)
+        return FAILED
+    emit("done", {"found": found, "version": library.__version__, "seconds": time.perf_counter() - start})
+    print(f"{output}: {output.stat().st_size} bytes, {library.__name__} {library.__version__}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

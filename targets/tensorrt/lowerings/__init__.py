@@ -1,0 +1,1 @@
+"""Lowering functions where the TensorRT dialect differs from standard ONNX."""

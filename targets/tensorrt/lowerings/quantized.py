@@ -1,0 +1,67 @@
+"""Quantized weights as `DequantizeLinear` of constants: symmetric int8 or int4, with a scale per block of a row."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+import torch
+
+from moec.compiler.errors import LoweringError
+from moec.quantize.formats import Activations, IntegerFormat
+from moec.quantize.lazy import Quantized
+from moec.targets.onnx.context import DTYPES, Context
+from moec.targets.onnx.lowerings.quantized import Packed, pack
+
+HINT = "TensorRT takes int8 and int4, symmetric, per channel or in blocks, with float activations: such as int4:64"
+
+
+def refusal(form: IntegerFormat) -> str:
+    """Why TensorRT cannot take weights of `form`; empty where it can."""
+    if not form.symmetric:
+        return "DequantizeLinear takes no zero point other than 0"
+    if form.activations is not Activations.FLOAT:
+        return "the parser has no DynamicQuantizeLinear, so activations cannot be rounded to int8"
+    return ""
+
+
+def dequantized(ctx: Context, name: str, weight: Quantized, dtype: torch.dtype) -> ir.Value:
+    """The float values [..., N, K] of a quantized weight.
+
+    Codes and scales are constants of the file, int4 codes two in a byte. Scales are stored in the dtype of the plan
+    and cast to that of the graph, which is what DequantizeLinear then yields.
+
+    Raises:
+        LoweringError: TensorRT does not take the format.
+    """
+    if reason := refusal(weight.format):
+        raise LoweringError(f"{name}: the TensorRT target has no form for {weight.format}: {reason}", hint=HINT)
+    groups = weight.shape[-1] // weight.block
+
+    def make() -> ir.Value:
+        return ctx.op(
+            "DequantizeLinear",
+            _codes(ctx, name, weight),
+            _scales(ctx, name, weight, groups, dtype),
+            axis=len(weight.shape) - 1,
+            block_size=weight.block,
+        )
+
+    return ctx.shared(("dequantized", name, dtype), make)
+
+
+def _codes(ctx: Context, name: str, weight: Quantized) -> ir.Value:
+    if weight.format.bits == 8:
+        return ctx.initializer(f"{name}.codes", Packed(weight, lambda part: part.codes, weight.shape, torch.int8))
+    bytes_of = Packed(
+        weight,
+        lambda part: pack(part.codes.contiguous().view(torch.uint8) & 15, 4),
+        (*weight.shape[:-1], (weight.shape[-1] + 1) // 2),
+        torch.uint8,
+    )
+    return ctx.initializer(f"{name}.codes", bytes_of, packed=(ir.DataType.INT4, weight.shape))
+
+
+def _scales(ctx: Context, name: str, weight: Quantized, groups: int, dtype: torch.dtype) -> ir.Value:
+    stored = weight.format.scale_type.dtype
+    tensor = Packed(weight, lambda part: part.scales.to(stored), (*weight.shape[:-1], groups), stored, True)
+    value = ctx.initializer(f"{name}.scales", tensor)
+    return value if stored is dtype else ctx.op("Cast", value, to=int(DTYPES[dtype]))

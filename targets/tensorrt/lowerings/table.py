@@ -1,0 +1,76 @@
+"""The TensorRT dialect: the table of standard ONNX with other functions where the parser or the builder refuses."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import fx
+
+from moec.compiler.program import ATTENTION, EXPERTS, RMS_NORM, ROTARY
+from moec.quantize.lazy import Quantized
+from moec.targets.onnx.context import DTYPES, Context, Dialect, Lowering, np_dtype, real, result_dtype
+from moec.targets.onnx.lowerings.norm import rotary_plain
+from moec.targets.onnx.lowerings.table import TABLE
+from moec.targets.tensorrt.forms import Form
+from moec.targets.tensorrt.lowerings.attention import decomposed_attention, fused_attention
+from moec.targets.tensorrt.lowerings.experts import BY_FORM
+from moec.targets.tensorrt.lowerings.quantized import dequantized
+
+aten = torch.ops.aten
+FUSED_OPSET = 23
+"""RMSNormalization, RotaryEmbedding and Attention are standard operators from here on."""
+
+
+def tensorrt_dialect(form: Form, opset: int, *, fused: bool = False) -> Dialect:
+    """What the parser reads and the builder builds, attention `fused` where that has a form."""
+    overrides: dict[object, Lowering] = {
+        EXPERTS: BY_FORM[form],
+        ATTENTION: fused_attention if fused else decomposed_attention,
+        aten.linear.default: _linear,
+        aten.embedding.default: _embedding,
+    }
+    if opset < FUSED_OPSET:
+        overrides |= {RMS_NORM: _rms_norm, ROTARY: rotary_plain}
+    return Dialect("tensorrt", {**TABLE, **overrides}, opset=opset, input_defaults=False)
+
+
+def _quantized(ctx: Context, argument: object) -> tuple[str, Quantized] | None:
+    """Name and value of a weight that the plan quantizes; None for any other operand."""
+    if not isinstance(argument, fx.Node) or argument.op != "get_attr":
+        return None
+    name = ctx.program.weights.resolve(str(argument.target))
+    own = ctx.program.weights[name]
+    return (name, own) if isinstance(own, Quantized) else None
+
+
+def _linear(ctx: Context, node: fx.Node) -> ir.Value:
+    x, weight, bias = [*node.args, None][:3]
+    found = _quantized(ctx, weight)
+    if found is None:
+        value: ir.Value = TABLE[aten.linear.default](ctx, node)
+        return value
+    dtype = result_dtype(node)
+    matrix = ctx.op("Transpose", dequantized(ctx, *found, dtype), perm=[1, 0])
+    product = ctx.op("MatMul", ctx.tensor(x, dtype), matrix)
+    return product if bias is None else ctx.op("Add", product, ctx.tensor(bias, dtype))
+
+
+def _embedding(ctx: Context, node: fx.Node) -> ir.Value:
+    found = _quantized(ctx, node.args[0])
+    if found is None:
+        value: ir.Value = TABLE[aten.embedding.default](ctx, node)
+        return value
+    return ctx.op("Gather", dequantized(ctx, *found, result_dtype(node)), ctx.tensor(node.args[1]), axis=0)
+
+
+def _rms_norm(ctx: Context, node: fx.Node) -> ir.Value:
+    """The norm in elementary ops, in float32 as in the reference."""
+    x, weight, eps = node.args
+    dtype = result_dtype(node)
+    wide = ctx.tensor(x, torch.float32)
+    mean = ctx.op("ReduceMean", ctx.op("Mul", wide, wide), ctx.ints(-1), keepdims=1)
+    root = ctx.op("Sqrt", ctx.op("Add", mean, ctx.constant(np.asarray(real(eps), np_dtype(torch.float32)))))
+    normed = ctx.op("Div", wide, root)
+    normed = normed if dtype == torch.float32 else ctx.op("Cast", normed, to=int(DTYPES[dtype]))
+    return normed if weight is None else ctx.op("Mul", normed, ctx.tensor(weight, dtype))

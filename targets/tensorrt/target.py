@@ -1,0 +1,269 @@
+"""The TensorRT target: `model.onnx` in the dialect that TensorRT takes, and an engine built from it without a GPU."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator
+
+from moec.compiler.errors import LoweringError, UsageError
+from moec.compiler.rejections import Rejection
+from moec.targets.base import Capabilities, ExpertReader, Lowered, Phase, Progress, Runner, Target, TargetOptions
+from moec.targets.tensorrt import builder
+from moec.targets.tensorrt.capability import DEFAULT, parse
+from moec.targets.tensorrt.forms import ExpertShape, Form, choose
+from moec.targets.tensorrt.library import CLASSIC, RTX, Library, module_name, version
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from moec.compiler.program import Program
+    from moec.targets.onnx.context import Context
+    from moec.targets.tensorrt.build import Built
+
+SETTINGS = "tensorrt.json"
+DEFAULT_CONTEXT = 1024
+
+
+class AttentionForm(StrEnum):
+    """How attention is written."""
+
+    DECOMPOSED = "decomposed"
+    FUSED = "fused"
+
+
+class TensorrtOptions(TargetOptions):
+    """Options of the TensorRT target."""
+
+    compute_capability: tuple[str, ...] = Field(
+        DEFAULT, description="GPUs that the engine is for, such as 8.6,8.9,12.0; an RTX engine has no 9.0"
+    )
+    experts: Form = Field(
+        Form.AUTO,
+        description="gather: weights of every slot, for few tokens; loop-if: skips idle experts; dense: computes all; "
+        "auto: what moves the fewest bytes",
+    )
+    attention: AttentionForm = Field(
+        AttentionForm.DECOMPOSED, description="decomposed: elementary ops; fused: the standard op, in fp16 alone"
+    )
+    opset: int = Field(24, description="version of the ONNX operators; from 23 on norms and rotary are single ops")
+    batch: PositiveInt = Field(1, description="most sequences at once")
+    prompt: PositiveInt = Field(128, description="tokens of a typical prompt, which prefill is tuned for")
+    piece: PositiveInt = Field(512, description="most tokens of one prefill step")
+    context: PositiveInt | None = Field(
+        None, description=f"tokens that the cache holds (default: what the model knows, up to {DEFAULT_CONTEXT})"
+    )
+    workspace: int = Field(0, ge=0, description="most scratch memory on the GPU in MiB; 0 leaves it to TensorRT")
+    weight_streaming: bool = Field(False, description="keep weights in host memory where those of the GPU do not do")
+    library: Library = Field(
+        Library.AUTO, description="what builds: rtx works without a GPU; classic builds for the GPU of this machine"
+    )
+    engine: bool = Field(True, description="build the engine; without, model.onnx and the script that builds it")
+    timing_cache: Path | None = Field(None, exclude=True, description="timings to use and to update (classic only)")
+    memory_limit: PositiveFloat | None = Field(
+        None, exclude=True, description="most memory that building may take, in GB (default: what is free)"
+    )
+
+    @field_validator("compute_capability")
+    @classmethod
+    def _known(cls, wanted: tuple[str, ...]) -> tuple[str, ...]:
+        return parse(wanted)
+
+
+class TensorrtTarget(Target):
+    """Lowers to an ONNX model and a TensorRT engine."""
+
+    name: ClassVar[str] = "tensorrt"
+    Options: ClassVar[type[TargetOptions]] = TensorrtOptions
+    extra: ClassVar[str | None] = "tensorrt"
+    tools: ClassVar[tuple[str, ...]] = ("tensorrt-rtx", "onnx-ir", "onnx", "onnxruntime")
+
+    def capabilities(self, options: TargetOptions, phase: Phase) -> Capabilities:
+        """`loop-if` skips the experts that no token of a step uses; the other forms skip nothing."""
+        assert isinstance(options, TensorrtOptions)
+        if options.experts in (Form.GATHER, Form.DENSE):
+            return Capabilities(skips_experts=False, reason=f"the form {options.experts} computes every slot")
+        if phase is Phase.PREFILL:
+            reason = "an expert is computed for all tokens of a step as soon as one needs it"
+            return Capabilities(skips_experts=False, reason=reason)
+        return Capabilities(skips_experts=True)
+
+    def lint(self, program: Program, options: TargetOptions) -> tuple[Rejection, ...]:
+        """Ops without a lowering, formats that TensorRT does not take, an opset that its parser does not read."""
+        from moec.targets.tensorrt.lowerings.table import tensorrt_dialect
+        from moec.targets.tensorrt.program_lint import check_program
+
+        assert isinstance(options, TensorrtOptions)
+        if options.engine:
+            module_name(options.library)
+        return check_program(program, options, tensorrt_dialect(Form.LOOP_IF, options.opset).table)
+
+    def lower(self, program: Program, options: TargetOptions, directory: Path, progress: Progress) -> Lowered:
+        """Write `model.onnx`, `tensorrt.json`, `build_engine.py` and the engine.
+
+        Raises:
+            LoweringError: A rule of the dialect, the parser or the builder refuses, or memory does not do.
+            MissingExtraError: TensorRT is not installed.
+        """
+        from moec.targets.onnx import lower
+        from moec.targets.tensorrt import build, lint
+        from moec.targets.tensorrt.lowerings.table import tensorrt_dialect
+
+        assert isinstance(options, TensorrtOptions)
+        form = choose_form(program, options)
+        fused = options.attention is AttentionForm.FUSED
+        model, ctx = lower.build(program, tensorrt_dialect(form, options.opset, fused=fused))
+        if broken := lint.check(model, ctx.origins):
+            raise LoweringError(f"{broken[0].where}: {broken[0].reason}", hint="docs/tensorrt.md lists the rules")
+        weights = sum(tensor.nbytes for _, tensor in ctx.initializers.values())
+        limit = build.memory_limit(options.memory_limit)
+        if options.engine:
+            build.check_memory(weights, limit)
+        settings = make_settings(program, options, form)
+        model.metadata_props["moec.input_defaults"] = json.dumps(settings["input_defaults"])
+        lower.write(model, ctx, directory, progress)
+        write_settings(directory, settings)
+        shutil.copyfile(builder.__file__, directory / build.SCRIPT)
+        files = [lower.MODEL, lower.DATA, SETTINGS, build.SCRIPT]
+        if options.engine:
+            files.append(build_engine(directory, settings, options, ctx, limit, progress))
+        return Lowered(
+            tuple(files), lower.signature(program), tuple(ctx.rejections), _facts(model, ctx, settings, form)
+        )
+
+    def open(self, directory: Path, *, threads: int = 0) -> Runner:
+        """Open model.onnx with ONNX Runtime on CPU."""
+        from moec.targets.tensorrt.runner import TwinRunner
+
+        return TwinRunner(directory, threads=threads)
+
+    def expert_tensors(self, directory: Path) -> Mapping[str, ExpertReader]:
+        """Read the experts back from the files, in the layout of the Program."""
+        from moec.targets.onnx.target import OnnxTarget
+
+        return OnnxTarget().expert_tensors(directory)
+
+    def doctor(self) -> Mapping[str, str]:
+        """Which library, driver and GPU there are, and what that allows."""
+        from moec.targets.tensorrt.doctor import findings
+
+        return findings()
+
+
+def choose_form(program: Program, options: TensorrtOptions) -> Form:
+    """The form of the experts: what the options say, or what moves the fewest bytes."""
+    from moec.compiler.program import SELECT
+
+    shapes = []
+    for layer in program.layers:
+        stored = (program.weights[name] for name in (layer.gate_up_proj, layer.down_proj))
+        shapes.append(ExpertShape(layer.num_experts, layer.top_k, sum(_bytes(t) for t in stored) // layer.num_experts))
+    return choose(options.experts, shapes, options.batch, options.prompt, dynamic=bool(program.nodes(SELECT)))
+
+
+def _bytes(tensor: Any) -> int:
+    planned = getattr(tensor, "format", None)
+    return int(tensor.nbytes if planned is None else planned.planned_bytes(tensor.shape))
+
+
+def make_settings(program: Program, options: TensorrtOptions, form: Form) -> dict[str, Any]:
+    """What `tensorrt.json` says, from which `build_engine.py` builds.
+
+    Raises:
+        UsageError: The sizes of the profiles contradict each other or the model.
+    """
+    from moec.targets.onnx.lower import MODEL, signature
+    from moec.targets.tensorrt.profiles import profiles, trtexec
+
+    sizes = _sizes(program, options)
+    made = profiles(signature(program), sizes)
+    module = module_name(options.library) if options.engine else RTX
+    defaults = program.notes.get("input_defaults", {})
+    return {
+        "schema_version": 1,
+        "onnx": MODEL,
+        "library": module,
+        "library_version": version(module.replace("_", "-")) if options.engine else "",
+        "engine": builder.ENGINES[module] if options.engine else None,
+        "compute_capabilities": list(options.compute_capability),
+        "experts": form.value,
+        "batch": sizes.batch,
+        "context": sizes.context,
+        "piece": sizes.piece,
+        "workspace_mib": options.workspace,
+        "weight_streaming": options.weight_streaming,
+        "input_defaults": {name: value.tolist() for name, value in defaults.items()},
+        "profiles": made,
+        "trtexec": trtexec(MODEL, builder.ENGINES[CLASSIC], made),
+    }
+
+
+def _sizes(program: Program, options: TensorrtOptions) -> Any:
+    from moec.compiler.model_config import context_length
+    from moec.targets.tensorrt.profiles import Sizes
+
+    most = context_length(program.config)
+    context = options.context or min(most or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
+    if most is not None and context > most:
+        raise UsageError(
+            f"--context {context}: the model was made for {most} tokens", hint=f"give at most --context {most}"
+        )
+    piece = min(options.piece, context)
+    return Sizes(options.batch, context, min(options.prompt, piece), piece)
+
+
+def write_settings(directory: Path, settings: Mapping[str, Any]) -> None:
+    """Write `tensorrt.json`."""
+    (directory / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def build_engine(
+    directory: Path, settings: dict[str, Any], options: TensorrtOptions, ctx: Context, limit: int, progress: Progress
+) -> str:
+    """Build the engine and add what is known of it to `settings` and its file; return the name of the engine.
+
+    Raises:
+        LoweringError: Parser or builder refused; the message names the op and the module it came from.
+    """
+    from moec.targets.tensorrt import build
+
+    name: str = settings["engine"]
+    built = build.run(
+        directory, settings["library"], directory / name, limit=limit, cache=options.timing_cache, progress=progress
+    )
+    if built.failure:
+        raise _refused(built, ctx)
+    settings["built"] = built.found
+    write_settings(directory, settings)
+    return name
+
+
+def _refused(built: Built, ctx: Context) -> LoweringError:
+    failure = built.failure
+    where = ctx.origins.get(failure["node"], "")
+    op = f"{failure['operator']}: " if failure["operator"] else ""
+    reason = failure["message"].splitlines()[0] if failure["message"] else "no reason given"
+    stage = "parser" if failure["stage"] == "parse" else "builder"
+    return LoweringError(
+        f"{where + ': ' if where else ''}{op}the {stage} of TensorRT refuses it: {reason}",
+        hint="--experts, --attention and --opset choose other forms; docs/tensorrt.md",
+    )
+
+
+def _facts(model: ir.Model, ctx: Context, settings: Mapping[str, Any], form: Form) -> dict[str, Any]:
+    counts: dict[str, int] = {}
+    for node in model.graph.all_nodes():
+        counts[node.op_type] = counts.get(node.op_type, 0) + 1
+    return {
+        "opset": model.opset_imports[""],
+        "experts": form.value,
+        "compute_capabilities": settings["compute_capabilities"],
+        "ops": dict(sorted(counts.items())),
+        "expert_tensor_bytes": {name: ctx.bytes_of(name) for name in sorted(ctx.experts)},
+        **({"engine": settings["built"]} if "built" in settings else {}),
+    }

@@ -1,0 +1,80 @@
+"""Tiny models lowered to the TensorRT dialect, their ONNX twin opened."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+
+from moec import passes
+from moec.compiler.capture import capture
+from moec.compiler.checkpoint import Checkpoint
+from moec.compiler.interpreter import ProgramRunner
+from moec.compiler.program import Program
+from moec.targets.base import Lowered, Runner
+from moec.targets.tensorrt.target import TensorrtOptions, TensorrtTarget
+
+
+@dataclass(frozen=True)
+class Model:
+    """A tiny model: its Program, what lowering said, and the twin opened."""
+
+    program: Program
+    lowered: Lowered
+    runner: Runner
+    directory: Path
+
+    def graph(self) -> ir.Graph:
+        return ir.load(self.directory / "model.onnx").graph
+
+
+Lower = Callable[..., Model]
+
+
+def program_of(checkpoint: Path, dtype: torch.dtype = torch.float32, later: tuple[Any, ...] = ()) -> Program:
+    common = passes.default_passes()
+    program, _ = passes.run_passes(capture(Checkpoint.open(checkpoint), dtype=dtype), common)
+    return passes.run_passes(program, later, completed=[item.name for item in common])[0] if later else program
+
+
+def lower_program(program: Program, directory: Path, **options: Any) -> Model:
+    directory.mkdir()
+    target = TensorrtTarget()
+    chosen = TensorrtOptions(**{"engine": False, **options})
+    assert not target.lint(program, chosen)
+    lowered = target.lower(program, chosen, directory, lambda *_: None)
+    return Model(program, lowered, target.open(directory, threads=1), directory)
+
+
+@pytest.fixture(name="program_of")
+def program_of_fixture() -> Callable[..., Program]:
+    """Checkpoint directory, dtype and later passes -> Program."""
+    return program_of
+
+
+@pytest.fixture
+def lower(tmp_path: Path) -> Lower:
+    """Program and options -> Model, without an engine unless it is asked for."""
+    count = iter(range(100))
+    return lambda program, **options: lower_program(program, tmp_path / f"artifact{next(count)}", **options)
+
+
+@pytest.fixture
+def assert_same() -> Callable[..., None]:
+    """The twin computes what the interpreter computes: prefill, one token, several tokens."""
+
+    def check(model: Model, limit: float, batch: int = 2) -> None:
+        ids = np.random.default_rng(3).integers(3, model.program.vocab_size, (batch, 9))
+        reference = ProgramRunner(model.program)
+        model.runner.reset()
+        for step in (ids[:, :6], ids[:, 6:7], ids[:, 7:]):
+            want, got = reference.decode(step), model.runner.decode(step)
+            assert np.abs(got - want).max() <= limit * np.abs(want).max()
+
+    return check
