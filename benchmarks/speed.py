@@ -10,6 +10,7 @@ the ratio to the first. Random token ids, so only random checkpoints of equal wi
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import sys
 import time
@@ -56,6 +57,7 @@ class Genai:
         import onnxruntime_genai as og
 
         config = og.Config(directory)
+        config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": 1}}}}))
         self.og, self.model, self.generator = og, og.Model(config), None
 
     def prefill(self, ids: np.ndarray) -> None:

@@ -20,11 +20,12 @@ from moec.passes.base import Pass
 from moec.passes.quantize import Quantize
 from moec.quantize.auto import Choice, choose, significant
 from moec.quantize.calibration import Calibration, calibrate
-from moec.quantize.formats import Activations, IntegerFormat
+from moec.quantize.formats import FP16, Activations, IntegerFormat
 from moec.quantize.lazy import Float16, Quantized
 from moec.quantize.plan import QuantizationPlan, requested, with_activations
 from moec.quantize.roles import weight_roles
 from moec.quantize.rounding import Method
+from moec.quantize.sensitivity import size_of
 from moec.targets.base import Progress
 
 SENSITIVITY_WINDOWS = 16
@@ -150,7 +151,17 @@ def manifest_facts(quantization: Quantization, program: Program) -> dict[str, An
     for name, values in errors.items():
         if values:
             classes[name]["relative_error"] = significant(math.sqrt(math.fsum(values) / len(values)))
-    return {**quantization.facts, "classes": classes}
+    return {**quantization.facts, "classes": classes, "weight_bytes": stored_bytes(program)}
+
+
+def stored_bytes(program: Program) -> int:
+    """Bytes of all weights: quantized ones in their formats, the others in the dtype that the Program computes in."""
+    total = 0
+    for name in dict.fromkeys(map(program.weights.resolve, program.weight_names())):
+        tensor = program.weights[name]
+        chosen = tensor.format if isinstance(tensor, Quantized) else FP16 if isinstance(tensor, Float16) else None
+        total += size_of(program, [name], chosen)
+    return total
 
 
 def _stored_as(tensor: LazyTensor) -> str:

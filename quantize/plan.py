@@ -256,8 +256,8 @@ def _uniform(chosen: Format, **others: Format) -> QuantizationPlan:
 
 PRESETS = {
     "fp16": _uniform(FP16),
-    "int8": _uniform(IntegerFormat(8, 32)),
+    "int8": _uniform(IntegerFormat(8)),
     # Rounding the embedding and the head to four bits costs about as much as rounding all of the rest to four.
-    "int4": _uniform(IntegerFormat(4, 32), embedding=IntegerFormat(8, 32), lm_head=IntegerFormat(8, 32)),
+    "int4": _uniform(IntegerFormat(4), embedding=IntegerFormat(8), lm_head=IntegerFormat(8)),
     "none": QuantizationPlan.build({}),
 }

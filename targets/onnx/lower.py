@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from moec.compiler.program import ATTENTION, Program, TensorSpec, module_of
+from moec.compiler.weights import LazyTensor
 from moec.targets.onnx.context import DTYPES, MS, Context, Dialect
 from moec.targets.onnx.lowerings.group_query import share_lengths
 from moec.targets.onnx.lowerings.linear import untransposed_weights
@@ -140,8 +141,8 @@ def signature(program: Program) -> Mapping[str, Any]:
 
 
 MODEL, DATA = "model.onnx", "model.onnx.data"
-ALIGNMENT = 4096
-"""Offsets of large tensors in the data file, so that they can be mapped into memory."""
+LARGE, PAGE, LINE = 1 << 16, 4096, 64
+"""Tensors of so many bytes begin on a page of the data file, so that they can be mapped; others on a cache line."""
 
 
 def write(model: ir.Model, ctx: Context, directory: Path, progress: Any) -> None:
@@ -149,21 +150,24 @@ def write(model: ir.Model, ctx: Context, directory: Path, progress: Any) -> None
 
     Bytes are the same on every run: tensors lie in the order of their first use, padded with zeros.
     """
-    total = sum(tensor.nbytes for _, tensor in ctx.initializers.values())
-    done = 0
+    sizes = {_identity(name, tensor): tensor.nbytes for name, (_, tensor) in ctx.initializers.items()}
+    total, done = sum(sizes.values()), 0
+    offsets: dict[str, int] = {}
     with (directory / DATA).open("wb") as file:
         for name, (value, tensor) in ctx.initializers.items():
-            file.write(b"\0" * (-file.tell() % ALIGNMENT))
-            offset = file.tell()
-            for chunk in tensor.chunks():
-                file.write(_bytes(chunk).data)
-                done += chunk.numel() * chunk.element_size()
-                progress("weights", done, total)
+            identity = _identity(name, tensor)
+            if identity not in offsets:
+                file.write(b"\0" * (-file.tell() % (PAGE if tensor.nbytes >= LARGE else LINE)))
+                offsets[identity] = file.tell()
+                for chunk in tensor.chunks():
+                    file.write(_bytes(chunk).data)
+                    done += chunk.numel() * chunk.element_size()
+                    progress("weights", done, total)
             assert value.dtype is not None
             assert isinstance(value.shape, ir.Shape)
             value.const_value = ir.ExternalTensor(
                 DATA,
-                offset,
+                offsets[identity],
                 tensor.nbytes,
                 value.dtype,
                 shape=value.shape,
@@ -171,6 +175,11 @@ def write(model: ir.Model, ctx: Context, directory: Path, progress: Any) -> None
                 base_dir=directory,
             )
     ir.save(model, directory / MODEL)
+
+
+def _identity(name: str, tensor: LazyTensor) -> str:
+    """What is stored once: a quantized head that is tied to the embedding has its bytes, in another shape."""
+    return getattr(tensor, "identity", "") or name
 
 
 def _bytes(chunk: torch.Tensor) -> np.ndarray:

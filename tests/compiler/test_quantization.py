@@ -25,7 +25,7 @@ def artifact(golden_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 def test_the_manifest_says_what_was_quantized(artifact: Path) -> None:
     recorded = json.loads((artifact / "moec.json").read_text())["quantization"]
-    assert recorded["classes"]["experts_down"]["formats"] == {"int4:32": 4}
+    assert recorded["classes"]["experts_down"]["formats"] == {"int4:128": 4}
     assert recorded["classes"]["router"] == {"formats": {"none": 4}}
     assert recorded["rounding"] == "rtn"
 
@@ -41,7 +41,8 @@ def test_the_artifact_computes_the_quantized_program(artifact: Path, golden_mode
     reference = ProgramRunner(build_program(make_recipe(fields)))
     ids = np.arange(3, 33).reshape(2, 15)
     want, found = (runner.prefill(ids) for runner in (reference, get_target("onnx").open(artifact, threads=1)))
-    assert np.abs(found - want).max() <= 1e-4 * np.abs(want).max()
+    # The 8-bit head rounds its input.
+    assert np.abs(found - want).max() <= 2e-2 * np.abs(want).max()
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from torch import fx
 from moec.compiler.weights import concatenate, swap_last
 from moec.quantize.lazy import Quantized
 from moec.targets.onnx.context import MS, Context, result_dtype
+from moec.targets.onnx.lowerings.quantized import packed_product
 
 aten = torch.ops.aten
 
@@ -69,14 +70,21 @@ def joint_product(ctx: Context, node: fx.Node, x: ir.Value) -> ir.Value | None:
 
 def _pieces(ctx: Context, group: Sequence[fx.Node], x: ir.Value) -> Sequence[ir.Value]:
     names = [_weight(ctx, node) for node in group]
+    sizes = ctx.ints(*(int(ctx.program.weights[name].shape[0]) for name in names))
+    return ctx.ops("Split", _joined(ctx, group, names, x), sizes, outputs=len(group), axis=-1)
+
+
+def _joined(ctx: Context, group: Sequence[fx.Node], names: Sequence[str], x: ir.Value) -> ir.Value:
+    quantized = {name: own for name in names if isinstance(own := ctx.program.weights[name], Quantized)}
+    if quantized:
+        return packed_product(ctx, x, quantized, result_dtype(group[0]))
     stores = [ctx.program.weights[name].cast(result_dtype(node)) for name, node in zip(names, group, strict=True)]
     joined = ctx.initializer("+".join(names) + ".T", swap_last(concatenate(stores, 0)), half=ctx.stored_half(names[0]))
-    sizes = ctx.ints(*(int(store.shape[0]) for store in stores))
-    return ctx.ops("Split", ctx.op("MatMul", x, joined), sizes, outputs=len(group), axis=-1)
+    return ctx.op("MatMul", x, joined)
 
 
 def _group(ctx: Context, node: fx.Node) -> list[fx.Node]:
-    """The linears that share the input of `node` and have plain weights of their own."""
+    """The linears that share the input of `node` and have weights of their own, stored alike."""
     source = node.args[0]
     assert isinstance(source, fx.Node)
     found = [user for user in source.users if user.target is aten.linear.default and user.args[0] is source]
@@ -89,9 +97,14 @@ def _joinable(ctx: Context, node: fx.Node, like: fx.Node) -> bool:
     if not isinstance(weight, fx.Node) or weight.op != "get_attr" or result_dtype(node) != result_dtype(like):
         return False
     name = _weight(ctx, node)
-    stored = ctx.stored_half(name) == ctx.stored_half(_weight(ctx, like))
     single = len(weight.users) == 1 and name not in ctx.untransposed
-    return stored and single and not isinstance(ctx.program.weights[name], Quantized)
+    return single and _storage(ctx, name) == _storage(ctx, _weight(ctx, like))
+
+
+def _storage(ctx: Context, name: str) -> object:
+    """What must be the same of two weights so that one tensor can hold both."""
+    tensor = ctx.program.weights[name]
+    return (tensor.format, tensor.block) if isinstance(tensor, Quantized) else ctx.stored_half(name)
 
 
 def _weight(ctx: Context, node: fx.Node) -> str:

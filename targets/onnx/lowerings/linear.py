@@ -34,7 +34,9 @@ def _product(ctx: Context, node: fx.Node, x: ir.Value, weight: fx.Node) -> ir.Va
     name = ctx.program.weights.resolve(str(weight.target))
     own = ctx.program.weights[name]
     if isinstance(own, Quantized):
-        return quantized.linear(ctx, node, x, name, own)
+        if not ctx.dialect.contrib:
+            return quantized.linear(ctx, node, x, name, own)
+        return joint_product(ctx, node, x) or quantized.packed_product(ctx, x, {name: own}, dtype)
     if name in ctx.untransposed:
         # Tied to the embedding: one copy serves both.
         value = ctx.weight(name, dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +13,10 @@ from torch import Tensor, fx
 from moec.compiler.ops import Gate
 from moec.compiler.program import EXPERTS, Program, module_of
 from moec.compiler.rejections import Rejection
-from moec.compiler.weights import LazyTensor
+from moec.compiler.weights import LazyTensor, concatenate
 from moec.quantize.formats import Activations
-from moec.quantize.lazy import Quantized
+from moec.quantize.lazy import Quantized, Scales
+from moec.quantize.tensors import QuantizedTensor
 from moec.targets.onnx.context import DTYPES, MS, Context, result_dtype
 from moec.targets.onnx.lowerings.layouts import interleave, interleaved_rows
 
@@ -36,6 +37,8 @@ class Packed(LazyTensor):
     dtype: torch.dtype
 
     scales_alone: bool = False
+    identity: str = ""
+    """Tensors of one identity have the same bytes, whatever their shape: they are stored once."""
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Pack the same rows of the source."""
@@ -60,9 +63,13 @@ def expand_scales(scales: Tensor, groups: int) -> Tensor:
 
 
 def accuracy_level(*tensors: Quantized) -> int:
-    """`accuracy_level` for weights of these formats."""
-    dynamic = any(tensor.format.activations is Activations.INT8_DYNAMIC for tensor in tensors)
-    return INT8_ACTIVATIONS if dynamic else 0
+    """`accuracy_level` for weights of these formats.
+
+    ONNX Runtime on CPU has no product of 8-bit weights with float activations: it would dequantize the whole matrix for
+    every token (a head of 32000 x 1024 took 250 ms instead of 4).
+    """
+    rounded = any(item.format.activations is Activations.INT8_DYNAMIC or item.format.bits == 8 for item in tensors)
+    return INT8_ACTIVATIONS if rounded else 0
 
 
 def kernel_block(*tensors: Quantized) -> int:
@@ -77,44 +84,59 @@ def kernel_block(*tensors: Quantized) -> int:
 
 
 def linear(ctx: Context, node: fx.Node, x: ir.Value, name: str, weight: Quantized) -> ir.Value:
-    """`x @ weight.T` by MatMulNBits; by DequantizeLinear and MatMul where only standard ops are allowed."""
-    if not ctx.dialect.contrib:
-        product: ir.Value = ctx.op("MatMul", x, ctx.op("Transpose", dequantize(ctx, node, name, weight), perm=[1, 0]))
-        return product
-    rows, columns = weight.shape
-    block, bits = kernel_block(weight), weight.format.bits
+    """`x @ weight.T` by DequantizeLinear and MatMul, where only standard ops are allowed."""
+    product: ir.Value = ctx.op("MatMul", x, ctx.op("Transpose", dequantize(ctx, node, name, weight), perm=[1, 0]))
+    return product
+
+
+def packed_product(ctx: Context, x: ir.Value, weights: Mapping[str, Quantized], dtype: torch.dtype) -> ir.Value:
+    """`x @ weight.T` for weights of one format and width by one MatMulNBits, their outputs one after another.
+
+    Args:
+        ctx: The lowering.
+        x: Activations [..., K].
+        weights: Weights [N, K] by name.
+        dtype: dtype of the activations.
+    """
+    name, stores = "+".join(weights), list(weights.values())
+    fmt, columns = stores[0].format, stores[0].shape[1]
+    block, bits = kernel_block(*stores), fmt.bits
     groups = columns // block
-    codes = Packed(
-        weight,
-        lambda part: pack(part.unsigned_codes(), bits).reshape(len(part.codes), groups, -1),
-        (rows, groups, block * bits // 8),
-        torch.uint8,
-    )
+
+    def packed(part: QuantizedTensor) -> Tensor:
+        return pack(part.unsigned_codes(), bits).reshape(len(part.codes), groups, -1)
+
+    codes: list[LazyTensor] = [
+        Packed(own, packed, (own.shape[0], groups, block * bits // 8), torch.uint8, identity=f"{own.name}.codes")
+        for own in stores
+    ]
     points = None
-    if not weight.format.symmetric:
-        points = ctx.initializer(f"{name}.zero_points", _points(weight, groups))
+    if not fmt.symmetric:
+        points = ctx.initializer(f"{name}.zero_points", concatenate([_points(own, groups) for own in stores], 0))
     return ctx.op(
         "MatMulNBits",
         x,
-        ctx.initializer(f"{name}.codes", codes),
-        _scales(ctx, name, weight, groups, result_dtype(node)),
+        ctx.initializer(f"{name}.codes", concatenate(codes, 0)),
+        _scales(ctx, name, stores, groups, dtype),
         points,
         domain=MS,
         K=columns,
-        N=rows,
+        N=sum(own.shape[0] for own in stores),
         bits=bits,
         block_size=block,
-        accuracy_level=accuracy_level(weight),
+        accuracy_level=accuracy_level(*stores),
     )
 
 
-def _scales(ctx: Context, name: str, weight: Quantized, groups: int, dtype: torch.dtype) -> ir.Value:
+def _scales(ctx: Context, name: str, weights: Sequence[Quantized], groups: int, dtype: torch.dtype) -> ir.Value:
     """Scales [..., groups] in their own dtype in the file, and in the dtype of the graph for the kernel."""
-    stored = weight.format.scale_type.dtype
-    tensor = Packed(
-        weight, lambda part: expand_scales(part.scales, groups).to(stored), (*weight.shape[:-1], groups), stored, True
-    )
-    value = ctx.initializer(f"{name}.scales", tensor)
+    stored = weights[0].format.scale_type.dtype
+
+    def expanded(part: Scales) -> Tensor:
+        return expand_scales(part.scales, groups).to(stored)
+
+    tensors = [Packed(own, expanded, (*own.shape[:-1], groups), stored, scales_alone=True) for own in weights]
+    value = ctx.initializer(f"{name}.scales", concatenate(tensors, 0))
     if stored is dtype:
         return value
     return ctx.shared(("scales", name, dtype), lambda: ctx.op("Cast", value, to=int(DTYPES[dtype])))
@@ -127,7 +149,7 @@ def _points(weight: Quantized, groups: int) -> Packed:
         lambda part: pack(expand_scales(part.unsigned_zero_points(), groups), bits),
         (*weight.shape[:-1], (groups * bits + 7) // 8),
         torch.uint8,
-        True,
+        scales_alone=True,
     )
 
 
@@ -146,16 +168,16 @@ def embedding(ctx: Context, node: fx.Node, indices: ir.Value, name: str, weight:
         lambda part: pack(part.unsigned_codes(), bits),
         (weight.shape[0], weight.shape[1] * bits // 8),
         torch.uint8,
+        identity=f"{weight.name}.codes",
     )
     points = None
     if not weight.format.symmetric:
         points = ctx.initializer(f"{name}.zero_points", _points(weight, groups))
-    # A tied head has the same bytes in another shape; the writer stores equal sources once.
     return ctx.op(
         "GatherBlockQuantized",
         ctx.initializer(f"{name}.table", codes),
         indices,
-        _scales(ctx, name, weight, groups, result_dtype(node)),
+        _scales(ctx, name, [weight], groups, result_dtype(node)),
         points,
         domain=MS,
         bits=bits,
@@ -284,7 +306,7 @@ def dequantize(ctx: Context, node: fx.Node, name: str, weight: Quantized) -> ir.
         lambda: ctx.op(
             "DequantizeLinear",
             ctx.initializer(f"{name}.codes", codes),
-            _scales(ctx, name, weight, groups, result_dtype(node)),
+            _scales(ctx, name, [weight], groups, result_dtype(node)),
             axis=1,
             block_size=columns // groups,
         ),

@@ -1,0 +1,142 @@
+"""Size, parity and loss of formats on the golden model: `python benchmarks/quantization_table.py`.
+
+Every row is an ONNX artifact that was exported through the API with all its gates and judged through its own runner.
+Weights are rounded with the calibration text; the held-out texts are only judged on. Single runs are kept beside the
+output, so that an interrupted run goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from moec import passes
+from moec.compiler.api import export
+from moec.compiler.capture import capture
+from moec.compiler.checkpoint import Checkpoint
+from moec.compiler.errors import GateError
+from moec.compiler.interpreter import ProgramRunner
+from moec.compiler.perplexity import compare
+from moec.compiler.text import spread, tokenize, windows
+from moec.targets import get_target
+
+sys.path.insert(0, str(Path(__file__).parent))
+from machine import describe
+
+ROOT = Path(__file__).resolve().parents[1]
+MODEL = ROOT / "golden_models" / "olmoe-tiny"
+LENGTH, WINDOWS = 256, 48
+TEXTS = ("python", "austen", "kjv")
+BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
+DYNAMIC = "int8-dynamic"
+ROWS: Mapping[str, Mapping[str, Any]] = {
+    "fp16": {"format": "fp16"},
+    "int8": {"format": "int8"},
+    "int4, nearest": {"format": "int4", "rounding": "rtn"},
+    "int4": {"format": "int4", "rounding": "gptq"},
+    "int4, int8 activations": {"format": "int4", "rounding": "gptq", "activations": DYNAMIC},
+    "auto, size of int4": {"format": "auto", "max_size": "int4"},
+    "int4:32, nearest": {"format": "int4:32", "rounding": "rtn"},
+    "int4:32": {"format": "int4:32", "rounding": "gptq"},
+    "auto, size of int4:32": {"format": "auto", "max_size": "int4:32"},
+}
+"""Name of a row: section `quantize` of its recipe. A size may name a row: that of its weights."""
+
+
+def measure(name: str, sizes: Mapping[str, int], work: Path, source: ProgramRunner) -> dict[str, Any]:
+    """Export a row and judge it on every text."""
+    section = dict(ROWS[name])
+    if section.get("max_size") in sizes:
+        section["max_size"] = sizes[section["max_size"]]
+    directory = work / name.replace(" ", "-").replace(":", "-")
+    try:
+        result = export(MODEL, target="onnx", output=directory, overwrite=True, quantize=section)
+    except GateError as error:
+        result = error.result
+    parity = next(verdict for verdict in result.verdicts if verdict.gate == "parity: artifact")
+    found: dict[str, Any] = {
+        "bytes": sum(path.stat().st_size for path in directory.glob("model.onnx*")),
+        "weight_bytes": result.manifest["quantization"]["weight_bytes"],
+        "expert_bytes": sum(result.manifest["facts"]["expert_tensor_bytes"].values()),
+        "parity": parity.figures.get("max_error"),
+        "excused": parity.figures.get("excused"),
+        "passed": not result.failed,
+    }
+    runner = get_target("onnx").open(directory, threads=1)
+    for text in TEXTS:
+        ids = tokenize(MODEL, (MODEL / "texts" / f"heldout_{text}.txt").read_text(encoding="utf-8"))
+        judged = compare(source, runner, spread(windows(ids, LENGTH), WINDOWS))
+        found[text] = {
+            "differences": (judged.candidate - judged.reference).tolist(),
+            "divergence": judged.divergence,
+            "agreement": judged.agreement,
+        }
+    return found
+
+
+def results(cache: Path) -> dict[str, dict[str, Any]]:
+    """Every row, measured or from the cache."""
+    known: dict[str, dict[str, Any]] = json.loads(cache.read_text()) if cache.is_file() else {}
+    source = ProgramRunner(passes.run_passes(capture(Checkpoint.open(str(MODEL))), passes.default_passes())[0])
+    with tempfile.TemporaryDirectory() as work:
+        for name in ROWS:
+            if name not in known:
+                sizes = {row: found["weight_bytes"] for row, found in known.items()}
+                known[name] = measure(name, sizes, Path(work), source)
+                cache.write_text(json.dumps(known))
+                print(name, f"{known[name]['bytes']} bytes", flush=True)
+    return known
+
+
+def increase(differences: np.ndarray) -> str:
+    """Relative increase of perplexity with its paired 95 % bootstrap interval over windows."""
+    draws = np.random.default_rng(0).integers(0, len(differences), (2000, len(differences)))
+    low, high = np.quantile(np.expm1(differences[draws].mean(axis=1)), [0.025, 0.975])
+    return f"{np.expm1(differences.mean()):+.2%} [{low:+.2%}, {high:+.2%}]"
+
+
+def table(found: Mapping[str, Mapping[str, Any]]) -> str:
+    """The table as Markdown."""
+    header = ["format", "artifact, MB", "of fp16", "parity", *(f"perplexity, {text}" for text in TEXTS), "KL", "top-1"]
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    for name, row in found.items():
+        cells = [
+            name,
+            f"{row['bytes'] / 1e6:.2f}",
+            f"{row['bytes'] / found['fp16']['bytes']:.3f}",
+            f"{row['parity']:.0e}",
+            *(increase(np.array(row[text]["differences"])) for text in TEXTS),
+            f"{np.mean([row[text]['divergence'] for text in TEXTS]):.1e}",
+            f"{np.mean([row[text]['agreement'] for text in TEXTS]):.1%}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "quantization.md", help="page to put it into")
+    parser.add_argument(
+        "--cache", type=Path, default=ROOT / "benchmarks" / "quantization_table.json", help="rows so far"
+    )
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    text = f"{table(results(arguments.cache))}\n\n{describe()}."
+    print(text)
+    page = arguments.output.read_text(encoding="utf-8") if arguments.output.is_file() else f"{BEGIN}\n{END}\n"
+    before, _, rest = page.partition(BEGIN)
+    after = rest.partition(END)[2]
+    arguments.output.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

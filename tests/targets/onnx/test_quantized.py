@@ -1,0 +1,127 @@
+"""Quantized models: that the kernels meant for them are those that run, what is stored, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from moec import passes
+from moec.compiler.capture import capture
+from moec.compiler.checkpoint import Checkpoint
+from moec.compiler.interpreter import ProgramRunner
+from moec.compiler.program import Program
+from moec.compiler.tiny_models import tiny_model
+from moec.passes.quantize import Quantize
+from moec.quantize.formats import Activations
+from moec.quantize.plan import QuantizationPlan, requested, with_activations
+from moec.targets.onnx.runner import OnnxRunner
+from moec.targets.onnx.target import Flavor, OnnxOptions, OnnxTarget
+
+IDS = np.random.default_rng(0).integers(3, 128, (2, 40))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Widths that blocks of 32 divide, and a head that is tied to the embedding."""
+    directory = tmp_path_factory.mktemp("tied")
+    tiny_model("olmoe", intermediate_size=96, tie_word_embeddings=True).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def quantized(checkpoint: Path) -> Callable[[QuantizationPlan], Program]:
+    program, _ = passes.run_passes(capture(Checkpoint.open(checkpoint)), passes.default_passes())
+    return lambda plan: Quantize(plan).run(program).program
+
+
+def lowered(program: Program, directory: Path, flavor: str = "default", *, profile: bool = False) -> OnnxRunner:
+    OnnxTarget().lower(program, OnnxOptions(flavor=Flavor(flavor)), directory, lambda *_: None)
+    return OnnxRunner(directory, threads=1, profile=profile)
+
+
+def difference(runner: OnnxRunner, program: Program) -> float:
+    """Difference of prefill and decode from the interpreter, relative to the largest logit, of most positions.
+
+    Activations that are rounded may send a token to another expert where two are all but equal.
+    """
+    reference = ProgramRunner(program)
+    want, found = (
+        np.concatenate([one.prefill(IDS[:, :-1]), one.decode(IDS[:, -1:])], 1) for one in (reference, runner)
+    )
+    worst = np.abs(found - want).max(-1) / np.abs(want).max()
+    return float(np.quantile(worst, 0.9))
+
+
+@pytest.mark.parametrize("flavor", ["default", "genai"])
+@pytest.mark.parametrize("name", ["int4", "int8"])
+def test_the_kernels_for_quantized_weights_are_those_that_run(
+    name: str, flavor: str, quantized: Any, tmp_path: Path
+) -> None:
+    """By ONNX Runtime's own profile, after its optimisers: nothing is dequantized, and only routers stay float."""
+    runner = lowered(quantized(requested(name)), tmp_path, flavor, profile=True)
+    runner.prefill(IDS)
+    runner.decode(IDS[:, -1:])
+    spent = runner.kernels()
+    assert {"QMoE", "MatMulNBits", "GatherBlockQuantized"} <= spent.keys()
+    assert not {"MoE", "DequantizeLinear", "QuantizeLinear", "Gemm", "FusedMatMul", "Gather"} & spent.keys()
+    model = ir.load(tmp_path / "model.onnx")
+    assert [node.inputs[1].name for node in model.graph if node.op_type == "MatMul"] == [  # type: ignore[union-attr]
+        f"model.layers.{layer}.mlp.gate.weight.T" for layer in range(2)
+    ]
+
+
+def test_projections_of_one_input_are_one_product(quantized: Any, tmp_path: Path) -> None:
+    lowered(quantized(requested("int4")), tmp_path)
+    products = [node for node in ir.load(tmp_path / "model.onnx").graph if node.op_type == "MatMulNBits"]
+    # q+k+v and the output projection in each of two layers, and the head.
+    assert len(products) == 5
+
+
+@pytest.mark.parametrize(
+    ("formats", "limit"),
+    [("int4", 1e-6), ("int4:asym", 1e-6), ("int4:fp32", 1e-6), ("int4 dynamic", 2e-2), ("int8", 2e-2)],
+)
+def test_the_artifact_computes_the_plan(formats: str, limit: float, quantized: Any, tmp_path: Path) -> None:
+    name, _, dynamic = formats.partition(" ")
+    plan = requested(name)
+    if limit < 1e-5:
+        # An 8-bit head would round its input.
+        chosen = {key: str(fmt).replace("int8", "int4") for key, fmt in plan.formats}
+        plan = QuantizationPlan.from_dict({"formats": chosen})
+    program = quantized(with_activations(plan, Activations.INT8_DYNAMIC) if dynamic else plan)
+    assert difference(lowered(program, tmp_path), program) <= limit
+
+
+def test_dynamic_activations_reach_every_kernel(quantized: Any, tmp_path: Path) -> None:
+    lowered(quantized(with_activations(requested("int4"), Activations.INT8_DYNAMIC)), tmp_path)
+    levels = {
+        node.attributes["accuracy_level"].as_int()
+        for node in ir.load(tmp_path / "model.onnx").graph
+        if node.op_type in {"QMoE", "MatMulNBits"}
+    }
+    assert levels == {4}
+
+
+def test_a_tied_table_is_stored_once(quantized: Any, tmp_path: Path) -> None:
+    program = quantized(requested("int4"))
+    lowered(program, tmp_path)
+    found = {
+        name: value.const_value.offset  # type: ignore[union-attr]
+        for name, value in ir.load(tmp_path / "model.onnx").graph.initializers.items()
+        if "embed" in name
+    }
+    name = "model.embed_tokens.weight"
+    assert found.keys() == {f"{name}.table", f"{name}.codes", f"{name}.scales"}
+    assert found[f"{name}.table"] == found[f"{name}.codes"]
+
+
+def test_two_widths_in_one_layer_of_experts_are_refused(quantized: Any) -> None:
+    program = quantized(QuantizationPlan.from_dict({"formats": {"experts_gate_up": "int4", "experts_down": "int8"}}))
+    refused = OnnxTarget().lint(program, OnnxOptions())
+    assert len(refused) == 2
+    assert "4 bits and 8 bits" in refused[0].reason
