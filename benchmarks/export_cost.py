@@ -75,11 +75,11 @@ def measure_export(checkpoint: str, output: str, arguments: list[str]) -> dict[s
 
     torch.set_num_threads(1)
     _bare_imports()
-    from moec.cli import main
+    from moec.cli import dispatch
 
     before, start = memory(), time.process_time()
     with Peak() as peak:
-        code = main(["export", checkpoint, "--target", "onnx", "-o", output, "--no-gates", "-q", *arguments])
+        code = dispatch(["export", checkpoint, "--target", "onnx", "-o", output, "--no-gates", "-q", *arguments])
     assert code == 0, code
     return {
         "cpu_s": time.process_time() - start,

@@ -1,0 +1,131 @@
+"""What dynamic routing saves in time: static against dynamic artifacts of one checkpoint, in alternation, one thread.
+
+    python benchmarks/routing_latency.py [--work DIR] [--quantize int4] [--rounds 12]
+
+The random OLMoE of 1.0 GB (see checkpoints.py), exported three times: static, with top-p at half of the slots, and with
+top-p at a mass that drops nothing. Process CPU milliseconds. Time within the experts: the kernel time of `QMoE` or
+`MoE` in ONNX Runtime's profile. Routing follows random token ids.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent))
+from checkpoints import BASE, random_checkpoint
+from machine import describe
+from speed import PROMPT, STEPS, Moec, cpu_ms
+
+BUDGET = 0.5
+NOTHING = 0.99999
+"""A mass that every token needs all of its experts for."""
+EXPERT_OPS = ("QMoE", "MoE")
+
+
+def mass_for(checkpoint: Path, budget: float) -> tuple[float, float]:
+    """The mass with which top-p keeps `budget` of the slots of random tokens, and what it keeps."""
+    from moec import passes
+    from moec.compiler.capture import capture
+    from moec.compiler.checkpoint import Checkpoint
+    from moec.passes.routing.calibrate import fit
+    from moec.passes.routing.collect import collect
+    from moec.passes.routing.table import parameters_of
+    from moec.passes.routing.traces import kept_share, replay
+
+    program, _ = passes.run_passes(capture(Checkpoint.open(str(checkpoint))), passes.default_passes())
+    ids = np.random.default_rng(1).integers(3, BASE["vocab_size"] - 1, (4, PROMPT))
+    traces = collect(program, ids)
+    policy = fit("top-p", traces, budget)
+    return float(parameters_of(policy)["mass"]), kept_share(policy, replay(traces))
+
+
+def export(checkpoint: Path, output: Path, quantize: str, mass: float | None) -> Path:
+    """Export without gates, once."""
+    import moec
+
+    if not (output / "moec.json").is_file():
+        options: dict[str, Any] = {} if quantize == "none" else {"quantize": {"format": quantize, "rounding": "rtn"}}
+        if mass is not None:
+            options["routing"] = {"policy": "top-p", "parameters": {"mass": mass}}
+        moec.export(str(checkpoint), target="onnx", output=str(output), gates=False, **options)
+    return output
+
+
+def measure(models: dict[str, Moec], rounds: int) -> dict[str, dict[str, list[float]]]:
+    """CPU milliseconds of each model's steps, in alternation; every model reads the same tokens."""
+    found: dict[str, dict[str, list[float]]] = {name: {"prefill": [], "decode": []} for name in models}
+    random = np.random.default_rng(0)
+    names = list(models)
+    for turn in range(rounds + 1):  # the first round warms up
+        prompt, steps = random.integers(3, 31999, (1, PROMPT)), random.integers(3, 31999, (STEPS * 2, 1, 1))
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            prefill = cpu_ms(lambda name=name, ids=prompt: models[name].prefill(ids))  # type: ignore[misc]
+            if turn:
+                found[name]["prefill"].append(prefill)
+        # Step by step in turn, so that a busy moment of the machine falls on all alike.
+        for ids in steps:
+            for name in names:
+                decode = cpu_ms(lambda name=name, ids=ids: models[name].decode(ids))  # type: ignore[misc]
+                if turn:
+                    found[name]["decode"].append(decode)
+    return found
+
+
+def within_experts(directory: Path, rounds: int = 5) -> dict[str, float]:
+    """Milliseconds of the experts' kernel in a prefill and in a decode step, from ONNX Runtime's profile."""
+    from moec.targets.onnx.runner import OnnxRunner
+
+    random = np.random.default_rng(2)
+    spent: dict[str, float] = {}
+    for phase, length in (("prefill", PROMPT), ("decode", 1)):
+        runner = OnnxRunner(directory, threads=1, profile=True)
+        for _ in range(rounds if phase == "prefill" else rounds * STEPS):
+            runner.prefill(random.integers(3, 31999, (1, length)))
+        times = runner.kernels()
+        calls = rounds if phase == "prefill" else rounds * STEPS
+        spent[phase] = sum(times.get(op, 0) for op in EXPERT_OPS) / calls / 1e6
+    return spent
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, help="where to keep checkpoint and artifacts")
+    parser.add_argument("--quantize", default="int4")
+    parser.add_argument("--rounds", type=int, default=12)
+    options = parser.parse_args()
+    print(describe())
+    with tempfile.TemporaryDirectory() as temporary:
+        work = options.work or Path(temporary)
+        checkpoint = random_checkpoint(work / "olmoe-1gb")
+        mass, kept = mass_for(checkpoint, BUDGET)
+        print(f"top-p {mass:.4f} keeps {kept:.1%} of the slots\n")
+        cases = {"static": None, f"top-p, budget {BUDGET}": mass, "top-p, drops nothing": NOTHING}
+        outputs = {
+            name: export(checkpoint, work / f"routing-{options.quantize}-{index}", options.quantize, mass)
+            for index, (name, mass) in enumerate(cases.items())
+        }
+        found = measure({name: Moec(str(output)) for name, output in outputs.items()}, options.rounds)
+        experts = {name: within_experts(output) for name, output in outputs.items()}
+    header = ["artifact", "decode ms", "ratio", "within experts", f"prefill {PROMPT} ms", "ratio", "within experts"]
+    print("| " + " | ".join(header) + " |\n" + "|---" * len(header) + "|")
+    first = next(iter(found))
+    for name, figures in found.items():
+        cells = [name]
+        for phase in ("decode", "prefill"):
+            # The ratio of each pair of neighbours in time, then the median: steadier than a ratio of medians.
+            ratios = [mine / other for mine, other in zip(figures[phase], found[first][phase], strict=True)]
+            inside = experts[name][phase] / experts[first][phase] if experts[first][phase] else float("nan")
+            cells += [f"{statistics.median(figures[phase]):.2f}", f"{statistics.median(ratios):.3f}", f"{inside:.3f}"]
+        print(f"| {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()
