@@ -282,6 +282,9 @@ def families(
         bool, typer.Option("--check", help="Build a tiny model of each, capture it and prove it.")
     ] = False,
     target: Annotated[str | None, typer.Option("--target", "-t", help="Lower to this target as well.")] = None,
+    recipe: Annotated[
+        Path | None, typer.Option("--recipe", help="Build each by this recipe, which names no checkpoint.")
+    ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the table (Markdown) here.")] = None,
     json_output: Json = False,
     quiet: Quiet = False,
@@ -289,6 +292,8 @@ def families(
 ) -> int:
     """List the model families that moec knows tiny models of, or check what works for each."""
     from moec.compiler import families as checks
+    from moec.compiler.flags import given
+    from moec.compiler.recipe import read_recipe
 
     console = Console(json_output, quiet, debug)
     chosen = checks.choose(names or ())
@@ -296,8 +301,9 @@ def families(
         console.result({"families": list(chosen)}, lambda: console.line("\n".join(chosen)))
         return 0
     with console.progress() as progress:
-        rows = checks.check(chosen, target, progress=progress)
-    page = checks.markdown(rows, target)
+        fields = {**(read_recipe(recipe) if recipe else {}), **given({"target": target})}
+        rows = checks.check(chosen, fields, progress=progress)
+    page = checks.markdown(rows, fields.get("target"), names or (), output, recipe)
     if output is not None:
         checks.write_page(output, page)
     console.result({"families": [row.as_dict() for row in rows]}, lambda: console.line(page))

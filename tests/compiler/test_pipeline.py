@@ -102,8 +102,17 @@ def test_build_program_is_what_is_lowered(exported: Result, tiny_checkpoint: Tin
         build_program(recipe.model_copy(update={"options": {"flavour": "x"}}))
 
 
+def test_families_are_built_by_a_recipe() -> None:
+    routing = {"policy": "top-p", "parameters": {"mass": 0.55}}
+    (row,) = check(["mixtral"], {"target": "onnx", "routing": routing}, progress=silent)
+    assert row.lowered
+    assert "parity: artifact" in row.reason
+    with pytest.raises(UsageError, match="no-such"):
+        check(["mixtral"], {"target": "onnx", "routing": {"policy": "top-p", "no-such": 1}}, progress=silent)
+
+
 def test_families_are_checked_and_tabulated(tmp_path: Path) -> None:
-    rows = check(["olmoe", "switch_transformers"], None, progress=silent)
+    rows = check(["olmoe", "switch_transformers"], {}, progress=silent)
     assert [(row.family, row.captured, row.proven) for row in rows] == [
         ("olmoe", True, True),
         ("switch_transformers", False, False),
