@@ -36,6 +36,7 @@ MODEL = ROOT / "golden_models" / "olmoe-tiny"
 LENGTH, WINDOWS = 256, 48
 TEXTS = ("python", "austen", "kjv")
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
+CLASSES = ("experts_gate_up", "experts_down", "attention", "embedding", "lm_head")
 DYNAMIC = "int8-dynamic"
 ROWS: Mapping[str, Mapping[str, Any]] = {
     "fp16": {"format": "fp16"},
@@ -47,6 +48,8 @@ ROWS: Mapping[str, Mapping[str, Any]] = {
     "int4:32, nearest": {"format": "int4:32", "rounding": "rtn"},
     "int4:32": {"format": "int4:32", "rounding": "gptq"},
     "auto, size of int4:32": {"format": "auto", "max_size": "int4:32"},
+    "int4:32 in all classes": {"format": {"formats": dict.fromkeys(CLASSES, "int4:32")}},
+    "auto, size of int4:32 in all classes": {"format": "auto", "max_size": "int4:32 in all classes"},
 }
 """Name of a row: section `quantize` of its recipe. A size may name a row: that of its weights."""
 

@@ -24,8 +24,8 @@ from moec.quantize.formats import FP16, Activations, IntegerFormat
 from moec.quantize.lazy import Float16, Quantized
 from moec.quantize.plan import QuantizationPlan, requested, with_activations
 from moec.quantize.roles import weight_roles
-from moec.quantize.rounding import Method
-from moec.quantize.sensitivity import size_of
+from moec.quantize.rounding import Method, RoundingResult
+from moec.quantize.sensitivity import nearest, size_of
 from moec.targets.base import Progress
 
 SENSITIVITY_WINDOWS = 16
@@ -101,12 +101,17 @@ def plan_quantization(
 def _choose(
     settings: QuantizeRecipe, checkpoint: Checkpoint, in_float32: Callable[[], Program], progress: Progress
 ) -> Choice:
-    tokens = spread(_calibration_windows(settings, checkpoint)[1], SENSITIVITY_WINDOWS)
+    program, tokens = in_float32(), _calibration_windows(settings, checkpoint)[1]
+
+    def by_gptq(plan: QuantizationPlan) -> Mapping[str, RoundingResult]:
+        return calibrate(program, plan, tokens, progress=progress).rounded
+
     return choose(
-        in_float32(),
-        tokens,
+        program,
+        spread(tokens, SENSITIVITY_WINDOWS),
         max_size=settings.max_size,
         max_increase=settings.max_perplexity_increase,
+        rounding=nearest if settings.rounding == Method.RTN.value else by_gptq,
         progress=progress,
     )
 

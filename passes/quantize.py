@@ -12,7 +12,7 @@ from moec.compiler.rejections import Rejection
 from moec.compiler.weights import LazyTensor
 from moec.passes.base import Pass, PassResult
 from moec.quantize.formats import FloatKind, Format, IntegerFormat
-from moec.quantize.lazy import Float16, Quantized
+from moec.quantize.lazy import Float16, quantized
 from moec.quantize.plan import QuantizationPlan
 from moec.quantize.roles import format_of, weight_roles
 from moec.quantize.rounding import RoundingResult
@@ -67,13 +67,7 @@ class Quantize(Pass):
 
     def _quantized(self, name: str, source: LazyTensor, chosen: Format) -> LazyTensor | None:
         if isinstance(chosen, IntegerFormat):
-            resolved = chosen.resolve(source.shape[-1], name)
-            result = self.rounded.get(name)
-            if result is None:
-                return Quantized(name, source, resolved, self.clip)
-            codes = result.tensor
-            each = (codes,) if codes.codes.ndim == 2 else tuple(codes[index] for index in range(codes.codes.shape[0]))
-            return Quantized(name, source, resolved, self.clip, each, tuple(item.error for item in result.matrices))
+            return quantized(name, source, chosen, self.rounded.get(name), self.clip)
         return Float16(source) if chosen.kind is FloatKind.FP16 else None
 
     def _fallbacks(self, name: str) -> list[Rejection]:

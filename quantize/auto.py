@@ -14,7 +14,7 @@ from moec.compiler.errors import UsageError
 from moec.compiler.program import Program
 from moec.quantize.allocate import Allocation, Candidate, least_bytes, least_loss, trade_off
 from moec.quantize.plan import QuantizationPlan
-from moec.quantize.sensitivity import Part, candidates, plan_of, size_of
+from moec.quantize.sensitivity import Part, Rounding, candidates, nearest, plan_of, size_of
 
 if TYPE_CHECKING:
     from moec.targets.base import Progress
@@ -46,6 +46,7 @@ def choose(
     *,
     max_size: str | int | None,
     max_increase: float | None,
+    rounding: Rounding = nearest,
     progress: Progress = lambda *_: None,
 ) -> Choice:
     """Measure the parts of a model on text and allocate formats exactly.
@@ -54,7 +55,8 @@ def choose(
         program: Float Program with activations in fp32.
         windows: Calibration tokens [n, length].
         max_size: Most that all weights may take; see `parse_size`.
-        max_increase: Most that perplexity may rise, as predicted for rounding to nearest: 0.01 is 1 %.
+        max_increase: Most that perplexity may rise, as predicted: 0.01 is 1 %.
+        rounding: How the tensors will be rounded.
         progress: Told how far it is.
 
     Raises:
@@ -63,7 +65,7 @@ def choose(
     names = dict.fromkeys(map(program.weights.resolve, program.weight_names()))
     halves = 2 * sum(math.prod(program.weights[name].shape) for name in names)
     limit = None if max_size is None else parse_size(max_size, halves)
-    offered = candidates(program, windows, progress)
+    offered = candidates(program, windows, rounding, progress)
     quantized = {name for part in offered for name in part.names}
     rest = size_of(program, [name for name in names if name not in quantized], None)
     by_name = {part.name: found for part, found in offered.items()}

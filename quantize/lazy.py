@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moec.compiler.weights import LazyTensor
 from moec.quantize.formats import IntegerFormat
-from moec.quantize.rounding import round_to_nearest
+from moec.quantize.rounding import RoundingResult, round_to_nearest
 from moec.quantize.scales import NO_CLIPPING, ClipSearch
 from moec.quantize.tensors import QuantizedTensor, stack
 
@@ -111,6 +111,22 @@ class Quantized(LazyTensor):
         whole = self.rounded[0]
         points = None if whole.zero_points is None else whole.zero_points[start:stop]
         return QuantizedTensor(whole.format, whole.codes[start:stop], whole.scales[start:stop], points)
+
+
+def quantized(
+    name: str,
+    source: LazyTensor,
+    fmt: IntegerFormat,
+    result: RoundingResult | None = None,
+    clip: ClipSearch = NO_CLIPPING,
+) -> Quantized:
+    """`source` in a format: with the codes that calibration has chosen, or rounded to nearest where there are none."""
+    resolved = fmt.resolve(source.shape[-1], name)
+    if result is None:
+        return Quantized(name, source, resolved, clip)
+    codes = result.tensor
+    each = (codes,) if codes.codes.ndim == 2 else tuple(codes[index] for index in range(codes.codes.shape[0]))
+    return Quantized(name, source, resolved, clip, each, tuple(item.error for item in result.matrices))
 
 
 @dataclass(frozen=True)

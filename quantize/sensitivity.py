@@ -1,15 +1,16 @@
 """What rounding each part of a model costs, measured on text, and the choices that an allocation has.
 
-One part at a time is rounded to the coarsest format on offer while all others stay float, and the divergence of the
-next-token distributions is measured: near an optimum of the model it is the increase of its loss, and unlike a
-difference of losses it is never negative and hardly noisy. To second order it is proportional to the squared error of
-the weights (LeCun et al., "Optimal Brain Damage", 1990), which is how the other formats follow without a measurement.
+One part at a time is rounded, as it will be in the end, to the coarsest format on offer while all others stay float and
+the divergence of the next-token distributions is measured: near an optimum of the model it is the increase of its loss,
+and unlike a difference of losses it is never negative and hardly noisy. To second order it is proportional to the
+squared error of the weights (LeCun et al., "Optimal Brain Damage", 1990), which is how the other formats follow without
+a measurement.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
@@ -21,10 +22,10 @@ from moec.compiler.program import Program
 from moec.compiler.weights import LazyTensor
 from moec.quantize.allocate import Candidate
 from moec.quantize.formats import FP16, Format, IntegerFormat
-from moec.quantize.lazy import Quantized
+from moec.quantize.lazy import quantized
 from moec.quantize.plan import ALWAYS_FLOAT, Override, QuantizationPlan, TensorClass
 from moec.quantize.roles import weight_roles
-from moec.quantize.rounding import round_to_nearest
+from moec.quantize.rounding import RoundingResult, round_to_nearest
 
 if TYPE_CHECKING:
     from moec.targets.base import Progress
@@ -34,8 +35,16 @@ OFFERED = tuple(IntegerFormat(bits, block) for bits in (4, 8) for block in (128,
 """Formats that a part may get where their blocks divide its dimensions, coarsest first; fp16 is on offer everywhere."""
 BATCH = 4
 """Windows of text that run together."""
+Rounding = Callable[[QuantizationPlan], Mapping[str, RoundingResult]]
+"""Rounds what a plan quantizes; a tensor that is not in the result is rounded to nearest."""
 _EXPERTS = (TensorClass.EXPERTS_GATE_UP, TensorClass.EXPERTS_DOWN)
 _ONCE = (TensorClass.EMBEDDING, TensorClass.LM_HEAD)
+
+
+def nearest(plan: QuantizationPlan) -> Mapping[str, RoundingResult]:
+    """A Rounding: everything to nearest."""
+    del plan
+    return {}
 
 
 @dataclass(frozen=True)
@@ -84,24 +93,23 @@ def plan_of(chosen: Mapping[Part, Format]) -> QuantizationPlan:
 
 
 def candidates(
-    program: Program, windows: np.ndarray, progress: Progress = lambda *_: None
+    program: Program, windows: np.ndarray, rounding: Rounding = nearest, progress: Progress = lambda *_: None
 ) -> dict[Part, list[Candidate]]:
     """Measure every part and predict what each format would cost it.
 
     Args:
         program: Float Program with activations in fp32.
         windows: Calibration tokens [n, length].
+        rounding: How the tensors will be rounded: what calibration gains differs between parts.
         progress: Told after every run.
 
     Returns:
         Part -> its candidates, with loss in nats per token.
     """
     offered = {part: formats_for(program, part) for part in parts_of(program)}
-    variants = {
-        part: rounded(program, dict.fromkeys(part.names, formats[0]))
-        for part, formats in offered.items()
-        if isinstance(formats[0], IntegerFormat)
-    }
+    probes = {part: fmt for part, (fmt, *_) in offered.items() if isinstance(fmt, IntegerFormat)}
+    results = rounding(plan_of(probes)) if probes else {}
+    variants = {part: rounded(program, dict.fromkeys(part.names, probe), results) for part, probe in probes.items()}
     measured = divergences(program, variants, windows, progress)
     table: dict[Part, list[Candidate]] = {}
     for done, (part, formats) in enumerate(offered.items()):
@@ -123,10 +131,12 @@ def formats_for(program: Program, part: Part) -> list[Format]:
     return [*fitting, FP16]
 
 
-def rounded(program: Program, formats: Mapping[str, IntegerFormat]) -> Program:
-    """`program` with these weights rounded to nearest."""
+def rounded(
+    program: Program, formats: Mapping[str, IntegerFormat], results: Mapping[str, RoundingResult] | None = None
+) -> Program:
+    """`program` with these weights rounded, to nearest where there is no result."""
     changed: dict[str, LazyTensor] = {
-        name: Quantized(name, program.weights[name], fmt) for name, fmt in formats.items()
+        name: quantized(name, program.weights[name], fmt, (results or {}).get(name)) for name, fmt in formats.items()
     }
     return program.replace(weights=program.weights.with_tensors(changed))
 
