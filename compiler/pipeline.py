@@ -30,7 +30,7 @@ from moec.compiler.gates.run import GateInputs, exit_code, run_gates
 from moec.compiler.gates.verdict import Status, Verdict
 from moec.compiler.interpreter import ProgramRunner
 from moec.compiler.program import Program
-from moec.compiler.quantization import Quantization, calibration_text, manifest_facts, plan_quantization
+from moec.compiler.quantization import Quantization, calibration_text, manifest_facts, plan_quantization, tensor_bytes
 from moec.compiler.recipe import QualityRecipe, Recipe, make_recipe, validate
 from moec.compiler.rejections import Rejection
 from moec.compiler.routing import RoutingPlan, measure_savings, plan_routing
@@ -151,6 +151,7 @@ def compile_recipe(
                 **({"quantization": weights} if (weights := manifest_facts(built.quantization, built.program)) else {}),
                 "model_files": sorted(lowered.model_files),
                 "facts": lowered.facts,
+                "tensor_bytes": tensor_bytes(built.program),
                 "tools": _tools(target),
             }
             manifest = write_manifest(directory, content)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +22,7 @@ from moec.quantize.auto import Choice, choose, significant
 from moec.quantize.calibration import Calibration, calibrate
 from moec.quantize.formats import FP16, Activations, IntegerFormat
 from moec.quantize.lazy import Float16, Quantized
-from moec.quantize.plan import QuantizationPlan, requested, with_activations
+from moec.quantize.plan import QuantizationPlan, TensorClass, requested, with_activations
 from moec.quantize.roles import weight_roles
 from moec.quantize.rounding import Method, RoundingResult
 from moec.quantize.sensitivity import nearest, size_of
@@ -137,7 +137,7 @@ def calibration_text(settings: QuantizeRecipe) -> str:
 
 
 def manifest_facts(quantization: Quantization, program: Program) -> dict[str, Any]:
-    """The facts, and format and relative error of every tensor class, known once the tensors have been written.
+    """The facts, and formats and errors by tensor class and by layer, known once the tensors have been written.
 
     The error is the root of squared error over squared norm: of the outputs on the calibration text where GPTQ
     rounded, else of the weights.
@@ -146,6 +146,7 @@ def manifest_facts(quantization: Quantization, program: Program) -> dict[str, An
         return {}
     classes: dict[str, dict[str, Any]] = {}
     errors: dict[str, list[float]] = defaultdict(list)
+    by_layer: dict[int, list[float]] = defaultdict(list)
     for name, role in weight_roles(program).items():
         tensor = program.weights[name]
         entry = classes.setdefault(role.tensor_class.value, {"formats": {}})
@@ -153,20 +154,33 @@ def manifest_facts(quantization: Quantization, program: Program) -> dict[str, An
         entry["formats"][chosen] = entry["formats"].get(chosen, 0) + 1
         if isinstance(tensor, Quantized):
             errors[role.tensor_class.value] += tensor.errors()
+            by_layer[role.layer] += tensor.errors()
     for name, values in errors.items():
         if values:
-            classes[name]["relative_error"] = significant(math.sqrt(math.fsum(values) / len(values)))
-    return {**quantization.facts, "classes": classes, "weight_bytes": stored_bytes(program)}
+            classes[name]["relative_error"] = _root_mean(values)
+    layers = {
+        f"layer {layer}" if layer >= 0 else "outside of layers": _root_mean(by_layer[layer])
+        for layer in sorted(by_layer, key=lambda layer: (layer < 0, layer))
+        if by_layer[layer]
+    }
+    weight_bytes = sum(tensor_bytes(program).values())
+    return {**quantization.facts, "classes": classes, "layers": layers, "weight_bytes": weight_bytes}
 
 
-def stored_bytes(program: Program) -> int:
-    """Bytes of all weights: quantized ones in their formats, the others in the dtype that the Program computes in."""
-    total = 0
+def tensor_bytes(program: Program) -> dict[str, int]:
+    """Tensor class -> bytes of its weights: quantized ones in their formats, the others in the dtype of the Program."""
+    roles = weight_roles(program)
+    found: dict[str, int] = defaultdict(int)
     for name in dict.fromkeys(map(program.weights.resolve, program.weight_names())):
         tensor = program.weights[name]
         chosen = tensor.format if isinstance(tensor, Quantized) else FP16 if isinstance(tensor, Float16) else None
-        total += size_of(program, [name], chosen)
-    return total
+        tensor_class = roles[name].tensor_class if name in roles else TensorClass.OTHER
+        found[tensor_class.value] += size_of(program, [name], chosen)
+    return dict(sorted(found.items()))
+
+
+def _root_mean(values: Sequence[float]) -> float:
+    return significant(math.sqrt(math.fsum(values) / len(values)))
 
 
 def _stored_as(tensor: LazyTensor) -> str:

@@ -1,27 +1,10 @@
 """The report of an artifact: report.json for machines, report.html for people, report.xml (JUnit) for CI systems.
 
-report.json, schema version 1:
-
-    schema_version  1; raised when a key changes its meaning or goes
-    created         when the gates ran, UTC, ISO 8601
-    exit_code       exit code of the command: 0 unless a gate failed
-    verdicts        one per gate: gate, status ("pass", "fail", "not run"), summary, exit_code, figures
-    timings         stage -> seconds of wall-clock time, in order
-    machine         cpu, cores, logical_cores, memory_bytes, os, python
-    versions        tool -> version, from moec.json
-    model           what was compiled, from moec.json
-    recipe          how, from moec.json
-    rejections      where a pass or the target left something alone: source, where, reason
-    files           file of the artifact -> bytes
-    tensor_bytes    tensor class -> bytes, empty where the target does not state them
-
-The figures of a gate belong to that gate; those of "coverage" hold the tokens that reached each expert of each layer,
-those of "parity: ..." every case with its error. A figure that is no finite number is a string ("inf", "nan").
+`report_schema.py` says what report.json holds, `report_page.py` makes the page.
 """
 
 from __future__ import annotations
 
-import importlib.resources
 import json
 import math
 import platform
@@ -32,17 +15,13 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-import jinja2
 import psutil
 
 from moec.compiler.errors import OutputError
-from moec.compiler.gates.coverage import GATE as COVERAGE_GATE
 from moec.compiler.gates.run import exit_code
 from moec.compiler.gates.verdict import Status, Verdict
-
-SCHEMA_VERSION = 1
-JSON, HTML, JUNIT = "report.json", "report.html", "report.xml"
-TEMPLATE = "report.html.jinja"
+from moec.compiler.report_page import to_html
+from moec.compiler.report_schema import HTML, JSON, JUNIT, SCHEMA_VERSION, Report
 
 
 def write(
@@ -71,7 +50,7 @@ def write(
 def make_report(
     directory: Path, manifest: Mapping[str, Any], verdicts: Sequence[Verdict], timings: Mapping[str, float]
 ) -> dict[str, Any]:
-    """The content of report.json; see the module's docstring."""
+    """The content of report.json."""
     report = {
         "schema_version": SCHEMA_VERSION,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -82,12 +61,13 @@ def make_report(
         "versions": dict(sorted(manifest.get("tools", {}).items())),
         "model": manifest.get("model", {}),
         "recipe": manifest.get("recipe", {}),
+        "routing": manifest.get("routing", {}),
+        "quantization": manifest.get("quantization", {}),
         "rejections": list(_rejections(manifest)),
         "files": _files(directory),
-        "tensor_bytes": dict(sorted(manifest.get("facts", {}).get("tensor_bytes", {}).items())),
+        "tensor_bytes": manifest.get("facts", {}).get("tensor_bytes") or manifest.get("tensor_bytes", {}),
     }
-    plain: dict[str, Any] = _plain(report)
-    return plain
+    return Report.model_validate(_plain(report)).model_dump(mode="json")
 
 
 def machine() -> dict[str, Any]:
@@ -164,71 +144,3 @@ def to_junit(verdicts: Sequence[Verdict]) -> bytes:
     ElementTree.indent(suites)
     content: bytes = ElementTree.tostring(suites, encoding="utf-8", xml_declaration=True)
     return content
-
-
-def to_html(report: Mapping[str, Any]) -> str:
-    """The report as one HTML page that needs nothing else: no network, no script."""
-    template = importlib.resources.files("moec").joinpath("compiler", "templates", TEMPLATE).read_text(encoding="utf-8")
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"size": _size, "seconds": _seconds, "error": _error}
-    page: str = environment.from_string(template).render(
-        report=report,
-        name=", ".join(report["model"].get("architectures", ())) or "artifact",
-        coverage=_coverage(report),
-        cases=_cases(report),
-        sizes=_bars(report["tensor_bytes"] or report["files"]),
-        timings=_bars(report["timings"]),
-    )
-    return page
-
-
-def _bars(values: Mapping[str, float]) -> list[dict[str, Any]]:
-    """Name, value and share of the largest value."""
-    largest = max(values.values(), default=0)
-    return [
-        {"name": name, "value": value, "share": value / largest if largest else 0} for name, value in values.items()
-    ]
-
-
-def _cases(report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Every case of the parity gates with its gate and limit."""
-    return [
-        {**case, "gate": verdict["gate"], "limit": verdict["figures"]["limit"]}
-        for verdict in report["verdicts"]
-        for case in verdict["figures"].get("cases", ())
-    ]
-
-
-def _coverage(report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Heat maps of the coverage gate: step -> layers -> experts with tokens and heat in 0..1 on a log scale."""
-    by_gate: Mapping[str, Any] = {verdict["gate"]: verdict["figures"] for verdict in report["verdicts"]}
-    figures = by_gate.get(COVERAGE_GATE, {})
-    maps = []
-    for step, seen in figures.get("steps", {}).items():
-        largest = max((tokens for layer in seen["layers"] for tokens in layer["tokens"]), default=0)
-        scale = math.log1p(largest) or 1.0
-        rows = [
-            {**layer, "cells": [{"tokens": count, "heat": math.log1p(count) / scale} for count in layer["tokens"]]}
-            for layer in seen["layers"]
-        ]
-        width = max((len(layer["tokens"]) for layer in seen["layers"]), default=0)
-        maps.append({"step": step, "share": seen["share"], "layers": rows, "experts": range(width)})
-    return maps
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} GB"
-
-
-def _seconds(value: float) -> str:
-    return f"{value:.2f} s"
-
-
-def _error(value: float | str) -> str:
-    return value if isinstance(value, str) else f"{value:.1e}"

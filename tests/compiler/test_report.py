@@ -1,18 +1,19 @@
 """The report in its three forms, read back as its readers would."""
 
 import json
-import re
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
-from moec.compiler import report
+from moec.compiler import report, report_schema
 from moec.compiler.artifact import REPORTS
-from moec.compiler.errors import OutputError
+from moec.compiler.errors import ArtifactError, OutputError
 from moec.compiler.gates.verdict import Status, Verdict
+from moec.compiler.report_page import Section, sections
 
+ROOT = Path(__file__).resolve().parents[2]
 COVERAGE = {
     "steps": {
         "parity: artifact": {
@@ -30,13 +31,33 @@ VERDICTS = (
     Verdict("coverage", Status.PASS, "3 of 4 experts", 5, COVERAGE),
     Verdict("latency", Status.NOT_RUN, "no GPU", 6),
 )
+MEASURED = Verdict(
+    "latency",
+    Status.PASS,
+    "within the budget",
+    6,
+    {"samples": {"decode128": {"candidate": {"wall": [[0.001 * (1 + i % 7) for i in range(25)]] * 4}}}},
+)
+LAYERS = [
+    {"module": f"layers.{i}", "top_k": 4, "kept_share": 0.5 + i / 8, "kept_by_k": [0, 0.5, 0.5, 0, 0], "tokens": [i, 9]}
+    for i in range(3)
+]
+POINTS = [{"bytes": 10_000_000 * i, "share_of_fp16": i / 4, "predicted_increase": 0.02 / i} for i in (1, 2, 3)]
 MANIFEST = {
     "model": {"architectures": ["TinyForCausalLM"]},
     "recipe": {"target": "onnx"},
     "tools": {"torch": "2.13.0", "moec": "0.1"},
     "passes": [{"name": "fold", "rejections": [{"source": "fold", "where": "layers.0", "reason": "dynamic"}]}],
     "rejections": [{"source": "onnx", "where": "layers.1", "reason": "no kernel"}],
-    "facts": {"tensor_bytes": {"experts": 4_000_000, "attention": 1000}},
+    "tensor_bytes": {"experts": 4_000_000, "attention": 1000},
+}
+FULL = {
+    **MANIFEST,
+    "routing": {"accounting": {"layers": LAYERS}},
+    "quantization": {
+        "layers": {"layer 0": 0.02, "layer 1": 0.03},
+        "auto": {"trade_off": POINTS, "chosen": POINTS[1]},
+    },
 }
 TIMINGS = {"capture": 2.0, "gates": 0.5}
 
@@ -48,10 +69,22 @@ def written(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def full(tmp_path: Path) -> Path:
+    """A report in which everything was measured."""
+    (tmp_path / "model.onnx").write_bytes(b"12345")
+    report.write(tmp_path, FULL, (*VERDICTS[:2], MEASURED), TIMINGS)
+    return tmp_path
+
+
+def test_the_published_schema_is_that_of_the_model() -> None:
+    published = json.loads((ROOT / "docs" / "report.schema.json").read_text())
+    assert published == report_schema.json_schema()
+
+
 def test_json_holds_every_documented_key(written: Path) -> None:
     content = json.loads((written / report.JSON).read_text())
-    documented = re.findall(r"^    (\w+) {2,}", report.__doc__ or "", flags=re.MULTILINE)
-    assert list(content) == documented
+    assert list(content) == list(report_schema.Report.model_fields)
     assert content["schema_version"] == 1
     assert content["exit_code"] == 5
     assert [verdict["status"] for verdict in content["verdicts"]] == ["fail", "pass", "not run"]
@@ -132,7 +165,7 @@ def test_html_is_accessible(written: Path) -> None:
     assert page.all("html")[0]["lang"] == "en"
     assert any(meta.get("name") == "viewport" for meta in page.all("meta"))
     assert "prefers-color-scheme: dark" in source
-    assert len(page.all("caption")) == len(page.all("table")) == 6
+    assert len(page.all("caption")) == len(page.all("table")) == 7
     assert all("scope" in head for head in page.all("th"))
     assert all(
         part.get("aria-labelledby") in {head.get("id") for head in page.all("h2")} for part in page.all("section")
@@ -147,7 +180,7 @@ def test_the_heat_map_marks_experts_that_were_not_reached(written: Path) -> None
     page = _Page((written / report.HTML).read_text(encoding="utf-8"))
     cells = [cell for cell in page.all("td") if "--v" in (cell.get("style") or "")]
     assert len(cells) == 4
-    assert [cell.get("class") for cell in cells] == [None, None, None, "none"]
+    assert [cell.get("class") for cell in cells] == ["number", "number", "number", "none"]
     assert cells[2]["style"] == "--v:1.00"
 
 
@@ -159,3 +192,65 @@ def test_a_report_without_figures_is_a_page_too(tmp_path: Path) -> None:
 def test_a_directory_that_cannot_be_written_is_a_clear_error(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="cannot be written"):
         report.write(tmp_path / "missing", MANIFEST, VERDICTS, TIMINGS)
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [(None, "cannot be read"), ("{}", "schema_version"), ('{"schema_version": 9', "Invalid JSON")],
+)
+def test_a_damaged_report_is_a_clear_error(tmp_path: Path, content: str | None, complaint: str) -> None:
+    if content is not None:
+        (tmp_path / report.JSON).write_text(content)
+    with pytest.raises(ArtifactError, match=complaint):
+        report_schema.read_report(tmp_path)
+
+
+def test_a_report_of_another_version_is_refused(written: Path) -> None:
+    assert report_schema.read_report(written).exit_code == 5
+    path = written / report.JSON
+    path.write_text(path.read_text().replace('"schema_version": 1', '"schema_version": 2'))
+    with pytest.raises(ArtifactError, match="schema version 2, this moec reads 1"):
+        report_schema.read_report(written)
+
+
+def _sections(directory: Path) -> dict[str, Section]:
+    return {section.key: section for section in sections(json.loads((directory / report.JSON).read_text()))}
+
+
+def test_what_was_not_measured_is_said_and_never_left_out(written: Path, full: Path) -> None:
+    report.write(written, MANIFEST, VERDICTS, TIMINGS)
+    empty = {key for key, section in _sections(written).items() if not section.parts}
+    assert empty == {"latency", "utilisation", "slots", "errors", "trade-off"}
+    page = _Page((written / report.HTML).read_text(encoding="utf-8"))
+    assert page.text.count("Not measured: ") == len(empty)
+    report.write(full, FULL, (*VERDICTS[:2], MEASURED), TIMINGS)
+    assert all(section.parts for section in _sections(full).values())
+
+
+def test_every_plot_has_title_description_and_its_figures_in_a_table(full: Path) -> None:
+    source = (full / report.HTML).read_text(encoding="utf-8")
+    page = _Page(source)
+    plots = page.all("svg")
+    assert len(plots) == 5
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    for plot in plots:
+        assert plot["role"] == "img"
+        assert set((plot["aria-labelledby"] or "").split()) <= set(ids)
+    for section in _sections(full).values():
+        assert all(part.table is not None for part in section.parts)
+    for text in ("p50", "4.000 ms", "k = 2", "62.5%", "0.0300", "+1.000%", "chosen"):
+        assert text in page.text
+    assert len(source) < 60_000
+
+
+def test_bars_and_points_lie_where_their_figures_are(full: Path) -> None:
+    parts = _sections(full)
+    bars = ElementTree.fromstring(parts["slots"].parts[0].plot or "").findall("rect")
+    heights = [float(bar.get("height", "")) for bar in bars]
+    assert heights[1] / heights[0] == pytest.approx(0.625 / 0.5, rel=1e-2)
+    curve = ElementTree.fromstring(parts["trade-off"].parts[0].plot or "")
+    (ring,) = [circle for circle in curve.findall("circle") if circle.get("class") == "marked"]
+    assert (ring.get("cx"), ring.get("cy")) in {(c.get("cx"), c.get("cy")) for c in curve.findall("circle[@r='3.5']")}
+    histogram = ElementTree.fromstring(parts["latency"].parts[0].plot or "")
+    assert sum(float(bar.get("height", "")) > 0 for bar in histogram.findall("rect")) == 7

@@ -1,0 +1,105 @@
+"""report.html in a real browser without a window: `apt-get install chromium`, then `pytest -m interop`."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from moec.compiler import report
+from moec.compiler.gates.verdict import Status, Verdict
+
+pytestmark = pytest.mark.interop
+PHONE, DESK = 360, 1280
+
+# What the page says of itself once it is laid out in a frame of the width of a screen.
+PROBE = """
+<script>
+addEventListener("load", () => {
+  const frame = document.querySelector("iframe"), page = frame.contentDocument;
+  const shown = (node) => node.getBoundingClientRect();
+  const found = {
+    width: page.documentElement.scrollWidth,
+    height: page.documentElement.scrollHeight,
+    plots: [...page.querySelectorAll("svg")].map((node) => [shown(node).width, shown(node).height]),
+    letters: [...page.querySelectorAll("svg text")].map((node) => shown(node).height),
+    small: [...page.querySelectorAll("th, td, p, caption, dd")]
+      .filter((node) => parseFloat(getComputedStyle(node).fontSize) < 12).length,
+    focusable: [...page.querySelectorAll("[tabindex], a")].map((node) => { node.focus();
+      return page.activeElement === node; }),
+    unlabelled: [...page.querySelectorAll("section, [role=region], svg")].filter((node) =>
+      !(node.getAttribute("aria-label") || (node.getAttribute("aria-labelledby") || "").split(" ").every((id) =>
+        page.getElementById(id)?.textContent.trim()))).length,
+    scripts: page.scripts.length,
+  };
+  document.body.dataset.found = JSON.stringify(found);
+});
+</script>
+"""
+
+
+def chromium(*arguments: str | Path) -> str:
+    browser = next((found for name in ("chromium", "google-chrome") if (found := shutil.which(name))), None)
+    assert browser is not None, "no browser: apt-get install chromium"
+    fixed = ("--headless=new", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=4000", "--hide-scrollbars")
+    command = [browser, *fixed, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A report in which everything was measured, as large as that of a model with 16 layers of 64 experts."""
+    directory = tmp_path_factory.mktemp("report")
+    tokens = [[(7 * layer + 13 * expert) % 97 for expert in range(64)] for layer in range(16)]
+    layers = [
+        {"layer": n, "module": f"layers.{n}", "top_k": 8, "kept_share": 0.4 + n / 40, "kept_by_k": [0, *[0.125] * 8],
+         "tokens": row}
+        for n, row in enumerate(tokens)
+    ]  # fmt: skip
+    case = {"name": "batch 2, sequence 5", "error": 1e-6, "excused": 0, "positions": 24, "top1": 1.0}
+    wall = [[0.004 + 0.0001 * ((17 * turn + call) % 23) for call in range(20)] for turn in range(10)]
+    verdicts = (
+        Verdict("parity: artifact", Status.PASS, "equal", 5, {"cases": [case], "limit": 1e-4, "seconds": 1.0}),
+        Verdict("coverage", Status.PASS, "all", 5, {"steps": {"parity: artifact": {"share": 1.0, "layers": layers}}}),
+        Verdict("latency", Status.FAIL, "too slow", 6, {"samples": {"decode128": {"candidate": {"wall": wall}}}}),
+    )
+    points = [{"bytes": 10**7 * n, "share_of_fp16": n / 9, "predicted_increase": 0.02 / n} for n in range(1, 9)]
+    manifest = {
+        "model": {"architectures": ["OlmoeForCausalLM"]},
+        "tensor_bytes": {"experts_gate_up": 6 * 10**8, "experts_down": 3 * 10**8, "attention": 10**8, "lm_head": 10**7},
+        "routing": {"accounting": {"layers": layers}},
+        "quantization": {
+            "layers": {f"layer {n}": 0.02 + n / 1000 for n in range(16)},
+            "auto": {"trade_off": points, "chosen": points[2]},
+        },
+    }
+    report.write(directory, manifest, verdicts, {"capture": 2.0, "gates": 10.0})
+    return (directory / report.HTML).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("width", [PHONE, DESK])
+def test_the_page_fits_and_can_be_used_without_a_mouse(page: str, width: int, tmp_path: Path) -> None:
+    frame = f'<iframe width="{width}" height="6000" style="border:0" srcdoc="{html.escape(page)}"></iframe>'
+    around = tmp_path / "around.html"
+    around.write_text(f"<!doctype html><meta charset=utf-8><body style='margin:0'>{frame}{PROBE}")
+    dom = chromium("--dump-dom", around.as_uri())
+    match = re.search(r'data-found="([^"]*)"', dom)
+    assert match is not None, dom[:300]
+    found = json.loads(html.unescape(match.group(1)))
+    assert found["width"] <= width, "the page itself scrolls sideways"
+    assert len(found["plots"]) == 5
+    assert all(0.8 * min(width, 700) <= plot[0] <= width and plot[1] > 100 for plot in found["plots"])
+    assert min(found["letters"]) >= 9, "the letters of a plot are too small"
+    assert found["small"] == 0
+    assert found["focusable"]
+    assert all(found["focusable"])
+    assert found["unlabelled"] == found["scripts"] == 0
+    picture = tmp_path / "page.png"
+    chromium(f"--screenshot={picture}", f"--window-size={max(width, 600)},{found['height']}", around.as_uri())
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert picture.stat().st_size > 50_000, "the picture is all but empty"
