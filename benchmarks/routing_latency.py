@@ -78,19 +78,21 @@ def measure(models: dict[str, Moec], rounds: int) -> dict[str, dict[str, list[fl
     return found
 
 
-def within_experts(directory: Path, rounds: int = 5) -> dict[str, float]:
-    """Milliseconds of the experts' kernel in a prefill and in a decode step, from ONNX Runtime's profile."""
+def within_experts(outputs: dict[str, Path], rounds: int) -> dict[str, dict[str, float]]:
+    """Milliseconds of the experts' kernels in a prefill and in a decode step, from ONNX Runtime's profile."""
     from moec.targets.onnx.runner import OnnxRunner
 
     random = np.random.default_rng(2)
-    spent: dict[str, float] = {}
-    for phase, length in (("prefill", PROMPT), ("decode", 1)):
-        runner = OnnxRunner(directory, threads=1, profile=True)
-        for _ in range(rounds if phase == "prefill" else rounds * STEPS):
-            runner.prefill(random.integers(3, 31999, (1, length)))
-        times = runner.kernels()
-        calls = rounds if phase == "prefill" else rounds * STEPS
-        spent[phase] = sum(times.get(op, 0) for op in EXPERT_OPS) / calls / 1e6
+    spent: dict[str, dict[str, float]] = {name: {} for name in outputs}
+    for phase, length, steps in (("prefill", PROMPT, rounds), ("decode", 1, rounds * STEPS)):
+        runners = {name: OnnxRunner(output, threads=1, profile=True) for name, output in outputs.items()}
+        for _ in range(steps):
+            ids = random.integers(3, 31999, (1, length))
+            for runner in runners.values():
+                runner.prefill(ids)
+        for name, runner in runners.items():
+            times = runner.kernels()
+            spent[name][phase] = sum(times.get(op, 0) for op in EXPERT_OPS) / 1e6
     return spent
 
 
@@ -113,7 +115,7 @@ def main() -> None:
             for index, (name, mass) in enumerate(cases.items())
         }
         found = measure({name: Moec(str(output)) for name, output in outputs.items()}, options.rounds)
-        experts = {name: within_experts(output) for name, output in outputs.items()}
+        experts = within_experts(outputs, options.rounds)
     header = ["artifact", "decode ms", "ratio", "within experts", f"prefill {PROMPT} ms", "ratio", "within experts"]
     print("| " + " | ".join(header) + " |\n" + "|---" * len(header) + "|")
     first = next(iter(found))
