@@ -18,23 +18,16 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 import moec
+from moec.compiler.commands.artifacts import run, verify
+from moec.compiler.commands.inspection import doctor, families, inspect
+from moec.compiler.commands.options import ArtifactDirectory, Debug, Json, Quiet, Trust
 from moec.compiler.console import Console
 from moec.compiler.errors import MoecError
-
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-Trust = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run modelling code that the checkpoint brings along.")
-]
 
 
 def _routing(metavar: str | None, text: str) -> Any:
     """A flag of dynamic routing."""
     return typer.Option(metavar=metavar, help=text, rich_help_panel="Dynamic routing")
-
-
-ArtifactDirectory = Annotated[Path, typer.Argument(metavar="DIRECTORY", help="The artifact.")]
 
 
 def _quantize(metavar: str, text: str) -> Any:
@@ -179,135 +172,6 @@ def validate(
             progress=progress,
         )
     return console.verdicts(result)
-
-
-def verify(directory: ArtifactDirectory, json_output: Json = False, debug: Debug = False) -> int:
-    """Check by digests that the artifact is the one that was built."""
-    from moec.compiler import artifact
-
-    console = Console(json_output, debug=debug)
-    digests = artifact.verify(directory)
-    console.result(
-        {"files": digests}, lambda: console.line(f"{directory}: {len(digests)} files are as they were built")
-    )
-    return 0
-
-
-def run(
-    directory: ArtifactDirectory,
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The text to continue; '-' reads standard input.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="At most so many new tokens.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="Draw among the k most likely tokens; 0 means all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Draw among the likeliest tokens that together reach p.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
-    chat: Annotated[bool, typer.Option("--chat", help="Wrap the prompt in the model's chat template.")] = False,
-    stats: Annotated[bool, typer.Option("--stats", help="Print counts and tokens per second on stderr.")] = False,
-    threads: Annotated[int, typer.Option(help="Threads of the runtime; 0 leaves it to the runtime.")] = 0,
-    json_output: Json = False,
-    debug: Debug = False,
-) -> int:
-    """Continue a text, from the artifact alone."""
-    from moec.compiler.generate import Generator, Sampling
-
-    console = Console(json_output, debug=debug)
-    sampling = Sampling(temperature, top_k, top_p, seed)
-    generator = Generator(directory, threads=threads)
-    text = sys.stdin.read() if prompt == "-" else prompt
-    pieces = generator.stream(text, chat=chat, max_new_tokens=max_new_tokens, sampling=sampling)
-    written = "".join(pieces) if json_output else console.pieces(pieces)
-    counted = generator.statistics
-    figures = {
-        "prompt_tokens": counted.prompt_tokens,
-        "new_tokens": counted.new_tokens,
-        "prefill_seconds": counted.prefill_seconds,
-        "decode_seconds": counted.decode_seconds,
-        "tokens_per_second": counted.decode_rate,
-    }
-    console.result({"text": written, **figures}, lambda: None)
-    if stats:
-        console.note(
-            f"prompt: {counted.prompt_tokens} tokens in {counted.prefill_seconds:.3f} s; "
-            f"new: {counted.new_tokens} tokens, {counted.decode_rate:.1f} tokens/s"
-        )
-    return 0
-
-
-def inspect(
-    location: Annotated[str, typer.Argument(metavar="CHECKPOINT|DIRECTORY", help="Checkpoint, hub id or artifact.")],
-    text: Annotated[str | None, typer.Option(help="Colour this text by the experts that each token uses.")] = None,
-    against: Annotated[
-        str | None, typer.Option(metavar="CHECKPOINT", help="What the artifact was built from; for --text.")
-    ] = None,
-    trust_remote_code: Trust = False,
-    json_output: Json = False,
-    debug: Debug = False,
-) -> int:
-    """Show layers, experts, parameters, states, what can be captured, and files."""
-    from moec.compiler import inspect as inspection
-
-    console = Console(json_output, debug=debug)
-    if text is not None:
-        from moec.compiler.token_view import coloured, experts_by_token
-
-        view = experts_by_token(location, text, against, trust_remote_code=trust_remote_code)
-        console.result({"tokens": view}, lambda: console.show(coloured(view)))
-        return 0
-    found = inspection.inspect(location, trust_remote_code=trust_remote_code)
-    console.result(found, lambda: console.rows(inspection.describe(found)))
-    return 0
-
-
-def doctor(json_output: Json = False, debug: Debug = False) -> int:
-    """Show which targets can be built, run and measured here, and the command that adds each."""
-    from moec.compiler.doctor import doctor as examine
-
-    console = Console(json_output, debug=debug)
-    found = examine()
-
-    def show() -> None:
-        console.rows(found["environment"].items())
-        console.line("")
-        columns = ("build", "run", "measure", "install")
-        rows = [(name, *(facts.get(column, "") for column in columns)) for name, facts in found["targets"].items()]
-        console.rows(rows, header=("target", *columns))
-
-    console.result(found, show)
-    return 0
-
-
-def families(
-    names: Annotated[list[str] | None, typer.Argument(help="Families; all if none is named.")] = None,
-    check: Annotated[
-        bool, typer.Option("--check", help="Build a tiny model of each, capture it and prove it.")
-    ] = False,
-    target: Annotated[str | None, typer.Option("--target", "-t", help="Lower to this target as well.")] = None,
-    recipe: Annotated[
-        Path | None, typer.Option("--recipe", help="Build each by this recipe, which names no checkpoint.")
-    ] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the table (Markdown) here.")] = None,
-    json_output: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
-) -> int:
-    """List the model families that moec knows tiny models of, or check what works for each."""
-    from moec.compiler import families as checks
-    from moec.compiler.flags import given
-    from moec.compiler.recipe import read_recipe
-
-    console = Console(json_output, quiet, debug)
-    chosen = checks.choose(names or ())
-    if not check:
-        console.result({"families": list(chosen)}, lambda: console.line("\n".join(chosen)))
-        return 0
-    with console.progress() as progress:
-        fields = {**(read_recipe(recipe) if recipe else {}), **given({"target": target})}
-        rows = checks.check(chosen, fields, progress=progress)
-    page = checks.markdown(rows, fields.get("target"), names or (), output, recipe)
-    if output is not None:
-        checks.write_page(output, page)
-    console.result({"families": [row.as_dict() for row in rows]}, lambda: console.line(page))
-    return 0
 
 
 def _guarded(command: Callable[..., int]) -> Callable[..., None]:

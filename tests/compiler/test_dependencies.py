@@ -14,6 +14,7 @@ TOP = {
     "moec.compiler.api",
     "moec.compiler.pipeline",
     "moec.compiler.quantization",
+    "moec.compiler.commands",
     "moec.compiler.families",
     "moec.compiler.doctor",
     "moec.compiler.generate",

@@ -1,0 +1,63 @@
+"""`moec verify` and `moec run`: what needs the artifact alone."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from moec.compiler.commands.options import ArtifactDirectory, Debug, Json
+from moec.compiler.console import Console
+
+
+def verify(directory: ArtifactDirectory, json_output: Json = False, debug: Debug = False) -> int:
+    """Check by digests that the artifact is the one that was built."""
+    from moec.compiler import artifact
+
+    console = Console(json_output, debug=debug)
+    digests = artifact.verify(directory)
+    console.result(
+        {"files": digests}, lambda: console.line(f"{directory}: {len(digests)} files are as they were built")
+    )
+    return 0
+
+
+def run(
+    directory: ArtifactDirectory,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The text to continue; '-' reads standard input.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="At most so many new tokens.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Draw among the k most likely tokens; 0 means all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Draw among the likeliest tokens that together reach p.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+    chat: Annotated[bool, typer.Option("--chat", help="Wrap the prompt in the model's chat template.")] = False,
+    stats: Annotated[bool, typer.Option("--stats", help="Print counts and tokens per second on stderr.")] = False,
+    threads: Annotated[int, typer.Option(help="Threads of the runtime; 0 leaves it to the runtime.")] = 0,
+    json_output: Json = False,
+    debug: Debug = False,
+) -> int:
+    """Continue a text, from the artifact alone."""
+    from moec.compiler.generate import Generator, Sampling
+
+    console = Console(json_output, debug=debug)
+    sampling = Sampling(temperature, top_k, top_p, seed)
+    generator = Generator(directory, threads=threads)
+    text = sys.stdin.read() if prompt == "-" else prompt
+    pieces = generator.stream(text, chat=chat, max_new_tokens=max_new_tokens, sampling=sampling)
+    written = "".join(pieces) if json_output else console.pieces(pieces)
+    counted = generator.statistics
+    figures = {
+        "prompt_tokens": counted.prompt_tokens,
+        "new_tokens": counted.new_tokens,
+        "prefill_seconds": counted.prefill_seconds,
+        "decode_seconds": counted.decode_seconds,
+        "tokens_per_second": counted.decode_rate,
+    }
+    console.result({"text": written, **figures}, lambda: None)
+    if stats:
+        console.note(
+            f"prompt: {counted.prompt_tokens} tokens in {counted.prefill_seconds:.3f} s; "
+            f"new: {counted.new_tokens} tokens, {counted.decode_rate:.1f} tokens/s"
+        )
+    return 0

@@ -1,0 +1,88 @@
+"""`moec inspect`, `moec doctor` and `moec families`: what there is, before anything is built."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moec.compiler.commands.options import Debug, Json, Quiet, Trust
+from moec.compiler.console import Console
+
+
+def inspect(
+    location: Annotated[str, typer.Argument(metavar="CHECKPOINT|DIRECTORY", help="Checkpoint, hub id or artifact.")],
+    text: Annotated[str | None, typer.Option(help="Colour this text by the experts that each token uses.")] = None,
+    against: Annotated[
+        str | None, typer.Option(metavar="CHECKPOINT", help="What the artifact was built from; for --text.")
+    ] = None,
+    trust_remote_code: Trust = False,
+    json_output: Json = False,
+    debug: Debug = False,
+) -> int:
+    """Show layers, experts, parameters, states, what can be captured, and files."""
+    from moec.compiler import inspect as inspection
+
+    console = Console(json_output, debug=debug)
+    if text is not None:
+        from moec.compiler.token_view import coloured, experts_by_token
+
+        view = experts_by_token(location, text, against, trust_remote_code=trust_remote_code)
+        console.result({"tokens": view}, lambda: console.show(coloured(view)))
+        return 0
+    found = inspection.inspect(location, trust_remote_code=trust_remote_code)
+    console.result(found, lambda: console.rows(inspection.describe(found)))
+    return 0
+
+
+def doctor(json_output: Json = False, debug: Debug = False) -> int:
+    """Show which targets can be built, run and measured here, and the command that adds each."""
+    from moec.compiler.doctor import doctor as examine
+
+    console = Console(json_output, debug=debug)
+    found = examine()
+
+    def show() -> None:
+        console.rows(found["environment"].items())
+        console.line("")
+        columns = ("build", "run", "measure", "install")
+        rows = [(name, *(facts.get(column, "") for column in columns)) for name, facts in found["targets"].items()]
+        console.rows(rows, header=("target", *columns))
+
+    console.result(found, show)
+    return 0
+
+
+def families(
+    names: Annotated[list[str] | None, typer.Argument(help="Families; all if none is named.")] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Build a tiny model of each, capture it and prove it.")
+    ] = False,
+    target: Annotated[str | None, typer.Option("--target", "-t", help="Lower to this target as well.")] = None,
+    recipe: Annotated[
+        Path | None, typer.Option("--recipe", help="Build each by this recipe, which names no checkpoint.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the table (Markdown) here.")] = None,
+    json_output: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> int:
+    """List the model families that moec knows tiny models of, or check what works for each."""
+    from moec.compiler import families as checks
+    from moec.compiler.flags import given
+    from moec.compiler.recipe import read_recipe
+
+    console = Console(json_output, quiet, debug)
+    chosen = checks.choose(names or ())
+    if not check:
+        console.result({"families": list(chosen)}, lambda: console.line("\n".join(chosen)))
+        return 0
+    with console.progress() as progress:
+        fields = {**(read_recipe(recipe) if recipe else {}), **given({"target": target})}
+        rows = checks.check(chosen, fields, progress=progress)
+    page = checks.markdown(rows, fields.get("target"), names or (), output, recipe)
+    if output is not None:
+        checks.write_page(output, page)
+    console.result({"families": [row.as_dict() for row in rows]}, lambda: console.line(page))
+    return 0
