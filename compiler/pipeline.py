@@ -30,7 +30,14 @@ from moec.compiler.gates.run import GateInputs, exit_code, run_gates
 from moec.compiler.gates.verdict import Status, Verdict
 from moec.compiler.interpreter import ProgramRunner
 from moec.compiler.program import Program
-from moec.compiler.quantization import Quantization, calibration_text, manifest_facts, plan_quantization, tensor_bytes
+from moec.compiler.quantization import (
+    Quantization,
+    calibration_text,
+    check_plan,
+    manifest_facts,
+    plan_quantization,
+    tensor_bytes,
+)
 from moec.compiler.recipe import QualityRecipe, Recipe, make_recipe, validate
 from moec.compiler.rejections import Rejection
 from moec.compiler.routing import RoutingPlan, measure_savings, plan_routing
@@ -127,7 +134,7 @@ def compile_recipe(
             left at `output`, and an artifact that was there before still is.
     """
     target, options = _target(recipe)
-    _check_texts(recipe)
+    _check_inputs(recipe)
     check_output(output.expanduser().resolve(), overwrite=overwrite)
     stages = _Stages(progress)
     built = _build(recipe, target, options, stages)
@@ -192,7 +199,7 @@ def validate_artifact(
         manifest = read_manifest(directory)
         given = {"checkpoint": against, "trust_remote_code": trust_remote_code, "quality": quality}
         recipe = _recipe_of(directory, manifest, given, calibration)
-        _check_texts(recipe)
+        _check_inputs(recipe)
         target, options = _target(recipe)
         checkpoint = Checkpoint.open(against, trust_remote_code=trust_remote_code)
         _check_source(directory, manifest, checkpoint)
@@ -209,14 +216,16 @@ def build_program(recipe: Recipe, *, progress: Progress = silent) -> Program:
     return _build(recipe, target, options, _Stages(progress)).program
 
 
-def _check_texts(recipe: Recipe) -> None:
-    """Read the texts that the recipe names before anything is built.
+def _check_inputs(recipe: Recipe) -> None:
+    """Read the texts and the plan that the recipe names before anything is built.
 
     Raises:
-        CheckpointError: One is missing, empty or binary.
+        CheckpointError: A text is missing, empty or binary.
+        UsageError: The plan is wrong.
     """
     if recipe.quantize is not None and not recipe.quantize.does_nothing:
         calibration_text(recipe.quantize)
+        check_plan(recipe.quantize)
     if recipe.quality is not None and recipe.quality.max_loss is not None:
         held_out_text(recipe.quality.text)
 

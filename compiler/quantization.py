@@ -18,7 +18,7 @@ from moec.compiler.text import digest, read_text, spread, tokenize, windows
 from moec.compiler.weights import LazyTensor
 from moec.passes.base import Pass
 from moec.passes.quantize import Quantize
-from moec.quantize.auto import Choice, choose, significant
+from moec.quantize.auto import Choice, choose, parse_size, significant
 from moec.quantize.calibration import Calibration, calibrate
 from moec.quantize.formats import FP16, Activations, IntegerFormat
 from moec.quantize.lazy import Float16, Quantized
@@ -119,6 +119,18 @@ def _choose(
 def _calibration_windows(settings: QuantizeRecipe, checkpoint: Checkpoint) -> tuple[str, np.ndarray]:
     text = calibration_text(settings)
     return text, spread(windows(tokenize(checkpoint.directory, text), settings.window), settings.windows)
+
+
+def check_plan(settings: QuantizeRecipe) -> None:
+    """Read the plan of a recipe, as far as that goes without the model.
+
+    Raises:
+        UsageError: It is wrong.
+    """
+    if settings.format != "auto":
+        requested(settings.format)
+    elif settings.max_size is not None:
+        parse_size(settings.max_size, 0)
 
 
 def calibration_text(settings: QuantizeRecipe) -> str:

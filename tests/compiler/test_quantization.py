@@ -1,17 +1,20 @@
 """Quantization through the pipeline: recipe to artifact."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from moec.compiler.api import export
-from moec.compiler.errors import UsageError
+from moec.compiler.errors import CheckpointError, UsageError
 from moec.compiler.interpreter import ProgramRunner
 from moec.compiler.pipeline import build_program
 from moec.compiler.recipe import make_recipe
+from moec.compiler.tiny_models import tiny_model
 from moec.targets import get_target
 
 
@@ -57,4 +60,64 @@ def test_a_wrong_plan_is_named(golden_model: Path, tmp_path: Path, chosen: Any, 
     with pytest.raises(UsageError, match=message) as error:
         export(golden_model, target="onnx", output=tmp_path / "out", gates=False, quantize={"format": chosen})
     assert error.value.exit_code == 2
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "the text is empty"),
+        (b" \n ", "the text is empty"),
+        (b"\x7fELF\x02\x01\0\0", "a binary file"),
+        (b"caf\xe9 au lait", "not UTF-8"),
+        (b"Three short words.", "fewer than one window of 256"),
+        (None, "cannot be read"),
+    ],
+)
+def test_calibration_text_that_does_not_serve_is_named(
+    golden_model: Path, tmp_path: Path, content: bytes | None, message: str
+) -> None:
+    path = tmp_path / "text.txt"
+    if content is not None:
+        path.write_bytes(content)
+    quantize = {"format": "int4", "rounding": "gptq", "calibration": str(path)}
+    with pytest.raises(CheckpointError, match=message) as error:
+        export(golden_model, target="onnx", output=tmp_path / "out", gates=False, quantize=quantize)
+    assert error.value.exit_code == 10
+    assert error.value.hint
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_block_that_does_not_divide_is_named(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"down_proj: no block size .* divides its dimension 48") as error:
+        export(tiny_checkpoint("olmoe"), target="onnx", output=tmp_path / "out", gates=False, quantize="int8")
+    assert "int8:channel" in error.value.hint
+    assert not (tmp_path / "out").exists()
+
+
+def test_experts_that_are_zero_or_constant_are_quantized_exactly(tmp_path: Path) -> None:
+    model = tiny_model("olmoe", intermediate_size=64)
+    experts = model.get_submodule("model.layers.0.mlp.experts")
+    with torch.no_grad():
+        experts.gate_up_proj[1] = 0  # type: ignore[index, operator]
+        experts.down_proj[2] = 0.25  # type: ignore[index, operator]
+    model.save_pretrained(tmp_path / "checkpoint")
+    quantize = {"format": "int4", "rounding": "rtn"}
+    recipe = {"checkpoint": str(tmp_path / "checkpoint"), "target": "onnx", "quantize": quantize}
+    result = export(**recipe, output=tmp_path / "out")
+    assert {verdict.gate: str(verdict.status) for verdict in result.verdicts}["integrity"] == "pass"
+    read = get_target("onnx").expert_tensors(tmp_path / "out")
+    name = "model.layers.0.mlp.experts.{}_proj"
+    assert not read[name.format("gate_up")](1).any()
+    assert np.allclose(read[name.format("down")](2), 0.25, rtol=1e-3)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_named(tmp_path: Path, value: float) -> None:
+    model = tiny_model("olmoe", intermediate_size=64)
+    with torch.no_grad():
+        model.get_submodule("model.layers.1.mlp.experts").down_proj[3, 0, 0] = value  # type: ignore[index, operator]
+    model.save_pretrained(tmp_path / "checkpoint")
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.experts\.3\.down_proj.* NaN or infinity"):
+        export(tmp_path / "checkpoint", target="onnx", output=tmp_path / "out", gates=False, quantize="int4:32")
     assert not (tmp_path / "out").exists()
