@@ -76,16 +76,18 @@ def merge(recipe: Path | None, given: Mapping[str, Any]) -> Recipe:
     return make_recipe(fields, where=str(recipe or "recipe"))
 
 
-def load(directory: str | Path, *, threads: int = 0) -> Generator:
+def load(directory: str | Path, *, threads: int = 0, inputs: Mapping[str, float] | None = None) -> Generator:
     """Open an artifact: `moec.load(directory).generate("...", max_new_tokens=40)`.
 
     Args:
         directory: The artifact.
         threads: Threads of the runtime; 0 leaves it to the runtime.
+        inputs: Values of scalar inputs that have a default, such as {"routing_budget": 0.7}.
 
     Raises:
         ArtifactError: No artifact, or a damaged one.
+        UsageError: The artifact has no such input.
     """
     from moec.compiler.generate import Generator
 
-    return Generator(directory, threads=threads)
+    return Generator(directory, threads=threads, inputs=inputs)

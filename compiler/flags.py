@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin
@@ -124,6 +124,24 @@ def named_target(arguments: list[str]) -> str | None:
         in_recipe = read_recipe(Path(recipe)).get("target")
         name = in_recipe if isinstance(in_recipe, str) else None
     return name
+
+
+def numbers(assignments: Iterable[str], flag: str) -> dict[str, float]:
+    """`NAME=VALUE` of a repeated flag as numbers by name.
+
+    Raises:
+        UsageError: One is not of that form.
+    """
+    found: dict[str, float] = {}
+    for assignment in assignments:
+        name, _, value = assignment.partition("=")
+        try:
+            found[name] = float(value)
+        except ValueError as error:
+            raise UsageError(
+                f"{flag} {assignment}: not NAME=NUMBER", hint=f"such as {flag} routing_budget=0.7"
+            ) from error
+    return found
 
 
 def given(options: Mapping[str, Any]) -> dict[str, Any]:

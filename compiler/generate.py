@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -89,13 +89,15 @@ class Generator:
     Args:
         directory: The artifact.
         threads: Threads of the runtime; 0 leaves it to the runtime.
+        inputs: Values of scalar inputs that have a default, such as {"routing_budget": 0.7}.
 
     Raises:
         ArtifactError: No artifact, or a file is missing.
+        UsageError: The artifact has no such input.
         MissingExtraError: Its runtime is not installed.
     """
 
-    def __init__(self, directory: str | Path, *, threads: int = 0) -> None:
+    def __init__(self, directory: str | Path, *, threads: int = 0, inputs: Mapping[str, float] | None = None) -> None:
         self.directory = Path(directory).expanduser()
         self.manifest = read_manifest(self.directory)
         if missing := [name for name in self.manifest["files"] if not (self.directory / name).is_file()]:
@@ -108,6 +110,16 @@ class Generator:
         self._bos_token_ids = token_ids("bos_token_id", generation, config, text_config(config))
         name = str(self.manifest.get("recipe", {}).get("target"))
         self.runner = get_target(name).open(self.directory, threads=threads)
+        self._set(inputs or {})
+
+    def _set(self, inputs: Mapping[str, float]) -> None:
+        rows = self.manifest.get("signature", {}).get("inputs", [])
+        scalars = [row["name"] for row in rows if row["shape"] == []]
+        for name, value in inputs.items():
+            if name not in scalars:
+                known = f"it has {', '.join(scalars)}" if scalars else "export with --routing-input to get one"
+                raise UsageError(f"{self.directory}: no scalar input '{name}' that could be set", hint=known)
+            self.runner.overrides[name] = np.asarray(value, np.float32)  # type: ignore[attr-defined]
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

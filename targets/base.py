@@ -84,6 +84,7 @@ class Runner(Protocol):
     """Runs an artifact. Gates, `moec run`, perplexity and benchmarks use nothing else. Arrays are numpy.
 
     A runner that does not take every shape has an attribute `limits`, a RunnerLimits: ask `limits_of`.
+    One whose artifact has inputs with defaults has a dict `overrides`: name -> float32 array that is fed instead.
     """
 
     def reset(self) -> None:

@@ -34,15 +34,20 @@ def run(
     chat: Annotated[bool, typer.Option("--chat", help="Wrap the prompt in the model's chat template.")] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Print counts and tokens per second on stderr.")] = False,
     threads: Annotated[int, typer.Option(help="Threads of the runtime; 0 leaves it to the runtime.")] = 0,
+    inputs: Annotated[
+        list[str] | None,
+        typer.Option("--input", metavar="NAME=VALUE", help="Set an input that has a default, such as routing_budget."),
+    ] = None,
     json_output: Json = False,
     debug: Debug = False,
 ) -> int:
     """Continue a text, from the artifact alone."""
+    from moec.compiler.flags import numbers
     from moec.compiler.generate import Generator, Sampling
 
     console = Console(json_output, debug=debug)
     sampling = Sampling(temperature, top_k, top_p, seed)
-    generator = Generator(directory, threads=threads)
+    generator = Generator(directory, threads=threads, inputs=numbers(inputs or (), "--input"))
     text = sys.stdin.read() if prompt == "-" else prompt
     pieces = generator.stream(text, chat=chat, max_new_tokens=max_new_tokens, sampling=sampling)
     written = "".join(pieces) if json_output else console.pieces(pieces)

@@ -224,3 +224,12 @@ def test_an_artifact_without_or_with_a_damaged_tokenizer(make: Make) -> None:
     with pytest.raises(ArtifactError, match=r"no tokenizer\.json"):
         generator.encode("Hi")
     assert list(generator.tokens([5], max_new_tokens=2)) == [6, 7]
+
+
+def test_only_scalar_inputs_of_the_artifact_can_be_set(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    out = make()
+    with pytest.raises(UsageError, match="no scalar input 'routing_budget'") as error:
+        moec.load(out, inputs={"routing_budget": 0.5})
+    assert "--routing-input" in error.value.hint
+    assert cli.dispatch(["run", str(out), "--prompt", "a", "--input", "routing_budget=half"]) == 2
+    assert "not NAME=NUMBER" in capsys.readouterr().err

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import moec
 from moec import passes
 from moec.compiler.capture import capture
 from moec.compiler.checkpoint import Checkpoint
@@ -79,3 +80,15 @@ def test_the_threshold_can_be_fed_and_need_not_be(tiny_checkpoint: Tiny, tmp_pat
     ids = np.arange(3, 20)[None]
     want = ProgramRunner(off).prefill(ids)
     np.testing.assert_allclose(runner.prefill(ids), want, atol=1e-5 * np.abs(want).max())
+
+
+def test_the_threshold_of_an_exported_artifact_is_set_by_name(golden_model: Path, tmp_path: Path) -> None:
+    routing = {"policy": "ratio", "parameters": {"beta": 0.9}, "runtime_input": True}
+    moec.export(golden_model, target="onnx", output=tmp_path / "on", routing=routing, gates=False)
+    ids = np.arange(3, 40)[None]
+    default, off, same = (
+        moec.load(tmp_path / "on", inputs=inputs).runner.prefill(ids)
+        for inputs in (None, {BUDGET_INPUT: 0.0}, {BUDGET_INPUT: 0.9})
+    )
+    assert np.array_equal(default, same)
+    assert np.abs(default - off).max() > 1e-2
