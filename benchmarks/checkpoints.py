@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,32 @@ def random_checkpoint(directory: Path, **overrides: Any) -> Path:
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(OlmoeConfig(**{**BASE, **overrides}), dtype=torch.bfloat16)
         model.save_pretrained(directory)
+    return directory
+
+
+def random_lfm2_checkpoint(directory: Path, tokenizer: Path) -> Path:
+    """Write an LFM2-MoE checkpoint of the same widths (once): onnxruntime-genai's builder takes it, and no OLMoE.
+
+    Args:
+        directory: Where to.
+        tokenizer: Directory of a tokenizer, which the builder wants too.
+    """
+    if not (directory / "model.safetensors").is_file():
+        import torch
+        from transformers import AutoModelForCausalLM, Lfm2MoeConfig
+
+        torch.manual_seed(0)
+        widths = {
+            **BASE,
+            "moe_intermediate_size": BASE["intermediate_size"],
+            "num_dense_layers": 0,
+            "layer_types": ["full_attention"] * BASE["num_hidden_layers"],
+            "tie_word_embeddings": False,
+        }
+        model = AutoModelForCausalLM.from_config(Lfm2MoeConfig(**widths), dtype=torch.bfloat16)
+        model.save_pretrained(directory)
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(tokenizer / name, directory / name)
     return directory
 
 

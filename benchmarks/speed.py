@@ -14,7 +14,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -136,11 +136,17 @@ def main() -> None:
         (options.genai, Genai),
         (options.hf, Exported),
     ]
-    models = {item.split("=")[0]: kind(item.split("=", 1)[1]) for items, kind in kinds for item in items}
+    compare(
+        {item.split("=")[0]: kind(item.split("=", 1)[1]) for items, kind in kinds for item in items}, options.rounds
+    )
+
+
+def compare(models: Mapping[str, Model], rounds: int) -> None:
+    """Measure in alternation and print a table."""
     print(describe())
     random = np.random.default_rng(0)
     found: dict[str, dict[str, list[float]]] = {name: {"prefill": [], "decode": []} for name in models}
-    for turn in range(options.rounds + 1):  # the first round warms up
+    for turn in range(rounds + 1):  # the first round warms up
         for name, model in models.items():
             ids = random.integers(3, 31999, (1, PROMPT))
             prefill = cpu_ms(lambda model=model, ids=ids: model.prefill(ids))  # type: ignore[misc]
