@@ -36,6 +36,7 @@ from moec.targets.tflite.weights import Weights
 from moec.targets.tflite.writer import write
 
 HIDDEN, WIDTH, EXPERT_COUNT, TOP_K = 512, 1024, 16, 8
+FORMS = ("none", "int8:channel:int8-dynamic", "int4:32:int8-dynamic")
 GATE = ("silu", True, False, False, 1.0, 0.0, 0.0)
 
 
@@ -131,13 +132,13 @@ def feeds_of(block: Block, active: int) -> dict[str, np.ndarray]:
 
 def variants(block: Block, folder: Path, options: argparse.Namespace) -> Iterator[tuple[str, Callable[[], np.ndarray]]]:
     """Name and call of everything that is timed; each has been checked against torch."""
-    for form in ("none", "int8:channel", "int4:32"):
+    for form in FORMS:
         path = folder / f"{form}.tflite"
         ours(block, form, path)
         call = opened(path, options.threads)
         for active in (1, 2, 4, 8):
             yield checked(block, call, form, active)
-    for form in ("none", "int8:channel"):
+    for form in FORMS[:2]:
         path = folder / f"dense-{form}.tflite"
         ours(block, form, path, branches=False)
         yield checked(block, opened(path, options.threads), f"{form}, no control flow", TOP_K)

@@ -66,7 +66,7 @@ def main() -> None:
     ids = np.random.default_rng(0).integers(0, captured.vocab_size, TOKENS)
     print(describe())
     print("\n| weights | experts | median ms | fastest ms | median of the pairs' ratio |\n|---|---|---|---|---|")
-    for form in ("none", "int8:channel"):
+    for form in ("none", "int8:channel:int8-dynamic"):
         with tempfile.TemporaryDirectory() as folder:
             made = programs(captured, form).items()
             runners = {name: opened(program, Path(folder) / f"{name}.tflite", options) for name, program in made}

@@ -134,6 +134,7 @@ def compile_recipe(
             left at `output`, and an artifact that was there before still is.
     """
     target, options = _target(recipe)
+    recipe = _with_presets(recipe, target)
     _check_inputs(recipe)
     check_output(output.expanduser().resolve(), overwrite=overwrite)
     stages = _Stages(progress)
@@ -213,7 +214,7 @@ def validate_artifact(
 def build_program(recipe: Recipe, *, progress: Progress = silent) -> Program:
     """The Program that an export of `recipe` would lower: captured and with every pass run."""
     target, options = _target(recipe)
-    return _build(recipe, target, options, _Stages(progress)).program
+    return _build(_with_presets(recipe, target), target, options, _Stages(progress)).program
 
 
 def _check_inputs(recipe: Recipe) -> None:
@@ -228,6 +229,15 @@ def _check_inputs(recipe: Recipe) -> None:
         check_plan(recipe.quantize)
     if recipe.quality is not None and recipe.quality.max_loss is not None:
         held_out_text(recipe.quality.text)
+
+
+def _with_presets(recipe: Recipe, target: Target) -> Recipe:
+    """`recipe` with the formats that `target` means by the name of a preset, if it has formats of its own for it."""
+    settings = recipe.quantize
+    if settings is None or not isinstance(settings.format, str) or settings.format not in target.presets:
+        return recipe
+    own = {"format": {"formats": dict(target.presets[settings.format])}}
+    return recipe.model_copy(update={"quantize": settings.model_copy(update=own)})
 
 
 def _target(recipe: Recipe) -> tuple[Target, TargetOptions]:

@@ -118,6 +118,8 @@ class Target(ABC):
 
     `name` is what `--target` takes; `Options` is a TargetOptions subclass; `extra` is the pip extra that it needs, if
     any; `tools` are the distributions, beyond torch, whose versions decide what it writes and so stand in moec.json.
+    `presets` are the names that `--quantize` takes for this target alone, or means something else by: name -> format
+    by tensor class, as in a recipe.
     Constructing a target imports nothing heavy: lowering modules are imported in the methods that need them.
     """
 
@@ -125,6 +127,7 @@ class Target(ABC):
     Options: ClassVar[type[TargetOptions]] = TargetOptions
     extra: ClassVar[str | None] = None
     tools: ClassVar[tuple[str, ...]] = ()
+    presets: ClassVar[Mapping[str, Mapping[str, str]]] = {}
 
     @abstractmethod
     def capabilities(self, options: TargetOptions, phase: Phase) -> Capabilities:

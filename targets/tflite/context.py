@@ -39,10 +39,11 @@ _INT32 = np.iinfo(np.int32)
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Choices of one signature that lowering functions consult."""
+    """Choices of one signature that lowering functions consult; `older`: for tflite-runtime 2.14."""
 
     capacity: int
     branches: bool
+    older: bool = False
 
 
 @dataclass(eq=False)
@@ -228,8 +229,8 @@ class Context:
         return self.float32(self.graph.weight(weight))
 
     def float32(self, value: Value) -> Value:
-        """A weight that is stored in half precision, as float32."""
-        if value.dtype != "FLOAT16":
+        """A weight that is stored in half precision or as codes, as float32."""
+        if value.dtype not in {"FLOAT16", "INT8"}:
             return value
         return self.shared_value(("float32", value), lambda: self.op("DEQUANTIZE", value, dtype="FLOAT32"))
 

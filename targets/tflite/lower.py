@@ -9,17 +9,20 @@ from typing import Any
 import torch
 from torch import fx
 
+from moec.compiler.errors import LoweringError
 from moec.compiler.program import ATTENTION, EXPERTS, Program
 from moec.compiler.specialise import specialise, without_padding
 from moec.targets.tflite.context import TENSOR_TYPES, Context, Settings, Shared
 from moec.targets.tflite.lowerings.table import TABLE, lookup
 from moec.targets.tflite.model import Graph, Model, Value
 from moec.targets.tflite.positions import from_input
-from moec.targets.tflite.reader import METADATA
+from moec.targets.tflite.reader import METADATA, OLDER
 from moec.targets.tflite.weights import Weights
 
 
-def build(program: Program, *, lengths: Sequence[int], capacity: int, branches: bool) -> tuple[Model, Shared]:
+def build(
+    program: Program, *, lengths: Sequence[int], capacity: int, branches: bool, older: bool = False
+) -> tuple[Model, Shared]:
     """Lower `program` to the signatures `decode` and `prefill_N`.
 
     Args:
@@ -27,6 +30,7 @@ def build(program: Program, *, lengths: Sequence[int], capacity: int, branches: 
         lengths: Tokens of a step, one signature each; 1 is `decode`.
         capacity: Slots of the KV cache.
         branches: Whether an expert may be a branch, which is skipped where no token needs it.
+        older: Whether the file is for tflite-runtime 2.14 instead of LiteRT.
 
     Returns:
         The model, whose weights are still to be read, and what was found on the way.
@@ -40,15 +44,28 @@ def build(program: Program, *, lengths: Sequence[int], capacity: int, branches: 
     for length in lengths:
         static = specialise(plain, batch=1, sequence=length, past_sequence=capacity - length)
         name = signature_name(length)
-        model.signatures[name] = _signature(static, shared, Settings(capacity, branches), name)
+        model.signatures[name] = _signature(static, shared, Settings(capacity, branches, older), name)
     facts: dict[str, Any] = {
         "capacity": capacity,
         "experts": shared.experts,
         "prefill_lengths": [n for n in lengths if n > 1],
     }
     facts["inputs"] = default_inputs(plain)
+    if older:
+        facts["runtime"] = OLDER
+        _refuse_dynamic(model)
     model.metadata[METADATA] = json.dumps(facts, sort_keys=True).encode()
     return model, shared
+
+
+def _refuse_dynamic(model: Model) -> None:
+    wrong = [weight.name for weight in model.weights() if weight.dynamic]
+    if wrong:
+        raise LoweringError(
+            f"{wrong[0]} and {len(wrong) - 1} more: tflite-runtime 2.14 gives zeros, silently, for products of int8 "
+            "weights that have a scale per row with activations that are rounded to int8",
+            hint="--quantize fp16 and int8:channel, whose activations stay float, are right there; or --runtime litert",
+        )
 
 
 def signature_name(length: int) -> str:

@@ -36,6 +36,7 @@ class Weight:
         dtype: Tensor type: FLOAT32, INT32, FLOAT16, INT8 or INT4 (two codes in a byte, the first in the low half).
         chunks: Makes the values in row-major order, and the scales with them.
         block: Weights of a row that share a scale: 0 for a float tensor, the length of a row for one scale per row.
+        dynamic: Whether products take its codes as they are and round the activations to int8, row by row.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Weight:
     dtype: str
     chunks: Callable[[], Iterator[Chunk]]
     block: int = 0
+    dynamic: bool = False
 
     @property
     def nbytes(self) -> int:

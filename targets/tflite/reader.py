@@ -19,6 +19,9 @@ from moec.targets.tflite.extra import schema
 METADATA = "moec"
 """Name of the entry of the model's metadata that says what a reader of the file has to know."""
 
+OLDER = "tflite-runtime"
+"""What the metadata calls the runtime of files that are built for it; others are for LiteRT."""
+
 _DTYPES = {"FLOAT32": "<f4", "FLOAT16": "<f2", "INT32": "<i4"}
 
 

@@ -1,21 +1,19 @@
-"""Runs a TFLite artifact with the LiteRT interpreter on CPU. Imports no torch."""
+"""Runs a TFLite artifact with LiteRT, or with the runtime that it was built for, on CPU. Imports no torch."""
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from moec.compiler.errors import ArtifactError, UsageError
+from moec.compiler.errors import UsageError
 from moec.targets.base import RunnerLimits
-from moec.targets.tflite.extra import module
-from moec.targets.tflite.reader import TfliteFile
+from moec.targets.tflite.engine import DECODE, STATE_PREFIX, Engine, LitertEngine
+from moec.targets.tflite.older import OlderEngine
+from moec.targets.tflite.reader import OLDER, TfliteFile
 
-DECODE = "decode"
-STATE_PREFIX = "kv_cache_"
 _PREFIX = "prefill_"
 WORTH_PADDING = 8
 """A prompt's rest is padded to a signature's length if it fills at least one part in so many of it."""
@@ -32,48 +30,34 @@ class TfliteRunner:
         threads: Threads of XNNPACK and LiteRT's kernels; 0 is the runtime's default.
 
     Raises:
-        ArtifactError: LiteRT cannot load it.
-        MissingExtraError: LiteRT is not installed.
+        ArtifactError: The runtime cannot load it.
+        MissingExtraError: The runtime is not installed.
     """
 
     def __init__(self, file: Path, *, threads: int = 0) -> None:
-        runtime = module("ai_edge_litert.interpreter")
-        added = TfliteFile(file).facts["inputs"]
-        try:
-            self._interpreter = runtime.Interpreter(model_path=str(file), num_threads=threads or None)
-            signatures = self._interpreter.get_signature_list()
-            self._runners = {name: self._interpreter.get_signature_runner(name) for name in signatures}
-        except (ValueError, RuntimeError, OSError) as error:
-            raise ArtifactError(
-                f"{file}: LiteRT cannot load it: {str(error).splitlines()[0]}",
-                hint="moec verify tells whether the files are those that were built",
-            ) from error
-        if DECODE not in self._runners:
-            raise ArtifactError(f"{file}: it has no signature '{DECODE}'", hint="export it again")
-        details = self._runners[DECODE].get_input_details()
-        self._empty = {
-            name: np.zeros(item["shape"], item["dtype"])
-            for name, item in details.items()
-            if name.startswith(STATE_PREFIX)
-        }
+        facts = TfliteFile(file).facts
+        make = OlderEngine if facts.get("runtime") == OLDER else LitertEngine
+        self._engine: Engine = make(file, threads)
+        places = self._engine.inputs
         self._defaults = {
-            name: np.asarray(values, details[name]["dtype"]).reshape(details[name]["shape"])
-            for name, values in added.items()
+            name: np.asarray(values, places[name].dtype).reshape(places[name].shape)
+            for name, values in facts["inputs"].items()
         }
         self.overrides: dict[str, np.ndarray] = {}
         """Values for inputs that have defaults, such as {"routing_budget": array of shape []}."""
-        self.capacity = next(iter(self._empty.values())).shape[2]
-        self.lengths = tuple(sorted((int(n.removeprefix(_PREFIX)) for n in signatures if n != DECODE), reverse=True))
+        self.capacity = next(int(place.shape[2]) for name, place in places.items() if name.startswith(STATE_PREFIX))
+        sizes = (int(n.removeprefix(_PREFIX)) for n in self._engine.signatures if n != DECODE)
+        self.lengths = tuple(sorted(sizes, reverse=True))
         self.limits = RunnerLimits(
             max_batch=1, padding=False, max_sequence=self.capacity, prefill_lengths=tuple(reversed(self.lengths))
         )
         self.threads = threads
-        self._states = self._empty
-        self._length = 0
+        self.reset()
 
     def reset(self) -> None:
         """Forget the sequence."""
-        self._states, self._length = self._empty, 0
+        self._length = 0
+        self._engine.reset()
 
     def prefill(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None) -> np.ndarray:
         """Start a new sequence; see `moec.targets.base.Runner`."""
@@ -120,19 +104,15 @@ class TfliteRunner:
         padded = np.zeros((1, size), np.int32)
         padded[0, : tokens.size] = tokens
         positions = np.arange(self._length, self._length + size, dtype=np.int32)
-        name = DECODE if size == 1 else f"{_PREFIX}{size}"
-        feeds = {"tokens": padded, "input_pos": positions, **self._defaults, **self.overrides, **self._states}
-        results = self._runners[name](**feeds)
-        logits: np.ndarray = results.pop("logits")
-        self._states = results
+        feeds = {"tokens": padded, "input_pos": positions, **self._defaults, **self.overrides}
+        logits = self._engine.run(DECODE if size == 1 else f"{_PREFIX}{size}", feeds)
         self._length += tokens.size
         return logits[:, : tokens.size]
 
     def facts(self) -> Mapping[str, Any]:
         """Runtime, version, threads, and the shapes that the file has signatures for."""
-        version = importlib.metadata.version("ai-edge-litert")
         return {
-            "runtime": f"ai-edge-litert {version}",
+            "runtime": self._engine.runtime,
             "threads": self.threads,
             "context": self.capacity,
             "prefill_lengths": sorted(self.lengths),

@@ -21,11 +21,24 @@ MODEL = "model.tflite"
 DEFAULT_CONTEXT = 1024
 
 
+QUANTIZED = ("experts_gate_up", "experts_down", "shared_expert", "attention", "embedding", "lm_head")
+"""Tensor classes that the presets quantize."""
+
+_ROWS, _BLOCKS = "int8:channel:fp32:int8-dynamic", "int4:32:fp16:int8-dynamic"
+
+
 class Flavor(StrEnum):
     """Forms of the experts."""
 
     DEFAULT = "default"
     NO_CONTROL_FLOW = "no-control-flow"
+
+
+class Runtime(StrEnum):
+    """What the file is for, and what the gates run it with."""
+
+    LITERT = "litert"
+    TFLITE_RUNTIME = "tflite-runtime"
 
 
 class TfliteOptions(TargetOptions):
@@ -35,6 +48,10 @@ class TfliteOptions(TargetOptions):
         Flavor.DEFAULT,
         description="default: a branch per expert, skipped where no token needs it; no-control-flow: every expert "
         "computed, for delegates without IF",
+    )
+    runtime: Runtime = Field(
+        Runtime.LITERT,
+        description="litert; or tflite-runtime 2.14, which is run in an environment of its own and takes fewer formats",
     )
     prefill: tuple[PositiveInt, ...] = Field(
         (128,), description="Prompt lengths to build a signature for; every one costs memory when the file is opened."
@@ -51,6 +68,11 @@ class TfliteTarget(Target):
     Options: ClassVar[type[TargetOptions]] = TfliteOptions
     extra: ClassVar[str | None] = "tflite"
     tools: ClassVar[tuple[str, ...]] = ("ai-edge-litert", "flatbuffers")
+    presets: ClassVar[Mapping[str, Mapping[str, str]]] = {
+        "int8": dict.fromkeys(QUANTIZED, _ROWS),
+        # LiteRT looks rows up in tables of one scale per row only, and the head is as sensitive.
+        "int4": {name: _ROWS if name in {"embedding", "lm_head"} else _BLOCKS for name in QUANTIZED},
+    }
 
     def capabilities(self, options: TargetOptions, phase: Phase) -> Capabilities:
         """Decode skips every expert that its token does not need, prefill those that no token of the piece needs."""
@@ -81,7 +103,8 @@ class TfliteTarget(Target):
         capacity = _capacity(program, options)
         lengths = (1, *sorted({length for length in options.prefill if length > 1}))
         branches = options.flavor is not Flavor.NO_CONTROL_FLOW
-        model, shared = lower.build(program, lengths=lengths, capacity=capacity, branches=branches)
+        older = options.runtime is Runtime.TFLITE_RUNTIME
+        model, shared = lower.build(program, lengths=lengths, capacity=capacity, branches=branches, older=older)
         write(model, directory / MODEL, progress)
         counts: dict[str, int] = {}
         for graph in model.graphs():

@@ -12,13 +12,17 @@ from torch import Tensor
 from moec.compiler.errors import LoweringError
 from moec.compiler.program import Program
 from moec.compiler.weights import LazyTensor
+from moec.quantize.formats import Activations
 from moec.targets.tflite.model import Chunk, Weight
 
 CHUNK_BYTES = 1 << 25
 INT4_BLOCK = 32
 """XNNPACK's blockwise int4 product wants blocks that are a multiple of this."""
 
-HINT = "int8:channel, int4:channel and int4 in blocks, all symmetric, are what LiteRT computes with"
+HINT = (
+    "int8:channel, and with --activations int8-dynamic int4:channel and int4 in blocks too, all symmetric, are what "
+    "LiteRT computes with"
+)
 
 
 def format_of(tensor: LazyTensor) -> Any:
@@ -30,6 +34,8 @@ def inexpressible(form: Any, width: int) -> str:
     """Why an integer format has no form in LiteRT, for rows of `width`; empty where it has one."""
     if not form.symmetric:
         return "LiteRT has no kernel for weights with zero points"
+    if form.bits == 4 and form.activations is Activations.FLOAT:
+        return "LiteRT multiplies int4 weights with activations rounded to int8 only (int8-dynamic)"
     block = form.block_length(width)
     if block == width:
         return ""
@@ -155,7 +161,8 @@ def _quantized(
             data = codes.contiguous().numpy()
             yield (pack_int4(data) if form.bits == 4 else data.view(np.uint8)), scales.float().contiguous().numpy()
 
-    return Weight(name, shape, f"INT{form.bits}", chunks, form.block_length(shape[-1]))
+    dynamic = form.activations is Activations.INT8_DYNAMIC
+    return Weight(name, shape, f"INT{form.bits}", chunks, form.block_length(shape[-1]), dynamic)
 
 
 def _row_slices(tensor: Any) -> Iterator[tuple[Tensor, Tensor]]:

@@ -68,8 +68,8 @@ VERSIONS = {
     "BROADCAST_TO": 3,
     "CONCATENATION": 1,
     "DEQUANTIZE": 3,
-    "EMBEDDING_LOOKUP": 4,
-    "FULLY_CONNECTED": 12,
+    "EMBEDDING_LOOKUP": 1,
+    "FULLY_CONNECTED": 6,
     "GATHER": 4,
     "PACK": 1,
     "SELECT_V2": 1,
@@ -78,6 +78,10 @@ VERSIONS = {
     "TRANSPOSE": 1,
     "UNPACK": 4,
 }
+
+
+QUANTIZED_VERSIONS = {"DEQUANTIZE": 5, "EMBEDDING_LOOKUP": 4, "FULLY_CONNECTED": 12}
+"""The same where an operand is a quantized weight, with a scale for each row."""
 
 
 def write(model: Model, path: Path, progress: Progress) -> int:
@@ -135,6 +139,12 @@ def _stream(weight: Weight, write: Callable[[bytes], int]) -> np.ndarray:
     return np.concatenate(scales) if scales else np.zeros(0, np.float32)
 
 
+def _version(operator: Operator, graph: Graph) -> int:
+    weights = (graph.tensors[index].weight for index in operator.inputs if index >= 0)
+    plain = VERSIONS.get(operator.name, 1)
+    return QUANTIZED_VERSIONS.get(operator.name, plain) if any(w is not None and w.block for w in weights) else plain
+
+
 class _Packer:
     """Packs a model into a flatbuffer and remembers where the weights' offsets and scales go."""
 
@@ -145,7 +155,7 @@ class _Packer:
         self._shared: dict[Hashable, int] = {}
         self._buffers: list[int] = []
         self._buffer_of: dict[Hashable, int] = {}
-        self._codes: dict[str, int] = {}
+        self._codes: dict[tuple[str, int], int] = {}
         self._offset_places: dict[Hashable, int] = {}
         self._scale_places: dict[Weight, int] = {}
 
@@ -156,7 +166,7 @@ class _Packer:
         graphs = [self._graph(graph) for graph in self._graphs]
         signatures = [self._signature(name, graph) for name, graph in self._model.signatures.items()]
         metadata = [self._metadata(name, data) for name, data in self._model.metadata.items()]
-        codes = [self._operator_code(name) for name in self._codes]
+        codes = [self._operator_code(*code) for code in self._codes]
         description = b.CreateString(self._model.description)
         vectors = [self._table_vector(items) for items in (codes, graphs, self._buffers, metadata, signatures)]
         S.ModelStart(b)
@@ -247,7 +257,7 @@ class _Packer:
     def _graph(self, graph: Graph) -> int:
         b = self._builder
         tensors = self._table_vector([self._tensor(tensor, place) for place, tensor in enumerate(graph.tensors)])
-        operators = self._table_vector([self._operator(operator) for operator in graph.operators])
+        operators = self._table_vector([self._operator(operator, graph) for operator in graph.operators])
         inputs = self._ints([value.index for _, value in graph.inputs])
         outputs = self._ints([value.index for _, value in graph.outputs])
         name = self._string(graph.name)
@@ -315,9 +325,9 @@ class _Packer:
         S.QuantizationParametersAddQuantizedDimension(b, 0)
         return int(S.QuantizationParametersEnd(b))
 
-    def _operator(self, operator: Operator) -> int:
+    def _operator(self, operator: Operator, graph: Graph) -> int:
         b = self._builder
-        code = self._codes.setdefault(operator.name, len(self._codes))
+        code = self._codes.setdefault((operator.name, _version(operator, graph)), len(self._codes))
         inputs, outputs = self._ints(operator.inputs), self._ints(operator.outputs)
         kind = OPTIONS.get(operator.name)
         options = self._options(kind, operator) if kind else 0
@@ -338,11 +348,11 @@ class _Packer:
         key = (kind, tuple(sorted((name, str(value)) for name, value in fields.items())))
         return self._once(key, lambda: int(getattr(S, f"{kind}T")(**fields).Pack(self._builder)))
 
-    def _operator_code(self, name: str) -> int:
+    def _operator_code(self, name: str, version: int) -> int:
         b, code = self._builder, getattr(S.BuiltinOperator, name)
         S.OperatorCodeStart(b)
         S.OperatorCodeAddDeprecatedBuiltinCode(b, min(code, 127))
-        S.OperatorCodeAddVersion(b, VERSIONS.get(name, 1))
+        S.OperatorCodeAddVersion(b, version)
         S.OperatorCodeAddBuiltinCode(b, code)
         return int(S.OperatorCodeEnd(b))
 

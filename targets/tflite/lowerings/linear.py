@@ -18,8 +18,10 @@ aten = torch.ops.aten
 
 
 def fully_connected(ctx: Context, x: Value, weight: Weight | Value, bias: Value | None) -> Value:
-    """`x @ weight.T + bias`; with integer weights XNNPACK rounds the activations to int8, row by row."""
-    matrix = weight if isinstance(weight, Value) else ctx.float32(ctx.graph.weight(weight))
+    """`x @ weight.T + bias`; a weight that is not `dynamic` is expanded to float32 before, once for all calls."""
+    matrix = weight if isinstance(weight, Value) else ctx.graph.weight(weight)
+    if isinstance(weight, Weight) and not weight.dynamic:
+        matrix = ctx.float32(matrix)
     shape = (*x.shape[:-1], matrix.shape[0])
     return ctx.op("FULLY_CONNECTED", x, matrix, bias, shape=shape, keepNumDims=True)
 
@@ -73,6 +75,9 @@ def _embedding(ctx: Context, node: fx.Node) -> Value:
     if table.op != "get_attr":
         return gather(ctx, ctx.tensor(table), index, 0)
     weight = ctx.shared.weights.matrix(str(table.target), result_dtype(node))
+    if ctx.settings.older:
+        # It can gather neither halves nor codes.
+        return gather(ctx, ctx.float32(ctx.graph.weight(weight)), index, 0)
     if not weight.block:
         rows = gather(ctx, ctx.graph.weight(weight), index, 0)
         return ctx.op("DEQUANTIZE", rows, dtype="FLOAT32") if rows.dtype == "FLOAT16" else rows

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import moec
 from moec import passes
 from moec.compiler.errors import ArtifactError, LoweringError, MissingExtraError, UsageError
 from moec.compiler.interpreter import ProgramRunner
@@ -31,6 +32,7 @@ from moec.targets.tflite.runner import TfliteRunner
 from moec.targets.tflite.target import TfliteOptions, TfliteTarget
 
 Programs = Callable[[str], Program]
+DYNAMIC = "int8-dynamic"
 EXPERT_CLASSES = (TensorClass.EXPERTS_GATE_UP, TensorClass.EXPERTS_DOWN)
 
 
@@ -234,9 +236,10 @@ def test_a_policy_drops_slots_and_its_budget_is_an_input(build: Any, program_of:
 @pytest.mark.parametrize(
     ("formats", "limit"),
     [
-        ({"experts_gate_up": "int8:channel", "experts_down": "int8:channel", "attention": "int8:channel"}, 2e-2),
-        ({"experts_gate_up": "int4:32", "experts_down": "int8:channel"}, 2e-2),
-        ({"experts_gate_up": "int4:channel", "experts_down": "int4:channel"}, 2e-2),
+        (dict.fromkeys(("experts_gate_up", "experts_down", "attention"), f"int8:channel:{DYNAMIC}"), 2e-2),
+        ({"experts_gate_up": f"int4:32:{DYNAMIC}", "experts_down": f"int8:channel:{DYNAMIC}"}, 2e-2),
+        ({"experts_gate_up": f"int4:channel:{DYNAMIC}", "experts_down": f"int4:channel:{DYNAMIC}"}, 2e-2),
+        ({"experts_gate_up": "int8:channel", "experts_down": "int8:channel", "attention": "int8:channel"}, 1e-5),
         ({"embedding": "int8:channel"}, 1e-5),
         ({name.value: "fp16" for name in (*EXPERT_CLASSES, TensorClass.LM_HEAD, TensorClass.EMBEDDING)}, 1e-5),
     ],
@@ -252,9 +255,9 @@ def test_formats(build: Any, program_of: Programs, formats: dict[str, str], limi
     assert np.median(errors) < limit
 
 
-@pytest.mark.parametrize("text", ["none", "int8:channel", "int4:channel", "int4:32"])
+@pytest.mark.parametrize("text", ["none", "int8:channel", f"int4:channel:{DYNAMIC}", f"int4:32:{DYNAMIC}"])
 def test_experts_are_read_back_as_planned(build: Any, program_of: Programs, text: str) -> None:
-    program = quantized(program_of("mixtral"), experts_gate_up=text, experts_down="int4:channel")
+    program = quantized(program_of("mixtral"), experts_gate_up=text, experts_down=f"int4:channel:{DYNAMIC}")
     readers = TfliteFile(build.file(program, lengths=(1,))).experts()
     names = {name for layer in program.layers for name in (layer.gate_up_proj, layer.down_proj)}
     assert set(readers) == names
@@ -275,7 +278,8 @@ def test_experts_stored_otherwise_are_read_back_in_the_programs_layout(build: An
     [
         ({"experts_gate_up": "int8:32"}, "one scale per row only"),
         ({"experts_gate_up": "int4:32:asym"}, "zero points"),
-        ({"embedding": "int4:32"}, "embedding in blocks"),
+        ({"embedding": f"int4:32:{DYNAMIC}"}, "embedding in blocks"),
+        ({"experts_gate_up": "int4:32"}, "rounded to int8 only"),
     ],
 )
 def test_what_litert_cannot_express_is_an_error_that_names_tensor_and_format(
@@ -303,7 +307,7 @@ def lowered(program: Program, directory: Path, **options: Any) -> Any:
 
 
 def test_the_same_model_gives_the_same_bytes(program_of: Programs, tmp_path: Path) -> None:
-    program = quantized(program_of("mixtral"), experts_gate_up="int4:32", experts_down="int8:channel")
+    program = quantized(program_of("mixtral"), experts_gate_up=f"int4:32:{DYNAMIC}", experts_down="int8:channel")
     files = []
     for name in "ab":
         lowered(program, tmp_path / name, prefill=(16,), context=64)
@@ -378,6 +382,53 @@ def test_damaged_files(build: Any, program_of: Programs) -> None:
             TfliteRunner(path)
         with pytest.raises(ArtifactError):
             TfliteFile(path)
+
+
+def test_a_preset_means_formats_that_litert_computes_with(golden_model: Path, tmp_path: Path) -> None:
+    result = moec.export(
+        golden_model,
+        target="tflite",
+        output=tmp_path / "out",
+        quantize={"format": "int4", "rounding": "rtn"},
+        options={"prefill": (16,), "context": 64},
+        gates=False,
+    )
+    wanted = {name: str(parse_format(text)) for name, text in TfliteTarget.presets["int4"].items()}
+    formats = result.manifest["recipe"]["quantize"]["format"]["formats"]
+    assert formats == {"router": "none", "other": "none", **wanted}
+    assert set(TfliteTarget.presets) == {"int4", "int8"}
+
+
+def test_the_older_runtime_is_refused_what_it_computes_wrongly(program_of: Programs, tmp_path: Path) -> None:
+    wrong = quantized(program_of("mixtral"), experts_down=f"int8:channel:{DYNAMIC}")
+    with pytest.raises(LoweringError, match=r"experts.down_proj.* and 15 more: tflite-runtime .* zeros"):
+        lowered(wrong, tmp_path / "wrong", runtime="tflite-runtime")
+    lowered(program_of("mixtral"), tmp_path / "out", runtime="tflite-runtime", prefill=(16,), context=64)
+    assert TfliteFile(tmp_path / "out" / "model.tflite").facts["runtime"] == "tflite-runtime"
+
+
+def test_an_environment_that_is_missing_says_how_to_make_it(
+    program_of: Programs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "nothing"))
+    lowered(program_of("mixtral"), tmp_path / "out", runtime="tflite-runtime", prefill=(), context=64)
+    with pytest.raises(MissingExtraError) as caught:
+        TfliteTarget().open(tmp_path / "out")
+    assert "tflite-runtime==2.14.0 'numpy<2'" in caught.value.hint
+
+
+@pytest.mark.interop
+@pytest.mark.parametrize("text", ["none", "fp16", "int8:channel"])
+def test_the_older_runtime_gives_the_logits_of_the_program(program_of: Programs, tmp_path: Path, text: str) -> None:
+    """Needs the environment that the message of `MissingExtraError` describes."""
+    classes = ("experts_gate_up", "experts_down", "attention", "embedding", "lm_head")
+    program = quantized(program_of("golden"), **dict.fromkeys(classes, text))
+    lowered(program, tmp_path / "out", runtime="tflite-runtime", prefill=(16,), context=64)
+    runner, ids = TfliteTarget().open(tmp_path / "out", threads=1), tokens(program, 23)
+    assert "tflite-runtime 2.14" in runner.facts()["runtime"]
+    for cut in (20, 1):
+        got = np.concatenate([runner.prefill(ids[:, :cut]), runner.decode(ids[:, cut:])], axis=1)
+        assert difference(got, ProgramRunner(program).prefill(ids)) < 1e-5
 
 
 def test_an_op_without_a_form_is_named(program_of: Programs) -> None:

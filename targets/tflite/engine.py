@@ -1,0 +1,113 @@
+"""Runs the signatures of a `.tflite` file with LiteRT in this process. Imports no torch."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from moec.compiler.errors import ArtifactError
+from moec.targets.tflite.extra import module
+
+DECODE = "decode"
+STATE_PREFIX = "kv_cache_"
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Shape and dtype of an input of `decode`."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+
+class Engine(Protocol):
+    """A file that is open in some runtime, which keeps the states."""
+
+    runtime: str
+    signatures: tuple[str, ...]
+    inputs: Mapping[str, Place]
+
+    def reset(self) -> None:
+        """Fill the states with zeros."""
+
+    def run(self, signature: str, feeds: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Run one signature on the states, which it changes, and return its logits."""
+
+
+def cannot_load(file: Path, runtime: str, error: Exception | str) -> ArtifactError:
+    """The error for a file that `runtime` refuses."""
+    return ArtifactError(
+        f"{file}: {runtime} cannot load it: {(str(error).splitlines() or ['no reason given'])[0]}",
+        hint="moec verify tells whether the files are those that were built",
+    )
+
+
+class LitertEngine:
+    """LiteRT's interpreter on CPU.
+
+    Args:
+        file: The model.
+        threads: Threads of XNNPACK and LiteRT's kernels; 0 is the runtime's default.
+
+    Raises:
+        ArtifactError: LiteRT cannot load it.
+        MissingExtraError: LiteRT is not installed.
+    """
+
+    def __init__(self, file: Path, threads: int) -> None:
+        interpreters = module("ai_edge_litert.interpreter")
+        self.runtime = f"ai-edge-litert {importlib.metadata.version('ai-edge-litert')}"
+        try:
+            self._interpreter = interpreters.Interpreter(model_path=str(file), num_threads=threads or None)
+            self.signatures = tuple(self._interpreter.get_signature_list())
+            if DECODE not in self.signatures:
+                raise ArtifactError(f"{file}: it has no signature '{DECODE}'", hint="export it again")
+            decode = self._interpreter.get_signature_runner(DECODE)
+            details, outputs = decode.get_input_details(), decode.get_output_details()
+            # The first subgraph is `decode`. LiteRT lends its tensors only while nobody holds a runner of a signature.
+            del decode
+            self._interpreter.allocate_tensors()
+        except (ValueError, RuntimeError, OSError) as error:
+            raise cannot_load(file, "LiteRT", error) from error
+        self.inputs: Mapping[str, Place] = {
+            name: Place(tuple(item["shape"]), np.dtype(item["dtype"])) for name, item in details.items()
+        }
+        self._read = {name: int(item["index"]) for name, item in details.items()}
+        self._written = {name: int(item["index"]) for name, item in outputs.items()}
+        self._states = tuple(name for name in details if name.startswith(STATE_PREFIX))
+
+    def reset(self) -> None:
+        """Fill the states with zeros."""
+        for name in self._states:
+            self._view(self._read[name]).fill(0)
+
+    def run(self, signature: str, feeds: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Run one signature; see `Engine`."""
+        return self._decode(feeds) if signature == DECODE else self._prefill(signature, feeds)
+
+    def _decode(self, feeds: Mapping[str, np.ndarray]) -> np.ndarray:
+        for name, value in feeds.items():
+            self._interpreter.set_tensor(self._read[name], value)
+        self._interpreter.invoke()
+        for name in self._states:
+            np.copyto(self._view(self._read[name]), self._view(self._written[name]))
+        logits: np.ndarray = self._interpreter.get_tensor(self._written["logits"])
+        return logits
+
+    def _prefill(self, signature: str, feeds: Mapping[str, np.ndarray]) -> np.ndarray:
+        states = {name: self._view(self._read[name]) for name in self._states}
+        results = self._interpreter.get_signature_runner(signature)(**feeds, **states)
+        for name in self._states:
+            np.copyto(states[name], results[name])
+        logits: np.ndarray = results["logits"]
+        return logits
+
+    def _view(self, index: int) -> np.ndarray:
+        """A tensor of `decode` where LiteRT keeps it, the states between the calls; not to be held while it runs."""
+        view: np.ndarray = self._interpreter.tensor(index)()
+        return view
