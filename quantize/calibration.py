@@ -7,23 +7,27 @@ routing weight, by which its error counts in the layer's output.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from torch import Tensor, fx
 
 from moec.compiler.interpreter import ProgramRunner
 from moec.compiler.ops import ExpertCall
 from moec.compiler.program import Program
+from moec.compiler.weights import LazyTensor
 from moec.quantize.formats import IntegerFormat
-from moec.quantize.gptq import GptqOptions, gptq
+from moec.quantize.gptq import BATCH, GptqOptions, gptq
 from moec.quantize.hessian import Hessian
 from moec.quantize.plan import QuantizationPlan, TensorClass
 from moec.quantize.roles import LINEAR, Role, format_of, weight_roles
 from moec.quantize.rounding import RoundingResult, round_to_nearest
 from moec.quantize.scales import ClipSearch
+from moec.quantize.tensors import QuantizedTensor
 
 if TYPE_CHECKING:
     from moec.targets.base import Progress
@@ -92,18 +96,43 @@ def calibrate(
         hessians = _collect(program, group, windows, progress)
         for name in group:
             role, chosen = wanted[name]
-            weight = program.weights.read(name)
             # No product with an embedding, so no Hessian: its rows are looked up.
-            if role.tensor_class is TensorClass.EMBEDDING:
-                rounded[name] = round_to_nearest(weight, chosen, name=name, clip=ClipSearch())
-            else:
-                own = hessians.by_name.pop(name)
-                rounded[name] = gptq(weight, own, chosen, name=name, options=options)
-                if len(own) > 1:
-                    tokens[name] = tuple(hessian.tokens for hessian in own)
+            own = None if role.tensor_class is TensorClass.EMBEDDING else hessians.by_name.pop(name)
+            rounded[name] = _rounded(program.weights[name], own, chosen, name, options)
+            if own is not None and len(own) > 1:
+                tokens[name] = tuple(hessian.tokens for hessian in own)
             done += 1
             progress("rounding", done, len(wanted))
     return Calibration(rounded, tokens)
+
+
+def _rounded(
+    tensor: LazyTensor, hessians: list[Hessian] | None, fmt: IntegerFormat, name: str, options: GptqOptions
+) -> RoundingResult:
+    """Round a matrix, or a stack a few experts at a time, and keep the codes in a file."""
+    stacked = len(tensor.shape) == 3
+    # Experts that GPTQ would round together anyway.
+    step = max(1, BATCH // math.prod(tensor.shape[1:])) if stacked else tensor.shape[0]
+    codes, parts = mapped(tensor.shape), list[RoundingResult]()
+    for start in range(0, tensor.shape[0], step):
+        part = slice(start, min(start + step, tensor.shape[0]))
+        weight = tensor.rows(part.start, part.stop)
+        if hessians is None:
+            result = round_to_nearest(weight, fmt, name=name, clip=ClipSearch())
+        else:
+            result = gptq(weight, hessians[part] if stacked else hessians, fmt, name=name, options=options)
+        codes[part] = result.tensor.codes
+        parts.append(replace(result, tensor=replace(result.tensor, codes=codes[part])))
+    points = [part.tensor.zero_points for part in parts if part.tensor.zero_points is not None]
+    scales = torch.cat([part.tensor.scales for part in parts])
+    whole = QuantizedTensor(parts[0].tensor.format, codes, scales, torch.cat(points) if points else None)
+    return RoundingResult(whole, tuple(matrix for part in parts for matrix in part.matrices))
+
+
+def mapped(shape: Sequence[int]) -> Tensor:
+    """An int8 tensor in a nameless temporary file: codes of a model that is larger than memory have a place there."""
+    with tempfile.NamedTemporaryFile(prefix="moec-") as file:
+        return torch.from_file(file.name, shared=True, size=math.prod(shape), dtype=torch.int8).view(*shape)
 
 
 def _wanted(program: Program, plan: QuantizationPlan) -> dict[str, tuple[Role, IntegerFormat]]:

@@ -23,7 +23,7 @@ from moec.quantize.tensors import grouped
 
 # Experts are rounded together up to this many weights (16 MiB in fp32): large enough to keep every core busy with
 # each column, small enough that a stack larger than memory is never copied whole.
-_BATCH = 1 << 22
+BATCH = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def gptq(
     if len(stacked) != len(hessians):
         raise ValueError(f"{name}: {len(stacked)} matrices, {len(hessians)} Hessians")
     enough = [hessian.tokens >= options.minimum_tokens for hessian in hessians]
-    size = max(1, _BATCH // stacked[0].numel())
+    size = max(1, BATCH // stacked[0].numel())
     parts: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
     reports: dict[int, MatrixReport] = {}
     for wanted in (True, False):

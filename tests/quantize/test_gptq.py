@@ -121,7 +121,7 @@ def test_an_expert_is_rounded_alike_alone_and_in_a_stack(monkeypatch: pytest.Mon
     assert torch.equal(whole.tensor.codes, again.tensor.codes)
     assert torch.equal(whole.tensor.scales, again.tensor.scales)
     assert whole.matrices == again.matrices
-    monkeypatch.setattr("moec.quantize.gptq._BATCH", 1)
+    monkeypatch.setattr("moec.quantize.gptq.BATCH", 1)
     single = gptq(weight, hessians, INT4, name="w").tensor
     assert float((single.codes == whole.tensor.codes).float().mean()) > 0.99
     alone = gptq(weight[1], hessians[1:2], INT4, name="w").tensor
