@@ -35,6 +35,20 @@ def _quantize(metavar: str, text: str) -> Any:
     return typer.Option(metavar=metavar, help=text, rich_help_panel="Quantization")
 
 
+def _latency(metavar: str, text: str) -> Any:
+    """A flag of the latency gate."""
+    return typer.Option(metavar=metavar, help=text, rich_help_panel="Latency")
+
+
+LatencyBudget = Annotated[
+    str | None, _latency("KEY=VALUE,...", "Budgets: decode.p50=12ms,prefill128.p90=300ms,load=2s,size=400MB.")
+]
+LatencyBaseline = Annotated[Path | None, _latency("DIRECTORY", "Artifact to compare with, in turns.")]
+MaxRegression = Annotated[str | None, _latency("5%", "How much slower than that it may be. (default: 5%)")]
+LatencyThreads = Annotated[int | None, _latency("N", "Threads of the runtime. (default: 1)")]
+LatencySeconds = Annotated[float | None, _latency("S", "Most seconds of sampling. (default: 120)")]
+
+
 def export(
     checkpoint: Annotated[str | None, typer.Argument(help="Directory or hub id; or in the recipe.")] = None,
     target: Annotated[
@@ -69,6 +83,11 @@ def export(
     max_perplexity_increase: Annotated[
         str | None, _quantize("0.5%", "For auto: most that perplexity may rise, as predicted.")
     ] = None,
+    latency_budget: LatencyBudget = None,
+    latency_baseline: LatencyBaseline = None,
+    max_regression: MaxRegression = None,
+    latency_threads: LatencyThreads = None,
+    latency_seconds: LatencySeconds = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an artifact at the output.")] = False,
     no_gates: Annotated[bool, typer.Option("--no-gates", help="Do not prove the artifact.")] = False,
     trust_remote_code: Trust = False,
@@ -110,7 +129,14 @@ def export(
         "max_perplexity_increase": max_perplexity_increase,
     }
     quality = {"max_loss": max_quality_loss, "text": quality_text}
-    sections = sections_of_flags(routed, quantized, quality, calibration or ())
+    latency = {
+        "budget": latency_budget,
+        "baseline": latency_baseline,
+        "max_regression": max_regression,
+        "threads": latency_threads,
+        "seconds": latency_seconds,
+    }
+    sections = sections_of_flags(routed, quantized, quality, latency, calibration or ())
     wanted = merge(recipe, {**common, **sections, **options})
     console = Console(json_output, quiet, debug)
     with console.progress() as progress:
@@ -151,6 +177,11 @@ def validate(
     ] = None,
     max_quality_loss: Annotated[str | None, typer.Option(metavar="1%", help="Most that perplexity may rise.")] = None,
     quality_text: Annotated[Path | None, typer.Option(metavar="PATH", help="Held-out text; moec brings one.")] = None,
+    latency_budget: LatencyBudget = None,
+    latency_baseline: LatencyBaseline = None,
+    max_regression: MaxRegression = None,
+    latency_threads: LatencyThreads = None,
+    latency_seconds: LatencySeconds = None,
     trust_remote_code: Trust = False,
     json_output: Json = False,
     quiet: Quiet = False,
@@ -160,7 +191,15 @@ def validate(
     from moec.compiler.flags import sections_of_flags
     from moec.compiler.pipeline import validate_artifact
 
-    sections = sections_of_flags({}, {}, {"max_loss": max_quality_loss, "text": quality_text}, ())
+    quality = {"max_loss": max_quality_loss, "text": quality_text}
+    latency = {
+        "budget": latency_budget,
+        "baseline": latency_baseline,
+        "max_regression": max_regression,
+        "threads": latency_threads,
+        "seconds": latency_seconds,
+    }
+    sections = sections_of_flags({}, {}, quality, latency, ())
     console = Console(json_output, quiet, debug)
     with console.progress() as progress:
         result = validate_artifact(
@@ -168,6 +207,7 @@ def validate(
             against,
             calibration=None if calibration is None else str(calibration),
             quality=sections["quality"],
+            latency=sections["latency"],
             trust_remote_code=trust_remote_code,
             progress=progress,
         )

@@ -25,7 +25,14 @@ if TYPE_CHECKING:
     from moec.compiler.pipeline import Result
 
 INTERNAL, INTERRUPTED = 70, 130
-_STYLES = {"pass": "green", "fail": "bold red", "not run": "yellow", "yes": "green", "no": "red"}
+_STYLES = {
+    "pass": "green",
+    "fail": "bold red",
+    "too noisy": "bold red",
+    "not run": "yellow",
+    "yes": "green",
+    "no": "red",
+}
 
 
 @dataclass

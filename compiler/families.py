@@ -111,7 +111,7 @@ def _lower(name: str, fields: Mapping[str, Any], folder: Path) -> FamilyRow:
     except MoecError as error:
         return FamilyRow(name, True, False, False, error.message)
     # Quality and latency ask for limits, which tiny random models have none of; the proof must be whole.
-    asked = [verdict for verdict in result.verdicts if verdict.exit_code == EXIT_CODE or verdict.status is Status.FAIL]
+    asked = [verdict for verdict in result.verdicts if verdict.exit_code == EXIT_CODE or verdict.status.failed]
     wrong = [verdict for verdict in asked if verdict.status is not Status.PASS]
     parity = [verdict for verdict in result.verdicts if verdict.gate.startswith("parity")]
     return FamilyRow(name, True, _passed(parity[:1]), not wrong, _summary(wrong or parity))

@@ -150,7 +150,11 @@ def given(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def sections_of_flags(
-    routing: Mapping[str, Any], quantize: Mapping[str, Any], quality: Mapping[str, Any], calibration: Sequence[Path]
+    routing: Mapping[str, Any],
+    quantize: Mapping[str, Any],
+    quality: Mapping[str, Any],
+    latency: Mapping[str, Any],
+    calibration: Sequence[Path],
 ) -> dict[str, dict[str, Any] | None]:
     """The sections of a recipe that flags speak of; None where they do not.
 
@@ -158,8 +162,8 @@ def sections_of_flags(
     a text; a text serves quantization, and routing where weights stay as they are. `--max-quality-loss` bounds the
     search of routing only where nothing else says how much routing shall save.
     """
-    routed, quantized, judged = (
-        {k: _plain(v) for k, v in given(part).items()} for part in (routing, quantize, quality)
+    routed, quantized, judged, timed = (
+        {k: _plain(v) for k, v in given(part).items()} for part in (routing, quantize, quality, latency)
     )
     for path in calibration:
         if path.suffix == ".json" or not quantized:
@@ -168,7 +172,8 @@ def sections_of_flags(
             quantized["calibration"] = str(path)
     if routed.get("policy", "off") == "off" or {"budget", "calibration"} & routed.keys():
         routed.pop("max_quality_loss", None)
-    return {"routing": routed or None, "quantize": quantized or None, "quality": judged or None}
+    sections = {"routing": routed, "quantize": quantized, "quality": judged, "latency": timed}
+    return {name: section or None for name, section in sections.items()}
 
 
 def _plain(value: Any) -> Any:

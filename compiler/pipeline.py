@@ -20,6 +20,7 @@ from moec.compiler.artifact import read_manifest, verify, write_manifest
 from moec.compiler.capture import capture
 from moec.compiler.checkpoint import Checkpoint
 from moec.compiler.errors import ArtifactError, CheckpointError, LoweringError
+from moec.compiler.gates import latency as latency_gate
 from moec.compiler.gates.coverage import GATE as COVERAGE_GATE
 from moec.compiler.gates.integrity import GATE as INTEGRITY_GATE
 from moec.compiler.gates.parity import ARTIFACT_GATE, CAPTURE_GATE, EXIT_CODE
@@ -38,7 +39,7 @@ from moec.compiler.quantization import (
     plan_quantization,
     tensor_bytes,
 )
-from moec.compiler.recipe import QualityRecipe, Recipe, make_recipe, validate
+from moec.compiler.recipe import Recipe, make_recipe, validate
 from moec.compiler.rejections import Rejection
 from moec.compiler.routing import RoutingPlan, measure_savings, plan_routing
 from moec.compiler.staging import check_output, staged
@@ -69,7 +70,7 @@ class Result:
     @property
     def failed(self) -> tuple[Verdict, ...]:
         """The verdicts of the gates that failed."""
-        return tuple(verdict for verdict in self.verdicts if verdict.status is Status.FAIL)
+        return tuple(verdict for verdict in self.verdicts if verdict.status.failed)
 
     @property
     def exit_code(self) -> int:
@@ -166,7 +167,7 @@ def compile_recipe(
         verdicts = _not_run("switched off with --no-gates")
         if gates:
             with stages("gates"):
-                verdicts = _gates(built, target, directory, manifest, recipe.quality, progress)
+                verdicts = _gates(built, target, directory, manifest, recipe, progress)
         report.write(directory, manifest, verdicts, stages.timings)
     return Result(output, manifest, verdicts, stages.timings)
 
@@ -177,6 +178,7 @@ def validate_artifact(
     *,
     calibration: str | None = None,
     quality: Mapping[str, Any] | None = None,
+    latency: Mapping[str, Any] | None = None,
     trust_remote_code: bool = False,
     progress: Progress = silent,
 ) -> Result:
@@ -187,6 +189,7 @@ def validate_artifact(
         against: Directory or hub id of the checkpoint that it was built from.
         calibration: Calibration text that its weights were rounded with, if not the one that moec brings along.
         quality: Section `quality` of a recipe, which moec.json does not hold.
+        latency: Section `latency`, likewise.
         trust_remote_code: Run modelling code that the checkpoint brings along.
         progress: Told about every stage.
 
@@ -198,7 +201,12 @@ def validate_artifact(
     with stages("verify"):
         verify(directory)
         manifest = read_manifest(directory)
-        given = {"checkpoint": against, "trust_remote_code": trust_remote_code, "quality": quality}
+        given = {
+            "checkpoint": against,
+            "trust_remote_code": trust_remote_code,
+            "quality": quality,
+            "latency": latency,
+        }
         recipe = _recipe_of(directory, manifest, given, calibration)
         _check_inputs(recipe)
         target, options = _target(recipe)
@@ -206,7 +214,7 @@ def validate_artifact(
         _check_source(directory, manifest, checkpoint)
     built = _build(recipe, target, options, stages)
     with stages("gates"):
-        verdicts = _gates(built, target, directory, manifest, recipe.quality, progress)
+        verdicts = _gates(built, target, directory, manifest, recipe, progress)
     report.write(directory, manifest, verdicts, stages.timings)
     return Result(directory, manifest, verdicts, stages.timings)
 
@@ -218,12 +226,13 @@ def build_program(recipe: Recipe, *, progress: Progress = silent) -> Program:
 
 
 def _check_inputs(recipe: Recipe) -> None:
-    """Read the texts and the plan that the recipe names before anything is built.
+    """Read the texts, the plan, the budgets and the baseline that the recipe names before anything is built.
 
     Raises:
         CheckpointError: A text is missing, empty or binary.
-        UsageError: The plan is wrong.
+        UsageError: The plan or a budget is wrong, or the baseline is no artifact.
     """
+    _latency_options(recipe)
     if recipe.quantize is not None and not recipe.quantize.does_nothing:
         calibration_text(recipe.quantize)
         check_plan(recipe.quantize)
@@ -319,12 +328,14 @@ def _gates(
     target: Target,
     directory: Path,
     manifest: Mapping[str, Any],
-    quality: QualityRecipe | None,
+    recipe: Recipe,
     progress: Progress,
 ) -> tuple[Verdict, ...]:
     inputs = GateInputs(
         built.checkpoint, built.captured, built.program, target, directory, facts=manifest.get("facts", {})
     )
+
+    quality, timed = recipe.quality, _latency_options(recipe)
 
     def judge() -> Verdict:
         if quality is None or quality.max_loss is None:
@@ -339,13 +350,25 @@ def _gates(
             built.captured, ProgramRunner(source), runner, built.checkpoint.directory, options, progress
         )
 
-    return run_gates(inputs, progress=progress, further=[(QUALITY_GATE, QUALITY_EXIT_CODE, judge)])
+    def time_it() -> Verdict:
+        return (
+            latency_gate.not_run() if timed is None else latency_gate.judge_latency(target, directory, timed, progress)
+        )
+
+    further = [(QUALITY_GATE, QUALITY_EXIT_CODE, judge), (latency_gate.GATE, latency_gate.EXIT_CODE, time_it)]
+    return run_gates(inputs, progress=progress, further=further)
+
+
+def _latency_options(recipe: Recipe) -> latency_gate.LatencyOptions | None:
+    """What the recipe demands of latency; None where it demands nothing."""
+    given = recipe.latency
+    return None if given is None else latency_gate.make_options(**given.model_dump())
 
 
 def _not_run(reason: str) -> tuple[Verdict, ...]:
     gates = (CAPTURE_GATE, ARTIFACT_GATE, COVERAGE_GATE, INTEGRITY_GATE)
     proofs = (Verdict(gate, Status.NOT_RUN, reason, EXIT_CODE) for gate in gates)
-    return (*proofs, Verdict(QUALITY_GATE, Status.NOT_RUN, reason, QUALITY_EXIT_CODE))
+    return (*proofs, Verdict(QUALITY_GATE, Status.NOT_RUN, reason, QUALITY_EXIT_CODE), latency_gate.not_run(reason))
 
 
 def _recipe_of(

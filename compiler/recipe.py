@@ -14,6 +14,9 @@ quantize:                              # see docs/quantization.md; `quantize: in
   calibration: texts/
 quality:
   max_loss: 1%
+latency:                               # see docs/latency.md
+  budget: {decode.p50: 12ms, size: 400MB}
+  baseline: ../main/out                # an artifact, measured in turns with this one
 ```
 """
 
@@ -31,7 +34,7 @@ from moec.compiler.errors import UsageError
 
 DType = Literal["fp32", "fp16"]
 Model = TypeVar("Model", bound=BaseModel)
-SECTIONS = ("routing", "quantize", "quality")
+SECTIONS = ("routing", "quantize", "quality", "latency")
 """Keys of a recipe that hold keys of their own; flags go into them one by one."""
 
 
@@ -143,6 +146,29 @@ class QualityRecipe(BaseModel):
     window: int = Field(default=256, gt=1, description="Tokens of a window.")
 
 
+class LatencyRecipe(BaseModel):
+    """What the latency gate demands. It decides nothing of the artifact, so moec.json does not hold it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    budget: str | dict[str, str] | None = Field(
+        default=None, description="Most that it may take: decode.p50=12ms,prefill128.p90=300ms,load=2s,size=400MB."
+    )
+    baseline: str | None = Field(default=None, description="Artifact that it is compared with.")
+    max_regression: Annotated[float, BeforeValidator(_fraction)] = Field(
+        default=0.05, gt=0, description="How much slower than the baseline it may be."
+    )
+    threads: int = Field(default=1, ge=1, description="Threads of the runtime.")
+    contexts: tuple[int, ...] = Field(default=(128, 512), min_length=1, description="Lengths of the prompt.")
+    seconds: float = Field(default=120.0, gt=0, description="Most seconds of sampling.")
+
+    @model_validator(mode="after")
+    def _positive(self) -> Self:
+        if min(self.contexts) < 1:
+            raise ValueError("a context has at least one token")
+        return self
+
+
 class Recipe(BaseModel):
     """Everything that decides what an export writes, and nothing else: no output path, no display option."""
 
@@ -157,6 +183,7 @@ class Recipe(BaseModel):
         default=None, description="What weights are stored as."
     )
     quality: QualityRecipe | None = Field(default=None, description="What the quality gate demands.")
+    latency: LatencyRecipe | None = Field(default=None, description="What the latency gate demands.")
     trust_remote_code: bool = Field(default=False, description="Run modelling code that the checkpoint brings along.")
 
     def canonical(self, options: BaseModel) -> dict[str, Any]:
@@ -167,7 +194,9 @@ class Recipe(BaseModel):
         Args:
             options: `self.options` as the target's own Options object.
         """
-        plain = self.model_dump(mode="json", exclude={"checkpoint", "options", "trust_remote_code", "quality"})
+        plain = self.model_dump(
+            mode="json", exclude={"checkpoint", "options", "trust_remote_code", "quality", "latency"}
+        )
         return {**plain, "options": options.model_dump(mode="json")}
 
 
@@ -194,7 +223,11 @@ def read_recipe(path: Path) -> dict[str, Any]:
         fields["checkpoint"] = str(path.parent / checkpoint)
     for name in SECTIONS:
         if isinstance(section := fields.get(name), dict):
-            near = {key: str(path.parent / str(section[key])) for key in ("calibration", "text") if section.get(key)}
+            near = {
+                key: str(path.parent / str(section[key]))
+                for key in ("calibration", "text", "baseline")
+                if section.get(key)
+            }
             fields[name] = {**section, **near}
     return fields
 

@@ -119,7 +119,7 @@ def _plain(value: Any) -> Any:
 
 def to_junit(verdicts: Sequence[Verdict]) -> bytes:
     """The verdicts as JUnit XML: one test case per gate; one that did not run is skipped, never passed."""
-    failures = sum(verdict.status is Status.FAIL for verdict in verdicts)
+    failures = sum(verdict.status.failed for verdict in verdicts)
     skipped = sum(verdict.status is Status.NOT_RUN for verdict in verdicts)
     seconds = [float(verdict.figures.get("seconds", 0.0)) for verdict in verdicts]
     counts = {
@@ -135,7 +135,7 @@ def to_junit(verdicts: Sequence[Verdict]) -> bytes:
         case = ElementTree.SubElement(
             suite, "testcase", {"classname": "moec.gates", "name": verdict.gate, "time": f"{duration:.3f}"}
         )
-        if verdict.status is Status.FAIL:
+        if verdict.status.failed:
             ElementTree.SubElement(case, "failure", {"message": verdict.summary})
         elif verdict.status is Status.NOT_RUN:
             ElementTree.SubElement(case, "skipped", {"message": verdict.summary})

@@ -106,6 +106,12 @@ def limits_of(runner: Runner) -> RunnerLimits:
     return limits if isinstance(limits, RunnerLimits) else RunnerLimits()
 
 
+def cannot_measure(target: Target) -> str:
+    """Why nothing can be measured here, or an empty text: `doctor()["measure"]` says "yes", or "no" and the reason."""
+    answer, _, reason = target.doctor().get("measure", "yes").partition(":")
+    return "" if answer.strip().lower().startswith("yes") else reason.strip() or "this machine cannot"
+
+
 ExpertReader = Callable[[int], np.ndarray]
 """Index of an expert -> its values as the artifact holds them, dequantized, in the layout of the Program's tensor."""
 

@@ -147,14 +147,17 @@ def exit_code(verdicts: Iterable[Verdict], *, strict: bool = False) -> int:
     Returns:
         0, the code of the gates that failed, or 12 where several with different codes did.
     """
-    failing = {Status.FAIL, Status.NOT_RUN} if strict else {Status.FAIL}
-    codes = {verdict.exit_code for verdict in verdicts if verdict.status in failing}
+    codes = {
+        verdict.exit_code
+        for verdict in verdicts
+        if verdict.status.failed or (strict and verdict.status is Status.NOT_RUN)
+    }
     if not codes:
         return 0
     return codes.pop() if len(codes) == 1 else SEVERAL_FAILED
 
 
-_STYLES = {Status.PASS: "green", Status.FAIL: "bold red", Status.NOT_RUN: "yellow"}
+_STYLES = {Status.PASS: "green", Status.FAIL: "bold red", Status.NOISY: "bold red", Status.NOT_RUN: "yellow"}
 
 
 def table(verdicts: Iterable[Verdict]) -> Table:

@@ -13,7 +13,13 @@ class Status(StrEnum):
 
     PASS = "pass"
     FAIL = "fail"
+    NOISY = "too noisy"
     NOT_RUN = "not run"
+
+    @property
+    def failed(self) -> bool:
+        """Whether it fails the command: what the machine was too noisy to prove is not proven."""
+        return self in (Status.FAIL, Status.NOISY)
 
 
 @dataclass(frozen=True)
