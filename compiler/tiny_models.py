@@ -141,7 +141,7 @@ def _randomise(model: PreTrainedModel, generator: torch.Generator, experts: int)
         noise = torch.randn(tensor.shape, generator=generator)
         if tensor.data_ptr() in embeddings:
             tensor.copy_(noise * _EMBEDDING_STD)
-        elif tensor.ndim < 2:
+        elif tensor.ndim < 2 or (experts and tuple(tensor.shape) == (1, experts)):  # a selection bias may be [1, E]
             tensor.add_(noise * (_SINK_STD if name.endswith("sinks") else _VECTOR_STD))
         else:
             gain = _ROUTER_GAIN if tensor.ndim == 2 and tensor.shape[0] == experts else 1.0
