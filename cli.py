@@ -21,6 +21,7 @@ import moec
 from moec.compiler.commands.artifacts import run, verify
 from moec.compiler.commands.inspection import doctor, families, inspect
 from moec.compiler.commands.options import ArtifactDirectory, Debug, Json, Quiet, Trust
+from moec.compiler.commands.pipelines import build, diff, publish
 from moec.compiler.console import Console
 from moec.compiler.errors import MoecError
 
@@ -255,7 +256,7 @@ def _application(arguments: list[str]) -> typer.Typer:
         """Compile mixture-of-experts checkpoints into deployment artifacts, with proof."""
 
     app.command("export")(_guarded(_export_command(arguments)))
-    for command in (calibrate, validate, verify, run, inspect, doctor, families):
+    for command in (build, calibrate, validate, verify, run, inspect, diff, publish, doctor, families):
         app.command(command.__name__)(_guarded(command))
     return app
 

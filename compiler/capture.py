@@ -18,9 +18,9 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from moec.compiler import hooks
 from moec.compiler.adapters.base import adapt
-from moec.compiler.checkpoint import Checkpoint, first_line
+from moec.compiler.checkpoint import Checkpoint
 from moec.compiler.conversion import open_weights
-from moec.compiler.errors import MoecError, UnsupportedModelError
+from moec.compiler.errors import MoecError, UnsupportedModelError, first_line
 from moec.compiler.program import Dim, Program, StateSpec, TensorSpec, moe_layers
 from moec.compiler.weights import Constant, LazyTensor
 

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from moec.compiler.errors import CheckpointError, UnsupportedModelError
+from moec.compiler.errors import CheckpointError, UnsupportedModelError, first_line
+from moec.compiler.source import resolve
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -70,7 +71,7 @@ class Checkpoint:
             CheckpointError: Not a checkpoint, or damaged.
             UnsupportedModelError: Needs remote code and `trust_remote_code` is not set, or is stored quantized.
         """
-        directory = _resolve(str(location))
+        directory = resolve(str(location))
         raw = _read_json(directory / "config.json")
         if "auto_map" in raw and not trust_remote_code:
             raise UnsupportedModelError(
@@ -164,45 +165,6 @@ def sha256(path: Path) -> str:
     """Hex digest of a file, read in pieces."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def first_line(error: BaseException) -> str:
-    """First line of an exception's text, for one-line messages."""
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
-
-
-def _resolve(location: str) -> Path:
-    directory = Path(location).expanduser()
-    if directory.is_dir():
-        if not (directory / "config.json").is_file():
-            raise CheckpointError(
-                f"{directory}: not a checkpoint: it has no config.json",
-                hint="give the directory that save_pretrained wrote, or a hub id such as allenai/OLMoE-1B-7B-0924",
-            )
-        return directory
-    if directory.exists() or location.startswith((".", "/", "~")) or location.count("/") != 1:
-        what = "is a file" if directory.exists() else "does not exist"
-        raise CheckpointError(
-            f"{location}: not a checkpoint: it {what}",
-            hint="give a directory with config.json and safetensors files, or a hub id (owner/name)",
-        )
-    return _download(location)
-
-
-def _download(hub_id: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(
-            snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"])
-        )
-    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
-        raise CheckpointError(
-            f"{hub_id}: no such directory, and the hub does not deliver it: {first_line(error)}",
-            hint="check the name, the network and, for a gated model, `hf auth login`",
-        ) from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:

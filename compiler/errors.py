@@ -75,3 +75,9 @@ class GateError(MoecError):
         super().__init__(message, hint=hint)
         self.result = result
         self.exit_code = result.exit_code
+
+
+def first_line(error: BaseException) -> str:
+    """First line of an exception's text, for one-line messages."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

@@ -11,15 +11,31 @@ from moec.compiler.commands.options import ArtifactDirectory, Debug, Json
 from moec.compiler.console import Console
 
 
-def verify(directory: ArtifactDirectory, json_output: Json = False, debug: Debug = False) -> int:
-    """Check by digests that the artifact is the one that was built."""
-    from moec.compiler import artifact
+def verify(
+    directory: ArtifactDirectory,
+    public_key: Annotated[
+        str | None,
+        typer.Option(metavar="FILE|KEY", envvar="MOEC_PUBLIC_KEY", help="Demand a signature (minisign) by this key."),
+    ] = None,
+    ignore_signature: Annotated[bool, typer.Option("--ignore-signature", help="Check the digests alone.")] = False,
+    json_output: Json = False,
+    debug: Debug = False,
+) -> int:
+    """Check by digests, and by its signature if there is one, that the artifact is the one that was built."""
+    from moec.compiler import artifact, signature
 
     console = Console(json_output, debug=debug)
     digests = artifact.verify(directory)
-    console.result(
-        {"files": digests}, lambda: console.line(f"{directory}: {len(digests)} files are as they were built")
-    )
+    signed = None
+    if not ignore_signature and (public_key or signature.is_signed(directory)):
+        signed = signature.check(directory, public_key)
+
+    def show() -> None:
+        console.line(f"{directory}: {len(digests)} files are as they were built")
+        if signed is not None:
+            console.line(f"the signature is right: {signed}")
+
+    console.result({"files": digests, "signature": signed}, show)
     return 0
 
 

@@ -1,0 +1,131 @@
+"""A matrix of 12 cells with one that cannot be built: killed in the middle, run again, and run from the cache.
+
+    python benchmarks/matrix.py [--jobs 1] [--work DIRECTORY]
+
+Two tiny models, one of them without a tokenizer, in six forms each. GPTQ needs calibration text, so that one has no
+such form: 11 artifacts and one failure. Prints a line of JSON; fails if anything is not as it must be.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import string
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+from machine import describe
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+
+from moec.compiler.artifact import verify
+from moec.compiler.tiny_models import write_tiny_checkpoint
+
+MATRIX = """
+models: {{whole: {whole}, mute: {mute}}}
+targets: [onnx]
+quantize:
+  float: none
+  half: fp16
+  eight: int8
+  eight-small: int8:16
+  four: {{format: "int4:16", rounding: rtn}}
+  four-gptq: {{format: "int4:16", rounding: gptq, windows: 4, window: 64}}
+"""
+MARK = "MOEC_BENCHMARK_MATRIX"
+"""Variable by which the workers of a run are found."""
+BAD = "mute-onnx-four-gptq"
+
+
+def command(matrix: Path, work: Path, jobs: int) -> list[str]:
+    program = [sys.executable, "-c", "from moec.cli import main; main()"]
+    places = ["-o", str(work / "out"), "--cache", str(work / "cache")]
+    return [*program, "build", str(matrix), *places, "--jobs", str(jobs), "--json", "-q"]
+
+
+def build(matrix: Path, work: Path, jobs: int) -> dict[str, Any]:
+    started = time.perf_counter()
+    done = subprocess.run(command(matrix, work, jobs), capture_output=True, text=True, check=False)
+    found = json.loads(done.stdout)
+    cells = {cell["name"]: cell for cell in found["cells"]}
+    assert done.returncode == found["exit_code"] == cells[BAD]["exit_code"] == 10, (done.returncode, found, done.stderr)
+    assert [name for name, cell in cells.items() if cell["status"] == "failed"] == [BAD], found
+    assert len(cells) == 12
+    for name in cells:
+        if name == BAD:
+            assert not (work / "out" / name).exists()
+        else:
+            verify(work / "out" / name)
+    return {"seconds": time.perf_counter() - started, "cells": cells}
+
+
+def killed(matrix: Path, work: Path, jobs: int, after: int) -> list[str]:
+    """Kill the command with SIGKILL once `after` cells are built; return the cells that were."""
+    summary = work / "out" / "summary.json"
+    with subprocess.Popen(command(matrix, work, jobs), stdout=subprocess.DEVNULL) as process:
+        while process.poll() is None:
+            time.sleep(0.2)
+            cells = json.loads(summary.read_text())["cells"] if summary.exists() else []
+            if len(cells) >= after:
+                process.send_signal(signal.SIGKILL)
+                break
+    assert process.returncode == -signal.SIGKILL
+    time.sleep(2)
+    orphans = [process.pid for process in psutil.process_iter() if _environment(process).get(MARK) == str(work)]
+    assert not orphans, f"still running: {orphans}"
+    return [cell["name"] for cell in cells if cell["status"] == "built"]
+
+
+def _environment(process: psutil.Process) -> dict[str, str]:
+    try:
+        return process.environ()
+    except psutil.Error:
+        return {}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--work", type=Path)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        work = (options.work or Path(temporary)).resolve()
+        os.environ[MARK] = str(work)
+        whole, mute = (write_tiny_checkpoint("olmoe", work / name) for name in ("whole", "mute"))
+        letters = {letter: number for number, letter in enumerate("?" + string.ascii_lowercase + " .,")}
+        tokenizer = Tokenizer(WordLevel(letters, unk_token="?"))
+        tokenizer.pre_tokenizer = Split("", "isolated")
+        tokenizer.save(str(whole / "tokenizer.json"))
+        matrix = work / "matrix.yaml"
+        matrix.write_text(MATRIX.format(whole=whole, mute=mute))
+        before = killed(matrix, work, options.jobs, after=4)
+        second = build(matrix, work, options.jobs)
+        kept = [name for name, cell in second["cells"].items() if cell["status"] == "cached"]
+        assert set(before) <= set(kept), f"lost: {set(before) - set(kept)}"
+        third = build(matrix, work, options.jobs)
+        hits = [cell["seconds"] for cell in third["cells"].values() if cell["status"] == "cached"]
+        assert len(hits) == 11
+        result = {
+            "cells": 12,
+            "artifacts": 11,
+            "failure": third["cells"][BAD]["summary"],
+            "built_before_kill": len(before),
+            "lost_by_kill": 0,
+            "rerun_after_kill_seconds": round(second["seconds"], 1),
+            "all_cached_seconds": round(third["seconds"], 2),
+            "slowest_hit_seconds": round(max(hits), 4),
+            "machine": describe(),
+        }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

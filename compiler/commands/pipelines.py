@@ -1,0 +1,114 @@
+"""`moec build`, `moec diff` and `moec publish`: what a build pipeline runs."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from moec.compiler.commands.options import ArtifactDirectory, Debug, Json, Quiet
+from moec.compiler.console import Console
+
+_WIDTH = 20
+
+
+def build(
+    matrix: Annotated[Path, typer.Argument(metavar="MATRIX.YAML", help="Models, targets, quantization, routing.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory of the artifacts and of summary.json.")],
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=0, help="Builds at a time; 0: one per two cores.")] = 0,
+    executor: Annotated[str, typer.Option(metavar="process|ray", help="Where cells are built.")] = "process",
+    cache: Annotated[Path | None, typer.Option(help="Directory of the cache. (default: ~/.cache/moec/builds)")] = None,
+    no_gates: Annotated[bool, typer.Option("--no-gates", help="Prove nothing, cache nothing.")] = False,
+    json_output: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> int:
+    """Build every cell of a matrix; go on past failures, and take what was built before from the cache."""
+    from moec.compiler import batch
+    from moec.compiler.cache import default_directory
+    from moec.compiler.matrix import read_matrix
+
+    console = Console(json_output, quiet, debug)
+    cells = read_matrix(matrix)
+    with console.progress() as progress:
+        outcomes = batch.build_matrix(
+            cells,
+            output,
+            cache=cache or default_directory(),
+            jobs=jobs,
+            executor=executor,
+            gates=not no_gates,
+            progress=progress,
+        )
+    code = batch.exit_code(outcomes)
+
+    def show() -> None:
+        rows = [
+            (found.name, found.status, f"{found.seconds:.1f} s", f"{found.bytes / 1e6:.1f} MB", found.summary)
+            for found in outcomes
+        ]
+        console.rows(rows, header=("cell", "", "time", "size", ""))
+        counts = {status: sum(found.status == status for found in outcomes) for status in ("built", "cached", "failed")}
+        console.line(f"{output}: " + ", ".join(f"{count} {status}" for status, count in counts.items()))
+
+    console.result({"exit_code": code, "cells": [asdict(found) for found in outcomes]}, show)
+    return code
+
+
+def diff(
+    first: Annotated[Path, typer.Argument(metavar="A", help="An artifact.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="Another one.")],
+    exit_code: Annotated[bool, typer.Option("--exit-code", help="Return 1 if anything differs.")] = False,
+    json_output: Json = False,
+    debug: Debug = False,
+) -> int:
+    """Show what differs between two artifacts: source, recipe, graph, sizes, routing, quantization and gates."""
+    from moec.compiler.diff import diff as compare
+
+    console = Console(json_output, debug=debug)
+    found = compare(first, second)
+
+    def show() -> None:
+        rows = [
+            (
+                item.section,
+                item.what,
+                _short(item.first),
+                _short(item.second),
+                "" if item.change is None else f"{item.change:+.1%}",
+            )
+            for item in found
+        ]
+        if rows:
+            console.rows(rows, header=("section", "", "A", "B", "change"))
+        else:
+            console.line("no difference")
+
+    console.result({"differences": [item.as_dict() for item in found]}, show)
+    return int(exit_code and bool(found))
+
+
+def _short(value: Any) -> str:
+    text = "-" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= _WIDTH else f"{text[: _WIDTH - 2]}.."
+
+
+def publish(
+    directory: ArtifactDirectory,
+    to: Annotated[str, typer.Option(metavar="dir|mlflow", help="Kind of the registry.")],
+    registry: Annotated[str, typer.Option(metavar="PATH|URI", help="The directory, or MLflow's tracking URI.")],
+    name: Annotated[str, typer.Option(help="Name of the model in the registry.")],
+    version: Annotated[str | None, typer.Option("--as", help="Version; for dir. (default: the next number)")] = None,
+    allow_failed: Annotated[bool, typer.Option("--allow-failed", help="Also what a gate failed on.")] = False,
+    json_output: Json = False,
+    debug: Debug = False,
+) -> int:
+    """Put an artifact into a registry, with its version, digests and what the gates said."""
+    from moec.compiler.publish import publish as put
+
+    console = Console(json_output, debug=debug)
+    found = put(directory, to, registry, name, version=version, allow_failed=allow_failed)
+    console.result(found, lambda: console.line(f"{found['name']} {found['version']}: {found['location']}"))
+    return 0

@@ -1,0 +1,102 @@
+"""Where a checkpoint lies, and what identifies it, without a library that takes seconds to import."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from moec.compiler.errors import CheckpointError, first_line
+
+SUFFIXES = frozenset({".json", ".safetensors", ".jinja", ".txt", ".model", ".py"})
+"""Files of a checkpoint that may decide what is built of it."""
+
+
+def resolve(location: str) -> Path:
+    """Directory of a checkpoint, downloaded if it is a hub id.
+
+    Raises:
+        CheckpointError: There is none.
+    """
+    directory = Path(location).expanduser()
+    if directory.is_dir():
+        if not (directory / "config.json").is_file():
+            raise CheckpointError(
+                f"{directory}: not a checkpoint: it has no config.json",
+                hint="give the directory that save_pretrained wrote, or a hub id such as allenai/OLMoE-1B-7B-0924",
+            )
+        return directory
+    if directory.exists() or location.startswith((".", "/", "~")) or location.count("/") != 1:
+        what = "is a file" if directory.exists() else "does not exist"
+        raise CheckpointError(
+            f"{location}: not a checkpoint: it {what}",
+            hint="give a directory with config.json and safetensors files, or a hub id (owner/name)",
+        )
+    return _download(location)
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"])
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
+        raise CheckpointError(
+            f"{hub_id}: no such directory, and the hub does not deliver it: {first_line(error)}",
+            hint="check the name, the network and, for a gated model, `hf auth login`",
+        ) from error
+
+
+class Digests:
+    """sha256 of files, each read once: size, time and inode tell whether it is still the same file."""
+
+    def __init__(self, memory: Path) -> None:
+        """Remember in the file `memory`, which may be missing or damaged."""
+        self._memory = memory
+        self._known: dict[str, list[str]] = {}
+        try:
+            known = json.loads(memory.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            known = {}
+        if isinstance(known, dict):
+            self._known = known
+
+    def of(self, location: Path) -> dict[str, str]:
+        """Path below `location` -> digest, of a file or of every file in a directory.
+
+        Raises:
+            CheckpointError: Something cannot be read.
+        """
+        try:
+            return {str(path.relative_to(location)): self._digest(path) for path in _files(location)}
+        except OSError as error:
+            raise CheckpointError(f"{location}: cannot be read: {first_line(error)}") from error
+
+    def save(self) -> None:
+        """Keep what was learned for the next time."""
+        self._memory.parent.mkdir(parents=True, exist_ok=True)
+        beside = self._memory.with_name(f"{self._memory.name}.{os.getpid()}")
+        beside.write_text(json.dumps(self._known), encoding="utf-8")
+        beside.replace(self._memory)
+
+    def _digest(self, path: Path) -> str:
+        found = path.stat()
+        state = f"{found.st_size} {found.st_mtime_ns} {found.st_ctime_ns} {found.st_ino}"
+        known = self._known.get(str(path.resolve()))
+        if not isinstance(known, list) or known[:1] != [state]:
+            with path.open("rb") as file:
+                known = [state, hashlib.file_digest(file, "sha256").hexdigest()]
+            self._known[str(path.resolve())] = known
+        return known[1]
+
+
+def _files(location: Path) -> Iterator[Path]:
+    if location.is_dir():
+        yield from sorted(path for path in location.rglob("*") if path.is_file() and path.suffix in SUFFIXES)
+    else:
+        yield location
