@@ -57,7 +57,8 @@ def export(
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Directory to make.")] = None,
     dtype: Annotated[
-        str | None, typer.Option(metavar="fp32|fp16", help="Precision of what is not quantized. (default: fp32)")
+        str | None,
+        typer.Option(metavar="fp32|fp16", help="Precision of what is not quantized. (default: the target's)"),
     ] = None,
     recipe: Annotated[Path | None, typer.Option(help="Recipe file (YAML); other flags override it.")] = None,
     routing: Annotated[str | None, _routing("POLICY|off", "Let tokens use fewer experts.")] = None,

@@ -135,7 +135,7 @@ def compile_recipe(
             left at `output`, and an artifact that was there before still is.
     """
     target, options = _target(recipe)
-    recipe = _with_presets(recipe, target)
+    recipe = _completed(recipe, target)
     _check_inputs(recipe)
     check_output(output.expanduser().resolve(), overwrite=overwrite)
     stages = _Stages(progress)
@@ -158,7 +158,7 @@ def compile_recipe(
                 "signature": lowered.signature,
                 **({"routing": built.routing.facts} if built.routing.facts else {}),
                 **({"quantization": weights} if (weights := manifest_facts(built.quantization, built.program)) else {}),
-                "model_files": sorted(lowered.model_files),
+                "model_files": sorted((*lowered.model_files, *target.package(options, directory))),
                 "facts": lowered.facts,
                 "tensor_bytes": tensor_bytes(built.program),
                 "tools": _tools(target),
@@ -222,7 +222,7 @@ def validate_artifact(
 def build_program(recipe: Recipe, *, progress: Progress = silent) -> Program:
     """The Program that an export of `recipe` would lower: captured and with every pass run."""
     target, options = _target(recipe)
-    return _build(_with_presets(recipe, target), target, options, _Stages(progress)).program
+    return _build(_completed(recipe, target), target, options, _Stages(progress)).program
 
 
 def _check_inputs(recipe: Recipe) -> None:
@@ -240,8 +240,9 @@ def _check_inputs(recipe: Recipe) -> None:
         held_out_text(recipe.quality.text)
 
 
-def _with_presets(recipe: Recipe, target: Target) -> Recipe:
-    """`recipe` with the formats that `target` means by the name of a preset, if it has formats of its own for it."""
+def _completed(recipe: Recipe, target: Target) -> Recipe:
+    """`recipe` with what `target` means where it says nothing of precision, or names a preset."""
+    recipe = recipe.model_copy(update={"dtype": recipe.dtype or target.default_dtype})
     settings = recipe.quantize
     if settings is None or not isinstance(settings.format, str) or settings.format not in target.presets:
         return recipe
@@ -257,7 +258,7 @@ def _target(recipe: Recipe) -> tuple[Target, TargetOptions]:
 def _build(recipe: Recipe, target: Target, options: TargetOptions, stages: _Stages) -> _Built:
     with stages("capture"):
         checkpoint = Checkpoint.open(recipe.checkpoint, trust_remote_code=recipe.trust_remote_code)
-        captured = capture(checkpoint, dtype=_DTYPES[recipe.dtype])
+        captured = capture(checkpoint, dtype=_DTYPES[recipe.dtype or target.default_dtype])
         model = model_summary(captured)
     settings = None if recipe.routing is None or recipe.routing.does_nothing else recipe.routing
     with stages("routing") if settings else contextlib.nullcontext():

@@ -176,7 +176,10 @@ class Recipe(BaseModel):
 
     checkpoint: str = Field(min_length=1, description="Directory or hub id of the checkpoint.")
     target: str = Field(min_length=1, description="Name of the target.")
-    dtype: DType = Field(default="fp32", description="Precision of activations and of weights that are not quantized.")
+    dtype: DType | None = Field(
+        default=None,
+        description="Precision of activations and of weights that are not quantized; None: the target's own.",
+    )
     options: dict[str, Any] = Field(default_factory=dict, description="Options of the target.")
     routing: RoutingRecipe | None = Field(default=None, description="Dynamic routing and expert pruning.")
     quantize: Annotated[QuantizeRecipe | None, BeforeValidator(_section_of_format)] = Field(

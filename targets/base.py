@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
@@ -124,6 +124,7 @@ class Target(ABC):
 
     `name` is what `--target` takes; `Options` is a TargetOptions subclass; `extra` is the pip extra that it needs, if
     any; `tools` are the distributions, beyond torch, whose versions decide what it writes and so stand in moec.json.
+    `default_dtype` is the precision where a recipe names none: "fp32" or "fp16".
     `presets` are the names that `--quantize` takes for this target alone, or means something else by: name -> format
     by tensor class, as in a recipe.
     Constructing a target imports nothing heavy: lowering modules are imported in the methods that need them.
@@ -133,6 +134,7 @@ class Target(ABC):
     Options: ClassVar[type[TargetOptions]] = TargetOptions
     extra: ClassVar[str | None] = None
     tools: ClassVar[tuple[str, ...]] = ()
+    default_dtype: ClassVar[Literal["fp32", "fp16"]] = "fp32"
     presets: ClassVar[Mapping[str, Mapping[str, str]]] = {}
 
     @abstractmethod
@@ -154,6 +156,14 @@ class Target(ABC):
         Raises:
             LoweringError: An op has no form here, or the builder refuses.
         """
+
+    def package(self, options: TargetOptions, directory: Path) -> tuple[str, ...]:  # noqa: ARG002
+        """Write what needs the model files and the tokenizer, which lie in `directory` now.
+
+        Returns:
+            Names of the files, which are hashed into moec.json as the model files are.
+        """
+        return ()
 
     @abstractmethod
     def open(self, directory: Path, *, threads: int = 0) -> Runner:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field, field_validator
@@ -69,6 +69,7 @@ class CoremlTarget(Target):
     Options: ClassVar[type[TargetOptions]] = CoremlOptions
     extra: ClassVar[str | None] = "coreml"
     tools: ClassVar[tuple[str, ...]] = ("coremltools",)
+    default_dtype: ClassVar[Literal["fp32", "fp16"]] = "fp16"
 
     def capabilities(self, options: TargetOptions, phase: Phase) -> Capabilities:  # noqa: ARG002
         """Decode skips by a `cond` around each expert; prefill computes every expert for every token."""
@@ -150,7 +151,9 @@ class CoremlTarget(Target):
 
 def _reader(model: MilModel, labels: Sequence[str]) -> ExpertReader:
     def read(index: int) -> np.ndarray:
-        return model.constants(Phase.DECODE.value)[labels[index]].load()
+        constant = model.constants(Phase.DECODE.value)[labels[index]]
+        # What codes and scales say, before it is rounded to what the program computes in.
+        return (constant.exact or constant.load)()
 
     return read
 

@@ -56,6 +56,7 @@ class TfliteOptions(TargetOptions):
     prefill: tuple[PositiveInt, ...] = Field(
         (128,), description="Prompt lengths to build a signature for; every one costs memory when the file is opened."
     )
+    bundle: bool = Field(False, description="Also write model.litertlm for LiteRT-LM: the model with its tokenizer.")
     context: PositiveInt | None = Field(
         None, description=f"Tokens that the cache holds (default: what the model knows, up to {DEFAULT_CONTEXT})."
     )
@@ -67,7 +68,7 @@ class TfliteTarget(Target):
     name: ClassVar[str] = "tflite"
     Options: ClassVar[type[TargetOptions]] = TfliteOptions
     extra: ClassVar[str | None] = "tflite"
-    tools: ClassVar[tuple[str, ...]] = ("ai-edge-litert", "flatbuffers")
+    tools: ClassVar[tuple[str, ...]] = ("ai-edge-litert", "flatbuffers", "litert-lm-builder")
     presets: ClassVar[Mapping[str, Mapping[str, str]]] = {
         "int8": dict.fromkeys(QUANTIZED, _ROWS),
         # LiteRT looks rows up in tables of one scale per row only, and the head is as sensitive.
@@ -118,6 +119,16 @@ class TfliteTarget(Target):
             "expert_tensor_bytes": _expert_bytes(model.weights(), shared.experts),
         }
         return Lowered((MODEL,), lower.signature(program, model), tuple(shared.rejections), facts)
+
+    def package(self, options: TargetOptions, directory: Path) -> tuple[str, ...]:
+        """Write the bundle if one is wanted."""
+        from moec.targets.tflite.bundle import write_bundle
+        from moec.targets.tflite.reader import TfliteFile
+
+        assert isinstance(options, TfliteOptions)
+        if not options.bundle:
+            return ()
+        return (write_bundle(directory, MODEL, int(TfliteFile(directory / MODEL).facts["capacity"])),)
 
     def open(self, directory: Path, *, threads: int = 0) -> Runner:
         """Open with the LiteRT interpreter on CPU."""

@@ -46,7 +46,7 @@ def test_a_checkpoint_that_starts_with_a_dot_is_relative_to_the_recipe(tmp_path:
 
 
 def test_canonical_is_complete_and_says_nothing_of_paths() -> None:
-    recipe = Recipe(checkpoint="/home/me/model", target="onnx", trust_remote_code=True)
+    recipe = Recipe(checkpoint="/home/me/model", target="onnx", dtype="fp32", trust_remote_code=True)
     canonical = recipe.canonical(Options())
     given = {key: value for key, value in canonical.items() if value is not None}
     assert given == {"target": "onnx", "dtype": "fp32", "options": {"flavor": "plain", "section": None}}

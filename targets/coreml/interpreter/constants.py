@@ -26,6 +26,7 @@ class Constant:
         key: Equal for constants that yield the same value, across functions too.
         load: Produces the value.
         keep: Whether producing it again costs enough for the cache to hold it.
+        exact: Produces it before it is rounded to its type, where it is computed from stored parts.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Constant:
     key: Hashable
     load: Callable[[], Array] = field(repr=False)
     keep: bool
+    exact: Callable[[], Array] | None = field(default=None, repr=False)
 
 
 class ConstantCache:

@@ -225,7 +225,7 @@ def describe(function: str, operation: Operation) -> str:
 def _derived(operation: Operation, kernel: Kernel, inputs: Mapping[str, tuple[Constant, ...]], where: str) -> Constant:
     result = operation.outputs[0]
 
-    def load() -> Array:
+    def exact() -> Array:
         values = {key: tuple(item.load() for item in items) for key, items in inputs.items()}
         if kernel.widen:
             values = {key: tuple(widen(item) for item in items) for key, items in values.items()}
@@ -240,7 +240,10 @@ def _derived(operation: Operation, kernel: Kernel, inputs: Mapping[str, tuple[Co
                 f"{operation.type} yields shape {array.shape}, declared is {result.type} ({where})",
                 hint="Export the model again.",
             )
-        return array.astype(result.type.element.numpy, copy=False)
+        return array
+
+    def load() -> Array:
+        return exact().astype(result.type.element.numpy, copy=False)
 
     items = [(key, item) for key in sorted(inputs) for item in inputs[key]]
     return Constant(
@@ -250,6 +253,7 @@ def _derived(operation: Operation, kernel: Kernel, inputs: Mapping[str, tuple[Co
         key=(operation.type, *((key, item.key) for key, item in items)),
         load=load,
         keep=True,
+        exact=exact,
     )
 
 

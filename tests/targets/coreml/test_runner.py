@@ -182,12 +182,13 @@ def test_export_and_run_from_the_command_line(
     golden_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    flags = ["--dtype", "fp16", "--context", "64", "--prefill-chunk", "16", "--no-gates", "-q"]
+    flags = ["--context", "64", "--prefill-chunk", "16", "--no-gates", "-q"]
     assert cli.dispatch(["export", str(golden_model), "-t", "coreml", "-o", str(out), *flags]) == 0
     manifest = json.loads((out / "moec.json").read_text())
     assert {Path(name).name for name in manifest["model_files"]} == {"Manifest.json", "model.mlmodel", "weight.bin"}
     assert manifest["signature"]["prefill"]["inputs"][0]["range"] == [[1, 1], [1, 16]]
     assert manifest["facts"]["context"] == 64
+    assert manifest["recipe"]["dtype"] == "fp16"
     assert cli.dispatch(["verify", str(out)]) == 0
     capsys.readouterr()
     assert cli.dispatch(["run", str(out), "-p", "In the beginning", "--max-new-tokens", "4"]) == 0

@@ -1,0 +1,144 @@
+"""A `.litertlm` bundle for LiteRT-LM: the model, its tokenizer and what generation has to know, in one file."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tempfile
+import uuid
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from moec.compiler.errors import CheckpointError, LoweringError
+from moec.targets.tflite.extra import module
+
+BUNDLE = "model.litertlm"
+TOKENIZER = "tokenizer.json"
+METADATA, TOKENIZER_PART, MODEL_PART = "LlmMetadataProto", "HF_Tokenizer_Zlib", "TFLiteModel"
+CHUNK_BYTES = 1 << 24
+_SIZE_BYTES = 8
+"""A compressed tokenizer starts with the number of bytes that it expands to."""
+
+
+def write_bundle(directory: Path, model: str, context: int) -> str:
+    """Write the bundle of the files in `directory`, open it again, and compare every part with what went in.
+
+    Args:
+        directory: Holds the model, `tokenizer.json`, and the generation settings if there are any.
+        model: File name of the model.
+        context: Tokens that its cache holds.
+
+    Returns:
+        File name of the bundle.
+
+    Raises:
+        CheckpointError: There is no tokenizer.
+        LoweringError: The bundle does not hold what was put into it.
+        MissingExtraError: The builder is not installed.
+    """
+    tokenizer = directory / TOKENIZER
+    if not tokenizer.is_file():
+        raise CheckpointError(
+            f"--bundle: the checkpoint has no {TOKENIZER}, which a .litertlm bundle must hold",
+            hint="export without --bundle, or save the tokenizer in the fast format",
+        )
+    builders = module("litert_lm_builder.litertlm_builder")
+    notes = _notes(directory, context)
+    with tempfile.TemporaryDirectory() as folder, _fixed_identity(builders):
+        message = Path(folder) / "metadata.pb"
+        message.write_bytes(notes.SerializeToString(deterministic=True))
+        builder = builders.LitertLmFileBuilder()
+        # LiteRT-LM tells its caches apart by the id: this one follows from the model.
+        identity = str(uuid.uuid5(uuid.NAMESPACE_OID, _digest(directory / model)))
+        builder.add_system_metadata(builders.Metadata(key="uuid", value=identity, dtype=builders.DType.STRING))
+        builder.add_llm_metadata(str(message))
+        builder.add_hf_tokenizer(str(tokenizer))
+        builder.add_tflite_model(str(directory / model), builders.TfLiteModelType.PREFILL_DECODE)
+        with (directory / BUNDLE).open("wb") as stream:
+            builder.build(stream)
+    _check(directory, model, notes)
+    return BUNDLE
+
+
+def sections(path: Path) -> dict[str, tuple[int, int]]:
+    """First byte and the one behind the last of each part, by the name that LiteRT-LM gives to its kind."""
+    core, peek = module("litert_lm_builder.litertlm_core"), module("litert_lm_builder.litertlm_peek")
+    found = peek.read_litertlm_header(str(path), io.StringIO()).SectionMetadata()
+    entries = [found.Objects(index) for index in range(found.ObjectsLength())]
+    return {
+        core.any_section_data_type_to_string(entry.DataType()): (entry.BeginOffset(), entry.EndOffset())
+        for entry in entries
+    }
+
+
+def _check(directory: Path, model: str, notes: Any) -> None:
+    path = directory / BUNDLE
+    found = sections(path)
+
+    def part(kind: str) -> bytes:
+        start, stop = found.get(kind, (0, 0))
+        with path.open("rb") as stream:
+            stream.seek(start)
+            return stream.read(stop - start)
+
+    right = {
+        METADATA: part(METADATA) == notes.SerializeToString(deterministic=True),
+        TOKENIZER_PART: zlib.decompress(part(TOKENIZER_PART)[_SIZE_BYTES:]) == (directory / TOKENIZER).read_bytes(),
+        MODEL_PART: _digest(path, *found.get(MODEL_PART, (0, 0))) == _digest(directory / model),
+    }
+    if wrong := [name for name, same in right.items() if not same] + sorted(set(found) - set(right)):
+        raise LoweringError(
+            f"{BUNDLE}: opened again, it does not hold what was put into it: {', '.join(wrong)}",
+            hint="is the installed litert-lm-builder the one that moec pins? pip install 'moec[tflite]'",
+        )
+
+
+def _digest(path: Path, start: int = 0, stop: int | None = None) -> str:
+    """sha256 of some bytes of a file, which may be larger than the memory."""
+    digest = hashlib.sha256()
+    left = (path.stat().st_size if stop is None else stop) - start
+    with path.open("rb") as stream:
+        stream.seek(start)
+        while left > 0 and (data := stream.read(min(left, CHUNK_BYTES))):
+            digest.update(data)
+            left -= len(data)
+    return digest.hexdigest()
+
+
+def _notes(directory: Path, context: int) -> Any:
+    """Start and stop tokens, length and chat template, as LiteRT-LM wants them."""
+    notes = module("litert_lm_builder.runtime.proto.llm_metadata_pb2").LlmMetadata()
+    settings = {**_read(directory / "config.json"), **_read(directory / "generation_config.json")}
+    notes.max_num_tokens = context
+    start = settings.get("bos_token_id")
+    if isinstance(start, int):
+        notes.start_token.token_ids.ids.append(start)
+    stops = settings.get("eos_token_id")
+    for stop in stops if isinstance(stops, list) else [stops]:
+        if isinstance(stop, int):
+            notes.stop_tokens.add().token_ids.ids.append(stop)
+    template = _read(directory / "tokenizer_config.json").get("chat_template")
+    if isinstance(template, str):
+        notes.jinja_prompt_template = template
+    notes.llm_model_type.generic_model.SetInParent()
+    return notes
+
+
+def _read(path: Path) -> dict[str, Any]:
+    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return content if isinstance(content, dict) else {}
+
+
+@contextmanager
+def _fixed_identity(builders: Any) -> Iterator[None]:
+    """Keep the builder from writing a random id and the time: the same recipe gives the same bytes."""
+    kept = builders.populate_system_metadata
+    builders.populate_system_metadata = list
+    try:
+        yield
+    finally:
+        builders.populate_system_metadata = kept
