@@ -41,6 +41,12 @@ def _latency(metavar: str, text: str) -> Any:
     return typer.Option(metavar=metavar, help=text, rich_help_panel="Latency")
 
 
+CoverageMin = Annotated[
+    str | None, typer.Option(metavar="SHARE", help="Share of the experts that parity must reach. (default: 1)")
+]
+CoverageTokens = Annotated[
+    int | None, typer.Option(metavar="N", help="Tokens that may be tried to reach them. (default: 16384)")
+]
 LatencyBudget = Annotated[
     str | None, _latency("KEY=VALUE,...", "Budgets: decode.p50=12ms,prefill128.p90=300ms,load=2s,size=400MB.")
 ]
@@ -85,6 +91,8 @@ def export(
     max_perplexity_increase: Annotated[
         str | None, _quantize("0.5%", "For auto: most that perplexity may rise, as predicted.")
     ] = None,
+    coverage_min: CoverageMin = None,
+    coverage_tokens: CoverageTokens = None,
     latency_budget: LatencyBudget = None,
     latency_baseline: LatencyBaseline = None,
     max_regression: MaxRegression = None,
@@ -138,7 +146,14 @@ def export(
         "threads": latency_threads,
         "seconds": latency_seconds,
     }
-    sections = sections_of_flags(routed, quantized, quality, latency, calibration or ())
+    flags: dict[str, dict[str, Any]] = {
+        "routing": routed,
+        "quantize": quantized,
+        "coverage": {"min": coverage_min, "tokens": coverage_tokens},
+        "quality": quality,
+        "latency": latency,
+    }
+    sections = sections_of_flags(flags, calibration or ())
     wanted = merge(recipe, {**common, **sections, **options})
     console = Console(json_output, quiet, debug)
     with console.progress() as progress:
@@ -179,6 +194,8 @@ def validate(
     ] = None,
     max_quality_loss: Annotated[str | None, typer.Option(metavar="1%", help="Most that perplexity may rise.")] = None,
     quality_text: Annotated[Path | None, typer.Option(metavar="PATH", help="Held-out text; moec brings one.")] = None,
+    coverage_min: CoverageMin = None,
+    coverage_tokens: CoverageTokens = None,
     latency_budget: LatencyBudget = None,
     latency_baseline: LatencyBaseline = None,
     max_regression: MaxRegression = None,
@@ -201,15 +218,15 @@ def validate(
         "threads": latency_threads,
         "seconds": latency_seconds,
     }
-    sections = sections_of_flags({}, {}, quality, latency, ())
+    coverage = {"min": coverage_min, "tokens": coverage_tokens}
+    demands = sections_of_flags({"coverage": coverage, "quality": quality, "latency": latency})
     console = Console(json_output, quiet, debug)
     with console.progress() as progress:
         result = validate_artifact(
             directory,
             against,
             calibration=None if calibration is None else str(calibration),
-            quality=sections["quality"],
-            latency=sections["latency"],
+            demands=demands,
             trust_remote_code=trust_remote_code,
             progress=progress,
         )

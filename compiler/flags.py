@@ -150,21 +150,16 @@ def given(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def sections_of_flags(
-    routing: Mapping[str, Any],
-    quantize: Mapping[str, Any],
-    quality: Mapping[str, Any],
-    latency: Mapping[str, Any],
-    calibration: Sequence[Path],
-) -> dict[str, dict[str, Any] | None]:
-    """The sections of a recipe that flags speak of; None where they do not.
+    flags: Mapping[str, Mapping[str, Any]], calibration: Sequence[Path] = ()
+) -> dict[str, dict[str, Any]]:
+    """The sections of a recipe that flags speak of.
 
     One flag may speak to several sections: `--calibration` names a file of `moec calibrate` by its suffix .json, else
     a text; a text serves quantization, and routing where weights stay as they are. `--max-quality-loss` bounds the
     search of routing only where nothing else says how much routing shall save.
     """
-    routed, quantized, judged, timed = (
-        {k: _plain(v) for k, v in given(part).items()} for part in (routing, quantize, quality, latency)
-    )
+    sections = {name: {k: _plain(v) for k, v in given(part).items()} for name, part in flags.items()}
+    routed, quantized = sections.get("routing", {}), sections.get("quantize", {})
     for path in calibration:
         if path.suffix == ".json" or not quantized:
             routed["calibration"] = str(path)
@@ -172,8 +167,7 @@ def sections_of_flags(
             quantized["calibration"] = str(path)
     if routed.get("policy", "off") == "off" or {"budget", "calibration"} & routed.keys():
         routed.pop("max_quality_loss", None)
-    sections = {"routing": routed, "quantize": quantized, "quality": judged, "latency": timed}
-    return {name: section or None for name, section in sections.items()}
+    return {name: section for name, section in sections.items() if section}
 
 
 def _plain(value: Any) -> Any:

@@ -114,7 +114,7 @@ class Generator:
 
     def _set(self, inputs: Mapping[str, float]) -> None:
         rows = self.manifest.get("signature", {}).get("inputs", [])
-        scalars = [row["name"] for row in rows if row["shape"] == []]
+        scalars = [row["name"] for row in rows if isinstance(row, Mapping) and row.get("shape") == []]
         for name, value in inputs.items():
             if name not in scalars:
                 known = f"it has {', '.join(scalars)}" if scalars else "export with --routing-input to get one"

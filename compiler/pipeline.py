@@ -23,7 +23,7 @@ from moec.compiler.errors import ArtifactError, CheckpointError, LoweringError
 from moec.compiler.gates import latency as latency_gate
 from moec.compiler.gates.coverage import GATE as COVERAGE_GATE
 from moec.compiler.gates.integrity import GATE as INTEGRITY_GATE
-from moec.compiler.gates.parity import ARTIFACT_GATE, CAPTURE_GATE, EXIT_CODE
+from moec.compiler.gates.parity import ARTIFACT_GATE, CAPTURE_GATE, EXIT_CODE, ParityOptions
 from moec.compiler.gates.quality import EXIT_CODE as QUALITY_EXIT_CODE
 from moec.compiler.gates.quality import GATE as QUALITY_GATE
 from moec.compiler.gates.quality import QualityOptions, held_out_text, judge_quality, not_run
@@ -177,8 +177,7 @@ def validate_artifact(
     against: str,
     *,
     calibration: str | None = None,
-    quality: Mapping[str, Any] | None = None,
-    latency: Mapping[str, Any] | None = None,
+    demands: Mapping[str, Any] | None = None,
     trust_remote_code: bool = False,
     progress: Progress = silent,
 ) -> Result:
@@ -188,8 +187,7 @@ def validate_artifact(
         directory: The artifact.
         against: Directory or hub id of the checkpoint that it was built from.
         calibration: Calibration text that its weights were rounded with, if not the one that moec brings along.
-        quality: Section `quality` of a recipe, which moec.json does not hold.
-        latency: Section `latency`, likewise.
+        demands: Sections of a recipe that only gates read (`recipe.DEMANDS`), which moec.json does not hold.
         trust_remote_code: Run modelling code that the checkpoint brings along.
         progress: Told about every stage.
 
@@ -201,12 +199,7 @@ def validate_artifact(
     with stages("verify"):
         verify(directory)
         manifest = read_manifest(directory)
-        given = {
-            "checkpoint": against,
-            "trust_remote_code": trust_remote_code,
-            "quality": quality,
-            "latency": latency,
-        }
+        given = {"checkpoint": against, "trust_remote_code": trust_remote_code, **(demands or {})}
         recipe = _recipe_of(directory, manifest, given, calibration)
         _check_inputs(recipe)
         target, options = _target(recipe)
@@ -357,7 +350,8 @@ def _gates(
         )
 
     further = [(QUALITY_GATE, QUALITY_EXIT_CODE, judge), (latency_gate.GATE, latency_gate.EXIT_CODE, time_it)]
-    return run_gates(inputs, progress=progress, further=further)
+    parity = ParityOptions(coverage_min=recipe.coverage.min, coverage_tokens=recipe.coverage.tokens)
+    return run_gates(inputs, parity, progress, further=further)
 
 
 def _latency_options(recipe: Recipe) -> latency_gate.LatencyOptions | None:

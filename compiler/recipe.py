@@ -12,6 +12,8 @@ routing:                               # see docs/routing.md; without it every t
 quantize:                              # see docs/quantization.md; `quantize: int4` is short for the format alone
   format: int4                         # fp16, int8, int4, none, auto, a format such as int4:128, or a plan
   calibration: texts/
+coverage:
+  tokens: 65536                        # that may be tried to reach every expert
 quality:
   max_loss: 1%
 latency:                               # see docs/latency.md
@@ -34,7 +36,9 @@ from moec.compiler.errors import UsageError
 
 DType = Literal["fp32", "fp16"]
 Model = TypeVar("Model", bound=BaseModel)
-SECTIONS = ("routing", "quantize", "quality", "latency")
+DEMANDS = ("coverage", "quality", "latency")
+"""Sections that only gates read: they decide nothing of the artifact, so moec.json does not hold them."""
+SECTIONS = ("routing", "quantize", *DEMANDS)
 """Keys of a recipe that hold keys of their own; flags go into them one by one."""
 
 
@@ -133,8 +137,19 @@ class QuantizeRecipe(BaseModel):
         return self
 
 
+class CoverageRecipe(BaseModel):
+    """What the coverage gate demands."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    min: Annotated[float, BeforeValidator(_fraction)] = Field(
+        default=1.0, ge=0, le=1, description="Share of the live experts that the parity inputs must reach."
+    )
+    tokens: int = Field(default=16384, ge=0, description="Tokens that may be tried to reach the experts left.")
+
+
 class QualityRecipe(BaseModel):
-    """What the quality gate demands. It decides nothing of the artifact, so moec.json does not hold it."""
+    """What the quality gate demands."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -147,7 +162,7 @@ class QualityRecipe(BaseModel):
 
 
 class LatencyRecipe(BaseModel):
-    """What the latency gate demands. It decides nothing of the artifact, so moec.json does not hold it."""
+    """What the latency gate demands."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -185,6 +200,7 @@ class Recipe(BaseModel):
     quantize: Annotated[QuantizeRecipe | None, BeforeValidator(_section_of_format)] = Field(
         default=None, description="What weights are stored as."
     )
+    coverage: CoverageRecipe = Field(default=CoverageRecipe(), description="What the coverage gate demands.")
     quality: QualityRecipe | None = Field(default=None, description="What the quality gate demands.")
     latency: LatencyRecipe | None = Field(default=None, description="What the latency gate demands.")
     trust_remote_code: bool = Field(default=False, description="Run modelling code that the checkpoint brings along.")
@@ -197,9 +213,7 @@ class Recipe(BaseModel):
         Args:
             options: `self.options` as the target's own Options object.
         """
-        plain = self.model_dump(
-            mode="json", exclude={"checkpoint", "options", "trust_remote_code", "quality", "latency"}
-        )
+        plain = self.model_dump(mode="json", exclude={"checkpoint", "options", "trust_remote_code", *DEMANDS})
         return {**plain, "options": options.model_dump(mode="json")}
 
 

@@ -25,11 +25,12 @@ def exported(tiny_checkpoint: Tiny, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def test_every_gate_passes_and_is_in_the_report(exported: Result) -> None:
-    *proofs, quality = exported.verdicts
+    *proofs, quality, latency = exported.verdicts
     assert {verdict.status for verdict in proofs} == {Status.PASS}
     assert {verdict.gate.split(":")[0] for verdict in proofs} == {"parity", "coverage", "integrity"}
     # Nobody has given a limit: it did not run, which is no pass.
     assert (quality.gate, quality.status) == ("quality", Status.NOT_RUN)
+    assert (latency.gate, latency.status) == ("latency", Status.NOT_RUN)
     report = json.loads((exported.directory / "report.json").read_text())
     assert [verdict["gate"] for verdict in report["verdicts"]] == [verdict.gate for verdict in exported.verdicts]
     assert exported.exit_code == 0
@@ -62,8 +63,11 @@ def test_a_rebuild_is_byte_identical(exported: Result, tiny_checkpoint: Tiny, tm
 def test_validate_finds_nothing_and_then_what_was_changed(
     exported: Result, tiny_checkpoint: Tiny, tmp_path: Path
 ) -> None:
-    result = validate_artifact(exported.directory, str(tiny_checkpoint("olmoe")))
-    assert {verdict.status for verdict in result.verdicts[:-1]} == {Status.PASS}
+    demands = {"coverage": {"min": "25%", "tokens": 2000}}
+    result = validate_artifact(exported.directory, str(tiny_checkpoint("olmoe")), demands=demands)
+    statuses = {verdict.gate: verdict.status for verdict in result.verdicts}
+    assert {gate for gate, status in statuses.items() if status is not Status.PASS} == {"quality", "latency"}
+    assert next(item for item in result.verdicts if item.gate == "coverage").figures["minimum"] == 0.25
     with pytest.raises(CheckpointError, match=r"not the checkpoint .* config.json, model.safetensors differ"):
         validate_artifact(exported.directory, str(tiny_checkpoint("mixtral")))
     damaged = tmp_path / "damaged"
