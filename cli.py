@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import signal
 import sys
 import warnings
@@ -22,8 +23,8 @@ from moec.compiler.commands.artifacts import run, verify
 from moec.compiler.commands.inspection import doctor, families, inspect
 from moec.compiler.commands.options import ArtifactDirectory, Debug, Json, Quiet, Trust
 from moec.compiler.commands.pipelines import build, diff, publish
-from moec.compiler.console import Console
-from moec.compiler.errors import MoecError
+from moec.compiler.console import LOG_FORMAT, Console
+from moec.compiler.errors import MoecError, UsageError
 
 
 def _routing(metavar: str | None, text: str) -> Any:
@@ -111,7 +112,6 @@ def export(
     Name a target to see its own options: moec export --target NAME --help.
     """
     from moec.compiler.api import merge
-    from moec.compiler.errors import UsageError
     from moec.compiler.flags import sections_of_flags
     from moec.compiler.pipeline import compile_recipe
 
@@ -270,6 +270,9 @@ def _application(arguments: list[str]) -> typer.Typer:
         version: Annotated[
             bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
         ] = False,
+        _log_format: Annotated[
+            str, typer.Option("--log-format", metavar="text|json", help="What stderr is; works after a command too.")
+        ] = "text",
     ) -> None:
         """Compile mixture-of-experts checkpoints into deployment artifacts, with proof."""
 
@@ -295,13 +298,31 @@ def _terminate(_signal: int, _frame: FrameType | None) -> NoReturn:
     raise SystemExit(128 + signal.SIGTERM)
 
 
+def _choose_log_format(arguments: list[str]) -> list[str]:
+    """Take `--log-format` out of a command line, wherever it stands, and set the variable that it stands for."""
+    from moec.compiler.flags import find_flag
+
+    chosen = find_flag(arguments, "--log-format")
+    if chosen not in {None, "text", "json"}:
+        raise UsageError(f"--log-format: {chosen!r} is none", hint="text or json")
+    if chosen is None:
+        return arguments
+    os.environ[LOG_FORMAT] = chosen
+    rest = [item for item in arguments if not item.startswith("--log-format=")]
+    while "--log-format" in rest:
+        position = rest.index("--log-format")
+        del rest[position : position + 2]
+    return rest
+
+
 def dispatch(arguments: list[str]) -> int:
     """Run one command line, without the name of the program, and return its exit code."""
     console = Console("--json" in arguments, debug="--debug" in arguments)
 
     def call() -> int:
         try:
-            _application(arguments)(arguments, prog_name="moec")
+            chosen = _choose_log_format(arguments)
+            _application(chosen)(chosen, prog_name="moec")
         except SystemExit as done:
             return done.code if isinstance(done.code, int) else int(done.code is not None)
         return 0

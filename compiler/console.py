@@ -12,6 +12,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
     from moec.compiler.pipeline import Result
 
 INTERNAL, INTERRUPTED = 70, 130
+LOG_FORMAT = "MOEC_LOG_FORMAT"
+"""Variable that says what stderr is written as, "text" or "json"; `--log-format` sets it."""
+_INTERVAL = 5.0
+"""Seconds between two lines of a step where there is no terminal to draw a bar on."""
 _STYLES = {
     "pass": "green",
     "fail": "bold red",
@@ -43,12 +48,15 @@ class Console:
         json: Results as JSON on stdout, errors too.
         quiet: No progress.
         debug: The traceback of an error.
+        log_json: Progress, notes and errors on stderr as one JSON object per line.
     """
 
     json: bool = False
     quiet: bool = False
     debug: bool = False
+    log_json: bool = field(default_factory=lambda: os.environ.get(LOG_FORMAT) == "json")
     _seen: dict[str, float] = field(default_factory=dict)
+    _told: dict[str, float] = field(default_factory=dict)
 
     @cached_property
     def _out(self) -> rich.console.Console:
@@ -79,7 +87,11 @@ class Console:
 
     def note(self, text: str) -> None:
         """A line on stderr, unless quiet."""
-        if not self.quiet:
+        if self.quiet:
+            return
+        if self.log_json:
+            self._log("info", message=text)
+        else:
             self._err.print(text, style="dim", soft_wrap=True)
 
     def rows(self, rows: Iterable[Sequence[str]], header: Sequence[str] = ()) -> None:
@@ -155,14 +167,9 @@ class Console:
 
     def error(self, error: MoecError) -> int:
         """Print message and hint; return the exit code."""
-        self._err.print(f"error: {error.message}", style="bold red", soft_wrap=True)
-        for note in getattr(error, "__notes__", ()):
-            self._err.print(note, style="dim", soft_wrap=True)
-        if error.hint:
-            self._err.print(f"hint: {error.hint}", soft_wrap=True)
+        self._complain(error.message, error.hint, error.exit_code, getattr(error, "__notes__", ()))
         if self.debug:
             traceback.print_exception(error)
-        self._json_error(error.message, error.hint, error.exit_code)
         return error.exit_code
 
     def crash(self, error: Exception) -> int:
@@ -173,19 +180,34 @@ class Console:
         else:
             where = f"the details are in {path}"
         message = f"internal: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        self._err.print(f"error: {message}", style="bold red", soft_wrap=True)
-        for note in getattr(error, "__notes__", ()):
-            self._err.print(note, style="dim", soft_wrap=True)
         hint = f"this is a fault of moec; please report it: {where}"
-        self._err.print(f"hint: {hint}", soft_wrap=True)
-        self._json_error(message, hint, INTERNAL)
+        self._complain(message, hint, INTERNAL, getattr(error, "__notes__", ()))
         return INTERNAL
 
     def interrupted(self) -> int:
         """Print that nothing was written; return the exit code."""
-        self._err.print("interrupted; nothing was written")
+        if self.log_json:
+            self._log("error", message="interrupted; nothing was written", exit_code=INTERRUPTED)
+        else:
+            self._err.print("interrupted; nothing was written")
         self._json_error("interrupted", "", INTERRUPTED)
         return INTERRUPTED
+
+    def _complain(self, message: str, hint: str, code: int, notes: Sequence[str]) -> None:
+        if self.log_json:
+            self._log("error", message=message, hint=hint, exit_code=code, notes=list(notes))
+        else:
+            self._err.print(f"error: {message}", style="bold red", soft_wrap=True)
+            for note in notes:
+                self._err.print(note, style="dim", soft_wrap=True)
+            if hint:
+                self._err.print(f"hint: {hint}", soft_wrap=True)
+        self._json_error(message, hint, code)
+
+    def _log(self, level: str, **fields: Any) -> None:
+        """A line of JSON on stderr."""
+        when = datetime.now(UTC).isoformat(timespec="milliseconds")
+        print(json.dumps({"time": when, "level": level, **fields}, ensure_ascii=False), file=sys.stderr, flush=True)
 
     def _json_error(self, message: str, hint: str, code: int) -> None:
         if self.json:
@@ -197,7 +219,7 @@ class Console:
         """Yield a Progress: bars on a terminal, a line for each finished step elsewhere, nothing if quiet."""
         if self.quiet:
             yield lambda _name, _done, _total: None
-        elif self._err.is_terminal:
+        elif self._err.is_terminal and not self.log_json:
             with self._bars() as update:
                 yield update
         else:
@@ -205,25 +227,67 @@ class Console:
 
     @contextlib.contextmanager
     def _bars(self) -> Iterator[Callable[[str, int, int], None]]:
-        from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            SpinnerColumn,
+            TaskID,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
 
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
         tasks: dict[str, TaskID] = {}
         with Progress(*columns, console=self._err) as bars:
 
             def update(name: str, done: int, total: int) -> None:
                 if name not in tasks:
-                    tasks[name] = bars.add_task(name, total=total or None)
+                    tasks[name] = bars.add_task(name, total=total or None, rate="")
                 # A bar that knows no more than begun and done pulses in between.
                 known = total if total > 1 or done else None
-                bars.update(tasks[name], completed=done, total=known)
+                rate = bars.tasks[tasks[name]].speed
+                bars.update(tasks[name], completed=done, total=known, rate=_rate(rate) if total > 1 else "")
 
             yield update
 
     def _print_step(self, name: str, done: int, total: int) -> None:
-        start = self._seen.setdefault(name, time.perf_counter())
-        if total and done >= total:
-            self._err.print(f"{name}: {time.perf_counter() - start:.1f} s", soft_wrap=True)
+        """A line when a step is done, and every few seconds while it lasts, with its rate and the time left."""
+        now = time.perf_counter()
+        start = self._seen.setdefault(name, now)
+        finished = bool(total) and done >= total
+        if finished:
+            self._print(f"{name}: {now - start:.1f} s", step=name, done=done, total=total, seconds=now - start)
+        elif done and now - self._told.get(name, start) >= _INTERVAL:
+            rate = done / (now - start)
+            left = (total - done) / rate
+            text = f"{name}: {done} of {total}, {_rate(rate)}, {left:.0f} s left"
+            self._print(text, step=name, done=done, total=total, rate=rate, seconds_left=left)
+            self._told[name] = now
+
+    def _print(self, text: str, **fields: Any) -> None:
+        """A line of progress, as text or as JSON."""
+        if self.log_json:
+            self._log("info", **fields)
+        else:
+            self._err.print(text, soft_wrap=True)
+
+
+def _rate(per_second: float | None) -> str:
+    """A rate in the unit that reads best."""
+    if not per_second:
+        return ""
+    return f"{per_second:.3g}/s" if per_second >= 1 else f"{1 / per_second:.3g} s each"
 
 
 def _write_crash_log(error: Exception) -> str | None:
