@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from moec import cli
 from moec.compiler import batch, capture, executors, pipeline, worker
@@ -297,3 +299,17 @@ def test_build_shows_a_table_and_ends_with_the_code_of_the_failure(
     cells = json.loads(capsys.readouterr().out)["cells"]
     assert [cell["status"] for cell in cells] == ["cached", "failed"]
     assert built
+
+
+def test_the_examples_for_pipelines_name_commands_and_recipes_that_exist() -> None:
+    folder = Path(__file__).resolve().parents[2] / "examples" / "ci"
+    cells = read_matrix(folder / "matrix.yaml")
+    assert len(cells) == 4
+    for cell in cells:
+        make_recipe(cell.fields)
+    known = {command.name for command in cli._application([]).registered_commands}
+    for path in (folder / "github-actions.yml", folder / "gitlab-ci.yml"):
+        text = path.read_text()
+        assert isinstance(yaml.safe_load(text), dict)
+        used = set(re.findall(r"\bmoec (\w+) ?[\"\-\n]", text))
+        assert {"build", "diff", "doctor"} <= used <= known
