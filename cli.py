@@ -20,6 +20,7 @@ import typer
 
 import moec
 from moec.compiler.commands.artifacts import run, verify
+from moec.compiler.commands.estimation import estimate
 from moec.compiler.commands.inspection import doctor, families, inspect
 from moec.compiler.commands.options import ArtifactDirectory, Debug, Json, Quiet, Trust
 from moec.compiler.commands.pipelines import build, diff, publish
@@ -277,7 +278,7 @@ def _application(arguments: list[str]) -> typer.Typer:
         """Compile mixture-of-experts checkpoints into deployment artifacts, with proof."""
 
     app.command("export")(_guarded(_export_command(arguments)))
-    for command in (build, calibrate, validate, verify, run, inspect, diff, publish, doctor, families):
+    for command in (build, calibrate, estimate, validate, verify, run, inspect, diff, publish, doctor, families):
         app.command(command.__name__)(_guarded(command))
     return app
 

@@ -16,6 +16,7 @@ TOP = {
     "moec.compiler.quantization",
     "moec.compiler.batch",
     "moec.compiler.commands",
+    "moec.compiler.estimate",
     "moec.compiler.executors",
     "moec.compiler.worker",
     "moec.compiler.families",

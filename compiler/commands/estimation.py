@@ -1,0 +1,43 @@
+"""`moec estimate`: what an artifact will be like, before it is built."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from moec.compiler.commands.options import Debug, Json, Quiet, Trust
+from moec.compiler.console import Console
+
+
+def estimate(
+    checkpoint: Annotated[str, typer.Argument(help="Directory or hub id.")],
+    target: Annotated[str, typer.Option("--target", "-t", help="What it would be built for.")],
+    quantize: Annotated[str, typer.Option(metavar="FORMAT", help="What weights would be stored as.")] = "none",
+    dtype: Annotated[str, typer.Option(metavar="fp32|fp16", help="Precision of what is not quantized.")] = "fp32",
+    expert_budget: Annotated[
+        float, typer.Option(min=0.01, max=1.0, help="Share of the pretrained top-k that routing keeps.")
+    ] = 1.0,
+    context: Annotated[int, typer.Option(min=1, help="Tokens before the one that is decoded.")] = 128,
+    device: Annotated[str | None, typer.Option(help="A device profile; without it this machine.")] = None,
+    price_per_hour: Annotated[float | None, typer.Option(min=0, help="Price of the device, in any currency.")] = None,
+    trust_remote_code: Trust = False,
+    json_output: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> int:
+    """Estimate size, work, latency and cost before anything is built. Reads no weight.
+
+    The first estimate for a target and format on a machine builds and measures a few small models.
+    """
+    from moec.compiler.estimate.estimate import Wanted, describe
+    from moec.compiler.estimate.estimate import estimate as compute
+
+    console = Console(json_output, quiet, debug)
+    wanted = Wanted(
+        checkpoint, target, quantize, dtype, expert_budget, context, device, price_per_hour, trust_remote_code
+    )
+    with console.progress() as progress:
+        found = compute(wanted, progress)
+    console.result(found, lambda: console.rows(describe(found)))
+    return 0

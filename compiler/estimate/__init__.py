@@ -1,0 +1,1 @@
+"""Prediction before building: what an artifact will weigh, compute and cost, on this machine or on another."""
