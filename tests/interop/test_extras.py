@@ -1,0 +1,88 @@
+"""The extras `ray` and `mlflow`, each installed beside what is installed here, in an environment of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.interop
+ROOT = Path(__file__).resolve().parents[2]
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+
+PUBLISH = """
+import json, sys
+from pathlib import Path
+import mlflow
+from moec.compiler.publish import publish
+directory, store = Path(sys.argv[1]), sys.argv[2]
+versions = [publish(directory, "mlflow", store, "olmoe")["version"] for _ in range(2)]
+client = mlflow.MlflowClient(store, store)
+found = client.get_model_version("olmoe", "2")
+files = sorted(Path(found.source.removeprefix("file://")).iterdir())
+print(json.dumps({"versions": versions, "tags": dict(found.tags), "files": [path.name for path in files]}))
+"""
+
+
+@pytest.fixture(scope="session")
+def beside() -> Callable[[str], Path]:
+    """Name of an extra -> the python of an environment that sees what is installed here and has the extra too."""
+    import tomllib
+
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+
+    def make(extra: str) -> Path:
+        directory = CACHE / "moec" / "interop" / f"beside-{extra}"
+        python, done = directory / "bin" / "python", directory / "installed"
+        if not done.exists():
+            subprocess.run([sys.executable, "-m", "venv", str(directory)], check=True)
+            (site,) = directory.glob("lib/python*/site-packages")
+            (site / "here.pth").write_text(sysconfig.get_path("purelib") + "\n")
+            subprocess.run([python, "-m", "pip", "install", "--quiet", *extras[extra]], check=True)
+            done.touch()
+        return python
+
+    return make
+
+
+def run(python: Path, *arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    found = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / ".links"), os.environ.get("PYTHONPATH", "")])}
+    command = [str(python), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env={**found, **environment})
+
+
+def test_a_matrix_on_a_local_ray(
+    beside: Callable[[str], Path], tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    (tmp_path / "m.yaml").write_text(f"models: [{tiny_checkpoint('olmoe')}]\ntargets: {{bad: nothing, good: onnx}}\n")
+    places = ("-o", tmp_path / "out", "--cache", tmp_path / "cache", "--executor", "ray", "--json", "-q")
+    program = "from moec.cli import main; main()"
+    for status in ("built", "cached"):
+        done = run(beside("ray"), "-c", program, "build", tmp_path / "m.yaml", *places)
+        cells = json.loads(done.stdout)["cells"]
+        assert [cell["status"] for cell in cells] == ["failed", status], done.stderr
+        assert done.returncode == 2
+    assert (tmp_path / "out" / f"{tiny_checkpoint('olmoe').name}-good" / "model.onnx").is_file()
+
+
+def test_versions_in_mlflow(
+    beside: Callable[[str], Path], tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    import moec
+
+    moec.export(str(tiny_checkpoint("olmoe")), target="onnx", output=tmp_path / "out")
+    store = f"file://{tmp_path / 'store'}"
+    # The client alone has no database; a server would.
+    done = run(beside("mlflow"), "-c", PUBLISH, tmp_path / "out", store, MLFLOW_ALLOW_FILE_STORE="true")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["versions"] == ["1", "2"]
+    assert {"moec.json", "model.onnx", "report.json"} <= set(found["files"])
+    assert found["tags"]["moec.gate.parity_artifact"] == "pass"
+    assert found["tags"]["moec.digest"] == json.loads((tmp_path / "out" / "moec.json").read_text())["digest"]
