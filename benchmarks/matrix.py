@@ -2,8 +2,8 @@
 
     python benchmarks/matrix.py [--jobs 1] [--work DIRECTORY]
 
-Two tiny models, one of them without a tokenizer, in six forms each. GPTQ needs calibration text, so that one has no
-such form: 11 artifacts and one failure. Prints a line of JSON; fails if anything is not as it must be.
+Two tiny models, one of them without a tokenizer, in six forms each. A budget is fitted on text, so that one has no such
+form: 11 artifacts and one failure. Prints a line of JSON; fails if anything is not as it must be.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from moec.compiler.tiny_models import write_tiny_checkpoint
 MATRIX = """
 models: {{whole: {whole}, mute: {mute}}}
 targets: [onnx]
-quantize:
-  float: none
-  half: fp16
-  eight: int8
-  eight-small: int8:16
-  four: {{format: "int4:16", rounding: rtn}}
-  four-gptq: {{format: "int4:16", rounding: gptq, windows: 4, window: 64}}
+routing:
+  full: off
+  lean-90: {{policy: top-p, parameters: {{mass: 0.9}}}}
+  lean-80: {{policy: top-p, parameters: {{mass: 0.8}}}}
+  lean-70: {{policy: top-p, parameters: {{mass: 0.7}}}}
+  lean-60: {{policy: top-p, parameters: {{mass: 0.6}}}}
+  fitted: {{policy: top-p, budget: 0.7}}
 """
 MARK = "MOEC_BENCHMARK_MATRIX"
 """Variable by which the workers of a run are found."""
-BAD = "mute-onnx-four-gptq"
+BAD = "mute-onnx-fitted"
 
 
 def command(matrix: Path, work: Path, jobs: int) -> list[str]:
@@ -78,9 +78,10 @@ def killed(matrix: Path, work: Path, jobs: int, after: int) -> list[str]:
                 process.send_signal(signal.SIGKILL)
                 break
     assert process.returncode == -signal.SIGKILL
-    time.sleep(2)
-    orphans = [process.pid for process in psutil.process_iter() if _environment(process).get(MARK) == str(work)]
-    assert not orphans, f"still running: {orphans}"
+    # A worker notices that its input has ended when it next comes to Python code.
+    workers = [process for process in psutil.process_iter() if _environment(process).get(MARK) == str(work)]
+    _, alive = psutil.wait_procs(workers, timeout=30)
+    assert not alive, f"still running: {alive}"
     return [cell["name"] for cell in cells if cell["status"] == "built"]
 
 
