@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 
-PACKAGES = ("torch", "transformers", "onnxruntime", "onnxruntime-genai", "onnx-ir", "moec")
+PACKAGES = ("torch", "transformers", "onnxruntime", "onnxruntime-genai", "onnx-ir", "tensorrt-rtx", "moec")
 
 
 def describe() -> str:

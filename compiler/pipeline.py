@@ -164,7 +164,7 @@ def compile_recipe(
                 "tools": _tools(target),
             }
             manifest = write_manifest(directory, content)
-        verdicts = _not_run("switched off with --no-gates")
+        verdicts = _not_run("switched off with --no-gates", target)
         if gates:
             with stages("gates"):
                 verdicts = _gates(built, target, directory, manifest, recipe, progress)
@@ -339,7 +339,7 @@ def _gates(
         if source.dtype != torch.float32:
             # The source model is what the checkpoint holds, not what is left of it in half precision.
             source = capture(built.checkpoint, dtype=torch.float32)
-        runner = target.open(directory, threads=0)
+        runner = target.open_reference(directory, threads=0)
         return judge_quality(
             built.captured, ProgramRunner(source), runner, built.checkpoint.directory, options, progress
         )
@@ -360,10 +360,12 @@ def _latency_options(recipe: Recipe) -> latency_gate.LatencyOptions | None:
     return None if given is None else latency_gate.make_options(**given.model_dump())
 
 
-def _not_run(reason: str) -> tuple[Verdict, ...]:
+def _not_run(reason: str, target: Target) -> tuple[Verdict, ...]:
     gates = (CAPTURE_GATE, ARTIFACT_GATE, COVERAGE_GATE, INTEGRITY_GATE)
     proofs = (Verdict(gate, Status.NOT_RUN, reason, EXIT_CODE) for gate in gates)
-    return (*proofs, Verdict(QUALITY_GATE, Status.NOT_RUN, reason, QUALITY_EXIT_CODE), latency_gate.not_run(reason))
+    own = (Verdict(gate.name, Status.NOT_RUN, reason, gate.exit_code) for gate in target.gates())
+    quality = Verdict(QUALITY_GATE, Status.NOT_RUN, reason, QUALITY_EXIT_CODE)
+    return (*proofs, *own, quality, latency_gate.not_run(reason))
 
 
 def _recipe_of(

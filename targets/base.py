@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from moec.compiler.rejections import Rejection
 
 if TYPE_CHECKING:
+    from moec.compiler.gates.verdict import Verdict
     from moec.compiler.program import Program
     from moec.passes.base import Pass
 
@@ -119,6 +120,32 @@ Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done and how much there is."""
 
 
+@dataclass(frozen=True)
+class GateSubject:
+    """What a target's own gate looks at.
+
+    Attributes:
+        program: The final Program.
+        directory: The artifact.
+        facts: `Lowered.facts` of it.
+        parity: Name of a gate and a Runner -> verdict of that Runner on the cases of the parity gate.
+    """
+
+    program: Program
+    directory: Path
+    facts: Mapping[str, Any]
+    parity: Callable[[str, Runner], Verdict]
+
+
+@dataclass(frozen=True)
+class TargetGate:
+    """A gate that a target adds to the common ones: its name, the exit code if it fails, and how it is judged."""
+
+    name: str
+    exit_code: int
+    judge: Callable[[GateSubject], Verdict]
+
+
 class Target(ABC):
     """A deployment format.
 
@@ -168,6 +195,14 @@ class Target(ABC):
     @abstractmethod
     def open(self, directory: Path, *, threads: int = 0) -> Runner:
         """Open an artifact for running; 0 threads means the runtime's default."""
+
+    def open_reference(self, directory: Path, *, threads: int = 0) -> Runner:
+        """Open what the common gates judge: the same, unless the artifact holds a twin that runs on every machine."""
+        return self.open(directory, threads=threads)
+
+    def gates(self) -> tuple[TargetGate, ...]:
+        """Gates that only this target has, run after integrity."""
+        return ()
 
     @abstractmethod
     def expert_tensors(self, directory: Path) -> Mapping[str, ExpertReader]:

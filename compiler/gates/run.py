@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from moec.compiler.gates.parity import (
 )
 from moec.compiler.gates.verdict import Status, Verdict
 from moec.compiler.program import Program
-from moec.targets.base import Progress, Target
+from moec.targets.base import GateSubject, Progress, Runner, Target
 
 SEVERAL_FAILED = 12
 
@@ -70,7 +71,7 @@ def run_gates(
     *,
     further: Sequence[tuple[str, int, Gate]] = (),
 ) -> tuple[Verdict, ...]:
-    """Run parity, coverage and integrity, then `further` gates.
+    """Run parity, coverage and integrity, the gates of the target, then `further` gates.
 
     Args:
         inputs: What to look at.
@@ -94,7 +95,7 @@ def run_gates(
 
     def artifact() -> Verdict:
         prompts = Prompts.of(inputs.checkpoint.directory, inputs.program.vocab_size, seed=options.seed)
-        runner = inputs.target.open(inputs.directory, threads=inputs.threads)
+        runner = inputs.target.open_reference(inputs.directory, threads=inputs.threads)
         seen = gather_artifact(inputs.program, runner, prompts, options, progress)
         evidence[ARTIFACT_GATE] = seen
         verdict = judge_parity(ARTIFACT_GATE, seen, options)
@@ -109,16 +110,23 @@ def run_gates(
             {name: seen.tokens for name, seen in evidence.items()},
         )
 
+    def parity(name: str, runner: Runner) -> Verdict:
+        prompts = Prompts.of(inputs.checkpoint.directory, inputs.program.vocab_size, seed=options.seed)
+        verdict = judge_parity(name, gather_artifact(inputs.program, runner, prompts, options, progress), options)
+        return replace(verdict, figures={**verdict.figures, "runner": dict(runner.facts())})
+
     def integrity() -> Verdict:
         readers = inputs.target.expert_tensors(inputs.directory)
         tensor_bytes = inputs.facts.get("expert_tensor_bytes")
         return check_integrity(inputs.program, readers, tensor_bytes=tensor_bytes, progress=progress)
 
+    subject = GateSubject(inputs.program, inputs.directory, inputs.facts, parity)
     gates: list[tuple[str, int, Gate]] = [
         (CAPTURE_GATE, EXIT_CODE, capture),
         (ARTIFACT_GATE, EXIT_CODE, artifact),
         (COVERAGE_GATE, EXIT_CODE, coverage),
         (INTEGRITY_GATE, EXIT_CODE, integrity),
+        *((own.name, own.exit_code, partial(own.judge, subject)) for own in inputs.target.gates()),
         *further,
     ]
     return tuple(run_gate(name, code, gate) for name, code, gate in gates)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from enum import StrEnum
@@ -13,11 +14,23 @@ from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
 from moec.compiler.errors import LoweringError, UsageError
 from moec.compiler.rejections import Rejection
-from moec.targets.base import Capabilities, ExpertReader, Lowered, Phase, Progress, Runner, Target, TargetOptions
+from moec.targets.base import (
+    Capabilities,
+    ExpertReader,
+    Lowered,
+    Phase,
+    Progress,
+    Runner,
+    Target,
+    TargetGate,
+    TargetOptions,
+)
 from moec.targets.tensorrt import builder
 from moec.targets.tensorrt.capability import DEFAULT, parse
 from moec.targets.tensorrt.forms import ExpertShape, Form, choose
 from moec.targets.tensorrt.library import CLASSIC, RTX, Library, module_name, version
+from moec.targets.tensorrt.settings import FILE as SETTINGS
+from moec.targets.tensorrt.settings import SCHEMA_VERSION, write_settings
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -26,7 +39,6 @@ if TYPE_CHECKING:
     from moec.targets.onnx.context import Context
     from moec.targets.tensorrt.build import Built
 
-SETTINGS = "tensorrt.json"
 DEFAULT_CONTEXT = 1024
 
 
@@ -137,10 +149,25 @@ class TensorrtTarget(Target):
         )
 
     def open(self, directory: Path, *, threads: int = 0) -> Runner:
+        """Open the engine where there is a GPU that it was built for, else model.onnx."""
+        from moec.targets.tensorrt.engine import open_engine, why_not
+        from moec.targets.tensorrt.settings import read_settings
+
+        if why_not(read_settings(directory)):
+            return self.open_reference(directory, threads=threads)
+        return open_engine(directory)
+
+    def open_reference(self, directory: Path, *, threads: int = 0) -> Runner:
         """Open model.onnx with ONNX Runtime on CPU."""
         from moec.targets.tensorrt.runner import TwinRunner
 
         return TwinRunner(directory, threads=threads)
+
+    def gates(self) -> tuple[TargetGate, ...]:
+        """The contents of the engine, and its execution."""
+        from moec.targets.tensorrt.gates import GATES
+
+        return GATES
 
     def expert_tensors(self, directory: Path) -> Mapping[str, ExpertReader]:
         """Read the experts back from the files, in the layout of the Program."""
@@ -185,7 +212,7 @@ def make_settings(program: Program, options: TensorrtOptions, form: Form) -> dic
     module = module_name(options.library) if options.engine else RTX
     defaults = program.notes.get("input_defaults", {})
     return {
-        "schema_version": 1,
+        "schema_version": SCHEMA_VERSION,
         "onnx": MODEL,
         "library": module,
         "library_version": version(module.replace("_", "-")) if options.engine else "",
@@ -215,11 +242,6 @@ def _sizes(program: Program, options: TensorrtOptions) -> Any:
         )
     piece = min(options.piece, context)
     return Sizes(options.batch, context, min(options.prompt, piece), piece)
-
-
-def write_settings(directory: Path, settings: Mapping[str, Any]) -> None:
-    """Write `tensorrt.json`."""
-    (directory / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def build_engine(
@@ -255,6 +277,17 @@ def _refused(built: Built, ctx: Context) -> LoweringError:
     )
 
 
+def _weights(ctx: Context) -> dict[str, int]:
+    """Bytes of the weights in the file, and how many of their values are int8 and int4."""
+    kinds = {"INT8": "Int8", "INT4": "Int4"}
+    counts = {"bytes": sum(tensor.nbytes for _, tensor in ctx.initializers.values())}
+    for value, _ in ctx.initializers.values():
+        kind = None if value.dtype is None else kinds.get(value.dtype.name)
+        if kind is not None and value.shape is not None:
+            counts[kind] = counts.get(kind, 0) + math.prod(int(size) for size in value.shape.numpy())
+    return counts
+
+
 def _facts(model: ir.Model, ctx: Context, settings: Mapping[str, Any], form: Form) -> dict[str, Any]:
     counts: dict[str, int] = {}
     for node in model.graph.all_nodes():
@@ -265,5 +298,6 @@ def _facts(model: ir.Model, ctx: Context, settings: Mapping[str, Any], form: For
         "compute_capabilities": settings["compute_capabilities"],
         "ops": dict(sorted(counts.items())),
         "expert_tensor_bytes": {name: ctx.bytes_of(name) for name in sorted(ctx.experts)},
+        "weights": _weights(ctx),
         **({"engine": settings["built"]} if "built" in settings else {}),
     }

@@ -58,8 +58,13 @@ class _Layer:
         self.count = int(gate_up.meta["val"].shape[0])  # type: ignore[union-attr]
         self.gate: Gate = gate_of(node)
         self.transposed = bool(node.args[10])
-        self.first, self.second = _stack(ctx, gate_up), _stack(ctx, down)
-        self.biases = [None if bias is None else _stack(ctx, bias) for bias in (gate_up_bias, down_bias)]
+        self._stacks = gate_up, down, gate_up_bias, down_bias
+
+    def stacks(self) -> tuple[ir.Value, ir.Value, list[ir.Value | None]]:
+        """The weights of both projections and their biases."""
+        first, second, *biases = self._stacks
+        made = [None if bias is None else _stack(self.ctx, bias) for bias in biases]
+        return _stack(self.ctx, first), _stack(self.ctx, second), made
 
     def zero(self, dtype: torch.dtype) -> ir.Value:
         return self.ctx.constant(np.asarray(0, np_dtype(dtype)))
@@ -106,9 +111,10 @@ def _gather(ctx: Context, node: fx.Node) -> ir.Value:
     def own(stack: ir.Value) -> ir.Value:
         return ctx.op("Gather", stack, inside, axis=0)
 
-    biases = [None if bias is None else ctx.op("Unsqueeze", own(bias), ctx.ints(2)) for bias in layer.biases]
+    first, second, stacked = layer.stacks()
+    biases = [None if bias is None else ctx.op("Unsqueeze", own(bias), ctx.ints(2)) for bias in stacked]
     x = ctx.op("Unsqueeze", layer.hidden, ctx.ints(1, 2))
-    result = ctx.op("Squeeze", layer.run(x, own(layer.first), own(layer.second), biases, 4), ctx.ints(2))
+    result = ctx.op("Squeeze", layer.run(x, own(first), own(second), biases, 4), ctx.ints(2))
     slots = layer.weighted(result, ctx.op("Unsqueeze", weights, ctx.ints(2)))
     return layer.narrowed(ctx.op("ReduceSum", slots, ctx.ints(1), keepdims=0))
 
@@ -116,9 +122,10 @@ def _gather(ctx: Context, node: fx.Node) -> ir.Value:
 def _dense(ctx: Context, node: fx.Node) -> ir.Value:
     """Every expert for every token, [E, T, H]."""
     layer = _Layer(ctx, node)
-    biases = [None if bias is None else ctx.op("Unsqueeze", bias, ctx.ints(1)) for bias in layer.biases]
+    first, second, stacked = layer.stacks()
+    biases = [None if bias is None else ctx.op("Unsqueeze", bias, ctx.ints(1)) for bias in stacked]
     x = ctx.op("Unsqueeze", layer.hidden, ctx.ints(0))
-    result = layer.run(x, layer.first, layer.second, biases, 3)
+    result = layer.run(x, first, second, biases, 3)
     columns = ctx.op("Unsqueeze", ctx.op("Transpose", layer.dense_weights(), perm=[1, 0]), ctx.ints(2))
     return layer.narrowed(ctx.op("ReduceSum", layer.weighted(result, columns), ctx.ints(0), keepdims=0))
 
@@ -156,8 +163,9 @@ def _add_expert(layer: _Layer, index: ir.Value, columns: ir.Value, total: ir.Val
     def own(stack: ir.Value) -> ir.Value:
         return ctx.op("Gather", stack, index, axis=0)
 
-    biases = [None if bias is None else own(bias) for bias in layer.biases]
-    result = layer.run(layer.hidden, own(layer.first), own(layer.second), biases, 2)
+    first, second, stacked = layer.stacks()
+    biases = [None if bias is None else own(bias) for bias in stacked]
+    result = layer.run(layer.hidden, own(first), own(second), biases, 2)
     return ctx.op("Add", total, layer.weighted(result, own(columns)))
 
 

@@ -9,15 +9,21 @@ from moec.compiler.errors import LoweringError
 from moec.quantize.formats import Activations, IntegerFormat
 from moec.quantize.lazy import Quantized
 from moec.targets.onnx.context import DTYPES, Context
-from moec.targets.onnx.lowerings.quantized import Packed, pack
+from moec.targets.onnx.lowerings.quantized import Packed, expand_scales, pack
 
-HINT = "TensorRT takes int8 and int4, symmetric, per channel or in blocks, with float activations: such as int4:64"
+HINT = (
+    "TensorRT takes int8 per channel or in blocks and int4 in blocks, symmetric, with float activations: int8, int4:64"
+)
+BLOCKS = (128, 64, 32)
+"""Blocks that the builder takes; of a longer one it says that a value is no value."""
 
 
 def refusal(form: IntegerFormat) -> str:
     """Why TensorRT cannot take weights of `form`; empty where it can."""
     if not form.symmetric:
         return "DequantizeLinear takes no zero point other than 0"
+    if form.bits == 4 and form.granularity == "channel":
+        return "int4 comes in blocks alone"
     if form.activations is not Activations.FLOAT:
         return "the parser has no DynamicQuantizeLinear, so activations cannot be rounded to int8"
     return ""
@@ -34,7 +40,8 @@ def dequantized(ctx: Context, name: str, weight: Quantized, dtype: torch.dtype) 
     """
     if reason := refusal(weight.format):
         raise LoweringError(f"{name}: the TensorRT target has no form for {weight.format}: {reason}", hint=HINT)
-    groups = weight.shape[-1] // weight.block
+    block = next((size for size in BLOCKS if weight.block % size == 0), weight.block)
+    groups = weight.shape[-1] // block
 
     def make() -> ir.Value:
         return ctx.op(
@@ -42,7 +49,7 @@ def dequantized(ctx: Context, name: str, weight: Quantized, dtype: torch.dtype) 
             _codes(ctx, name, weight),
             _scales(ctx, name, weight, groups, dtype),
             axis=len(weight.shape) - 1,
-            block_size=weight.block,
+            block_size=block,
         )
 
     return ctx.shared(("dequantized", name, dtype), make)
@@ -62,6 +69,8 @@ def _codes(ctx: Context, name: str, weight: Quantized) -> ir.Value:
 
 def _scales(ctx: Context, name: str, weight: Quantized, groups: int, dtype: torch.dtype) -> ir.Value:
     stored = weight.format.scale_type.dtype
-    tensor = Packed(weight, lambda part: part.scales.to(stored), (*weight.shape[:-1], groups), stored, True)
+    tensor = Packed(
+        weight, lambda part: expand_scales(part.scales, groups).to(stored), (*weight.shape[:-1], groups), stored, True
+    )
     value = ctx.initializer(f"{name}.scales", tensor)
     return value if stored is dtype else ctx.op("Cast", value, to=int(DTYPES[dtype]))

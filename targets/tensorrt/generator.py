@@ -1,0 +1,178 @@
+"""Runs an engine over buffers that never move: the Runner of the TensorRT target on a GPU.
+
+The cache of a layer is one buffer of `context` slots, filled from its end. A decode step sees all of it, with the
+slots that hold nothing yet masked, so its shapes and addresses are the same at every step, as CUDA graphs want it.
+What a step yields is a cache longer by its new tokens, whose last `context` slots are copied back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from moec.compiler.errors import UsageError
+from moec.targets.base import RunnerLimits
+
+NUMPY: Mapping[str, Any] = {
+    "float32": np.float32,
+    "float16": np.float16,
+    "int64": np.int64,
+    "int32": np.int32,
+    "bool": np.bool_,
+}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Equal pieces of memory at equal distances: where the first lies, and the bytes from one to the next."""
+
+    address: int
+    pitch: int
+
+
+class Session(Protocol):
+    """A GPU with an engine on it. Addresses are those of the GPU; work is done in the order of the calls."""
+
+    def allocate(self, nbytes: int) -> int:
+        """Memory that is 0 everywhere."""
+
+    def write(self, address: int, array: np.ndarray) -> None:
+        """Copy `array` to the GPU."""
+
+    def read(self, address: int, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        """Copy from the GPU, when all before is done."""
+
+    def copy_rows(self, source: Rows, destination: Rows, width: int, count: int) -> None:
+        """Copy `count` pieces of `width` bytes."""
+
+    def execute(self, profile: str, shapes: Mapping[str, tuple[int, ...]], addresses: Mapping[str, int]) -> None:
+        """Run the engine: shapes of the inputs, addresses of inputs and outputs."""
+
+    def facts(self) -> Mapping[str, Any]:
+        """Library, GPU and versions."""
+
+
+@dataclass(frozen=True)
+class State:
+    """One state: names of input and output, and the sizes of its cache [batch, heads, slots, width]."""
+
+    source: str
+    result: str
+    heads: int
+    width: int
+    dtype: Any
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of one slot of one head."""
+        return self.width * int(np.dtype(self.dtype).itemsize)
+
+
+class EngineRunner:
+    """The Runner over a Session.
+
+    Args:
+        session: The engine on its GPU.
+        settings: `tensorrt.json`.
+        signature: The section of moec.json.
+    """
+
+    def __init__(self, session: Session, settings: Mapping[str, Any], signature: Mapping[str, Any]) -> None:
+        self._session, self._context = session, int(settings["context"])
+        self._batch, self._piece = int(settings["batch"]), int(settings["piece"])
+        self._states = [_state(row) for row in signature["states"]]
+        self._inputs = {row["name"]: NUMPY[row["dtype"]] for row in signature["inputs"]}
+        self._vocabulary = int(signature["outputs"][0]["shape"][-1])
+        self._addresses = self._allocate(signature)
+        for name, value in settings["input_defaults"].items():
+            session.write(self._addresses[name], np.asarray(value, self._inputs[name]))
+        self._mask = np.zeros((0, 0), np.int64)
+        self.limits = RunnerLimits(max_batch=self._batch, max_sequence=self._context)
+
+    def _allocate(self, signature: Mapping[str, Any]) -> dict[str, int]:
+        longest = self._context + self._piece
+        lengths = {
+            "batch": self._batch,
+            "sequence": self._piece,
+            "past_sequence": self._context,
+            "total_sequence": longest,
+        }
+        rows = [*signature["inputs"], *signature["outputs"]]
+        rows += [state[end] for state in signature["states"] for end in ("input", "output")]
+        addresses = {}
+        for row in rows:
+            sizes = [size if isinstance(size, int) else lengths[size] for size in row["shape"]]
+            nbytes = int(np.prod(sizes, dtype=np.int64)) * int(np.dtype(NUMPY[row["dtype"]]).itemsize)
+            addresses[row["name"]] = self._session.allocate(max(nbytes, 1))
+        return addresses
+
+    def reset(self) -> None:
+        """Forget the sequences."""
+        self._mask = np.zeros((0, 0), np.int64)
+
+    def prefill(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None) -> np.ndarray:
+        """Start new sequences; see `moec.targets.base.Runner`."""
+        self.reset()
+        return self.decode(input_ids, attention_mask)
+
+    def decode(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None) -> np.ndarray:
+        """Continue them; see `moec.targets.base.Runner`.
+
+        Raises:
+            UsageError: The sequence is longer than the cache, or the batch larger than that of the engine.
+        """
+        batch, length = input_ids.shape
+        start = self._mask.shape[1]
+        if start + length > self._context or batch > self._batch:
+            raise UsageError(
+                f"{batch} sequences of {start + length} tokens: there is room for {self._batch} of {self._context}",
+                hint="export with a larger --context or --batch",
+            )
+        whole = np.ones((batch, start + length), np.int64) if attention_mask is None else attention_mask
+        logits = []
+        for first in range(0, length, self._piece):
+            last = min(first + self._piece, length)
+            logits.append(self._step(input_ids[:, first:last], whole[:, : start + last].astype(np.int64)))
+        return np.concatenate(logits, axis=1)
+
+    def _step(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        """One call of the engine: ids [B, S], mask [B, past + S]."""
+        batch, length = ids.shape
+        start = self._mask.shape[1]
+        # Before the first token there is no cache to look at; later all of it is, used or not.
+        past = self._context if start else 0
+        padded = np.concatenate([np.zeros((batch, past - start), np.int64), mask], axis=1) if past else mask
+        positions = np.maximum(mask.cumsum(-1) - 1, 0)[:, -length:]
+        shapes = {}
+        for name, array in {"input_ids": ids, "attention_mask": padded, "position_ids": positions}.items():
+            if name in self._inputs:
+                self._session.write(self._addresses[name], np.ascontiguousarray(array, self._inputs[name]))
+                shapes[name] = tuple(array.shape)
+        for state in self._states:
+            shapes[state.source] = (batch, state.heads, past, state.width)
+        self._session.execute("decode" if length == 1 and past else "prefill", shapes, self._addresses)
+        for state in self._states:
+            self._keep(state, batch, past + length)
+        self._mask = mask
+        return self._session.read(self._addresses["logits"], (batch, length, self._vocabulary), np.float32)
+
+    def _keep(self, state: State, batch: int, slots: int) -> None:
+        """Copy the last slots of what a step yielded to the end of the cache."""
+        kept, size = min(slots, self._context), state.slot_bytes
+        source = Rows(self._addresses[state.result] + (slots - kept) * size, slots * size)
+        target = Rows(self._addresses[state.source] + (self._context - kept) * size, self._context * size)
+        self._session.copy_rows(source, target, kept * size, batch * state.heads)
+
+    def facts(self) -> Mapping[str, Any]:
+        """Library, GPU and sizes."""
+        return {**self._session.facts(), "context": self._context, "batch": self._batch}
+
+
+def _state(row: Mapping[str, Any]) -> State:
+    source, result = row["input"], row["output"]
+    return State(
+        source["name"], result["name"], int(source["shape"][1]), int(source["shape"][3]), NUMPY[source["dtype"]]
+    )

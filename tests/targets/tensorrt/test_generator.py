@@ -1,0 +1,247 @@
+"""The engine's runner with its fixed buffers, over a session that is memory here and model.onnx in ONNX Runtime."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+
+from moec.compiler.errors import ArtifactError, MissingExtraError, UsageError
+from moec.compiler.interpreter import ProgramRunner
+from moec.passes.dynamic_routing import DynamicRouting
+from moec.passes.routing.ratio import Ratio
+from moec.targets.onnx.runner import NUMPY
+from moec.targets.tensorrt import engine
+from moec.targets.tensorrt.doctor import Gpu
+from moec.targets.tensorrt.generator import EngineRunner, Rows
+
+
+class FakeSession:
+    """Memory as bytes, and an engine that is model.onnx."""
+
+    def __init__(self, model: Path, profiles: list[Mapping[str, Any]]) -> None:
+        self.memory = np.zeros(1 << 24, np.uint8)
+        self.end, self.calls = 64, []
+        self.profiles = {profile["name"]: profile["inputs"] for profile in profiles}
+        options = ort.SessionOptions()
+        options.intra_op_num_threads, options.log_severity_level = 1, 3
+        self.session = ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+
+    def allocate(self, nbytes: int) -> int:
+        address, self.end = self.end, self.end + nbytes
+        assert self.end <= self.memory.size
+        # What was never written must not matter.
+        return address
+
+    def write(self, address: int, array: np.ndarray) -> None:
+        self.memory[address : address + array.nbytes] = np.frombuffer(array.tobytes(), np.uint8)
+
+    def read(self, address: int, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        return self.memory[address : address + size].copy().view(dtype).reshape(shape)
+
+    def copy_rows(self, source: Rows, destination: Rows, width: int, count: int) -> None:
+        for row in range(count):
+            start, to = source.address + row * source.pitch, destination.address + row * destination.pitch
+            self.memory[to : to + width] = self.memory[start : start + width].copy()
+
+    def execute(self, profile: str, shapes: Mapping[str, tuple[int, ...]], addresses: Mapping[str, int]) -> None:
+        self.calls.append((profile, dict(shapes)))
+        feeds = {}
+        for spec in self.session.get_inputs():
+            shape = shapes.get(spec.name, ())
+            for size, low, high in zip(shape, *self._bounds(profile, spec.name), strict=False):
+                assert low <= size <= high, (profile, spec.name, shape)
+            feeds[spec.name] = self.read(addresses[spec.name], shape, NUMPY[spec.type])
+        names = [spec.name for spec in self.session.get_outputs()]
+        for name, value in zip(names, self.session.run(names, feeds), strict=True):
+            self.write(addresses[name], value)
+
+    def _bounds(self, profile: str, name: str) -> tuple[list[int], list[int]]:
+        shapes = self.profiles[profile].get(name, {"min": [], "max": []})
+        return shapes["min"], shapes["max"]
+
+    def facts(self) -> Mapping[str, Any]:
+        return {"runtime": "fake"}
+
+
+def opened(model: Any) -> tuple[EngineRunner, FakeSession]:
+    settings = json.loads((model.directory / "tensorrt.json").read_text())
+    session = FakeSession(model.directory / "model.onnx", settings["profiles"])
+    return EngineRunner(session, settings, model.lowered.signature), session
+
+
+@pytest.fixture(scope="module")
+def sliding(tiny_checkpoint: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A model with windows, sinks and biases, for two sequences of 24 tokens in pieces of 8."""
+    from tests.targets.tensorrt.conftest import lower_program, program_of
+
+    program = program_of(tiny_checkpoint("gpt_oss"))
+    return lower_program(program, tmp_path_factory.mktemp("x") / "artifact", batch=2, context=24, piece=8)
+
+
+def test_tokens_in_pieces_and_one_by_one(sliding: Any) -> None:
+    runner, session = opened(sliding)
+    ids = np.random.default_rng(1).integers(3, sliding.program.vocab_size, (2, 24))
+    want = ProgramRunner(sliding.program).prefill(ids)
+    for _ in range(2):
+        got = [runner.prefill(ids[:, :19])] + [runner.decode(ids[:, step : step + 1]) for step in range(19, 24)]
+        np.testing.assert_allclose(np.concatenate(got, axis=1), want, atol=2e-5 * np.abs(want).max())
+    profiles = [profile for profile, _ in session.calls]
+    assert profiles[:8] == ["prefill"] * 3 + ["decode"] * 5
+    # Every decode step has the same shapes: that is what lets it be recorded.
+    assert len({str(shapes) for profile, shapes in session.calls if profile == "decode"}) == 1
+
+
+def test_left_padding(sliding: Any) -> None:
+    runner, _ = opened(sliding)
+    ids = np.random.default_rng(2).integers(3, sliding.program.vocab_size, (2, 12))
+    mask = np.ones((2, 12), np.int64)
+    mask[1, :5] = 0
+    got = np.concatenate([runner.prefill(ids[:, :9], mask[:, :9]), runner.decode(ids[:, 9:], mask)], axis=1)
+    whole, part = (ProgramRunner(sliding.program).prefill(row) for row in (ids[:1], ids[1:, 5:]))
+    np.testing.assert_allclose(got[:1], whole, atol=2e-5 * np.abs(whole).max())
+    np.testing.assert_allclose(got[1:, 5:], part, atol=2e-5 * np.abs(part).max())
+
+
+def test_what_does_not_fit_is_refused(sliding: Any) -> None:
+    runner, _ = opened(sliding)
+    assert (runner.limits.max_batch, runner.limits.max_sequence) == (2, 24)
+    runner.prefill(np.full((1, 24), 3))
+    with pytest.raises(UsageError, match="room for 2 of 24") as caught:
+        runner.decode(np.full((1, 1), 3))
+    assert "--context" in caught.value.hint
+    with pytest.raises(UsageError, match="3 sequences"):
+        runner.prefill(np.full((3, 1), 3))
+
+
+def test_inputs_that_a_pass_added_have_their_values(
+    tiny_checkpoint: Any, program_of: Callable[..., Any], lower: Callable[..., Any]
+) -> None:
+    program = program_of(tiny_checkpoint("mixtral"), later=(DynamicRouting(Ratio(beta=0.9), True),))
+    model = lower(program, context=16)
+    runner, _ = opened(model)
+    ids = np.arange(3, 15)[None]
+    want = ProgramRunner(program).prefill(ids)
+    for other in (runner, model.runner):
+        np.testing.assert_allclose(other.prefill(ids), want, atol=2e-5 * np.abs(want).max())
+
+
+def test_the_gpu_session_speaks_to_library_and_driver(tmp_path: Path) -> None:
+    """What it calls, in which order, without either."""
+    log: list[Any] = []
+
+    class Context:
+        def __init__(self, *arguments: Any) -> None:
+            log.append(("context", [item.cuda_graph_strategy for item in arguments]))
+
+        def __getattr__(self, name: str) -> Any:
+            return lambda *values: log.append((name, *values)) or True
+
+    class Logger:
+        ERROR = 1
+
+        def __init__(self, level: int) -> None:
+            assert level == self.ERROR
+
+    holder = SimpleNamespace(create_runtime_config=SimpleNamespace, create_execution_context=Context)
+    library = SimpleNamespace(
+        __name__="tensorrt_rtx",
+        __version__="1",
+        Logger=Logger,
+        Runtime=lambda _: SimpleNamespace(deserialize_cuda_engine=lambda data: holder if data == b"engine" else None),
+        CudaGraphStrategy=SimpleNamespace(WHOLE_GRAPH_CAPTURE="graph"),
+    )
+
+    class Cuda:
+        cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2, cudaMemcpyDeviceToDevice=3)  # noqa: N815
+
+        def __getattr__(self, name: str) -> Any:
+            def call(*values: Any) -> tuple[int, ...]:
+                log.append((name, *values))
+                return (2,) if values[:1] == (1 << 60,) else (0, 4096)
+
+            return call
+
+    path = tmp_path / "model.rtx.engine"
+    path.write_bytes(b"engine")
+    settings = {"profiles": [{"name": "decode"}, {"name": "prefill"}]}
+    session = engine.GpuSession(path, settings, library, Cuda())
+    assert [entry for entry in log if entry[0] == "context"] == [("context", ["graph"])] * 2
+    assert [entry[1] for entry in log if entry[0] == "set_optimization_profile_async"] == [0, 1]
+    log.clear()
+    session.execute("prefill", {"input_ids": (1, 4)}, {"input_ids": 64, "logits": 128})
+    assert [entry[0] for entry in log] == [
+        "set_input_shape",
+        "set_tensor_address",
+        "set_tensor_address",
+        "execute_async_v3",
+    ]
+    session.copy_rows(Rows(100, 20), Rows(200, 30), 10, 3)
+    assert log[-1] == ("cudaMemcpy2DAsync", 200, 30, 100, 20, 10, 3, 3, 4096)
+    with pytest.raises(RuntimeError, match="CUDA: 2"):
+        session.allocate(1 << 60)
+    path.write_bytes(b"other")
+    with pytest.raises(ArtifactError, match="cannot read it"):
+        engine.GpuSession(path, settings, library, Cuda())
+
+
+SETTINGS = {
+    "library": "tensorrt_rtx",
+    "library_version": "1.7.1.116",
+    "engine": "model.rtx.engine",
+    "compute_capabilities": ["8.6"],
+}
+
+
+def test_an_engine_of_another_version_is_refused() -> None:
+    engine.check_version(SETTINGS, "1.7.1.116")
+    with pytest.raises(ArtifactError, match=r"older than the 1\.10\.0\.1 installed") as caught:
+        engine.check_version(SETTINGS, "1.10.0.1")
+    assert "build_engine.py" in caught.value.hint
+    with pytest.raises(ArtifactError, match="newer"):
+        engine.check_version(SETTINGS, "1.6.9.999")
+
+
+def test_why_an_engine_does_not_run_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = {
+        Gpu(): "no GPU (no CUDA driver)",
+        Gpu("13.0"): "no GPU (the driver finds none)",
+        Gpu("13.0", "H200", "9.0"): "H200 has compute capability 9.0",
+        Gpu("13.0", "A10", "8.6"): "",
+    }
+    for gpu, reason in answers.items():
+        monkeypatch.setattr(engine, "find_gpu", lambda gpu=gpu: gpu)
+        assert engine.why_not(SETTINGS) == reason
+    assert engine.why_not({**SETTINGS, "engine": None}) == "no engine was built"
+
+
+def test_no_cuda_bindings(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> None:
+        raise ImportError(name)
+
+    monkeypatch.setattr(engine.importlib, "import_module", missing)
+    with pytest.raises(MissingExtraError) as caught:
+        engine._cuda()
+    assert caught.value.exit_code == 8
+    assert "moec[tensorrt]" in caught.value.hint
+
+
+@pytest.mark.gpu
+def test_the_real_engine(tiny_checkpoint: Any, tmp_path: Path) -> None:
+    """Export for the GPU of this machine: the gate runs the engine on the cases of the parity gate."""
+    from moec.compiler.pipeline import compile_recipe
+    from moec.compiler.recipe import make_recipe
+    from moec.targets.tensorrt.doctor import find_gpu
+
+    fields = {"checkpoint": str(tiny_checkpoint("mixtral")), "target": "tensorrt"}
+    options = {"compute_capability": [find_gpu().capability]}
+    result = compile_recipe(make_recipe({**fields, "options": options}, where="test"), tmp_path / "out")
+    verdicts = {verdict.gate: verdict.status for verdict in result.verdicts}
+    assert verdicts["engine: execution"] == "pass"
