@@ -74,15 +74,13 @@ def check_memory(weight_bytes: int, limit: int) -> None:
         )
 
 
-def run(
-    folder: Path, library: str, output: Path, *, limit: int, cache: Path | None = None, progress: Progress
-) -> Built:
+def run(folder: Path, library: str, output: str, *, limit: int, cache: Path | None = None, progress: Progress) -> Built:
     """Build the engine of `folder`, which holds the script, the settings and the model.
 
     Args:
         folder: The artifact.
         library: Module of the library.
-        output: Engine to write.
+        output: Name of the engine to write.
         limit: Bytes of anonymous memory; the process is ended when it takes more.
         cache: Timing cache, or None.
         progress: Told what the builder does.
@@ -92,7 +90,7 @@ def run(
     """
     built = Built()
     reader, writer = os.pipe()
-    command = [sys.executable, "-P", str(folder / SCRIPT), "--library", library, "--output", str(output)]
+    command = [sys.executable, "-P", str(folder / SCRIPT), "--library", library, "--output", str(folder / output)]
     command += ["--events", str(writer), *(("--timing-cache", str(cache)) if cache is not None else ())]
     with (folder / LOG).open("w") as log:
         try:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import ctypes
 import importlib
 import json
 import os
@@ -26,6 +27,8 @@ Emit = Callable[[str, Mapping[str, Any]], None]
 RTX, CLASSIC = "tensorrt_rtx", "tensorrt"
 ENGINES = {RTX: "model.rtx.engine", CLASSIC: "model.engine"}
 FAILED = 3
+ADDR_NO_RANDOMIZE = 0x0040000
+STARTED = "MOEC_BUILDER_STARTED"
 WEIGHTS = re.compile(r"Total Weights Memory: (\d+) bytes")
 ENGINE_LAYER = re.compile(r"^Name: .*?, LayerType: (\w+)", re.MULTILINE)
 CONSTANT = re.compile(r"Name: ([^,]+), Dimensions: \[([\d,]*)\][^}]*?Datatype: (\w+)")
@@ -178,10 +181,8 @@ def _network_layers(network: Any) -> dict[str, int]:
     return dict(sorted(counts.items()))
 
 
-def build(
-    library: Any, settings: Mapping[str, Any], folder: Path, output: Path, cache: Path | None, emit: Emit
-) -> dict[str, Any]:
-    """Build and write the engine; return what is known about it.
+def build(library: Any, settings: Mapping[str, Any], output: Path, cache: Path | None, emit: Emit) -> dict[str, Any]:
+    """Build the model of the working directory and write the engine; return what is known about it.
 
     Raises:
         BuildError: The parser or the builder refused.
@@ -189,7 +190,7 @@ def build(
     listener = Listener(emit)
     logger = _logger(library, listener)
     builder = library.Builder(logger)
-    network = parse(library, logger, builder, folder / settings["onnx"])
+    network = parse(library, logger, builder, Path(settings["onnx"]))
     _mark_decomposable(network)
     config = _configure(library, builder, settings, emit)
     # TensorRT for RTX chooses kernels on the user's GPU: it has no timings to keep.
@@ -205,6 +206,19 @@ def build(
     with output.open("wb") as file:
         file.write(memoryview(engine))
     return {**found, **listener.facts(), "engine_bytes": output.stat().st_size}
+
+
+def same_addresses() -> None:
+    """Start this script anew with addresses that are not random, where the system allows it.
+
+    The builder writes some tables in the order of their addresses: without this no two engines are the same.
+    """
+    if not sys.platform.startswith("linux") or os.environ.get(STARTED):
+        return
+    libc = ctypes.CDLL(None)
+    if libc.personality(libc.personality(0xFFFFFFFF) | ADDR_NO_RANDOMIZE) != -1:
+        os.environ[STARTED] = "1"
+        os.execv(sys.executable, sys.orig_argv)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -226,11 +240,14 @@ def main(arguments: list[str] | None = None) -> int:
 
     settings = json.loads(given.settings.read_text())
     folder = given.settings.parent
-    output = given.output or folder / ENGINES[given.library]
+    output = (given.output or folder / ENGINES[given.library]).resolve()
+    cache = None if given.timing_cache is None else given.timing_cache.resolve()
+    # The engine keeps the path of the model: one without folders is the same everywhere.
+    os.chdir(folder)
     start = time.perf_counter()
     try:
         library = importlib.import_module(given.library)
-        found = build(library, settings, folder, output, given.timing_cache, emit)
+        found = build(library, settings, output, cache, emit)
     except BuildError as error:
         emit("failed", error.fields)
         print(f"{error.fields['stage']} failed: {error} {error.fields['node']}", file=sys.stderr)
@@ -241,4 +258,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    same_addresses()
     sys.exit(main())

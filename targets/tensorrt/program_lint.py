@@ -10,7 +10,7 @@ from moec.compiler.rejections import Rejection
 from moec.quantize.formats import IntegerFormat
 from moec.quantize.lazy import Quantized
 from moec.targets.tensorrt.lint import check_opset
-from moec.targets.tensorrt.lowerings.quantized import HINT, refusal
+from moec.targets.tensorrt.lowerings.quantized import BLOCKS, HINT, refusal, stored_block
 
 if TYPE_CHECKING:
     from moec.targets.tensorrt.target import TensorrtOptions
@@ -34,13 +34,15 @@ def check_program(program: Program, options: TensorrtOptions, table: Mapping[Any
 
 def _formats(program: Program, options: TensorrtOptions) -> Iterator[Rejection]:
     """One rejection for each format that is refused, with the first weights that have it."""
-    users: dict[IntegerFormat, list[str]] = {}
+    users: dict[tuple[IntegerFormat, int], list[str]] = {}
     for name in program.weight_names():
         tensor = program.weights[name]
         if isinstance(tensor, Quantized):
-            users.setdefault(tensor.format, []).append(name)
-    for form, names in users.items():
+            users.setdefault((tensor.format, stored_block(tensor)), []).append(name)
+    for (form, block), names in users.items():
         reason = refusal(form)
+        if not block:
+            reason = reason or f"its blocks are no multiples of {BLOCKS[-1]}, or rows are no longer than that"
         if form.bits == 4 and TURING in options.compute_capability:
             reason = reason or f"GPUs of compute capability {TURING} have no int4"
         if reason:

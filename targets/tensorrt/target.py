@@ -255,9 +255,7 @@ def build_engine(
     from moec.targets.tensorrt import build
 
     name: str = settings["engine"]
-    built = build.run(
-        directory, settings["library"], directory / name, limit=limit, cache=options.timing_cache, progress=progress
-    )
+    built = build.run(directory, settings["library"], name, limit=limit, cache=options.timing_cache, progress=progress)
     if built.failure:
         raise _refused(built, ctx)
     settings["built"] = built.found

@@ -14,8 +14,8 @@ from moec.targets.onnx.lowerings.quantized import Packed, expand_scales, pack
 HINT = (
     "TensorRT takes int8 per channel or in blocks and int4 in blocks, symmetric, with float activations: int8, int4:64"
 )
-BLOCKS = (128, 64, 32)
-"""Blocks that the builder takes; of a longer one it says that a value is no value."""
+BLOCKS = (128, 64, 32, 16)
+"""Blocks that scales are written for. One block to a row fails in the builder, which says that a value is no value."""
 
 
 def refusal(form: IntegerFormat) -> str:
@@ -29,6 +29,11 @@ def refusal(form: IntegerFormat) -> str:
     return ""
 
 
+def stored_block(weight: Quantized) -> int:
+    """Block that the scales of `weight` are written for; 0 where there is none."""
+    return next((size for size in BLOCKS if weight.block % size == 0 and size < weight.shape[-1]), 0)
+
+
 def dequantized(ctx: Context, name: str, weight: Quantized, dtype: torch.dtype) -> ir.Value:
     """The float values [..., N, K] of a quantized weight.
 
@@ -40,7 +45,7 @@ def dequantized(ctx: Context, name: str, weight: Quantized, dtype: torch.dtype) 
     """
     if reason := refusal(weight.format):
         raise LoweringError(f"{name}: the TensorRT target has no form for {weight.format}: {reason}", hint=HINT)
-    block = next((size for size in BLOCKS if weight.block % size == 0), weight.block)
+    block = stored_block(weight)
     groups = weight.shape[-1] // block
 
     def make() -> ir.Value:
