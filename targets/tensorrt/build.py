@@ -22,6 +22,7 @@ from moec.targets.base import Progress
 LOG = "build.log"
 SCRIPT = "build_engine.py"
 SAMPLE_SECONDS = 0.02
+KEPT = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "HOME", "CUDA_VISIBLE_DEVICES")
 
 BASE_BYTES, BYTES_PER_WEIGHT_BYTE = 700_000_000, 3.5
 """Peak memory of the builder: what it needs for a small model, and how it grows with the bytes of the weights.
@@ -90,11 +91,16 @@ def run(folder: Path, library: str, output: str, *, limit: int, cache: Path | No
     """
     built = Built()
     reader, writer = os.pipe()
-    command = [sys.executable, "-P", str(folder / SCRIPT), "--library", library, "--output", str(folder / output)]
-    command += ["--events", str(writer), *(("--timing-cache", str(cache)) if cache is not None else ())]
+    # Where things lie in the memory of the builder decides the order of some tables in the engine: what differs from
+    # one export to the next, such as the environment and the name of the folder, stays out.
+    environment = {name: os.environ[name] for name in KEPT if name in os.environ}
+    command = [sys.executable, "-P", SCRIPT, "--library", library, "--output", output]
+    command += ["--events", str(writer), *(("--timing-cache", str(cache.resolve())) if cache is not None else ())]
     with (folder / LOG).open("w") as log:
         try:
-            child = subprocess.Popen(command, pass_fds=(writer,), stdout=log, stderr=subprocess.STDOUT)
+            child = subprocess.Popen(
+                command, cwd=folder, env=environment, pass_fds=(writer,), stdout=log, stderr=subprocess.STDOUT
+            )
         finally:
             os.close(writer)
         with os.fdopen(reader) as events, _ended(child), _watched(child, limit, built) as exceeded:
