@@ -1,15 +1,21 @@
 """What dynamic routing saves in time: static against dynamic artifacts of one checkpoint, in alternation, one thread.
 
-    python benchmarks/routing_latency.py [--work DIR] [--quantize int4] [--rounds 12]
+    python benchmarks/routing_latency.py [--work DIR] [--quantize int4] [--rounds 36]
 
 The random OLMoE of 1.0 GB (see checkpoints.py), exported three times: static, with top-p at half of the slots, and with
 top-p at a mass that drops nothing. Process CPU milliseconds. Time within the experts: the kernel time of `QMoE` or
 `MoE` in ONNX Runtime's profile. Routing follows random token ids.
+
+Where a session's memory happens to lie makes two equal models differ by some percent. So sessions are opened several
+times, and the cost of the policy's nodes is also measured without the model: the nodes of all layers, taken out of the
+artifact that drops nothing, against as many that copy.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import math
 import statistics
 import sys
 import tempfile
@@ -17,6 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnxruntime
+from onnx import helper
+from onnx.external_data_helper import load_external_data_for_tensor, uses_external_data
 
 sys.path.insert(0, str(Path(__file__).parent))
 from checkpoints import BASE, random_checkpoint
@@ -26,6 +36,7 @@ from speed import PROMPT, STEPS, Moec, cpu_ms
 BUDGET = 0.5
 NOTHING = 0.99999
 """A mass that every token needs all of its experts for."""
+OPENING = 6
 EXPERT_OPS = ("QMoE", "MoE")
 
 
@@ -58,23 +69,31 @@ def export(checkpoint: Path, output: Path, quantize: str, mass: float | None) ->
     return output
 
 
-def measure(models: dict[str, Moec], rounds: int) -> dict[str, dict[str, list[float]]]:
-    """CPU milliseconds of each model's steps, in alternation; every model reads the same tokens."""
-    found: dict[str, dict[str, list[float]]] = {name: {"prefill": [], "decode": []} for name in models}
+def measure(outputs: dict[str, Path], rounds: int) -> dict[str, dict[str, list[float]]]:
+    """CPU milliseconds of each artifact's steps, in alternation; every model reads the same tokens.
+
+    The sessions are opened anew, in another order, after every `OPENING` rounds.
+    """
+    found: dict[str, dict[str, list[float]]] = {name: {"prefill": [], "decode": []} for name in outputs}
     random = np.random.default_rng(0)
-    names = list(models)
-    for turn in range(rounds + 1):  # the first round warms up
-        prompt, steps = random.integers(3, 31999, (1, PROMPT)), random.integers(3, 31999, (STEPS * 2, 1, 1))
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            prefill = cpu_ms(lambda name=name, ids=prompt: models[name].prefill(ids))  # type: ignore[misc]
-            if turn:
-                found[name]["prefill"].append(prefill)
-        # Step by step in turn, so that a busy moment of the machine falls on all alike.
-        for ids in steps:
+    names = list(outputs)
+    for _ in range(math.ceil(rounds / OPENING)):
+        models = {name: Moec(str(outputs[name])) for name in names}
+        for turn in range(OPENING + 1):  # the first round warms up
+            prompt, steps = random.integers(3, 31999, (1, PROMPT)), random.integers(3, 31999, (STEPS * 2, 1, 1))
             for name in names:
-                decode = cpu_ms(lambda name=name, ids=ids: models[name].decode(ids))  # type: ignore[misc]
+                spent = cpu_ms(functools.partial(models[name].prefill, prompt))
                 if turn:
-                    found[name]["decode"].append(decode)
+                    found[name]["prefill"].append(spent)
+            # Step by step in turn, so that a busy moment of the machine falls on all alike.
+            for ids in steps:
+                for name in names:
+                    spent = cpu_ms(functools.partial(models[name].decode, ids))
+                    if turn:
+                        found[name]["decode"].append(spent)
+            names = names[1:] + names[:1]
+        names.reverse()
+        del models
     return found
 
 
@@ -96,12 +115,53 @@ def within_experts(outputs: dict[str, Path], rounds: int) -> dict[str, dict[str,
     return spent
 
 
+def nodes_alone(output: Path, tokens: int, repeats: int = 400) -> tuple[int, float]:
+    """How many nodes the policy has in a layer, and the CPU milliseconds that those of all layers take."""
+    model = onnx.load(output / "model.onnx", load_external_data=False)
+    producers = {name: node for node in model.graph.node for name in node.output}
+    ends = [node.input[2] for node in model.graph.node if node.op_type == "ScatterElements"]
+    starts, inside, waiting = [], set(), list(ends)
+    while waiting:
+        name = waiting.pop()
+        if name in producers and name not in starts and name not in inside:
+            if producers[name].op_type == "TopK":
+                starts.append(name)
+            else:
+                inside.add(name)
+                waiting += producers[name].input
+    policy = [node for node in model.graph.node if node.output[0] in inside]
+    used = {name for node in policy for name in node.input}
+    constants = [tensor for tensor in model.graph.initializer if tensor.name in used]
+    for tensor in constants:
+        if uses_external_data(tensor):
+            load_external_data_for_tensor(tensor, str(output))
+            tensor.data_location = onnx.TensorProto.DEFAULT
+    top_k = max(tensor.dims[0] for tensor in constants if len(tensor.dims) == 2)
+    rows = np.sort(np.random.default_rng(3).random((tokens, top_k), np.float32))[:, ::-1].copy()
+    slots = {
+        name: helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["tokens", top_k]) for name in starts + ends
+    }
+    copies = [helper.make_node("Identity", [start], [end]) for start, end in zip(starts, reversed(ends), strict=True)]
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads = 1
+    spent = []
+    for nodes, values in ((policy, constants), (copies, [])):
+        graph = helper.make_graph(
+            nodes, "policy", [slots[name] for name in starts], [slots[name] for name in ends], values
+        )
+        part = helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
+        session = onnxruntime.InferenceSession(part.SerializeToString(), settings)
+        run = functools.partial(session.run, None, dict.fromkeys(starts, rows))
+        spent.append(min(cpu_ms(run) for _ in range(repeats)))
+    return len(policy) // len(ends), spent[0] - spent[1]
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, help="where to keep checkpoint and artifacts")
     parser.add_argument("--quantize", default="int4")
-    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=36)
     options = parser.parse_args()
     print(describe())
     with tempfile.TemporaryDirectory() as temporary:
@@ -114,8 +174,10 @@ def main() -> None:
             name: export(checkpoint, work / f"routing-{options.quantize}-{index}", options.quantize, mass)
             for index, (name, mass) in enumerate(cases.items())
         }
-        found = measure({name: Moec(str(output)) for name, output in outputs.items()}, options.rounds)
+        found = measure(outputs, options.rounds)
         experts = within_experts(outputs, options.rounds)
+        nodes, step = nodes_alone(outputs["top-p, drops nothing"], 1)
+        _, prompt = nodes_alone(outputs["top-p, drops nothing"], PROMPT)
     header = ["artifact", "decode ms", "ratio", "within experts", f"prefill {PROMPT} ms", "ratio", "within experts"]
     print("| " + " | ".join(header) + " |\n" + "|---" * len(header) + "|")
     first = next(iter(found))
@@ -127,6 +189,11 @@ def main() -> None:
             inside = experts[name][phase] / experts[first][phase] if experts[first][phase] else float("nan")
             cells += [f"{statistics.median(figures[phase]):.2f}", f"{statistics.median(ratios):.3f}", f"{inside:.3f}"]
         print(f"| {' | '.join(cells)} |")
+    shares = [
+        f"{spent * 1e3:.0f} us, {spent / statistics.median(found[first][phase]):.2%} of the static {phase}"
+        for phase, spent in (("decode", step), ("prefill", prompt))
+    ]
+    print(f"\nThe policy's nodes alone, {nodes} in each layer: {'; '.join(shares)}")
 
 
 if __name__ == "__main__":
