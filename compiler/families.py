@@ -1,7 +1,7 @@
 """What works for which model family: tiny random checkpoints, captured, proven and, if asked, lowered.
 
-`moec families --check --target onnx -o docs/families.md` writes the page of the documentation. With `--recipe` every
-family is built by that recipe: with dynamic routing, say, or quantized.
+`moec families --check --target onnx -o docs/families.md` writes the page of the documentation. With `--recipe`, once or
+several times, every family is built by each of these recipes: with dynamic routing, say, or quantized.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _INTRODUCTION = """# Model families
 
 One row for each family that moec has a tiny random model of: two or three layers with every trait of the family
 (window, chunk, grouped heads, dense first layers, shared experts, biases, group limits). The model is captured, and the
-captured Program is compared with the eager model of transformers, prefill and decode.{target}
+captured Program is compared with the eager model of transformers, prefill and decode.{built}
 
 Written by `{command}`.
 """
@@ -32,13 +32,26 @@ Written by `{command}`.
 
 @dataclass(frozen=True, slots=True)
 class FamilyRow:
-    """What was found for one family; `reason` names module and cause of what does not work."""
+    """What was found for one family.
+
+    Attributes:
+        family: Its name.
+        captured: Whether it can be captured.
+        proven: Whether the captured Program equals the model of transformers.
+        artifacts: For each recipe, by its title, whether the artifact passed its gates.
+        reason: Module and cause of what does not work; else how large the differences were.
+    """
 
     family: str
     captured: bool
     proven: bool
-    lowered: bool | None
+    artifacts: Mapping[str, bool]
     reason: str
+
+    @property
+    def works(self) -> bool:
+        """Whether all that was asked for is proven."""
+        return self.proven and all(self.artifacts.values())
 
     def as_dict(self) -> dict[str, Any]:
         """The row, JSON-able."""
@@ -58,31 +71,31 @@ def choose(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(names) or known
 
 
-def check(names: Iterable[str], fields: Mapping[str, Any], *, progress: Progress) -> list[FamilyRow]:
+def check(names: Iterable[str], recipes: Mapping[str, Mapping[str, Any]], *, progress: Progress) -> list[FamilyRow]:
     """Check one family after the other.
 
     Args:
         names: Families.
-        fields: Recipe of every artifact, but for the checkpoint: with a target, the family is lowered to it too and
-            goes through all gates; without one, the check stops after capture.
+        recipes: Recipes by title, each whole but for the checkpoint. A family is built by every one of them, and the
+            artifact goes through all gates; without any, the check stops after capture.
         progress: Told about every family.
 
     Raises:
-        UsageError: The recipe makes no sense.
+        UsageError: A recipe makes no sense.
     """
-    if fields.get("target"):
-        make_recipe({**fields, "checkpoint": "tiny"}, where="recipe")
+    for title, fields in recipes.items():
+        make_recipe({**fields, "checkpoint": "tiny"}, where=title)
     chosen = list(names)
     rows = []
     for position, name in enumerate(chosen):
         progress("families", position, len(chosen))
         with tempfile.TemporaryDirectory() as folder:
-            rows.append(_check(name, fields, Path(folder)))
+            rows.append(_check(name, recipes, Path(folder)))
     progress("families", len(chosen), len(chosen))
     return rows
 
 
-def _check(name: str, fields: Mapping[str, Any], folder: Path) -> FamilyRow:
+def _check(name: str, recipes: Mapping[str, Mapping[str, Any]], folder: Path) -> FamilyRow:
     from moec.compiler.capture import capture
     from moec.compiler.checkpoint import Checkpoint
     from moec.compiler.gates.cases import Prompts
@@ -93,64 +106,56 @@ def _check(name: str, fields: Mapping[str, Any], folder: Path) -> FamilyRow:
     try:
         program = capture(checkpoint)
     except MoecError as error:
-        return FamilyRow(name, False, False, False if fields.get("target") else None, error.message)
-    if fields.get("target"):
-        return _lower(name, fields, folder)
+        return FamilyRow(name, False, False, dict.fromkeys(recipes, False), error.message)
     verdict = check_capture(checkpoint, program, Prompts.of(checkpoint.directory, program.vocab_size))
-    return FamilyRow(name, True, verdict.status is Status.PASS, None, verdict.summary)
+    built = {
+        title: _build({**fields, "checkpoint": str(checkpoint.directory)}, folder / str(number))
+        for number, (title, fields) in enumerate(recipes.items())
+    }
+    reasons = [_summary([verdict]), *(f"{title}: {reason}" for title, (_, reason) in built.items())]
+    artifacts = {title: passed for title, (passed, _) in built.items()}
+    return FamilyRow(name, True, verdict.status is Status.PASS, artifacts, "; ".join(reasons))
 
 
-def _lower(name: str, fields: Mapping[str, Any], folder: Path) -> FamilyRow:
+def _build(fields: Mapping[str, Any], output: Path) -> tuple[bool, str]:
+    """Whether the artifact passed its gates, and what they said."""
     from moec.compiler.gates.parity import EXIT_CODE
     from moec.compiler.gates.verdict import Status
     from moec.compiler.pipeline import compile_recipe
 
-    recipe = make_recipe({**fields, "checkpoint": str(folder / "checkpoint")}, where="recipe")
     try:
-        result = compile_recipe(recipe, folder / "out")
+        result = compile_recipe(make_recipe(fields, where="recipe"), output)
     except MoecError as error:
-        return FamilyRow(name, True, False, False, error.message)
+        return False, error.message
     # Quality and latency ask for limits, which tiny random models have none of; the proof must be whole.
     asked = [verdict for verdict in result.verdicts if verdict.exit_code == EXIT_CODE or verdict.status.failed]
     wrong = [verdict for verdict in asked if verdict.status is not Status.PASS]
-    parity = [verdict for verdict in result.verdicts if verdict.gate.startswith("parity")]
-    return FamilyRow(name, True, _passed(parity[:1]), not wrong, _summary(wrong or parity))
-
-
-def _passed(verdicts: Sequence[Verdict]) -> bool:
-    return all(verdict.status == "pass" for verdict in verdicts)
+    parity = [verdict for verdict in result.verdicts if verdict.gate.startswith("parity: artifact")]
+    return not wrong, _summary(wrong or parity)
 
 
 def _summary(verdicts: Sequence[Verdict]) -> str:
     return "; ".join(f"{verdict.gate}: {verdict.summary}" for verdict in verdicts)
 
 
-def markdown(
-    rows: Sequence[FamilyRow],
-    target: str | None,
-    names: Sequence[str] = (),
-    output: Path | None = None,
-    recipe: Path | None = None,
-) -> str:
-    """The page: the command with what it was given, counts, then one table row for each family."""
+def markdown(rows: Sequence[FamilyRow], command: str) -> str:
+    """The page: the command that made it, counts, then one table row for each family."""
+    titles = list(rows[0].artifacts) if rows else []
     header = [
         "family",
         "captured",
         "equal to transformers",
-        *([f"{target} artifact proven"] if target else []),
+        *(f"{title} artifact proven" for title in titles),
         "details",
     ]
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     for row in rows:
-        found = [row.captured, row.proven, *([bool(row.lowered)] if target else [])]
+        found = [row.captured, row.proven, *row.artifacts.values()]
         details = " ".join(row.reason.split()).replace("|", "\\|")
         lines.append("| " + " | ".join([row.family, *("yes" if item else "no" for item in found), details]) + " |")
-    works = sum(bool(row.lowered) if target else row.proven for row in rows)
-    text = f" It is then lowered to {target}, and the artifact goes through every gate." if target else ""
-    given = {"--target": target, "--recipe": recipe, "-o": output}
-    flags = [f"{flag} {value}" for flag, value in given.items() if value is not None]
-    command = " ".join(["moec families", *names, "--check", *flags])
-    intro = _INTRODUCTION.format(target=text, command=command)
+    works = sum(row.works for row in rows)
+    text = f" It is then built for {', '.join(titles)}, and the artifact goes through every gate." if titles else ""
+    intro = _INTRODUCTION.format(built=text, command=command)
     return "\n".join([intro, f"{works} of {len(rows)} families work.\n", *lines])
 
 

@@ -61,7 +61,8 @@ def families(
     ] = False,
     target: Annotated[str | None, typer.Option("--target", "-t", help="Lower to this target as well.")] = None,
     recipe: Annotated[
-        Path | None, typer.Option("--recipe", help="Build each by this recipe, which names no checkpoint.")
+        list[Path] | None,
+        typer.Option("--recipe", help="Build each by this recipe, which names no checkpoint; may be repeated."),
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the table (Markdown) here.")] = None,
     json_output: Json = False,
@@ -79,9 +80,18 @@ def families(
         console.result({"families": list(chosen)}, lambda: console.line("\n".join(chosen)))
         return 0
     with console.progress() as progress:
-        fields = {**(read_recipe(recipe) if recipe else {}), **given({"target": target})}
-        rows = checks.check(chosen, fields, progress=progress)
-    page = checks.markdown(rows, fields.get("target"), names or (), output, recipe)
+        recipes = {path.stem: {**read_recipe(path), **given({"target": target})} for path in recipe or ()}
+        if target and not recipes:
+            recipes = {target: {"target": target}}
+        rows = checks.check(chosen, recipes, progress=progress)
+    flags = [("--target", target), *(("--recipe", path) for path in recipe or ()), ("-o", output)]
+    words = [
+        "moec families",
+        *(names or ()),
+        "--check",
+        *(f"{flag} {value}" for flag, value in flags if value is not None),
+    ]
+    page = checks.markdown(rows, " ".join(words))
     if output is not None:
         checks.write_page(output, page)
     console.result({"families": [row.as_dict() for row in rows]}, lambda: console.line(page))

@@ -106,13 +106,28 @@ def test_build_program_is_what_is_lowered(exported: Result, tiny_checkpoint: Tin
         build_program(recipe.model_copy(update={"options": {"flavour": "x"}}))
 
 
-def test_families_are_built_by_a_recipe() -> None:
-    routing = {"policy": "top-p", "parameters": {"mass": 0.55}}
-    (row,) = check(["mixtral"], {"target": "onnx", "routing": routing}, progress=silent)
-    assert row.lowered
-    assert "parity: artifact" in row.reason
+def test_families_are_built_by_each_recipe() -> None:
+    routed = {"target": "onnx", "routing": {"policy": "top-p", "parameters": {"mass": 0.55}}}
+    (row,) = rows = check(["mixtral"], {"onnx": {"target": "onnx"}, "routed": routed}, progress=silent)
+    assert row.works
+    assert row.artifacts == {"onnx": True, "routed": True}
+    assert "routed: parity: artifact" in row.reason
+    page = markdown(rows, "moec families")
+    assert "| onnx artifact proven | routed artifact proven |" in page
+    assert "built for onnx, routed" in page
+    wrong = {"target": "onnx", "routing": {"policy": "top-p", "no-such": 1}}
     with pytest.raises(UsageError, match="no-such"):
-        check(["mixtral"], {"target": "onnx", "routing": {"policy": "top-p", "no-such": 1}}, progress=silent)
+        check(["mixtral"], {"wrong": wrong}, progress=silent)
+
+
+def test_a_family_that_cannot_be_built_says_why() -> None:
+    coarse = {"target": "onnx", "quantize": {"format": "int8:128", "rounding": "rtn"}}
+    (row,) = check(["mixtral"], {"coarse": coarse}, progress=silent)
+    assert row.captured
+    assert row.proven
+    assert not row.works
+    assert "coarse: " in row.reason
+    assert "128" in row.reason
 
 
 def test_families_are_checked_and_tabulated(tmp_path: Path) -> None:
@@ -121,7 +136,7 @@ def test_families_are_checked_and_tabulated(tmp_path: Path) -> None:
         ("olmoe", True, True),
         ("switch_transformers", False, False),
     ]
-    page = markdown(rows, None)
+    page = markdown(rows, "moec families --check")
     assert "| olmoe | yes | yes |" in page
     assert "1 of 2 families work." in page
     assert len(rows[1].reason) > 20
