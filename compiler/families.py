@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from moec.compiler.gates.verdict import Verdict
     from moec.targets.base import Progress
 
+YES, IN_PART, NO = "yes", "in part", "no"
+
 _INTRODUCTION = """# Model families
 
 One row for each family that moec has a tiny random model of: two or three layers with every trait of the family
@@ -38,20 +40,21 @@ class FamilyRow:
         family: Its name.
         captured: Whether it can be captured.
         proven: Whether the captured Program equals the model of transformers.
-        artifacts: For each recipe, by its title, whether the artifact passed its gates.
+        artifacts: For each recipe, by its title, whether the artifact passed its gates; `IN_PART` if none failed, but
+            one could not run here.
         reason: Module and cause of what does not work; else how large the differences were.
     """
 
     family: str
     captured: bool
     proven: bool
-    artifacts: Mapping[str, bool]
+    artifacts: Mapping[str, str]
     reason: str
 
     @property
     def works(self) -> bool:
         """Whether all that was asked for is proven."""
-        return self.proven and all(self.artifacts.values())
+        return self.proven and NO not in self.artifacts.values()
 
     def as_dict(self) -> dict[str, Any]:
         """The row, JSON-able."""
@@ -102,11 +105,11 @@ def _check(name: str, recipes: Mapping[str, Mapping[str, Any]], folder: Path) ->
     from moec.compiler.gates.parity import check_capture
     from moec.compiler.gates.verdict import Status
 
-    checkpoint = Checkpoint.open(write_tiny_checkpoint(name, folder / "checkpoint"))
+    checkpoint = Checkpoint.open(write_tiny_checkpoint(name, folder / "checkpoint", tokenizer=True))
     try:
         program = capture(checkpoint)
     except MoecError as error:
-        return FamilyRow(name, False, False, dict.fromkeys(recipes, False), error.message)
+        return FamilyRow(name, False, False, dict.fromkeys(recipes, NO), error.message)
     verdict = check_capture(checkpoint, program, Prompts.of(checkpoint.directory, program.vocab_size))
     built = {
         title: _build({**fields, "checkpoint": str(checkpoint.directory)}, folder / str(number))
@@ -117,7 +120,7 @@ def _check(name: str, recipes: Mapping[str, Mapping[str, Any]], folder: Path) ->
     return FamilyRow(name, True, verdict.status is Status.PASS, artifacts, "; ".join(reasons))
 
 
-def _build(fields: Mapping[str, Any], output: Path) -> tuple[bool, str]:
+def _build(fields: Mapping[str, Any], output: Path) -> tuple[str, str]:
     """Whether the artifact passed its gates, and what they said."""
     from moec.compiler.gates.parity import EXIT_CODE
     from moec.compiler.gates.verdict import Status
@@ -126,12 +129,13 @@ def _build(fields: Mapping[str, Any], output: Path) -> tuple[bool, str]:
     try:
         result = compile_recipe(make_recipe(fields, where="recipe"), output)
     except MoecError as error:
-        return False, error.message
+        return NO, error.message
     # Quality and latency ask for limits, which tiny random models have none of; the proof must be whole.
     asked = [verdict for verdict in result.verdicts if verdict.exit_code == EXIT_CODE or verdict.status.failed]
-    wrong = [verdict for verdict in asked if verdict.status is not Status.PASS]
+    open_ = [verdict for verdict in asked if verdict.status is not Status.PASS]
     parity = [verdict for verdict in result.verdicts if verdict.gate.startswith("parity: artifact")]
-    return not wrong, _summary(wrong or parity)
+    found = NO if any(verdict.status.failed for verdict in open_) else IN_PART if open_ else YES
+    return found, _summary([*parity, *open_] if found == IN_PART else open_ or parity)
 
 
 def _summary(verdicts: Sequence[Verdict]) -> str:
@@ -150,9 +154,9 @@ def markdown(rows: Sequence[FamilyRow], command: str) -> str:
     ]
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     for row in rows:
-        found = [row.captured, row.proven, *row.artifacts.values()]
+        found = [YES if row.captured else NO, YES if row.proven else NO, *row.artifacts.values()]
         details = " ".join(row.reason.split()).replace("|", "\\|")
-        lines.append("| " + " | ".join([row.family, *("yes" if item else "no" for item in found), details]) + " |")
+        lines.append("| " + " | ".join([row.family, *found, details]) + " |")
     works = sum(row.works for row in rows)
     text = f" It is then built for {', '.join(titles)}, and the artifact goes through every gate." if titles else ""
     intro = _INTRODUCTION.format(built=text, command=command)

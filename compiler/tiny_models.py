@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
+    from tokenizers import Tokenizer
     from transformers import PreTrainedConfig, PreTrainedModel
 
 _EMBEDDING_STD = 0.5
@@ -85,7 +86,9 @@ def tiny_model(family: str, *, seed: int = 0, **overrides: Any) -> PreTrainedMod
     return model
 
 
-def write_tiny_checkpoint(family: str, directory: Path, *, seed: int = 0, dtype: str = "float32") -> Path:
+def write_tiny_checkpoint(
+    family: str, directory: Path, *, seed: int = 0, dtype: str = "float32", tokenizer: bool = False
+) -> Path:
     """Write config.json, generation_config.json and model.safetensors of a tiny random model.
 
     The tensors get the names of released checkpoints (one tensor per expert where the family has them so).
@@ -95,6 +98,7 @@ def write_tiny_checkpoint(family: str, directory: Path, *, seed: int = 0, dtype:
         directory: Where to write; made if it does not exist.
         seed: Seed of every weight.
         dtype: Name of a torch floating-point dtype, such as "float16".
+        tokenizer: Write a tokenizer.json too, of one token per character, so that text can be used.
 
     Returns:
         `directory`.
@@ -111,7 +115,18 @@ def write_tiny_checkpoint(family: str, directory: Path, *, seed: int = 0, dtype:
     torch.nn.Module.to(model, torch_dtype)
     model.config.dtype = torch_dtype
     model.save_pretrained(directory)
+    if tokenizer:
+        _character_tokenizer(model.config.get_text_config().vocab_size).save(str(directory / "tokenizer.json"))
     return directory
+
+
+def _character_tokenizer(vocab_size: int) -> Tokenizer:
+    """A token for every character below `vocab_size`; all others are token 0."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import BPE
+
+    vocabulary = {chr(code): code for code in range(min(vocab_size, 256))}
+    return Tokenizer(BPE(vocab=vocabulary, merges=[], unk_token=chr(0)))
 
 
 def _expert_count(config: PreTrainedConfig) -> int:

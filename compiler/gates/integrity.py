@@ -22,8 +22,11 @@ LISTED = 4
 ROUNDING = 1e-6
 """Dequantized values may differ by this share of the largest: (code - zero) * scale in float32, in another order."""
 
-OVERHEAD = 1.02
-"""Quantized experts may take this much more than the plan says: alignment and padding of packed codes."""
+OVERHEAD = 1.25
+"""Quantized experts may take this much more than the plan says: padding, and scales that a target repeats for blocks.
+
+Weights that stayed in a wider format take twice the bytes or more.
+"""
 
 
 @dataclass(frozen=True)

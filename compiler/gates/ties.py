@@ -23,20 +23,28 @@ aten = torch.ops.aten
 
 
 def _top_k_gap(scores: Tensor, count: int, dim: int = -1, largest: bool = True, *_: object) -> Tensor:
-    """Gap between the last score taken and the first one left, relative to the score: [...] without `dim`.
+    """Gap between the last score taken and the first one left, relative to the score: [...] without `dim`."""
+    scores = (scores.double() if largest else -scores.double()).movedim(dim, -1)
+    return _cut_gap(scores, torch.full(scores.shape[:-1], count), negated=not largest)
+
+
+def _cut_gap(scores: Tensor, counts: Tensor, negated: bool = False) -> Tensor:
+    """Gap behind the `counts` largest of `scores` [..., N], relative to the score: [...]; infinite if nothing is left.
 
     Relative to the last score taken where no score is negative (probabilities: their errors scale with their value),
-    else to the largest |score| (logits).
+    else to the largest |score| (logits). `negated`: smaller scores are better, and all were turned round.
     """
-    scores = scores.double() if largest else -scores.double()
-    if count >= scores.shape[dim]:
-        return torch.full(scores.amax(dim).shape, torch.inf)
-    best = scores.topk(count + 1, dim).values
-    taken, left = best.select(dim, count - 1), best.select(dim, count)
+    if not scores.shape[-1]:
+        return torch.full(counts.shape, torch.inf)
+    ordered = scores.sort(-1, descending=True).values
+    last = scores.shape[-1] - 1
+    taken = ordered.gather(-1, (counts - 1).clamp(0, last).unsqueeze(-1)).squeeze(-1)
+    left = ordered.gather(-1, counts.clamp(0, last).unsqueeze(-1)).squeeze(-1)
     finite = torch.where(scores.isfinite(), scores, 0)
-    positive = (finite >= 0).all(dim) if largest else (finite <= 0).all(dim)
-    scale = torch.where(positive, taken.abs(), finite.abs().amax(dim)).clamp(min=1e-30)
-    return torch.nan_to_num((taken - left) / scale, nan=torch.inf, posinf=torch.inf)
+    one_sign = (finite <= 0).all(-1) if negated else (finite >= 0).all(-1)
+    scale = torch.where(one_sign, taken.abs(), finite.abs().amax(-1)).clamp(min=1e-30)
+    gap = torch.nan_to_num((taken - left) / scale, nan=torch.inf, posinf=torch.inf)
+    return torch.where((counts > 0) & (counts <= last), gap, torch.inf)
 
 
 def _argmax_gap(scores: Tensor, dim: int | None = -1, *_: object) -> Tensor:
@@ -113,6 +121,7 @@ class RouterWatch:
         self._shape = (batch, length)
         self.tied = np.zeros((batch, length), dtype=bool)
         self.slots: dict[int, np.ndarray] = {}
+        self._ranked: Tensor | None = None
 
     def __call__(self, node: fx.Node, args: tuple[Any, ...], result: Any) -> None:  # noqa: ARG002
         """See `moec.compiler.interpreter.Observer`."""
@@ -122,8 +131,18 @@ class RouterWatch:
             if tokens and gaps.numel() % tokens == 0:
                 tied = (gaps.reshape(tokens, -1) < self._margin).any(dim=1)
                 self.tied |= tied.numpy().reshape(self._shape)
+            if node.target in _VALUES_AND_INDICES:
+                self._ranked = args[0]
         elif node in self._layers:
+            self._note_cut(args[2])
             self._note_experts(node, args[1], args[2])
+
+    def _note_cut(self, weights: Tensor) -> None:
+        """A policy that drops the smallest slots decides between the last one kept and the first one dropped."""
+        tokens, scores = self._shape[0] * self._shape[1], self._ranked
+        if scores is not None and scores.dim() == weights.dim() == 2 and len(scores) == len(weights) == tokens:
+            tied = _cut_gap(scores.double(), (weights != 0).sum(-1)) < self._margin
+            self.tied |= tied.numpy().reshape(self._shape)
 
     def _note_experts(self, node: fx.Node, indices: Tensor, weights: Tensor) -> None:
         layer = self._layers[node]

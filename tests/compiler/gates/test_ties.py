@@ -69,6 +69,20 @@ def test_a_slot_of_weight_0_reaches_no_expert(mixtral: Captured) -> None:
     assert watch.slots[1].tolist() == [[[0, -1], [3, -1]]]  # there is no expert 8: a padding slot
 
 
+def test_the_slots_next_to_a_policy_s_cut_may_tie(mixtral: Captured) -> None:
+    program = mixtral[1]
+    (decision, *_) = (node for node in program.graph.nodes if node in decision_nodes(program.graph))
+    experts = program.nodes(EXPERTS)[0]
+    scores = torch.tensor([[0.4, 0.39999, 0.1, 0.1], [0.5, 0.3, 0.1, 0.1], [0.4, 0.39999, 0.1, 0.1]])
+    kept = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.5, 0.5]])  # a policy dropped the second slot of two tokens
+    watch = RouterWatch(program, margin=1e-3)
+    watch.begin(1, 3)
+    watch(decision, (scores, 2, -1), None)
+    assert not watch.tied.any()
+    watch(experts, (torch.zeros(3, 64), torch.zeros(3, 2, dtype=torch.int64), kept), None)
+    assert watch.tied.tolist() == [[True, False, False]]
+
+
 def test_a_tie_excuses_itself_and_what_attends_to_it() -> None:
     errors = np.array([[1e-6, 0.1, 0.1, 1e-6, 0.1], [0.1, 1e-6, 1e-6, 1e-6, 1e-6]])
     tied = np.array([[False, True, False, False, False], [False, True, False, False, False]])
