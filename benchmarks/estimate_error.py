@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 
 from moec.compiler.estimate.calibration import measure_decode, speeds, write_random
+from moec.compiler.estimate.estimate import Wanted, counted
 
 sys.path.insert(0, str(Path(__file__).parent))
 from machine import describe
@@ -33,11 +34,12 @@ def main() -> None:
     print(describe(), flush=True)
     print("\n| format | shape | context | measured ms | estimated ms | error |\n|---|---|---|---|---|---|")
     for quantize in options.quantize:
-        fitted = speeds(options.target, "fp32", quantize, lambda *_: None)
-        assert fitted is not None
         for shape in SHAPES:
             with tempfile.TemporaryDirectory() as folder:
                 checkpoint = write_random(Path(folder) / "model", shape)
+                _, formats = counted(Wanted(str(checkpoint), options.target, quantize))
+                fitted = speeds(options.target, "fp32", formats, lambda *_: None)
+                assert fitted is not None
                 measured = measure_decode(checkpoint, Path(folder) / "out", options.target, "fp32", quantize)
             name = " ".join(f"{key} {value}" for key, value in shape.items())
             for counts, context, seconds in measured:

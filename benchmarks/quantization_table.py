@@ -50,6 +50,14 @@ ROWS: Mapping[str, Mapping[str, Any]] = {
     "auto, size of int4:32": {"format": "auto", "max_size": "int4:32"},
     "int4:32 in all classes": {"format": {"formats": dict.fromkeys(CLASSES, "int4:32")}},
     "auto, size of int4:32 in all classes": {"format": "auto", "max_size": "int4:32 in all classes"},
+    # What most int4 checkpoints are: embedding and head are left alone.
+    "int4:32, embedding and head fp16": {
+        "format": {"formats": dict.fromkeys(CLASSES[:3], "int4:32") | dict.fromkeys(CLASSES[3:], "fp16")}
+    },
+    "auto, size of int4:32, embedding and head fp16": {
+        "format": "auto",
+        "max_size": "int4:32, embedding and head fp16",
+    },
 }
 """Name of a row: section `quantize` of its recipe. A size may name a row: that of its weights."""
 

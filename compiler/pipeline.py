@@ -345,13 +345,29 @@ def _gates(
         )
 
     def time_it() -> Verdict:
-        return (
-            latency_gate.not_run() if timed is None else latency_gate.judge_latency(target, directory, timed, progress)
-        )
+        if timed is None:
+            return latency_gate.not_run()
+        verdict = latency_gate.judge_latency(target, directory, timed, progress)
+        return _beside_estimate(verdict, built, manifest, recipe, target)
 
     further = [(QUALITY_GATE, QUALITY_EXIT_CODE, judge), (latency_gate.GATE, latency_gate.EXIT_CODE, time_it)]
     parity = ParityOptions(coverage_min=recipe.coverage.min, coverage_tokens=recipe.coverage.tokens)
     return run_gates(inputs, parity, progress, further=further)
+
+
+def _beside_estimate(
+    verdict: Verdict, built: _Built, manifest: Mapping[str, Any], recipe: Recipe, target: Target
+) -> Verdict:
+    """The verdict with the error of `moec estimate`, where this machine is calibrated for target and formats."""
+    # The estimate builds Programs itself.
+    from moec.compiler.estimate.error import estimate_error
+
+    if "workloads" not in verdict.figures:
+        return verdict
+    decode = manifest.get("routing", {}).get("accounting", {}).get("phases", {}).get("decode", {})
+    kept, dtype = float(decode.get("executed_flops_share", 1.0)), recipe.dtype or target.default_dtype
+    found = estimate_error(built.program, target.name, dtype, kept, verdict.figures["workloads"])
+    return replace(verdict, figures={**verdict.figures, "estimate": found})
 
 
 def _latency_options(recipe: Recipe) -> latency_gate.LatencyOptions | None:

@@ -147,6 +147,18 @@ def _latency(figures: Mapping[str, Any]) -> list[Part]:
             rows = [(_text(_quantile(share)), _number(f"{value:.3f} ms")) for share, value in points]
             table = Table(f"{name}: quantiles of {len(calls)} calls.", ("Quantile", "Wall-clock time"), rows)
             parts.append(Part(table, Markup(plots.histogram(labels, calls, "milliseconds"))))
+    estimates = [
+        (
+            _text(workload),
+            _number(f"{each['estimated'] * 1e3:.3g} ms"),
+            _number(f"{each['measured'] * 1e3:.3g} ms"),
+            _number(f"{each['error']:+.0%}"),
+        )
+        for workload, each in figures.get("estimate", {}).items()
+    ]
+    if estimates:
+        header = ("Step", "Estimated", "Measured", "Error")
+        parts.append(Part(Table("What moec estimate predicts, and the median measured.", header, estimates)))
     return parts
 
 

@@ -15,6 +15,9 @@ def estimate(
     target: Annotated[str, typer.Option("--target", "-t", help="What it would be built for.")],
     quantize: Annotated[str, typer.Option(metavar="FORMAT", help="What weights would be stored as.")] = "none",
     dtype: Annotated[str, typer.Option(metavar="fp32|fp16", help="Precision of what is not quantized.")] = "fp32",
+    routing: Annotated[
+        str | None, typer.Option(metavar="POLICY", help="Policy that drops experts, with --expert-budget.")
+    ] = None,
     expert_budget: Annotated[
         float, typer.Option(min=0.01, max=1.0, help="Share of the pretrained top-k that routing keeps.")
     ] = 1.0,
@@ -35,7 +38,7 @@ def estimate(
 
     console = Console(json_output, quiet, debug)
     wanted = Wanted(
-        checkpoint, target, quantize, dtype, expert_budget, context, device, price_per_hour, trust_remote_code
+        checkpoint, target, quantize, dtype, routing, expert_budget, context, device, price_per_hour, trust_remote_code
     )
     with console.progress() as progress:
         found = compute(wanted, progress)

@@ -31,13 +31,15 @@ SHAPES: tuple[Mapping[str, Any], ...] = (
 """Each makes another kind of work dominate: nothing, experts, dense products, the number of operations."""
 
 
-def speeds(target: str, dtype: str, quantize: str, progress: Progress, *, measure: bool = True) -> Speeds | None:
-    """Speeds of a target and format on this machine: from the cache, or measured now.
+def speeds(
+    target: str, dtype: str, formats: Mapping[str, str], progress: Progress, *, measure: bool = True
+) -> Speeds | None:
+    """Speeds of a target and of formats on this machine: from the cache, or measured now.
 
     Args:
         target: Name of the target.
         dtype: Precision of what is not quantized.
-        quantize: Format.
+        formats: Tensor class -> format of what is; see `counting.formats`.
         progress: Told how many shapes are done.
         measure: Whether to measure what is not in the cache; else None is returned for it.
     """
@@ -45,12 +47,12 @@ def speeds(target: str, dtype: str, quantize: str, progress: Progress, *, measur
     key = {
         "target": target,
         "dtype": dtype,
-        "quantize": quantize,
+        "formats": dict(formats),
         "machine": machine(),
         "moec": moec.__version__,
         **tools,
     }
-    make = (lambda: plain(_calibrate(target, dtype, quantize, progress))) if measure else None
+    make = (lambda: plain(_calibrate(target, dtype, formats, progress))) if measure else None
     found = cached("speeds", key, make)
     return None if found is None else Speeds(**found)
 
@@ -61,22 +63,24 @@ def _version(name: str) -> str:
     return importlib.metadata.version(name)
 
 
-def _calibrate(target: str, dtype: str, quantize: str, progress: Progress) -> Speeds:
+def _calibrate(target: str, dtype: str, formats: Mapping[str, str], progress: Progress) -> Speeds:
     measured: list[tuple[Counts, int, float]] = []
     for done, shape in enumerate(SHAPES):
         progress("calibration of this machine", done, len(SHAPES))
         with tempfile.TemporaryDirectory() as folder:
             checkpoint = write_random(Path(folder) / "model", shape)
-            measured += measure_decode(checkpoint, Path(folder) / "out", target, dtype, quantize)
+            chosen: Any = {"formats": dict(formats)} if formats else "none"
+            measured += measure_decode(checkpoint, Path(folder) / "out", target, dtype, chosen)
     progress("calibration of this machine", len(SHAPES), len(SHAPES))
     return fit(measured)
 
 
 def measure_decode(
-    checkpoint: Path, output: Path, target: str, dtype: str, quantize: str
+    checkpoint: Path, output: Path, target: str, dtype: str, quantize: str | Mapping[str, Any]
 ) -> list[tuple[Counts, int, float]]:
     """Build a checkpoint and measure decode steps on one thread: counts, context and seconds of each context."""
     fields = {"checkpoint": str(checkpoint), "target": target, "dtype": dtype}
+    # No gate looks at these models, and what their weights are does not change how fast they run.
     recipe = make_recipe({**fields, "quantize": {"format": quantize, "rounding": "rtn"}})
     counts = count(build_program(recipe))
     compile_recipe(recipe, output, gates=False)

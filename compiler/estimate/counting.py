@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -54,6 +54,17 @@ class Counts:
     def dense_bytes(self) -> float:
         """Bytes of all other weights that one token reads."""
         return sum(self.read_bytes.values()) - self.expert_bytes()
+
+
+def formats(program: Program) -> dict[str, str]:
+    """Tensor class -> format of most of its weights, without the classes that stayed in the dtype of the graph."""
+    found: dict[str, Counter[str]] = defaultdict(Counter)
+    for name, role in weight_roles(program).items():
+        tensor = program.weights[name]
+        if isinstance(tensor, Quantized | Float16):
+            chosen = tensor.format if isinstance(tensor, Quantized) else FP16
+            found[role.tensor_class.value][str(chosen)] += math.prod(tensor.shape)
+    return {tensor_class: each.most_common(1)[0][0] for tensor_class, each in sorted(found.items())}
 
 
 def count(program: Program, kept_share: float = 1.0) -> Counts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,12 +11,13 @@ import psutil
 import moec
 from moec.compiler.errors import UsageError
 from moec.compiler.estimate.calibration import speeds
-from moec.compiler.estimate.counting import Counts, count
+from moec.compiler.estimate.counting import Counts, count, formats
 from moec.compiler.estimate.devices import Device, load_device
 from moec.compiler.estimate.machine import bandwidth, cached
 from moec.compiler.pipeline import build_program
 from moec.compiler.recipe import make_recipe, validate
 from moec.compiler.report import machine
+from moec.passes.routing.table import policy_type
 from moec.targets import get_target
 from moec.targets.base import Phase, Progress, cannot_measure
 
@@ -31,7 +33,8 @@ class Wanted:
         target: Name of the target.
         quantize: Format; formats that are chosen by measuring (`auto`) are refused.
         dtype: Precision of what is not quantized.
-        kept_share: Share of the pretrained top-k that routing keeps.
+        routing: Name of a policy, or None.
+        kept_share: Share of the pretrained top-k that it keeps.
         context: Tokens before the decode step.
         device: Name of a profile; None is this machine.
         price_per_hour: Of the device.
@@ -41,6 +44,7 @@ class Wanted:
     target: str
     quantize: str = "none"
     dtype: str = "fp32"
+    routing: str | None = None
     kept_share: float = 1.0
     context: int = 128
     device: str | None = None
@@ -59,11 +63,18 @@ def estimate(wanted: Wanted, progress: Progress) -> dict[str, Any]:
         raise UsageError("auto chooses formats by measuring the model", hint="name a format, such as int4")
     if wanted.device is not None:
         load_device(wanted.device)
-    return predict(_count(wanted), wanted, progress)
+    if wanted.routing is not None:
+        policy_type(wanted.routing)
+        if not 0 < wanted.kept_share < 1:
+            raise UsageError(
+                f"what {wanted.routing} saves depends on its budget",
+                hint="give the share of the top-k that it keeps, such as --expert-budget 0.6",
+            )
+    return predict(*counted(wanted), wanted, progress)
 
 
-def predict(counts: Counts, wanted: Wanted, progress: Progress) -> dict[str, Any]:
-    """The estimate of a Program that is counted already."""
+def predict(counts: Counts, stored: Mapping[str, str], wanted: Wanted, progress: Progress) -> dict[str, Any]:
+    """The estimate of a Program that is counted already; `stored` are its formats, see `counting.formats`."""
     device = None if wanted.device is None else load_device(wanted.device)
     where = _device(device) if device else _here()
     found = {
@@ -76,10 +87,11 @@ def predict(counts: Counts, wanted: Wanted, progress: Progress) -> dict[str, Any
         },
         "device": where,
     }
-    return {**found, **_latency(wanted, counts, where, device, progress)}
+    return {**found, **_latency(wanted, counts, stored, where, device, progress)}
 
 
-def _count(wanted: Wanted) -> Counts:
+def counted(wanted: Wanted) -> tuple[Counts, dict[str, str]]:
+    """What the Program counts, and the formats in it."""
     fields: dict[str, Any] = {"checkpoint": wanted.checkpoint, "target": wanted.target, "dtype": wanted.dtype}
     recipe = make_recipe(
         {
@@ -91,7 +103,8 @@ def _count(wanted: Wanted) -> Counts:
     target = get_target(wanted.target)
     options = validate(target.Options, {}, where=f"options of target {target.name}")
     skips = target.capabilities(options, Phase.DECODE).skips_experts
-    return count(build_program(recipe), wanted.kept_share if skips else 1.0)
+    program = build_program(recipe)
+    return count(program, wanted.kept_share if skips else 1.0), formats(program)
 
 
 def _device(device: Device) -> dict[str, Any]:
@@ -107,7 +120,12 @@ def _here() -> dict[str, Any]:
 
 
 def _latency(
-    wanted: Wanted, counts: Counts, where: dict[str, Any], device: Device | None, progress: Progress
+    wanted: Wanted,
+    counts: Counts,
+    stored: Mapping[str, str],
+    where: dict[str, Any],
+    device: Device | None,
+    progress: Progress,
 ) -> dict[str, Any]:
     """Roofline, which nothing is faster than, and on this machine the time by measured speeds."""
     read = sum(counts.read_bytes.values()) + counts.state_bytes * wanted.context
@@ -116,7 +134,7 @@ def _latency(
         roofline = max(roofline, (counts.flops + counts.state_flops * wanted.context) / where["flops"])
     found: dict[str, Any] = {"decode": {"roofline": roofline, "estimate": None, "residual": None}}
     if device is None and not cannot_measure(get_target(wanted.target)):
-        measured = speeds(wanted.target, wanted.dtype, wanted.quantize, progress)
+        measured = speeds(wanted.target, wanted.dtype, stored, progress)
         assert measured is not None
         found["decode"] |= {"estimate": measured.decode(counts, wanted.context), "residual": measured.residual}
     needed = counts.size + counts.state_bytes * wanted.context
