@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import signal
-import string
 import subprocess
 import sys
 import tempfile
@@ -22,9 +21,6 @@ from typing import Any
 
 import psutil
 from machine import describe
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Split
 
 from moec.compiler.artifact import verify
 from moec.compiler.tiny_models import write_tiny_checkpoint
@@ -100,11 +96,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         work = (options.work or Path(temporary)).resolve()
         os.environ[MARK] = str(work)
-        whole, mute = (write_tiny_checkpoint("olmoe", work / name) for name in ("whole", "mute"))
-        letters = {letter: number for number, letter in enumerate("?" + string.ascii_lowercase + " .,")}
-        tokenizer = Tokenizer(WordLevel(letters, unk_token="?"))
-        tokenizer.pre_tokenizer = Split("", "isolated")
-        tokenizer.save(str(whole / "tokenizer.json"))
+        whole = write_tiny_checkpoint("olmoe", work / "whole", tokenizer=True)
+        mute = write_tiny_checkpoint("olmoe", work / "mute")
         matrix = work / "matrix.yaml"
         matrix.write_text(MATRIX.format(whole=whole, mute=mute))
         before = killed(matrix, work, options.jobs, after=4)

@@ -116,13 +116,23 @@ def increase(differences: np.ndarray) -> str:
 
 def table(found: Mapping[str, Mapping[str, Any]]) -> str:
     """The table as Markdown."""
-    header = ["format", "artifact, MB", "of fp16", "parity", *(f"perplexity, {text}" for text in TEXTS), "KL", "top-1"]
+    header = [
+        "format",
+        "artifact, MB",
+        "of fp16",
+        "experts of fp16",
+        "parity",
+        *(f"perplexity, {text}" for text in TEXTS),
+        "KL",
+        "top-1",
+    ]
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     for name, row in found.items():
         cells = [
             name,
             f"{row['bytes'] / 1e6:.2f}",
             f"{row['bytes'] / found['fp16']['bytes']:.3f}",
+            f"{row['expert_bytes'] / found['fp16']['expert_bytes']:.3f}",
             f"{row['parity']:.0e}",
             *(increase(np.array(row[text]["differences"])) for text in TEXTS),
             f"{np.mean([row[text]['divergence'] for text in TEXTS]):.1e}",

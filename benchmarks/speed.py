@@ -72,6 +72,32 @@ class Genai:
         self.generator.get_logits()
 
 
+class LlamaCpp:
+    """A GGUF file in llama.cpp, through the bindings of llama-cpp-python."""
+
+    def __init__(self, path: str) -> None:
+        import llama_cpp
+
+        self.library = llama_cpp
+        llama_cpp.llama_backend_init()
+        self.model = llama_cpp.llama_model_load_from_file(path.encode(), llama_cpp.llama_model_default_params())
+        settings = llama_cpp.llama_context_default_params()
+        settings.n_ctx, settings.n_batch, settings.n_ubatch = 1024, 512, 512
+        settings.n_threads = settings.n_threads_batch = 1
+        self.context = llama_cpp.llama_init_from_model(self.model, settings)
+        assert self.context, f"{path}: llama.cpp cannot load it"
+
+    def prefill(self, ids: np.ndarray) -> None:
+        self.library.llama_memory_clear(self.library.llama_get_memory(self.context), True)
+        self.decode(ids)
+
+    def decode(self, ids: np.ndarray) -> None:
+        tokens = (self.library.llama_token * ids.size)(*ids.ravel().tolist())
+        status = self.library.llama_decode(self.context, self.library.llama_batch_get_one(tokens, ids.size))
+        assert status == 0, f"llama_decode: {status}"
+        self.library.llama_get_logits(self.context)
+
+
 class Exported:
     """The ONNX file of the first-party exporter of transformers: a session with past and present."""
 

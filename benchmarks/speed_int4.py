@@ -1,11 +1,12 @@
 """int4 decode and prefill against onnxruntime-genai, one thread, in alternation: one command makes and measures all.
 
-    python benchmarks/speed_int4.py [--work DIR] [--rounds 7]
+    python benchmarks/speed_int4.py [--work DIR] [--rounds 7] [--llama-cpp]
 
 Random checkpoints of equal widths (1.004 GB in bfloat16): OLMoE for moec, LFM2-MoE for onnxruntime-genai, whose builder
 lacks OLMoE. Both run int4 weights with int8 activations: the builder sets that for linears alone, so its QMoE nodes get
 `accuracy_level` 4 afterwards. The peer has 4 bits in blocks of 32 everywhere, our preset blocks of 128 and a head
-of 8 bits, and the last row has the formats of the peer.
+of 8 bits, and the last row has the formats of the peer. With `--llama-cpp` (llama-cpp-python and gguf have to be
+installed) the same OLMoE stands there as Q4_0, all of it, whose products round their activations to int8 too.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
+
 sys.path.insert(0, str(Path(__file__).parent))
-from checkpoints import random_checkpoint, random_lfm2_checkpoint
-from speed import Genai, Model, Moec, compare
+from checkpoints import BASE, random_checkpoint, random_lfm2_checkpoint
+from speed import Genai, LlamaCpp, Model, Moec, compare
 
 ROOT = Path(__file__).resolve().parents[1]
 CLASSES = ("experts_gate_up", "experts_down", "attention", "embedding", "lm_head")
@@ -59,11 +62,73 @@ def build_genai(checkpoint: Path, directory: Path) -> Path:
     return directory
 
 
+def build_llama_cpp(checkpoint: Path, file: Path) -> Path:
+    """Write the checkpoint as GGUF (once): matrices Q4_0, the router and norms float, no vocabulary."""
+    if file.is_file():
+        return file
+    import gguf
+    from safetensors import safe_open
+
+    layer_names = {
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+        "self_attn.q_norm": "attn_q_norm",
+        "self_attn.k_norm": "attn_k_norm",
+        "mlp.gate": "ffn_gate_inp",
+    }
+    names = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+    writer = gguf.GGUFWriter(file.with_suffix(".partial"), "olmoe")
+    writer.add_context_length(BASE["max_position_embeddings"])
+    writer.add_embedding_length(BASE["hidden_size"])
+    writer.add_block_count(BASE["num_hidden_layers"])
+    writer.add_feed_forward_length(BASE["intermediate_size"])
+    writer.add_head_count(BASE["num_attention_heads"])
+    writer.add_head_count_kv(BASE["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_expert_count(BASE["num_experts"])
+    writer.add_expert_used_count(BASE["num_experts_per_tok"])
+    writer.add_vocab_size(BASE["vocab_size"])
+    writer.add_tokenizer_model("no_vocab")
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_0)
+
+    def add(name: str, values: Any) -> None:
+        values = values.float().numpy()
+        wanted = gguf.GGMLQuantizationType.Q4_0
+        if values.ndim == 1 or "ffn_gate_inp" in name:
+            wanted = gguf.GGMLQuantizationType.F32
+        writer.add_tensor(f"{name}.weight", gguf.quants.quantize(values, wanted), raw_dtype=wanted)
+
+    with safe_open(checkpoint / "model.safetensors", "pt") as tensors:
+        for name, other in names.items():
+            add(other, tensors.get_tensor(f"{name}.weight"))
+        stored = set(tensors.keys())
+        for layer in range(BASE["num_hidden_layers"]):
+            prefix = f"model.layers.{layer}"
+            for name, other in layer_names.items():
+                add(f"blk.{layer}.{other}", tensors.get_tensor(f"{prefix}.{name}.weight"))
+            for name in ("gate", "up", "down"):
+                each = [f"{prefix}.mlp.experts.{index}.{name}_proj.weight" for index in range(BASE["num_experts"])]
+                assert stored.issuperset(each)
+                add(f"blk.{layer}.ffn_{name}_exps", torch.stack([tensors.get_tensor(one) for one in each]))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    file.with_suffix(".partial").rename(file)
+    return file
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, help="where to keep checkpoints and artifacts")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--llama-cpp", action="store_true", help="measure llama.cpp too")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         work = options.work or Path(temporary)
@@ -73,6 +138,8 @@ def main() -> None:
         for name, chosen in ROWS.items():
             directory = work / name.replace(" ", "-").replace(":", "-")
             models[name] = Moec(str(build_ours(checkpoint, directory, chosen)))
+        if options.llama_cpp:
+            models["llama.cpp Q4_0"] = LlamaCpp(str(build_llama_cpp(checkpoint, work / "olmoe-1gb-q4_0.gguf")))
         compare(models, options.rounds)
 
 
