@@ -18,7 +18,9 @@ import shutil
 import statistics
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -27,14 +29,15 @@ import psutil
 from moec.compiler.artifact import MANIFEST, REPORTS, read_manifest, write_manifest
 from moec.compiler.gates.latency import LatencyOptions, judge_latency
 from moec.compiler.gates.run import exit_code
-from moec.compiler.latency.sampling import timed
-from moec.compiler.latency.series import BASELINE, CANDIDATE
+from moec.compiler.latency.sampling import STEPS, timed
 from moec.targets import get_target
 
 sys.path.insert(0, str(Path(__file__).parent))
 from machine import describe
 
 WIDTH = 96
+UNIT = 1e-7
+"""Seconds of the whole numbers in a record."""
 
 
 def plant(source: Path, output: Path, products: int) -> Path:
@@ -100,6 +103,24 @@ def planted(source: Path, output: Path, slow_down: float) -> tuple[Path, float]:
     return output, found
 
 
+def compact(samples: Mapping[str, Any]) -> dict[str, Any]:
+    """The median of every turn, by workload, artifact, clock and session, as whole numbers of `UNIT`."""
+    found: dict[str, Any] = {}
+    for workload, by_clock in samples.items():
+        calls = STEPS if workload.startswith("decode") else 1
+        found[workload] = {
+            artifact: {
+                clock: [
+                    [round(statistics.median(session[at : at + calls]) / UNIT) for at in range(0, len(session), calls)]
+                    for session in sessions
+                ]
+                for clock, sessions in by_artifact.items()
+            }
+            for artifact, by_artifact in by_clock.items()
+        }
+    return found
+
+
 def burn() -> None:
     values = np.random.default_rng(0).standard_normal((256, 256))
     while True:
@@ -136,13 +157,9 @@ def main() -> None:
             took = time.perf_counter() - start
             busy = psutil.getloadavg()[0]
             print(f"{turn} {name} {took:.0f} s, load {busy:.1f}: {verdict.status}: {verdict.summary}", flush=True)
-            samples = {
-                workload: {clock: [each[one][clock] for one in (CANDIDATE, BASELINE)] for clock in ("wall", "cpu")}
-                for workload, each in verdict.figures["samples"].items()
-            }
-            record.append({"name": name, "samples": samples})
+            record.append({"name": name, "series": compact(verdict.figures["samples"])})
             if options.record:
-                options.record.write_text(json.dumps({"machine": describe(), "runs": record}))
+                options.record.write_text(json.dumps({"machine": describe(), "unit": UNIT, "runs": record}))
     for process in load:
         process.terminate()
     caught, passed = outcomes["planted"].count(6), outcomes["identical"].count(0)

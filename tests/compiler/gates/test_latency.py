@@ -133,3 +133,36 @@ def test_a_baseline_must_be_an_artifact_that_can_be_run(out: Path, tmp_path: Pat
     (out / "model.bin").unlink()
     with pytest.raises(UsageError, match=r"model\.bin missing"):
         judge(out, measuring(), baseline=str(out))
+
+
+def replaying(run: Mapping[str, Any], unit: float) -> Callable[..., dict[str, Any]]:
+    """The measuring process with what it once measured."""
+
+    def turns(sessions: list[list[int]]) -> list[list[list[float]]]:
+        return [[[median * unit] for median in session] for session in sessions]
+
+    def measure(job: Mapping[str, Any], _: object) -> dict[str, Any]:
+        if job["kind"] == "cold":
+            return {"load": 0.5, "first_token": 0.8, "peak_rss": 2e8}
+        found = {
+            workload: {
+                one: {"wall": turns(clocks["wall"]), "cpu": turns(clocks["cpu"]), "waits": 0}
+                for one, clocks in by_artifact.items()
+            }
+            for workload, by_artifact in run["series"].items()
+        }
+        return {"series": found, "unstable": 0, "left_out": [], "cpus": [0], "load_average": 2.0, "runners": {}}
+
+    return measure
+
+
+def test_recorded_runs_beside_a_load_are_told_apart(out: Path) -> None:
+    """Runs of benchmarks/latency_power.py: an artifact with 15 % of extra work, and the baseline itself."""
+    recorded = json.loads((HERE / "recorded_latency.json").read_text())
+    codes: dict[str, list[int]] = {"planted": [], "identical": []}
+    for run in recorded["runs"]:
+        verdict = judge(out, replaying(run, recorded["unit"]), baseline=str(out), contexts=(128,))
+        codes[run["name"]].append(exit_code([verdict]))
+    assert [len(each) for each in codes.values()] == [20, 20]
+    assert codes["planted"].count(6) >= 19
+    assert codes["identical"].count(0) >= 18
