@@ -86,14 +86,21 @@ class LlamaCpp:
         settings.n_threads = settings.n_threads_batch = 1
         self.context = llama_cpp.llama_init_from_model(self.model, settings)
         assert self.context, f"{path}: llama.cpp cannot load it"
+        self.batch, self.length = llama_cpp.llama_batch_init(512, 0, 1), 0
 
     def prefill(self, ids: np.ndarray) -> None:
         self.library.llama_memory_clear(self.library.llama_get_memory(self.context), True)
+        self.length = 0
         self.decode(ids)
 
     def decode(self, ids: np.ndarray) -> None:
-        tokens = (self.library.llama_token * ids.size)(*ids.ravel().tolist())
-        status = self.library.llama_decode(self.context, self.library.llama_batch_get_one(tokens, ids.size))
+        batch = self.batch
+        batch.n_tokens = ids.size
+        for index, token in enumerate(ids.ravel().tolist()):
+            batch.token[index], batch.pos[index] = token, self.length + index
+            batch.n_seq_id[index], batch.seq_id[index][0], batch.logits[index] = 1, 0, index + 1 == ids.size
+        self.length += ids.size
+        status = self.library.llama_decode(self.context, batch)
         assert status == 0, f"llama_decode: {status}"
         self.library.llama_get_logits(self.context)
 
