@@ -83,7 +83,8 @@ def export(
     routing_input: Annotated[bool | None, _routing(None, "Make the policy's threshold an input.")] = None,
     prune_experts: Annotated[str | None, _routing("SHARE", "Share of every layer's experts to remove.")] = None,
     quantize: Annotated[
-        str | None, _quantize("fp16|int8|int4|none|auto", "What weights are stored as; also a format such as int4:128.")
+        str | None,
+        _quantize("fp16|int8|int4|palettize4|none|auto", "What weights are stored as; also a format such as int4:128."),
     ] = None,
     rounding: Annotated[str | None, _quantize("auto|rtn|gptq", "How weights are rounded. (default: auto)")] = None,
     activations: Annotated[

@@ -142,7 +142,7 @@ def compile_recipe(
     built = _build(recipe, target, options, stages)
     with staged(output, overwrite=overwrite) as directory:
         with stages("lower"):
-            refused = target.lint(built.program, options)
+            refused = target.refusals(built.program, options)
             if refused:
                 raise _cannot_lower(target, refused)
             lowered = target.lower(built.program, options, directory, progress)

@@ -21,7 +21,7 @@ from moec.passes.quantize import Quantize
 from moec.quantize.auto import Choice, choose, parse_size, significant
 from moec.quantize.calibration import Calibration, calibrate
 from moec.quantize.formats import FP16, Activations, IntegerFormat
-from moec.quantize.lazy import Float16, Quantized
+from moec.quantize.lazy import Coded, Float16
 from moec.quantize.plan import QuantizationPlan, TensorClass, requested, with_activations
 from moec.quantize.roles import weight_roles
 from moec.quantize.rounding import Method, RoundingResult
@@ -164,7 +164,7 @@ def manifest_facts(quantization: Quantization, program: Program) -> dict[str, An
         entry = classes.setdefault(role.tensor_class.value, {"formats": {}})
         chosen = _stored_as(tensor)
         entry["formats"][chosen] = entry["formats"].get(chosen, 0) + 1
-        if isinstance(tensor, Quantized):
+        if isinstance(tensor, Coded):
             errors[role.tensor_class.value] += tensor.errors()
             by_layer[role.layer] += tensor.errors()
     for name, values in errors.items():
@@ -185,7 +185,7 @@ def tensor_bytes(program: Program) -> dict[str, int]:
     found: dict[str, int] = defaultdict(int)
     for name in dict.fromkeys(map(program.weights.resolve, program.weight_names())):
         tensor = program.weights[name]
-        chosen = tensor.format if isinstance(tensor, Quantized) else FP16 if isinstance(tensor, Float16) else None
+        chosen = tensor.format if isinstance(tensor, Coded) else FP16 if isinstance(tensor, Float16) else None
         tensor_class = roles[name].tensor_class if name in roles else TensorClass.OTHER
         found[tensor_class.value] += size_of(program, [name], chosen)
     return dict(sorted(found.items()))
@@ -196,7 +196,7 @@ def _root_mean(values: Sequence[float]) -> float:
 
 
 def _stored_as(tensor: LazyTensor) -> str:
-    if isinstance(tensor, Quantized):
+    if isinstance(tensor, Coded):
         return str(tensor.format)
     return "fp16" if isinstance(tensor, Float16) else "none"
 

@@ -11,8 +11,8 @@ from moec.compiler.program import Program
 from moec.compiler.rejections import Rejection
 from moec.compiler.weights import LazyTensor
 from moec.passes.base import Pass, PassResult
-from moec.quantize.formats import FloatKind, Format, IntegerFormat
-from moec.quantize.lazy import Float16, quantized
+from moec.quantize.formats import FloatKind, Format, IntegerFormat, PaletteFormat
+from moec.quantize.lazy import Float16, palettized, quantized
 from moec.quantize.plan import QuantizationPlan
 from moec.quantize.roles import format_of, weight_roles
 from moec.quantize.rounding import RoundingResult
@@ -26,7 +26,7 @@ class Quantize(Pass):
     ```
     linear(x, @q_proj.weight[N, K] float)
     ->
-    linear(x, @q_proj.weight[N, K] int4:32)      the same node; the tensor is a `quantize.lazy.Quantized`
+    linear(x, @q_proj.weight[N, K] int4:32)      the same node; the tensor is a `quantize.lazy.Coded`
     ```
 
     Attributes:
@@ -68,6 +68,8 @@ class Quantize(Pass):
     def _quantized(self, name: str, source: LazyTensor, chosen: Format) -> LazyTensor | None:
         if isinstance(chosen, IntegerFormat):
             return quantized(name, source, chosen, self.rounded.get(name), self.clip)
+        if isinstance(chosen, PaletteFormat):
+            return palettized(name, source, chosen)
         return Float16(source) if chosen.kind is FloatKind.FP16 else None
 
     def _fallbacks(self, name: str) -> list[Rejection]:

@@ -7,9 +7,11 @@ come in any order and are left out where they have their default:
     fp16                      IEEE half precision
     int8[:auto|channel|32|64|128][:fp16|fp32][:float|int8-dynamic]
     int4[:auto|channel|32|64|128][:sym|asym][:fp16|fp32][:float|int8-dynamic]
+    palettize4[:auto|ROWS]
 
 `auto` is the largest of 128, 64 and 32 that divides the quantized dimension. `fp16` and `fp32` name the dtype of the
-scales, `float` and `int8-dynamic` that of the activations.
+scales, `float` and `int8-dynamic` that of the activations. ROWS are the rows that share a palette; `auto` is the
+largest number up to 16 that divides them.
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ import torch
 from moec.compiler.errors import UsageError
 
 BLOCK_SIZES = (128, 64, 32)
+ROWS = 16
+"""Most rows that share a palette where a format does not say how many: its table is small beside their codes."""
 
 Granularity: TypeAlias = Literal["auto", "channel", 32, 64, 128]
 
@@ -153,11 +157,7 @@ class IntegerFormat:
             UsageError: The tensor is not a matrix, or the block does not divide K.
         """
         del source_itemsize
-        if len(shape) < 2:
-            raise UsageError(
-                f"a tensor of shape {tuple(shape)} cannot take the format {self}: only matrices are quantized",
-                hint="Leave norms and biases float.",
-            )
+        check_matrix(shape, self)
         rows, dimension = math.prod(shape[:-1]), shape[-1]
         groups = dimension // self.block_length(dimension, f"tensor of shape {tuple(shape)}")
         codes = (dimension * self.bits + 7) // 8
@@ -165,10 +165,77 @@ class IntegerFormat:
         return rows * (codes + groups * self.scale_type.dtype.itemsize + zero_points)
 
 
-Format: TypeAlias = FloatFormat | IntegerFormat
+@dataclass(frozen=True)
+class PaletteFormat:
+    """Codes that look their weight up in a palette: a table of freely chosen values, one for a group of rows.
+
+    Attributes:
+        bits: Bits of one code; a palette has 2^bits entries, each a half-precision number.
+        rows: Rows (output channels) of a matrix that share a palette, or "auto".
+    """
+
+    bits: Literal[4] = 4
+    rows: int | Literal["auto"] = "auto"
+
+    def __post_init__(self) -> None:
+        if self.rows != "auto" and self.rows < 1:
+            raise UsageError(f"format palettize{self.bits}: {self.rows} rows cannot share a palette", hint=_ROWS_HINT)
+
+    def __str__(self) -> str:
+        return f"palettize{self.bits}" + ("" if self.rows == "auto" else f":{self.rows}")
+
+    @property
+    def entries(self) -> int:
+        """Values in a palette."""
+        return 1 << self.bits
+
+    def resolve(self, rows: int, name: str) -> PaletteFormat:
+        """Turn "auto" into a number of rows and check that it divides the rows of a matrix.
+
+        Args:
+            rows: Rows of the matrix.
+            name: Name of the tensor, for the error.
+
+        Raises:
+            UsageError: The number asked for does not divide `rows`.
+        """
+        if self.rows == "auto":
+            return replace(self, rows=next(size for size in range(ROWS, 0, -1) if rows % size == 0))
+        if rows % self.rows:
+            raise UsageError(f"{name}: palettes of {self.rows} rows do not divide its {rows} rows", hint=_ROWS_HINT)
+        return self
+
+    def palettes(self, rows: int, name: str = "tensor") -> int:
+        """Palettes of a matrix of so many rows."""
+        shared = self.resolve(rows, name).rows
+        assert isinstance(shared, int)
+        return rows // shared
+
+    def planned_bytes(self, shape: Sequence[int], *, source_itemsize: int = 2) -> int:
+        """Bytes of the codes and palettes of a tensor of `shape` [..., N, K].
+
+        Args:
+            shape: Shape of the float tensor.
+            source_itemsize: Taken so that all formats are called alike; a quantized tensor does not need it.
+
+        Raises:
+            UsageError: The tensor is not a matrix, or its rows cannot be grouped.
+        """
+        del source_itemsize
+        check_matrix(shape, self)
+        matrices, rows, dimension = math.prod(shape[:-2]), shape[-2], shape[-1]
+        codes = (rows * dimension * self.bits + 7) // 8
+        tables = self.palettes(rows, f"tensor of shape {tuple(shape)}") * self.entries * torch.float16.itemsize
+        return matrices * (codes + tables)
+
+
+Format: TypeAlias = FloatFormat | IntegerFormat | PaletteFormat
 
 NONE = FloatFormat(FloatKind.NONE)
 FP16 = FloatFormat(FloatKind.FP16)
+KINDS = ("none", "fp16", "int8", "int4", "palettize4")
+"""First words of text forms."""
+_ROWS_HINT = "Write palettize4, which chooses a number that divides, or a divisor such as palettize4:8."
 _CHANNEL_HINT = "Use one scale per channel (int8:channel), or leave the tensor float (none)."
 _WORDS: dict[str, tuple[str, object]] = {
     "auto": ("granularity", "auto"),
@@ -207,8 +274,10 @@ def parse_format(text: str) -> Format:
         if words:
             raise UsageError(f"format {text!r}: {kind} takes no further words", hint=f"Write {kind}.")
         return FloatFormat(FloatKind(kind))
-    if kind not in {"int8", "int4"}:
-        raise UsageError(f"unknown format {text!r}", hint=_suggest(kind, ["none", "fp16", "int8", "int4"]))
+    if kind not in KINDS:
+        raise UsageError(f"unknown format {text!r}", hint=_suggest(kind, list(KINDS)))
+    if kind == "palettize4":
+        return _parse_palette(text, words)
     fields: dict[str, object] = {}
     for word in words:
         if word not in _WORDS:
@@ -218,6 +287,25 @@ def parse_format(text: str) -> Format:
             raise UsageError(f"format {text!r}: {word!r} contradicts an earlier word", hint="Keep one of them.")
         fields[field] = value
     return IntegerFormat(bits=4 if kind == "int4" else 8, **fields)  # type: ignore[arg-type]
+
+
+def _parse_palette(text: str, words: list[str]) -> PaletteFormat:
+    if len(words) > 1 or not all(word == "auto" or word.isdecimal() for word in words):
+        raise UsageError(f"format {text!r}: palettize4 takes at most a number of rows", hint=_ROWS_HINT)
+    return PaletteFormat(rows=int(words[0]) if words and words[0] != "auto" else "auto")
+
+
+def check_matrix(shape: Sequence[int], chosen: Format) -> None:
+    """Refuse what is no matrix.
+
+    Raises:
+        UsageError: `shape` has fewer than two dimensions.
+    """
+    if len(shape) < 2:
+        raise UsageError(
+            f"a tensor of shape {tuple(shape)} cannot take the format {chosen}: only matrices are quantized",
+            hint="Leave norms and biases float.",
+        )
 
 
 def _suggest(word: str, valid: list[str]) -> str:

@@ -17,7 +17,7 @@ from moec.compiler.errors import UsageError
 from moec.quantize.formats import IntegerFormat
 from moec.quantize.hessian import Hessian
 from moec.quantize.refine import refine
-from moec.quantize.rounding import MatrixReport, Method, RoundingResult, assemble, matrices, prepare, relative
+from moec.quantize.rounding import MatrixReport, Method, RoundingResult, assemble, check_weight, matrices, relative
 from moec.quantize.scales import ClipSearch, choose_scales, encode
 from moec.quantize.tensors import grouped
 
@@ -88,7 +88,8 @@ def gptq(
         CheckpointError: The tensor holds NaN or infinity, or is too large for its scale dtype.
     """
     options = options or GptqOptions()
-    resolved = prepare(weight, fmt, name)
+    check_weight(weight, name)
+    resolved = fmt.resolve(weight.shape[-1], name)
     stacked = matrices(weight)
     if len(stacked) != len(hessians):
         raise ValueError(f"{name}: {len(stacked)} matrices, {len(hessians)} Hessians")

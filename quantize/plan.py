@@ -167,7 +167,7 @@ def preset(name: str) -> QuantizationPlan:
         UsageError: There is no preset of that name.
     """
     if name not in PRESETS:
-        known = [*PRESETS, "auto"]
+        known = [*PRESETS, "palettize4", "auto"]
         nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
         valid = f"Valid: {', '.join(known)}, a format such as int4:128, or a plan in a recipe."
         raise UsageError(
@@ -177,9 +177,9 @@ def preset(name: str) -> QuantizationPlan:
 
 
 def requested(wanted: str | Mapping[str, object]) -> QuantizationPlan:
-    """The plan that a recipe or a flag asks for: a preset, one integer format, or a plan in its plain form.
+    """The plan that a recipe or a flag asks for: a preset, one format with codes, or a plan in its plain form.
 
-    A 4-bit format spares embedding and head as the preset does: they get 8 bits in the same blocks.
+    A 4-bit format spares embedding and head as the preset does: they get 8 bits, in the same blocks where it has any.
 
     Raises:
         UsageError: No preset, no format, or a wrong plan.
@@ -188,11 +188,10 @@ def requested(wanted: str | Mapping[str, object]) -> QuantizationPlan:
         return QuantizationPlan.from_dict(wanted)
     if wanted in PRESETS:
         return PRESETS[wanted]
-    if wanted.partition(":")[0] not in {"int8", "int4"}:
+    if wanted.partition(":")[0] not in _CODED:
         return preset(wanted)
     chosen = parse_format(wanted)
-    assert isinstance(chosen, IntegerFormat)
-    ends = replace(chosen, bits=8, symmetric=True)
+    ends = replace(chosen, bits=8, symmetric=True) if isinstance(chosen, IntegerFormat) else IntegerFormat(8)
     return _uniform(chosen, embedding=ends, lm_head=ends)
 
 
@@ -254,6 +253,7 @@ def _uniform(chosen: Format, **others: Format) -> QuantizationPlan:
     return QuantizationPlan.build(formats | {TensorClass(key): value for key, value in others.items()})
 
 
+_CODED = ("int8", "int4", "palettize4")
 PRESETS = {
     "fp16": _uniform(FP16),
     "int8": _uniform(IntegerFormat(8)),

@@ -68,7 +68,8 @@ def round_to_nearest(
         UsageError: The block does not divide K, or the tensor is not a matrix or a stack of them.
         CheckpointError: The tensor holds NaN or infinity, or is too large for its scale dtype.
     """
-    resolved = prepare(weight, fmt, name)
+    check_weight(weight, name)
+    resolved = fmt.resolve(weight.shape[-1], name)
     parts = [_round_matrix(matrix, resolved, clip) for matrix in matrices(weight)]
     tensor = assemble([(codes, scales, points) for codes, scales, points, _ in parts], resolved, weight.shape, name)
     return RoundingResult(tensor, tuple(MatrixReport(Method.RTN, 0, error) for *_, error in parts))
@@ -97,11 +98,11 @@ def _round_matrix(matrix: Tensor, fmt: IntegerFormat, clip: ClipSearch) -> tuple
     return codes, scales, points, relative(lost, norm)
 
 
-def prepare(weight: Tensor, fmt: IntegerFormat, name: str) -> IntegerFormat:
-    """Check a weight and resolve the block size of its format.
+def check_weight(weight: Tensor, name: str) -> None:
+    """Check a weight before it is rounded.
 
     Raises:
-        UsageError: Not a matrix or a stack of matrices, or the block does not divide.
+        UsageError: Not a matrix or a stack of matrices.
         CheckpointError: NaN or infinity.
     """
     if weight.dim() not in {2, 3}:
@@ -113,7 +114,6 @@ def prepare(weight: Tensor, fmt: IntegerFormat, name: str) -> IntegerFormat:
         raise CheckpointError(
             f"{name}: holds NaN or infinity", hint="The checkpoint is damaged or overflowed; download or save it again."
         )
-    return fmt.resolve(weight.shape[-1], name)
 
 
 def _finite(weight: Tensor) -> bool:

@@ -154,6 +154,7 @@ class Target(ABC):
     `default_dtype` is the precision where a recipe names none: "fp32" or "fp16".
     `presets` are the names that `--quantize` takes for this target alone, or means something else by: name -> format
     by tensor class, as in a recipe.
+    `weight_formats` are the kinds of codes that its weights may have: first words of the text forms of formats.
     Constructing a target imports nothing heavy: lowering modules are imported in the methods that need them.
     """
 
@@ -163,6 +164,7 @@ class Target(ABC):
     tools: ClassVar[tuple[str, ...]] = ()
     default_dtype: ClassVar[Literal["fp32", "fp16"]] = "fp32"
     presets: ClassVar[Mapping[str, Mapping[str, str]]] = {}
+    weight_formats: ClassVar[frozenset[str]] = frozenset({"int8", "int4"})
 
     @abstractmethod
     def capabilities(self, options: TargetOptions, phase: Phase) -> Capabilities:
@@ -175,6 +177,20 @@ class Target(ABC):
     def lint(self, program: Program, options: TargetOptions) -> tuple[Rejection, ...]:  # noqa: ARG002
         """Everything in `program` that `lower` would refuse. Empty means that lowering should succeed."""
         return ()
+
+    def refusals(self, program: Program, options: TargetOptions) -> tuple[Rejection, ...]:
+        """Weights in formats of a kind that this target does not know, and what `lint` finds."""
+        users: dict[str, list[str]] = {}
+        for name in program.weight_names():
+            form = str(getattr(program.weights[name], "format", ""))
+            if form and form.partition(":")[0] not in self.weight_formats:
+                users.setdefault(form, []).append(name)
+        known = ", ".join(sorted(self.weight_formats))
+        formats = (
+            Rejection(self.name, names[0], f"{form} ({len(names)} weights) has no form here; weights may be {known}")
+            for form, names in users.items()
+        )
+        return (*formats, *self.lint(program, options))
 
     @abstractmethod
     def lower(self, program: Program, options: TargetOptions, directory: Path, progress: Progress) -> Lowered:

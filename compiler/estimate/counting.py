@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from moec.compiler.program import Program
 from moec.compiler.summary import model_summary
 from moec.quantize.formats import FP16
-from moec.quantize.lazy import Float16, Quantized
+from moec.quantize.lazy import Coded, Float16
 from moec.quantize.plan import TensorClass
 from moec.quantize.roles import weight_roles
 from moec.quantize.sensitivity import size_of
@@ -61,8 +61,8 @@ def formats(program: Program) -> dict[str, str]:
     found: dict[str, Counter[str]] = defaultdict(Counter)
     for name, role in weight_roles(program).items():
         tensor = program.weights[name]
-        if isinstance(tensor, Quantized | Float16):
-            chosen = tensor.format if isinstance(tensor, Quantized) else FP16
+        if isinstance(tensor, Coded | Float16):
+            chosen = tensor.format if isinstance(tensor, Coded) else FP16
             found[role.tensor_class.value][str(chosen)] += math.prod(tensor.shape)
     return {tensor_class: each.most_common(1)[0][0] for tensor_class, each in sorted(found.items())}
 
@@ -85,7 +85,7 @@ def count(program: Program, kept_share: float = 1.0) -> Counts:
     flops = 0.0
     for name in dict.fromkeys(map(weights.resolve, program.weight_names())):
         tensor = weights[name]
-        chosen = tensor.format if isinstance(tensor, Quantized) else FP16 if isinstance(tensor, Float16) else None
+        chosen = tensor.format if isinstance(tensor, Coded) else FP16 if isinstance(tensor, Float16) else None
         tensor_class = roles[name].tensor_class if name in roles else TensorClass.OTHER
         size = size_of(program, [name], chosen)
         share = 1 / tensor.shape[0] if tensor_class is TensorClass.EMBEDDING else shares.get(name, 1.0)

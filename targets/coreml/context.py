@@ -78,7 +78,7 @@ class Context:
     def cast(self, value: Var, name: str) -> Var:
         """`value` as MIL type `name`; nothing happens if it has that type."""
         have = self.type_name(value)
-        return value if have == name else self.mb.cast(x=value, dtype=name)
+        return value if have == name else self.mb.cast(x=value, dtype=self.text(name))
 
     def type_name(self, value: Var) -> str:
         """MIL's name of the element type of `value`."""
@@ -110,6 +110,10 @@ class Context:
         key = ("constant", array.dtype.str, array.shape, array.tobytes())
         scalar = array.item() if array.dtype == np.bool_ and not array.shape else array[()]
         return self.shared(key, lambda: self.mb.const(val=scalar))
+
+    def text(self, value: str) -> Var:
+        """A text constant."""
+        return self.shared(("text", value), lambda: self.mb.const(val=value))
 
     def ints(self, *values: int) -> Var:
         """A 1-D int32 constant."""

@@ -70,6 +70,7 @@ class CoremlTarget(Target):
     extra: ClassVar[str | None] = "coreml"
     tools: ClassVar[tuple[str, ...]] = ("coremltools",)
     default_dtype: ClassVar[Literal["fp32", "fp16"]] = "fp16"
+    weight_formats: ClassVar[frozenset[str]] = frozenset({"int8", "int4", "palettize4"})
 
     def capabilities(self, options: TargetOptions, phase: Phase) -> Capabilities:  # noqa: ARG002
         """Decode skips by a `cond` around each expert; prefill computes every expert for every token."""

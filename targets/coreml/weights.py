@@ -34,6 +34,7 @@ class WeightPool:
         self._types = coremltools_module("coremltools.converters.mil.mil").types
         # int8 to numpy, with a mark that tells the builder that four bits of each are stored.
         self._int4 = self._types.nptype_from_builtin(self._types.int4)
+        self._uint4 = self._types.nptype_from_builtin(self._types.uint4)
 
     def numpy_type(self, value: Any) -> Any:
         """The numpy type of a builder's value."""
@@ -62,7 +63,8 @@ class WeightPool:
         Args:
             mb: The builder, with the block open that uses the weight.
             name: Name of the tensor.
-            tensor: The weight; one with a `quantized_rows` is stored as codes and scales.
+            tensor: The weight; one with `quantized_rows` is stored as codes and scales, one with `palettized_rows` as
+                codes and palettes.
             type_name: MIL type of the result.
 
         Raises:
@@ -77,6 +79,8 @@ class WeightPool:
     def _stored(self, mb: Any, own: str, tensor: LazyTensor, type_name: str, row: int | None, label: str) -> Any:
         if hasattr(tensor, "quantized_rows"):
             return self._quantized(mb, own, tensor, type_name, row, label)
+        if hasattr(tensor, "palettized_rows"):
+            return self._palettized(mb, own, tensor, type_name, row, label)
 
         def make() -> np.ndarray:
             value = tensor.read() if row is None else tensor.rows(row, row + 1)[0]
@@ -107,6 +111,23 @@ class WeightPool:
             if name in self._arrays
         }
         return mb.constexpr_blockwise_shift_scale(**operands, name=label)
+
+    def _palettized(self, mb: Any, own: str, tensor: Any, type_name: str, row: int | None, label: str) -> Any:
+        """`constexpr_lut_to_dense`: unsigned codes, and a table of values [groups, 1, entries, 1] for groups of rows.
+
+        The type of the table is the type of the result; its values are the same in fp16 and fp32.
+        """
+        codes, palettes = f"{own}.codes", f"{own}.palettes"
+        if codes not in self._arrays:
+            first, last = (0, tensor.shape[0]) if row is None else (row, row + 1)
+            made = tensor.palettized_rows(first, last)
+            made = made if row is None else made[0]
+            table = made.palettes.numpy().astype(_NUMPY[type_name])
+            self._arrays[codes] = np.ascontiguousarray(made.codes.numpy()).view(self._uint4)
+            self._arrays[palettes] = np.ascontiguousarray(table[:, None, :, None])
+        indices = self.const(mb, codes, self._arrays[codes], f"{label}_indices")
+        lut = self.const(mb, palettes, self._arrays[palettes], f"{label}_lut")
+        return mb.constexpr_lut_to_dense(indices=indices, lut=lut, name=label)
 
 
 _HALF_BYTES = ("int4", "uint4")

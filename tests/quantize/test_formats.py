@@ -12,6 +12,7 @@ from moec.quantize.formats import (
     FloatKind,
     Format,
     IntegerFormat,
+    PaletteFormat,
     ScaleType,
     default_block,
     parse_format,
@@ -31,7 +32,8 @@ INTEGER_FORMATS = st.builds(
     scale_type=st.sampled_from(ScaleType),
     activations=st.sampled_from(Activations),
 )
-FORMATS = INTEGER_FORMATS | st.builds(FloatFormat, st.sampled_from(FloatKind))
+PALETTE_FORMATS = st.builds(PaletteFormat, rows=st.just("auto") | st.integers(1, 4096))
+FORMATS = INTEGER_FORMATS | PALETTE_FORMATS | st.builds(FloatFormat, st.sampled_from(FloatKind))
 
 
 @given(FORMATS)
@@ -49,6 +51,9 @@ def test_text_form_round_trips(chosen: Format) -> None:
         ("int4:32:sym", IntegerFormat(4, 32)),
         ("int4:asym:64", IntegerFormat(4, 64, symmetric=False)),
         ("int8:channel:fp32", IntegerFormat(8, "channel", scale_type=ScaleType.FP32)),
+        ("palettize4", PaletteFormat()),
+        ("palettize4:auto", PaletteFormat()),
+        ("palettize4:8", PaletteFormat(rows=8)),
         ("int8:int8-dynamic", IntegerFormat(8, activations=Activations.INT8_DYNAMIC)),
     ],
 )
@@ -64,12 +69,15 @@ def test_the_defaults_are_not_printed() -> None:
     ("text", "message", "hint"),
     [
         ("int5", "unknown format 'int5'", "Did you mean 'int8'"),
-        ("", "unknown format ''", "Valid: none, fp16, int8, int4."),
+        ("", "unknown format ''", "Valid: none, fp16, int8, int4, palettize4."),
         ("int4:33", "unknown word '33'", "Did you mean '32'"),
         ("int4:chanel", "unknown word 'chanel'", "Did you mean 'channel'"),
         ("int4:32:64", "'64' contradicts", "Keep one"),
         ("int4:sym:asym", "'asym' contradicts", "Keep one"),
         ("fp16:32", "takes no further words", "Write fp16."),
+        ("palettize4:8:16", "at most a number of rows", "palettize4:8"),
+        ("palettize4:fp16", "at most a number of rows", "palettize4:8"),
+        ("palettize4:0", "0 rows cannot share a palette", "palettize4:8"),
         ("int8:asym", "int8:asym does not exist", "int4:asym"),
     ],
 )
@@ -110,6 +118,23 @@ def test_bytes() -> None:
     assert NONE.planned_bytes((7, 2), source_itemsize=4) == 56
 
 
-def test_only_matrices_have_a_size_in_an_integer_format() -> None:
+@pytest.mark.parametrize("chosen", [IntegerFormat(8), PaletteFormat()])
+def test_only_matrices_have_a_size_in_a_format_with_codes(chosen: IntegerFormat | PaletteFormat) -> None:
     with pytest.raises(UsageError, match="only matrices"):
-        IntegerFormat(8).planned_bytes((128,))
+        chosen.planned_bytes((128,))
+
+
+def test_bytes_of_palettes() -> None:
+    """Half a byte for each weight, and 16 values in half precision for each group of rows."""
+    assert PaletteFormat(rows=8).planned_bytes((64, 32)) == 64 * 32 // 2 + 8 * 32
+    assert PaletteFormat().planned_bytes((3, 32, 100)) == 3 * (1600 + 2 * 32)
+
+
+@pytest.mark.parametrize(("rows", "shared"), [(256, 16), (24, 12), (50257, 1), (10, 10), (17, 1)])
+def test_auto_shares_a_palette_among_the_most_rows_that_divide(rows: int, shared: int) -> None:
+    assert PaletteFormat().resolve(rows, "w") == PaletteFormat(rows=shared)
+
+
+def test_rows_that_do_not_divide_are_refused() -> None:
+    with pytest.raises(UsageError, match=r"layers.0.up: palettes of 16 rows do not divide its 24 rows"):
+        PaletteFormat(rows=16).resolve(24, "layers.0.up")

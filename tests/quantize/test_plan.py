@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moec.compiler.errors import UsageError
-from moec.quantize.formats import FP16, NONE, IntegerFormat, parse_format
-from moec.quantize.plan import PRESETS, Override, QuantizationPlan, TensorClass, parse_class, preset
+from moec.quantize.formats import FP16, NONE, IntegerFormat, PaletteFormat, parse_format
+from moec.quantize.plan import PRESETS, Override, QuantizationPlan, TensorClass, parse_class, preset, requested
 
 FLOAT = [TensorClass.ROUTER, TensorClass.OTHER]
 QUANTIZABLE = [member for member in TensorClass if member not in FLOAT]
@@ -151,6 +151,16 @@ def test_presets() -> None:
     assert {chosen for _, chosen in preset("none").formats} == {NONE}
     with pytest.raises(UsageError, match="unknown quantization 'int2'"):
         preset("int2")
+
+
+def test_palettes_spare_embedding_and_head() -> None:
+    plan = requested("palettize4:8")
+    for tensor_class in (TensorClass.EXPERTS_GATE_UP, TensorClass.SHARED_EXPERT, TensorClass.ATTENTION):
+        assert plan.format_for(tensor_class) == PaletteFormat(rows=8)
+    assert {plan.format_for(item) for item in (TensorClass.EMBEDDING, TensorClass.LM_HEAD)} == {IntegerFormat(8)}
+    assert plan.format_for(TensorClass.ROUTER) == NONE
+    with pytest.raises(UsageError, match="router cannot be palettize4"):
+        QuantizationPlan.from_dict({"formats": {"router": "palettize4"}})
 
 
 @pytest.mark.parametrize("member", TensorClass)

@@ -33,7 +33,7 @@ def dense_weights(ctx: Context, node: fx.Node) -> Var:
     mb, count = ctx.mb, int(gate_up.meta["val"].shape[0])  # type: ignore[union-attr]
     experts = ctx.constant(np.arange(count, dtype=np.int32)[None, None])
     picked = mb.expand_dims(x=ctx.tensor(indices, torch.int32), axes=ctx.ints(2))
-    hot = mb.cast(x=mb.equal(x=picked, y=experts), dtype="fp32")
+    hot = ctx.cast(mb.equal(x=picked, y=experts), "fp32")
     spread = mb.mul(x=hot, y=mb.expand_dims(x=ctx.tensor(weights, torch.float32), axes=ctx.ints(2)))
     return mb.reduce_sum(x=spread, axes=ctx.ints(1), keep_dims=ctx.constant(False))
 
@@ -48,6 +48,10 @@ def _experts(ctx: Context, node: fx.Node) -> Var:
     # Experts are summed in fp32, as the reference does.
     total = _zeros(ctx, x)
     add = _skipped if ctx.settings["skip_experts"] else _masked
+    # Made here once, for every branch to refer to: inside of a branch each would be made again.
+    for shared in (2, len(x.shape) - 1):
+        ctx.constant(np.int32(shared))
+    ctx.text("fp32")
     columns = [dense] if count == 1 else ctx.mb.split(x=dense, num_splits=count, axis=1)
     for index, own in enumerate(columns):
         total = add(ctx, total, own, f"experts_{layer[0]}_{index}", _expert(ctx, node, index, x, layer[0]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,16 @@ from moec.compiler.gates.verdict import Status
 from moec.compiler.interpreter import ProgramRunner
 from moec.compiler.program import EXPERTS, Program
 from moec.compiler.recipe import validate
-from moec.compiler.weights import Constant
+from moec.compiler.weights import Constant, LazyTensor
 from moec.passes.dynamic_routing import DynamicRouting
+from moec.passes.quantize import Quantize
 from moec.passes.routing.uniform_k import UniformK
-from moec.quantize.formats import IntegerFormat, parse_format
-from moec.quantize.lazy import Quantized
+from moec.quantize.formats import FloatFormat, PaletteFormat, parse_format
+from moec.quantize.lazy import Quantized, palettized
+from moec.quantize.plan import QuantizationPlan
 from moec.targets.base import Phase
 from moec.targets.coreml.extra import coremltools_module
+from moec.targets.coreml.interpreter import MilModel
 from moec.targets.coreml.interpreter.package import load_spec, model_file
 from moec.targets.coreml.package import PACKAGE, WEIGHT_FILE
 from moec.targets.coreml.target import CoremlOptions, CoremlTarget
@@ -33,11 +37,14 @@ Golden = Callable[[str], Any]
 
 def quantized(program: Program, text: str) -> Program:
     wanted = parse_format(text)
-    assert isinstance(wanted, IntegerFormat)
-    changed = {}
+    assert not isinstance(wanted, FloatFormat)
+    changed: dict[str, LazyTensor] = {}
     for layer in program.layers:
         for name in (layer.gate_up_proj, layer.down_proj):
             tensor = program.weights[name]
+            if isinstance(wanted, PaletteFormat):
+                changed[name] = palettized(name, tensor, wanted)
+                continue
             chosen = wanted.resolve(tensor.shape[-1], name)
             # Rounded once: lowering, the interpreter and the integrity gate read the codes in turn.
             codes = Quantized(name, tensor, chosen).quantized_rows(0, tensor.shape[0])
@@ -75,7 +82,7 @@ def test_weights_are_stored_once(golden: Golden) -> None:
     assert (lowered.directory / PACKAGE / WEIGHT_FILE).stat().st_size <= 1.005 * planned
 
 
-@pytest.mark.parametrize("text", [pytest.param("int8:64", marks=pytest.mark.slow), "int4:32"])
+@pytest.mark.parametrize("text", [pytest.param("int8:64", marks=pytest.mark.slow), "int4:32", "palettize4"])
 def test_quantized_experts(golden: Golden, lower: Any, text: str) -> None:
     program = quantized(golden("fp16").program, text)
     lowered = lower(program, context=32, prefill_chunk=16)
@@ -91,6 +98,29 @@ def test_zero_points(tiny_checkpoint: Any, program_of: Any, lower: Any) -> None:
     program = quantized(program_of(tiny_checkpoint("olmoe"), torch.float16), "int4:channel:asym")
     lowered = lower(program, context=32)
     check_against_interpreter(lowered, 2e-2)
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-4), (torch.float16, 2e-2)], ids=["fp32", "fp16"])
+def test_palettes(tiny_checkpoint: Any, program_of: Any, lower: Any, dtype: torch.dtype, limit: float) -> None:
+    """The whole preset: palettes for experts and attention, the router float; a table per group of rows."""
+    program = program_of(tiny_checkpoint("olmoe"), dtype)
+    scales = "fp32" if dtype is torch.float32 else "fp16"
+    ends = dict.fromkeys(("embedding", "lm_head"), f"int8:32:{scales}")
+    inner = dict.fromkeys(("experts_gate_up", "experts_down", "attention"), "palettize4:8")
+    plan = QuantizationPlan.from_dict({"formats": {**inner, **ends}})
+    program = Quantize(plan).run(program).program
+    lowered = lower(program, context=32)
+    check_against_interpreter(lowered, limit)
+    readers = CoremlTarget().expert_tensors(lowered.directory)
+    verdict = check_integrity(program, readers, tensor_bytes=lowered.facts["expert_tensor_bytes"])
+    assert verdict.status is Status.PASS, verdict.summary
+    assert lowered.facts["ops"]["decode"]["constexpr_lut_to_dense"] == sum(
+        2 * layer.num_experts + 4 for layer in program.layers
+    )
+    row = MilModel.open(lowered.directory / PACKAGE).constants("decode")["weights_0_0_down"]
+    shape = program.weights[program.layers[0].down_proj].shape[1:]
+    assert row.type.element.name == scales
+    assert row.stored_bytes == math.prod(shape) // 2 + shape[0] // 8 * 16 * np.dtype(f"f{dtype.itemsize}").itemsize
 
 
 def test_scales_of_another_type_are_refused(tiny_checkpoint: Any, program_of: Any, lower: Any) -> None:
