@@ -5,13 +5,16 @@
 Random checkpoints of equal widths (1.004 GB in bfloat16): OLMoE for moec, LFM2-MoE for onnxruntime-genai, whose builder
 lacks OLMoE. Both run int4 weights with int8 activations: the builder sets that for linears alone, so its QMoE nodes get
 `accuracy_level` 4 afterwards. The peer has 4 bits in blocks of 32 everywhere, our preset blocks of 128 and a head
-of 8 bits, and the last row has the formats of the peer. With `--llama-cpp` (llama-cpp-python and gguf have to be
-installed) the same OLMoE stands there as Q4_0, all of it, whose products round their activations to int8 too.
+of 8 bits; other rows have 4 bits everywhere, also in the flavor that onnxruntime-genai itself runs.
+
+With `--llama-cpp` (llama-cpp-python and gguf have to be installed) the same OLMoE stands there as llama.cpp itself
+makes Q4_0 of it, with a head of Q6_K; its products round their activations to int8 too.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import shutil
 import subprocess
 import sys
@@ -27,19 +30,24 @@ from speed import Genai, LlamaCpp, Model, Moec, compare
 
 ROOT = Path(__file__).resolve().parents[1]
 CLASSES = ("experts_gate_up", "experts_down", "attention", "embedding", "lm_head")
-ROWS: dict[str, Any] = {
-    "moec int4": "int4",
-    "moec int4:32 in all classes": {"formats": dict.fromkeys(CLASSES, "int4:32")},
+ALL_128, ALL_32 = ({"formats": dict.fromkeys(CLASSES, form)} for form in ("int4:128", "int4:32"))
+ROWS: dict[str, tuple[Any, str]] = {
+    "moec int4": ("int4", "default"),
+    "moec int4:128 in all classes": (ALL_128, "default"),
+    "moec int4:128 in all classes, in onnxruntime-genai": (ALL_128, "genai"),
+    "moec int4:32 in all classes": (ALL_32, "default"),
 }
+"""What it is called: its format and its flavor."""
 
 
-def build_ours(checkpoint: Path, directory: Path, chosen: Any) -> Path:
+def build_ours(checkpoint: Path, directory: Path, chosen: Any, flavor: str) -> Path:
     """Export with weights rounded to nearest (once)."""
     from moec.compiler.api import export
 
     if not directory.is_dir():
         section = {"format": chosen, "rounding": "rtn", "activations": "int8-dynamic"}
-        export(checkpoint, target="onnx", output=directory, gates=False, quantize=section)
+        options = {"flavor": flavor}
+        export(checkpoint, target="onnx", output=directory, gates=False, quantize=section, options=options)
     return directory
 
 
@@ -63,10 +71,11 @@ def build_genai(checkpoint: Path, directory: Path) -> Path:
 
 
 def build_llama_cpp(checkpoint: Path, file: Path) -> Path:
-    """Write the checkpoint as GGUF (once): matrices Q4_0, the router and norms float, no vocabulary."""
+    """Write the checkpoint as GGUF without a vocabulary and have llama.cpp quantize it (once)."""
     if file.is_file():
         return file
     import gguf
+    import llama_cpp
     from safetensors import safe_open
 
     layer_names = {
@@ -81,7 +90,8 @@ def build_llama_cpp(checkpoint: Path, file: Path) -> Path:
         "mlp.gate": "ffn_gate_inp",
     }
     names = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-    writer = gguf.GGUFWriter(file.with_suffix(".partial"), "olmoe")
+    whole, partial = file.with_suffix(".f16"), file.with_suffix(".partial")
+    writer = gguf.GGUFWriter(whole, "olmoe")
     writer.add_context_length(BASE["max_position_embeddings"])
     writer.add_embedding_length(BASE["hidden_size"])
     writer.add_block_count(BASE["num_hidden_layers"])
@@ -94,14 +104,11 @@ def build_llama_cpp(checkpoint: Path, file: Path) -> Path:
     writer.add_expert_used_count(BASE["num_experts_per_tok"])
     writer.add_vocab_size(BASE["vocab_size"])
     writer.add_tokenizer_model("no_vocab")
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_0)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
 
     def add(name: str, values: Any) -> None:
-        values = values.float().numpy()
-        wanted = gguf.GGMLQuantizationType.Q4_0
-        if values.ndim == 1 or "ffn_gate_inp" in name:
-            wanted = gguf.GGMLQuantizationType.F32
-        writer.add_tensor(f"{name}.weight", gguf.quants.quantize(values, wanted), raw_dtype=wanted)
+        float_ = values.ndim == 1 or "ffn_gate_inp" in name
+        writer.add_tensor(f"{name}.weight", (values.float() if float_ else values.half()).numpy())
 
     with safe_open(checkpoint / "model.safetensors", "pt") as tensors:
         for name, other in names.items():
@@ -119,7 +126,11 @@ def build_llama_cpp(checkpoint: Path, file: Path) -> Path:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    file.with_suffix(".partial").rename(file)
+    settings = llama_cpp.llama_model_quantize_default_params()
+    settings.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0
+    assert llama_cpp.llama_model_quantize(str(whole).encode(), str(partial).encode(), settings) == 0
+    whole.unlink()
+    partial.rename(file)
     return file
 
 
@@ -135,9 +146,10 @@ def main() -> None:
         peer = random_lfm2_checkpoint(work / "lfm2-1gb", ROOT / "golden_models" / "olmoe-tiny")
         models: dict[str, Model] = {"onnxruntime-genai int4": Genai(str(build_genai(peer, work / "genai-int4")))}
         checkpoint = random_checkpoint(work / "olmoe-1gb")
-        for name, chosen in ROWS.items():
-            directory = work / name.replace(" ", "-").replace(":", "-")
-            models[name] = Moec(str(build_ours(checkpoint, directory, chosen)))
+        for name, (chosen, flavor) in ROWS.items():
+            directory = work / re.sub(r"\W+", "-", name)
+            runner = Genai if flavor == "genai" else Moec
+            models[name] = runner(str(build_ours(checkpoint, directory, chosen, flavor)))
         if options.llama_cpp:
             models["llama.cpp Q4_0"] = LlamaCpp(str(build_llama_cpp(checkpoint, work / "olmoe-1gb-q4_0.gguf")))
         compare(models, options.rounds)
