@@ -13,32 +13,18 @@ import numpy as np
 import torch
 from torch import fx
 
-from moec.compiler.program import ATTENTION, Program, TensorSpec
+from moec.compiler.errors import LoweringError
+from moec.compiler.program import ATTENTION, Program
 from moec.compiler.rejections import Rejection
 from moec.compiler.specialise import specialise, without_padding
-from moec.targets.base import Phase
 from moec.targets.coreml.context import MIL_NAMES, NUMPY, Context, Var
 from moec.targets.coreml.extra import coremltools_module
+from moec.targets.coreml.flavor import Flavor
+from moec.targets.coreml.interface import INTERFACES, Entry, Interface, Shape, extra_inputs, refusals
 from moec.targets.coreml.lowerings.table import lookup
 from moec.targets.coreml.package import METADATA_KEY
 from moec.targets.coreml.state import Cache, CacheLayout, cache_layout
 from moec.targets.coreml.weights import WeightPool, identifier
-
-DERIVED = ("attention_mask", "position_ids")
-"""Inputs of the Program that follow from `cache_position` when there is one sequence without padding."""
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Sizes that a model is built for.
-
-    Attributes:
-        context: Tokens that the cache holds.
-        chunk: Most tokens of one prefill call.
-    """
-
-    context: int
-    chunk: int
 
 
 @dataclass
@@ -46,6 +32,7 @@ class Built:
     """The MIL program and what its making found out."""
 
     program: Any
+    interface: Interface
     layout: CacheLayout
     pool: WeightPool
     expert_tensors: dict[str, dict[int, str]] = field(default_factory=dict)
@@ -54,27 +41,29 @@ class Built:
     extra: dict[str, list[float]] = field(default_factory=dict)
 
 
-def build(program: Program, shape: Shape) -> Built:
+def build(program: Program, shape: Shape, flavor: Flavor = Flavor.DEFAULT) -> Built:
     """Lower `program`.
 
     Args:
         program: Dynamic in batch, sequence and past.
         shape: Sizes of the model.
+        flavor: How its functions are called.
 
     Raises:
-        LoweringError: An op has no form.
+        LoweringError: An op has no form, or the model does not fit the flavor.
         UnsupportedModelError: The model needs a padding mask outside of attention.
     """
-    mil = coremltools_module("coremltools.converters.mil.mil")
-    made = mil.Program()
+    if refused := refusals(program, flavor):
+        raise LoweringError(f"{refused[0].where}: {refused[0].reason}", hint="take the default flavor")
+    made, interface = coremltools_module("coremltools.converters.mil.mil").Program(), INTERFACES[flavor]
     layout = cache_layout(program, shape.context, split=program.dtype is torch.float32)
-    built = Built(made, layout, WeightPool(), extra=default_inputs(program))
+    built = Built(made, interface, layout, WeightPool(), extra=default_inputs(program))
     with _fresh_names():
-        for phase in (Phase.DECODE, Phase.PREFILL):
-            fixed = specialise(program, batch=1, sequence=1 if phase is Phase.DECODE else None)
-            made.add_function(phase.value, _Function(without_padding(fixed), phase, shape, built).build())
-    made.default_function_name = Phase.DECODE.value
-    made.export_as_multifunction = True
+        for entry in interface.entries:
+            fixed = specialise(program, batch=1, sequence=entry.tokens)
+            made.add_function(entry.name, _Function(without_padding(fixed), entry, shape, built).build())
+    made.default_function_name = interface.entries[0].name
+    made.export_as_multifunction = len(interface.entries) > 1
     made.skip_all_passes = True
     return built
 
@@ -93,65 +82,57 @@ def _fresh_names() -> Iterator[None]:
 
 
 class _Function:
-    """Lowers one phase."""
+    """Lowers one function."""
 
-    def __init__(self, program: Program, phase: Phase, shape: Shape, built: Built) -> None:
-        self._program, self._phase, self._shape, self._built = program, phase, shape, built
+    def __init__(self, program: Program, entry: Entry, shape: Shape, built: Built) -> None:
+        self._program, self._entry, self._shape, self._built = program, entry, shape, built
         self._mil = coremltools_module("coremltools.converters.mil.mil")
         self._mb = coremltools_module("coremltools.converters.mil").Builder
 
     def build(self) -> Any:
         types, target = self._mil.types, coremltools_module().target
-        length: Any = 1 if self._phase is Phase.DECODE else self._mil.get_new_symbol()
-        inputs = {
-            "input_ids": self._mb.placeholder((1, length), types.int32),
-            "cache_position": self._mb.placeholder((length,), types.int32),
-        }
-        for spec in self._extra():
+        interface, tokens = self._built.interface, self._entry.tokens
+        inputs = interface.inputs(self._mb, types, tokens or self._mil.get_new_symbol())
+        for spec in extra_inputs(self._program):
             kind = types.string_to_builtin(MIL_NAMES[spec.dtype])
             inputs[identifier(spec.name)] = self._mb.placeholder(tuple(spec.shape) or (1,), kind)
         for name, size in self._built.layout.states().items():
             inputs[name] = self._mb.state_tensor_placeholder(size, types.fp16)
         with self._mil.Function(inputs, opset_version=target.iOS18) as function:
             function.set_outputs([self._body(function.inputs)])
-        if self._phase is Phase.PREFILL:
-            function.input_types = self._ranges()
-        self._built.ops[self._phase.value] = count_ops(function)
+        if tokens is None:
+            function.input_types = interface.ranges(self._shape)
+        self._built.ops[self._entry.name] = count_ops(function)
         return function
-
-    def _ranges(self) -> tuple[Any, ...]:
-        ct = coremltools_module()
-        length = ct.RangeDim(lower_bound=1, upper_bound=self._shape.chunk, default=1)
-        return (
-            ct.TensorType(name="input_ids", shape=(1, length), dtype=np.int32),
-            ct.TensorType(name="cache_position", shape=(length,), dtype=np.int32),
-        )
-
-    def _extra(self) -> list[TensorSpec]:
-        """Inputs that passes added, such as a routing budget."""
-        known = (*DERIVED, "input_ids", "cache_position")
-        return [spec for spec in self._program.inputs if spec.name not in known]
 
     def _body(self, inputs: Mapping[str, Var]) -> Var:
         program, mb, built = self._program, self._mb, self._built
-        start, stop = self._bounds(inputs["cache_position"])
         specs = [*program.inputs, *(state.input for state in program.states)]
         placeholders = program.graph.find_nodes(op="placeholder")
         names = {node: spec.name for node, spec in zip(placeholders, specs, strict=True)}
         settings: dict[str, Any] = {
-            "skip_experts": self._phase is Phase.DECODE,
+            "skip_experts": self._entry.skip_experts,
             "context": self._shape.context,
             "state_names": names,
             "expert_tensors": built.expert_tensors,
         }
         ctx = Context(program, mb, built.pool, settings)
         states = {name: inputs[name] for name in built.layout.states()}
-        settings["cache"] = Cache(ctx, built.layout, states, start, stop)
+        places = built.interface.places(ctx, inputs, built.layout.states())
+        settings["first_slot"] = places.first
+        settings["cache"] = Cache(ctx, built.layout, states, places.start, places.stop)
         if "past_sequence" in program.dims:
             # The tokens in the cache are those before the first new one, whatever length the states have.
-            ctx.memo["size", str(program.dims["past_sequence"])] = mb.squeeze(x=start, axes=[0])
+            ctx.memo["size", str(program.dims["past_sequence"])] = mb.squeeze(x=places.past, axes=[0])
+        known = {
+            "input_ids": inputs[built.interface.token_input],
+            # Without padding the tokens of a sequence are counted one by one.
+            "cache_position": places.positions,
+            "position_ids": mb.expand_dims(x=places.positions, axes=ctx.ints(0)),
+            **{spec.name: inputs[identifier(spec.name)] for spec in extra_inputs(program)},
+        }
         for node, name in names.items():
-            self._bind(ctx, node, name, inputs)
+            self._bind(ctx, node, known.get(name))
         for node in program.graph.nodes:
             if node.op == "call_function":
                 ctx.set(node, lookup(node)(ctx, node))
@@ -159,19 +140,8 @@ class _Function:
         built.rejections += ctx.rejections
         return mb.identity(x=logits, name="logits")
 
-    def _bounds(self, position: Var) -> tuple[Var, Var]:
-        """First slot of the new tokens and the one behind the last, each int32 [1]."""
-        mb = self._mb
-        start = mb.slice_by_size(x=position, begin=[0], size=[1])
-        last = mb.slice_by_index(x=position, begin=[-1], end=[0], end_mask=[True])
-        return start, mb.add(x=last, y=np.int32(1))
-
-    def _bind(self, ctx: Context, node: fx.Node, name: str, inputs: Mapping[str, Var]) -> None:
-        if name == "position_ids":
-            # Without padding the position of a token is its slot in the cache.
-            ctx.set(node, ctx.mb.expand_dims(x=inputs["cache_position"], axes=ctx.ints(0)))
-        elif identifier(name) in inputs:
-            value = inputs[identifier(name)]
+    def _bind(self, ctx: Context, node: fx.Node, value: Var | None) -> None:
+        if value is not None:
             # Core ML has no inputs without axes.
             ctx.set(node, value if node.meta["val"].ndim else ctx.mb.squeeze(x=value, axes=ctx.ints(0)))
         elif any(user.target not in (ATTENTION, torch.ops.aten.sym_size.int) for user in node.users):
@@ -194,27 +164,43 @@ _DESCRIPTIONS: Mapping[str, str] = {
     "input_ids": "Token ids, int32 [1, tokens].",
     "cache_position": "Slots of these tokens in the cache, int32 [tokens]: past, past + 1, and so on. The slot of a "
     "token is its position.",
+    "inputIds": "Token ids, int32 [1, tokens].",
+    "causalMask": "Its last axis is as long as the sequence, past and new tokens together (one more is taken as that); "
+    "its values and other axes are not read: the model is causal by itself.",
     "logits": "Scores of the next token after each of these, [1, tokens, vocabulary].",
     "keyCache": "Keys of the tokens so far.",
     "valueCache": "Values of the tokens so far.",
 }
 
 
+NAME_KEY = "co.huggingface.exporters.name"
+"""Key of the entry in the model's metadata that swift-transformers takes the model's name from."""
+
+
+def functions_of(spec: Any) -> list[tuple[str, Any]]:
+    """Name and description of each function; a model with one function is its own."""
+    several = [(function.name, function) for function in spec.description.functions]
+    return several or [(next(iter(spec.mlProgram.functions)), spec.description)]
+
+
 def describe(spec: Any, built: Built, shape: Shape, texts: Mapping[str, str]) -> None:
     """Add what Xcode shows: descriptions of inputs, outputs and states, author, license; and what the runner needs."""
-    for function in spec.description.functions:
+    for _, function in functions_of(spec):
         for feature in (*function.input, *function.output, *function.state):
             base = next((key for key in _DESCRIPTIONS if feature.name.startswith(key)), "")
             feature.shortDescription = _DESCRIPTIONS.get(base, "")
     metadata = spec.description.metadata
     metadata.author, metadata.license = texts["author"], texts["license"]
     metadata.shortDescription, metadata.versionString = texts["description"], texts["version"]
+    if built.interface.flavor is Flavor.SWIFT:
+        metadata.userDefined[NAME_KEY] = texts["name"]
     metadata.userDefined[METADATA_KEY] = json.dumps(runner_notes(built, shape), sort_keys=True)
 
 
 def runner_notes(built: Built, shape: Shape) -> dict[str, Any]:
     """What moec's runner must know of the model."""
     return {
+        "flavor": str(built.interface.flavor),
         "context": shape.context,
         "chunk": shape.chunk,
         "experts": {name: [rows[index] for index in sorted(rows)] for name, rows in built.expert_tensors.items()},
@@ -234,12 +220,12 @@ def expert_bytes(built: Built) -> dict[str, int]:
 def signature(spec: Any) -> dict[str, Any]:
     """Inputs, outputs and states of each function, for moec.json."""
     return {
-        function.name: {
+        name: {
             "inputs": _features(function.input),
             "outputs": _features(function.output),
             "states": _features(function.state),
         }
-        for function in spec.description.functions
+        for name, function in functions_of(spec)
     }
 
 

@@ -12,9 +12,8 @@ import numpy as np
 
 from moec.compiler.errors import ArtifactError
 from moec.targets.coreml.extra import coremltools_module, quiet
+from moec.targets.coreml.flavor import TOKENS, Feeds
 from moec.targets.coreml.interpreter import MilModel, MilSession
-
-Feeds = Mapping[str, np.ndarray]
 
 
 class Backend(Protocol):
@@ -51,7 +50,9 @@ class InterpreterBackend:
         """Run `function` once."""
         if function not in self._sessions:
             self._sessions[function] = self.model.session(function, state=self._state)
-        self._tokens[function] = self._tokens.get(function, 0) + int(feeds["input_ids"].shape[1])
+        self._tokens[function] = self._tokens.get(function, 0) + next(
+            int(feeds[name].shape[1]) for name in TOKENS if name in feeds
+        )
         return self._sessions[function].predict(feeds)
 
     def facts(self) -> Mapping[str, Any]:

@@ -11,6 +11,7 @@ import numpy as np
 
 from moec.compiler.errors import ArtifactError, UsageError
 from moec.targets.base import RunnerLimits
+from moec.targets.coreml.flavor import Flavor, call, most_tokens
 from moec.targets.coreml.interpreter.package import load_spec, model_file
 from moec.targets.coreml.package import METADATA_KEY, PACKAGE
 from moec.targets.coreml.predict import Backend, open_backend
@@ -43,7 +44,8 @@ class CoremlRunner:
 
     def __init__(self, directory: Path, *, backend: Callable[[Path], Backend] = open_backend) -> None:
         notes = runner_notes(directory)
-        self._context, self._chunk = int(notes["context"]), int(notes["chunk"])
+        self._flavor = Flavor(notes.get("flavor", Flavor.DEFAULT))
+        self._context, self._chunk = most_tokens(self._flavor, int(notes["context"])), int(notes["chunk"])
         self._defaults = {name: np.asarray(values, np.float32) for name, values in notes["inputs"].items()}
         self._backend = backend(directory / PACKAGE)
         self._length = 0
@@ -84,15 +86,10 @@ class CoremlRunner:
             )
 
     def _step(self, ids: np.ndarray) -> np.ndarray:
-        """One call: the prefill function, or for a single token the decode function, which skips experts."""
-        length = ids.shape[1]
-        feeds = {
-            "input_ids": np.ascontiguousarray(ids, dtype=np.int32),
-            "cache_position": np.arange(self._length, self._length + length, dtype=np.int32),
-            **self._defaults,
-        }
-        logits = self._backend.predict("decode" if length == 1 else "prefill", feeds)["logits"]
-        self._length += length
+        """One call, as the flavor has it: by default, of a single token, of the function that skips experts."""
+        function, feeds = call(self._flavor, ids, self._length)
+        logits = self._backend.predict(function, {**feeds, **self._defaults})["logits"]
+        self._length += ids.shape[1]
         return np.asarray(logits).astype(np.float32, copy=False)
 
     def facts(self) -> Mapping[str, Any]:

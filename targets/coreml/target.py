@@ -9,16 +9,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from moec.compiler.rejections import Rejection
 from moec.targets.base import Capabilities, ExpertReader, Lowered, Phase, Progress, Runner, Target, TargetOptions
+from moec.targets.coreml.flavor import Flavor
 
 if TYPE_CHECKING:
     from moec.compiler.program import Program
     from moec.targets.coreml.interpreter import MilModel
 
 DEFAULT_CONTEXT = 2048
+LEAST_RANGE = 4
+"""swift-transformers stops the app unless the number of tokens of a call is a range of some width."""
 INSTALL = "pip install 'moec[coreml]'"
 
 
@@ -48,6 +51,13 @@ class CoremlOptions(TargetOptions):
         description=f"tokens that the cache holds; default: what the model allows, at most {DEFAULT_CONTEXT}",
     )
     prefill_chunk: int = Field(128, ge=2, description="most tokens of one call of the prefill function")
+    flavor: Flavor = Field(
+        Flavor.DEFAULT,
+        description="default: functions prefill and decode; swift-transformers: one function, as that library calls it",
+    )
+    hub_name: str = Field(
+        "", description="name on the Hub, where swift-transformers finds the tokenizer if the app brings none"
+    )
     author: str = Field("", description="author shown by Xcode")
     license: str = Field("", description="licence of the weights, shown by Xcode")
 
@@ -61,6 +71,12 @@ class CoremlOptions(TargetOptions):
             )
         return minimum
 
+    @model_validator(mode="after")
+    def _is_a_range(self) -> CoremlOptions:
+        if self.flavor is Flavor.SWIFT and self.context is not None and self.context < LEAST_RANGE:
+            raise ValueError(f"swift-transformers takes a model for {LEAST_RANGE} tokens or more (context)")
+        return self
+
 
 class CoremlTarget(Target):
     """Lowers to a CoreML package."""
@@ -72,17 +88,24 @@ class CoremlTarget(Target):
     default_dtype: ClassVar[Literal["fp32", "fp16"]] = "fp16"
     weight_formats: ClassVar[frozenset[str]] = frozenset({"int8", "int4", "palettize4"})
 
-    def capabilities(self, options: TargetOptions, phase: Phase) -> Capabilities:  # noqa: ARG002
+    def capabilities(self, options: TargetOptions, phase: Phase) -> Capabilities:
         """Decode skips by a `cond` around each expert; prefill computes every expert for every token."""
+        assert isinstance(options, CoremlOptions)
         if phase is Phase.DECODE:
             return Capabilities(skips_experts=True)
+        if options.flavor is Flavor.SWIFT:
+            return Capabilities(
+                skips_experts=False, reason="an expert is computed for all tokens of a call as soon as one needs it"
+            )
         return Capabilities(skips_experts=False, reason="prefill computes every expert for every token")
 
-    def lint(self, program: Program, options: TargetOptions) -> tuple[Rejection, ...]:  # noqa: ARG002
-        """Ops that have no lowering."""
+    def lint(self, program: Program, options: TargetOptions) -> tuple[Rejection, ...]:
+        """Ops that have no lowering, and what does not fit the flavor."""
+        from moec.targets.coreml.interface import refusals
         from moec.targets.coreml.lowerings.table import TABLE
 
-        return tuple(
+        assert isinstance(options, CoremlOptions)
+        return refusals(program, options.flavor) + tuple(
             Rejection(self.name, str(node.meta.get("module", "")), f"no lowering for {node.target}")
             for node in program.graph.nodes
             if node.op == "call_function" and node.target not in TABLE
@@ -92,14 +115,16 @@ class CoremlTarget(Target):
         """Write `model.mlpackage`."""
         from moec.targets.coreml import lower
         from moec.targets.coreml.extra import quiet
+        from moec.targets.coreml.interface import Shape
         from moec.targets.coreml.package import PACKAGE, write_package
 
         assert isinstance(options, CoremlOptions)
         context = context_length(program.config, options.context)
-        shape = lower.Shape(context, min(options.prefill_chunk, context))
+        whole = options.flavor is Flavor.SWIFT
+        shape = Shape(context, context if whole else min(options.prefill_chunk, context))
         texts = metadata_texts(program.config, options)
         with quiet():
-            built = lower.build(program, shape)
+            built = lower.build(program, shape, options.flavor)
             progress("weights", 0, 1)
             spec = write_package(
                 built.program,
@@ -109,6 +134,7 @@ class CoremlTarget(Target):
             )
             progress("weights", 1, 1)
         facts = {
+            "flavor": str(options.flavor),
             "minimum": str(options.minimum),
             "context": context,
             "prefill_chunk": shape.chunk,
@@ -152,7 +178,7 @@ class CoremlTarget(Target):
 
 def _reader(model: MilModel, labels: Sequence[str]) -> ExpertReader:
     def read(index: int) -> np.ndarray:
-        constant = model.constants(Phase.DECODE.value)[labels[index]]
+        constant = model.constants()[labels[index]]
         # What codes and scales say, before it is rounded to what the program computes in.
         return (constant.exact or constant.load)()
 
@@ -180,10 +206,16 @@ def metadata_texts(config: Mapping[str, object], options: CoremlOptions) -> Mapp
 
     names = config.get("architectures") or [config.get("model_type", "language model")]
     name = str(names[0] if isinstance(names, list) else names)
+    functions = (
+        "one function takes prompts and single tokens, and skips the experts that no token of a call needs."
+        if options.flavor is Flavor.SWIFT
+        else "prefill takes a piece of the prompt, decode one token and skips the experts that it does not need."
+    )
     return {
         "author": options.author,
         "license": options.license,
+        "name": options.hub_name or name,
         "description": f"{name}: mixture-of-experts language model with a key-value cache in states. Functions: "
-        "prefill takes a piece of the prompt, decode one token and skips the experts that it does not need.",
+        f"{functions}",
         "version": moec.__version__,
     }

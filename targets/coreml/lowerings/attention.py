@@ -110,12 +110,14 @@ def visible(ctx: Context, node: fx.Node) -> Var:
 
     def make() -> Var:
         mb = ctx.mb
-        slots = ctx.constant(np.arange(ctx.settings["context"], dtype=np.int32)[None, None, None])
+        slots = _slot_positions(ctx)
         query = ctx.shared(
             ("query slots", position),
             lambda: mb.expand_dims(x=ctx.tensor(position, torch.int32), axes=ctx.ints(0, 1, 3)),
         )
         allowed = mb.less_equal(x=slots, y=query)
+        if ctx.settings["first_slot"] is not None:
+            allowed = mb.logical_and(x=allowed, y=mb.greater_equal(x=slots, y=ctx.constant(np.int32(0))))
         if kind == "sliding":
             low = mb.sub(x=query, y=ctx.constant(np.int32(integer(window))))
             allowed = mb.logical_and(x=allowed, y=mb.greater(x=slots, y=low))
@@ -126,6 +128,13 @@ def visible(ctx: Context, node: fx.Node) -> Var:
         return allowed
 
     return ctx.shared(("visible", position, kind, window), make)
+
+
+def _slot_positions(ctx: Context) -> Var:
+    """Position of the token in each slot, int32 [1, 1, 1, context]; negative before the first slot in use."""
+    slots = ctx.constant(np.arange(ctx.settings["context"], dtype=np.int32)[None, None, None])
+    first = ctx.settings["first_slot"]
+    return slots if first is None else ctx.shared("slot positions", lambda: ctx.mb.sub(x=slots, y=first))
 
 
 def _fake(argument: Any) -> torch.Tensor:
