@@ -13,10 +13,6 @@ import torch
 
 from moec import cli
 from moec.compiler.errors import LoweringError, UsageError
-from moec.compiler.gates.cases import Case
-from moec.compiler.gates.compare import compare, run_case
-from moec.compiler.gates.reference import Oracle
-from moec.compiler.gates.tolerance import TOLERANCES, Precision
 from moec.compiler.interpreter import ProgramRunner
 from moec.compiler.program import Program
 from moec.compiler.recipe import validate
@@ -30,7 +26,6 @@ from moec.targets.coreml.package import PACKAGE
 from moec.targets.coreml.target import CoremlOptions, CoremlTarget
 
 SWIFT = CoremlOptions(flavor=Flavor.SWIFT)
-STEPS = ((21, 1, 1, 9), (1, 1, 2), (33,))
 
 
 @pytest.fixture(scope="module")
@@ -46,21 +41,6 @@ def swift(tiny: Program, lower: Any) -> Any:
 
 def prompt(program: Program, length: int) -> np.ndarray:
     return np.random.default_rng(1).integers(3, program.vocab_size, (1, length)).astype(np.int32)
-
-
-@pytest.mark.parametrize("family", [pytest.param("gpt_oss", marks=pytest.mark.slow), "llama4_text"])
-def test_family(family: str, tiny_checkpoint: Any, program_of: Any, lower: Any) -> None:
-    """A window and sinks; chunks, whose borders would show positions that are off by one."""
-    program = program_of(tiny_checkpoint(family), torch.float32)
-    lowered = lower(program, context=48, flavor="swift-transformers")
-    tolerance = TOLERANCES[Precision.FP32]
-    oracle, runner = Oracle(program, tolerance.tie_margin), lowered.runner()
-    for steps in STEPS:
-        ids = np.random.default_rng(sum(steps)).integers(3, program.vocab_size, (1, sum(steps)))
-        case = Case(str(steps), ids, None, steps)
-        result = compare(case, run_case(runner, case), oracle.trace(ids), tolerance)[0]
-        assert result.error <= tolerance.limit, result
-        assert result.excused <= 0.2 * result.positions
 
 
 def test_golden_model(golden: Callable[[str], Any], golden_model: Path, lower: Any) -> None:
