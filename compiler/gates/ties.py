@@ -52,10 +52,14 @@ def _argmax_gap(scores: Tensor, dim: int | None = -1, *_: object) -> Tensor:
 
 
 def _comparison_gap(left: Tensor, right: Tensor | float, *_: object) -> Tensor:
-    """Relative difference of the two sides. Sides that are equal bit by bit are one value by construction."""
+    """Difference of the two sides, relative to the larger one, or to 1 where both are less.
+
+    Small sides are shares of a sum or differences of scores (a jitter threshold, say), whose errors are those of the
+    sum and of the scores. Sides that are equal bit by bit are one value by construction, unless `_independent`.
+    """
     first = left.double()
     second = right.double() if isinstance(right, Tensor) else torch.tensor(float(right), dtype=torch.float64)
-    scale = torch.maximum(first.abs(), second.abs()).clamp(min=1e-30)
+    scale = torch.maximum(first.abs(), second.abs()).clamp(min=1.0)
     gap = torch.nan_to_num((first - second).abs() / scale, nan=torch.inf, posinf=torch.inf)
     return torch.where(first == second, torch.inf, gap)
 
@@ -101,6 +105,29 @@ def _decides(node: fx.Node) -> bool:
     return any(user.target is operator.getitem and user.args[1] == 1 and user.users for user in node.users)
 
 
+def _independent(node: fx.Node) -> bool:
+    """Whether `node` compares two values of which neither is made from the other, as a row's best is from the row.
+
+    Half precision has so few numbers that two such values may be equal by chance.
+    """
+    sides = node.args[:2]
+    if node.target in _VALUES_AND_INDICES or not all(isinstance(side, fx.Node) for side in sides):
+        return False
+    return not any(_leads_to(side, other) for side, other in (sides, sides[::-1]))
+
+
+def _leads_to(source: Any, end: Any) -> bool:
+    pending, seen = [end], set[fx.Node]()
+    while pending:
+        node = pending.pop()
+        if node is source:
+            return True
+        if node not in seen and node.target not in (EXPERTS, ATTENTION):
+            seen.add(node)
+            pending.extend(node.all_input_nodes)
+    return False
+
+
 class RouterWatch:
     """An observer of the interpreter that notes ties and experts, token by token.
 
@@ -112,6 +139,7 @@ class RouterWatch:
     def __init__(self, program: Program, margin: float) -> None:
         self._margin = margin
         self._decisions = decision_nodes(program.graph)
+        self._independent = frozenset(node for node in self._decisions if _independent(node))
         self._layers = {node: index for index, node in enumerate(program.nodes(EXPERTS))}
         self._experts = {row.index: row.num_experts for row in program.layers}
         self.begin(0, 0)
@@ -127,6 +155,8 @@ class RouterWatch:
         """See `moec.compiler.interpreter.Observer`."""
         if node in self._decisions:
             gaps = _GAPS[node.target](*args)
+            if node in self._independent:
+                gaps = torch.where(args[0] == args[1], 0.0, gaps)
             tokens = self._shape[0] * self._shape[1]
             if tokens and gaps.numel() % tokens == 0:
                 tied = (gaps.reshape(tokens, -1) < self._margin).any(dim=1)

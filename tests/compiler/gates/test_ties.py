@@ -6,7 +6,7 @@ import torch
 
 from moec.compiler.checkpoint import Checkpoint
 from moec.compiler.gates.compare import excused_positions
-from moec.compiler.gates.ties import RouterWatch, _comparison_gap, _top_k_gap, decision_nodes
+from moec.compiler.gates.ties import RouterWatch, _comparison_gap, _independent, _top_k_gap, decision_nodes
 from moec.compiler.interpreter import ProgramRunner
 from moec.compiler.program import EXPERTS, Program
 
@@ -33,8 +33,22 @@ def test_masked_scores_and_full_top_k_are_no_ties() -> None:
 def test_a_comparison_is_a_tie_when_close_but_not_when_identical() -> None:
     gap = _comparison_gap(torch.tensor([0.5, 0.500001, 0.7]), 0.5)
     assert gap[0] == torch.inf  # one value by construction
-    assert gap[1] == pytest.approx(2e-6, rel=0.1)
-    assert gap[2] > 0.2
+    assert gap[1] == pytest.approx(1e-6, rel=0.1)
+    assert gap[2] == pytest.approx(0.2)
+    large = _comparison_gap(torch.tensor([50.0, -100.0]), torch.tensor([50.5, 100.0]))
+    assert large.tolist() == pytest.approx([0.5 / 50.5, 2.0])
+
+
+def test_equal_sides_are_one_value_only_if_one_is_made_from_the_other() -> None:
+    graph = torch.fx.Graph()
+    scores = graph.placeholder("scores")
+    best = graph.call_function(aten.amax.default, (scores, [-1], True))
+    before = graph.call_function(aten.cumsum.default, (scores, -1))
+    share = graph.call_function(aten.mul.Tensor, (best, 0.5))
+    assert not _independent(graph.call_function(aten.ge.Tensor, (scores, best)))
+    assert not _independent(graph.call_function(aten.le.Tensor, (best, scores)))
+    assert not _independent(graph.call_function(aten.gt.Scalar, (scores, 0.0)))
+    assert _independent(graph.call_function(aten.lt.Tensor, (before, share)))
 
 
 def test_the_decisions_of_a_router_are_found(mixtral: Captured) -> None:
