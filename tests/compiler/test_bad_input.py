@@ -1,5 +1,6 @@
 """Every bad input ends with a message, a hint and its exit code; nothing half-written stays and nothing is lost."""
 
+import functools
 import json
 import os
 import resource
@@ -259,7 +260,15 @@ def interrupt(checkpoint: Path, environment: dict[str, str], number: signal.Sign
         "--overwrite",
     ]
     marker = checkpoint.parent / "in-the-middle"
-    with subprocess.Popen([*PROGRAM, *command], env=environment, stderr=subprocess.PIPE, text=True) as process:
+    # A shell starts what runs in the background with SIGINT ignored, and children inherit that.
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(
+        [*PROGRAM, *command],
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=heard,
+    ) as process:
         for _ in range(1200):
             if marker.exists() or process.poll() is not None:
                 break
