@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -21,8 +19,9 @@ from moec.targets.base import Progress
 
 LOG = "build.log"
 SCRIPT = "build_engine.py"
+EVENTS = "build.events"
+"""What the builder tells while it works: a file, since a thread that writes into a pipe may wait for its reader."""
 SAMPLE_SECONDS = 0.02
-KEPT = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "HOME", "CUDA_VISIBLE_DEVICES")
 
 BASE_BYTES, BYTES_PER_WEIGHT_BYTE = 700_000_000, 3.5
 """Peak memory of the builder: what it needs for a small model, and how it grows with the bytes of the weights.
@@ -90,82 +89,61 @@ def run(folder: Path, library: str, output: str, *, limit: int, cache: Path | No
         LoweringError: It took too much memory or died. What parser and builder refuse is in the result.
     """
     built = Built()
-    reader, writer = os.pipe()
-    # Where things lie in the memory of the builder decides the order of some tables in the engine: what differs from
-    # one export to the next, such as the environment and the name of the folder, stays out.
-    environment = {name: os.environ[name] for name in KEPT if name in os.environ}
-    command = [sys.executable, "-P", SCRIPT, "--library", library, "--output", output]
-    command += ["--events", str(writer), *(("--timing-cache", str(cache.resolve())) if cache is not None else ())]
-    with (folder / LOG).open("w") as log:
+    command = [sys.executable, "-P", SCRIPT, "--library", library, "--output", output, "--events", EVENTS]
+    command += ("--timing-cache", str(cache.resolve())) if cache is not None else ()
+    with (folder / LOG).open("w") as log, (folder / EVENTS).open("w+") as events:
+        child = subprocess.Popen(command, cwd=folder, stdout=log, stderr=subprocess.STDOUT)
         try:
-            child = subprocess.Popen(
-                command, cwd=folder, env=environment, pass_fds=(writer,), stdout=log, stderr=subprocess.STDOUT
-            )
+            exceeded = _follow(child, events, lambda event: _hear(event, log, built, progress), limit, built)
         finally:
-            os.close(writer)
-        with os.fdopen(reader) as events, _ended(child), _watched(child, limit, built) as exceeded:
-            _listen(events, log, built, progress)
-            code = child.wait()
+            child.kill()  # does nothing where it has ended
+            child.wait()
+            (folder / EVENTS).unlink()
         log.write(f"peak memory {built.peak_bytes} bytes, {built.seconds:.2f} s\n")
-    if exceeded():
+    if exceeded:
         raise LoweringError(
             f"the builder was ended: it took more than the {limit / 1e9:.1f} GB of memory that it may use",
             hint="raise --memory-limit, quantize, or build on another machine from model.onnx",
         )
-    if code and not built.failure:
-        raise LoweringError(f"the builder died with code {code}: {_last_lines(folder / LOG)}", hint="see build.log")
+    if child.returncode and not built.failure:
+        died = f"the builder died with code {child.returncode}: {_last_lines(folder / LOG)}"
+        raise LoweringError(died, hint="see build.log")
     return built
 
 
-def _listen(events: IO[str], log: IO[str], built: Built, progress: Progress) -> None:
-    """Take in the events of the child until it closes its end."""
-    for line in events:
-        event: Mapping[str, Any] = json.loads(line)
-        match event["kind"]:
-            case "progress":
-                progress("engine", event["done"], event["total"])
-            case "log":
-                log.write(f"[{event['severity']}] {event['message']}\n")
-            case "failed":
-                built.failure = {key: event[key] for key in ("stage", "message", "node", "operator")}
-            case _:
-                built.found, built.version, built.seconds = event["found"], event["version"], event["seconds"]
+def _follow(
+    child: subprocess.Popen[bytes], events: IO[str], hear: Callable[[Mapping[str, Any]], None], limit: int, built: Built
+) -> bool:
+    """Read the events of the child until it ends, and its memory: whether it was ended for taking more than `limit`."""
+    exceeded, rest = False, ""
+    while True:
+        ended = child.poll() is not None
+        *lines, rest = (rest + events.read()).split("\n")
+        for line in lines:
+            hear(json.loads(line))
+        if ended:
+            return exceeded
+        with contextlib.suppress(psutil.NoSuchProcess):
+            memory = psutil.Process(child.pid).memory_info()
+            used = memory.rss - getattr(memory, "shared", 0)
+            built.peak_bytes = max(built.peak_bytes, used)
+            if used > limit:
+                exceeded = True
+                child.kill()
+        time.sleep(SAMPLE_SECONDS)
 
 
-@contextlib.contextmanager
-def _ended(child: subprocess.Popen[bytes]) -> Iterator[None]:
-    """End the child if this process leaves early."""
-    try:
-        yield
-    finally:
-        if child.poll() is None:
-            child.kill()
-            child.wait()
-
-
-@contextlib.contextmanager
-def _watched(child: subprocess.Popen[bytes], limit: int, built: Built) -> Iterator[Callable[[], bool]]:
-    """Sample the memory of the child and end it when it is over the limit; yield whether it was."""
-    stop, over = threading.Event(), threading.Event()
-
-    def sample() -> None:
-        while not stop.is_set() and child.poll() is None:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                memory = psutil.Process(child.pid).memory_info()
-                used = memory.rss - getattr(memory, "shared", 0)
-                built.peak_bytes = max(built.peak_bytes, used)
-                if used > limit:
-                    over.set()
-                    child.kill()
-            time.sleep(SAMPLE_SECONDS)
-
-    thread = threading.Thread(target=sample, daemon=True)
-    thread.start()
-    try:
-        yield over.is_set
-    finally:
-        stop.set()
-        thread.join()
+def _hear(event: Mapping[str, Any], log: IO[str], built: Built, progress: Progress) -> None:
+    """Take one event in."""
+    match event["kind"]:
+        case "progress":
+            progress("engine", event["done"], event["total"])
+        case "log":
+            log.write(f"[{event['severity']}] {event['message']}\n")
+        case "failed":
+            built.failure = {key: event[key] for key in ("stage", "message", "node", "operator")}
+        case _:
+            built.found, built.version, built.seconds = event["found"], event["version"], event["seconds"]
 
 
 def _last_lines(path: Path) -> str:

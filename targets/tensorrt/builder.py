@@ -29,6 +29,7 @@ ENGINES = {RTX: "model.rtx.engine", CLASSIC: "model.engine"}
 FAILED = 3
 ADDR_NO_RANDOMIZE = 0x0040000
 STARTED = "MOEC_BUILDER_STARTED"
+KEPT = ("PYTHONPATH", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES")
 WEIGHTS = re.compile(r"Total Weights Memory: (\d+) bytes")
 ENGINE_LAYER = re.compile(r"^Name: .*?, LayerType: (\w+)", re.MULTILINE)
 CONSTANT = re.compile(r"Name: ([^,]+), Dimensions: \[([\d,]*)\][^}]*?Datatype: (\w+)")
@@ -190,6 +191,8 @@ def build(library: Any, settings: Mapping[str, Any], output: Path, cache: Path |
     listener = Listener(emit)
     logger = _logger(library, listener)
     builder = library.Builder(logger)
+    if library.__name__ == RTX:
+        builder.max_threads = 1  # see `repeatable`
     network = parse(library, logger, builder, Path(settings["onnx"]))
     _mark_decomposable(network)
     config = _configure(library, builder, settings, emit)
@@ -208,17 +211,26 @@ def build(library: Any, settings: Mapping[str, Any], output: Path, cache: Path |
     return {**found, **listener.facts(), "engine_bytes": output.stat().st_size}
 
 
-def same_addresses() -> None:
-    """Start this script anew with addresses that are not random, where the system allows it.
+def repeatable() -> None:
+    """Start this script anew so that it builds the same engine each time, where the system allows that.
 
-    The builder writes some tables in the order of their addresses: without this no two engines are the same.
+    The builder writes some tables in the order of their addresses. So these must not be random; the environment, which
+    lies on the stack, is cut down to what the builder needs; and its threads take turns on one CPU, since those that
+    run side by side, or take the CPU from each other, get their memory in another order each time.
     """
     if not sys.platform.startswith("linux") or os.environ.get(STARTED):
         return
     libc = ctypes.CDLL(None)
-    if libc.personality(libc.personality(0xFFFFFFFF) | ADDR_NO_RANDOMIZE) != -1:
-        os.environ[STARTED] = "1"
-        os.execv(sys.executable, sys.orig_argv)
+    if libc.personality(libc.personality(0xFFFFFFFF) | ADDR_NO_RANDOMIZE) == -1:
+        return
+    cpus = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cpus[os.getpid() % len(cpus)]})
+    try:
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
+    except PermissionError:  # the next best: a thread that wakes up waits for the one that runs
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    environment = {name: os.environ[name] for name in KEPT if name in os.environ}
+    os.execve(sys.executable, sys.orig_argv, environment | {STARTED: "1", "PYTHONHASHSEED": "0"})
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -228,9 +240,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--library", choices=(CLASSIC, RTX), default=CLASSIC)
     parser.add_argument("--output", type=Path, help="engine to write")
     parser.add_argument("--timing-cache", type=Path, help="file to read and to update (classic TensorRT)")
-    parser.add_argument("--events", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--events", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
-    stream = os.fdopen(given.events, "w", buffering=1) if given.events is not None else sys.stderr
+    stream = given.events.open("w", buffering=1) if given.events is not None else sys.stderr
 
     def emit(kind: str, fields: Mapping[str, Any]) -> None:
         if given.events is not None:
@@ -258,5 +270,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    same_addresses()
+    if RTX in sys.argv:  # classic TensorRT chooses kernels by their time on the GPU: no two of its engines are the same
+        repeatable()
     sys.exit(main())
