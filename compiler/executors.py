@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -51,9 +52,9 @@ def _in_process(task: Task, environment: Mapping[str, str], running: set[subproc
         assert process.stdin is not None
         assert process.stdout is not None
         assert process.stderr is not None
-        process.stdin.write(json.dumps(asdict(task)) + "\n")
-        process.stdin.flush()
-        # The pipe stays open: the worker ends when it closes.
+        # A worker that is dead already is found by what it leaves. The pipe stays open: the worker ends when it closes.
+        with contextlib.suppress(BrokenPipeError):
+            os.write(process.stdin.fileno(), (json.dumps(asdict(task)) + "\n").encode())
         with ThreadPoolExecutor(1) as reader:
             complaints = reader.submit(process.stderr.read)
             lines = process.stdout.read().splitlines()
