@@ -5,7 +5,8 @@
 Random checkpoints of equal widths (1.004 GB in bfloat16): OLMoE for moec, LFM2-MoE for onnxruntime-genai, whose builder
 lacks OLMoE. Both run int4 weights with int8 activations: the builder sets that for linears alone, so its QMoE nodes get
 `accuracy_level` 4 afterwards. The peer has 4 bits in blocks of 32 everywhere, our preset blocks of 128 and a head
-of 8 bits; other rows have 4 bits everywhere, also in the flavor that onnxruntime-genai itself runs.
+of 8 bits; other rows have 4 bits everywhere. "Cache in place" is the flavor whose caches are buffers that a step writes
+into, as the peer's are: moec's own runner and onnxruntime-genai both run it.
 
 With `--llama-cpp` (llama-cpp-python and gguf have to be installed) the same OLMoE stands there as llama.cpp itself
 makes Q4_0 of it, with a head of Q6_K; its products round their activations to int8 too.
@@ -31,13 +32,15 @@ from speed import Genai, LlamaCpp, Model, Moec, compare
 ROOT = Path(__file__).resolve().parents[1]
 CLASSES = ("experts_gate_up", "experts_down", "attention", "embedding", "lm_head")
 ALL_128, ALL_32 = ({"formats": dict.fromkeys(CLASSES, form)} for form in ("int4:128", "int4:32"))
-ROWS: dict[str, tuple[Any, str]] = {
-    "moec int4": ("int4", "default"),
-    "moec int4:128 in all classes": (ALL_128, "default"),
-    "moec int4:128 in all classes, in onnxruntime-genai": (ALL_128, "genai"),
-    "moec int4:32 in all classes": (ALL_32, "default"),
+ROWS: dict[str, tuple[Any, str, type[Model]]] = {
+    "moec int4": ("int4", "default", Moec),
+    "moec int4, cache in place": ("int4", "genai", Moec),
+    "moec int4:128 in all classes": (ALL_128, "default", Moec),
+    "moec int4:128 in all classes, cache in place": (ALL_128, "genai", Moec),
+    "moec int4:128 in all classes, in onnxruntime-genai": (ALL_128, "genai", Genai),
+    "moec int4:32 in all classes": (ALL_32, "default", Moec),
 }
-"""What it is called: its format and its flavor."""
+"""What it is called: its format, its flavor and what runs it."""
 
 
 def build_ours(checkpoint: Path, directory: Path, chosen: Any, flavor: str) -> Path:
@@ -146,9 +149,8 @@ def main() -> None:
         peer = random_lfm2_checkpoint(work / "lfm2-1gb", ROOT / "golden_models" / "olmoe-tiny")
         models: dict[str, Model] = {"onnxruntime-genai int4": Genai(str(build_genai(peer, work / "genai-int4")))}
         checkpoint = random_checkpoint(work / "olmoe-1gb")
-        for name, (chosen, flavor) in ROWS.items():
-            directory = work / re.sub(r"\W+", "-", name)
-            runner = Genai if flavor == "genai" else Moec
+        for name, (chosen, flavor, runner) in ROWS.items():
+            directory = work / re.sub(r"\W+", "-", f"{name.split(',')[0]} {flavor}")
             models[name] = runner(str(build_ours(checkpoint, directory, chosen, flavor)))
         if options.llama_cpp:
             models["llama.cpp Q4_0"] = LlamaCpp(str(build_llama_cpp(checkpoint, work / "olmoe-1gb-q4_0.gguf")))

@@ -12,8 +12,7 @@ import numpy as np
 import onnxruntime as ort
 
 from moec.compiler.errors import ArtifactError
-
-NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
+from moec.targets.onnx.states import Growing, Shared, States
 
 
 class OnnxRunner:
@@ -42,21 +41,17 @@ class OnnxRunner:
                 f"{directory / 'model.onnx'}: ONNX Runtime cannot load it: {str(error).splitlines()[0]}",
                 hint="moec verify tells whether the files are those that were built",
             ) from error
-        self._inputs = {spec.name: spec for spec in self.session.get_inputs()}
-        self._outputs = [spec.name for spec in self.session.get_outputs()]
-        self._past = [name for name in self._inputs if name.startswith("past_key_values.")]
-        self._states: dict[str, Any] = {}
-        self._length = 0
-        self._one_by_one = (
-            self.session.get_modelmeta().custom_metadata_map.get("moec.attention") == "GroupQueryAttention"
-        )
+        self._inputs = {spec.name for spec in self.session.get_inputs()}
+        attention = self.session.get_modelmeta().custom_metadata_map.get("moec.attention")
+        self._shared = attention == "GroupQueryAttention"
+        self._states: States = Shared(self.session) if self._shared else Growing(self.session)
         self.threads = threads
         self.overrides: dict[str, np.ndarray] = {}
         """Values for inputs that have defaults, such as {"routing_budget": array of shape []}."""
 
     def reset(self) -> None:
         """Forget the sequences."""
-        self._states, self._length = {}, 0
+        self._states.reset()
 
     def prefill(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None) -> np.ndarray:
         """Start new sequences; see `moec.targets.base.Runner`."""
@@ -66,9 +61,9 @@ class OnnxRunner:
     def decode(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None) -> np.ndarray:
         """Continue them; see `moec.targets.base.Runner`."""
         batch, length = input_ids.shape
-        if self._one_by_one and self._length and batch > 1 and length > 1:
+        if self._shared and self._states.length and batch > 1 and length > 1:
             return self._decode_one_by_one(input_ids, attention_mask)
-        total = self._length + length
+        total = self._states.length + length
         mask = np.ones((batch, total), np.int64) if attention_mask is None else attention_mask.astype(np.int64)
         positions = np.maximum(mask.cumsum(-1) - 1, 0)[:, total - length :]
         feeds = {
@@ -80,30 +75,16 @@ class OnnxRunner:
             name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in feeds.items() if name in self._inputs
         }
         values |= {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in self.overrides.items()}
-        results = self.session.run_with_ort_values(self._outputs, {**values, **self._state_values(batch)})
-        named = dict(zip(self._outputs, results, strict=True))
-        self._states = {name: named[name.replace("past_key_values.", "present.")] for name in self._past}
-        self._length = total
-        logits: np.ndarray = named["logits"].numpy()
+        logits = self._states.run(values, batch, length)
         return logits.astype(np.float32, copy=False)
 
     def _decode_one_by_one(self, input_ids: np.ndarray, attention_mask: np.ndarray | None) -> np.ndarray:
         """GroupQueryAttention on CPU takes several new tokens after a past for one sequence alone."""
-        start, logits = self._length, []
+        start, logits = self._states.length, []
         for index in range(input_ids.shape[1]):
             mask = None if attention_mask is None else attention_mask[:, : start + index + 1]
             logits.append(self.decode(input_ids[:, index : index + 1], mask))
         return np.concatenate(logits, axis=1)
-
-    def _state_values(self, batch: int) -> dict[str, Any]:
-        if self._states:
-            return self._states
-        empty = {}
-        for name in self._past:
-            _, heads, _, width = self._inputs[name].shape
-            array = np.zeros((batch, heads, 0, width), NUMPY[self._inputs[name].type])
-            empty[name] = ort.OrtValue.ortvalue_from_numpy(array)
-        return empty
 
     def facts(self) -> Mapping[str, Any]:
         """Runtime, version and threads."""

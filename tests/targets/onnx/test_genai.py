@@ -12,6 +12,7 @@ import pytest
 
 from moec.compiler.errors import LoweringError
 from moec.compiler.interpreter import ProgramRunner
+from moec.targets.onnx import states
 from moec.targets.onnx.target import OnnxOptions, OnnxTarget
 
 MAX_LENGTH = 64
@@ -57,6 +58,27 @@ def test_shared_buffer(family: str, tiny_checkpoint: Any, lower_checkpoint: Any)
     for start, stop in ((0, 30), (30, 31), (31, 40), (40, 45)):
         got, want = shared.step(tokens[:, start:stop]), reference.decode(tokens[:, start:stop])
         assert np.abs(got - want).max() <= 1e-4 * np.abs(want).max()
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_the_runner_writes_into_one_buffer_and_makes_a_larger_one(
+    batch: int, tiny_checkpoint: Any, lower_checkpoint: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(states, "LEAST", 8)
+    model = lower_checkpoint(tiny_checkpoint("olmoe"), flavor="genai")
+    runner, reference = OnnxTarget().open(model.directory), ProgramRunner(model.program)
+    tokens = np.random.default_rng(1).integers(3, model.program.vocab_size, (batch, 40))
+    kept = runner._states
+    for start, stop in ((0, 6), (6, 8), (8, 9), (9, 10), (10, 40)):
+        before = {name: id(buffer) for name, buffer in kept.buffers.items()}
+        got, want = runner.decode(tokens[:, start:stop]), reference.decode(tokens[:, start:stop])
+        assert np.abs(got - want).max() <= 1e-4 * np.abs(want).max()
+        same = before == {name: id(buffer) for name, buffer in kept.buffers.items()}
+        assert same == ((start, stop) in ((6, 8), (9, 10)))
+    assert kept.length == 40
+    again = runner.prefill(tokens[:, :6])
+    reference.reset()
+    assert np.abs(again - reference.decode(tokens[:, :6])).max() <= 1e-4 * np.abs(again).max()
 
 
 def test_description(tiny_checkpoint: Any, lower_checkpoint: Any) -> None:
