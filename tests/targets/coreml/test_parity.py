@@ -27,11 +27,11 @@ SEVERAL_STATES = frozenset({"gemma4_text", "mimo_v2_flash"})
 """Layers that differ in the heads or widths of their caches: swift-transformers knows two states alone."""
 NOT_CAPTURED = frozenset(
     {
-        *("doge", "granitemoehybrid", "jamba", "jetmoe", "kimi_linear", "lfm2_moe", "llama", "longcat_flash"),
+        *("doge", "granitemoehybrid", "jamba", "kimi_linear", "lfm2_moe", "llama"),
         *("nemotron_h", "nllb_moe", "qwen3_next", "switch_transformers"),
     }
 )
-"""Hybrids, encoder-decoders, a dense model and experts behind no registry."""
+"""Hybrids, encoder-decoders, a dense model and a dynamic mask."""
 PRECISION = {torch.float32: Precision.FP32, torch.float16: Precision.FP16}
 STEPS = ((21, 1, 1, 9), (1, 1, 2), (33,))
 """Tokens per call: past every window and chunk of the tiny models, pieces of 16, single tokens from the start."""
