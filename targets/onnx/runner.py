@@ -44,7 +44,7 @@ class OnnxRunner:
             ) from error
         self._inputs = {spec.name: spec for spec in self.session.get_inputs()}
         self._outputs = [spec.name for spec in self.session.get_outputs()]
-        self._past = [name for name in self._inputs if name.startswith("past_key_values.")]
+        self._past = {name: present for name in self._inputs if (present := _present(name)) in self._outputs}
         self._states: dict[str, Any] = {}
         self._length = 0
         self._one_by_one = (
@@ -82,7 +82,7 @@ class OnnxRunner:
         values |= {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in self.overrides.items()}
         results = self.session.run_with_ort_values(self._outputs, {**values, **self._state_values(batch)})
         named = dict(zip(self._outputs, results, strict=True))
-        self._states = {name: named[name.replace("past_key_values.", "present.")] for name in self._past}
+        self._states = {name: named[present] for name, present in self._past.items()}
         self._length = total
         logits: np.ndarray = named["logits"].numpy()
         return logits.astype(np.float32, copy=False)
@@ -100,8 +100,9 @@ class OnnxRunner:
             return self._states
         empty = {}
         for name in self._past:
-            _, heads, _, width = self._inputs[name].shape
-            array = np.zeros((batch, heads, 0, width), NUMPY[self._inputs[name].type])
+            # The batch comes first; another axis without a number is that of the tokens, of which there are none.
+            sizes = (size if isinstance(size, int) else 0 for size in self._inputs[name].shape[1:])
+            array = np.zeros((batch, *sizes), NUMPY[self._inputs[name].type])
             empty[name] = ort.OrtValue.ortvalue_from_numpy(array)
         return empty
 
@@ -126,3 +127,8 @@ class OnnxRunner:
         for (op, _), times in nodes.items():
             spent[op] = spent.get(op, 0) + int(statistics.median(times))
         return spent
+
+
+def _present(name: str) -> str:
+    """Output that replaces the state `name`: past_key_values.0.key -> present.0.key, past_conv.0 -> present_conv.0."""
+    return "present" + name.removeprefix("past").removeprefix("_key_values") if name.startswith("past_") else ""

@@ -29,7 +29,6 @@ NOT_CAPTURED = frozenset(
         "granitemoehybrid",
         "jamba",
         "kimi_linear",
-        "lfm2_moe",
         "llama",
         "nemotron_h",
         "nllb_moe",
