@@ -12,16 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 from torch.export.graph_signature import InputKind
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 
 from moec.compiler import hooks
 from moec.compiler.adapters.base import adapt
 from moec.compiler.checkpoint import Checkpoint
 from moec.compiler.conversion import open_weights
 from moec.compiler.errors import MoecError, UnsupportedModelError, first_line
-from moec.compiler.program import Dim, Program, StateSpec, TensorSpec, moe_layers
+from moec.compiler.masks import MaskUseError
+from moec.compiler.program import CACHE_KINDS, Dim, Program, StateSpec, TensorSpec, moe_layers, state_spec
 from moec.compiler.weights import Constant, LazyTensor
 
 if TYPE_CHECKING:
@@ -57,11 +58,10 @@ def capture(checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32) -> Pr
     with torch.no_grad():
         mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
         _fake_parameters(model, mode)
-        shapes = _state_shapes(model, names, max_length, mode)
-        step = _Step(model, names, max_length, tuple(shapes))
-        exported = _export(step, shapes, dtype, mode)
-    graph, constants, dims = _own_graph(exported)
-    states = tuple(_state_specs(shapes, dtype))
+        states = _states(model, names, max_length, mode, dtype)
+        step = _Step(model, names, max_length, states)
+        exported = _export(step, states, mode)
+    graph, constants, dims = _own_graph(exported, states)
     inputs = tuple(TensorSpec(name, _INPUT_SHAPES[name], torch.int64) for name in INPUTS)
     layers = moe_layers(graph)
     _check_layers(model, layers, step.traced.record)
@@ -80,6 +80,11 @@ def _meta_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     config = copy.deepcopy(checkpoint.config)  # from_config changes the config that it is given
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"{type(config).__name__} describes an encoder-decoder: its decoder also attends to what an encoder made",
+            hint="moec compiles decoders that AutoModelForCausalLM knows",
+        )
     try:
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
@@ -130,30 +135,38 @@ def _fake_parameters(model: nn.Module, mode: FakeTensorMode) -> None:
                     module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
 
 
-def _state_shapes(
-    model: PreTrainedModel, names: dict[nn.Module, str], max_length: int, mode: FakeTensorMode
-) -> dict[int, tuple[tuple[int, int], tuple[int, int]]]:
-    """Heads and widths of the keys and values of each layer that has a cache, from one fake forward pass."""
+def _states(
+    model: PreTrainedModel, names: dict[nn.Module, str], max_length: int, mode: FakeTensorMode, dtype: torch.dtype
+) -> tuple[StateSpec, ...]:
+    """The state table, from one fake forward pass."""
     record = hooks.Recording(max_length, names)
     layers = int(getattr(model.config.get_text_config(), "num_hidden_layers", 0))
-    with mode, hooks.recording(record):
+    with mode, hooks.recording(record), hooks.watching(record):
         ids = torch.zeros(1, 3, dtype=torch.long)
         _call(model, ids, torch.ones(1, 3, dtype=torch.long), torch.arange(3)[None], record, layers, 0)
     if not record.experts:
         _reject_without_experts(model, record)
-    return {
-        layer: ((int(key.shape[1]), int(key.shape[3])), (int(value.shape[1]), int(value.shape[3])))
-        for layer, (key, value) in sorted(record.states.items())
-    }
+    for (layer, kind), shape in record.states.items():
+        if kind not in (*CACHE_KINDS, "conv") or 0 in shape:
+            raise UnsupportedModelError(
+                f"{type(model).__name__}: layer {layer} keeps more than the inputs of one convolution of known length",
+                hint="moec families lists what works and why the rest does not",
+            )
+    if not record.attentions:
+        raise UnsupportedModelError(f"{type(model).__name__}: none of its layers attends to earlier tokens")
+    return tuple(state_spec(*key, shape, dtype) for key, shape in sorted(record.states.items()))
 
 
 def _reject_without_experts(model: nn.Module, record: hooks.Recording) -> None:
-    suspects = [
+    named = [
         name
         for name, module in model.named_modules()
         if "expert" in type(module).__name__.lower() or "moe" in type(module).__name__.lower().rsplit("for", 1)[0]
         if not isinstance(module, nn.ModuleList) and name.count(".") > 1
     ]
+    # The name of the model may be in the names of all its classes; stacked weights tell experts from the rest.
+    stacked = [name for name in named if any(p.ndim == 3 for p in model.get_submodule(name).parameters(recurse=False))]
+    suspects = stacked or named
     if suspects:
         kind = type(dict(model.named_modules())[suspects[0]]).__name__
         raise UnsupportedModelError(
@@ -188,12 +201,19 @@ def _call(
     except MoecError:
         raise
     except Exception as error:
-        where = (record.experts + record.attentions)[-1:] or ["the first layer"]
         raise UnsupportedModelError(
-            f"{type(model).__name__} cannot be traced, somewhere after {where[0]}: "
-            f"{type(error).__name__}: {first_line(error)}",
+            f"{record.where()} of {type(model).__name__} cannot be traced: {_reason(error)}",
             hint="moec families lists what works and why the rest does not",
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong in a module, in the words of those who know the model and not the tracer."""
+    if isinstance(error, MaskUseError):
+        return str(error)
+    if isinstance(error, GuardOnDataDependentSymNode | DataDependentOutputException):
+        return "its Python code takes a decision by the values of a tensor, which differ from input to input"
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 class _Box:
@@ -204,10 +224,11 @@ class _Step(nn.Module):
     """The function that is exported: flat inputs and states in, logits and present states out."""
 
     def __init__(
-        self, model: PreTrainedModel, names: dict[nn.Module, str], max_length: int, layers: Sequence[int]
+        self, model: PreTrainedModel, names: dict[nn.Module, str], max_length: int, states: Sequence[StateSpec]
     ) -> None:
         super().__init__()
-        self.model, self.names, self.max_length, self.layers = model, names, max_length, layers
+        self.model, self.names, self.max_length = model, names, max_length
+        self.states = [(state.layer, state.kind) for state in states]
         # A box, since torch.export puts attributes that a trace assigns, lists too, back to what they were.
         self.traced = _Box()
 
@@ -217,17 +238,13 @@ class _Step(nn.Module):
         attention_mask: Tensor,
         position_ids: Tensor,
         cache_position: Tensor,
-        past: list[tuple[Tensor, Tensor]],
-    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        record = hooks.Recording(
-            self.max_length,
-            self.names,
-            cache_position,
-            attention_mask,
-            dict(zip(self.layers, past, strict=True)),
-        )
+        past: list[Tensor],
+    ) -> tuple[Tensor, list[Tensor]]:
+        by_state = dict(zip(self.states, past, strict=True))
+        record = hooks.Recording(self.max_length, self.names, cache_position, attention_mask, by_state)
         self.traced.record = record
-        layers = max(self.layers) + 1
+        layers = max(layer for layer, _ in self.states) + 1
+        length = next(state.shape[2] for (_, kind), state in by_state.items() if kind in CACHE_KINDS)
         with hooks.recording(record):
             out = _call(
                 self.model,
@@ -236,18 +253,13 @@ class _Step(nn.Module):
                 position_ids,
                 record,
                 max(layers, int(self.model.config.get_text_config().num_hidden_layers)),
-                past[0][0].shape[2],
+                length,
             )
-        return out.logits, [record.present[layer] for layer in self.layers]
+        return out.logits, [record.present[state] for state in self.states]
 
 
-def _export(
-    step: _Step,
-    shapes: dict[int, tuple[tuple[int, int], tuple[int, int]]],
-    dtype: torch.dtype,
-    mode: FakeTensorMode,
-) -> torch.export.ExportedProgram:
-    batch, sequence, past, total = (SAMPLE[axis] for axis in AXES)
+def _export(step: _Step, states: Sequence[StateSpec], mode: FakeTensorMode) -> torch.export.ExportedProgram:
+    batch, sequence, _, total = (SAMPLE[axis] for axis in AXES)
     auto = torch.export.Dim.DYNAMIC
     with mode:
         # Distinct objects: torch.export silently takes one tensor object given twice for one input.
@@ -257,16 +269,16 @@ def _export(
             torch.zeros(batch, sequence, dtype=torch.long),
             torch.zeros(sequence, dtype=torch.long),
             [
-                (
-                    torch.zeros(batch, key[0], past, key[1], dtype=dtype),
-                    torch.zeros(batch, value[0], past, value[1], dtype=dtype),
+                torch.zeros(
+                    [SAMPLE[size] if isinstance(size, str) else size for size in state.input.shape],
+                    dtype=state.input.dtype,
                 )
-                for key, value in shapes.values()
+                for state in states
             ],
         )
     token = {0: auto, 1: auto}
-    state = {0: auto, 2: auto}
-    dynamic = (token, dict(token), dict(token), {0: auto}, [(dict(state), dict(state)) for _ in shapes])
+    past = [{axis: auto for axis, size in enumerate(state.input.shape) if isinstance(size, str)} for state in states]
+    dynamic = (token, dict(token), dict(token), {0: auto}, past)
     try:
         exported = torch.export.export(step, args, dynamic_shapes=dynamic, strict=False)
         core_program: torch.export.ExportedProgram = exported.run_decompositions({})
@@ -274,14 +286,14 @@ def _export(
         raise
     except Exception as error:
         raise UnsupportedModelError(
-            f"{type(step.model).__name__} cannot be exported: {type(error).__name__}: {first_line(error)}",
+            f"{type(step.model).__name__} cannot be exported: {_reason(error)}",
             hint="data-dependent Python in a module stops the trace; moec families lists what works",
         ) from error
     return core_program
 
 
 def _own_graph(
-    exported: torch.export.ExportedProgram,
+    exported: torch.export.ExportedProgram, states: Sequence[StateSpec]
 ) -> tuple[fx.Graph, dict[str, LazyTensor], dict[str, Any]]:
     """Turn parameter placeholders into `get_attr` nodes and name what is left."""
     prefix = "model."
@@ -306,7 +318,7 @@ def _own_graph(
         mapping[node].meta = {"val": node.meta.get("val"), "module": _module_path(node, prefix)}
         if node.op == "placeholder" and mapping[node].op == "placeholder":
             users.append(mapping[node])
-    dims = _name_inputs(users)
+    dims = _name_inputs(users, states)
     return graph, constants, dims
 
 
@@ -321,28 +333,19 @@ def _module_path(node: fx.Node, prefix: str) -> str:
     return path[-1].removeprefix("L['self'].").removeprefix(prefix) if path else ""
 
 
-def _name_inputs(users: Sequence[fx.Node]) -> dict[str, Any]:
+def _name_inputs(users: Sequence[fx.Node], states: Sequence[StateSpec]) -> dict[str, Any]:
     """Rename the placeholders after moec's signature and read the symbols of the dynamic axes off them."""
     dims: dict[str, Any] = {}
     for name, node in zip(INPUTS, users, strict=False):
         node.target = node.name = name
         for axis, size in zip(_INPUT_SHAPES[name], node.meta["val"].shape, strict=True):
             dims.setdefault(str(axis), size)
-    for position, node in enumerate(users[len(INPUTS) :]):
-        dims.setdefault("past_sequence", node.meta["val"].shape[2])
-        kind = "value" if position % 2 else "key"
-        node.target = node.name = f"past_{position // 2}_{kind}"
+    for state, node in zip(states, users[len(INPUTS) :], strict=True):
+        node.target = node.name = f"past_{state.layer}_{state.kind}"
+        for axis, size in zip(state.input.shape, node.meta["val"].shape, strict=True):
+            if isinstance(axis, str):
+                dims.setdefault(axis, size)
     return dims
-
-
-def _state_specs(shapes: dict[int, tuple[tuple[int, int], tuple[int, int]]], dtype: torch.dtype) -> list[StateSpec]:
-    specs = []
-    for layer, sizes in shapes.items():
-        for kind, (heads, width) in zip(("key", "value"), sizes, strict=True):
-            past = TensorSpec(f"past_key_values.{layer}.{kind}", ("batch", heads, "past_sequence", width), dtype)
-            present = TensorSpec(f"present.{layer}.{kind}", ("batch", heads, "total_sequence", width), dtype)
-            specs.append(StateSpec(layer, kind, past, present))
-    return specs
 
 
 def _check_layers(model: nn.Module, layers: Sequence[Any], record: hooks.Recording | None) -> None:

@@ -2,13 +2,14 @@
 
 Three registries of transformers are used under the name "moec": experts functions, attention functions and mask
 functions. A cache object hands the past to the attention function, so that appending to it is part of
-`moec::attention`. Nothing here knows a model.
+`moec::attention`, and to short convolutions, which join it to their new inputs. Nothing here knows a model.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,15 +17,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 from transformers import AttentionInterface
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from moec.compiler.errors import UnsupportedModelError
 from moec.compiler.masks import MaskPattern, classify
 from moec.compiler.ops import ACTIVATIONS, Gate
+from moec.compiler.program import Dim
 
 NAME = "moec"
+
+StateKey = tuple[int, str]
+"""Layer and kind of a state, see `moec.compiler.program.StateSpec`."""
 
 
 @dataclass
@@ -32,23 +37,32 @@ class Recording:
     """What one forward pass told us.
 
     `past` is None while the shapes of the states are still being found out. A state is what attention takes as keys and
-    values, which for multi-head latent attention is more than what the family puts into its cache.
+    values, which for multi-head latent attention is more than what the family puts into its cache, or what a short
+    convolution keeps of its inputs.
     """
 
     max_length: int
     names: dict[nn.Module, str]
     cache_position: Tensor | None = None
     attention_mask: Tensor | None = None
-    past: dict[int, tuple[Tensor, Tensor]] | None = None
-    present: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    past: Mapping[StateKey, Tensor] | None = None
+    present: dict[StateKey, Tensor] = field(default_factory=dict)
     fresh: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    states: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    states: dict[StateKey, tuple[Dim, ...]] = field(default_factory=dict)
     experts: list[str] = field(default_factory=list)
     attentions: list[str] = field(default_factory=list)
+    running: list[nn.Module] = field(default_factory=list)
 
     def name(self, module: nn.Module) -> str:
         """Path of `module` in the model."""
         return self.names.get(module, type(module).__name__)
+
+    def where(self) -> str:
+        """Path and class of the module that runs, or that an error stopped."""
+        if not self.running:
+            return "the model"
+        module = self.running[-1]
+        return f"{self.name(module) or 'the model'}: {type(module).__name__}"
 
 
 _ACTIVE: list[Recording] = []
@@ -64,24 +78,77 @@ def recording(record: Recording) -> Iterator[Recording]:
         _ACTIVE.pop()
 
 
-class StepLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
-    """One layer of the cache: it hands over the new keys and values unchanged and remembers them."""
+@contextlib.contextmanager
+def watching(record: Recording) -> Iterator[None]:
+    """Keep the stack of modules that run in `record`; where an error ends the pass, it stays as it was then."""
+
+    def enter(module: nn.Module, _: Any) -> None:
+        record.running.append(module)
+
+    def leave(_module: nn.Module, _args: Any, _result: Any) -> None:
+        record.running.pop()
+
+    handles = [nn.modules.module.register_module_forward_pre_hook(enter)]
+    handles.append(nn.modules.module.register_module_forward_hook(leave))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class StepLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):  # type: ignore[no-untyped-call]
+    """One layer of the cache: it hands over the new keys and values unchanged and remembers them.
+
+    A convolution is handed its past inputs, zeros at the start, with the new ones. No layer says that it has a
+    previous state, which is what leads convolutions into their form for one new token.
+    """
 
     is_sliding = False
     is_compileable = False
+    is_croppable = False
 
     def __init__(self, record: Recording, index: int, length: Any) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
         self.record, self.index, self.length = record, index, length
         self.is_initialized = True
+        self.has_previous_state = defaultdict(bool, {0: False})
 
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+    def lazy_initialization(self, *_: Any, **__: Any) -> None:
         """Nothing to set up: the past is an input."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Remember the new tokens' keys and values; `moec::attention` appends them."""
         self.record.fresh[self.index] = (key_states, value_states)
         return key_states, value_states
+
+    def update_conv_state(
+        self, conv_states: Tensor, state_idx: int = 0, conv_kernel_size: int | None = None, **_: Any
+    ) -> Tensor:
+        """Join the past of a convolution to its new inputs [B, C, S], and remember the last `conv_kernel_size`.
+
+        Raises:
+            UnsupportedModelError: The layer has several convolutions, or one of no given length.
+        """
+        if self.record.past is None:
+            kind = f"conv{state_idx or ''}"
+            self.record.states[self.index, kind] = ("batch", int(conv_states.shape[1]), conv_kernel_size or 0)
+            return conv_states
+        past = self.record.past[self.index, "conv"]
+        joined = torch.cat([past, conv_states], dim=-1)
+        self.record.present[self.index, "conv"] = joined[..., -past.shape[-1] :]
+        return joined
+
+    def update_recurrent_state(self, *_: Any, **__: Any) -> Tensor:
+        """Refuse: it needs a scan over the tokens.
+
+        Raises:
+            UnsupportedModelError: Always.
+        """
+        raise UnsupportedModelError(
+            f"{self.record.where()} keeps a recurrent state (state space or linear attention), which takes a scan over "
+            "the tokens, and moec cannot capture that yet",
+            hint="moec compiles layers that attend, or that convolve over the last few tokens",
+        )
 
     def get_seq_length(self) -> Any:
         """Number of tokens in the past."""
@@ -147,16 +214,18 @@ def attention_hook(
     if position_bias is not None:
         raise UnsupportedModelError(f"{where}: attention with a position bias is not supported")
     layer = _layer_of(record, module, key)
-    record.states.setdefault(layer, (key, value))
     if record.past is None:
+        for kind, state in (("key", key), ("value", value)):
+            record.states.setdefault(
+                (layer, kind), ("batch", int(state.shape[1]), "past_sequence", int(state.shape[3]))
+            )
         return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
-    past_key, past_value = record.past[layer]
     out, present_key, present_value = torch.ops.moec.attention(
         query,
         key,
         value,
-        past_key,
-        past_value,
+        record.past[layer, "key"],
+        record.past[layer, "value"],
         record.cache_position,
         record.attention_mask,
         s_aux,
@@ -165,7 +234,8 @@ def attention_hook(
         attention_mask.window,
         float(softcap or 0.0),
     )
-    record.present.setdefault(layer, (present_key, present_value))
+    record.present.setdefault((layer, "key"), present_key)
+    record.present.setdefault((layer, "value"), present_value)
     return out, None
 
 

@@ -109,11 +109,14 @@ def _model_rows(model: Mapping[str, Any]) -> list[tuple[str, str]]:
     )
     share = parameters["active"] / max(parameters["total"], 1)
     context = model["max_position_embeddings"]
+    growth = f"{_size(states['bytes_per_token'])} per token"
+    if states.get("bytes_fixed"):
+        growth += f", {_size(states['bytes_fixed'])} per sequence"
     return [
         ("layers", f"{model['layers']}, of which {len(model['moe_layers'])} with experts"),
         ("experts", experts),
         ("parameters", f"{_count(parameters['total'])}, active per token {_count(parameters['active'])} ({share:.0%})"),
-        ("states", f"{states['count']} ({', '.join(states['kinds'])}), {_size(states['bytes_per_token'])} per token"),
+        ("states", f"{states['count']} ({', '.join(states['kinds'])}), {growth}"),
         (
             "context",
             f"{context} tokens, vocabulary {model['vocab_size']}" if context else f"vocabulary {model['vocab_size']}",

@@ -172,7 +172,7 @@ def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
 
 
 def empty_states(program: Program, batch: int) -> dict[str, Tensor]:
-    """States of a sequence that has not begun: past length 0."""
+    """States of a sequence that has not begun: caches of no tokens, and zeros."""
     return {
         state.input.name: torch.zeros(
             [batch if size == "batch" else 0 if isinstance(size, str) else size for size in state.input.shape],
@@ -204,10 +204,11 @@ class ProgramRunner:
             program, cache_bytes=cache_bytes, observer=observer, expert_observer=expert_observer
         )
         self._states: dict[str, Tensor] = {}
+        self._length = 0
 
     def reset(self) -> None:
         """Forget the sequence."""
-        self._states = {}
+        self._states, self._length = {}, 0
 
     def prefill(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None) -> np.ndarray:
         """Start new sequences: input_ids [B, S] -> logits [B, S, V] float32."""
@@ -218,8 +219,7 @@ class ProgramRunner:
         """Continue: input_ids [B, S], attention_mask [B, past + S] (all ones if None) -> logits [B, S, V]."""
         ids = torch.from_numpy(np.ascontiguousarray(input_ids, dtype=np.int64))
         states = self._states or empty_states(self.program, ids.shape[0])
-        past = next(iter(states.values())).shape[2]
-        total = past + ids.shape[1]
+        past, total = self._length, self._length + ids.shape[1]
         mask = (
             torch.ones(ids.shape[0], total, dtype=torch.int64)
             if attention_mask is None
@@ -234,6 +234,7 @@ class ProgramRunner:
         }
         results = self._interpreter.run({**feeds, **self._extra(feeds)})
         self._states = {state.input.name: results[state.output.name] for state in self.program.states}
+        self._length = total
         return results["logits"].float().numpy()
 
     def _extra(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -20,12 +20,33 @@ from moec.compiler.errors import UnsupportedModelError
 MaskFunction = Callable[[Any, Any, Tensor, Tensor], Tensor]
 
 
+class MaskUseError(AttributeError):
+    """A model computes on its mask. To `hasattr` it is a no; a TypeError, which operators swallow, would say less."""
+
+    def __init__(self, *_: object) -> None:
+        super().__init__("it computes on its attention mask, of which moec knows the pattern alone")
+
+
 @dataclass(frozen=True, slots=True)
 class MaskPattern:
-    """What a layer may attend to, in place of the mask tensor: a `kind` of `moec::attention` and its `window`."""
+    """What a layer may attend to, in place of the mask tensor: a `kind` of `moec::attention` and its `window`.
+
+    Whatever takes it for a tensor raises `MaskUseError`.
+    """
 
     kind: str
     window: int = 0
+
+    def __getattr__(self, name: str) -> Any:
+        raise MaskUseError
+
+    def __getitem__(self, index: Any) -> Any:
+        raise MaskUseError
+
+    @classmethod
+    def __torch_function__(cls, *_: Any, **__: Any) -> Any:
+        """Called by every function of torch that is given one."""
+        raise MaskUseError
 
 
 def classify(mask_function: MaskFunction, max_length: int) -> MaskPattern:

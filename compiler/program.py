@@ -20,6 +20,7 @@ from moec.compiler.weights import WeightStore
 
 __all__ = [
     "ATTENTION",
+    "CACHE_KINDS",
     "EXPERTS",
     "RMS_NORM",
     "ROTARY",
@@ -32,6 +33,7 @@ __all__ = [
     "copy_graph",
     "module_of",
     "moe_layers",
+    "state_spec",
     "weight_argument",
 ]
 
@@ -48,14 +50,37 @@ class TensorSpec:
     dtype: torch.dtype
 
 
+CACHE_KINDS = ("key", "value")
+"""Kinds of state that grow by the new tokens of a step; [B, heads, past_sequence, width]."""
+
+
 @dataclass(frozen=True, slots=True)
 class StateSpec:
-    """One state that a step reads and replaces."""
+    """One state that a step reads and replaces. It starts as zeros, and a cache with no tokens.
+
+    `kind` is "key" or "value", or "conv": the last inputs of a short causal convolution, [B, channels, kernel size].
+    """
 
     layer: int
-    kind: str  # "key" or "value" today; convolution and SSM states would be further kinds
+    kind: str
     input: TensorSpec
     output: TensorSpec
+
+
+def state_spec(layer: int, kind: str, shape: tuple[Dim, ...], dtype: torch.dtype) -> StateSpec:
+    """The state of a layer under the names that ONNX models of Hugging Face have.
+
+    Args:
+        layer: Index of the layer.
+        kind: See `StateSpec`.
+        shape: Before a step.
+        dtype: Of both ends.
+    """
+    past, present = f"past_{kind}.{layer}", f"present_{kind}.{layer}"
+    if kind in CACHE_KINDS:
+        past, present = f"past_key_values.{layer}.{kind}", f"present.{layer}.{kind}"
+    after: tuple[Dim, ...] = tuple("total_sequence" if size == "past_sequence" else size for size in shape)
+    return StateSpec(layer, kind, TensorSpec(past, shape, dtype), TensorSpec(present, after, dtype))
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +140,11 @@ class Program:
         """The tensors that the graph names, each once, in the order of first use."""
         names = (str(node.target) for node in self.graph.nodes if node.op == "get_attr")
         return tuple(dict.fromkeys(names))
+
+    @property
+    def caches(self) -> tuple[StateSpec, ...]:
+        """The states that hold the tokens so far, whose number their axis 2 is."""
+        return tuple(state for state in self.states if state.kind in CACHE_KINDS)
 
     @property
     def vocab_size(self) -> int:

@@ -87,13 +87,13 @@ def _derive(program: Program, sizes: dict[str, int]) -> None:
 
 
 def _constant(program: Program, axis: str) -> int | None:
-    """The size of an axis that was fixed earlier, read off the first input or state that has it."""
+    """The size of an axis that was fixed earlier, read off the first input or cache that has it."""
     if axis in program.dims:
         return None
     position = {"sequence": ("input_ids", 1), "total_sequence": ("attention_mask", 1)}.get(axis)
     shapes = {spec.name: spec.shape for spec in program.inputs}
     if position is None:
-        size = program.states[0].input.shape[2] if program.states else None
+        size = program.caches[0].input.shape[2] if program.caches else None
     else:
         size = shapes[position[0]][position[1]] if position[0] in shapes else None
     return size if isinstance(size, int) else None

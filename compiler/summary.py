@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx
 
 from moec.compiler.model_config import context_length, text_config
-from moec.compiler.program import EXPERTS, MoeLayer, Program
+from moec.compiler.program import EXPERTS, MoeLayer, Program, StateSpec
 from moec.compiler.weights import Constant
 
 _EXPERT_ARGUMENTS = (3, 4, 5, 6)
@@ -58,10 +58,17 @@ def _layer(layer: MoeLayer) -> dict[str, Any]:
 
 
 def _states(program: Program) -> dict[str, Any]:
-    per_token = 0
-    for state in program.states:
-        fixed = [size for size in state.input.shape if isinstance(size, int)]
-        per_token += math.prod(fixed) * state.input.dtype.itemsize
-    kinds = sorted({state.kind for state in program.states})
-    layers = len({state.layer for state in program.states})
-    return {"count": len(program.states), "layers": layers, "kinds": kinds, "bytes_per_token": per_token}
+    per_token = sum(map(_bytes, program.caches))
+    return {
+        "count": len(program.states),
+        "layers": len({state.layer for state in program.states}),
+        "kinds": sorted({state.kind for state in program.states}),
+        "bytes_per_token": per_token,
+        # Of a sequence, however long it is.
+        "bytes_fixed": sum(map(_bytes, program.states)) - per_token,
+    }
+
+
+def _bytes(state: StateSpec) -> int:
+    """Of one sequence, and of one token where there is a state of each."""
+    return math.prod(size for size in state.input.shape if isinstance(size, int)) * state.input.dtype.itemsize

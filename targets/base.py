@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -155,6 +155,7 @@ class Target(ABC):
     `presets` are the names that `--quantize` takes for this target alone, or means something else by: name -> format
     by tensor class, as in a recipe.
     `weight_formats` are the kinds of codes that its weights may have: first words of the text forms of formats.
+    `state_kinds` are the kinds of state that it carries from step to step, see `moec.compiler.program.StateSpec`.
     Constructing a target imports nothing heavy: lowering modules are imported in the methods that need them.
     """
 
@@ -165,6 +166,7 @@ class Target(ABC):
     default_dtype: ClassVar[Literal["fp32", "fp16"]] = "fp32"
     presets: ClassVar[Mapping[str, Mapping[str, str]]] = {}
     weight_formats: ClassVar[frozenset[str]] = frozenset({"int8", "int4"})
+    state_kinds: ClassVar[frozenset[str]] = frozenset({"key", "value"})
 
     @abstractmethod
     def capabilities(self, options: TargetOptions, phase: Phase) -> Capabilities:
@@ -179,7 +181,12 @@ class Target(ABC):
         return ()
 
     def refusals(self, program: Program, options: TargetOptions) -> tuple[Rejection, ...]:
-        """Weights in formats of a kind that this target does not know, and what `lint` finds."""
+        """States and formats of weights of kinds that this target does not know, and what `lint` finds.
+
+        A state that is unknown stands alone: what `lint` says of such a program means nothing.
+        """
+        if unknown := tuple(self._unknown_states(program)):
+            return unknown
         users: dict[str, list[str]] = {}
         for name in program.weight_names():
             form = str(getattr(program.weights[name], "format", ""))
@@ -191,6 +198,14 @@ class Target(ABC):
             for form, names in users.items()
         )
         return (*formats, *self.lint(program, options))
+
+    def _unknown_states(self, program: Program) -> Iterator[Rejection]:
+        carried = ", ".join(sorted(self.state_kinds))
+        for kind in sorted({state.kind for state in program.states} - self.state_kinds):
+            layers = [state.layer for state in program.states if state.kind == kind]
+            more = f" and {len(layers) - 1} more" if len(layers) > 1 else ""
+            reason = f"a state of kind {kind} has no form here; layers may keep states of the kinds {carried}"
+            yield Rejection(self.name, f"layer {layers[0]}{more}", reason)
 
     @abstractmethod
     def lower(self, program: Program, options: TargetOptions, directory: Path, progress: Progress) -> Lowered:

@@ -182,6 +182,7 @@ def test_inspect_artifact_and_checkpoint(
         "layers": 2,
         "kinds": ["key", "value"],
         "bytes_per_token": 2 * 2 * 2 * 16 * 4,
+        "bytes_fixed": 0,
     }
     assert checkpoint["captured"] is True
 

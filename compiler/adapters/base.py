@@ -1,6 +1,6 @@
 """The contract of an adapter, and the one table of them.
 
-An adapter swaps the MoE block of a family that bypasses the registries of transformers for one that calls
+An adapter swaps the block of a family that bypasses the registries of transformers for one that calls
 `moec::experts`. It is found by the class or structure of the block, never by the name of the model.
 """
 
@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from torch import nn
 
 from moec.compiler.adapters.dbrx import DBRX_EXPERTS
+from moec.compiler.adapters.jetmoe import JETMOE_ATTENTION, JETMOE_MLP
 from moec.compiler.adapters.llama4 import LLAMA4_MOE
+from moec.compiler.adapters.longcat import LONGCAT_EXPERTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +25,13 @@ class Adapter:
     forward: Callable[..., object]
 
 
-ADAPTERS: tuple[Adapter, ...] = (Adapter(*DBRX_EXPERTS), Adapter(*LLAMA4_MOE))
+ADAPTERS: tuple[Adapter, ...] = (
+    Adapter(*DBRX_EXPERTS),
+    Adapter(*JETMOE_ATTENTION),
+    Adapter(*JETMOE_MLP),
+    Adapter(*LLAMA4_MOE),
+    Adapter(*LONGCAT_EXPERTS),
+)
 
 
 def adapt(model: nn.Module) -> None:

@@ -26,7 +26,10 @@ MUTATIONS = 1.5
 
 
 def selections(program: Program) -> dict[int, fx.Node]:
-    """MoE layer -> the node that chooses its experts: the nearest top-k or argmax over all of them."""
+    """MoE layer -> the node that chooses its experts: the nearest top-k or argmax over all of them.
+
+    It may choose among more: experts that compute nothing come after those that do.
+    """
     decisions = decision_nodes(program.graph)
     found: dict[int, fx.Node] = {}
     for row, node in zip(program.layers, program.nodes(EXPERTS), strict=True):
@@ -36,7 +39,7 @@ def selections(program: Program) -> dict[int, fx.Node]:
             if not isinstance(current, fx.Node) or current in seen or current.target is EXPERTS:
                 continue
             seen.add(current)
-            if current in decisions and current.target in SELECTIONS and _width(current) == row.num_experts:
+            if current in decisions and current.target in SELECTIONS and _width(current) >= row.num_experts:
                 found[row.index] = current
             pending.extend(current.all_input_nodes)
     return found

@@ -39,9 +39,14 @@ class States(Protocol):
 
 
 def presents(session: Any) -> dict[str, str]:
-    """Inputs of the session that are states, with the outputs that replace them."""
-    named = {spec.name: spec.name.replace("past_key_values.", "present.") for spec in session.get_inputs()}
-    return {name: present for name, present in named.items() if name != present}
+    """Inputs of the session that are states, with the outputs that replace them.
+
+    past_key_values.0.key -> present.0.key, past_conv.0 -> present_conv.0.
+    """
+    outputs = {spec.name for spec in session.get_outputs()}
+    named = {spec.name: spec.name.replace("past_key_values", "past") for spec in session.get_inputs()}
+    replaced = {name: "present" + short.removeprefix("past") for name, short in named.items()}
+    return {name: present for name, present in replaced.items() if present in outputs}
 
 
 def zeros(spec: Any, batch: int, length: int) -> np.ndarray:

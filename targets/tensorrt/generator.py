@@ -2,7 +2,8 @@
 
 The cache of a layer is one buffer of `context` slots, filled from its end. A decode step sees all of it, with the
 slots that hold nothing yet masked, so its shapes and addresses are the same at every step, as CUDA graphs want it.
-What a step yields is a cache longer by its new tokens, whose last `context` slots are copied back.
+What a step yields is a cache longer by its new tokens, whose last `context` slots are copied back. A state of another
+kind has one size; it starts as zeros and is copied back as a whole.
 """
 
 from __future__ import annotations
@@ -57,18 +58,26 @@ class Session(Protocol):
 
 @dataclass(frozen=True)
 class State:
-    """One state: names of input and output, and the sizes of its cache [batch, heads, slots, width]."""
+    """One state: names of input and output, and its shape, a cache's being [batch, heads, past_sequence, width]."""
 
     source: str
     result: str
-    heads: int
-    width: int
+    sizes: tuple[int | str, ...]
     dtype: Any
 
     @property
-    def slot_bytes(self) -> int:
-        """Bytes of one slot of one head."""
-        return self.width * int(np.dtype(self.dtype).itemsize)
+    def grows(self) -> bool:
+        """Whether it is a cache."""
+        return "past_sequence" in self.sizes
+
+    def shape(self, batch: int, past: int) -> tuple[int, ...]:
+        """Its sizes at a step."""
+        lengths = {"batch": batch, "past_sequence": past}
+        return tuple(lengths[size] if isinstance(size, str) else size for size in self.sizes)
+
+    def nbytes(self, shape: tuple[int, ...]) -> int:
+        """Bytes of values of that shape."""
+        return int(np.prod(shape, dtype=np.int64)) * int(np.dtype(self.dtype).itemsize)
 
 
 class EngineRunner:
@@ -112,6 +121,9 @@ class EngineRunner:
     def reset(self) -> None:
         """Forget the sequences."""
         self._mask = np.zeros((0, 0), np.int64)
+        for state in self._states:
+            if not state.grows:
+                self._session.write(self._addresses[state.source], np.zeros(state.shape(self._batch, 0), state.dtype))
 
     def prefill(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None) -> np.ndarray:
         """Start new sequences; see `moec.targets.base.Runner`."""
@@ -152,7 +164,7 @@ class EngineRunner:
                 self._session.write(self._addresses[name], np.ascontiguousarray(array, self._inputs[name]))
                 shapes[name] = tuple(array.shape)
         for state in self._states:
-            shapes[state.source] = (batch, state.heads, past, state.width)
+            shapes[state.source] = state.shape(batch, past)
         self._session.execute("decode" if length == 1 and past else "prefill", shapes, self._addresses)
         for state in self._states:
             self._keep(state, batch, past + length)
@@ -160,11 +172,17 @@ class EngineRunner:
         return self._session.read(self._addresses["logits"], (batch, length, self._vocabulary), np.float32)
 
     def _keep(self, state: State, batch: int, slots: int) -> None:
-        """Copy the last slots of what a step yielded to the end of the cache."""
-        kept, size = min(slots, self._context), state.slot_bytes
+        """Copy the last slots of what a step yielded to the end of the cache, or all of another state."""
+        shape = state.shape(batch, slots)
+        if not state.grows:
+            size = state.nbytes(shape)
+            whole, home = (Rows(self._addresses[name], size) for name in (state.result, state.source))
+            self._session.copy_rows(whole, home, size, 1)
+            return
+        kept, size = min(slots, self._context), state.nbytes(shape[3:])
         source = Rows(self._addresses[state.result] + (slots - kept) * size, slots * size)
         target = Rows(self._addresses[state.source] + (self._context - kept) * size, self._context * size)
-        self._session.copy_rows(source, target, kept * size, batch * state.heads)
+        self._session.copy_rows(source, target, kept * size, batch * shape[1])
 
     def facts(self) -> Mapping[str, Any]:
         """Library, GPU and sizes."""
@@ -173,6 +191,4 @@ class EngineRunner:
 
 def _state(row: Mapping[str, Any]) -> State:
     source, result = row["input"], row["output"]
-    return State(
-        source["name"], result["name"], int(source["shape"][1]), int(source["shape"][3]), NUMPY[source["dtype"]]
-    )
+    return State(source["name"], result["name"], tuple(source["shape"]), NUMPY[source["dtype"]])

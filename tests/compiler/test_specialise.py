@@ -92,6 +92,18 @@ def test_an_empty_past(program, feeds):
     assert torch.equal(Interpreter(fixed).run(values)["logits"], Interpreter(program).run(values)["logits"])
 
 
+def test_states_that_are_no_caches_keep_their_sizes(tmp_path):
+    """The first state is that of a convolution: it says nothing of the past."""
+    program = capture(Checkpoint.open(write_tiny_checkpoint("lfm2_moe", tmp_path)))
+    steps = specialise(specialise(program, past_sequence=6), batch=1, sequence=4)
+    check_invariants(steps)
+    assert [spec.shape for spec in steps.inputs][1] == (1, 10)
+    shapes = {state.kind: (state.input.shape, state.output.shape) for state in steps.states}
+    assert shapes["conv"] == ((1, 64, 3), (1, 64, 3))
+    assert shapes["key"] == ((1, 2, 6, 16), (1, 2, 10, 16))
+    assert dynamic(steps) == []
+
+
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [

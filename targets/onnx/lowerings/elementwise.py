@@ -299,6 +299,7 @@ TABLE: Mapping[Any, Lowering] = {
     aten.full_like.default: _zeros_like,
     aten.sym_size.int: _sym_size,
     operator.add: _size_arithmetic("Add"),
+    operator.neg: _size_arithmetic("Neg"),
     operator.sub: _size_arithmetic("Sub"),
     operator.mul: _size_arithmetic("Mul"),
     operator.floordiv: _size_arithmetic("Div"),

@@ -13,7 +13,7 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
-from moec.compiler.program import ATTENTION, Program, StateSpec, module_of
+from moec.compiler.program import ATTENTION, CACHE_KINDS, Program, StateSpec, module_of
 from moec.compiler.rejections import Rejection
 from moec.targets.onnx.context import MS, Context, integer, np_dtype, real, result_dtype
 
@@ -97,6 +97,10 @@ def _bias(ctx: Context, allowed: ir.Value, dtype: torch.dtype) -> ir.Value:
 def refusals(program: Program) -> tuple[Rejection, ...]:
     """What onnxruntime-genai's one description of a cache cannot say about `program`."""
     found = []
+    for state in program.states:
+        if state.kind not in CACHE_KINDS:
+            reason = f"its state of kind {state.kind} is no cache, and moec describes caches alone to onnxruntime-genai"
+            return (Rejection("onnx", f"layer {state.layer}", reason),)
     for node in program.nodes(ATTENTION):
         key, value = (argument.meta["val"] for argument in node.args[1:3])  # type: ignore[union-attr]
         if key.shape[3] != value.shape[3]:

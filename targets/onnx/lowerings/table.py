@@ -11,7 +11,7 @@ from torch import fx
 from moec.compiler.errors import LoweringError
 from moec.compiler.program import module_of
 from moec.targets.onnx.context import Dialect, Lowering
-from moec.targets.onnx.lowerings import attention, elementwise, linear, norm, reduce, shape
+from moec.targets.onnx.lowerings import attention, convolution, elementwise, linear, norm, reduce, shape
 from moec.targets.onnx.lowerings.experts import TABLE as EXPERTS
 
 TABLE: Mapping[Any, Lowering] = {
@@ -19,6 +19,7 @@ TABLE: Mapping[Any, Lowering] = {
     **shape.TABLE,
     **reduce.TABLE,
     **linear.TABLE,
+    **convolution.TABLE,
     **norm.TABLE,
     **attention.TABLE,
     **EXPERTS,

@@ -297,6 +297,14 @@ LINEAR = {
         lambda d: (x(3), x(d.b, 8), x(8, 3), {"beta": 0.5, "alpha": 2.0}),
     ],
 }
+CONVOLUTION = {
+    aten.conv1d.default: [
+        lambda d: (x(d.b, 6, d.s), d.weight(x(6, 1, 3)), None, [1], [2], [1], 6),
+        lambda d: (x(d.b, 6, d.s), d.weight(x(6, 1, 3)), d.weight(x(6)), [1], [1], [1], 6),
+        lambda d: (x(d.b, 6, d.s), d.weight(x(4, 3, 2)), None, [2], [1], [2], 2),
+        lambda d: (x(d.b, 6, d.s), d.weight(x(5, 6, 1))),
+    ],
+}
 NORM = {
     RMS_NORM: [lambda d: (x(d.b, d.s, 8), d.weight(x(8)), 1e-3), lambda d: (x(d.b, d.s, 8), None, 1e-6)],
     aten.layer_norm.default: [
@@ -321,7 +329,14 @@ SEVERAL = {
 }
 """Ops with several results; two of them are looked at."""
 
-ONE: dict[Any, list[Callable[[Any], tuple[Any, ...]]]] = {**ELEMENTWISE, **SHAPE, **REDUCE, **LINEAR, **NORM}
+ONE: dict[Any, list[Callable[[Any], tuple[Any, ...]]]] = {
+    **ELEMENTWISE,
+    **SHAPE,
+    **REDUCE,
+    **LINEAR,
+    **CONVOLUTION,
+    **NORM,
+}
 
 
 def table(*shape: int, seed: int) -> Tensor:
@@ -359,5 +374,5 @@ def test_every_op_of_the_table_has_a_case() -> None:
     elsewhere = {ATTENTION, EXPERTS, SELECT, operator.getitem, aten.sym_size.int}
     # Values of these are undefined; arithmetic on sizes has its own test.
     elsewhere |= {aten.new_empty.default, aten.empty.memory_format}
-    elsewhere |= {operator.add, operator.sub, operator.mul, operator.floordiv}
+    elsewhere |= {operator.add, operator.sub, operator.mul, operator.floordiv, operator.neg}
     assert set(TABLE) - elsewhere == {*ONE, *SEVERAL}

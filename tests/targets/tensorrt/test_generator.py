@@ -16,7 +16,7 @@ from moec.compiler.errors import ArtifactError, MissingExtraError, UsageError
 from moec.compiler.interpreter import ProgramRunner
 from moec.passes.dynamic_routing import DynamicRouting
 from moec.passes.routing.ratio import Ratio
-from moec.targets.onnx.runner import NUMPY
+from moec.targets.onnx.states import NUMPY
 from moec.targets.tensorrt import engine
 from moec.targets.tensorrt.doctor import Gpu
 from moec.targets.tensorrt.generator import EngineRunner, Rows
@@ -108,6 +108,26 @@ def test_left_padding(sliding: Any) -> None:
     whole, part = (ProgramRunner(sliding.program).prefill(row) for row in (ids[:1], ids[1:, 5:]))
     np.testing.assert_allclose(got[:1], whole, atol=2e-5 * np.abs(whole).max())
     np.testing.assert_allclose(got[1:, 5:], part, atol=2e-5 * np.abs(part).max())
+
+
+def test_a_state_that_is_no_cache(tiny_checkpoint: Any, program_of: Any, lower: Any) -> None:
+    """Short convolutions: their state has one size, starts as zeros and is kept over pieces and steps."""
+    model = lower(program_of(tiny_checkpoint("lfm2_moe")), batch=2, context=24, piece=8)
+    runner, session = opened(model)
+    session.memory[:] = 0x3F  # what was never written must not be taken for zeros
+    ids = np.random.default_rng(4).integers(3, model.program.vocab_size, (2, 20))
+    mask = np.ones((2, 20), np.int64)
+    mask[1, :2] = 0
+    whole, part = (ProgramRunner(model.program).prefill(row) for row in (ids[:1], ids[1:, 2:]))
+    for _ in range(2):
+        got = [runner.prefill(ids[:, :17], mask[:, :17])]
+        got += [runner.decode(ids[:, step : step + 1], mask[:, : step + 1]) for step in range(17, 20)]
+        joined = np.concatenate(got, axis=1)
+        np.testing.assert_allclose(joined[:1], whole, atol=2e-5 * np.abs(whole).max())
+        np.testing.assert_allclose(joined[1:, 2:], part, atol=2e-5 * np.abs(part).max())
+    # One sequence after two: what is left of the second must not matter.
+    alone = np.concatenate([runner.prefill(ids[:1, :9]), runner.decode(ids[:1, 9:])], axis=1)
+    np.testing.assert_allclose(alone, whole, atol=2e-5 * np.abs(whole).max())
 
 
 def test_what_does_not_fit_is_refused(sliding: Any) -> None:

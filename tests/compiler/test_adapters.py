@@ -1,0 +1,96 @@
+"""Blocks that bypass the registries of transformers: captured by an adapter, and equal to what they replace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from moec.compiler.adapters.base import ADAPTERS
+from moec.compiler.capture import capture
+from moec.compiler.checkpoint import Checkpoint
+from moec.compiler.gates.reference import load_source
+from moec.compiler.gates.search import selections
+from moec.compiler.interpreter import Interpreter, ProgramRunner, empty_states
+from moec.compiler.program import EXPERTS, Program
+from moec.passes.dynamic_routing import DynamicRouting
+from moec.passes.routing.top_p import TopP
+
+Checkpoints = Callable[[str], Path]
+FAMILIES = {
+    "dbrx": {"DbrxExperts"},
+    "jetmoe": {"JetMoeMoE", "JetMoeAttention"},
+    "llama4_text": {"Llama4TextMoe"},
+    "longcat_flash": {"LongcatFlashExperts"},
+}
+
+
+def captured(directory: Path) -> tuple[Checkpoint, Program]:
+    checkpoint = Checkpoint.open(directory)
+    return checkpoint, capture(checkpoint)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prefill_and_decode_equal_transformers(family: str, tiny_checkpoint: Checkpoints) -> None:
+    checkpoint, program = captured(tiny_checkpoint(family))
+    ids = np.random.default_rng(0).integers(3, program.vocab_size, (2, 21))
+    want, runner = load_source(checkpoint)(ids), ProgramRunner(program)
+    got = [runner.prefill(ids[:, :13]), runner.decode(ids[:, 13:14]), runner.decode(ids[:, 14:])]
+    np.testing.assert_allclose(np.concatenate(got, axis=1), want, atol=1e-5 * np.abs(want).max())
+    assert len(program.layers) == len(program.nodes(EXPERTS)) > 0
+
+
+def test_every_adapter_is_tested() -> None:
+    assert {adapter.block for adapter in ADAPTERS} == set().union(*FAMILIES.values())
+
+
+def test_jetmoe_keeps_one_key_for_all_slots(tiny_checkpoint: Checkpoints) -> None:
+    """Transformers hands attention a copy of the keys for every slot; the cache has no use for them."""
+    _, program = captured(tiny_checkpoint("jetmoe"))
+    assert {state.input.shape for state in program.states} == {("batch", 2, "past_sequence", 16)}
+
+
+def run_experts(program: Program, ids: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Experts and weights that each MoE layer is given."""
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def observe(node: torch.fx.Node, args: tuple[torch.Tensor, ...], _: object) -> None:
+        if node.target is EXPERTS:
+            seen.append((args[1], args[2]))
+
+    length = ids.shape[1]
+    feeds = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "position_ids": torch.arange(length)[None],
+        "cache_position": torch.arange(length),
+    }
+    Interpreter(program, observer=observe).run({**feeds, **empty_states(program, 1)})
+    return seen
+
+
+def test_longcat_drops_the_slots_that_compute_nothing(tiny_checkpoint: Checkpoints) -> None:
+    _, program = captured(tiny_checkpoint("longcat_flash"))
+    ids = torch.randint(3, program.vocab_size, (1, 64), generator=torch.Generator().manual_seed(0))
+    assert [layer.num_experts for layer in program.layers] == [8, 8]
+    for indices, weights in run_experts(program, ids):
+        assert int(indices.max()) < 8
+        dropped = (weights == 0).float().mean()
+        assert 0.1 < dropped < 0.6  # 4 of its 12 experts compute nothing
+    # The router chooses among 12, of which the last 4 are no experts: the search for inputs looks at the first 8.
+    assert len(selections(program)) == 2
+
+
+def test_a_policy_sees_the_computed_slots_of_longcat_alone(tiny_checkpoint: Checkpoints) -> None:
+    _, program = captured(tiny_checkpoint("longcat_flash"))
+    routed = DynamicRouting(TopP(mass=0.5), False).run(program).program
+    ids = torch.randint(3, program.vocab_size, (1, 64), generator=torch.Generator().manual_seed(0))
+    (_, before), (_, after) = run_experts(program, ids)[0], run_experts(routed, ids)[0]
+    computed = before.sum(-1) > 0
+    assert bool((after[~computed] == 0).all())
+    # A token with one computed slot keeps it, whatever its share of the token is.
+    assert bool((after[computed] > 0).any(-1).all())
+    assert int((after > 0).sum()) < int((before > 0).sum())

@@ -1,0 +1,163 @@
+"""Capture: states of other kinds than caches, and what is said of a model that cannot be captured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from moec.compiler.capture import capture
+from moec.compiler.checkpoint import Checkpoint
+from moec.compiler.errors import UnsupportedModelError
+from moec.compiler.gates.reference import load_source
+from moec.compiler.interpreter import ProgramRunner
+from moec.compiler.masks import MaskPattern, MaskUseError
+from moec.compiler.program import Program
+from moec.compiler.summary import model_summary
+
+Checkpoints = Callable[[str], Path]
+KERNEL, CHANNELS = 3, 64
+
+
+@pytest.fixture(scope="module")
+def hybrid(tiny_checkpoint: Checkpoints) -> tuple[Checkpoint, Program]:
+    """Short convolutions in layers 0 and 2, attention in layer 1."""
+    checkpoint = Checkpoint.open(tiny_checkpoint("lfm2_moe"))
+    return checkpoint, capture(checkpoint)
+
+
+def tokens(program: Program, batch: int, length: int) -> np.ndarray:
+    return np.random.default_rng(length).integers(3, program.vocab_size, (batch, length))
+
+
+def close(got: np.ndarray, want: np.ndarray) -> None:
+    np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
+
+
+def test_a_convolution_state_is_in_the_state_table(hybrid: Any) -> None:
+    _, program = hybrid
+    rows = [(state.layer, state.kind, state.input.name, state.output.name) for state in program.states]
+    assert rows == [
+        (0, "conv", "past_conv.0", "present_conv.0"),
+        (1, "key", "past_key_values.1.key", "present.1.key"),
+        (1, "value", "past_key_values.1.value", "present.1.value"),
+        (2, "conv", "past_conv.2", "present_conv.2"),
+    ]
+    for state in (program.states[0], program.states[3]):
+        assert state.input.shape == state.output.shape == ("batch", CHANNELS, KERNEL)
+        assert program.outputs()[state.output.name].meta["val"].shape[1:] == (CHANNELS, KERNEL)
+    assert [state.layer for state in program.caches] == [1, 1]
+    assert model_summary(program)["states"] == {
+        "count": 4,
+        "layers": 3,
+        "kinds": ["conv", "key", "value"],
+        "bytes_per_token": 2 * 2 * 16 * 4,
+        "bytes_fixed": 2 * CHANNELS * KERNEL * 4,
+    }
+
+
+@pytest.mark.parametrize("steps", [(11,), (1,) * 11, (2, 1, 8), (7, 2, 2)])
+def test_every_division_into_steps_is_one_pass_of_transformers(hybrid: Any, steps: tuple[int, ...]) -> None:
+    checkpoint, program = hybrid
+    ids, runner = tokens(program, 2, 11), ProgramRunner(program)
+    want = load_source(checkpoint)(ids)
+    for _ in range(2):  # the second time after a reset
+        start, got = 0, []
+        for step in steps:
+            got.append((runner.decode if start else runner.prefill)(ids[:, start : start + step]))
+            start += step
+        close(np.concatenate(got, axis=1), want)
+
+
+def test_padding_does_not_reach_the_convolution_state(hybrid: Any) -> None:
+    checkpoint, program = hybrid
+    ids, runner = tokens(program, 2, 12), ProgramRunner(program)
+    mask = np.ones((2, 12), np.int64)
+    mask[1, :2] = 0  # less than a kernel, so that the first tokens see it
+    for filler in (0, 7):
+        padded = np.where(mask == 1, ids, filler)
+        got = np.concatenate([runner.prefill(padded[:, :8], mask[:, :8]), runner.decode(padded[:, 8:], mask)], axis=1)
+        close(got[1:, 2:], load_source(checkpoint)(ids[1:, 2:]))
+        close(got[:1], load_source(checkpoint)(ids[:1]))
+
+
+REASONS = {
+    "granitemoehybrid": r"^model\.layers\.0\.mamba: GraniteMoeHybridMambaLayer keeps a recurrent state",
+    "jamba": r"^model\.layers\.0\.mamba: JambaMambaMixer keeps a recurrent state",
+    "kimi_linear": r"^model\.layers\.0\.self_attn: KimiLinearDeltaAttention keeps a recurrent state",
+    "nemotron_h": r"^model\.layers\.0\.mixer: NemotronHMamba2Mixer keeps a recurrent state",
+    "qwen3_next": r"^model\.layers\.0\.linear_attn: Qwen3NextGatedDeltaNet keeps a recurrent state",
+    "doge": r"^model\.layers\.0\.self_attn: DogeAttention of DogeForCausalLM .* computes on its attention mask",
+    "nllb_moe": "^NllbMoeConfig describes an encoder-decoder",
+    "switch_transformers": "^SwitchTransformersConfig describes an encoder-decoder",
+    "llama": "^LlamaForCausalLM is a dense model",
+}
+
+
+@pytest.mark.parametrize("family", REASONS)
+def test_the_reason_names_module_and_cause(family: str, tiny_checkpoint: Checkpoints) -> None:
+    checkpoint = Checkpoint.open(tiny_checkpoint(family))
+    with pytest.raises(UnsupportedModelError, match=REASONS[family]):
+        capture(checkpoint)
+
+
+@pytest.fixture
+def changed(tiny_checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
+    """Capture a model whose layers do something else with what they get."""
+    from transformers.models.mixtral import modeling_mixtral
+
+    original = modeling_mixtral.MixtralDecoderLayer.forward
+
+    def run(deed: Callable[..., Any]) -> None:
+        def forward(self: nn.Module, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            deed(hidden_states, kwargs["attention_mask"], kwargs["past_key_values"])
+            return original(self, hidden_states, *args, **kwargs)
+
+        monkeypatch.setattr(modeling_mixtral.MixtralDecoderLayer, "forward", forward)
+        capture(Checkpoint.open(tiny_checkpoint("mixtral")))
+
+    return run
+
+
+MASKED = r"^model\.layers\.0: MixtralDecoderLayer of .* cannot be traced: it computes on its attention mask"
+
+
+@pytest.mark.parametrize(
+    ("deed", "message"),
+    [
+        (lambda hidden, *_: bool(hidden.sum() > 0), "takes a decision by the values of a tensor"),
+        (lambda _, mask, __: mask.dtype, MASKED),
+        (lambda _, mask, __: mask[:, :, 0], MASKED),
+        (lambda hidden, mask, _: hidden + mask, MASKED),
+        (lambda hidden, mask, _: torch.where(mask, hidden, 0), MASKED),
+        (lambda hidden, *_: hidden.no_such_thing, "AttributeError: .* no attribute 'no_such_thing'"),
+        (
+            lambda hidden, _, cache: [cache.update_conv_state(hidden, 0, i, conv_kernel_size=4) for i in range(2)],
+            "layer 0 keeps more than the inputs of one convolution",
+        ),
+        (
+            lambda hidden, _, cache: cache.update_conv_state(hidden, 0),
+            "layer 0 keeps more than the inputs of one convolution of known length",
+        ),
+    ],
+)
+def test_what_a_module_did_is_said_in_plain_words(deed: Any, message: str, changed: Any) -> None:
+    hooks = nn.modules.module._global_forward_pre_hooks, nn.modules.module._global_forward_hooks
+    before = [len(each) for each in hooks]
+    with pytest.raises(UnsupportedModelError, match=message):
+        changed(deed)
+    assert [len(each) for each in hooks] == before
+
+
+def test_a_mask_pattern_has_two_attributes_and_no_others() -> None:
+    pattern = MaskPattern("sliding", 8)
+    assert (pattern.kind, pattern.window) == ("sliding", 8)
+    assert not hasattr(pattern, "shape")
+    assert pattern == MaskPattern("sliding", 8)
+    with pytest.raises(MaskUseError, match="computes on its attention mask"):
+        torch.zeros(2) * pattern  # type: ignore[operator]

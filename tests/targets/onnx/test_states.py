@@ -1,0 +1,84 @@
+"""States that are no caches, in the file and in its runner."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+
+from moec.compiler.errors import LoweringError
+from moec.compiler.interpreter import ProgramRunner
+from moec.targets.onnx.runner import OnnxRunner
+from moec.targets.onnx.states import Growing, zeros
+from moec.targets.onnx.target import OnnxOptions, OnnxTarget
+
+
+@pytest.fixture
+def hybrid(tiny_checkpoint: Any, lower_checkpoint: Any) -> Any:
+    return lower_checkpoint(tiny_checkpoint("lfm2_moe"))
+
+
+def tokens(model: Any, batch: int, length: int) -> np.ndarray:
+    return np.random.default_rng(length).integers(3, model.program.vocab_size, (batch, length))
+
+
+def close(got: np.ndarray, want: np.ndarray) -> None:
+    np.testing.assert_allclose(got, want, atol=2e-5 * np.abs(want).max())
+
+
+def test_the_signature_has_the_names_and_sizes_of_transformers_js(hybrid: Any) -> None:
+    graph = ir.load(hybrid.directory / "model.onnx").graph
+    shapes = {value.name: [str(size) for size in value.shape] for value in (*graph.inputs, *graph.outputs)}
+    assert shapes["past_conv.0"] == shapes["present_conv.0"] == ["batch", "64", "3"]
+    assert shapes["past_key_values.1.key"] == ["batch", "2", "past_sequence", "16"]
+    assert shapes["present.1.key"] == ["batch", "2", "total_sequence", "16"]
+    first = hybrid.lowered.signature["states"][0]
+    assert (first["kind"], first["input"]["name"], first["output"]["name"]) == ("conv", "past_conv.0", "present_conv.0")
+
+
+def test_prefill_and_decode_are_one_pass_and_reset_forgets(hybrid: Any) -> None:
+    ids = tokens(hybrid, 2, 12)
+    want = ProgramRunner(hybrid.program).prefill(ids)
+    runner = hybrid.runner
+    for _ in range(2):
+        got = [runner.prefill(ids[:, :5]), runner.decode(ids[:, 5:6]), runner.decode(ids[:, 6:])]
+        close(np.concatenate(got, axis=1), want)
+    runner.reset()
+    close(runner.decode(ids), want)
+    # Another batch: what was kept of two sequences must not be there.
+    close(runner.prefill(ids[1:, :1]), ProgramRunner(hybrid.program).prefill(ids[1:, :1]))
+
+
+@pytest.mark.parametrize("padding", [1, 2, 5])
+def test_left_padding_does_not_reach_the_state(hybrid: Any, padding: int) -> None:
+    ids = tokens(hybrid, 2, 12)
+    mask = np.ones((2, 12), np.int64)
+    mask[1, :padding] = 0
+    got = [hybrid.runner.prefill(ids[:, :7], mask[:, :7]), hybrid.runner.decode(ids[:, 7:], mask)]
+    alone = ProgramRunner(hybrid.program).prefill(ids[1:, padding:])
+    close(np.concatenate(got, axis=1)[1:, padding:], alone)
+
+
+def test_a_state_that_is_not_handed_on_is_noticed(hybrid: Any) -> None:
+    """The convolution state matters at all: without it the tokens after a prefill differ."""
+
+    ids, runner = tokens(hybrid, 1, 9), OnnxRunner(hybrid.directory, threads=1)
+    want = ProgramRunner(hybrid.program).prefill(ids)
+    runner.prefill(ids[:, :6])
+    kept = runner._states
+    assert isinstance(kept, Growing)
+    for spec in kept.specs:
+        if "conv" in spec.name:
+            kept.values[spec.name] = ort.OrtValue.ortvalue_from_numpy(zeros(spec, 1, 0))
+    assert np.abs(runner.decode(ids[:, 6:]) - want[:, 6:]).max() > 1e-2 * np.abs(want).max()
+
+
+def test_onnxruntime_genai_is_not_told_of_it(tiny_checkpoint: Any, program_of: Any, tmp_path: Any) -> None:
+    program, options = program_of(tiny_checkpoint("lfm2_moe")), OnnxOptions(flavor="genai")
+    (rejection,) = OnnxTarget().lint(program, options)
+    assert (rejection.where, "state of kind conv is no cache" in rejection.reason) == ("layer 0", True)
+    with pytest.raises(LoweringError, match="kind conv"):
+        OnnxTarget().lower(program, options, tmp_path, lambda *_: None)
