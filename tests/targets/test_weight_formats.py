@@ -3,6 +3,8 @@
 Nothing is ever stored as something else in silence.
 """
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 from moec import cli, passes
 from moec.compiler.capture import capture
 from moec.compiler.checkpoint import Checkpoint
+from moec.compiler.program import Program
 from moec.compiler.recipe import validate
 from moec.compiler.tiny_models import tiny_model
 from moec.passes.quantize import Quantize
@@ -46,6 +49,19 @@ def test_the_refusal_is_exit_code_4_and_names_a_tensor(
     assert not out.exists()
 
 
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Callable[[torch.dtype], Program]:
+    """A model whose dimensions every block divides."""
+    directory = tmp_path_factory.mktemp("wide")
+    tiny_model("olmoe", hidden_size=128, intermediate_size=128).save_pretrained(directory)
+
+    @functools.cache
+    def program(dtype: torch.dtype) -> Program:
+        return passes.run_passes(capture(Checkpoint.open(directory), dtype=dtype), passes.default_passes())[0]
+
+    return program
+
+
 @pytest.mark.parametrize(
     ("name", "options", "dtype", "zero_points"),
     [
@@ -59,11 +75,14 @@ def test_the_refusal_is_exit_code_4_and_names_a_tensor(
     ],
 )
 def test_a_target_has_a_form_for_all_that_auto_may_choose(
-    name: str, options: dict[str, Any], dtype: torch.dtype, zero_points: bool, tmp_path: Path
+    name: str,
+    options: dict[str, Any],
+    dtype: torch.dtype,
+    zero_points: bool,
+    wide: Callable[[torch.dtype], Program],
+    tmp_path: Path,
 ) -> None:
-    tiny_model("olmoe", hidden_size=128, intermediate_size=128).save_pretrained(tmp_path / "model")
-    captured = capture(Checkpoint.open(tmp_path / "model"), dtype=dtype)
-    program, _ = passes.run_passes(captured, passes.default_passes())
+    program = wide(dtype)
     target = get_target(name)
     chosen = validate(target.Options, options, where=name)
     classes = [member for member in TensorClass if member not in ALWAYS_FLOAT]
