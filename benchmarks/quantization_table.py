@@ -87,7 +87,7 @@ def measure(name: str, sizes: Mapping[str, int], work: Path, source: ProgramRunn
         judged = compare(source, runner, spread(windows(ids, LENGTH), WINDOWS))
         found[text] = {
             "differences": (judged.candidate - judged.reference).tolist(),
-            "divergence": judged.divergence,
+            "divergences": judged.divergences.tolist(),
             "agreement": judged.agreement,
         }
     return found
@@ -104,7 +104,7 @@ def results(cache: Path) -> dict[str, dict[str, Any]]:
                 known[name] = measure(name, sizes, Path(work), source)
                 cache.write_text(json.dumps(known))
                 print(name, f"{known[name]['bytes']} bytes", flush=True)
-    return known
+    return {name: known[name] for name in ROWS}
 
 
 def increase(differences: np.ndarray) -> str:
@@ -112,6 +112,21 @@ def increase(differences: np.ndarray) -> str:
     draws = np.random.default_rng(0).integers(0, len(differences), (2000, len(differences)))
     low, high = np.quantile(np.expm1(differences[draws].mean(axis=1)), [0.025, 0.975])
     return f"{np.expm1(differences.mean()):+.2%} [{low:+.2%}, {high:+.2%}]"
+
+
+def divergences(row: Mapping[str, Any]) -> np.ndarray:
+    """KL divergence of every window of every text."""
+    return np.concatenate([row[text]["divergences"] for text in TEXTS])
+
+
+def share(name: str, found: Mapping[str, Mapping[str, Any]]) -> str:
+    """KL divergence of a row as a share of that of the row whose size it has, interval as in `increase`."""
+    if ROWS[name].get("max_size") not in found:
+        return ""
+    own, other = divergences(found[name]), divergences(found[ROWS[name]["max_size"]])
+    draws = np.random.default_rng(0).integers(0, len(own), (2000, len(own)))
+    low, high = np.quantile(own[draws].mean(axis=1) / other[draws].mean(axis=1), [0.025, 0.975])
+    return f"{own.mean() / other.mean():.2f} [{low:.2f}, {high:.2f}]"
 
 
 def table(found: Mapping[str, Mapping[str, Any]]) -> str:
@@ -124,6 +139,7 @@ def table(found: Mapping[str, Mapping[str, Any]]) -> str:
         "parity",
         *(f"perplexity, {text}" for text in TEXTS),
         "KL",
+        "KL, of the row of that size",
         "top-1",
     ]
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
@@ -135,7 +151,8 @@ def table(found: Mapping[str, Mapping[str, Any]]) -> str:
             f"{row['expert_bytes'] / found['fp16']['expert_bytes']:.3f}",
             f"{row['parity']:.0e}",
             *(increase(np.array(row[text]["differences"])) for text in TEXTS),
-            f"{np.mean([row[text]['divergence'] for text in TEXTS]):.1e}",
+            f"{divergences(row).mean():.1e}",
+            share(name, found),
             f"{np.mean([row[text]['agreement'] for text in TEXTS]):.1%}",
         ]
         lines.append("| " + " | ".join(cells) + " |")

@@ -21,16 +21,21 @@ class Comparison:
     Attributes:
         reference: Mean negative log likelihood of each window under the reference, nats, [n].
         candidate: The same under the candidate.
-        divergence: Mean KL(reference || candidate) per token, nats.
+        divergences: Mean KL(reference || candidate) per token of each window, nats, [n].
         agreement: Share of tokens whose most likely successor is the same.
         tokens: Tokens judged.
     """
 
     reference: np.ndarray
     candidate: np.ndarray
-    divergence: float
+    divergences: np.ndarray
     agreement: float
     tokens: int
+
+    @property
+    def divergence(self) -> float:
+        """Mean KL(reference || candidate) per token, nats."""
+        return float(self.divergences.mean())
 
     @property
     def increase(self) -> float:
@@ -82,14 +87,14 @@ def compare(
     reference: Runner, candidate: Runner, windows: np.ndarray, *, told: Told = lambda _done, _total: None
 ) -> Comparison:
     """Run both over the windows; one window's logits in memory at a time. Arguments as for `losses`."""
-    both = np.empty((2, len(windows)))
-    divergence = same = 0.0
+    both, divergences = np.empty((2, len(windows))), np.empty(len(windows))
+    same = 0.0
     for index, window in enumerate(windows):
         expected, found = (log_softmax(runner.prefill(window[None])[0, :-1]) for runner in (reference, candidate))
         for row, logs in enumerate((expected, found)):
             both[row, index] = -np.take_along_axis(logs, window[1:, None], axis=-1).mean(dtype=np.float64)
-        divergence += float((np.exp(expected) * (expected - found)).sum(dtype=np.float64))
+        divergences[index] = (np.exp(expected) * (expected - found)).sum(dtype=np.float64) / len(expected)
         same += float((expected.argmax(-1) == found.argmax(-1)).sum())
         told(index + 1, len(windows))
     tokens = windows.size - len(windows)
-    return Comparison(both[0], both[1], divergence / tokens, same / tokens, tokens)
+    return Comparison(both[0], both[1], divergences, same / tokens, tokens)

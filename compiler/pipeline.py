@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
 import shutil
 import time
@@ -276,7 +277,8 @@ def _build(recipe: Recipe, target: Target, options: TargetOptions, stages: _Stag
 
     weights = None if recipe.quantize is None or recipe.quantize.does_nothing else recipe.quantize
     with stages("quantize") if weights else contextlib.nullcontext():
-        quantization = plan_quantization(weights, checkpoint, program, in_float32, stages.progress)
+        offered = functools.partial(target.auto_formats, options)
+        quantization = plan_quantization(weights, checkpoint, program, in_float32, offered, stages.progress)
         later = (*quantization.passes, *target.passes(options))
         final, more = passes.run_passes(program, later, told, completed=[record.name for record in log])
     # Without the times: moec.json is the same on every rebuild.

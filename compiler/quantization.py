@@ -21,11 +21,12 @@ from moec.passes.quantize import Quantize
 from moec.quantize.auto import Choice, choose, parse_size, significant
 from moec.quantize.calibration import Calibration, calibrate
 from moec.quantize.formats import FP16, Activations, IntegerFormat
+from moec.quantize.gptq import GptqOptions
 from moec.quantize.lazy import Coded, Float16
 from moec.quantize.plan import QuantizationPlan, TensorClass, requested, with_activations
 from moec.quantize.roles import weight_roles
 from moec.quantize.rounding import Method, RoundingResult
-from moec.quantize.sensitivity import nearest, size_of
+from moec.quantize.sensitivity import NEAREST, Offered, Rounding, size_of
 from moec.targets.base import Progress
 
 SENSITIVITY_WINDOWS = 16
@@ -52,6 +53,7 @@ def plan_quantization(
     checkpoint: Checkpoint,
     program: Program,
     in_float32: Callable[[], Program],
+    offered: Offered,
     progress: Progress,
 ) -> Quantization:
     """Decide a recipe's quantization. Text is read and the model run only where rounding or `auto` wants it.
@@ -61,6 +63,7 @@ def plan_quantization(
         checkpoint: Where the tokenizer comes from.
         program: The float Program after the common passes and routing.
         in_float32: Makes the same Program with activations in fp32, which calibration runs.
+        offered: Formats that `auto` may choose from.
         progress: Told how far it is.
 
     Raises:
@@ -69,7 +72,7 @@ def plan_quantization(
     """
     if settings is None or settings.does_nothing:
         return Quantization()
-    chosen = _choose(settings, checkpoint, in_float32, progress) if settings.format == "auto" else None
+    chosen = _choose(settings, checkpoint, in_float32, offered, progress) if settings.format == "auto" else None
     plan = chosen.plan if chosen is not None else requested(settings.format)
     if settings.activations != Activations.FLOAT.value:
         plan = with_activations(plan, Activations(settings.activations))
@@ -99,7 +102,11 @@ def plan_quantization(
 
 
 def _choose(
-    settings: QuantizeRecipe, checkpoint: Checkpoint, in_float32: Callable[[], Program], progress: Progress
+    settings: QuantizeRecipe,
+    checkpoint: Checkpoint,
+    in_float32: Callable[[], Program],
+    offered: Offered,
+    progress: Progress,
 ) -> Choice:
     program, tokens = in_float32(), _calibration_windows(settings, checkpoint)[1]
 
@@ -109,9 +116,10 @@ def _choose(
     return choose(
         program,
         spread(tokens, SENSITIVITY_WINDOWS),
+        offered,
         max_size=settings.max_size,
         max_increase=settings.max_perplexity_increase,
-        rounding=nearest if settings.rounding == Method.RTN.value else by_gptq,
+        rounding=NEAREST if settings.rounding == Method.RTN.value else Rounding(by_gptq, GptqOptions().clip),
         progress=progress,
     )
 

@@ -14,7 +14,7 @@ from moec.compiler.errors import UsageError
 from moec.compiler.program import Program
 from moec.quantize.allocate import Allocation, Candidate, least_bytes, least_loss, trade_off
 from moec.quantize.plan import QuantizationPlan
-from moec.quantize.sensitivity import Part, Rounding, candidates, nearest, plan_of, size_of
+from moec.quantize.sensitivity import NEAREST, Offered, Part, Rounding, candidates, plan_of, size_of
 
 if TYPE_CHECKING:
     from moec.targets.base import Progress
@@ -43,10 +43,11 @@ class Choice:
 def choose(
     program: Program,
     windows: np.ndarray,
+    offered: Offered,
     *,
     max_size: str | int | None,
     max_increase: float | None,
-    rounding: Rounding = nearest,
+    rounding: Rounding = NEAREST,
     progress: Progress = lambda *_: None,
 ) -> Choice:
     """Measure the parts of a model on text and allocate formats exactly.
@@ -54,6 +55,7 @@ def choose(
     Args:
         program: Float Program with activations in fp32.
         windows: Calibration tokens [n, length].
+        offered: Formats to choose from.
         max_size: Most that all weights may take; see `parse_size`.
         max_increase: Most that perplexity may rise, as predicted: 0.01 is 1 %.
         rounding: How the tensors will be rounded.
@@ -65,10 +67,10 @@ def choose(
     names = dict.fromkeys(map(program.weights.resolve, program.weight_names()))
     halves = 2 * sum(math.prod(program.weights[name].shape) for name in names)
     limit = None if max_size is None else parse_size(max_size, halves)
-    offered = candidates(program, windows, rounding, progress)
-    quantized = {name for part in offered for name in part.names}
+    found = candidates(program, windows, offered, rounding, progress)
+    quantized = {name for part in found for name in part.names}
     rest = size_of(program, [name for name in names if name not in quantized], None)
-    by_name = {part.name: found for part, found in offered.items()}
+    by_name = {part.name: formats for part, formats in found.items()}
     if limit is not None:
         _check_size(by_name, limit, rest)
         allocation = least_loss(by_name, max_bytes=limit - rest)
@@ -76,11 +78,11 @@ def choose(
         assert max_increase is not None
         allocation = least_bytes(by_name, max_loss=math.log1p(max_increase))
     chosen = dict(allocation.choices)
-    plan = plan_of({part: chosen[part.name].format for part in offered})
+    plan = plan_of({part: chosen[part.name].format for part in found})
     facts = {
         "limit": {"bytes": limit} if limit is not None else {"perplexity_increase": max_increase},
         "chosen": _point(allocation, rest, halves),
-        "parts": {part.name: _part(part, found, chosen[part.name]) for part, found in offered.items()},
+        "parts": {part.name: _part(part, formats, chosen[part.name]) for part, formats in found.items()},
         "trade_off": [_point(point, rest, halves) for point in trade_off(by_name, points=POINTS)],
     }
     return Choice(plan, allocation, facts)

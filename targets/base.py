@@ -20,6 +20,11 @@ if TYPE_CHECKING:
     from moec.passes.base import Pass
 
 
+SYMMETRIC = ("int4:128", "int4:64", "int4:32", "int8:128", "int8:64", "int8:32")
+ASYMMETRIC = ("int4:128:asym", "int4:64:asym", "int4:32:asym")
+"""Text forms of formats with blocks, without and with zero points."""
+
+
 class Phase(StrEnum):
     """The two ways in which a decoder runs."""
 
@@ -206,6 +211,10 @@ class Target(ABC):
             more = f" and {len(layers) - 1} more" if len(layers) > 1 else ""
             reason = f"a state of kind {kind} has no form here; layers may keep states of the kinds {carried}"
             yield Rejection(self.name, f"layer {layers[0]}{more}", reason)
+
+    def auto_formats(self, options: TargetOptions, tensor_class: str) -> tuple[str, ...]:  # noqa: ARG002
+        """Formats with codes that `--quantize auto` may give to weights of a class: those that kernels compute with."""
+        return SYMMETRIC
 
     @abstractmethod
     def lower(self, program: Program, options: TargetOptions, directory: Path, progress: Progress) -> Lowered:

@@ -12,7 +12,18 @@ import numpy as np
 from pydantic import Field, field_validator, model_validator
 
 from moec.compiler.rejections import Rejection
-from moec.targets.base import Capabilities, ExpertReader, Lowered, Phase, Progress, Runner, Target, TargetOptions
+from moec.targets.base import (
+    ASYMMETRIC,
+    SYMMETRIC,
+    Capabilities,
+    ExpertReader,
+    Lowered,
+    Phase,
+    Progress,
+    Runner,
+    Target,
+    TargetOptions,
+)
 from moec.targets.coreml.flavor import Flavor
 
 if TYPE_CHECKING:
@@ -110,6 +121,10 @@ class CoremlTarget(Target):
             for node in program.graph.nodes
             if node.op == "call_function" and node.target not in TABLE
         )
+
+    def auto_formats(self, options: TargetOptions, tensor_class: str) -> tuple[str, ...]:  # noqa: ARG002
+        """Blocks with an offset or without."""
+        return SYMMETRIC + ASYMMETRIC
 
     def lower(self, program: Program, options: TargetOptions, directory: Path, progress: Progress) -> Lowered:
         """Write `model.mlpackage`."""

@@ -13,7 +13,18 @@ from pydantic import Field
 
 from moec.compiler.errors import LoweringError
 from moec.compiler.rejections import Rejection
-from moec.targets.base import Capabilities, ExpertReader, Lowered, Phase, Progress, Runner, Target, TargetOptions
+from moec.targets.base import (
+    ASYMMETRIC,
+    SYMMETRIC,
+    Capabilities,
+    ExpertReader,
+    Lowered,
+    Phase,
+    Progress,
+    Runner,
+    Target,
+    TargetOptions,
+)
 
 if TYPE_CHECKING:
     from moec.compiler.program import Program
@@ -80,6 +91,11 @@ class OnnxTarget(Target):
             for node in program.graph.nodes
             if node.op == "call_function" and node.target not in TABLE
         )
+
+    def auto_formats(self, options: TargetOptions, tensor_class: str) -> tuple[str, ...]:  # noqa: ARG002
+        """ONNX Runtime's kernels take zero points, the standard form has none."""
+        assert isinstance(options, OnnxOptions)
+        return SYMMETRIC if options.flavor is Flavor.PORTABLE else SYMMETRIC + ASYMMETRIC
 
     def lower(self, program: Program, options: TargetOptions, directory: Path, progress: Progress) -> Lowered:
         """Write `model.onnx`, `model.onnx.data` and, for onnxruntime-genai, `genai_config.json`."""

@@ -75,6 +75,15 @@ class TfliteTarget(Target):
         "int4": {name: _ROWS if name in {"embedding", "lm_head"} else _BLOCKS for name in QUANTIZED},
     }
 
+    def auto_formats(self, options: TargetOptions, tensor_class: str) -> tuple[str, ...]:
+        """What the presets have, and larger blocks; tflite-runtime multiplies with float activations alone."""
+        assert isinstance(options, TfliteOptions)
+        if options.runtime is Runtime.TFLITE_RUNTIME:
+            return ("int8:channel",)
+        if self.presets["int4"][tensor_class] == _ROWS:
+            return (_ROWS,)
+        return (*(_BLOCKS.replace(":32:", f":{size}:") for size in (128, 64, 32)), _ROWS)
+
     def capabilities(self, options: TargetOptions, phase: Phase) -> Capabilities:
         """Decode skips every expert that its token does not need, prefill those that no token of the piece needs."""
         assert isinstance(options, TfliteOptions)

@@ -9,12 +9,16 @@ import numpy as np
 import pytest
 import torch
 
+from moec.compiler import quantization
 from moec.compiler.api import export
 from moec.compiler.errors import CheckpointError, UsageError
 from moec.compiler.interpreter import ProgramRunner
 from moec.compiler.pipeline import build_program
 from moec.compiler.recipe import make_recipe
 from moec.compiler.tiny_models import tiny_model
+from moec.quantize.gptq import GptqOptions
+from moec.quantize.scales import NO_CLIPPING, ClipSearch
+from moec.quantize.sensitivity import Rounding
 from moec.targets import get_target
 
 
@@ -121,3 +125,33 @@ def test_weights_that_are_no_numbers_are_named(tmp_path: Path, value: float) -> 
     with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.experts\.3\.down_proj.* NaN or infinity"):
         export(tmp_path / "checkpoint", target="onnx", output=tmp_path / "out", gates=False, quantize="int4:32")
     assert not (tmp_path / "out").exists()
+
+
+def test_auto_chooses_among_what_the_target_computes_with(golden_model: Path, tmp_path: Path) -> None:
+    """LiteRT takes a table of one scale per row alone, int8 experts of no other kind, and int4 in blocks."""
+    wanted = {"format": "auto", "rounding": "rtn", "max_size": "0.33x", "windows": 2, "window": 32}
+    options = {"prefill": (16,), "context": 64}
+    result = export(
+        golden_model, target="tflite", output=tmp_path / "out", quantize=wanted, options=options, gates=False
+    )
+    parts = result.manifest["quantization"]["auto"]["parts"]
+    assert parts["embedding"]["format"] == "int8:channel:fp32:int8-dynamic"
+    assert parts["experts.0"]["loss"].keys() == {
+        "fp16",
+        "int8:channel:fp32:int8-dynamic",
+        *(f"int4:{block}:int8-dynamic" for block in (32, 64, 128)),
+    }
+
+
+@pytest.mark.parametrize(("rounding", "clip"), [("rtn", NO_CLIPPING), ("gptq", GptqOptions().clip)])
+def test_auto_predicts_with_the_scales_that_rounding_chooses(
+    rounding: str, clip: ClipSearch, golden_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_args: Any, rounding: Rounding, **_others: Any) -> None:
+        raise UsageError(f"clip {rounding.clip}")
+
+    monkeypatch.setattr(quantization, "choose", stop)
+    wanted = {"format": "auto", "rounding": rounding, "max_size": "0.5x"}
+    with pytest.raises(UsageError) as caught:
+        export(golden_model, target="onnx", output=tmp_path / "out", quantize=wanted, gates=False)
+    assert str(caught.value) == f"clip {clip}"

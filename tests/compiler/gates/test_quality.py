@@ -11,6 +11,7 @@ import pytest
 from moec.compiler.errors import CheckpointError
 from moec.compiler.gates.quality import EXIT_CODE, QualityOptions, judge_quality, not_run
 from moec.compiler.gates.verdict import Status, Verdict
+from moec.compiler.perplexity import compare, log_softmax
 from moec.targets.base import RunnerLimits
 
 VOCAB = 4096
@@ -52,6 +53,17 @@ def test_an_equal_model_passes_even_without_any_tolerance(golden_model: Path) ->
     assert verdict.figures["increase"] == 0
     assert verdict.figures["divergence"] == 0
     assert verdict.figures["top1_agreement"] == 1
+
+
+def test_the_divergence_of_each_window_is_known_for_paired_comparisons() -> None:
+    ids = np.random.default_rng(2).integers(0, VOCAB, (3, 16))
+    found = compare(Bigram(), Bigram(0.5), ids)
+    alone = [compare(Bigram(), Bigram(0.5), window[None]).divergence for window in ids]
+    assert found.divergences == pytest.approx(alone)
+    assert found.divergence == pytest.approx(np.mean(alone))
+    assert len(set(alone)) == 3
+    first, second = (log_softmax(model.prefill(ids[:1])[0, :-1]).astype(float) for model in (Bigram(), Bigram(0.5)))
+    assert alone[0] == pytest.approx((np.exp(first) * (first - second)).sum(-1).mean(), rel=1e-4)
 
 
 def test_a_worse_model_fails_with_the_exit_code_of_quality(golden_model: Path) -> None:
