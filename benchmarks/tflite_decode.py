@@ -1,9 +1,10 @@
-"""Decoding of the golden model on LiteRT with all its experts and with half of them, in alternation.
+"""Decoding on LiteRT with all experts of a token and with half of them, in alternation.
 
-    python benchmarks/tflite_decode.py [--context 128] [--threads 1] [--rounds 20]
+    python benchmarks/tflite_decode.py [--random] [--context 128] [--threads 1] [--rounds 20]
 
-Times are process CPU time, which other processes on the machine change less. Half: the policy uniform-k with 2 of the 4
-experts of each token, which is a budget of 0.5 exactly.
+The golden model, or with `--random` the random OLMoE of 1.0 GB in int8 (see checkpoints.py), whose shape is more usual:
+experts are most of what a token reads. Times are process CPU time, which other processes on the machine change less.
+Half: the policy uniform-k with half of the experts of each token, which is a budget of 0.5 exactly.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from checkpoints import random_checkpoint
 from machine import describe
 
 from moec.compiler.capture import capture
@@ -33,11 +35,15 @@ GOLDEN = Path(__file__).resolve().parents[1] / "golden_models" / "olmoe-tiny"
 TOKENS = 16
 
 
+FORMS = ("none", "int8:channel:int8-dynamic")
+
+
 def programs(captured: Program, form: str) -> dict[str, Program]:
     classes = (TensorClass.EXPERTS_GATE_UP, TensorClass.EXPERTS_DOWN, TensorClass.ATTENTION, TensorClass.LM_HEAD)
     plan = QuantizationPlan.build({name: parse_format(form) for name in classes})
     whole, _ = run_passes(captured, [*default_passes(), Quantize(plan=plan)])
-    half, _ = run_passes(captured, [*default_passes(), DynamicRouting(policy=UniformK(k=2)), Quantize(plan=plan)])
+    policy = UniformK(k=captured.layers[0].top_k // 2)
+    half, _ = run_passes(captured, [*default_passes(), DynamicRouting(policy=policy), Quantize(plan=plan)])
     return {"all": whole, "half": half}
 
 
@@ -59,17 +65,24 @@ def seconds(runner: TfliteRunner, ids: np.ndarray) -> list[float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--random", action="store_true", help="the random OLMoE of 1.0 GB in int8")
     parser.add_argument("--context", type=int, default=128)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=20)
     options = parser.parse_args()
-    captured = capture(Checkpoint.open(str(GOLDEN)))
+    with tempfile.TemporaryDirectory() as work:
+        checkpoint = random_checkpoint(Path(work) / "olmoe-1gb") if options.random else GOLDEN
+        compare(capture(Checkpoint.open(str(checkpoint))), options)
+
+
+def compare(captured: Program, options: argparse.Namespace) -> None:
+    """Measure and print a table."""
     ids = np.random.default_rng(0).integers(0, captured.vocab_size, TOKENS)
     print(describe())
     print(
         "\n| weights | experts | median CPU ms | fastest CPU ms | median of the pairs' ratio |\n|---|---|---|---|---|"
     )
-    for form in ("none", "int8:channel:int8-dynamic"):
+    for form in FORMS[1:] if options.random else FORMS:
         with tempfile.TemporaryDirectory() as folder:
             made = programs(captured, form).items()
             runners = {name: opened(program, Path(folder) / f"{name}.tflite", options) for name, program in made}
