@@ -20,6 +20,9 @@ WEIGHT_FILE = f"Data/{WEIGHTS}/weight.bin"
 METADATA_KEY = "moec"
 """Key of the entry in the model's metadata that tells moec's runner how the model is to be called."""
 
+EXPERT_SCOPE = "moe"
+"""What the names of the operations of experts start with, and no others: what they cost is counted by it."""
+
 
 def write_package(program: Any, package: Path, specification_version: int, describe: Any) -> Any:
     """Serialise a MIL program.

@@ -94,6 +94,18 @@ def test_quantized_experts(golden: Golden, lower: Any, text: str) -> None:
     assert verdict.status is Status.PASS, verdict.summary
 
 
+@pytest.mark.parametrize(("chunk", "stacks"), [(16, 1), (300, 3), (512, 4)])
+def test_prefill_sums_experts_in_groups(
+    tiny_checkpoint: Any, program_of: Any, lower: Any, chunk: int, stacks: int
+) -> None:
+    """As many as fit in 1024 rows, at most eight, and fewer in the last group: 8; 3, 3 and 2; 2 each."""
+    program = program_of(tiny_checkpoint("olmoe"), torch.float32)
+    assert {layer.num_experts for layer in program.layers} == {8}
+    lowered = lower(program, context=512, prefill_chunk=chunk)
+    assert lowered.facts["ops"]["prefill"]["stack"] == stacks * len(program.layers)
+    check_against_interpreter(lowered, 1e-4)
+
+
 def test_zero_points(tiny_checkpoint: Any, program_of: Any, lower: Any) -> None:
     program = quantized(program_of(tiny_checkpoint("olmoe"), torch.float16), "int4:channel:asym")
     lowered = lower(program, context=32)
@@ -117,7 +129,7 @@ def test_palettes(tiny_checkpoint: Any, program_of: Any, lower: Any, dtype: torc
     assert lowered.facts["ops"]["decode"]["constexpr_lut_to_dense"] == sum(
         2 * layer.num_experts + 4 for layer in program.layers
     )
-    row = MilModel.open(lowered.directory / PACKAGE).constants("decode")["weights_0_0_down"]
+    row = MilModel.open(lowered.directory / PACKAGE).constants("decode")["w0_0_down"]
     shape = program.weights[program.layers[0].down_proj].shape[1:]
     assert row.type.element.name == scales
     assert row.stored_bytes == math.prod(shape) // 2 + shape[0] // 8 * 16 * np.dtype(f"f{dtype.itemsize}").itemsize
