@@ -24,7 +24,7 @@ from moec.passes.quantize import Quantize
 from moec.passes.routing.uniform_k import UniformK
 from moec.quantize.formats import FloatFormat, PaletteFormat, parse_format
 from moec.quantize.lazy import Quantized, palettized
-from moec.quantize.plan import QuantizationPlan
+from moec.quantize.plan import QuantizationPlan, requested
 from moec.targets.base import Phase
 from moec.targets.coreml.extra import coremltools_module
 from moec.targets.coreml.interpreter import MilModel
@@ -92,6 +92,15 @@ def test_quantized_experts(golden: Golden, lower: Any, text: str) -> None:
     readers = CoremlTarget().expert_tensors(lowered.directory)
     verdict = check_integrity(program, readers, tensor_bytes=lowered.facts["expert_tensor_bytes"])
     assert verdict.status is Status.PASS, verdict.summary
+
+
+@pytest.mark.parametrize("name", ["int8", "int4", "palettize4"])
+def test_everything_quantized(golden: Golden, lower: Any, name: str) -> None:
+    """The smallest packages, of which the graph takes the largest part: no more than a twentieth with all the rest."""
+    program = Quantize(requested(name)).run(golden("fp16").program).program
+    lowered = lower(program)
+    planned = planned_bytes(program)
+    assert planned <= lowered.nbytes <= 1.05 * planned
 
 
 @pytest.mark.parametrize(("chunk", "stacks"), [(16, 1), (300, 3), (512, 4)])
