@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -109,7 +110,14 @@ class Context:
         array = np.array(value, dtype=dtype, order="C")
         key = ("constant", array.dtype.str, array.shape, array.tobytes())
         scalar = array.item() if array.dtype == np.bool_ and not array.shape else array[()]
-        return self.shared(key, lambda: self.mb.const(val=scalar))
+
+        def make() -> Var:
+            made = self.mb.const(val=scalar)
+            # Functions with the same id share what goes to the weight file, as the positions of all slots do.
+            made.op.weight_id = f"constant {hashlib.sha256(repr(key).encode()).hexdigest()}"
+            return made
+
+        return self.shared(key, make)
 
     def text(self, value: str) -> Var:
         """A text constant."""

@@ -29,13 +29,16 @@ from moec.targets.coreml.weights import WeightPool, identifier
 
 @dataclass
 class Built:
-    """The MIL program and what its making found out."""
+    """The MIL program and what its making found out.
+
+    `expert_tensors` has for each tensor of experts the name of their constants, `{}` for the index of the expert.
+    """
 
     program: Any
     interface: Interface
     layout: CacheLayout
     pool: WeightPool
-    expert_tensors: dict[str, dict[int, str]] = field(default_factory=dict)
+    expert_tensors: dict[str, str] = field(default_factory=dict)
     rejections: list[Rejection] = field(default_factory=list)
     ops: dict[str, dict[str, int]] = field(default_factory=dict)
     extra: dict[str, list[float]] = field(default_factory=dict)
@@ -113,6 +116,7 @@ class _Function:
         settings: dict[str, Any] = {
             "skip_experts": self._entry.skip_experts,
             "context": self._shape.context,
+            "chunk": self._shape.chunk,
             "state_names": names,
             "expert_tensors": built.expert_tensors,
         }
@@ -203,7 +207,7 @@ def runner_notes(built: Built, shape: Shape) -> dict[str, Any]:
         "flavor": str(built.interface.flavor),
         "context": shape.context,
         "chunk": shape.chunk,
-        "experts": {name: [rows[index] for index in sorted(rows)] for name, rows in built.expert_tensors.items()},
+        "experts": built.expert_tensors,
         "inputs": built.extra,
     }
 

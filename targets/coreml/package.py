@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from moec.targets.coreml.compact import compact
 from moec.targets.coreml.extra import coremltools_module
 
 PACKAGE = "model.mlpackage"
@@ -19,6 +20,9 @@ MODEL, WEIGHTS = f"{FOLDER}/model.mlmodel", f"{FOLDER}/weights"
 WEIGHT_FILE = f"Data/{WEIGHTS}/weight.bin"
 METADATA_KEY = "moec"
 """Key of the entry in the model's metadata that tells moec's runner how the model is to be called."""
+
+EXPERT_SCOPE = "moe"
+"""What the names of the operations of experts start with, and no others: what they cost is counted by it."""
 
 
 def write_package(program: Any, package: Path, specification_version: int, describe: Any) -> Any:
@@ -37,6 +41,7 @@ def write_package(program: Any, package: Path, specification_version: int, descr
     (data / WEIGHTS).mkdir(parents=True)
     load = coremltools_module("coremltools.converters.mil.backend.mil.load").load
     spec = load(program, weights_dir=str(data / WEIGHTS), specification_version=specification_version)
+    compact(spec)
     describe(spec)
     (data / MODEL).write_bytes(spec.SerializeToString(deterministic=True))
     (package / "Manifest.json").write_text(json.dumps(_manifest(), indent=4, sort_keys=True) + "\n", encoding="utf-8")

@@ -14,6 +14,7 @@ from moec.compiler.errors import ArtifactError
 from moec.targets.coreml.extra import coremltools_module, quiet
 from moec.targets.coreml.flavor import TOKENS, Feeds
 from moec.targets.coreml.interpreter import MilModel, MilSession
+from moec.targets.coreml.package import EXPERT_SCOPE
 
 
 class Backend(Protocol):
@@ -59,7 +60,7 @@ class InterpreterBackend:
         """Runtime, and for each function what was executed: tokens, multiply-accumulates and weight bytes read."""
         executed = {}
         for name, session in self._sessions.items():
-            whole, experts = session.counters.total(), session.counters.total("experts_")
+            whole, experts = session.counters.total(), session.counters.total(EXPERT_SCOPE)
             executed[name] = {
                 "tokens": self._tokens[name],
                 "macs": whole.macs,

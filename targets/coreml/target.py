@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -171,7 +171,7 @@ class CoremlTarget(Target):
         from moec.targets.coreml.runner import runner_notes
 
         model = MilModel.open(directory / PACKAGE)
-        return {name: _reader(model, labels) for name, labels in runner_notes(directory)["experts"].items()}
+        return {name: _reader(model, label) for name, label in runner_notes(directory)["experts"].items()}
 
     def doctor(self) -> Mapping[str, str]:
         """Building and running work anywhere; only a Mac can measure."""
@@ -191,9 +191,9 @@ class CoremlTarget(Target):
         }
 
 
-def _reader(model: MilModel, labels: Sequence[str]) -> ExpertReader:
+def _reader(model: MilModel, label: str) -> ExpertReader:
     def read(index: int) -> np.ndarray:
-        constant = model.constants()[labels[index]]
+        constant = model.constants()[label.format(index)]
         # What codes and scales say, before it is rounded to what the program computes in.
         return (constant.exact or constant.load)()
 

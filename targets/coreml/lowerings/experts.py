@@ -3,11 +3,17 @@
 Decode wraps each expert in a `cond`, so that one whose weight is 0 is not executed. Prefill computes every expert for
 every token and drops what its weight does not ask for: with many tokens nearly every expert is needed by some token,
 and a graph without branches is what the GPU and the neural engine run best. Both read the same stored weights.
+
+Names are short, because each stands in the graph several times: of expert 3 in layer 1 (layers with experts, counted
+from 0) `w1_3_up` and `w1_3_down` are the weights, `b1_3_up` and `b1_3_down` the biases, `moe1_3_up` and `moe1_3_down`
+the products and `moe1_3` the result of the `cond`. `up` holds the gate too, where there is one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial, reduce
 from typing import Any
 
 import numpy as np
@@ -19,6 +25,7 @@ from moec.compiler.program import EXPERTS, SELECT
 from moec.targets.coreml.context import MIL_NAMES, NUMPY, Context, Var, result_dtype
 from moec.targets.coreml.lowerings.elementwise import Lowering, where
 from moec.targets.coreml.lowerings.shape import cut
+from moec.targets.coreml.package import EXPERT_SCOPE
 
 
 def gate_of(node: fx.Node) -> Gate:
@@ -44,81 +51,156 @@ def _experts(ctx: Context, node: fx.Node) -> Var:
         raise ctx.refuse(node, "the weights of the experts are computed in the graph", "run the common passes")
     count, dtype = int(gate_up.meta["val"].shape[0]), result_dtype(node)  # type: ignore[union-attr]
     x, dense = ctx.tensor(hidden, dtype), dense_weights(ctx, node)
-    layer = ctx.shared("experts layers", lambda: [0])
-    # Experts are summed in fp32, as the reference does.
-    total = _zeros(ctx, x)
-    add = _skipped if ctx.settings["skip_experts"] else _masked
+    number = ctx.shared("experts layers", lambda: [0])
     # Made here once, for every branch to refer to: inside of a branch each would be made again.
     for shared in (2, len(x.shape) - 1):
         ctx.constant(np.int32(shared))
     ctx.text("fp32")
-    columns = [dense] if count == 1 else ctx.mb.split(x=dense, num_splits=count, axis=1)
-    for index, own in enumerate(columns):
-        total = add(ctx, total, own, f"experts_{layer[0]}_{index}", _expert(ctx, node, index, x, layer[0]))
-    layer[0] += 1
+    for weight, bias in (node.args[3:5], node.args[5:7]):
+        if bias is None and not node.args[10]:
+            ctx.zeros(int(weight.meta["val"].shape[1]), dtype)  # type: ignore[union-attr]
+    layer = Layer(dense, count, x, f"{EXPERT_SCOPE}{number[0]}", partial(_expert, ctx, node, x, number[0]))
+    number[0] += 1
+    if not ctx.settings["skip_experts"]:
+        total = _all(ctx, layer)
+    elif all(isinstance(size, int | np.integer) for size in x.shape):
+        total = _needed(ctx, layer)
+    else:
+        total = _needed_in_turn(ctx, layer)
     return ctx.cast(total, MIL_NAMES[dtype])
 
 
-def _zeros(ctx: Context, x: Var) -> Var:
-    """Zeros of the shape of `x` in fp32."""
-    if all(isinstance(size, int | np.integer) for size in x.shape):
-        return ctx.constant(np.zeros([int(size) for size in x.shape], np.float32))
-    return ctx.mb.fill_like(ref_tensor=x, value=np.float32(0))
+@dataclass(frozen=True)
+class Layer:
+    """The experts of one layer.
+
+    Args:
+        dense: Routing weights [T, E] float32, 0 for what is not used.
+        count: E.
+        x: Their input [T, H].
+        name: Prefix of the names of their results.
+        expert: Makes the result [T, H] of the expert with a given index.
+    """
+
+    dense: Var
+    count: int
+    x: Var
+    name: str
+    expert: Callable[[int], Var]
+
+    def split(self, ctx: Context, size: int) -> Sequence[Var]:
+        """The weights by groups of `size` experts, fewer in the last: [T, size] each."""
+        sizes = [min(size, self.count - start) for start in range(0, self.count, size)]
+        if len(sizes) == 1:
+            return [self.dense]
+        even = len(set(sizes)) == 1
+        how = {"num_splits": ctx.constant(np.int32(len(sizes)))} if even else {"split_sizes": ctx.ints(*sizes)}
+        parts: Sequence[Var] = ctx.mb.split(x=self.dense, axis=ctx.constant(np.int32(1)), **how)
+        return parts
 
 
-Expert = Callable[[], Var]
+def _needed(ctx: Context, layer: Layer) -> Var:
+    """The sum over experts, those executed that one of the tokens uses, zeros in place of the others; few tokens."""
+    mb, zeros = ctx.mb, ctx.constant(np.zeros(layer.x.shape, NUMPY[ctx.type_name(layer.x)]))
 
-
-def _skipped(ctx: Context, total: Var, own: Var, name: str, expert: Expert) -> Var:
-    """`total` plus the expert's results, if any token uses it."""
-    mb = ctx.mb
-    used = mb.not_equal(x=own, y=ctx.tensor(0.0, torch.float32))
-    several = own.shape[0] != 1
-    if several:
-        # A family whose experts scale their input has a row for each slot of the one token.
-        taken = mb.reduce_max(x=ctx.cast(used, "int32"), axes=ctx.ints(0, 1), keep_dims=ctx.constant(False))
-        needed = ctx.cast(taken, "bool")
-    else:
-        needed = mb.squeeze(x=used, axes=ctx.ints(0, 1))
-
-    def run() -> Var:
+    def run(index: int) -> Var:
         with ctx.branch():
-            share = mb.mul(x=ctx.cast(expert(), "fp32"), y=own)
-            return mb.add(x=total, y=_of_used(ctx, used, share) if several else share)
+            return layer.expert(index)
 
-    return mb.cond(pred=needed, _true_fn=run, _false_fn=lambda: mb.identity(x=total), name=name)
+    results = [
+        mb.cond(
+            pred=_is_needed(ctx, own)[1],
+            _true_fn=partial(run, index),
+            _false_fn=lambda: mb.identity(x=zeros),
+            name=f"{layer.name}_{index}",
+        )
+        for index, own in enumerate(layer.split(ctx, 1))
+    ]
+    # An expert that is executed for one token is used by it: there are no other rows to drop.
+    return _weighted(ctx, results, layer.dense, masked=layer.x.shape[0] != 1)
 
 
-def _masked(ctx: Context, total: Var, own: Var, name: str, expert: Expert) -> Var:
-    """`total` plus the expert's results, computed for every token."""
+def _needed_in_turn(ctx: Context, layer: Layer) -> Var:
+    """As `_needed` for any number of tokens, so many maybe that the results of all experts would not fit."""
     mb = ctx.mb
-    share = mb.mul(x=ctx.cast(expert(), "fp32"), y=own)
-    used = mb.not_equal(x=own, y=ctx.tensor(0.0, torch.float32))
-    return mb.add(x=total, y=_of_used(ctx, used, share), name=name)
+    # Experts are summed in fp32, as the reference does.
+    total = mb.fill_like(ref_tensor=layer.x, value=np.float32(0))
+    for index, own in enumerate(layer.split(ctx, 1)):
+        used, needed = _is_needed(ctx, own)
+
+        def run(index: int, total: Var, own: Var, used: Var) -> Var:
+            with ctx.branch():
+                share = mb.mul(x=ctx.cast(layer.expert(index), "fp32"), y=own)
+                return mb.add(x=total, y=_of_used(ctx, used, share))
+
+        total = mb.cond(
+            pred=needed,
+            _true_fn=partial(run, index, total, own, used),
+            _false_fn=partial(mb.identity, x=total),
+            name=f"{layer.name}_{index}",
+        )
+    return total
 
 
-def _of_used(ctx: Context, used: Var, share: Var) -> Var:
+def _is_needed(ctx: Context, own: Var) -> tuple[Var, Var]:
+    """Whether each token uses an expert, given its weights [T, 1], and whether any of them does, a scalar."""
+    mb, used = ctx.mb, ctx.mb.not_equal(x=own, y=ctx.tensor(0.0, torch.float32))
+    if own.shape[0] == 1:
+        return used, mb.squeeze(x=used, axes=ctx.ints(0, 1))
+    # A family whose experts scale their input has a row for each slot of the one token.
+    taken = mb.reduce_max(x=ctx.cast(used, "int32"), axes=ctx.ints(0, 1), keep_dims=ctx.constant(False))
+    return used, ctx.cast(taken, "bool")
+
+
+GROUP_ROWS = 1024
+"""Most rows of results of experts that wait to be summed together: they take 12 bytes for each element of a row."""
+
+
+def _all(ctx: Context, layer: Layer) -> Var:
+    """The sum over all experts, each computed for every token; some results at a time, for fewer and larger ops."""
+    size = max(1, min(8, GROUP_ROWS // ctx.settings["chunk"]))
+    sums = []
+    for number, weights in enumerate(layer.split(ctx, size)):
+        group = range(number * size, min((number + 1) * size, layer.count))
+        sums.append(_weighted(ctx, [layer.expert(index) for index in group], weights, masked=True))
+    return reduce(lambda total, item: ctx.mb.add(x=total, y=item), sums)
+
+
+def _weighted(ctx: Context, results: Sequence[Var], weights: Var, *, masked: bool) -> Var:
+    """The results [T, H] of experts times their weights [T, experts], summed in fp32 as the reference does.
+
+    Args:
+        ctx: The lowering.
+        results: Of each expert.
+        weights: Float32.
+        masked: Whether a result may belong to a weight of 0.
+    """
+    mb, own = ctx.mb, ctx.mb.expand_dims(x=weights, axes=ctx.ints(2))
+    stacked = mb.stack(values=results, axis=ctx.constant(np.int32(1)))
+    if masked:
+        stacked = _of_used(ctx, mb.not_equal(x=own, y=ctx.tensor(0.0, torch.float32)), stacked)
+    share = mb.mul(x=ctx.cast(stacked, "fp32"), y=own)
+    return mb.reduce_sum(x=share, axes=ctx.ints(1), keep_dims=ctx.constant(False))
+
+
+def _of_used(ctx: Context, used: Var, result: Var) -> Var:
     """Only the rows whose weight is not 0: what the expert makes of the others, NaN too, is dropped."""
-    return ctx.mb.select(cond=used, a=share, b=ctx.tensor(0.0, torch.float32))
+    return ctx.mb.select(cond=used, a=result, b=ctx.constant(NUMPY[ctx.type_name(result)](0)))
 
 
-def _expert(ctx: Context, node: fx.Node, index: int, x: Var, layer: int) -> Expert:
+def _expert(ctx: Context, node: fx.Node, x: Var, layer: int, index: int) -> Var:
     gate_up, gate_up_bias, down, down_bias = node.args[3:7]
-
-    def run() -> Var:
-        projected = _project(ctx, node, x, (gate_up, gate_up_bias), index, f"experts_{layer}_{index}_gate_up")
-        activated = _activate(ctx, projected, gate_of(node), result_dtype(node))
-        return _project(ctx, node, activated, (down, down_bias), index, f"experts_{layer}_{index}_down")
-
-    return run
+    projected = _project(ctx, node, x, (gate_up, gate_up_bias), index, (layer, "up"))
+    activated = _activate(ctx, projected, gate_of(node), result_dtype(node))
+    return _project(ctx, node, activated, (down, down_bias), index, (layer, "down"))
 
 
-def _project(ctx: Context, node: fx.Node, x: Var, tensors: tuple[Any, Any], index: int, name: str) -> Var:
-    dtype, transposed = result_dtype(node), bool(node.args[10])
-    labels = (name.replace("experts", "weights"), name.replace("experts", "biases"))
+def _project(ctx: Context, node: fx.Node, x: Var, tensors: tuple[Any, Any], index: int, place: tuple[int, str]) -> Var:
+    dtype, transposed, (layer, part) = result_dtype(node), bool(node.args[10]), place
+    name = f"{EXPERT_SCOPE}{layer}_{index}_{part}"
     weight, bias = (
-        None if item is None else _row(ctx, item, index, dtype, label)
-        for item, label in zip(tensors, labels, strict=True)
+        None if item is None else _row(ctx, item, index, dtype, f"{letter}{layer}_{{}}_{part}")
+        for item, letter in zip(tensors, "wb", strict=True)
     )
     assert weight is not None
     if not transposed:
@@ -128,10 +210,10 @@ def _project(ctx: Context, node: fx.Node, x: Var, tensors: tuple[Any, Any], inde
     return product if bias is None else ctx.mb.add(x=product, y=bias)
 
 
-def _row(ctx: Context, argument: fx.Node, index: int, dtype: torch.dtype, label: str) -> Var:
+def _row(ctx: Context, argument: fx.Node, index: int, dtype: torch.dtype, pattern: str) -> Var:
     name = ctx.program.weights.resolve(str(argument.target))
-    ctx.settings["expert_tensors"].setdefault(name, {})[index] = label
-    return ctx.pool.row(ctx.mb, name, ctx.lazy(argument), MIL_NAMES[dtype], index, label)
+    ctx.settings["expert_tensors"][name] = pattern
+    return ctx.pool.row(ctx.mb, name, ctx.lazy(argument), MIL_NAMES[dtype], index, pattern.format(index))
 
 
 def _activate(ctx: Context, projected: Var, gate: Gate, dtype: torch.dtype) -> Var:

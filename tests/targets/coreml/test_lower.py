@@ -24,7 +24,7 @@ from moec.passes.quantize import Quantize
 from moec.passes.routing.uniform_k import UniformK
 from moec.quantize.formats import FloatFormat, PaletteFormat, parse_format
 from moec.quantize.lazy import Quantized, palettized
-from moec.quantize.plan import QuantizationPlan
+from moec.quantize.plan import QuantizationPlan, requested
 from moec.targets.base import Phase
 from moec.targets.coreml.extra import coremltools_module
 from moec.targets.coreml.interpreter import MilModel
@@ -94,6 +94,27 @@ def test_quantized_experts(golden: Golden, lower: Any, text: str) -> None:
     assert verdict.status is Status.PASS, verdict.summary
 
 
+@pytest.mark.parametrize("name", ["int8", "int4", "palettize4"])
+def test_everything_quantized(golden: Golden, lower: Any, name: str) -> None:
+    """The smallest packages, of which the graph takes the largest part: no more than a twentieth with all the rest."""
+    program = Quantize(requested(name)).run(golden("fp16").program).program
+    lowered = lower(program)
+    planned = planned_bytes(program)
+    assert planned <= lowered.nbytes <= 1.05 * planned
+
+
+@pytest.mark.parametrize(("chunk", "stacks"), [(16, 1), (300, 3), (512, 4)])
+def test_prefill_sums_experts_in_groups(
+    tiny_checkpoint: Any, program_of: Any, lower: Any, chunk: int, stacks: int
+) -> None:
+    """As many as fit in 1024 rows, at most eight, and fewer in the last group: 8; 3, 3 and 2; 2 each."""
+    program = program_of(tiny_checkpoint("olmoe"), torch.float32)
+    assert {layer.num_experts for layer in program.layers} == {8}
+    lowered = lower(program, context=512, prefill_chunk=chunk)
+    assert lowered.facts["ops"]["prefill"]["stack"] == stacks * len(program.layers)
+    check_against_interpreter(lowered, 1e-4)
+
+
 def test_zero_points(tiny_checkpoint: Any, program_of: Any, lower: Any) -> None:
     program = quantized(program_of(tiny_checkpoint("olmoe"), torch.float16), "int4:channel:asym")
     lowered = lower(program, context=32)
@@ -117,7 +138,7 @@ def test_palettes(tiny_checkpoint: Any, program_of: Any, lower: Any, dtype: torc
     assert lowered.facts["ops"]["decode"]["constexpr_lut_to_dense"] == sum(
         2 * layer.num_experts + 4 for layer in program.layers
     )
-    row = MilModel.open(lowered.directory / PACKAGE).constants("decode")["weights_0_0_down"]
+    row = MilModel.open(lowered.directory / PACKAGE).constants("decode")["w0_0_down"]
     shape = program.weights[program.layers[0].down_proj].shape[1:]
     assert row.type.element.name == scales
     assert row.stored_bytes == math.prod(shape) // 2 + shape[0] // 8 * 16 * np.dtype(f"f{dtype.itemsize}").itemsize
