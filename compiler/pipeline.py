@@ -21,17 +21,11 @@ from moec.compiler.artifact import read_manifest, verify, write_manifest
 from moec.compiler.capture import capture
 from moec.compiler.checkpoint import Checkpoint
 from moec.compiler.errors import ArtifactError, CheckpointError, LoweringError
-from moec.compiler.gates import latency as latency_gate
-from moec.compiler.gates.coverage import GATE as COVERAGE_GATE
-from moec.compiler.gates.integrity import GATE as INTEGRITY_GATE
-from moec.compiler.gates.parity import ARTIFACT_GATE, CAPTURE_GATE, EXIT_CODE, ParityOptions
-from moec.compiler.gates.quality import EXIT_CODE as QUALITY_EXIT_CODE
-from moec.compiler.gates.quality import GATE as QUALITY_GATE
-from moec.compiler.gates.quality import QualityOptions, held_out_text, judge_quality, not_run
-from moec.compiler.gates.run import GateInputs, exit_code, run_gates
-from moec.compiler.gates.verdict import Status, Verdict
-from moec.compiler.interpreter import ProgramRunner
+from moec.compiler.gates.quality import held_out_text
+from moec.compiler.gates.run import GateInputs, exit_code
+from moec.compiler.gates.verdict import Verdict
 from moec.compiler.program import Program
+from moec.compiler.proof import latency_options, not_proven, prove
 from moec.compiler.quantization import (
     Quantization,
     calibration_text,
@@ -165,10 +159,10 @@ def compile_recipe(
                 "tools": _tools(target),
             }
             manifest = write_manifest(directory, content)
-        verdicts = _not_run("switched off with --no-gates", target)
+        verdicts = not_proven(target, "switched off with --no-gates")
         if gates:
             with stages("gates"):
-                verdicts = _gates(built, target, directory, manifest, recipe, progress)
+                verdicts = prove(_gate_inputs(built, target, directory, manifest), recipe, manifest, progress)
         report.write(directory, manifest, verdicts, stages.timings)
     return Result(output, manifest, verdicts, stages.timings)
 
@@ -208,7 +202,7 @@ def validate_artifact(
         _check_source(directory, manifest, checkpoint)
     built = _build(recipe, target, options, stages)
     with stages("gates"):
-        verdicts = _gates(built, target, directory, manifest, recipe, progress)
+        verdicts = prove(_gate_inputs(built, target, directory, manifest), recipe, manifest, progress)
     report.write(directory, manifest, verdicts, stages.timings)
     return Result(directory, manifest, verdicts, stages.timings)
 
@@ -226,7 +220,7 @@ def _check_inputs(recipe: Recipe) -> None:
         CheckpointError: A text is missing, empty or binary.
         UsageError: The plan or a budget is wrong, or the baseline is no artifact.
     """
-    _latency_options(recipe)
+    latency_options(recipe)
     if recipe.quantize is not None and not recipe.quantize.does_nothing:
         calibration_text(recipe.quantize)
         check_plan(recipe.quantize)
@@ -319,71 +313,9 @@ def _tools(target: Target) -> dict[str, str]:
     return found
 
 
-def _gates(
-    built: _Built,
-    target: Target,
-    directory: Path,
-    manifest: Mapping[str, Any],
-    recipe: Recipe,
-    progress: Progress,
-) -> tuple[Verdict, ...]:
-    inputs = GateInputs(
-        built.checkpoint, built.captured, built.program, target, directory, facts=manifest.get("facts", {})
-    )
-
-    quality, timed = recipe.quality, _latency_options(recipe)
-
-    def judge() -> Verdict:
-        if quality is None or quality.max_loss is None:
-            return not_run()
-        options = QualityOptions(quality.max_loss, quality.text, quality.windows, quality.window)
-        source = built.captured
-        if source.dtype != torch.float32:
-            # The source model is what the checkpoint holds, not what is left of it in half precision.
-            source = capture(built.checkpoint, dtype=torch.float32)
-        runner = target.open_reference(directory, threads=0)
-        return judge_quality(
-            built.captured, ProgramRunner(source), runner, built.checkpoint.directory, options, progress
-        )
-
-    def time_it() -> Verdict:
-        if timed is None:
-            return latency_gate.not_run()
-        verdict = latency_gate.judge_latency(target, directory, timed, progress)
-        return _beside_estimate(verdict, built, manifest, recipe, target)
-
-    further = [(QUALITY_GATE, QUALITY_EXIT_CODE, judge), (latency_gate.GATE, latency_gate.EXIT_CODE, time_it)]
-    parity = ParityOptions(coverage_min=recipe.coverage.min, coverage_tokens=recipe.coverage.tokens)
-    return run_gates(inputs, parity, progress, further=further)
-
-
-def _beside_estimate(
-    verdict: Verdict, built: _Built, manifest: Mapping[str, Any], recipe: Recipe, target: Target
-) -> Verdict:
-    """The verdict with the error of `moec estimate`, where this machine is calibrated for target and formats."""
-    # The estimate builds Programs itself.
-    from moec.compiler.estimate.error import estimate_error
-
-    if "workloads" not in verdict.figures:
-        return verdict
-    decode = manifest.get("routing", {}).get("accounting", {}).get("phases", {}).get("decode", {})
-    kept, dtype = float(decode.get("executed_flops_share", 1.0)), recipe.dtype or target.default_dtype
-    found = estimate_error(built.program, target.name, dtype, kept, verdict.figures["workloads"])
-    return replace(verdict, figures={**verdict.figures, "estimate": found})
-
-
-def _latency_options(recipe: Recipe) -> latency_gate.LatencyOptions | None:
-    """What the recipe demands of latency; None where it demands nothing."""
-    given = recipe.latency
-    return None if given is None else latency_gate.make_options(**given.model_dump())
-
-
-def _not_run(reason: str, target: Target) -> tuple[Verdict, ...]:
-    gates = (CAPTURE_GATE, ARTIFACT_GATE, COVERAGE_GATE, INTEGRITY_GATE)
-    proofs = (Verdict(gate, Status.NOT_RUN, reason, EXIT_CODE) for gate in gates)
-    own = (Verdict(gate.name, Status.NOT_RUN, reason, gate.exit_code) for gate in target.gates())
-    quality = Verdict(QUALITY_GATE, Status.NOT_RUN, reason, QUALITY_EXIT_CODE)
-    return (*proofs, *own, quality, latency_gate.not_run(reason))
+def _gate_inputs(built: _Built, target: Target, directory: Path, manifest: Mapping[str, Any]) -> GateInputs:
+    facts = manifest.get("facts", {})
+    return GateInputs(built.checkpoint, built.captured, built.program, target, directory, facts=facts)
 
 
 def _recipe_of(

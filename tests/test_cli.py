@@ -11,7 +11,7 @@ import torch
 
 import moec
 from moec import cli, targets
-from moec.compiler import capture, pipeline
+from moec.compiler import capture, pipeline, proof
 from moec.compiler.checkpoint import Checkpoint
 from moec.compiler.errors import MoecError, UsageError
 from moec.compiler.gates.verdict import Status, Verdict
@@ -115,7 +115,7 @@ def test_a_failed_gate_keeps_the_artifact_and_decides_the_exit_code(
         Verdict(gate, Status.FAIL if gate in failing else Status.PASS, "3 of 4", number)
         for gate, number in codes.items()
     )
-    monkeypatch.setattr(pipeline, "run_gates", lambda *_args, **_kwargs: verdicts)
+    monkeypatch.setattr(proof, "run_gates", lambda *_args, **_kwargs: verdicts)
     out = tmp_path / "out"
     assert cli.dispatch(["export", str(tiny_checkpoint("olmoe")), "-t", "fake", "-o", str(out)]) == code
     captured = capsys.readouterr()
@@ -154,7 +154,7 @@ def test_validate_runs_the_gates_and_writes_the_report(
     artifact: Path, tiny_checkpoint: Tiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = (artifact / "moec.json").read_bytes()
-    monkeypatch.setattr(pipeline, "run_gates", lambda *_a, **_k: (Verdict("parity", Status.PASS, "equal", 5),))
+    monkeypatch.setattr(proof, "run_gates", lambda *_a, **_k: (Verdict("parity", Status.PASS, "equal", 5),))
     assert cli.dispatch(["validate", str(artifact), "--against", str(tiny_checkpoint("olmoe")), "-q"]) == 0
     assert "equal" in capsys.readouterr().out
     assert json.loads((artifact / "report.json").read_text())["verdicts"][0]["gate"] == "parity"
@@ -293,7 +293,7 @@ def test_python_api(tiny_checkpoint: Tiny, tmp_path: Path, monkeypatch: pytest.M
     assert result.manifest["recipe"]["options"]["block_size"] == 16
     assert "write weights" in steps
     failed = (Verdict("parity", Status.FAIL, "far off", 5),)
-    monkeypatch.setattr(pipeline, "run_gates", lambda *_a, **_k: failed)
+    monkeypatch.setattr(proof, "run_gates", lambda *_a, **_k: failed)
     with pytest.raises(MoecError, match="parity: far off") as caught:
         moec.export(tiny_checkpoint("olmoe"), target="fake", output=tmp_path / "out", overwrite=True)
     assert caught.value.exit_code == 5

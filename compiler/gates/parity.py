@@ -144,18 +144,21 @@ class _Extension:
             self._try(ids)
 
     def by_search(self, program: Program, budget: int) -> None:
-        """Look for each expert that is still missing; the budget is shared among them."""
-        missing = self.evidence.coverage.missing()
+        """Look for each expert that is still missing; the budget is shared among them, and what is left goes round."""
+        coverage = self.evidence.coverage
         search = ExpertSearch(program, self.prompts, self.bound.max_tokens)
-        for index, (layer, expert) in enumerate(missing):
-            self.progress(f"{self.gate}: looking for experts", index, len(missing))
-            share = (budget - search.tokens) // (len(missing) - index)
-            if (layer, expert) in self.evidence.coverage.missing():
-                search.find(layer, expert, share, self._try)
+        before = -1
+        while (missing := coverage.missing()) and before < search.tokens < budget:
+            before = search.tokens
+            for index, (layer, expert) in enumerate(missing):
+                self.progress(f"{self.gate}: looking for experts", index, len(missing))
+                share = (budget - search.tokens) // (len(missing) - index)
+                if (layer, expert) in coverage.missing():
+                    search.find(layer, expert, share, self._try)
         self.evidence.tokens += search.tokens
 
     def _try(self, ids: np.ndarray) -> bool:
-        """Keep `ids` [1, T] as a case if the reference reaches a new expert with them."""
+        """Keep `ids` [1, T] as a case if the reference reaches a new expert with them; whether one is proven by it."""
         trace = self.oracle.trace(ids)
         length = ids.shape[1]
         self.evidence.tokens += length
@@ -164,8 +167,9 @@ class _Extension:
         first = max(length // 2, 1)
         steps = split_steps((first, length - first) if length > 1 else (1,), self.bound.runner)
         name = f"coverage prompt {len(self.evidence.results)}"
+        missing = len(self.evidence.coverage.missing())
         _run(self.evidence, self.runner, self.oracle, Case(name, ids, None, steps), trace)
-        return True
+        return len(self.evidence.coverage.missing()) < missing
 
 
 def judge_parity(gate: str, evidence: Evidence, options: ParityOptions) -> Verdict:

@@ -3,12 +3,17 @@
 Trained routers, and selection biases above all, leave some experts to one token in ten thousand. Waiting for that token
 costs more than looking for it: short sequences are mutated and those kept that bring the expert nearest to being chosen
 (a (mu + lambda) evolution strategy on the distance of the expert's score from the k-th best).
+
+A model is causal, so a sequence of T tokens is T trials: the score of a token depends on what is before it. Hence a
+mutation replaces one token that the nearest position sees, and draws all tokens behind it anew: they are further trials
+in a context that is known to be good. A population that gets no nearer is given up for a new one.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,9 +25,9 @@ from moec.compiler.gates.ties import SELECTIONS, decision_nodes
 from moec.compiler.interpreter import ProgramRunner
 from moec.compiler.program import EXPERTS, Program
 
-LENGTH, PARENTS, CHILDREN = 6, 4, 8
-MUTATIONS = 1.5
-"""Tokens of a sequence that a mutation replaces, on average."""
+LENGTH, PARENTS, CHILDREN = 10, 4, 4
+PATIENCE = 12
+"""Generations without a nearer sequence after which the search starts anew."""
 
 
 def selections(program: Program) -> dict[int, fx.Node]:
@@ -49,6 +54,34 @@ def _width(node: fx.Node) -> int:
     scores = node.args[0]
     assert isinstance(scores, fx.Node)
     return int(scores.meta["val"].shape[-1])
+
+
+@dataclass(frozen=True, eq=False)
+class _Population:
+    """Sequences, how near each comes to the expert, and where.
+
+    Attributes:
+        ids: [B, T] int64.
+        distance: [B] float32, at least 0 where the expert is chosen.
+        position: [B] int64.
+    """
+
+    ids: np.ndarray
+    distance: np.ndarray
+    position: np.ndarray
+
+    def best(self, count: int) -> _Population:
+        """The `count` nearest, the nearest first."""
+        order = np.argsort(-self.distance, kind="stable")[:count]
+        return _Population(self.ids[order], self.distance[order], self.position[order])
+
+    def joined(self, other: _Population) -> _Population:
+        """Both, `self` first."""
+        return _Population(
+            np.concatenate([self.ids, other.ids]),
+            np.concatenate([self.distance, other.distance]),
+            np.concatenate([self.position, other.position]),
+        )
 
 
 class ExpertSearch:
@@ -87,31 +120,45 @@ class ExpertSearch:
         if layer not in self._nodes:
             return None
         self._wanted = (self._nodes[layer], expert)
-        pool = self._prompts.random(PARENTS * CHILDREN, self._length)
-        spent = 0
-        while spent < budget:
-            scores = self._score(pool)
-            spent += pool.size
-            self.tokens += pool.size
-            order = np.argsort(-scores, kind="stable")[:PARENTS]
-            best = pool[order[:1]]
-            if scores[order[0]] >= 0 and reaches(best):
-                return best
-            pool = self._mutate(pool[order])
+        first = self.tokens
+        while self.tokens - first < budget:
+            found = self._climb(first + budget, reaches)
+            if found is not None:
+                return found
         return None
 
-    def _score(self, pool: np.ndarray) -> np.ndarray:
-        """Nearest distance of each sequence: [B]."""
+    def _climb(self, last: int, reaches: Callable[[np.ndarray], bool]) -> np.ndarray | None:
+        """Mutate one population until it reaches the expert, gets no nearer, or `last` tokens were tried in all."""
+        pool = self._prompts.random(PARENTS * CHILDREN, self._length)
+        best = _Population(pool, *self._score(pool)).best(PARENTS)
+        nearest, idle = -np.inf, 0
+        while True:
+            if best.distance[0] > nearest:
+                nearest, idle = best.distance[0], 0
+                if nearest >= 0 and reaches(best.ids[:1]):
+                    return best.ids[:1]
+            else:
+                idle += 1
+            if idle > PATIENCE or self.tokens >= last:
+                return None
+            pool = self._children(best)
+            best = best.joined(_Population(pool, *self._score(pool))).best(PARENTS)
+
+    def _score(self, pool: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The nearest distance of each sequence, and the position that has it: [B] each."""
         self._runner.prefill(pool)
         self._runner.reset()
-        return self._seen.reshape(pool.shape[0], -1).amax(1).numpy()
+        self.tokens += pool.size
+        distances = self._seen.reshape(*pool.shape, -1).amax(-1).numpy()
+        return distances.max(1), distances.argmax(1)
 
-    def _mutate(self, parents: np.ndarray) -> np.ndarray:
-        """The parents, and children of each with some tokens replaced."""
-        pool = np.repeat(parents, CHILDREN, axis=0)
-        replaced = self._prompts.chance(pool.shape) < MUTATIONS / self._length
-        replaced[::CHILDREN] = False
-        return np.where(replaced, self._prompts.random(*pool.shape), pool)
+    def _children(self, parents: _Population) -> np.ndarray:
+        """Children of each parent: one token up to its position replaced, and those behind it drawn anew."""
+        ids, position = np.repeat(parents.ids, CHILDREN, axis=0), np.repeat(parents.position, CHILDREN)
+        replaced = (self._prompts.chance(position.shape) * (position + 1)).astype(np.int64)
+        columns = np.arange(self._length)
+        fresh = (columns == replaced[:, None]) | (columns > position[:, None])
+        return np.where(fresh, self._prompts.random(*ids.shape), ids)
 
 
 def _distance(args: tuple[Any, ...], expert: int) -> Tensor:

@@ -106,7 +106,7 @@ def built(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> li
             yield worker.build(task)
 
     monkeypatch.setitem(executors.EXECUTORS, "process", inline)  # type: ignore[arg-type]
-    monkeypatch.setattr(pipeline, "_gates", lambda *_: PASSED)
+    monkeypatch.setattr(pipeline, "prove", lambda *_: PASSED)
     monkeypatch.setattr(pipeline, "capture", captured_once)
     return names
 
@@ -177,7 +177,7 @@ def test_an_entry_that_was_changed_is_built_again(tiny_checkpoint: Tiny, tmp_pat
 def test_what_fails_a_gate_is_kept_for_examination_and_not_cached(
     tiny_checkpoint: Tiny, tmp_path: Path, built: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "_gates", lambda *_: (Verdict("latency", Status.FAIL, "too slow", 6),))
+    monkeypatch.setattr(pipeline, "prove", lambda *_: (Verdict("latency", Status.FAIL, "too slow", 6),))
     cells = cells_of(tiny_checkpoint("olmoe"))
     for _ in range(2):
         found = run(cells, tmp_path)["cell-0"]

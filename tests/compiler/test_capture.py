@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from moec.compiler import capture as capture_module
 from moec.compiler.capture import capture
 from moec.compiler.checkpoint import Checkpoint
 from moec.compiler.errors import UnsupportedModelError
@@ -161,3 +163,27 @@ def test_a_mask_pattern_has_two_attributes_and_no_others() -> None:
     assert pattern == MaskPattern("sliding", 8)
     with pytest.raises(MaskUseError, match="computes on its attention mask"):
         torch.zeros(2) * pattern  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_garbage_collector_is_as_before(
+    fails: bool, tiny_checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    during: list[tuple[int, int, int]] = []
+    states = capture_module._states
+
+    def watched(*args: object) -> object:
+        during.append(gc.get_threshold())
+        if fails:
+            raise UnsupportedModelError("no")
+        return states(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(capture_module, "_states", watched)
+    before, checkpoint = gc.get_threshold(), Checkpoint.open(tiny_checkpoint("mixtral"))
+    if fails:
+        with pytest.raises(UnsupportedModelError):
+            capture(checkpoint)
+    else:
+        capture(checkpoint)
+    assert during != [before]
+    assert gc.get_threshold() == before

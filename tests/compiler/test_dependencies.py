@@ -13,6 +13,7 @@ TOP = {
     "moec.cli",
     "moec.compiler.api",
     "moec.compiler.pipeline",
+    "moec.compiler.proof",
     "moec.compiler.quantization",
     "moec.compiler.batch",
     "moec.compiler.commands",

@@ -1,17 +1,26 @@
 """Coverage counts what compared tokens reached and lists the rest."""
 
 import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 
+from moec.compiler.capture import capture
 from moec.compiler.checkpoint import Checkpoint
+from moec.compiler.gates import parity
+from moec.compiler.gates.cases import Bounds, Prompts
 from moec.compiler.gates.coverage import Coverage, judge_coverage
 from moec.compiler.gates.parity import ParityOptions, gather_artifact
 from moec.compiler.gates.reference import Oracle, Trace
 from moec.compiler.gates.search import ExpertSearch, selections
+from moec.compiler.gates.tolerance import Precision
 from moec.compiler.gates.verdict import Status
 from moec.compiler.interpreter import ProgramRunner
 from moec.compiler.program import MoeLayer, Program
+from moec.targets.base import RunnerLimits
 
 from .conftest import changed, prompts  # noqa: TID252 - tests are no package with a name of its own
 
@@ -87,6 +96,53 @@ def test_an_expert_that_prompts_hardly_reach_is_found(mixtral: Captured) -> None
     assert found is not None
     assert reaches(found)
     assert search.tokens < 4000
+
+
+def test_an_expert_that_a_bias_hides_from_prompts_is_found_soon(tiny_checkpoint: Callable[[str], Path]) -> None:
+    # No position of 12288 random tokens chooses it. A search that mutates sequences anywhere, whichever of their
+    # positions is nearest, finds it within 4000 tokens for 3 of these seeds; this one for 7.
+    program = capture(Checkpoint.open(tiny_checkpoint("mimo_v2_flash")))
+    searches = [ExpertSearch(program, Prompts(program.vocab_size, seed=seed), 100) for seed in range(8)]
+    found = [search.find(0, 6, 4000, lambda _: True) for search in searches]
+    assert sum(ids is not None for ids in found) >= 6
+    oracle = Oracle(program, 1e-4)
+    assert all((oracle.trace(ids).slots[0] == 6).any() for ids in found if ids is not None)
+
+
+def test_a_search_can_be_repeated(mixtral: Captured) -> None:
+    name = "model.layers.1.mlp.gate.weight"
+    program = changed(mixtral[1], name, lambda weight: weight[4].copy_(weight.mean(0)))
+    first, second = (ExpertSearch(program, prompts(program), 100).find(1, 4, 4000, lambda _: True) for _ in range(2))
+    assert first is not None
+    assert second is not None
+    np.testing.assert_array_equal(first, second)
+
+
+def test_what_one_search_leaves_of_the_budget_goes_to_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    coverage = Coverage(LAYERS)
+    coverage.add(_trace([[0, 1], [2, 2]], [[0, 1], [2, 2]]), np.ones((1, 2), dtype=bool))
+    asked: list[tuple[int, int]] = []
+
+    class Search:
+        """Reaches the expert of layer 1 at the first token, the one of layer 0 never."""
+
+        def __init__(self, *_: object) -> None:
+            self.tokens = 0
+
+        def find(self, layer: int, expert: int, budget: int, reaches: object) -> None:  # noqa: ARG002
+            asked.append((layer, budget))
+            self.tokens += 1 if layer else budget
+            if layer:
+                coverage.add(_trace([[0, 1]], [[3, 3]]), np.ones((1, 1), dtype=bool))
+
+    monkeypatch.setattr(parity, "ExpertSearch", Search)
+    evidence = parity.Evidence(Precision.FP32, coverage, "")
+    nothing: Any = None
+    bound = Bounds(RunnerLimits(), 8)
+    extension = parity._Extension("", evidence, nothing, nothing, nothing, bound, ParityOptions(), lambda *_: None)
+    extension.by_search(nothing, 100)
+    assert asked == [(0, 50), (1, 50), (0, 49)]
+    assert evidence.tokens == 100
 
 
 def test_an_expert_that_cannot_be_reached_ends_the_search(mixtral: Captured) -> None:
