@@ -23,6 +23,7 @@ from moec.compiler.adapters.base import adapt
 from moec.compiler.checkpoint import Checkpoint
 from moec.compiler.conversion import open_weights
 from moec.compiler.errors import MoecError, UnsupportedModelError, first_line
+from moec.compiler.frames import roomy
 from moec.compiler.masks import MaskUseError
 from moec.compiler.program import CACHE_KINDS, Dim, Program, StateSpec, TensorSpec, moe_layers, state_spec
 from moec.compiler.weights import Constant, LazyTensor
@@ -36,6 +37,7 @@ AXES = ("batch", "sequence", "past_sequence", "total_sequence")
 SAMPLE = {"batch": 2, "sequence": 5, "past_sequence": 7, "total_sequence": 12}
 
 
+@roomy
 def capture(checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32) -> Program:
     """Trace one step of the model: prefill and decode are the same graph with another past.
 

@@ -93,13 +93,14 @@ def run_gates(
         evidence[CAPTURE_GATE] = seen
         return judge_parity(CAPTURE_GATE, seen, options)
 
-    def artifact() -> Verdict:
+    def parity(name: str, runner: Runner) -> Verdict:
         prompts = Prompts.of(inputs.checkpoint.directory, inputs.program.vocab_size, seed=options.seed)
-        runner = inputs.target.open_reference(inputs.directory, threads=inputs.threads)
-        seen = gather_artifact(inputs.program, runner, prompts, options, progress)
-        evidence[ARTIFACT_GATE] = seen
-        verdict = judge_parity(ARTIFACT_GATE, seen, options)
+        evidence[name] = gather_artifact(inputs.program, runner, prompts, options, progress)
+        verdict = judge_parity(name, evidence[name], options)
         return replace(verdict, figures={**verdict.figures, "runner": dict(runner.facts())})
+
+    def artifact() -> Verdict:
+        return parity(ARTIFACT_GATE, inputs.target.open_reference(inputs.directory, threads=inputs.threads))
 
     def coverage() -> Verdict:
         if ARTIFACT_GATE not in evidence:
@@ -109,11 +110,6 @@ def run_gates(
             options.coverage_min,
             {name: seen.tokens for name, seen in evidence.items()},
         )
-
-    def parity(name: str, runner: Runner) -> Verdict:
-        prompts = Prompts.of(inputs.checkpoint.directory, inputs.program.vocab_size, seed=options.seed)
-        verdict = judge_parity(name, gather_artifact(inputs.program, runner, prompts, options, progress), options)
-        return replace(verdict, figures={**verdict.figures, "runner": dict(runner.facts())})
 
     def integrity() -> Verdict:
         readers = inputs.target.expert_tensors(inputs.directory)

@@ -35,7 +35,7 @@ NOT_CAPTURED = frozenset(
 REFUSED = frozenset({"lfm2_moe"})
 """States of short convolutions: tests/targets/test_state_kinds.py."""
 PRECISION = {torch.float32: Precision.FP32, torch.float16: Precision.FP16}
-STEPS = ((21, 1, 1, 9), (1, 1, 2), (33,))
+STEPS = ((21, 1, 1, 9), (1, 1, 2), (33,), (12, 1, 1), (9,), (1, 6), (16, 1), (11,), (8, 1))
 """Tokens per call: past every window and chunk of the tiny models, pieces of 16, single tokens from the start."""
 
 
