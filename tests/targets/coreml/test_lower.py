@@ -253,24 +253,22 @@ def test_a_dropped_expert_contributes_nothing_even_if_it_yields_nan(
     assert np.abs(found - want).max() <= 1e-4 * np.abs(want).max()
 
 
-def test_a_flipped_block_of_one_expert_is_caught(tiny_checkpoint: Any, program_of: Any, lower: Any) -> None:
+def test_a_flipped_block_of_any_one_expert_is_caught(tiny_checkpoint: Any, program_of: Any, lower: Any) -> None:
     program = program_of(tiny_checkpoint("olmoe"), torch.float16)
-    lowered = lower(program, context=64)
-    target = CoremlTarget()
+    lowered, target = lower(program, context=64), CoremlTarget()
     assert check_integrity(program, target.expert_tensors(lowered.directory)).status is Status.PASS
-    file = lowered.directory / PACKAGE / WEIGHT_FILE
-    # One block of the last expert of the last layer.
-    row = program.weights.read(program.layers[-1].down_proj)[-1].to(torch.float16).numpy().tobytes()
-    content = bytearray(file.read_bytes())
-    assert content.count(row) == 1
-    start = content.index(row)
-    content[start : start + 64] = bytes(64)
-    file.write_bytes(content)
-    verdict = check_integrity(program, target.expert_tensors(lowered.directory))
-    assert verdict.status is Status.FAIL
-    assert f"{program.layers[-1].down_proj} experts 7" in verdict.summary
-    ids = prompt(program, 48)
-    want = ProgramRunner(program).prefill(ids)
+    file, ids = lowered.directory / PACKAGE / WEIGHT_FILE, prompt(program, 48)
+    content, want = file.read_bytes(), ProgramRunner(program).prefill(ids)
+    for layer in program.layers:
+        for expert, values in enumerate(program.weights.read(layer.down_proj)):
+            row = values.to(torch.float16).numpy().tobytes()
+            assert content.count(row) == 1
+            start = content.index(row)
+            file.write_bytes(content[:start] + bytes(64) + content[start + 64 :])
+            verdict = check_integrity(program, target.expert_tensors(lowered.directory))
+            assert verdict.status is Status.FAIL
+            assert f"{layer.down_proj} experts {expert}" in verdict.summary
+    # The prompt reaches the last of them, and parity sees it too.
     assert np.abs(lowered.runner().prefill(ids) - want).max() > 2e-2 * np.abs(want).max()
 
 
