@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from moec.compiler.errors import UsageError
+from moec.compiler.quiet import no_bars
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -114,7 +115,8 @@ def write_tiny_checkpoint(
     model = tiny_model(family, seed=seed)
     torch.nn.Module.to(model, torch_dtype)
     model.config.dtype = torch_dtype
-    model.save_pretrained(directory)
+    with no_bars():
+        model.save_pretrained(directory)
     if tokenizer:
         _character_tokenizer(model.config.get_text_config().vocab_size).save(str(directory / "tokenizer.json"))
     return directory

@@ -17,6 +17,7 @@ from moec.compiler.errors import CheckpointError
 from moec.compiler.gates.ties import RouterWatch
 from moec.compiler.interpreter import ProgramRunner
 from moec.compiler.program import Program
+from moec.compiler.quiet import no_bars
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -99,12 +100,8 @@ def load_source(checkpoint: Checkpoint) -> Logits:
         CheckpointError: It lacks weights that the model needs.
     """
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
-    bars_of: Any = logging  # untyped there
-    bars = bars_of.is_progress_bar_enabled()
-    bars_of.disable_progress_bar()
-    try:
+    with no_bars():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             checkpoint.directory,
             dtype=torch.float32,
@@ -113,9 +110,6 @@ def load_source(checkpoint: Checkpoint) -> Logits:
             local_files_only=True,
             output_loading_info=True,
         )
-    finally:
-        if bars:
-            bars_of.enable_progress_bar()
     model: PreTrainedModel = loaded[0]
     info: Mapping[str, Any] = loaded[1]
     if missing := sorted(info["missing_keys"]):

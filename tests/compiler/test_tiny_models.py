@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers.utils import logging
 
 from moec.compiler.errors import UsageError
 from moec.compiler.tiny_models import family_names, tiny_config, tiny_model, write_tiny_checkpoint
@@ -121,3 +122,10 @@ def test_unknown_family_names_the_known_ones() -> None:
     with pytest.raises(UsageError, match="no_such_family") as caught:
         tiny_config("no_such_family")
     assert "olmoe" in caught.value.hint
+
+
+def test_writing_says_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    shown = logging.is_progress_bar_enabled()
+    write_tiny_checkpoint("olmoe", tmp_path)
+    assert capfd.readouterr() == ("", "")
+    assert logging.is_progress_bar_enabled() == shown
