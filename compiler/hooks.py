@@ -126,8 +126,7 @@ class StepLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):  # type: ignor
     ) -> Tensor:
         """Join the past of a convolution to its new inputs [B, C, S], and remember the last `conv_kernel_size`.
 
-        Raises:
-            UnsupportedModelError: The layer has several convolutions, or one of no given length.
+        The first pass records what a layer keeps: several convolutions, or one of no given length, are refused then.
         """
         if self.record.past is None:
             kind = f"conv{state_idx or ''}"
