@@ -96,8 +96,8 @@ def measure_capture(checkpoint: str, watched: str) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     _bare_imports()
-    from moec.compiler.capture import capture
-    from moec.compiler.checkpoint import Checkpoint
+    from moec.compiler.frontend.capture import capture
+    from moec.compiler.frontend.checkpoint import Checkpoint
 
     before, start = memory(), time.process_time()
     with Peak() if watched == "memory" else contextlib.nullcontext() as peak:

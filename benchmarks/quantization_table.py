@@ -20,9 +20,9 @@ import torch
 
 from moec import passes
 from moec.compiler.api import export
-from moec.compiler.capture import capture
-from moec.compiler.checkpoint import Checkpoint
 from moec.compiler.errors import GateError
+from moec.compiler.frontend.capture import capture
+from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.interpreter import ProgramRunner
 from moec.compiler.perplexity import compare
 from moec.compiler.text import spread, tokenize, windows

@@ -43,8 +43,8 @@ EXPERT_OPS = ("QMoE", "MoE")
 def mass_for(checkpoint: Path, budget: float) -> tuple[float, float]:
     """The mass with which top-p keeps `budget` of the slots of random tokens, and what it keeps."""
     from moec import passes
-    from moec.compiler.capture import capture
-    from moec.compiler.checkpoint import Checkpoint
+    from moec.compiler.frontend.capture import capture
+    from moec.compiler.frontend.checkpoint import Checkpoint
     from moec.passes.routing.calibrate import fit
     from moec.passes.routing.collect import collect
     from moec.passes.routing.table import parameters_of

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from moec import passes
-from moec.compiler.capture import capture
-from moec.compiler.checkpoint import Checkpoint
+from moec.compiler.frontend.capture import capture
+from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.perplexity import RESAMPLES
 from moec.compiler.program import Program
 from moec.compiler.text import read_text, tokenize, windows

@@ -18,8 +18,8 @@ import numpy as np
 from checkpoints import random_checkpoint
 from machine import describe
 
-from moec.compiler.capture import capture
-from moec.compiler.checkpoint import Checkpoint
+from moec.compiler.frontend.capture import capture
+from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.program import Program
 from moec.passes import default_passes, run_passes
 from moec.passes.dynamic_routing import DynamicRouting

@@ -31,8 +31,8 @@ def memory() -> float:
 def measure(layers: int, experts: int, prefill: int) -> dict[str, float]:
     import torch
 
-    from moec.compiler.capture import capture
-    from moec.compiler.checkpoint import Checkpoint
+    from moec.compiler.frontend.capture import capture
+    from moec.compiler.frontend.checkpoint import Checkpoint
     from moec.compiler.tiny_models import tiny_model
     from moec.passes import default_passes, run_passes
     from moec.targets.tflite import lower

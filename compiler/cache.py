@@ -20,9 +20,9 @@ from typing import Any
 import moec
 from moec.compiler.artifact import REPORTS, is_artifact
 from moec.compiler.errors import OutputError
+from moec.compiler.frontend.source import Digests, resolve
 from moec.compiler.recipe import SECTIONS, Recipe
 from moec.compiler.report_schema import JSON
-from moec.compiler.source import Digests, resolve
 from moec.compiler.staging import staged
 
 INDEX = "index.json"

@@ -99,8 +99,8 @@ def check(names: Iterable[str], recipes: Mapping[str, Mapping[str, Any]], *, pro
 
 
 def _check(name: str, recipes: Mapping[str, Mapping[str, Any]], folder: Path) -> FamilyRow:
-    from moec.compiler.capture import capture
-    from moec.compiler.checkpoint import Checkpoint
+    from moec.compiler.frontend.capture import capture
+    from moec.compiler.frontend.checkpoint import Checkpoint
     from moec.compiler.gates.cases import Prompts
     from moec.compiler.gates.parity import check_capture
     from moec.compiler.gates.verdict import Status

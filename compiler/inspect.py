@@ -43,8 +43,8 @@ def _artifact(directory: Path) -> dict[str, Any]:
 
 
 def _checkpoint(location: str, trust_remote_code: bool) -> dict[str, Any]:
-    from moec.compiler.capture import capture
-    from moec.compiler.checkpoint import Checkpoint
+    from moec.compiler.frontend.capture import capture
+    from moec.compiler.frontend.checkpoint import Checkpoint
     from moec.compiler.summary import model_summary
 
     checkpoint = Checkpoint.open(location, trust_remote_code=trust_remote_code)

@@ -18,9 +18,9 @@ import moec
 from moec import passes
 from moec.compiler import report
 from moec.compiler.artifact import read_manifest, verify, write_manifest
-from moec.compiler.capture import capture
-from moec.compiler.checkpoint import Checkpoint
 from moec.compiler.errors import ArtifactError, CheckpointError, LoweringError
+from moec.compiler.frontend.capture import capture
+from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.gates.quality import held_out_text
 from moec.compiler.gates.run import GateInputs, exit_code
 from moec.compiler.gates.verdict import Verdict

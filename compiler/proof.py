@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from moec.compiler.capture import capture
+from moec.compiler.frontend.capture import capture
 from moec.compiler.gates import latency
 from moec.compiler.gates.coverage import GATE as COVERAGE_GATE
 from moec.compiler.gates.integrity import GATE as INTEGRITY_GATE

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from moec.compiler.checkpoint import Checkpoint
 from moec.compiler.errors import CheckpointError
+from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.program import Program
 from moec.compiler.recipe import QuantizeRecipe
 from moec.compiler.text import digest, read_text, spread, tokenize, windows

@@ -12,9 +12,9 @@ import numpy as np
 
 from moec import passes
 from moec.compiler.accounting import account
-from moec.compiler.capture import capture
-from moec.compiler.checkpoint import Checkpoint
 from moec.compiler.errors import CheckpointError, OutputError, UsageError
+from moec.compiler.frontend.capture import capture
+from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.interpreter import ProgramRunner
 from moec.compiler.perplexity import losses
 from moec.compiler.program import Program

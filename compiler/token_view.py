@@ -10,8 +10,8 @@ from rich.text import Text
 
 from moec.compiler.accounting import token_view
 from moec.compiler.artifact import is_artifact, read_manifest
-from moec.compiler.checkpoint import Checkpoint
 from moec.compiler.errors import UsageError
+from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.pipeline import build_program
 from moec.compiler.recipe import make_recipe
 from moec.compiler.text import tokenize

@@ -16,8 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from moec.compiler.checkpoint import StoredEntry
 from moec.compiler.errors import CheckpointError, first_line
+from moec.compiler.frontend.checkpoint import StoredEntry
 
 
 class LazyTensor(ABC):

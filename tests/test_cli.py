@@ -11,9 +11,10 @@ import torch
 
 import moec
 from moec import cli, targets
-from moec.compiler import capture, pipeline, proof
-from moec.compiler.checkpoint import Checkpoint
+from moec.compiler import pipeline, proof
 from moec.compiler.errors import MoecError, UsageError
+from moec.compiler.frontend import capture
+from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.gates.verdict import Status, Verdict
 from moec.compiler.program import Program
 

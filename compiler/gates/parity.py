@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from moec.compiler.checkpoint import Checkpoint
+from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.gates.cases import Bounds, Case, Prompts, base_cases, bounds, split_steps
 from moec.compiler.gates.compare import CaseResult, compare, run_case
 from moec.compiler.gates.coverage import Coverage

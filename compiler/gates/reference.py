@@ -12,8 +12,8 @@ import numpy as np
 import psutil
 import torch
 
-from moec.compiler.checkpoint import Checkpoint
 from moec.compiler.errors import CheckpointError
+from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.gates.ties import RouterWatch
 from moec.compiler.interpreter import ProgramRunner
 from moec.compiler.program import Program

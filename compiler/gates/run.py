@@ -12,8 +12,8 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from moec.compiler.checkpoint import Checkpoint
 from moec.compiler.errors import MoecError, first_line
+from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.gates.cases import Prompts
 from moec.compiler.gates.coverage import GATE as COVERAGE_GATE
 from moec.compiler.gates.coverage import judge_coverage

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moec import cli
-from moec.compiler.checkpoint import INDEX
+from moec.compiler.frontend.checkpoint import INDEX
 
 Tiny = Callable[[str], Path]
 PROGRAM = [sys.executable, "-c", "from moec.cli import main; main()"]

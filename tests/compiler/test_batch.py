@@ -17,16 +17,17 @@ import torch
 import yaml
 
 from moec import cli
-from moec.compiler import batch, capture, executors, pipeline, worker
+from moec.compiler import batch, executors, pipeline, worker
 from moec.compiler.artifact import read_manifest, verify
 from moec.compiler.cache import Cache
-from moec.compiler.checkpoint import Checkpoint
 from moec.compiler.errors import MissingExtraError, UsageError
+from moec.compiler.frontend import capture
+from moec.compiler.frontend.checkpoint import Checkpoint
+from moec.compiler.frontend.source import Digests
 from moec.compiler.gates.verdict import Status, Verdict
 from moec.compiler.matrix import Cell, read_matrix
 from moec.compiler.program import Program
 from moec.compiler.recipe import make_recipe
-from moec.compiler.source import Digests
 from moec.compiler.worker import Outcome, Task
 
 Tiny = Callable[[str], Path]

@@ -3,8 +3,8 @@ import operator
 import pytest
 import torch
 
-from moec.compiler.capture import capture
-from moec.compiler.checkpoint import Checkpoint
+from moec.compiler.frontend.capture import capture
+from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.invariants import InvariantError, check_invariants
 from moec.compiler.tiny_models import write_tiny_checkpoint
 from moec.compiler.weights import Constant

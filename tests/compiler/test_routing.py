@@ -12,9 +12,9 @@ from moec import passes
 from moec.compiler import routing
 from moec.compiler.accounting import account, token_view
 from moec.compiler.artifact import read_manifest
-from moec.compiler.capture import capture
-from moec.compiler.checkpoint import Checkpoint
 from moec.compiler.errors import CheckpointError, OutputError, UsageError
+from moec.compiler.frontend.capture import capture
+from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.pipeline import compile_recipe, silent, validate_artifact
 from moec.compiler.program import Program
 from moec.compiler.recipe import RoutingRecipe, make_recipe

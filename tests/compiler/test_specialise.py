@@ -4,9 +4,9 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from moec.compiler.capture import capture
-from moec.compiler.checkpoint import Checkpoint
 from moec.compiler.errors import MoecError, UnsupportedModelError, UsageError
+from moec.compiler.frontend.capture import capture
+from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.inference import infer
 from moec.compiler.interpreter import Interpreter
 from moec.compiler.invariants import check_invariants

@@ -10,8 +10,8 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from moec.compiler.capture import capture
-from moec.compiler.checkpoint import Checkpoint
+from moec.compiler.frontend.capture import capture
+from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.inference import infer
 from moec.compiler.interpreter import Interpreter
 from moec.compiler.program import Program, TensorSpec, moe_layers

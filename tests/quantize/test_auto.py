@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from moec import passes
-from moec.compiler.capture import capture
-from moec.compiler.checkpoint import Checkpoint
 from moec.compiler.errors import UsageError
+from moec.compiler.frontend.capture import capture
+from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.program import Program
 from moec.compiler.text import HELD_OUT, read_text, spread, tokenize, windows
 from moec.compiler.tiny_models import tiny_model

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from moec import passes
-from moec.compiler.capture import capture
-from moec.compiler.checkpoint import Checkpoint
+from moec.compiler.frontend.capture import capture
+from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.program import Program
 from moec.compiler.tiny_models import tiny_model
 from moec.compiler.weights import LazyTensor

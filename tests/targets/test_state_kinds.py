@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from moec import cli, passes
-from moec.compiler.capture import capture
-from moec.compiler.checkpoint import Checkpoint
+from moec.compiler.frontend.capture import capture
+from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.targets import get_target
 
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from moec import cli, passes
-from moec.compiler.capture import capture
-from moec.compiler.checkpoint import Checkpoint
+from moec.compiler.frontend.capture import capture
+from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.program import Program
 from moec.compiler.recipe import validate
 from moec.compiler.tiny_models import tiny_model

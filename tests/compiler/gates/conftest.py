@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from moec.compiler.capture import capture
-from moec.compiler.checkpoint import Checkpoint
+from moec.compiler.frontend.capture import capture
+from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.gates.cases import Prompts
 from moec.compiler.gates.parity import ParityOptions
 from moec.compiler.interpreter import ProgramRunner

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moec.compiler.capture import capture
-from moec.compiler.checkpoint import Checkpoint
+from moec.compiler.frontend.capture import capture
+from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.gates import parity
 from moec.compiler.gates.cases import Bounds, Prompts
 from moec.compiler.gates.coverage import Coverage, judge_coverage

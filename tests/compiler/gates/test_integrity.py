@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from moec.compiler.checkpoint import Checkpoint
 from moec.compiler.errors import ArtifactError
+from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.gates.integrity import check_integrity, expert_weights
 from moec.compiler.gates.tolerance import Precision, precision_of
 from moec.compiler.gates.verdict import Status

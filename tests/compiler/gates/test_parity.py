@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from moec.compiler.checkpoint import Checkpoint
 from moec.compiler.errors import ArtifactError
+from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.gates import parity
 from moec.compiler.gates.cases import Prompts
 from moec.compiler.gates.parity import check_artifact, check_capture, gather_artifact, gather_capture

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from moec.compiler.checkpoint import Checkpoint
 from moec.compiler.errors import ArtifactError
+from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.gates.integrity import expert_weights
 from moec.compiler.gates.run import SEVERAL_FAILED, GateInputs, exit_code, run_gate, run_gates, table
 from moec.compiler.gates.verdict import Status, Verdict

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from moec.compiler.checkpoint import Checkpoint
+from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.gates.compare import excused_positions
 from moec.compiler.gates.ties import RouterWatch, _comparison_gap, _independent, _top_k_gap, decision_nodes
 from moec.compiler.interpreter import ProgramRunner

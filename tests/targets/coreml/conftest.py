@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from moec import passes
-from moec.compiler.capture import capture
-from moec.compiler.checkpoint import Checkpoint
+from moec.compiler.frontend.capture import capture
+from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.program import Program
 from moec.targets.coreml.extra import coremltools_module, quiet
 from moec.targets.coreml.interpreter import MilModel

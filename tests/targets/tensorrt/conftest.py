@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from moec import passes
-from moec.compiler.capture import capture
-from moec.compiler.checkpoint import Checkpoint
+from moec.compiler.frontend.capture import capture
+from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.interpreter import ProgramRunner
 from moec.compiler.program import Program
 from moec.targets.base import Lowered, Runner

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moec.compiler.hooks import activation_name, active_record, emit_experts
+from moec.compiler.frontend.hooks import activation_name, active_record, emit_experts
 from moec.compiler.ops import Gate
 
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from moec.compiler.adapters.dbrx import DBRX_EXPERTS
-from moec.compiler.adapters.jetmoe import JETMOE_ATTENTION, JETMOE_MLP
-from moec.compiler.adapters.llama4 import LLAMA4_MOE
-from moec.compiler.adapters.longcat import LONGCAT_EXPERTS
+from moec.compiler.frontend.adapters.dbrx import DBRX_EXPERTS
+from moec.compiler.frontend.adapters.jetmoe import JETMOE_ATTENTION, JETMOE_MLP
+from moec.compiler.frontend.adapters.llama4 import LLAMA4_MOE
+from moec.compiler.frontend.adapters.longcat import LONGCAT_EXPERTS
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch import nn
 
-from moec.compiler import capture as capture_module
-from moec.compiler.capture import capture
-from moec.compiler.checkpoint import Checkpoint
 from moec.compiler.errors import UnsupportedModelError
+from moec.compiler.frontend import capture as capture_module
+from moec.compiler.frontend.capture import capture
+from moec.compiler.frontend.checkpoint import Checkpoint
+from moec.compiler.frontend.masks import MaskPattern, MaskUseError
 from moec.compiler.gates.reference import load_source
 from moec.compiler.interpreter import ProgramRunner
-from moec.compiler.masks import MaskPattern, MaskUseError
 from moec.compiler.program import Program
 from moec.compiler.summary import model_summary
 

@@ -22,7 +22,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from moec.compiler.errors import UnsupportedModelError
-from moec.compiler.masks import MaskPattern, classify
+from moec.compiler.frontend.masks import MaskPattern, classify
 from moec.compiler.ops import ACTIVATIONS, Gate
 from moec.compiler.program import Dim
 

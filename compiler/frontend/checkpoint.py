@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moec.compiler.errors import CheckpointError, UnsupportedModelError, first_line
-from moec.compiler.source import resolve
+from moec.compiler.frontend.source import resolve
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

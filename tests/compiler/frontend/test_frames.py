@@ -6,7 +6,7 @@ import resource
 import threading
 from collections.abc import Callable
 
-from moec.compiler.frames import roomy
+from moec.compiler.frontend.frames import roomy
 
 CALLS = 200
 

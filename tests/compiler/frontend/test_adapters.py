@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from moec.compiler.adapters.base import ADAPTERS
-from moec.compiler.capture import capture
-from moec.compiler.checkpoint import Checkpoint
+from moec.compiler.frontend.adapters.base import ADAPTERS
+from moec.compiler.frontend.capture import capture
+from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.gates.reference import load_source
 from moec.compiler.gates.search import selections
 from moec.compiler.interpreter import Interpreter, ProgramRunner, empty_states

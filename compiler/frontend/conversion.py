@@ -23,8 +23,8 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from moec.compiler.checkpoint import Checkpoint, StoredEntry
 from moec.compiler.errors import CheckpointError, first_line
+from moec.compiler.frontend.checkpoint import Checkpoint, StoredEntry
 from moec.compiler.weights import LazyTensor, Stored, WeightStore
 
 if TYPE_CHECKING:

@@ -1,7 +1,8 @@
 """Capture: a checkpoint becomes a Program, without a weight being read.
 
 The model is built on the meta device; the few modules that own non-persistent buffers (rotary tables) get real ones;
-parameters become fake CPU tensors; then torch.export traces a step with the hooks of `moec.compiler.hooks` in place.
+parameters become fake CPU tensors; then torch.export traces a step with the hooks of `moec.compiler.frontend.hooks` in
+place.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.export.graph_signature import InputKind
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 
-from moec.compiler import hooks
-from moec.compiler.adapters.base import adapt
-from moec.compiler.checkpoint import Checkpoint
-from moec.compiler.conversion import open_weights
 from moec.compiler.errors import MoecError, UnsupportedModelError, first_line
-from moec.compiler.frames import roomy
-from moec.compiler.masks import MaskUseError
+from moec.compiler.frontend import hooks
+from moec.compiler.frontend.adapters.base import adapt
+from moec.compiler.frontend.checkpoint import Checkpoint
+from moec.compiler.frontend.conversion import open_weights
+from moec.compiler.frontend.frames import roomy
+from moec.compiler.frontend.masks import MaskUseError
 from moec.compiler.program import CACHE_KINDS, Dim, Program, StateSpec, TensorSpec, moe_layers, state_spec
 from moec.compiler.weights import Constant, LazyTensor
 

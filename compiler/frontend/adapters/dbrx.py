@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moec.compiler.hooks import activation_name, active_record, emit_experts
+from moec.compiler.frontend.hooks import activation_name, active_record, emit_experts
 from moec.compiler.ops import Gate
 
 
