@@ -10,7 +10,7 @@ from moec.compiler.errors import GateError
 from moec.compiler.recipe import SECTIONS, Recipe, make_recipe, read_recipe
 
 if TYPE_CHECKING:
-    from moec.compiler.generate import Generator
+    from moec.compiler.run.generate import Generator
     from moec.compiler.pipeline import Result
     from moec.targets.base import Progress
 
@@ -88,6 +88,6 @@ def load(directory: str | Path, *, threads: int = 0, inputs: Mapping[str, float]
         ArtifactError: No artifact, or a damaged one.
         UsageError: The artifact has no such input.
     """
-    from moec.compiler.generate import Generator
+    from moec.compiler.run.generate import Generator
 
     return Generator(directory, threads=threads, inputs=inputs)

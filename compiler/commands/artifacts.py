@@ -59,7 +59,7 @@ def run(
 ) -> int:
     """Continue a text, from the artifact alone."""
     from moec.compiler.flags import numbers
-    from moec.compiler.generate import Generator, Sampling
+    from moec.compiler.run.generate import Generator, Sampling
 
     console = Console(json_output, debug=debug)
     sampling = Sampling(temperature, top_k, top_p, seed)

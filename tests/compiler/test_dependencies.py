@@ -22,7 +22,7 @@ TOP = {
     "moec.compiler.worker",
     "moec.compiler.families",
     "moec.compiler.doctor",
-    "moec.compiler.generate",
+    "moec.compiler.run.generate",
     "moec.compiler.inspect",
     "moec.compiler.routing",
     "moec.compiler.accounting",
@@ -109,7 +109,7 @@ def module_level_imports(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "name", ["cli", "__init__", "compiler/api", "compiler/generate", "compiler/doctor", "targets/base"]
+    "name", ["cli", "__init__", "compiler/api", "compiler/run/generate", "compiler/doctor", "targets/base"]
 )
 def test_what_must_start_fast_imports_nothing_heavy(name: str) -> None:
     assert not module_level_imports(ROOT / f"{name}.py") & HEAVY

@@ -148,7 +148,7 @@ class Generator:
             UsageError: There is nothing to start from, or no chat template.
         """
         if chat:
-            from moec.compiler.chat import render_chat
+            from moec.compiler.run.chat import render_chat
 
             text = render_chat(self.directory, [{"role": "user", "content": prompt}])
             ids = self.tokenizer.encode(text, add_special_tokens=False).ids

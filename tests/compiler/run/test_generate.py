@@ -12,9 +12,9 @@ import pytest
 import moec
 from moec import cli
 from moec.compiler.artifact import write_manifest
-from moec.compiler.chat import render_chat
 from moec.compiler.errors import ArtifactError, UsageError
-from moec.compiler.generate import Generator, Sampling
+from moec.compiler.run.chat import render_chat
+from moec.compiler.run.generate import Generator, Sampling
 
 Make = Callable[..., Path]
 pytestmark = pytest.mark.usefixtures("fake_target")

@@ -1,0 +1,1 @@
+"""Running an artifact alone: text in, text out. Imports neither torch nor transformers."""
