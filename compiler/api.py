@@ -10,8 +10,8 @@ from moec.compiler.errors import GateError
 from moec.compiler.recipe import SECTIONS, Recipe, make_recipe, read_recipe
 
 if TYPE_CHECKING:
-    from moec.compiler.run.generate import Generator
     from moec.compiler.pipeline import Result
+    from moec.compiler.run.generate import Generator
     from moec.targets.base import Progress
 
 
