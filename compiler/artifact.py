@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from moec.compiler.errors import ArtifactError
+from moec.compiler.files import read_json
 
 MANIFEST = "moec.json"
 REPORTS = frozenset({"report.json", "report.html", "report.xml", "build.log"})
@@ -51,11 +52,8 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     if not path.is_file():
         what = "has no moec.json" if directory.is_dir() else "is no directory"
         raise ArtifactError(f"{directory}: not an artifact: it {what}", hint="give the directory that moec export made")
-    try:
-        manifest = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{path}: cannot be read as JSON: {error}", hint="export it again") from error
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+    manifest = read_json(path, ArtifactError, hint="export it again")
+    if not isinstance(manifest.get("files"), dict):
         raise ArtifactError(f"{path}: not a description of an artifact", hint="export it again")
     if manifest.get("schema_version") != SCHEMA_VERSION:
         raise ArtifactError(

@@ -11,7 +11,7 @@ from typing import Any
 
 from moec.compiler.artifact import MANIFEST, is_artifact, read_manifest
 from moec.compiler.errors import UnsupportedModelError
-from moec.compiler.model_config import read_json
+from moec.compiler.model_config import read_config
 
 
 def inspect(location: str, *, trust_remote_code: bool = False) -> dict[str, Any]:
@@ -31,7 +31,7 @@ def inspect(location: str, *, trust_remote_code: bool = False) -> dict[str, Any]
 
 def _artifact(directory: Path) -> dict[str, Any]:
     manifest = read_manifest(directory)
-    report = read_json(directory / "report.json")
+    report = read_config(directory / "report.json")
     kept = ("recipe", "model", "routing", "quantization", "signature", "passes", "rejections", "facts", "tools")
     return {
         "kind": "artifact",

@@ -20,9 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from moec.compiler.errors import UsageError
+from moec.compiler.files import read_yaml
 from moec.compiler.recipe import SECTIONS, Recipe, unknown
 
 AXES = ("models", "targets", "quantize", "routing")
@@ -49,17 +48,10 @@ def read_matrix(path: Path) -> tuple[Cell, ...]:
     Raises:
         UsageError: It cannot be read, has an unknown key, an empty axis, or two cells of one name.
     """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"{path}: the matrix cannot be read: {error.strerror or error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: the matrix is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise UsageError(f"{path}: a matrix is a mapping of keys", hint=f"the keys: {', '.join(_KEYS)}")
+    content = read_yaml(path, UsageError, hint=f"a matrix is a mapping of the keys {', '.join(_KEYS)}")
     for key in content:
         if key not in _KEYS:
-            raise unknown(str(key), _KEYS, f"{path}: unknown key", "the keys of a matrix")
+            raise unknown(key, _KEYS, f"{path}: unknown key", "the keys of a matrix")
     for key in AXES[:2]:
         if not content.get(key):
             raise UsageError(f"{path}: no {key} are given", hint=f"{key}: [NAME, ...]")

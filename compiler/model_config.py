@@ -1,32 +1,24 @@
-"""What moec reads from a model's config.json and generation_config.json. Imports no torch."""
+"""What moec reads from the JSON files beside a model's weights. Imports no torch."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moec.compiler.errors import ArtifactError
+from moec.compiler.errors import ArtifactError, first_line
+from moec.compiler.files import read_json
 
 _CONTEXT = ("max_position_embeddings", "max_seq_len", "n_positions")
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
     """A JSON object of an artifact, or an empty one where the file does not exist.
 
     Raises:
         ArtifactError: The file is no JSON object.
     """
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{path}: cannot be read as JSON: {error}", hint="export it again") from error
-    if not isinstance(value, dict):
-        raise ArtifactError(f"{path}: not a JSON object", hint="export it again")
-    return value
+    return read_json(path, ArtifactError, hint="export it again") if path.is_file() else {}
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -47,6 +39,41 @@ def token_ids(name: str, *configs: Mapping[str, Any]) -> tuple[int, ...]:
         value = config.get(name)
         if isinstance(value, int):
             return (value,)
-        if isinstance(value, list) and value:
-            return tuple(int(item) for item in value)
+        if isinstance(value, list) and value and all(isinstance(item, int) for item in value):
+            return tuple(value)
     return ()
+
+
+def end_tokens(generation: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[int, ...]:
+    """The ids at which generation ends, as transformers' generate has them.
+
+    Args:
+        generation: generation_config.json; what it names is all there is.
+        config: config.json, which is asked where that file names none, the nested text_config last.
+    """
+    return token_ids("eos_token_id", generation, config, text_config(config))
+
+
+def vocabulary_size(config: Mapping[str, Any]) -> int | None:
+    """Number of entries of the logits, or None if config.json does not say."""
+    size = text_config(config).get("vocab_size")
+    return size if isinstance(size, int) else None
+
+
+def chat_template(directory: Path) -> str | None:
+    """The model's default chat template (a jinja text), from a file of its own or from tokenizer_config.json.
+
+    Raises:
+        ArtifactError: A file is damaged.
+    """
+    file = directory / "chat_template.jinja"
+    if file.is_file():
+        try:
+            return file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ArtifactError(f"{file}: cannot be read: {first_line(error)}", hint="export it again") from error
+    template = read_config(directory / "tokenizer_config.json").get("chat_template")
+    if isinstance(template, list):  # several named templates
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, Mapping)}
+        template = named.get("default")
+    return template if isinstance(template, str) else None

@@ -29,10 +29,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from moec.compiler.errors import UsageError
+from moec.compiler.files import read_yaml
 
 DType = Literal["fp32", "fp16"]
 Model = TypeVar("Model", bound=BaseModel)
@@ -223,15 +223,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
     Raises:
         UsageError: The file cannot be read, is no YAML mapping, or has a key that no recipe has.
     """
-    try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"{path}: the recipe cannot be read: {error.strerror or error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: the recipe is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(value, dict):
-        raise UsageError(f"{path}: a recipe is a mapping of keys, such as 'target: ...'")
-    fields = {str(key): item for key, item in value.items()}
+    fields = read_yaml(path, UsageError, hint="a recipe is a mapping of keys, such as 'target: onnx'")
     for key in fields:
         if key not in Recipe.model_fields:
             raise unknown(key, Recipe.model_fields, f"{path}: unknown recipe key", "the keys of a recipe")

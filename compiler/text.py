@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from moec.compiler.errors import CheckpointError, UsageError
+from moec.compiler.model_config import read_config, vocabulary_size
+from moec.compiler.tokenizer import open_tokenizer
 
 _SHIPPED = ("golden_models", "olmoe-tiny", "texts")
 CALIBRATION = ("calibration.txt",)
@@ -69,21 +71,20 @@ def tokenize(directory: Path, text: str) -> np.ndarray:
     """Token ids of `text` by the tokenizer.json in `directory`, without special tokens: [n] int64.
 
     Raises:
-        CheckpointError: There is no tokenizer.json.
+        CheckpointError: There is no tokenizer.json, it is damaged, or it makes tokens that the model does not have.
     """
-    from tokenizers import Tokenizer
-
-    path = directory / "tokenizer.json"
-    if not path.is_file():
-        raise CheckpointError(
-            f"{directory}: no tokenizer.json, so no text can be used",
-            hint="save the fast tokenizer with the checkpoint",
-        )
-    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer = open_tokenizer(directory)
     # Long strings cost more than their parts together; lines are where tokenizers cut anyway.
     pieces = [text[start : start + 20_000] for start in range(0, len(text), 20_000)]
     encoded = tokenizer.encode_batch(pieces, add_special_tokens=False)
-    return np.asarray([index for piece in encoded for index in piece.ids], dtype=np.int64)
+    ids = np.asarray([index for piece in encoded for index in piece.ids], dtype=np.int64)
+    limit = vocabulary_size(read_config(directory / "config.json"))
+    if limit is not None and ids.size and ids.max() >= limit:
+        raise CheckpointError(
+            f"{directory}: tokenizer.json makes the token {ids.max()}, and the model's vocabulary has {limit} entries",
+            hint="is it the tokenizer of this model? Tokens that were added later need embeddings of their own",
+        )
+    return ids
 
 
 def windows(ids: np.ndarray, length: int, count: int | None = None, *, start: int = 0) -> np.ndarray:

@@ -15,6 +15,7 @@ from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.pipeline import build_program
 from moec.compiler.recipe import make_recipe
 from moec.compiler.text import tokenize
+from moec.compiler.tokenizer import open_tokenizer
 
 COLOURS = ("#1a9850", "#91cf60", "#d9ef8b", "#fee08b", "#fc8d59", "#d73027")
 """From few experts to all."""
@@ -37,8 +38,6 @@ def experts_by_token(
     Raises:
         UsageError: An artifact is given without its checkpoint, or the text is empty.
     """
-    from tokenizers import Tokenizer
-
     directory = Path(location).expanduser()
     fields: dict[str, Any] = {"target": "onnx"}
     if is_artifact(directory):
@@ -53,7 +52,7 @@ def experts_by_token(
     ids = tokenize(checkpoint.directory, text)
     if not len(ids):
         raise UsageError("--text is empty", hint="give a few words")
-    tokenizer = Tokenizer.from_file(str(checkpoint.directory / "tokenizer.json"))
+    tokenizer = open_tokenizer(checkpoint.directory)
     return [
         {"text": tokenizer.decode([index]), "share": share, "slots": list(slots)}
         for index, share, slots in token_view(build_program(recipe), ids.tolist())

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
+from moec.compiler.errors import UsageError
 from moec.compiler.rejections import Rejection
 
 if TYPE_CHECKING:
@@ -91,6 +92,7 @@ class Runner(Protocol):
 
     A runner that does not take every shape has an attribute `limits`, a RunnerLimits: ask `limits_of`.
     One whose artifact has inputs with defaults has a dict `overrides`: name -> float32 array that is fed instead.
+    One that can run several sequences side by side has a method `fork`: ask `fork`.
     """
 
     def reset(self) -> None:
@@ -110,6 +112,22 @@ def limits_of(runner: Runner) -> RunnerLimits:
     """Limits that `runner` states, or none."""
     limits = getattr(runner, "limits", None)
     return limits if isinstance(limits, RunnerLimits) else RunnerLimits()
+
+
+def fork(runner: Runner) -> Runner:
+    """A runner of the same artifact with sequences of its own; it shares the weights.
+
+    Raises:
+        UsageError: `runner` has no method `fork`: its runtime keeps the states of one sequence.
+    """
+    own = getattr(runner, "fork", None)
+    if own is None:
+        raise UsageError(
+            "another text is being generated, and the runner of this target keeps one sequence at a time",
+            hint="finish or close the other generation first, or open the artifact again with moec.load",
+        )
+    twin: Runner = own()
+    return twin
 
 
 def cannot_measure(target: Target) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from moec.compiler.commands.options import ArtifactDirectory, Debug, Json
 from moec.compiler.console import Console
+from moec.compiler.errors import UsageError
 
 
 def verify(
@@ -39,13 +40,36 @@ def verify(
     return 0
 
 
+def _sampling(text: str) -> Any:
+    """A flag that goes over the model's own generation_config.json."""
+    return typer.Option(help=f"{text} (default: the model's own)", rich_help_panel="Sampling")
+
+
+def _prompt(given: str) -> str:
+    """The text of `--prompt`; "-" reads standard input.
+
+    Raises:
+        UsageError: It is not UTF-8.
+    """
+    try:
+        if given == "-":
+            return sys.stdin.buffer.read().decode("utf-8")
+        # Bytes of the command line that are not UTF-8 arrive as lone surrogates.
+        return given.encode("utf-8", "surrogateescape").decode("utf-8")
+    except UnicodeDecodeError as error:
+        where = "standard input" if given == "-" else "--prompt"
+        raise UsageError(f"{where}: not UTF-8 text (byte {error.start})", hint="convert it to UTF-8") from error
+
+
 def run(
     directory: ArtifactDirectory,
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="The text to continue; '-' reads standard input.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="At most so many new tokens.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="Draw among the k most likely tokens; 0 means all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Draw among the likeliest tokens that together reach p.")] = 1.0,
+    temperature: Annotated[float | None, _sampling("Divides the logits; 0 takes the most likely token.")] = None,
+    top_k: Annotated[int | None, _sampling("Draw among the k most likely tokens; 0 means all.")] = None,
+    top_p: Annotated[float | None, _sampling("Draw among the likeliest tokens that together reach p.")] = None,
+    min_p: Annotated[float | None, _sampling("Leave out tokens below p times the likeliest one.")] = None,
+    repetition_penalty: Annotated[float | None, _sampling("Above 1, tokens that occurred become less likely.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
     chat: Annotated[bool, typer.Option("--chat", help="Wrap the prompt in the model's chat template.")] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Print counts and tokens per second on stderr.")] = False,
@@ -57,14 +81,24 @@ def run(
     json_output: Json = False,
     debug: Debug = False,
 ) -> int:
-    """Continue a text, from the artifact alone."""
+    """Continue a text, from the artifact alone.
+
+    How tokens are chosen follows the model's generation_config.json, as in transformers, where no flag says otherwise.
+    """
     from moec.compiler.flags import numbers
-    from moec.compiler.run.generate import Generator, Sampling
+    from moec.compiler.run.generate import Generator
 
     console = Console(json_output, debug=debug)
-    sampling = Sampling(temperature, top_k, top_p, seed)
+    text = _prompt(prompt)
     generator = Generator(directory, threads=threads, inputs=numbers(inputs or (), "--input"))
-    text = sys.stdin.read() if prompt == "-" else prompt
+    sampling = generator.sampling(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+    )
     pieces = generator.stream(text, chat=chat, max_new_tokens=max_new_tokens, sampling=sampling)
     written = "".join(pieces) if json_output else console.pieces(pieces)
     counted = generator.statistics

@@ -24,7 +24,7 @@ from moec.compiler.artifact import read_manifest
 from moec.compiler.errors import ArtifactError, UsageError
 from moec.compiler.latency.demands import Cold, Demand, Workload
 from moec.compiler.latency.sampling import Plan, growth, longest, pinned, sample
-from moec.compiler.model_config import context_length, read_json
+from moec.compiler.model_config import context_length, read_config
 from moec.targets import get_target
 from moec.targets.base import Runner
 
@@ -87,7 +87,7 @@ def warm(
 
     with pinned(threads) as cpus:
         runners = opened(0)
-        configs = {name: read_json(Path(path) / "config.json") for name, path in artifacts.items()}
+        configs = {name: read_config(Path(path) / "config.json") for name, path in artifacts.items()}
         most = [longest(runner, context_length(configs[name])) for name, runner in runners.items()]
         facts = {name: dict(runner.facts()) for name, runner in runners.items()}
         fitting = tuple(c for c in contexts if all(limit is None or c + growth(c) <= limit for limit in most))

@@ -13,8 +13,8 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from moec.compiler.errors import ArtifactError, UsageError
-from moec.compiler.model_config import read_json
+from moec.compiler.errors import ArtifactError, UsageError, first_line
+from moec.compiler.model_config import chat_template, read_config
 
 
 class GenerationTag(Extension):
@@ -40,34 +40,50 @@ def render_chat(directory: Path, messages: Sequence[Mapping[str, str]]) -> str:
         UsageError: The model has no chat template, or its template refuses the messages.
         ArtifactError: The template is damaged.
     """
-    config = read_json(directory / "tokenizer_config.json")
+    source = chat_template(directory)
+    if source is None:
+        raise UsageError(f"{directory}: the model has no chat template", hint="leave out --chat")
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, GenerationTag]
     )
     environment.filters["tojson"] = _to_json
     environment.globals |= {"raise_exception": _refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
-    special = {name: _text(config[name]) for name in ("bos_token", "eos_token", "pad_token") if name in config}
+    given: dict[str, Any] = {"messages": list(messages), "tools": None, "documents": None}
     try:
-        template = environment.from_string(_template(directory, config))
-        text: str = template.render(messages=list(messages), add_generation_prompt=True, **special)
+        template = environment.from_string(source)
+        text: str = template.render(
+            **_special_tokens(_tokenizer_config(directory)), **given, add_generation_prompt=True
+        )
     except TemplateSyntaxError as error:
         raise ArtifactError(f"{directory}: its chat template is damaged: {error}") from error
-    except TemplateError as error:
-        raise UsageError(f"{directory}: the chat template refuses the prompt: {error}") from error
+    except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, RecursionError) as error:
+        # A template is a program: what it computes on the messages may fail in any of these ways.
+        raise UsageError(f"{directory}: the chat template refuses the prompt: {first_line(error)}") from error
     return text
 
 
-def _template(directory: Path, config: Mapping[str, Any]) -> str:
-    file = directory / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
-    template = config.get("chat_template")
-    if isinstance(template, list):  # several named templates
-        named = {entry["name"]: entry["template"] for entry in template}
-        template = named.get("default")
-    if not isinstance(template, str):
-        raise UsageError(f"{directory}: the model has no chat template", hint="leave out --chat")
-    return template
+def _tokenizer_config(directory: Path) -> dict[str, Any]:
+    """tokenizer_config.json; special tokens of the older special_tokens_map.json count where it lists no added tokens.
+
+    This is the order of `PreTrainedTokenizerBase._from_pretrained` in transformers 5.
+    """
+    config = read_config(directory / "tokenizer_config.json")
+    if "added_tokens_decoder" in config:
+        return config
+    return {**config, **read_config(directory / "special_tokens_map.json")}
+
+
+def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    """What templates may use by name: bos_token and its like, and the tokens that the model names itself.
+
+    These are the rules of `PreTrainedTokenizerBase.__init__` in transformers 5: keys that end in `_token`, and named
+    tokens of `extra_special_tokens`.
+    """
+    named = {name: value for name, value in config.items() if name.endswith("_token")}
+    for key in ("extra_special_tokens", "model_specific_special_tokens"):
+        if isinstance(own := config.get(key), Mapping):
+            named |= own
+    return {name: _text(value) for name, value in named.items() if isinstance(value, str | Mapping)}
 
 
 def _text(token: Any) -> str:
@@ -75,8 +91,15 @@ def _text(token: Any) -> str:
     return str(token.get("content", "")) if isinstance(token, Mapping) else str(token or "")
 
 
-def _to_json(value: Any, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """The filter of transformers: jinja2's own escapes for HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _refuse(message: str) -> None:

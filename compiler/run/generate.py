@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,61 +13,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moec.compiler.artifact import MANIFEST, read_manifest
+from moec.compiler.artifact import read_manifest
 from moec.compiler.errors import ArtifactError, UsageError
-from moec.compiler.model_config import context_length, read_json, text_config, token_ids
+from moec.compiler.model_config import context_length, end_tokens, read_config, text_config, token_ids, vocabulary_size
+from moec.compiler.sampling import Sampling, sampling_of
+from moec.compiler.tokenizer import open_tokenizer, stream_text
 from moec.targets import get_target
+from moec.targets.base import Runner, fork
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 DEFAULT_NEW_TOKENS = 128
-
-
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """How the next token is chosen.
-
-    Attributes:
-        temperature: Divides the logits; 0 takes the most likely token (greedy).
-        top_k: Only the k most likely tokens; 0 means all.
-        top_p: Only the smallest set of most likely tokens whose probabilities reach p (Holtzman et al., 2019).
-        seed: Seed of the random draws.
-    """
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Check the ranges.
-
-        Raises:
-            UsageError: A value is out of range, or restricts a draw that greedy decoding does not make.
-        """
-        if not self.temperature >= 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise UsageError(
-                f"sampling: temperature {self.temperature}, top-k {self.top_k}, top-p {self.top_p}",
-                hint="temperature >= 0, top-k >= 0, 0 < top-p <= 1",
-            )
-        if self.temperature == 0 and (self.top_k or self.top_p < 1):
-            raise UsageError("top-k and top-p choose among random draws", hint="set a temperature above 0 as well")
-
-    def choose(self, logits: np.ndarray, random: np.random.Generator) -> int:
-        """Next token of logits [V]."""
-        if self.temperature == 0:
-            return int(logits.argmax())
-        order = np.argsort(-logits, kind="stable")
-        scaled = logits[order].astype(np.float64) / self.temperature
-        if self.top_k:
-            scaled = scaled[: self.top_k]
-        probabilities = np.exp(scaled - scaled[0])
-        probabilities /= probabilities.sum()
-        if self.top_p < 1:
-            kept = int(np.searchsorted(probabilities.cumsum(), self.top_p)) + 1
-            probabilities = probabilities[:kept] / probabilities[:kept].sum()
-        return int(order[random.choice(len(probabilities), p=probabilities)])
+GENERATION_CONFIG = "generation_config.json"
 
 
 @dataclass
@@ -103,14 +63,19 @@ class Generator:
         if missing := [name for name in self.manifest["files"] if not (self.directory / name).is_file()]:
             raise ArtifactError(f"{self.directory}: damaged: {', '.join(missing)} missing", hint="copy it again")
         self.statistics = Statistics()
-        config = read_json(self.directory / "config.json")
-        generation = read_json(self.directory / "generation_config.json")
+        """Of the generation that began last."""
+        config = read_config(self.directory / "config.json")
+        self._generation = read_config(self.directory / GENERATION_CONFIG)
         self.context_length = context_length(config)
-        self.eos_token_ids = token_ids("eos_token_id", generation, config, text_config(config))
-        self._bos_token_ids = token_ids("bos_token_id", generation, config, text_config(config))
+        self.eos_token_ids = end_tokens(self._generation, config)
+        self._bos_token_ids = token_ids("bos_token_id", self._generation, config, text_config(config))
+        self._vocabulary = vocabulary_size(config)
+        self.sampling()  # a generation_config.json that makes no sense is said at once
         name = str(self.manifest.get("recipe", {}).get("target"))
         self.runner = get_target(name).open(self.directory, threads=threads)
         self._set(inputs or {})
+        self._idle: list[Runner] = [self.runner]
+        self._lock = threading.Lock()
 
     def _set(self, inputs: Mapping[str, float]) -> None:
         rows = self.manifest.get("signature", {}).get("inputs", [])
@@ -128,18 +93,19 @@ class Generator:
         Raises:
             ArtifactError: It has none, or a damaged one.
         """
-        from tokenizers import Tokenizer
+        return open_tokenizer(self.directory, ArtifactError)
 
-        path = self.directory / "tokenizer.json"
-        if not path.is_file():
-            raise ArtifactError(
-                f"{self.directory}: it has no tokenizer.json, so it can neither read nor write text",
-                hint="put the model's tokenizer.json into the checkpoint and export again",
-            )
-        try:
-            return Tokenizer.from_file(str(path))
-        except Exception as error:  # tokenizers raises bare Exception
-            raise ArtifactError(f"{path}: damaged: {error}", hint=f"compare with {MANIFEST}: moec verify") from error
+    def sampling(self, **given: Any) -> Sampling:
+        """How tokens are chosen: as generation_config.json says, and what is given over it.
+
+        Args:
+            given: Fields of `Sampling`; None is not given.
+
+        Raises:
+            UsageError: A value is out of range.
+            ArtifactError: One of generation_config.json is.
+        """
+        return sampling_of(self._generation, given, where=str(self.directory / GENERATION_CONFIG))
 
     def encode(self, prompt: str, *, chat: bool = False) -> list[int]:
         """Token ids of `prompt`; with `chat`, as a user's message in the model's chat template.
@@ -167,60 +133,89 @@ class Generator:
         Args:
             input_ids: The prompt, at least one token.
             max_new_tokens: At most so many.
-            sampling: Greedy if None.
+            sampling: None: what the model's generation_config.json says.
+
+        Several generations may be under way at a time, in one thread or in several: each has states of its own.
 
         Raises:
-            UsageError: Prompt and new tokens are more than the model allows.
+            UsageError: Prompt and new tokens are more than the model allows, or a token is not in its vocabulary; or
+                another generation is under way and the runner of the target keeps one sequence alone.
         """
         self._check_length(len(input_ids), max_new_tokens)
-        sampling = sampling or Sampling()
+        self._check_ids(input_ids)
+        sampling = self.sampling() if sampling is None else sampling
         random = np.random.default_rng(sampling.seed)
         self.statistics = statistics = Statistics(prompt_tokens=len(input_ids))
-        start = time.perf_counter()
-        logits = self.runner.prefill(np.asarray([input_ids], dtype=np.int64))
-        statistics.prefill_seconds = time.perf_counter() - start
-        while True:
-            token = sampling.choose(logits[0, -1], random)
-            if token in self.eos_token_ids:
-                return
-            statistics.new_tokens += 1
-            yield token
-            if statistics.new_tokens == max_new_tokens:
-                return
+        seen = list(input_ids)
+        with self._borrowed() as runner:
             start = time.perf_counter()
-            logits = self.runner.decode(np.asarray([[token]], dtype=np.int64))
-            statistics.decode_seconds += time.perf_counter() - start
+            logits = runner.prefill(np.asarray([input_ids], dtype=np.int64))
+            statistics.prefill_seconds = time.perf_counter() - start
+            while True:
+                token = sampling.choose(logits[0, -1], random, seen)
+                if token in self.eos_token_ids:
+                    return
+                statistics.new_tokens += 1
+                seen.append(token)
+                yield token
+                if statistics.new_tokens == max_new_tokens:
+                    return
+                start = time.perf_counter()
+                logits = runner.decode(np.asarray([[token]], dtype=np.int64))
+                statistics.decode_seconds += time.perf_counter() - start
+
+    @contextmanager
+    def _borrowed(self) -> Iterator[Runner]:
+        """A runner for one generation: an idle one, or a fork with states of its own."""
+        with self._lock:
+            runner = self._idle.pop() if self._idle else fork(self.runner)
+        try:
+            yield runner
+        finally:
+            runner.reset()
+            with self._lock:
+                self._idle.append(runner)
 
     def stream(self, prompt: str | Sequence[int], *, chat: bool = False, **options: Any) -> Iterator[str]:
-        """Yield the text of the answer piece by piece; a character that the last token leaves unfinished is dropped.
+        """Yield the text of the answer piece by piece, each as soon as its last character is finished.
 
         Args:
             prompt: Text or token ids.
             chat: Wrap a text in the model's chat template.
             options: `max_new_tokens` and `sampling` of `tokens`.
         """
-        from tokenizers.decoders import DecodeStream
-
         ids = self.encode(prompt, chat=chat) if isinstance(prompt, str) else list(prompt)
-        decoder = DecodeStream(ids=ids, skip_special_tokens=True)
-        for token in self.tokens(ids, **options):
-            if piece := decoder.step(self.tokenizer, token):
-                yield piece
+        yield from stream_text(self.tokenizer, ids, self.tokens(ids, **options))
 
     def generate(
         self,
         prompt: str | Sequence[int],
         *,
         max_new_tokens: int = DEFAULT_NEW_TOKENS,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        seed: int = 0,
         chat: bool = False,
+        **sampling: float | None,
     ) -> str:
-        """Text that follows `prompt` (a text or token ids). The other arguments are those of Sampling and `tokens`."""
-        sampling = Sampling(temperature, top_k, top_p, seed)
-        return "".join(self.stream(prompt, chat=chat, max_new_tokens=max_new_tokens, sampling=sampling))
+        """Text that follows a prompt.
+
+        Args:
+            prompt: A text, or token ids.
+            max_new_tokens: At most so many new tokens.
+            chat: Wrap a text in the model's chat template.
+            sampling: Fields of `Sampling`, over what the model's generation_config.json says.
+
+        Raises:
+            UsageError: As for `tokens` and `encode`.
+        """
+        chosen = self.sampling(**sampling)
+        return "".join(self.stream(prompt, chat=chat, max_new_tokens=max_new_tokens, sampling=chosen))
+
+    def _check_ids(self, ids: Sequence[int]) -> None:
+        limit = self._vocabulary
+        if limit is not None and (wrong := [index for index in ids if not 0 <= index < limit]):
+            raise UsageError(
+                f"the prompt holds token {wrong[0]}, and the model's vocabulary has {limit} entries",
+                hint="the tokenizer.json of the artifact belongs to another model, or has tokens that were added to it",
+            )
 
     def _check_length(self, prompt: int, new: int) -> None:
         if not prompt:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import platform
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 
@@ -26,6 +27,9 @@ class Backend(Protocol):
     def predict(self, function: str, feeds: Feeds) -> Mapping[str, np.ndarray]:
         """Run `function` once; its states change."""
 
+    def fork(self) -> Self:
+        """A backend with states of its own on the same weights."""
+
     def facts(self) -> Mapping[str, Any]:
         """Runtime and what it counted, for the report."""
 
@@ -39,9 +43,18 @@ class InterpreterBackend:
 
     def __init__(self, package: Path) -> None:
         self.model = MilModel.open(package)
+        self._begin()
+
+    def _begin(self) -> None:
         self._state = self.model.new_state()
         self._sessions: dict[str, MilSession] = {}
         self._tokens: dict[str, int] = {}
+
+    def fork(self) -> Self:
+        """A backend with states and counters of its own on the same weights."""
+        twin = copy.copy(self)
+        twin._begin()
+        return twin
 
     def reset(self) -> None:
         """Set every state to zero."""
@@ -87,6 +100,12 @@ class CoreMLBackend:
         self._package, self._units = package, units
         self._models: dict[str, Any] = {}
         self._state: Any = None
+
+    def fork(self) -> Self:
+        """A backend with a state of its own on the same models."""
+        twin = copy.copy(self)
+        twin.reset()
+        return twin
 
     def reset(self) -> None:
         """Forget the state; a new one is made when it is needed."""

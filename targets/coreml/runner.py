@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -50,6 +51,12 @@ class CoremlRunner:
         self._backend = backend(directory / PACKAGE)
         self._length = 0
         self.limits = RunnerLimits(max_batch=1, padding=False, max_sequence=self._context)
+
+    def fork(self) -> Self:
+        """A runner with a state of its own on the same weights."""
+        twin = copy.copy(self)
+        twin._backend, twin._length = self._backend.fork(), 0
+        return twin
 
     def reset(self) -> None:
         """Forget the sequence."""

@@ -7,16 +7,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from moec.compiler.model_config import end_tokens, read_config, text_config, token_ids
 from moec.compiler.program import ATTENTION, Program
+from moec.compiler.sampling import Sampling, sampling_of
 from moec.targets.onnx.lowerings.group_query import heads_of, width_of
 
 CONFIG = "genai_config.json"
+GENERATION = "generation_config.json"
 DEFAULT_LENGTH = 4096
 """Context where config.json names none."""
 
 
 def genai_config(program: Program, filename: str) -> dict[str, Any]:
-    """The description of `program` in the file called `filename`, greedy by default.
+    """The shapes of `program` in the file called `filename`; `complete` adds tokens and the search.
 
     Args:
         program: As lowered, with a cache of one shape in every layer.
@@ -27,13 +30,8 @@ def genai_config(program: Program, filename: str) -> dict[str, Any]:
     length = int(config.get("max_position_embeddings") or config.get("max_seq_len") or DEFAULT_LENGTH)
     query = program.nodes(ATTENTION)[0].args[0]
     hidden = program.layers[0].hidden_size
-    tokens = {name: config[name] for name in ("bos_token_id", "eos_token_id") if config.get(name) is not None}
-    end = tokens.get("eos_token_id", 0)
-    pad = config.get("pad_token_id")
-    tokens["pad_token_id"] = pad if pad is not None else end[0] if isinstance(end, list) else end
     return {
         "model": {
-            **tokens,
             "context_length": length,
             "decoder": {
                 "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
@@ -60,22 +58,60 @@ def genai_config(program: Program, filename: str) -> dict[str, Any]:
             "type": "decoder",
             "vocab_size": program.vocab_size,
         },
-        "search": {
-            "do_sample": False,
-            "max_length": length,
-            "min_length": 0,
-            "num_beams": 1,
-            "num_return_sequences": 1,
-            "past_present_share_buffer": True,
-            "repetition_penalty": 1.0,
-            "temperature": 1.0,
-            "top_k": 1,
-            "top_p": 1.0,
-        },
+    }
+
+
+def complete(directory: Path) -> None:
+    """Add the start, end and padding tokens and how tokens are chosen: those of the model's own configs.
+
+    Args:
+        directory: Holds what `write` wrote, config.json and, if the model has one, generation_config.json.
+
+    Raises:
+        ArtifactError: One of them is damaged.
+    """
+    config, generation = (read_config(directory / name) for name in ("config.json", GENERATION))
+    described = read_config(directory / CONFIG)
+    described["model"] |= _tokens(config, generation)
+    described["search"] = _search(
+        sampling_of(generation, {}, where=str(directory / GENERATION)), described["model"]["context_length"]
+    )
+    _save(directory, described)
+
+
+def _tokens(config: Mapping[str, Any], generation: Mapping[str, Any]) -> dict[str, Any]:
+    end = end_tokens(generation, config)
+    found: dict[str, Any] = {}
+    if start := token_ids("bos_token_id", generation, config, text_config(config)):
+        found["bos_token_id"] = start[0]
+    if end:
+        found["eos_token_id"] = end[0] if len(end) == 1 else list(end)
+    padding = token_ids("pad_token_id", generation, config, text_config(config)) or end or (0,)
+    return {**found, "pad_token_id": padding[0]}
+
+
+def _search(sampling: Sampling, length: int) -> dict[str, Any]:
+    drawn = sampling.temperature > 0
+    return {
+        "do_sample": drawn,
+        "max_length": length,
+        "min_length": 0,
+        "num_beams": 1,
+        "num_return_sequences": 1,
+        "past_present_share_buffer": True,
+        "repetition_penalty": sampling.repetition_penalty,
+        "temperature": sampling.temperature if drawn else 1.0,
+        # onnxruntime-genai reads a top_k of 0 as all tokens.
+        "top_k": sampling.top_k if drawn else 1,
+        "top_p": sampling.top_p,
     }
 
 
 def write(program: Program, filename: str, directory: Path) -> None:
     """Write the description beside the model."""
-    text = json.dumps(genai_config(program, filename), indent=2, sort_keys=True)
+    _save(directory, genai_config(program, filename))
+
+
+def _save(directory: Path, described: Mapping[str, Any]) -> None:
+    text = json.dumps(described, indent=2, sort_keys=True)
     (directory / CONFIG).write_text(text + "\n", encoding="utf-8")

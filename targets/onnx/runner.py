@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import onnxruntime as ort
 
 from moec.compiler.errors import ArtifactError
-from moec.targets.onnx.states import Growing, Shared, States
+from moec.targets.onnx.states import Growing, Shared
 
 
 class OnnxRunner:
@@ -44,10 +45,16 @@ class OnnxRunner:
         self._inputs = {spec.name for spec in self.session.get_inputs()}
         attention = self.session.get_modelmeta().custom_metadata_map.get("moec.attention")
         self._shared = attention == "GroupQueryAttention"
-        self._states: States = Shared(self.session) if self._shared else Growing(self.session)
+        self._states: Shared | Growing = Shared(self.session) if self._shared else Growing(self.session)
         self.threads = threads
         self.overrides: dict[str, np.ndarray] = {}
         """Values for inputs that have defaults, such as {"routing_budget": array of shape []}."""
+
+    def fork(self) -> Self:
+        """A runner with states of its own on the same session, which may run in several threads at a time."""
+        twin = copy.copy(self)
+        twin._states = type(self._states)(self.session)
+        return twin
 
     def reset(self) -> None:
         """Forget the sequences."""

@@ -128,6 +128,15 @@ class OnnxTarget(Target):
             },
         )
 
+    def package(self, options: TargetOptions, directory: Path) -> tuple[str, ...]:
+        """Complete `genai_config.json` by what the model's own configs say of tokens and of how they are chosen."""
+        from moec.targets.onnx import genai
+
+        assert isinstance(options, OnnxOptions)
+        if options.flavor is Flavor.GENAI:
+            genai.complete(directory)
+        return ()
+
     def open(self, directory: Path, *, threads: int = 0) -> Runner:
         """Open with ONNX Runtime on CPU."""
         from moec.targets.onnx.runner import OnnxRunner

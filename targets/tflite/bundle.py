@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import tempfile
 import uuid
 import zlib
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from moec.compiler.errors import CheckpointError, LoweringError
+from moec.compiler.model_config import chat_template, end_tokens, read_config, text_config, token_ids
 from moec.targets.tflite.extra import module
 
 BUNDLE = "model.litertlm"
@@ -112,25 +112,15 @@ def _digest(path: Path, start: int = 0, stop: int | None = None) -> str:
 def _notes(directory: Path, context: int) -> Any:
     """Start and stop tokens, length and chat template, as LiteRT-LM wants them."""
     notes = module("litert_lm_builder.runtime.proto.llm_metadata_pb2").LlmMetadata()
-    settings = {**_read(directory / "config.json"), **_read(directory / "generation_config.json")}
+    config, generation = (read_config(directory / name) for name in ("config.json", "generation_config.json"))
     notes.max_num_tokens = context
-    start = settings.get("bos_token_id")
-    if isinstance(start, int):
-        notes.start_token.token_ids.ids.append(start)
-    stops = settings.get("eos_token_id")
-    for stop in stops if isinstance(stops, list) else [stops]:
-        if isinstance(stop, int):
-            notes.stop_tokens.add().token_ids.ids.append(stop)
-    template = _read(directory / "tokenizer_config.json").get("chat_template")
-    if isinstance(template, str):
+    notes.start_token.token_ids.ids.extend(token_ids("bos_token_id", generation, config, text_config(config))[:1])
+    for stop in end_tokens(generation, config):
+        notes.stop_tokens.add().token_ids.ids.append(stop)
+    if template := chat_template(directory):
         notes.jinja_prompt_template = template
     notes.llm_model_type.generic_model.SetInParent()
     return notes
-
-
-def _read(path: Path) -> dict[str, Any]:
-    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return content if isinstance(content, dict) else {}
 
 
 @contextmanager

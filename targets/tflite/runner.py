@@ -51,8 +51,14 @@ class TfliteRunner:
         self.limits = RunnerLimits(
             max_batch=1, padding=False, max_sequence=self.capacity, prefill_lengths=tuple(reversed(self.lengths))
         )
-        self.threads = threads
+        self._file, self.threads = file, threads
         self.reset()
+
+    def fork(self) -> TfliteRunner:
+        """A runner with an interpreter of its own: LiteRT keeps the states in it. Both map the same file."""
+        twin = TfliteRunner(self._file, threads=self.threads)
+        twin.overrides = self.overrides
+        return twin
 
     def reset(self) -> None:
         """Forget the sequence."""

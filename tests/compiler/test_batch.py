@@ -78,7 +78,7 @@ def test_an_axis_of_one_value_is_no_part_of_the_name(tmp_path: Path) -> None:
         ("models: a\ntargets: [onnx]\n", "a list or a mapping"),
         ("models: [a, x/a]\ntargets: [onnx]\n", "two cells are called a-onnx"),
         ("models: [a]\ntargets: [onnx]\ncommon: {dtyp: fp16}\n", "unknown recipe key 'dtyp'"),
-        ("[", "not YAML"),
+        ("[", "cannot be read as YAML"),
         ("3", "a mapping of keys"),
     ],
 )

@@ -63,8 +63,8 @@ def test_canonical_is_complete_and_says_nothing_of_paths() -> None:
         ("checkpoint: a", "no target is given", "--target"),
         ("checkpoint: a\ntarget: onnx\ndtype: fp61", "dtype: unknown value 'fp61'", "did you mean 'fp16'"),
         ("checkpoint: a\ntarget: onnx\noptions: 3", "options: ", "--help"),
-        ("- a\n- b", "a recipe is a mapping", ""),
-        ("a: [", "the recipe is not YAML", ""),
+        ("- a\n- b", "not a mapping of keys", "a recipe is a mapping"),
+        ("a: [", "cannot be read as YAML", ""),
     ],
 )
 def test_bad_recipes(tmp_path: Path, text: str, message: str, hint: str) -> None:

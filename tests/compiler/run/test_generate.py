@@ -1,12 +1,13 @@
+import itertools
 import json
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 import moec
@@ -14,7 +15,7 @@ from moec import cli
 from moec.compiler.artifact import write_manifest
 from moec.compiler.errors import ArtifactError, UsageError
 from moec.compiler.run.chat import render_chat
-from moec.compiler.run.generate import Generator, Sampling
+from moec.compiler.run.generate import Generator
 
 Make = Callable[..., Path]
 pytestmark = pytest.mark.usefixtures("fake_target")
@@ -112,29 +113,6 @@ def test_run_imports_no_torch(make: Make, fake_target: dict[str, str]) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_greedy_is_the_default_and_ties_go_to_the_lower_id() -> None:
-    random = np.random.default_rng(0)
-    assert Sampling().choose(np.array([1.0, 3.0, 3.0, 2.0]), random) == 1
-
-
-def test_sampling_follows_the_distribution() -> None:
-    probabilities = np.array([0.1, 0.5, 0.15, 0.25])
-    logits = np.log(probabilities)
-
-    def drawn(**options: Any) -> np.ndarray:
-        sampling, random = Sampling(**options), np.random.default_rng(1)
-        draws = [sampling.choose(logits, random) for _ in range(4000)]
-        return np.bincount(draws, minlength=4) / len(draws)
-
-    assert np.abs(drawn(temperature=1.0) - probabilities).max() < 0.03
-    squared = probabilities**2 / (probabilities**2).sum()
-    assert np.abs(drawn(temperature=0.5) - squared).max() < 0.03
-    assert np.abs(drawn(temperature=1.0, top_k=2) - [0, 2 / 3, 0, 1 / 3]).max() < 0.03
-    assert np.abs(drawn(temperature=1.0, top_p=0.7) - [0, 2 / 3, 0, 1 / 3]).max() < 0.03
-    assert drawn(temperature=1.0, top_p=0.3)[1] == 1
-    assert drawn(temperature=1.0, top_p=1e-9)[1] == 1
-
-
 def test_the_seed_decides(make: Make) -> None:
     generator = Generator(make())
     options = {"max_new_tokens": 8, "temperature": 2.0}
@@ -145,9 +123,78 @@ def test_the_seed_decides(make: Make) -> None:
 @pytest.mark.parametrize(
     "options", [{"temperature": -1}, {"temperature": 1, "top_p": 0}, {"temperature": 1, "top_k": -1}, {"top_k": 3}]
 )
-def test_senseless_sampling(options: dict[str, float]) -> None:
-    with pytest.raises(UsageError):
-        Sampling(**options)  # type: ignore[arg-type]
+def test_senseless_sampling(make: Make, options: dict[str, float]) -> None:
+    with pytest.raises(UsageError, match="sampling"):
+        Generator(make()).generate("a", **options)
+
+
+def test_the_models_own_sampling_is_the_default(make: Make) -> None:
+    out = make()
+    generation = {"do_sample": True, "temperature": 0.6, "top_p": 0.95, "top_k": 20, "repetition_penalty": 1.05}
+    (out / "generation_config.json").write_text(json.dumps(generation))
+    generator = Generator(out)
+    assert generator.sampling().model_dump() == {
+        "temperature": 0.6,
+        "top_k": 20,
+        "top_p": 0.95,
+        "min_p": 0.0,
+        "repetition_penalty": 1.05,
+        "seed": 0,
+    }
+    # Tokens 8, 9, 10 ... follow token 7 with logits 0, -1, -2: drawn at temperature 0.6, another than 8 may come.
+    drawn = {generator.generate([7], max_new_tokens=1, seed=seed) for seed in range(40)}
+    assert len(drawn) > 1
+    assert generator.generate([7], max_new_tokens=1, temperature=0) == generator.tokenizer.decode([7, 8])[1:]
+
+
+def test_a_generation_config_that_makes_no_sense(make: Make) -> None:
+    out = make()
+    (out / "generation_config.json").write_text(json.dumps({"do_sample": True, "top_p": 7}))
+    with pytest.raises(ArtifactError, match="top_p is 7"):
+        Generator(out)
+
+
+FORMS = {
+    "onnx": {"target": "onnx"},
+    "onnx, cache in place": {"target": "onnx", "flavor": "genai"},
+    "tflite": {"target": "tflite", "context": 64, "prefill": (16,)},
+    "coreml": {"target": "coreml", "context": 64},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_generations_side_by_side_have_states_of_their_own(
+    form: str, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    moec.export(tiny_checkpoint("olmoe"), output=tmp_path / "out", gates=False, **FORMS[form])
+    generator = moec.load(tmp_path / "out")
+    prompts = [[5, 6, 7, 8], [90, 3]]
+
+    def answer(prompt: list[int]) -> list[int]:
+        return list(generator.tokens(prompt, max_new_tokens=8))
+
+    alone = [answer(prompt) for prompt in prompts]
+    assert alone[0] != alone[1]
+    turns = itertools.zip_longest(*(generator.tokens(prompt, max_new_tokens=8) for prompt in prompts))
+    assert [list(column) for column in zip(*turns, strict=True)] == alone
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(answer, prompts * 3)) == alone * 3
+
+
+def test_a_runner_that_keeps_one_sequence_says_so(make: Make) -> None:
+    generator = moec.load(make())
+    first = generator.tokens([5], max_new_tokens=3)
+    assert next(first) == 6
+    with pytest.raises(UsageError, match="keeps one sequence at a time"):
+        list(generator.tokens([5], max_new_tokens=3))
+    assert list(first) == [7, 8]
+    assert list(generator.tokens([5], max_new_tokens=3)) == [6, 7, 8]
+
+
+def test_ids_that_the_model_does_not_have(make: Make) -> None:
+    generator = moec.load(make({"vocab_size": 100}))
+    with pytest.raises(UsageError, match="token 100, and the model's vocabulary has 100"):
+        next(generator.tokens([5, 100], max_new_tokens=1))
 
 
 TEMPLATE = """{{ bos_token }}
@@ -182,11 +229,43 @@ def test_chat_template(make: Make) -> None:
     assert render_chat(out, messages) == "file Hi <ü>"
 
 
+TEMPLATES = {
+    "tools": "{% if tools is not none %}TOOLS{{ tools | length }}{% endif %}{{ messages[0].content }}",
+    "documents": "{% if documents is none %}plain{% endif %}{{ messages[0].content }}",
+    "unk_token": "[{{ unk_token }}]{{ messages[0].content }}",
+    "a token of the model's own": "{{ image_token }}{{ messages[0].content }}",
+    "a named extra token": "{{ audio_token }}",
+    "tojson": "{{ messages[0] | tojson(ensure_ascii=True) }}",
+    "tojson, sorted": "{{ messages | tojson(separators=(',', ':'), sort_keys=True) }}",
+    "undefined": "{% if enable_thinking is defined and not enable_thinking %}<think>{% endif %}",
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_template_gives_the_text_of_transformers(make: Make, name: str) -> None:
+    from transformers import AutoTokenizer
+
+    tokens = {"unk_token": "<unk>", "image_token": "<img>", "extra_special_tokens": {"audio_token": "<aud>"}}
+    out = make(tokenizer_class="PreTrainedTokenizerFast", chat_template=TEMPLATES[name], **tokens)
+    messages = [{"role": "user", "content": "hé</think>llo"}]
+    expected = AutoTokenizer.from_pretrained(out).apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True
+    )
+    assert render_chat(out, messages) == expected
+
+
+def test_special_tokens_of_the_older_file(make: Make) -> None:
+    out = make(chat_template="{{ bos_token }}{{ messages[0].content }}{{ eos_token }}")
+    (out / "special_tokens_map.json").write_text(json.dumps({"bos_token": {"content": "<s>"}, "eos_token": "</s>"}))
+    assert render_chat(out, [{"role": "user", "content": "Hi"}]) == "<s>Hi</s>"
+
+
 @pytest.mark.parametrize(
     ("template", "error", "message"),
     [
         (None, UsageError, "no chat template"),
         ("{{ raise_exception('roles must alternate') }}", UsageError, "roles must alternate"),
+        ("{{ messages[0].content + 1 }}", UsageError, "can only concatenate str"),
         ("{% for %}", ArtifactError, "damaged"),
         ("{{ messages.__class__.__mro__ }}", UsageError, "unsafe"),
         ([{"name": "tool_use", "template": "x"}], UsageError, "no chat template"),

@@ -86,10 +86,18 @@ def test_description(tiny_checkpoint: Any, lower_checkpoint: Any) -> None:
     config, said = model.program.config, json.loads((model.directory / "genai_config.json").read_text())
     decoder = said["model"]["decoder"]
     assert model.lowered.model_files == ("model.onnx", "model.onnx.data", "genai_config.json")
+    assert (said["model"]["vocab_size"], "search" in said) == (128, False)
+    generation = {"eos_token_id": [2, 7], "do_sample": True, "temperature": 0.6, "repetition_penalty": 1.05}
+    (model.directory / "config.json").write_text(json.dumps(dict(config)))
+    (model.directory / "generation_config.json").write_text(json.dumps(generation))
+    OnnxTarget().package(OnnxOptions(flavor="genai"), model.directory)
+    said = json.loads((model.directory / "genai_config.json").read_text())
+    assert said["model"]["eos_token_id"] == [2, 7]
+    search = {name: said["search"][name] for name in ("do_sample", "temperature", "top_k", "repetition_penalty")}
+    assert search == {"do_sample": True, "temperature": 0.6, "top_k": 50, "repetition_penalty": 1.05}
     assert said["search"]["past_present_share_buffer"] is True
     assert (decoder["num_hidden_layers"], decoder["hidden_size"]) == (2, config["hidden_size"])
     assert (decoder["num_attention_heads"], decoder["num_key_value_heads"], decoder["head_size"]) == (4, 2, 16)
-    assert (said["model"]["eos_token_id"], said["model"]["vocab_size"]) == (2, 128)
     graph = ir.load(model.directory / "model.onnx").graph
     layers = range(decoder["num_hidden_layers"])
     caches = [decoder["inputs"][f"past_{kind}_names"] % layer for layer in layers for kind in ("key", "value")]
