@@ -24,7 +24,7 @@ from moec.compiler.commands.estimation import estimate
 from moec.compiler.commands.inspection import doctor, families, inspect
 from moec.compiler.commands.options import ArtifactDirectory, Debug, Json, Quiet, Trust
 from moec.compiler.commands.pipelines import build, diff, publish
-from moec.compiler.console import LOG_FORMAT, Console
+from moec.compiler.console import LOG_FORMAT, Console, any_character
 from moec.compiler.errors import MoecError, UsageError
 
 
@@ -335,6 +335,7 @@ def dispatch(arguments: list[str]) -> int:
 def main() -> None:
     """Entry point of the `moec` command."""
     signal.signal(signal.SIGTERM, _terminate)
+    any_character()
     arguments = sys.argv[1:]
     if "--debug" not in arguments:
         # torch, torchao and transformers warn of matters that are theirs.

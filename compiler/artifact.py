@@ -16,6 +16,8 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, ValidationError
+
 from moec.compiler.errors import ArtifactError
 from moec.compiler.files import read_json
 
@@ -24,6 +26,26 @@ REPORTS = frozenset({"report.json", "report.html", "report.xml", "build.log"})
 """Measurements: they may be written anew at any time, so nothing hashes them."""
 
 SCHEMA_VERSION = 1
+
+
+class _Sections(BaseModel):
+    """Types of the sections of moec.json, of which any but `files` may be missing."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    files: dict[str, str]
+    source: dict[str, Any] = {}
+    recipe: dict[str, Any] = {}
+    model: dict[str, Any] = {}
+    passes: list[dict[str, Any]] = []
+    rejections: list[dict[str, Any]] = []
+    signature: dict[str, Any] = {}
+    routing: dict[str, Any] = {}
+    quantization: dict[str, Any] = {}
+    model_files: list[str] = []
+    facts: dict[str, Any] = {}
+    tensor_bytes: dict[str, Any] = {}
+    tools: dict[str, str] = {}
 
 
 def write_manifest(directory: Path, content: Mapping[str, Any]) -> dict[str, Any]:
@@ -53,7 +75,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         what = "has no moec.json" if directory.is_dir() else "is no directory"
         raise ArtifactError(f"{directory}: not an artifact: it {what}", hint="give the directory that moec export made")
     manifest = read_json(path, ArtifactError, hint="export it again")
-    if not isinstance(manifest.get("files"), dict):
+    if "files" not in manifest:
         raise ArtifactError(f"{path}: not a description of an artifact", hint="export it again")
     if manifest.get("schema_version") != SCHEMA_VERSION:
         raise ArtifactError(
@@ -62,6 +84,12 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         )
     if manifest.get("digest") != _own_digest(manifest):
         raise ArtifactError(f"{path}: damaged: it does not match its own digest", hint="export it again")
+    try:
+        _Sections.model_validate(manifest)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise ArtifactError(f"{path}: {where}: {first['msg']}", hint="export it again") from error
     return manifest
 
 

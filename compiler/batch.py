@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moec.compiler.cache import Cache
-from moec.compiler.errors import CheckpointError, OutputError, UsageError
+from moec.compiler.errors import ArtifactError, CheckpointError, OutputError, UsageError
 from moec.compiler.executors import EXECUTORS
 from moec.compiler.matrix import Cell
 from moec.compiler.recipe import make_recipe, unknown
@@ -90,7 +90,7 @@ def _key(cell: Cell, cache: Cache) -> str:
     """Key of a cell, or nothing where its recipe is wrong or its checkpoint missing: the build will say so."""
     try:
         return cache.key(make_recipe(cell.fields, where=cell.name))
-    except (UsageError, CheckpointError):
+    except (UsageError, CheckpointError, ArtifactError):
         return ""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import platform
@@ -73,7 +74,7 @@ class Console:
     def result(self, value: Mapping[str, Any], show: Callable[[], None]) -> None:
         """Print `value` as JSON, or call `show`."""
         if self.json:
-            print(json.dumps(value, indent=2, ensure_ascii=False), flush=True)
+            write(as_json(value) + "\n")
         else:
             show()
 
@@ -112,15 +113,11 @@ class Console:
     def pieces(self, pieces: Iterable[str]) -> str:
         """Print text on stdout as it comes and return it whole; a reader that goes away ends it quietly."""
         written = []
-        try:
-            for piece in pieces:
-                written.append(piece)
-                sys.stdout.write(piece)
-                sys.stdout.flush()
-            sys.stdout.write("\n")
-            sys.stdout.flush()
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        for piece in pieces:
+            written.append(piece)
+            if not write(piece):
+                return "".join(written)
+        write("\n")
         return "".join(written)
 
     def verdicts(self, result: Result) -> int:
@@ -212,7 +209,7 @@ class Console:
     def _json_error(self, message: str, hint: str, code: int) -> None:
         if self.json:
             error = {"message": message, "hint": hint, "exit_code": code}
-            print(json.dumps({"error": error}, indent=2, ensure_ascii=False), flush=True)
+            write(as_json({"error": error}) + "\n")
 
     @contextlib.contextmanager
     def progress(self) -> Iterator[Callable[[str, int, int], None]]:
@@ -281,6 +278,30 @@ class Console:
             self._log("info", **fields)
         else:
             self._err.print(text, soft_wrap=True)
+
+
+def as_json(value: Any) -> str:
+    """JSON for stdout, in ASCII where stdout is not UTF-8."""
+    return json.dumps(value, indent=2, ensure_ascii="utf" not in (sys.stdout.encoding or "").lower())
+
+
+def write(text: str) -> bool:
+    """Write to stdout at once; False where its reader has gone away, which ends the output quietly."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # What is still in the buffer would raise once more when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return False
+    return True
+
+
+def any_character() -> None:
+    """Let stdout and stderr take every character: what their encoding does not have is written as an escape."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _rate(per_second: float | None) -> str:

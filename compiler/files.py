@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,9 @@ MAX_BYTES = 64 << 20
 """Largest JSON or YAML file that is read: moec.json of a model with 100,000 tensors takes a tenth of it."""
 MAX_NODES = 200_000
 """Most values that a YAML file may stand for once its aliases are written out."""
+
+MAX_DEPTH = 100
+"""Deepest nesting of brackets in a YAML file: PyYAML looks back over all that are open at each step."""
 
 _BadFile = TypeVar("_BadFile", bound=MoecError)
 
@@ -68,6 +72,9 @@ def _parsed(path: Path, parse: Any, kind: str, error: type[_BadFile], hint: str)
 
 
 def _load_yaml(text: str) -> Any:
+    opened = itertools.accumulate((c in "[{") - (c in "]}") for c in text if c in "[]{}")
+    if max(opened, default=0) > MAX_DEPTH:
+        raise ValueError("it nests too deeply")
     loader = yaml.SafeLoader(text)
     try:
         node = loader.get_single_node()

@@ -14,7 +14,9 @@ An axis is a list, or a mapping of short names, which cells and their directorie
 from __future__ import annotations
 
 import itertools
+import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +24,11 @@ from typing import Any
 
 from moec.compiler.errors import UsageError
 from moec.compiler.files import read_yaml
-from moec.compiler.recipe import SECTIONS, Recipe, unknown
+from moec.compiler.recipe import Recipe, located, unknown
 
 AXES = ("models", "targets", "quantize", "routing")
 _KEYS = (*AXES, "common")
+MAX_CELLS = 10_000
 _NAME = re.compile(r"[^A-Za-z0-9._]+")
 
 
@@ -59,9 +62,9 @@ def read_matrix(path: Path) -> tuple[Cell, ...]:
     if not isinstance(common, dict) or (odd := [key for key in common if key not in Recipe.model_fields]):
         what = f"unknown recipe key {odd[0]!r}" if isinstance(common, dict) else "not a mapping"
         raise UsageError(f"{path}: common: {what}", hint=f"the keys of a recipe: {', '.join(Recipe.model_fields)}")
-    cells = tuple(_cells(content, _located(common, path.parent.resolve()), path))
-    names = [cell.name for cell in cells]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
+    cells = tuple(_cells(content, located(common, path.parent), path))
+    counts = Counter(cell.name for cell in cells)
+    if twice := sorted(name for name, count in counts.items() if count > 1):
         raise UsageError(
             f"{path}: two cells are called {twice[0]}",
             hint="give names: 'quantize: {a: ..., b: ...}' in place of a list",
@@ -71,6 +74,10 @@ def read_matrix(path: Path) -> tuple[Cell, ...]:
 
 def _cells(content: Mapping[str, Any], common: Mapping[str, Any], path: Path) -> Iterator[Cell]:
     axes = [list(_axis(content.get(axis), axis, path)) for axis in AXES]
+    if (count := math.prod(map(len, axes))) > MAX_CELLS:
+        raise UsageError(
+            f"{path}: {count} cells, and a matrix may have {MAX_CELLS}", hint="split it, or shorten an axis"
+        )
     used = [len(axis) > 1 or number < 2 for number, axis in enumerate(axes)]
     for chosen in itertools.product(*axes):
         fields = dict(common)
@@ -88,7 +95,7 @@ def _axis(values: Any, axis: str, path: Path) -> Iterator[tuple[str, Mapping[str
         raise UsageError(f"{path}: {axis}: a list or a mapping of names is wanted, got {values!r}")
     named = values.items() if isinstance(values, dict) else ((None, value) for value in values)
     for name, value in named:
-        part = _located(_part(axis, value), path.parent.resolve())
+        part = located(_part(axis, value), path.parent)
         yield _NAME.sub("-", str(name) if name is not None else _title(value)).strip("-.") or axis, part
 
 
@@ -111,16 +118,3 @@ def _title(value: Any) -> str:
         return "off"
     text = str(value)
     return Path(text).name if "/" in text else text
-
-
-def _located(fields: Mapping[str, Any], directory: Path) -> dict[str, Any]:
-    """`fields` with the paths that are relative to the matrix made absolute."""
-    found = dict(fields)
-    checkpoint = found.get("checkpoint")
-    if isinstance(checkpoint, str) and checkpoint.startswith("."):
-        found["checkpoint"] = str(directory / checkpoint)
-    for name in SECTIONS:
-        if isinstance(section := found.get(name), dict):
-            near = {key: str(directory / str(section[key])) for key in ("calibration", "text") if section.get(key)}
-            found[name] = {**section, **near}
-    return found

@@ -42,6 +42,10 @@ SECTIONS = ("routing", "quantize", *DEMANDS)
 """Keys of a recipe that hold keys of their own; flags go into them one by one."""
 
 
+_PATHS = ("calibration", "text", "baseline")
+"""Keys of sections whose values are paths."""
+
+
 def _fraction(value: Any) -> Any:
     """A share that may be written in percent: "1%" is 0.01."""
     if isinstance(value, str) and value.strip().endswith("%"):
@@ -227,18 +231,20 @@ def read_recipe(path: Path) -> dict[str, Any]:
     for key in fields:
         if key not in Recipe.model_fields:
             raise unknown(key, Recipe.model_fields, f"{path}: unknown recipe key", "the keys of a recipe")
-    checkpoint = fields.get("checkpoint")
+    return located(fields, path.parent)
+
+
+def located(fields: Mapping[str, Any], directory: Path) -> dict[str, Any]:
+    """`fields` of a recipe whose file lies in `directory`, with the paths that are relative to it made absolute."""
+    found, directory = dict(fields), directory.resolve()
+    checkpoint = found.get("checkpoint")
     if isinstance(checkpoint, str) and checkpoint.startswith("."):
-        fields["checkpoint"] = str(path.parent / checkpoint)
+        found["checkpoint"] = str(directory / checkpoint)
     for name in SECTIONS:
-        if isinstance(section := fields.get(name), dict):
-            near = {
-                key: str(path.parent / str(section[key]))
-                for key in ("calibration", "text", "baseline")
-                if section.get(key)
-            }
-            fields[name] = {**section, **near}
-    return fields
+        if isinstance(section := found.get(name), dict):
+            near = {key: str(directory / str(section[key])) for key in _PATHS if section.get(key)}
+            found[name] = {**section, **near}
+    return found
 
 
 def make_recipe(fields: Mapping[str, Any], *, where: str = "recipe") -> Recipe:

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from moec import passes
 from moec.compiler.accounting import account
 from moec.compiler.errors import CheckpointError, OutputError, UsageError
+from moec.compiler.files import read_json
 from moec.compiler.frontend.capture import capture
 from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.interpreter import ProgramRunner
@@ -154,6 +156,23 @@ def _text_facts(material: _Material) -> dict[str, Any]:
     return {"sha256": digest(material.text), "windows": len(material.chosen), "length": material.chosen.shape[1]}
 
 
+class CalibrationEntry(BaseModel):
+    """Parameters of a policy for one budget; what was measured beside them is kept as it is."""
+
+    model_config = ConfigDict(extra="allow")
+
+    budget: float
+    parameters: dict[str, Any]
+
+
+class CalibrationFile(BaseModel):
+    """What `moec calibrate` writes."""
+
+    policy: str
+    checkpoint: dict[str, str]
+    entries: list[CalibrationEntry] = Field(min_length=1)
+
+
 def read_calibration(path: Path, checkpoint: Checkpoint, name: str, budget: float | None) -> dict[str, Any]:
     """The entry of a calibration file for a budget.
 
@@ -162,27 +181,29 @@ def read_calibration(path: Path, checkpoint: Checkpoint, name: str, budget: floa
         CheckpointError: It was made from another checkpoint.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        found, digests, entries = content["policy"], content["checkpoint"], content["entries"]
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read: {error.strerror}", hint="moec calibrate writes it") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{path}: not a calibration file", hint="moec calibrate writes one") from error
-    if found != name:
-        raise UsageError(f"{path} calibrates the policy {found}, not {name}", hint=f"give --routing {found}")
-    if differing := sorted(
-        key for key in {*digests, *checkpoint.digests} if digests.get(key) != checkpoint.digests.get(key)
-    ):
+        content = CalibrationFile.model_validate(read_json(path, UsageError, hint="moec calibrate writes one"))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise UsageError(
+            f"{path}: not a calibration file: {where}: {first['msg']}", hint="moec calibrate writes one"
+        ) from error
+    if content.policy != name:
+        raise UsageError(
+            f"{path} calibrates the policy {content.policy}, not {name}", hint=f"give --routing {content.policy}"
+        )
+    own = checkpoint.digests
+    if differing := sorted(key for key in {*content.checkpoint, *own} if content.checkpoint.get(key) != own.get(key)):
         raise CheckpointError(
             f"{path} was made from another checkpoint: {', '.join(differing[:4])} differ",
             hint="calibrate this one: moec calibrate CHECKPOINT --policy ... -o calibration.json",
         )
-    known = ", ".join(f"{entry['budget']:g}" for entry in entries)
-    if budget is None and len(entries) == 1:
-        return dict(entries[0])
-    for entry in entries:
-        if budget is not None and abs(entry["budget"] - budget) < 1e-9:
-            return dict(entry)
+    if budget is None and len(content.entries) == 1:
+        return content.entries[0].model_dump()
+    for entry in content.entries:
+        if budget is not None and abs(entry.budget - budget) < 1e-9:
+            return entry.model_dump()
+    known = ", ".join(f"{entry.budget:g}" for entry in content.entries)
     raise UsageError(
         f"{path} has no budget {budget:g}" if budget is not None else f"{path} has several budgets",
         hint=f"give --expert-budget, one of {known}",

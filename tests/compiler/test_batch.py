@@ -18,7 +18,7 @@ import yaml
 
 from moec import cli
 from moec.compiler import batch, executors, pipeline, worker
-from moec.compiler.artifact import read_manifest, verify
+from moec.compiler.artifact import read_manifest, verify, write_manifest
 from moec.compiler.cache import Cache
 from moec.compiler.errors import MissingExtraError, UsageError
 from moec.compiler.frontend import capture
@@ -27,7 +27,7 @@ from moec.compiler.frontend.source import Digests
 from moec.compiler.gates.verdict import Status, Verdict
 from moec.compiler.matrix import Cell, read_matrix
 from moec.compiler.program import Program
-from moec.compiler.recipe import make_recipe
+from moec.compiler.recipe import make_recipe, read_recipe
 from moec.compiler.worker import Outcome, Task
 
 Tiny = Callable[[str], Path]
@@ -218,6 +218,36 @@ def test_the_key_follows_what_decides_the_artifact(tiny_checkpoint: Tiny, tmp_pa
     assert key(quantize={"format": "int4", "calibration": str(text)}) != quantized
     (copy / "tokenizer.json").write_text("{}")
     assert key(checkpoint=str(copy)) != same
+    baseline = tmp_path / "baseline"
+    baseline.mkdir()
+    keys = set()
+    for content in ("one", "two"):
+        write_manifest(baseline, {"recipe": {"target": content}})
+        keys.add(key(latency={"baseline": str(baseline)}))
+    assert len(keys) == 2
+    assert same not in keys
+
+
+def test_paths_of_a_matrix_are_relative_to_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "m.yaml"
+    path.write_text(
+        "models: [./m]\ntargets: [onnx]\ncommon: {latency: {baseline: last/}, quality: {text: t.txt}}\n"
+        "quantize: [{format: int4, calibration: c.txt}]\n"
+    )
+    fields = read_matrix(path)[0].fields
+    assert fields["latency"]["baseline"] == str(tmp_path / "last")
+    assert fields["quality"]["text"] == str(tmp_path / "t.txt")
+    assert fields["quantize"]["calibration"] == str(tmp_path / "c.txt")
+    (tmp_path / "r.yaml").write_text("checkpoint: ./m\ntarget: onnx\nlatency: {baseline: last/}\n")
+    assert read_recipe(tmp_path / "r.yaml")["latency"] == fields["latency"]
+
+
+def test_a_matrix_of_too_many_cells(tmp_path: Path) -> None:
+    path = tmp_path / "m.yaml"
+    axis = "[" + ", ".join(str(index) for index in range(300)) + "]"
+    path.write_text(f"models: {axis}\ntargets: {axis}\nrouting: {axis}\n")
+    with pytest.raises(UsageError, match="27000000 cells"):
+        read_matrix(path)
 
 
 def test_digests_are_remembered_and_a_changed_file_is_read_again(tmp_path: Path) -> None:

@@ -78,9 +78,16 @@ def test_a_calibration_file_serves_its_checkpoint_policy_and_budgets(
     path.write_text(json.dumps({**content, "checkpoint": {"config.json": "0"}}))
     with pytest.raises(CheckpointError, match="another checkpoint"):
         routing.read_calibration(path, checkpoint, "ratio", 0.5)
-    path.write_text("[]")
-    with pytest.raises(UsageError, match="not a calibration file"):
-        routing.read_calibration(path, checkpoint, "ratio", 0.5)
+    for wrong, reason in (
+        ("[]", "not a JSON object"),
+        (json.dumps({**content, "entries": 3}), "not a calibration file: entries"),
+        (json.dumps({**content, "entries": [{"budget": "half"}]}), "entries.0.budget"),
+        (json.dumps({**content, "checkpoint": {"config.json": 1}}), r"checkpoint.config.json"),
+        ("[" * 100_000, "nests too deeply"),
+    ):
+        path.write_text(wrong)
+        with pytest.raises(UsageError, match=reason):
+            routing.read_calibration(path, checkpoint, "ratio", 0.5)
     with pytest.raises(UsageError, match="cannot be read"):
         routing.read_calibration(tmp_path / "none", checkpoint, "ratio", 0.5)
 

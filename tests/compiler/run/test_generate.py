@@ -1,5 +1,6 @@
 import itertools
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -101,6 +102,55 @@ def test_run_prints_the_text_and_the_statistics(make: Make, capsys: pytest.Captu
     assert (found["text"], found["new_tokens"]) == (text, 6)
     assert cli.dispatch([*command[:-1], "900"]) == 2
     assert "more than the 64" in capsys.readouterr().err
+
+
+def moec_run(out: Path, environment: dict[str, str], *arguments: str, **streams: Any) -> subprocess.Popen[bytes]:
+    code = "from moec.cli import main; main()"
+    return subprocess.Popen([sys.executable, "-c", code, "run", str(out), *arguments], env=environment, **streams)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_run_writes_any_text_in_any_encoding(make: Make, fake_target: dict[str, str], encoding: str) -> None:
+    out = make()
+    generator = moec.load(out)
+    texts = {token: generator.generate([token], max_new_tokens=1) for token in range(101, 4000)}
+    start = next(token for token, text in texts.items() if not text.isascii() and "\ufffd" not in text)
+    (out / "config.json").write_text(json.dumps({"vocab_size": 4096, "bos_token_id": start}))
+    write_manifest(out, {"recipe": {"target": "fake"}})
+    environment = {**fake_target, "PYTHONIOENCODING": encoding}
+    for flag in ([], ["--json"]):
+        arguments = ["--prompt", "", "--max-new-tokens", "1", *flag]
+        written, errors = moec_run(
+            out, environment, *arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        ).communicate()
+        assert not errors
+        text = written.decode(encoding)
+        if flag:
+            assert json.loads(text)["text"] == texts[start]
+        else:
+            assert text == texts[start].encode(encoding, "backslashreplace").decode(encoding) + "\n"
+
+
+@pytest.mark.parametrize("flag", ["--stats", "--json"])
+def test_a_reader_that_goes_away_is_no_error(make: Make, fake_target: dict[str, str], flag: str) -> None:
+    read, written = os.pipe()
+    os.close(read)
+    arguments = ["--prompt", "Hello", "--max-new-tokens", "3", flag]
+    done = moec_run(make(), fake_target, *arguments, stdout=written, stderr=subprocess.PIPE)
+    os.close(written)
+    _, errors = done.communicate()
+    assert done.returncode == 0
+    assert b"rror" not in errors
+
+
+def test_a_prompt_that_is_not_utf8(make: Make, fake_target: dict[str, str]) -> None:
+    out, pipes = make(), {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    read = moec_run(out, fake_target, "--prompt", "-", **pipes)
+    _, errors = read.communicate(b"Hell\xff")
+    assert (read.returncode, b"standard input: not UTF-8 text (byte 4)" in errors) == (2, True)
+    given = moec_run(out, fake_target, "--prompt", b"Hell\xff", **pipes)  # type: ignore[arg-type]
+    _, errors = given.communicate()
+    assert (given.returncode, b"--prompt: not UTF-8 text (byte 4)" in errors) == (2, True)
 
 
 def test_run_imports_no_torch(make: Make, fake_target: dict[str, str]) -> None:
