@@ -36,7 +36,7 @@ def measure(checkpoint: Path, output: Path, arguments: tuple[str, ...]) -> dict[
     peak, seconds = PEAK.findall((output / "build.log").read_text())[-1]
     built = json.loads((output / "tensorrt.json").read_text())["built"]
     return {
-        "data": (output / "model.onnx.data").stat().st_size / 1e9,
+        "data": (output / "model.onnx_data").stat().st_size / 1e9,
         "engine": built["engine_bytes"] / 1e9,
         "seconds": float(seconds),
         "peak": int(peak) / 1e9,

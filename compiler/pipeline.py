@@ -39,6 +39,7 @@ from moec.compiler.rejections import Rejection
 from moec.compiler.routing import RoutingPlan, measure_savings, plan_routing
 from moec.compiler.staging import check_output, staged
 from moec.compiler.summary import model_summary
+from moec.compiler.tokenizer import make_loadable
 from moec.targets import get_target
 from moec.targets.base import Phase, Progress, Target, TargetOptions
 
@@ -144,6 +145,7 @@ def compile_recipe(
         with stages("package"):
             for path in built.checkpoint.companions():
                 shutil.copyfile(path, directory / path.name)
+            make_loadable(directory)
             content: dict[str, Any] = {
                 "source": _source(built.checkpoint),
                 "recipe": _recorded(recipe, options, built),

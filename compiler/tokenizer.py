@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moec.compiler.errors import ArtifactError, CheckpointError, first_line
+from moec.compiler.files import read_json
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -47,6 +49,21 @@ def open_tokenizer(directory: Path, error: type[ArtifactError | CheckpointError]
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
+
+
+def make_loadable(directory: Path) -> None:
+    """Name a tokenizer class in tokenizer_config.json that every release of transformers has.
+
+    `TokenizersBackend` is new in transformers 5, which saves it for every tokenizer that needs no class of its own;
+    release 4 cannot load it. `PreTrainedTokenizerFast` is the same class under the name that both have.
+    """
+    path = directory / "tokenizer_config.json"
+    if not path.is_file():
+        return
+    config = read_json(path, CheckpointError, hint="download the file again")
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        text = json.dumps({**config, "tokenizer_class": "PreTrainedTokenizerFast"}, indent=2, ensure_ascii=False)
+        path.write_text(text + "\n", encoding="utf-8")
 
 
 class TextStream:

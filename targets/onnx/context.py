@@ -58,6 +58,15 @@ class Dialect:
     input_defaults: bool = True
 
 
+AXIS_NAMES = {
+    "batch": "batch_size",
+    "sequence": "sequence_length",
+    "past_sequence": "past_sequence_length",
+    "total_sequence": "total_sequence_length",
+}
+"""Dynamic axes as optimum names them: transformers.js makes an empty past by looking for `batch_size`."""
+
+
 class Context:
     """State of one lowering.
 
@@ -78,7 +87,7 @@ class Context:
         self.memo: dict[Any, Any] = {}
         self._values: dict[fx.Node, Any] = {}
         self._constants: dict[Any, ir.Value] = {}
-        self._symbols = {str(symbol): name for name, symbol in program.dims.items()}
+        self._symbols = {str(symbol): AXIS_NAMES.get(name, name) for name, symbol in program.dims.items()}
         self._counter = 0
 
     # Values -----------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from torch import fx
 
 from moec.compiler.program import ATTENTION, Program, TensorSpec, module_of
 from moec.compiler.weights import LazyTensor
-from moec.targets.onnx.context import DTYPES, MS, Context, Dialect
+from moec.targets.onnx.context import AXIS_NAMES, DTYPES, MS, Context, Dialect
 from moec.targets.onnx.lowerings.group_query import share_lengths
 from moec.targets.onnx.lowerings.linear import untransposed_weights
 from moec.targets.onnx.lowerings.table import lookup
@@ -62,7 +62,11 @@ def build(program: Program, dialect: Dialect) -> tuple[ir.Model, Context]:
 
 
 def _spec_value(spec: TensorSpec) -> ir.Value:
-    return ir.Value(name=spec.name, type=ir.TensorType(DTYPES[spec.dtype]), shape=ir.Shape(list(spec.shape)))
+    return ir.Value(name=spec.name, type=ir.TensorType(DTYPES[spec.dtype]), shape=_shape(spec))
+
+
+def _shape(spec: TensorSpec) -> ir.Shape:
+    return ir.Shape([AXIS_NAMES.get(size, size) if isinstance(size, str) else size for size in spec.shape])
 
 
 def _inputs(ctx: Context) -> list[ir.Value]:
@@ -117,7 +121,7 @@ def _outputs(ctx: Context) -> list[ir.Value]:
         if value.name in {output.name for output in outputs} or value.producer() is None:
             value = ctx.op("Identity", value)
         value.type = ir.TensorType(DTYPES[dtype])
-        value.shape = ir.Shape(list(specs[name].shape)) if name in specs else ctx.shape_of(fake.shape)
+        value.shape = _shape(specs[name]) if name in specs else ctx.shape_of(fake.shape)
         value.name = name
         outputs.append(value)
     return outputs
@@ -140,13 +144,14 @@ def signature(program: Program) -> Mapping[str, Any]:
     }
 
 
-MODEL, DATA = "model.onnx", "model.onnx.data"
+MODEL, DATA = "model.onnx", "model.onnx_data"
+"""Names that transformers.js and optimum look for."""
 LARGE, PAGE, LINE = 1 << 16, 4096, 64
 """Tensors of so many bytes begin on a page of the data file, so that they can be mapped; others on a cache line."""
 
 
 def write(model: ir.Model, ctx: Context, directory: Path, progress: Any) -> None:
-    """Write `model.onnx` and `model.onnx.data`, one slice of one tensor in memory at a time.
+    """Write `model.onnx` and `model.onnx_data`, one slice of one tensor in memory at a time.
 
     Bytes are the same on every run: tensors lie in the order of their first use, padded with zeros.
     """

@@ -98,7 +98,7 @@ class OnnxTarget(Target):
         return SYMMETRIC if options.flavor is Flavor.PORTABLE else SYMMETRIC + ASYMMETRIC
 
     def lower(self, program: Program, options: TargetOptions, directory: Path, progress: Progress) -> Lowered:
-        """Write `model.onnx`, `model.onnx.data` and, for onnxruntime-genai, `genai_config.json`."""
+        """Write `model.onnx`, `model.onnx_data` and, for onnxruntime-genai, `genai_config.json`."""
         from moec.targets.onnx import genai, lower
         from moec.targets.onnx.lowerings.group_query import refusals
         from moec.targets.onnx.lowerings.table import onnx_dialect

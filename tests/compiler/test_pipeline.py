@@ -74,9 +74,9 @@ def test_validate_finds_nothing_and_then_what_was_changed(
     damaged.mkdir()
     for path in exported.directory.iterdir():
         (damaged / path.name).write_bytes(path.read_bytes())
-    data = bytearray((damaged / "model.onnx.data").read_bytes())
+    data = bytearray((damaged / "model.onnx_data").read_bytes())
     data[len(data) // 2] ^= 0x40
-    (damaged / "model.onnx.data").write_bytes(data)
+    (damaged / "model.onnx_data").write_bytes(data)
     with pytest.raises(ArtifactError, match=r"model\.onnx\.data differs"):
         validate_artifact(damaged, str(tiny_checkpoint("olmoe")))
     assert verify(exported.directory)

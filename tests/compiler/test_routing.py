@@ -193,7 +193,7 @@ def fields(golden_model: Path, **section: Any) -> dict[str, Any]:
 def test_off_is_byte_for_byte_without(golden_model: Path, tmp_path: Path) -> None:
     compile_recipe(make_recipe(fields(golden_model)), tmp_path / "a", gates=False)
     compile_recipe(make_recipe(fields(golden_model, policy="off")), tmp_path / "b", gates=False)
-    for name in ("moec.json", "model.onnx", "model.onnx.data"):
+    for name in ("moec.json", "model.onnx", "model.onnx_data"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 

@@ -85,7 +85,7 @@ def test_description(tiny_checkpoint: Any, lower_checkpoint: Any) -> None:
     model = lower_checkpoint(tiny_checkpoint("olmoe"), flavor="genai")
     config, said = model.program.config, json.loads((model.directory / "genai_config.json").read_text())
     decoder = said["model"]["decoder"]
-    assert model.lowered.model_files == ("model.onnx", "model.onnx.data", "genai_config.json")
+    assert model.lowered.model_files == ("model.onnx", "model.onnx_data", "genai_config.json")
     assert (said["model"]["vocab_size"], "search" in said) == (128, False)
     generation = {"eos_token_id": [2, 7], "do_sample": True, "temperature": 0.6, "repetition_penalty": 1.05}
     (model.directory / "config.json").write_text(json.dumps(dict(config)))

@@ -32,7 +32,7 @@ def test_two_lowerings_are_byte_identical(
     again = tmp_path / "again"
     again.mkdir()
     OnnxTarget().lower(first.program, OnnxOptions(flavor=flavor), again, lambda *_: None)
-    assert set(first.lowered.model_files) == set(files(again)) == {"model.onnx", "model.onnx.data"}
+    assert set(first.lowered.model_files) == set(files(again)) == {"model.onnx", "model.onnx_data"}
     assert files(first.directory) == files(again)
 
 

@@ -32,9 +32,9 @@ def close(got: np.ndarray, want: np.ndarray) -> None:
 def test_the_signature_has_the_names_and_sizes_of_transformers_js(hybrid: Any) -> None:
     graph = ir.load(hybrid.directory / "model.onnx").graph
     shapes = {value.name: [str(size) for size in value.shape] for value in (*graph.inputs, *graph.outputs)}
-    assert shapes["past_conv.0"] == shapes["present_conv.0"] == ["batch", "64", "3"]
-    assert shapes["past_key_values.1.key"] == ["batch", "2", "past_sequence", "16"]
-    assert shapes["present.1.key"] == ["batch", "2", "total_sequence", "16"]
+    assert shapes["past_conv.0"] == shapes["present_conv.0"] == ["batch_size", "64", "3"]
+    assert shapes["past_key_values.1.key"] == ["batch_size", "2", "past_sequence_length", "16"]
+    assert shapes["present.1.key"] == ["batch_size", "2", "total_sequence_length", "16"]
     first = hybrid.lowered.signature["states"][0]
     assert (first["kind"], first["input"]["name"], first["output"]["name"]) == ("conv", "past_conv.0", "present_conv.0")
 
