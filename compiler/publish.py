@@ -17,13 +17,30 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, ValidationError
+
 from moec.compiler.artifact import read_manifest, verify
-from moec.compiler.errors import ArtifactError, MissingExtraError, OutputError, UsageError
+from moec.compiler.errors import ArtifactError, MissingExtraError, OutputError, UsageError, first_line
+from moec.compiler.files import read_json
 from moec.compiler.recipe import unknown
 from moec.compiler.report_schema import Report, read_report
 from moec.compiler.staging import staged
 
 INDEX = "index.json"
+
+
+class _Version(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    version: str
+
+
+class _Index(BaseModel):
+    """index.json of a model in a directory."""
+
+    versions: list[_Version]
+
+
 Registry = Callable[[Path, str, str | None, str, Mapping[str, Any]], dict[str, Any]]
 
 
@@ -51,7 +68,7 @@ def publish(
     """
     if to not in REGISTRIES:
         raise unknown(to, REGISTRIES, "unknown registry", "the registries")
-    for what, text in (("name", name), ("version", version)):
+    for what, text in (("name", name), ("as", version)):
         if text is not None and (not text or text.startswith(".") or set(text) & set("/\\:")):
             raise UsageError(f"--{what}: {text!r} cannot be one", hint="no /, \\ or :, and no dot at the beginning")
     verify(directory)
@@ -92,6 +109,11 @@ def _to_directory(
     shelf = Path(registry).expanduser().resolve() / name
     index = _read_index(shelf)
     numbers = [int(entry["version"]) for entry in index if entry["version"].isdigit()]
+    if version is not None and (shelf / version).exists():
+        raise OutputError(
+            f"{shelf}: it has a version {version} already",
+            hint=f"give another one with --as, or leave it out: the next number is {max(numbers, default=0) + 1}",
+        )
     version = version or str(max(numbers, default=0) + 1)
     with staged(shelf / version) as place:
         shutil.copytree(directory, place, dirs_exist_ok=True)
@@ -104,11 +126,12 @@ def _read_index(shelf: Path) -> list[dict[str, Any]]:
     path = shelf / INDEX
     if not path.exists():
         return []
+    hint = "restore it, or name another registry"
+    content = read_json(path, OutputError, hint=hint)
     try:
-        entries: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["versions"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise OutputError(f"{path}: damaged: {error}", hint="restore it, or name another registry") from error
-    return entries
+        return [entry.model_dump() for entry in _Index.model_validate(content).versions]
+    except ValidationError as error:
+        raise OutputError(f"{path}: damaged: {first_line(error)}", hint=hint) from error
 
 
 def _write_index(shelf: Path, entries: list[dict[str, Any]]) -> None:
@@ -124,14 +147,14 @@ def _to_mlflow(
     directory: Path, name: str, version: str | None, registry: str, metadata: Mapping[str, Any]
 ) -> dict[str, Any]:
     if version is not None:
-        raise UsageError("--version: MLflow numbers versions itself", hint="leave it out")
+        raise UsageError("--as: MLflow numbers versions itself", hint="leave it out")
     if importlib.util.find_spec("mlflow") is None:
         raise MissingExtraError("mlflow is not installed", hint="pip install 'moec[mlflow]'")
     import mlflow
     from mlflow.exceptions import MlflowException
 
-    client = mlflow.MlflowClient(tracking_uri=registry, registry_uri=registry)
     try:
+        client = mlflow.MlflowClient(tracking_uri=registry, registry_uri=registry)
         experiment = client.get_experiment_by_name(name)
         run = client.create_run(
             experiment.experiment_id if experiment else client.create_experiment(name), tags={"moec": "publish"}
@@ -145,8 +168,13 @@ def _to_mlflow(
         source = f"{run.info.artifact_uri}/artifact"
         made = client.create_model_version(name, source, run.info.run_id, tags=dict(_tags(metadata)))
         client.set_terminated(run.info.run_id)
-    except MlflowException as error:
-        raise OutputError(f"{registry}: MLflow refuses: {error}", hint="is it the address of a server?") from error
+    except (MlflowException, ImportError, OSError) as error:
+        # Files and databases need the whole package mlflow, which refuses some of them; a server serves all.
+        hint = "" if registry.startswith(("http://", "https://")) else "mlflow server --backend-store-uri ..., then "
+        raise OutputError(
+            f"{registry}: MLflow refuses: {first_line(error)}",
+            hint=f"{hint}give the address of a tracking server, such as --registry http://127.0.0.1:5000",
+        ) from error
     return {"version": str(made.version), "location": source}
 
 

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import minisign
@@ -93,8 +95,13 @@ def test_versions_of_a_directory_are_counted_and_described(tmp_path: Path) -> No
     assert entries[0]["gates"] == {"parity: artifact": "pass", "quality": "not run"}
     assert entries[0]["digest"] == json.loads((place / "moec.json").read_text())["digest"]
     assert entries[0]["files"].keys() == {"model.bin"}
-    with pytest.raises(OutputError, match="holds an artifact already"):
+    with pytest.raises(OutputError, match=r"has a version 2026\.1 already") as caught:
         publish.publish(place, "dir", str(tmp_path / "registry"), "m", version="2026.1")
+    assert "--as" in caught.value.hint
+    assert "--overwrite" not in caught.value.hint
+    (shelf / "index.json").write_text('{"versions": [{"version": 3}]}')
+    with pytest.raises(OutputError, match=r"index\.json: damaged"):
+        publish.publish(place, "dir", str(tmp_path / "registry"), "m")
 
 
 @pytest.mark.parametrize("verdicts", [(PASSED, FAILED), (NOT_RUN,)])
@@ -124,6 +131,31 @@ def test_mlflow_is_an_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(MissingExtraError) as error:
         publish.publish(artifact(tmp_path / "out"), "mlflow", "sqlite:///x", "m")
     assert error.value.hint == "pip install 'moec[mlflow]'"
+
+
+@pytest.mark.parametrize(
+    ("registry", "hint"), [("sqlite:///x.db", "mlflow server"), ("http://127.0.0.1:1", "--registry http")]
+)
+def test_what_mlflow_refuses_is_said(
+    registry: str, hint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class MlflowException(Exception):  # noqa: N818
+        """mlflow 3.17 raises it, or a class of its own below it, from the constructor of its client."""
+
+    def client(**_: str) -> None:
+        raise MlflowException("the registry is unavailable\nand much more")
+
+    mlflow, exceptions = ModuleType("mlflow"), ModuleType("mlflow.exceptions")
+    mlflow.MlflowClient, exceptions.MlflowException = client, MlflowException  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "mlflow", mlflow)
+    monkeypatch.setitem(sys.modules, "mlflow.exceptions", exceptions)
+    monkeypatch.setattr(publish.importlib.util, "find_spec", lambda _: object())
+    arguments = ["publish", str(artifact(tmp_path / "out")), "--to", "mlflow", "--registry", registry, "--name", "m"]
+    assert cli.dispatch(arguments) == 11
+    said = capsys.readouterr().err
+    assert f"{registry}: MLflow refuses: the registry is unavailable" in said
+    assert "much more" not in said
+    assert hint in said
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models
 
 from moec.compiler.errors import ArtifactError, CheckpointError
 from moec.compiler.text import tokenize
-from moec.compiler.tokenizer import open_tokenizer, stream_text
+from moec.compiler.tokenizer import make_loadable, open_tokenizer, stream_text
 
 GOLDEN = Path(__file__).resolve().parents[2] / "golden_models" / "olmoe-tiny"
 
@@ -107,3 +107,15 @@ def test_ids_beyond_the_vocabulary(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 100}))
     with pytest.raises(CheckpointError, match="the model's vocabulary has 100"):
         tokenize(tmp_path, "Hello")
+
+
+def test_the_class_of_an_artifacts_tokenizer_is_known_to_every_release(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer_config.json"
+    make_loadable(tmp_path)
+    assert not path.exists()
+    path.write_text(json.dumps({"tokenizer_class": "TokenizersBackend", "eos_token": "</s>"}))
+    make_loadable(tmp_path)
+    assert json.loads(path.read_text()) == {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}
+    path.write_text('{"tokenizer_class": "GemmaTokenizer"}')
+    make_loadable(tmp_path)
+    assert path.read_text() == '{"tokenizer_class": "GemmaTokenizer"}'
