@@ -26,6 +26,7 @@ from moec.compiler.commands.options import ArtifactDirectory, Debug, Json, Quiet
 from moec.compiler.commands.pipelines import build, diff, publish
 from moec.compiler.console import LOG_FORMAT, Console, any_character
 from moec.compiler.errors import MoecError, UsageError
+from moec.compiler.threads import wait_without_spinning
 
 
 def _routing(metavar: str | None, text: str) -> Any:
@@ -336,6 +337,7 @@ def main() -> None:
     """Entry point of the `moec` command."""
     signal.signal(signal.SIGTERM, _terminate)
     any_character()
+    wait_without_spinning()
     arguments = sys.argv[1:]
     if "--debug" not in arguments:
         # torch, torchao and transformers warn of matters that are theirs.

@@ -13,6 +13,7 @@ import numpy as np
 import onnxruntime as ort
 
 from moec.compiler.errors import ArtifactError
+from moec.compiler.threads import is_shared
 from moec.targets.onnx.states import Growing, Shared
 
 
@@ -33,6 +34,8 @@ class OnnxRunner:
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
         options.enable_profiling = profile
+        if is_shared():
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
             self.session = ort.InferenceSession(
                 str(directory / "model.onnx"), options, providers=["CPUExecutionProvider"]
