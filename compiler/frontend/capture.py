@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
+import inspect
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -213,9 +214,9 @@ def _call(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=hooks.step_cache(record, layers, length),
             use_cache=True,
             return_dict=True,
+            **{cache_argument(model): hooks.step_cache(record, layers, length)},
         )
     except MoecError:
         raise
@@ -224,6 +225,11 @@ def _call(
             f"{record.where()} of {type(model).__name__} cannot be traced: {_reason(error)}",
             hint="moec families lists what works and why the rest does not",
         ) from error
+
+
+def cache_argument(model: nn.Module) -> str:
+    """Name of the argument that takes the cache: `cache` since transformers 5.24, `past_key_values` before."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def _reason(error: Exception) -> str:

@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.utils import logging
 
 from moec.compiler.errors import UsageError
+from moec.compiler.frontend.capture import cache_argument
 from moec.compiler.tiny_models import family_names, tiny_config, tiny_model, write_tiny_checkpoint
 
 # Its router reads `[batch, sequence, 2 * keys]` as `[2, batch * sequence, keys]`: a token's experts depend on
@@ -18,9 +19,10 @@ TOKENS = torch.randint(3, 128, (2, 40), generator=torch.Generator().manual_seed(
 
 
 def step(model: Any, ids: torch.Tensor, encoded: Any, past: Any) -> Any:
+    cache = {cache_argument(model): past}
     if encoded is None:
-        return model(ids, past_key_values=past, use_cache=True)
-    return model(encoder_outputs=encoded, decoder_input_ids=ids, past_key_values=past)
+        return model(ids, use_cache=True, **cache)
+    return model(encoder_outputs=encoded, decoder_input_ids=ids, **cache)
 
 
 @torch.no_grad()
@@ -30,7 +32,7 @@ def full_and_cached_logits(model: Any, prefill: int) -> tuple[torch.Tensor, torc
     output = step(model, TOKENS[:, :prefill], encoded, None)
     parts = [output.logits]
     for position in range(prefill, TOKENS.shape[1]):
-        output = step(model, TOKENS[:, position : position + 1], encoded, output.past_key_values)
+        output = step(model, TOKENS[:, position : position + 1], encoded, output[cache_argument(model)])
         parts.append(output.logits)
     return full, torch.cat(parts, dim=1)
 

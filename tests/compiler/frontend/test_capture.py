@@ -117,7 +117,7 @@ def changed(tiny_checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> Ca
 
     def run(deed: Callable[..., Any]) -> None:
         def forward(self: nn.Module, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            deed(hidden_states, kwargs["attention_mask"], kwargs["past_key_values"])
+            deed(hidden_states, kwargs["attention_mask"], kwargs["cache" if "cache" in kwargs else "past_key_values"])
             return original(self, hidden_states, *args, **kwargs)
 
         monkeypatch.setattr(modeling_mixtral.MixtralDecoderLayer, "forward", forward)
