@@ -249,7 +249,6 @@ def _build(recipe: Recipe, target: Target, options: TargetOptions, stages: _Stag
     with stages("capture"):
         checkpoint = Checkpoint.open(recipe.checkpoint, trust_remote_code=recipe.trust_remote_code)
         captured = capture(checkpoint, dtype=_DTYPES[recipe.dtype or target.default_dtype])
-        model = model_summary(captured)
     settings = None if recipe.routing is None or recipe.routing.does_nothing else recipe.routing
     with stages("routing") if settings else contextlib.nullcontext():
         routing = plan_routing(settings, checkpoint, captured, stages.progress)
@@ -282,7 +281,13 @@ def _build(recipe: Recipe, target: Target, options: TargetOptions, stages: _Stag
         {"name": record.name, "modified": record.modified, "rejections": [asdict(item) for item in record.rejections]}
         for record in (*log, *more)
     ]
-    return _Built(checkpoint, captured, final, model, kept, routing, quantization)
+    return _Built(checkpoint, captured, final, _described(captured, final), kept, routing, quantization)
+
+
+def _described(captured: Program, final: Program) -> dict[str, Any]:
+    """The model that was built, and what it was built from."""
+    before = model_summary(captured)
+    return {**model_summary(final), "source": {key: before[key] for key in ("parameters", "moe_layers")}}
 
 
 def _recorded(recipe: Recipe, options: TargetOptions, built: _Built) -> dict[str, Any]:

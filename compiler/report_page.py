@@ -15,6 +15,7 @@ import jinja2
 from markupsafe import Markup
 
 from moec.compiler import plots
+from moec.compiler.describe import describe_built
 from moec.compiler.plots import Labels
 
 TEMPLATE = "report.html.jinja"
@@ -87,6 +88,7 @@ def sections(report: Mapping[str, Any]) -> list[Section]:
     figures = {verdict["gate"]: verdict["figures"] for verdict in report["verdicts"]}
     accounting = report["routing"].get("accounting", {}).get("layers", [])
     return [
+        Section("built", "What was built", _built(report), "moec.json says nothing of the model"),
         Section("parity", "Parity by case", _cases(report["verdicts"]), "the parity gates did not run"),
         Section("latency", "Latency", _latency(figures.get("latency", {})), "give --latency-budget to measure it"),
         _sizes(report),
@@ -289,6 +291,13 @@ def _trade_off(report: Mapping[str, Any]) -> list[Part]:
     ]
     caption = "What formats offer, as predicted from the sensitivities; the ring is what was built."
     return [Part(Table(caption, ("Weights", "Of fp16", "Perplexity", ""), rows), Markup(plot))]
+
+
+def _built(report: Mapping[str, Any]) -> list[Part]:
+    rows = [(_text(name), _text(value)) for name, value in describe_built(report)]
+    return (
+        [Part(Table("The artifact; where it differs, the source model in brackets.", ("", ""), rows))] if rows else []
+    )
 
 
 def _timings(timings: Mapping[str, float]) -> list[Part]:

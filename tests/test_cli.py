@@ -173,7 +173,9 @@ def test_inspect_artifact_and_checkpoint(
         text = capsys.readouterr().out
         assert "2 layers of 8, top-2, width 48" in text
     described, checkpoint = found.values()
+    source = described["model"].pop("source")
     assert described["model"] == checkpoint["model"]
+    assert source == {key: checkpoint["model"][key] for key in ("parameters", "moe_layers")}
     model = checkpoint["model"]
     experts = 2 * 8 * 3 * 64 * 48
     assert model["parameters"]["total"] == checkpoint["stored_parameters"]
@@ -224,7 +226,7 @@ def test_doctor_and_families(capsys: pytest.CaptureFixture[str]) -> None:
         (["export", "x", "-t", "fake", "-o", "o", "--flavor", "fanzy"], ["unknown value 'fanzy'", "'fancy'"]),
         (["export", "x", "-t", "fake", "-o", "o", "--block-size", "0"], ["block_size: Input should be"]),
         (["export", "x", "-t", "fake", "-o", "o", "--block-sise", "0"], ["No such option"]),
-        (["export", "x", "-t", "fake", "-o", "o", "--recipe", "none.yaml"], ["none.yaml: the recipe cannot be read"]),
+        (["export", "x", "-t", "fake", "-o", "o", "--recipe", "none.yaml"], ["none.yaml: cannot be read"]),
         (["frobnicate"], ["No such command"]),
     ],
 )

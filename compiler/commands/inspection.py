@@ -23,6 +23,7 @@ def inspect(
 ) -> int:
     """Show layers, experts, parameters, states, what can be captured, and files."""
     from moec.compiler import inspect as inspection
+    from moec.compiler.describe import describe
 
     console = Console(json_output, debug=debug)
     if text is not None:
@@ -32,7 +33,7 @@ def inspect(
         console.result({"tokens": view}, lambda: console.show(coloured(view)))
         return 0
     found = inspection.inspect(location, trust_remote_code=trust_remote_code)
-    console.result(found, lambda: console.rows(inspection.describe(found)))
+    console.result(found, lambda: console.rows(describe(found)))
     return 0
 
 

@@ -165,7 +165,7 @@ def test_html_is_accessible(written: Path) -> None:
     assert page.all("html")[0]["lang"] == "en"
     assert any(meta.get("name") == "viewport" for meta in page.all("meta"))
     assert "prefers-color-scheme: dark" in source
-    assert len(page.all("caption")) == len(page.all("table")) == 7
+    assert len(page.all("caption")) == len(page.all("table")) == 8
     assert all("scope" in head for head in page.all("th"))
     assert all(
         part.get("aria-labelledby") in {head.get("id") for head in page.all("h2")} for part in page.all("section")
