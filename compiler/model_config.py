@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moec.compiler.errors import ArtifactError, first_line
+from moec.compiler.errors import ArtifactError, UsageError, first_line
 from moec.compiler.files import read_json
 
 _CONTEXT = ("max_position_embeddings", "max_seq_len", "n_positions")
@@ -31,6 +31,20 @@ def context_length(config: Mapping[str, Any]) -> int | None:
     """The largest number of tokens that the model was made for, or None if config.json does not say."""
     inner = text_config(config)
     return next((int(inner[name]) for name in _CONTEXT if isinstance(inner.get(name), int)), None)
+
+
+def cache_length(config: Mapping[str, Any], wanted: int | None, default: int) -> int:
+    """Tokens that a cache of fixed size is made for: `--context`, else `default` or what the model allows.
+
+    Raises:
+        UsageError: More than the model was made for.
+    """
+    most = context_length(config)
+    if wanted is not None and most is not None and wanted > most:
+        raise UsageError(
+            f"--context {wanted}: the model was made for {most} tokens", hint=f"give at most --context {most}"
+        )
+    return wanted or min(most or default, default)
 
 
 def token_ids(name: str, *configs: Mapping[str, Any]) -> tuple[int, ...]:

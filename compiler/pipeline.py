@@ -36,7 +36,7 @@ from moec.compiler.quantization import (
 )
 from moec.compiler.recipe import Recipe, make_recipe, validate
 from moec.compiler.rejections import Rejection
-from moec.compiler.routing import RoutingPlan, measure_savings, plan_routing
+from moec.compiler.routing import RoutingPlan, check_routing, measure_savings, plan_routing
 from moec.compiler.staging import check_output, staged
 from moec.compiler.summary import model_summary
 from moec.compiler.tokenizer import make_loadable
@@ -220,9 +220,11 @@ def _check_inputs(recipe: Recipe) -> None:
 
     Raises:
         CheckpointError: A text is missing, empty or binary.
-        UsageError: The plan or a budget is wrong, or the baseline is no artifact.
+        UsageError: The plan, the routing or a budget is wrong, or the baseline is no artifact.
     """
     latency_options(recipe)
+    if recipe.routing is not None:
+        check_routing(recipe.routing)
     if recipe.quantize is not None and not recipe.quantize.does_nothing:
         calibration_text(recipe.quantize)
         check_plan(recipe.quantize)
@@ -248,6 +250,7 @@ def _target(recipe: Recipe) -> tuple[Target, TargetOptions]:
 def _build(recipe: Recipe, target: Target, options: TargetOptions, stages: _Stages) -> _Built:
     with stages("capture"):
         checkpoint = Checkpoint.open(recipe.checkpoint, trust_remote_code=recipe.trust_remote_code)
+        target.check(options, checkpoint.raw_config)
         captured = capture(checkpoint, dtype=_DTYPES[recipe.dtype or target.default_dtype])
     settings = None if recipe.routing is None or recipe.routing.does_nothing else recipe.routing
     with stages("routing") if settings else contextlib.nullcontext():

@@ -173,6 +173,17 @@ class CalibrationFile(BaseModel):
     entries: list[CalibrationEntry] = Field(min_length=1)
 
 
+def _calibration_file(path: Path) -> CalibrationFile:
+    try:
+        return CalibrationFile.model_validate(read_json(path, UsageError, hint="moec calibrate writes one"))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise UsageError(
+            f"{path}: not a calibration file: {where}: {first['msg']}", hint="moec calibrate writes one"
+        ) from error
+
+
 def read_calibration(path: Path, checkpoint: Checkpoint, name: str, budget: float | None) -> dict[str, Any]:
     """The entry of a calibration file for a budget.
 
@@ -180,14 +191,7 @@ def read_calibration(path: Path, checkpoint: Checkpoint, name: str, budget: floa
         UsageError: The file is none, belongs to another policy, or has no such budget.
         CheckpointError: It was made from another checkpoint.
     """
-    try:
-        content = CalibrationFile.model_validate(read_json(path, UsageError, hint="moec calibrate writes one"))
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise UsageError(
-            f"{path}: not a calibration file: {where}: {first['msg']}", hint="moec calibrate writes one"
-        ) from error
+    content = _calibration_file(path)
     if content.policy != name:
         raise UsageError(
             f"{path} calibrates the policy {content.policy}, not {name}", hint=f"give --routing {content.policy}"
@@ -210,6 +214,29 @@ def read_calibration(path: Path, checkpoint: Checkpoint, name: str, budget: floa
     )
 
 
+def check_routing(settings: RoutingRecipe) -> None:
+    """Refuse what can be told to make no sense without the model.
+
+    Raises:
+        UsageError: There is no such policy, a parameter of it is wrong, or nothing says how much it shall save.
+        CheckpointError: The calibration text does not serve.
+    """
+    if settings.text is not None:
+        read_text(settings.text)
+    if settings.policy == "off":
+        return
+    policy_type(settings.policy)
+    if settings.parameters is not None:
+        policy(settings.policy, **settings.parameters)
+    elif settings.calibration is not None:
+        _calibration_file(Path(settings.calibration))
+    elif settings.budget is None and settings.max_quality_loss is None:
+        raise UsageError(
+            f"policy {settings.policy} is given neither parameters nor how much it shall save",
+            hint="give --expert-budget, --max-quality-loss or --calibration",
+        )
+
+
 def plan_routing(
     settings: RoutingRecipe | None, checkpoint: Checkpoint, captured: Program, progress: Progress
 ) -> RoutingPlan:
@@ -221,6 +248,7 @@ def plan_routing(
     """
     if settings is None:
         return RoutingPlan()
+    check_routing(settings)
     program, _ = passes.run_passes(captured, passes.default_passes())
     added: list[Pass] = []
     facts: dict[str, Any] = {}
@@ -288,14 +316,10 @@ def _policy(
             )
         chosen, searched = saving.policy, {"max_quality_loss": settings.max_quality_loss, "tried": tried}
         budget = saving.budget
-    elif settings.budget is not None:
+    else:
+        assert settings.budget is not None, "check_routing"
         budget, searched = settings.budget, {}
         chosen = fit(name, traces, budget, sensitivities)
-    else:
-        raise UsageError(
-            f"policy {name} is given neither parameters nor how much it shall save",
-            hint="give --expert-budget, --max-quality-loss or --calibration",
-        )
     entry = _entry(budget, chosen, traces)
     del entry["parameters"]
     return chosen, {"calibration": {**entry, **searched, "text": _text_facts(material)}}

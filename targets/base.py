@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from moec.compiler.errors import UsageError
+from moec.compiler.errors import MissingExtraError, UsageError
 from moec.compiler.rejections import Rejection
 
 if TYPE_CHECKING:
@@ -174,6 +175,7 @@ class Target(ABC):
 
     `name` is what `--target` takes; `Options` is a TargetOptions subclass; `extra` is the pip extra that it needs, if
     any; `tools` are the distributions, beyond torch, whose versions decide what it writes and so stand in moec.json.
+    `modules` are the top-level modules of the extra, without which nothing can be built.
     `default_dtype` is the precision where a recipe names none: "fp32" or "fp16".
     `presets` are the names that `--quantize` takes for this target alone, or means something else by: name -> format
     by tensor class, as in a recipe.
@@ -185,6 +187,7 @@ class Target(ABC):
     name: ClassVar[str]
     Options: ClassVar[type[TargetOptions]] = TargetOptions
     extra: ClassVar[str | None] = None
+    modules: ClassVar[tuple[str, ...]] = ()
     tools: ClassVar[tuple[str, ...]] = ()
     default_dtype: ClassVar[Literal["fp32", "fp16"]] = "fp32"
     presets: ClassVar[Mapping[str, Mapping[str, str]]] = {}
@@ -194,6 +197,24 @@ class Target(ABC):
     @abstractmethod
     def capabilities(self, options: TargetOptions, phase: Phase) -> Capabilities:
         """Say what this target does in `phase`."""
+
+    def check(self, options: TargetOptions, config: Mapping[str, Any]) -> None:  # noqa: ARG002
+        """Refuse, before anything is captured, what cannot be built for a model.
+
+        Args:
+            options: The target's options.
+            config: config.json of the checkpoint.
+
+        Raises:
+            MissingExtraError: A module of the extra is not installed.
+            UsageError: The options do not fit the model.
+        """
+        for module in self.modules:
+            if importlib.util.find_spec(module) is None:
+                raise MissingExtraError(
+                    f"target {self.name} needs {module}, which is not installed",
+                    hint=f"pip install 'moec[{self.extra}]'",
+                )
 
     def passes(self, options: TargetOptions) -> tuple[Pass, ...]:  # noqa: ARG002
         """Passes that only this target wants, run after the common ones."""

@@ -6,11 +6,12 @@ import sys
 from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field, field_validator, model_validator
 
+from moec.compiler.model_config import cache_length
 from moec.compiler.rejections import Rejection
 from moec.targets.base import (
     ASYMMETRIC,
@@ -95,6 +96,7 @@ class CoremlTarget(Target):
     name: ClassVar[str] = "coreml"
     Options: ClassVar[type[TargetOptions]] = CoremlOptions
     extra: ClassVar[str | None] = "coreml"
+    modules: ClassVar[tuple[str, ...]] = ("coremltools",)
     tools: ClassVar[tuple[str, ...]] = ("coremltools",)
     default_dtype: ClassVar[Literal["fp32", "fp16"]] = "fp16"
     weight_formats: ClassVar[frozenset[str]] = frozenset({"int8", "int4", "palettize4"})
@@ -109,6 +111,12 @@ class CoremlTarget(Target):
                 skips_experts=False, reason="an expert is computed for all tokens of a call as soon as one needs it"
             )
         return Capabilities(skips_experts=False, reason="prefill computes every expert for every token")
+
+    def check(self, options: TargetOptions, config: Mapping[str, Any]) -> None:
+        """A cache that is longer than the model's context; see `Target.check`."""
+        assert isinstance(options, CoremlOptions)
+        super().check(options, config)
+        cache_length(config, options.context, DEFAULT_CONTEXT)
 
     def lint(self, program: Program, options: TargetOptions) -> tuple[Rejection, ...]:
         """Ops that have no lowering, and what does not fit the flavor."""
@@ -134,7 +142,7 @@ class CoremlTarget(Target):
         from moec.targets.coreml.package import PACKAGE, write_package
 
         assert isinstance(options, CoremlOptions)
-        context = context_length(program.config, options.context)
+        context = cache_length(program.config, options.context, DEFAULT_CONTEXT)
         whole = options.flavor is Flavor.SWIFT
         shape = Shape(context, context if whole else min(options.prefill_chunk, context))
         texts = metadata_texts(program.config, options)
@@ -198,21 +206,6 @@ def _reader(model: MilModel, label: str) -> ExpertReader:
         return (constant.exact or constant.load)()
 
     return read
-
-
-def context_length(config: Mapping[str, object], wanted: int | None) -> int:
-    """Tokens that the cache is made for.
-
-    Raises:
-        UsageError: More than the model was made for.
-    """
-    from moec.compiler.errors import UsageError
-
-    given = (config.get(key) for key in ("max_position_embeddings", "max_seq_len", "n_positions"))
-    most = next((size for size in given if isinstance(size, int)), DEFAULT_CONTEXT)
-    if wanted is not None and wanted > most:
-        raise UsageError(f"--context {wanted}: the model was made for {most} tokens", hint=f"give at most {most}")
-    return wanted or min(most, DEFAULT_CONTEXT)
 
 
 def metadata_texts(config: Mapping[str, object], options: CoremlOptions) -> Mapping[str, str]:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
-from moec.compiler.errors import LoweringError, UsageError
+from moec.compiler.errors import LoweringError
+from moec.compiler.model_config import cache_length
 from moec.compiler.rejections import Rejection
 from moec.targets.base import (
     Capabilities,
@@ -106,14 +107,19 @@ class TensorrtTarget(Target):
             return Capabilities(skips_experts=False, reason=reason)
         return Capabilities(skips_experts=True)
 
+    def check(self, options: TargetOptions, config: Mapping[str, Any]) -> None:
+        """A cache that is longer than the model's context, or no library to build with; see `Target.check`."""
+        assert isinstance(options, TensorrtOptions)
+        if options.engine:
+            module_name(options.library)
+        _sizes(config, options)
+
     def lint(self, program: Program, options: TargetOptions) -> tuple[Rejection, ...]:
         """Ops without a lowering, formats that TensorRT does not take, an opset that its parser does not read."""
         from moec.targets.tensorrt.lowerings.table import tensorrt_dialect
         from moec.targets.tensorrt.program_lint import check_program
 
         assert isinstance(options, TensorrtOptions)
-        if options.engine:
-            module_name(options.library)
         return check_program(program, options, tensorrt_dialect(Form.LOOP_IF, options.opset).table)
 
     def lower(self, program: Program, options: TargetOptions, directory: Path, progress: Progress) -> Lowered:
@@ -208,7 +214,7 @@ def make_settings(program: Program, options: TensorrtOptions, form: Form) -> dic
     from moec.targets.onnx.lower import MODEL, signature
     from moec.targets.tensorrt.profiles import profiles, trtexec
 
-    sizes = _sizes(program, options)
+    sizes = _sizes(program.config, options)
     made = profiles(signature(program), sizes)
     module = module_name(options.library) if options.engine else RTX
     defaults = program.notes.get("input_defaults", {})
@@ -231,16 +237,10 @@ def make_settings(program: Program, options: TensorrtOptions, form: Form) -> dic
     }
 
 
-def _sizes(program: Program, options: TensorrtOptions) -> Any:
-    from moec.compiler.model_config import context_length
+def _sizes(config: Mapping[str, Any], options: TensorrtOptions) -> Any:
     from moec.targets.tensorrt.profiles import Sizes
 
-    most = context_length(program.config)
-    context = options.context or min(most or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
-    if most is not None and context > most:
-        raise UsageError(
-            f"--context {context}: the model was made for {most} tokens", hint=f"give at most --context {most}"
-        )
+    context = cache_length(config, options.context, DEFAULT_CONTEXT)
     piece = min(options.piece, context)
     return Sizes(options.batch, context, min(options.prompt, piece), piece)
 

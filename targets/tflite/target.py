@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field, PositiveInt
 
 from moec.compiler.errors import UsageError
+from moec.compiler.model_config import cache_length
 from moec.compiler.rejections import Rejection
 from moec.targets.base import Capabilities, ExpertReader, Lowered, Phase, Progress, Runner, Target, TargetOptions
 
@@ -68,6 +69,7 @@ class TfliteTarget(Target):
     name: ClassVar[str] = "tflite"
     Options: ClassVar[type[TargetOptions]] = TfliteOptions
     extra: ClassVar[str | None] = "tflite"
+    modules: ClassVar[tuple[str, ...]] = ("ai_edge_litert", "flatbuffers")
     tools: ClassVar[tuple[str, ...]] = ("ai-edge-litert", "flatbuffers", "litert-lm-builder")
     presets: ClassVar[Mapping[str, Mapping[str, str]]] = {
         "int8": dict.fromkeys(QUANTIZED, _ROWS),
@@ -95,6 +97,12 @@ class TfliteTarget(Target):
             )
         return Capabilities(skips_experts=True)
 
+    def check(self, options: TargetOptions, config: Mapping[str, Any]) -> None:
+        """A cache that is longer than the model's context, or shorter than a prompt; see `Target.check`."""
+        assert isinstance(options, TfliteOptions)
+        super().check(options, config)
+        _capacity(config, options)
+
     def lint(self, program: Program, options: TargetOptions) -> tuple[Rejection, ...]:  # noqa: ARG002
         """Ops that have no lowering."""
         from moec.targets.tflite.lower import unsupported
@@ -110,7 +118,7 @@ class TfliteTarget(Target):
         from moec.targets.tflite.writer import write
 
         assert isinstance(options, TfliteOptions)
-        capacity = _capacity(program, options)
+        capacity = _capacity(program.config, options)
         lengths = (1, *sorted({length for length in options.prefill if length > 1}))
         branches = options.flavor is not Flavor.NO_CONTROL_FLOW
         older = options.runtime is Runtime.TFLITE_RUNTIME
@@ -164,19 +172,13 @@ class TfliteTarget(Target):
         return super().doctor()
 
 
-def _capacity(program: Program, options: TfliteOptions) -> int:
+def _capacity(config: Mapping[str, Any], options: TfliteOptions) -> int:
     """Slots of the cache.
 
     Raises:
         UsageError: The model, or a prefill signature, does not fit.
     """
-    known = program.config.get("max_position_embeddings")
-    most = known if isinstance(known, int) else None
-    capacity = options.context or min(most or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
-    if most is not None and capacity > most:
-        raise UsageError(
-            f"--context {capacity}: the model was made for {most} tokens", hint=f"give at most --context {most}"
-        )
+    capacity = cache_length(config, options.context, DEFAULT_CONTEXT)
     longest = max(options.prefill, default=1)
     if longest > capacity:
         raise UsageError(

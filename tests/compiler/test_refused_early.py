@@ -1,0 +1,88 @@
+"""What cannot work is refused before anything is captured: with a message, a hint and its exit code."""
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+
+from moec import cli
+from moec.compiler import pipeline
+from moec.compiler.frontend.checkpoint import Checkpoint
+
+CASES = {
+    "a cache beyond the context, CoreML": (["-t", "coreml", "--context", "99999"], 2, "made for 512 tokens"),
+    "a cache beyond the context, TFLite": (["-t", "tflite", "--context", "99999"], 2, "made for 512 tokens"),
+    "a cache beyond the context, TensorRT": (["-t", "tensorrt", "--context", "99999"], 2, "made for 512 tokens"),
+    "a prompt beyond the cache": (["-t", "tflite", "--context", "64", "--prefill", "128"], 2, "longer than the cache"),
+    "a policy that is not told how much to save": (["-t", "onnx", "--routing", "threshold"], 2, "--expert-budget"),
+    "an unknown policy": (["-t", "onnx", "--routing", "tresholds", "--expert-budget", "0.5"], 2, "threshold"),
+    "a calibration file that is none": (["-t", "onnx", "--routing", "top-p", "--calibration", "x.json"], 2, "x.json"),
+    "a routing text that is missing": (
+        ["-t", "onnx", "--routing", "top-p", "--expert-budget", "0.5", "--routing-text", "no.txt"],
+        10,
+        "no.txt",
+    ),
+    "an unknown format": (["-t", "onnx", "--quantize", "int9"], 2, "int9"),
+    "a calibration text that is missing": (
+        ["-t", "onnx", "--quantize", "int4", "--calibration", "no.txt"],
+        10,
+        "no.txt",
+    ),
+    "a held-out text that is missing": (
+        ["-t", "onnx", "--max-quality-loss", "1%", "--quality-text", "no.txt"],
+        10,
+        "no",
+    ),
+    "a budget that is none": (["-t", "onnx", "--latency-budget", "decode.p50=fast"], 2, "fast"),
+    "an output that is a file": (["-t", "onnx", "-o", "file"], 11, "is a file"),
+}
+
+
+@pytest.fixture
+def nothing_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def capture(checkpoint: Checkpoint, **_: object) -> NoReturn:
+        raise AssertionError(f"{checkpoint.directory} is captured before the command line is checked")
+
+    monkeypatch.setattr(pipeline, "capture", capture)
+
+
+@pytest.mark.usefixtures("nothing_is_captured")
+@pytest.mark.parametrize("name", CASES)
+def test_before_capture(
+    name: str,
+    tiny_checkpoint: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments, code, message = CASES[name]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    assert cli.dispatch(["export", str(tiny_checkpoint("olmoe")), "-o", "out", *arguments]) == code
+    said = capsys.readouterr().err
+    assert message in said
+    assert "hint: " in said
+    assert {path.name for path in tmp_path.iterdir()} == {"file"}
+
+
+@pytest.mark.usefixtures("nothing_is_captured")
+@pytest.mark.parametrize(
+    ("target", "module"), [("coreml", "coremltools"), ("tflite", "ai_edge_litert"), ("tensorrt", "tensorrt_rtx")]
+)
+def test_an_extra_that_is_missing(
+    target: str,
+    module: str,
+    tiny_checkpoint: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    found = importlib.util.find_spec
+    hidden = {module, "tensorrt"}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name in hidden else found(name, *rest))
+    assert cli.dispatch(["export", str(tiny_checkpoint("olmoe")), "-t", target, "-o", str(tmp_path / "out")]) == 8
+    said = capsys.readouterr().err
+    assert f"needs {module}, which is not installed" in said
+    assert f"pip install 'moec[{target}]'" in said
