@@ -77,6 +77,7 @@ class RunnerLimits:
         max_sequence: Most tokens of a sequence, past and new together; None where the model alone sets the limit.
         prefill_lengths: Lengths that the artifact was specialised to; the runner itself cuts or pads to them.
         max_decode: Most tokens of one decode step; None where any number will do.
+        repeats_bits: Whether equal inputs give equal bits, as they do on a CPU; a GPU may add in any order.
     """
 
     max_batch: int | None = None
@@ -84,6 +85,7 @@ class RunnerLimits:
     max_sequence: int | None = None
     prefill_lengths: tuple[int, ...] = ()
     max_decode: int | None = None
+    repeats_bits: bool = True
 
 
 class Runner(Protocol):

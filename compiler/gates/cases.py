@@ -18,8 +18,8 @@ from moec.targets.base import RunnerLimits
 if TYPE_CHECKING:
     from moec.compiler.program import Program
 
-SHAPES = ((1, 1, 9), (2, 5, 0), (2, 5, 7), (1, 130, 0))
-"""Batch, new tokens, past: single and several, odd, without and with a past, more than one block of a kernel."""
+SHAPES = ((1, 1, 9), (2, 5, 0), (2, 5, 7), (1, 513, 0))
+"""Batch, new tokens, past: single and several, odd, without and with a past, and enough for every thread."""
 
 PADDED_LENGTHS = (9, 5)
 TEXT = ("golden_models", "olmoe-tiny", "texts", "calibration.txt")

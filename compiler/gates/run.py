@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from rich.text import Text
 
 from moec.compiler.errors import MoecError, first_line
 from moec.compiler.frontend.checkpoint import Checkpoint
-from moec.compiler.gates.cases import Prompts
+from moec.compiler.gates.cases import Prompts, bounds
 from moec.compiler.gates.coverage import GATE as COVERAGE_GATE
 from moec.compiler.gates.coverage import judge_coverage
 from moec.compiler.gates.integrity import GATE as INTEGRITY_GATE
@@ -29,9 +29,13 @@ from moec.compiler.gates.parity import (
     gather_capture,
     judge_parity,
 )
+from moec.compiler.gates.repeatability import EXIT_CODE as REPEATABILITY_EXIT_CODE
+from moec.compiler.gates.repeatability import GATE as REPEATABILITY_GATE
+from moec.compiler.gates.repeatability import RepeatabilityOptions, judge_repeatability
+from moec.compiler.gates.tolerance import precision_of
 from moec.compiler.gates.verdict import Status, Verdict
 from moec.compiler.program import Program
-from moec.targets.base import GateSubject, Progress, Runner, Target
+from moec.targets.base import GateSubject, Progress, Runner, Target, limits_of
 
 SEVERAL_FAILED = 12
 
@@ -69,14 +73,16 @@ def run_gates(
     options: ParityOptions | None = None,
     progress: Progress = lambda *_: None,
     *,
+    repeatability: RepeatabilityOptions | None = None,
     further: Sequence[tuple[str, int, Gate]] = (),
 ) -> tuple[Verdict, ...]:
-    """Run parity, coverage and integrity, the gates of the target, then `further` gates.
+    """Run parity, coverage, integrity and repeatability, the gates of the target, then `further` gates.
 
     Args:
         inputs: What to look at.
         options: Settings of parity and coverage.
         progress: Told what is being done.
+        repeatability: Settings of repeatability.
         further: Later gates: name, exit code and the function that runs each.
 
     Returns:
@@ -99,8 +105,12 @@ def run_gates(
         verdict = judge_parity(name, evidence[name], options)
         return replace(verdict, figures={**verdict.figures, "runner": dict(runner.facts())})
 
+    @cache
+    def reference() -> Runner:
+        return inputs.target.open_reference(inputs.directory, threads=inputs.threads)
+
     def artifact() -> Verdict:
-        return parity(ARTIFACT_GATE, inputs.target.open_reference(inputs.directory, threads=inputs.threads))
+        return parity(ARTIFACT_GATE, reference())
 
     def coverage() -> Verdict:
         if ARTIFACT_GATE not in evidence:
@@ -116,12 +126,19 @@ def run_gates(
         tensor_bytes = inputs.facts.get("expert_tensor_bytes")
         return check_integrity(inputs.program, readers, tensor_bytes=tensor_bytes, progress=progress)
 
+    def repeated() -> Verdict:
+        wanted, runner = repeatability or RepeatabilityOptions(), reference()
+        length = bounds(inputs.program, limits_of(runner), wanted.tokens).max_tokens
+        ids = Prompts(inputs.program.vocab_size, seed=options.seed).random(1, length)
+        return judge_repeatability(runner, ids, precision_of(inputs.program), wanted, progress)
+
     subject = GateSubject(inputs.program, inputs.directory, inputs.facts, parity)
     gates: list[tuple[str, int, Gate]] = [
         (CAPTURE_GATE, EXIT_CODE, capture),
         (ARTIFACT_GATE, EXIT_CODE, artifact),
         (COVERAGE_GATE, EXIT_CODE, coverage),
         (INTEGRITY_GATE, EXIT_CODE, integrity),
+        (REPEATABILITY_GATE, REPEATABILITY_EXIT_CODE, repeated),
         *((own.name, own.exit_code, partial(own.judge, subject)) for own in inputs.target.gates()),
         *further,
     ]
