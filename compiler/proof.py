@@ -41,7 +41,7 @@ def prove(inputs: GateInputs, recipe: Recipe, manifest: Mapping[str, Any], progr
         (QUALITY_GATE, QUALITY_EXIT_CODE, partial(_quality, inputs, recipe, progress)),
         (latency.GATE, latency.EXIT_CODE, partial(_latency, inputs, recipe, manifest, progress)),
     ]
-    parity = ParityOptions(coverage_min=recipe.coverage.min, coverage_tokens=recipe.coverage.tokens)
+    parity = ParityOptions(coverage_min=recipe.coverage.min)
     return run_gates(inputs, parity, progress, further=further)
 
 

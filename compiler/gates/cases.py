@@ -88,10 +88,6 @@ class Prompts:
         """Ids drawn uniformly from the vocabulary: [batch, length] int64."""
         return self._random.integers(0, self._vocab_size, size=(batch, length), dtype=np.int64)
 
-    def chance(self, shape: tuple[int, ...]) -> np.ndarray:
-        """Uniform numbers in [0, 1), float64."""
-        return self._random.random(shape)
-
 
 @dataclass(frozen=True)
 class Bounds:

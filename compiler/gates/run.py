@@ -16,7 +16,7 @@ from moec.compiler.errors import MoecError, first_line
 from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.gates.cases import Prompts, bounds
 from moec.compiler.gates.coverage import GATE as COVERAGE_GATE
-from moec.compiler.gates.coverage import judge_coverage
+from moec.compiler.gates.coverage import judge_coverage, run_experts_by_force
 from moec.compiler.gates.integrity import GATE as INTEGRITY_GATE
 from moec.compiler.gates.integrity import check_integrity
 from moec.compiler.gates.parity import (
@@ -113,13 +113,7 @@ def run_gates(
         return parity(ARTIFACT_GATE, reference())
 
     def coverage() -> Verdict:
-        if ARTIFACT_GATE not in evidence:
-            return Verdict(COVERAGE_GATE, Status.NOT_RUN, f"'{ARTIFACT_GATE}' did not finish", EXIT_CODE)
-        return judge_coverage(
-            {name: seen.coverage for name, seen in evidence.items()},
-            options.coverage_min,
-            {name: seen.tokens for name, seen in evidence.items()},
-        )
+        return cover(inputs, evidence.get(ARTIFACT_GATE), options, progress)
 
     def integrity() -> Verdict:
         readers = inputs.target.expert_tensors(inputs.directory)
@@ -127,10 +121,7 @@ def run_gates(
         return check_integrity(inputs.program, readers, tensor_bytes=tensor_bytes, progress=progress)
 
     def repeated() -> Verdict:
-        wanted, runner = repeatability or RepeatabilityOptions(), reference()
-        length = bounds(inputs.program, limits_of(runner), wanted.tokens).max_tokens
-        ids = Prompts(inputs.program.vocab_size, seed=options.seed).random(1, length)
-        return judge_repeatability(runner, ids, precision_of(inputs.program), wanted, progress)
+        return repeat(inputs, reference(), options.seed, repeatability or RepeatabilityOptions(), progress)
 
     subject = GateSubject(inputs.program, inputs.directory, inputs.facts, parity)
     gates: list[tuple[str, int, Gate]] = [
@@ -143,6 +134,26 @@ def run_gates(
         *further,
     ]
     return tuple(run_gate(name, code, gate) for name, code, gate in gates)
+
+
+def cover(inputs: GateInputs, seen: Evidence | None, options: ParityOptions, progress: Progress) -> Verdict:
+    """Run the experts by themselves, with hidden states that the reference met while the artifact was compared."""
+    if seen is None:
+        return Verdict(COVERAGE_GATE, Status.NOT_RUN, f"'{ARTIFACT_GATE}' did not finish", EXIT_CODE)
+    runners = inputs.target.open_experts(inputs.directory, threads=inputs.threads)
+    if not runners:
+        reason = f"the target {inputs.target.name} does not run experts by themselves"
+        figures = {"steps": {ARTIFACT_GATE: seen.usage.figures()}}
+        return Verdict(COVERAGE_GATE, Status.NOT_RUN, reason, EXIT_CODE, figures)
+    found = run_experts_by_force(inputs.program, runners, seen.hidden, options.coverage_min, progress)
+    return judge_coverage(found, list(runners), seen.precision, options.coverage_min, seen.usage)
+
+
+def repeat(inputs: GateInputs, runner: Runner, seed: int, options: RepeatabilityOptions, progress: Progress) -> Verdict:
+    """Run one prompt of random tokens again and again."""
+    length = bounds(inputs.program, limits_of(runner), options.tokens).max_tokens
+    ids = Prompts(inputs.program.vocab_size, seed=seed).random(1, length)
+    return judge_repeatability(runner, ids, precision_of(inputs.program), options, progress)
 
 
 def run_gate(name: str, code: int, gate: Gate) -> Verdict:

@@ -49,11 +49,13 @@ class CoremlRunner:
         self._defaults = {name: np.asarray(values, np.float32) for name, values in notes["inputs"].items()}
         self._backend = backend(directory / PACKAGE)
         self._length = 0
+        executor = isinstance(self._backend, InterpreterBackend)
         self.limits = RunnerLimits(
             max_batch=1,
             padding=False,
             max_sequence=self._context,
-            repeats_bits=isinstance(self._backend, InterpreterBackend),
+            repeats_bits=executor,
+            stands_in="moec's executor for Core ML" if executor else "",
         )
 
     def reset(self) -> None:

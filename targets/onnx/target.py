@@ -18,6 +18,7 @@ from moec.targets.base import (
     SYMMETRIC,
     Capabilities,
     ExpertReader,
+    ExpertsRunner,
     Lowered,
     Phase,
     Progress,
@@ -133,6 +134,12 @@ class OnnxTarget(Target):
         from moec.targets.onnx.runner import OnnxRunner
 
         return OnnxRunner(directory, threads=threads)
+
+    def open_experts(self, directory: Path, *, threads: int = 0) -> Mapping[str, ExpertsRunner]:
+        """A cut of `model.onnx` at the operands of each layer's experts."""
+        from moec.targets.onnx.experts import MODEL, OnnxExperts
+
+        return {MODEL: OnnxExperts(directory, threads=threads)}
 
     def expert_tensors(self, directory: Path) -> Mapping[str, ExpertReader]:
         """Read the experts back from the files, in the layout of the Program."""

@@ -119,8 +119,10 @@ def _kernel(ctx: Context, node: fx.Node, gate: Gate) -> ir.Value:
         normalize_routing_weights=1,
         **kernel_attributes(gate),
     )
-    source = weights.args[0] if scaled else weights  # type: ignore[union-attr]
-    return ctx.op("Mul", out, _row_sum(ctx, source, dtype))
+    sums = _row_sum(ctx, weights.args[0] if scaled else weights, dtype)  # type: ignore[union-attr]
+    if scaled:
+        ctx.layers[-1] |= {"weights": (slots, dtype), "weight_sums": (sums, dtype)}
+    return ctx.op("Mul", out, sums)
 
 
 def _kernel_tensor(ctx: Context, argument: Any, gate: Gate, *, transposed: bool, first: bool) -> ir.Value:
