@@ -30,6 +30,7 @@ from moec.targets.base import Progress, Runner, limits_of
 CAPTURE_GATE = "parity: capture"
 ARTIFACT_GATE = "parity: artifact"
 EXIT_CODE = 5
+SHORTER_PROMPT = 130
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class ParityOptions:
     Attributes:
         seed: Seed of the inputs.
         greedy_tokens: How many tokens are generated greedily.
+        long_prompt: Tokens of the longest prompt: so many that every thread of the artifact's runtime has work.
         max_tokens: Longest sequence that is tried; windows beyond it are left out and named.
         coverage_min: Share of the live experts of each layer that the coverage gate runs.
         memory_share: Share of the free memory that the model in transformers may take.
@@ -47,6 +49,7 @@ class ParityOptions:
 
     seed: int = 0
     greedy_tokens: int = 64
+    long_prompt: int = 513
     max_tokens: int = 2560
     coverage_min: float = 1.0
     memory_share: float = 0.7
@@ -91,7 +94,7 @@ def gather(
 ) -> Evidence:
     """Run the cases on `runner` and compare each with `oracle`."""
     bound = bounds(program, limits_of(runner), options.max_tokens)
-    cases, left_out = base_cases(program, prompts, bound, options.greedy_tokens)
+    cases, left_out = base_cases(program, prompts, bound, options.long_prompt, options.greedy_tokens)
     evidence = Evidence(precision, Usage(program.layers), prompts.source, tuple(dict.fromkeys(left_out)))
     for index, case in enumerate(cases):
         progress(gate, index, len(cases))
@@ -191,7 +194,8 @@ def gather_capture(
         return Verdict(CAPTURE_GATE, Status.NOT_RUN, reason, EXIT_CODE, {"needed": needed, "allowed": allowed})
     precision = precision_of(program)
     oracle = Oracle(program, TOLERANCES[precision].tie_margin, load_source(checkpoint))
-    options = dataclasses.replace(options, greedy_tokens=0)
+    # Both sides are torch here: what threads of another runtime do is not in question.
+    options = dataclasses.replace(options, greedy_tokens=0, long_prompt=min(options.long_prompt, SHORTER_PROMPT))
     return gather(CAPTURE_GATE, program, ProgramRunner(program), oracle, prompts, precision, options, progress)
 
 

@@ -43,7 +43,7 @@ class TfliteExperts:
         self._open: tuple[int, Any] | None = None
 
     def __call__(self, layer: int, hidden: np.ndarray, indices: np.ndarray, weights: np.ndarray) -> np.ndarray:
-        """Hidden states [T, H], indices [T, k], weights [T, k] -> [T, H] float32, as many tokens at a time as a step has."""
+        """Hidden states [T, H], indices [T, k], weights [T, k] -> [T, H] float32, a step at a time."""
         if self._open is None or self._open[0] != layer:
             self._open = None  # one layer is open at a time
             self._open = (layer, self._interpreter(layer))
