@@ -62,14 +62,14 @@ TOLERANCES: Mapping[Precision, Tolerance] = {
         "fp16 rounds each value to 5e-4 and the errors of the layers add up; correct kernels stay below 6e-3",
     ),
     Precision.INT8: Tolerance(
-        2e-2,
+        3e-2,
         5e-2,
         False,
-        "the reference holds the dequantized weights, so what is left is the rounding of activations to int8, "
-        "1.1e-2 to 1.5e-2 for one experts kernel",
+        "the reference holds the dequantized weights, so what is left is the rounding of activations to int8: "
+        "1.1e-2 to 1.5e-2 for one experts kernel, 2.0e-2 for the worst of 600 positions of a trained model",
     ),
     Precision.INT4: Tolerance(
-        2e-2,
+        3e-2,
         5e-2,
         False,
         "as for int8: the reference holds the dequantized weights and int4 kernels round activations to int8, 1.1e-2",

@@ -16,7 +16,8 @@ import torch
 from torch import fx
 
 from moec.compiler.ops import Gate
-from moec.compiler.program import EXPERTS, SELECT
+from moec.compiler.program import EXPERTS, SELECT, Program, module_of
+from moec.compiler.rejections import Rejection
 from moec.quantize.lazy import Quantized
 from moec.targets.onnx.context import MS, Context, Lowering, np_dtype, result_dtype
 from moec.targets.onnx.lowerings import quantized
@@ -41,6 +42,28 @@ def kernel_refusal(gate: Gate) -> str:
     if not gate.gated and gate.activation not in PLAIN_KERNELS:
         return f"the kernel has no {gate.activation}"
     return ""
+
+
+def refusals(program: Program, *, contrib: bool) -> tuple[Rejection, ...]:
+    """Experts of integers that have no kernel: in standard ops they would be stored as floats.
+
+    Args:
+        program: What is to be lowered.
+        contrib: Whether ONNX Runtime's own ops may be used.
+    """
+    found = []
+    for node in program.nodes(EXPERTS):
+        form = next((form for position in (3, 5) if (form := _format(program, node.args[position]))), "")
+        reason = kernel_refusal(gate_of(node)) if contrib else "standard ONNX has no product of quantized experts"
+        if form and reason:
+            found.append(Rejection("onnx", module_of(node), f"{reason}, so experts in {form} have no form here"))
+    return tuple(found)
+
+
+def _format(program: Program, argument: Any) -> str:
+    """Text form of the integers of a weight; empty where it is a float."""
+    tensor = program.weights[str(argument.target)] if argument.op == "get_attr" else None
+    return str(tensor.format) if isinstance(tensor, Quantized) else ""
 
 
 def kernel_attributes(gate: Gate) -> dict[str, Any]:

@@ -156,3 +156,35 @@ def test_without_graph_optimization_the_logits_are_the_same(name: str, quantized
     indices = {node.inputs[1] for node in kernels if node.op_type == "GatherBlockQuantized"}
     routed = {value for node in kernels if node.op_type == "QMoE" for value in (node.inputs[1], node.inputs[14])}
     assert set(constants) <= indices | routed
+
+
+@pytest.mark.parametrize("name", ["int4", "int8"])
+def test_quantized_experts_in_standard_ops_are_refused(name: str, quantized: Any) -> None:
+    refused = OnnxTarget().lint(quantized(requested(name)), OnnxOptions(flavor=Flavor.PORTABLE))
+    assert [item.where for item in refused] == [f"model.layers.{layer}.mlp.experts" for layer in range(2)]
+    assert f"experts in {name}" in refused[0].reason
+
+
+def test_a_gate_without_a_kernel_is_refused_in_integers_and_not_in_floats(tmp_path: Path) -> None:
+    tiny_model("gemma4_text", moe_intermediate_size=64).save_pretrained(tmp_path)
+    program, _ = passes.run_passes(capture(Checkpoint.open(tmp_path)), passes.default_passes())
+    assert OnnxTarget().lint(program, OnnxOptions()) == ()
+    refused = OnnxTarget().lint(Quantize(requested("int8")).run(program).program, OnnxOptions())
+    assert "the kernel has no gated gelu_tanh, so experts in int8" in refused[0].reason
+
+
+def test_heads_that_genai_cannot_hold_are_refused(tmp_path: Path) -> None:
+    tiny_model("qwen3_moe", head_dim=20).save_pretrained(tmp_path)
+    program, _ = passes.run_passes(capture(Checkpoint.open(tmp_path)), passes.default_passes())
+    refused = OnnxTarget().lint(program, OnnxOptions(flavor=Flavor.GENAI))
+    assert "a multiple of 8 wide, not 20" in refused[0].reason
+    assert OnnxTarget().lint(program, OnnxOptions()) == ()
+
+
+def test_what_lowering_refuses_lint_refuses(quantized: Any) -> None:
+    """Whatever it is: here zero points, which the standard form of a linear has not."""
+    plan = QuantizationPlan.from_dict({"formats": {"attention": "int4:32:asym"}})
+    program = quantized(plan)
+    (refused,) = OnnxTarget().lint(program, OnnxOptions(flavor=Flavor.PORTABLE))
+    assert "asymmetric weights have no standard form here" in refused.reason
+    assert refused.where.startswith("model.layers.0.self_attn")
