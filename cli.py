@@ -45,10 +45,7 @@ def _latency(metavar: str, text: str) -> Any:
 
 
 CoverageMin = Annotated[
-    str | None, typer.Option(metavar="SHARE", help="Share of the experts that parity must reach. (default: 1)")
-]
-CoverageTokens = Annotated[
-    int | None, typer.Option(metavar="N", help="Tokens that may be tried to reach them. (default: 16384)")
+    str | None, typer.Option(metavar="SHARE", help="Least share of the experts that are run one by one. (default: 1)")
 ]
 LatencyBudget = Annotated[
     str | None, _latency("KEY=VALUE,...", "Budgets: decode.p50=12ms,prefill128.p90=300ms,load=2s,size=400MB.")
@@ -96,7 +93,6 @@ def export(
         str | None, _quantize("0.5%", "For auto: most that perplexity may rise, as predicted.")
     ] = None,
     coverage_min: CoverageMin = None,
-    coverage_tokens: CoverageTokens = None,
     latency_budget: LatencyBudget = None,
     latency_baseline: LatencyBaseline = None,
     max_regression: MaxRegression = None,
@@ -152,7 +148,7 @@ def export(
     flags: dict[str, dict[str, Any]] = {
         "routing": routed,
         "quantize": quantized,
-        "coverage": {"min": coverage_min, "tokens": coverage_tokens},
+        "coverage": {"min": coverage_min},
         "quality": quality,
         "latency": latency,
     }
@@ -198,7 +194,6 @@ def validate(
     max_quality_loss: Annotated[str | None, typer.Option(metavar="1%", help="Most that perplexity may rise.")] = None,
     quality_text: Annotated[Path | None, typer.Option(metavar="PATH", help="Held-out text; moec brings one.")] = None,
     coverage_min: CoverageMin = None,
-    coverage_tokens: CoverageTokens = None,
     latency_budget: LatencyBudget = None,
     latency_baseline: LatencyBaseline = None,
     max_regression: MaxRegression = None,
@@ -221,7 +216,7 @@ def validate(
         "threads": latency_threads,
         "seconds": latency_seconds,
     }
-    coverage = {"min": coverage_min, "tokens": coverage_tokens}
+    coverage = {"min": coverage_min}
     demands = sections_of_flags({"coverage": coverage, "quality": quality, "latency": latency})
     console = Console(json_output, quiet, debug)
     with console.progress() as progress:

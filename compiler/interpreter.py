@@ -110,6 +110,21 @@ class Interpreter:
                 values.pop(dead, None)
         return {name: values[node] for name, node in program.outputs().items()}
 
+    @torch.no_grad()
+    def experts(self, node: fx.Node, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+        """Run the experts of one layer by themselves.
+
+        Args:
+            node: A `moec::experts` whose weights are weights of the Program.
+            hidden: [T, H].
+            indices: [T, k].
+            weights: [T, k]; 0 drops a slot.
+
+        Returns:
+            [T, H]. Each expert that is used is read once.
+        """
+        return self._experts(node, {}, hidden, indices, weights)
+
     def _call(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
         def value(argument: fx.Node) -> Any:
             return self._weight(argument) if argument.op == "get_attr" else values[argument]

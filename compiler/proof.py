@@ -17,6 +17,7 @@ from moec.compiler.gates.parity import ARTIFACT_GATE, CAPTURE_GATE, EXIT_CODE, P
 from moec.compiler.gates.quality import EXIT_CODE as QUALITY_EXIT_CODE
 from moec.compiler.gates.quality import GATE as QUALITY_GATE
 from moec.compiler.gates.quality import QualityOptions, judge_quality, not_run
+from moec.compiler.gates.repeatability import GATE as REPEATABILITY_GATE
 from moec.compiler.gates.run import Gate, GateInputs, run_gates
 from moec.compiler.gates.verdict import Status, Verdict
 from moec.compiler.interpreter import ProgramRunner
@@ -40,13 +41,13 @@ def prove(inputs: GateInputs, recipe: Recipe, manifest: Mapping[str, Any], progr
         (QUALITY_GATE, QUALITY_EXIT_CODE, partial(_quality, inputs, recipe, progress)),
         (latency.GATE, latency.EXIT_CODE, partial(_latency, inputs, recipe, manifest, progress)),
     ]
-    parity = ParityOptions(coverage_min=recipe.coverage.min, coverage_tokens=recipe.coverage.tokens)
+    parity = ParityOptions(coverage_min=recipe.coverage.min)
     return run_gates(inputs, parity, progress, further=further)
 
 
 def not_proven(target: Target, reason: str) -> tuple[Verdict, ...]:
     """The verdicts where no gate is run."""
-    gates = (CAPTURE_GATE, ARTIFACT_GATE, COVERAGE_GATE, INTEGRITY_GATE)
+    gates = (CAPTURE_GATE, ARTIFACT_GATE, COVERAGE_GATE, INTEGRITY_GATE, REPEATABILITY_GATE)
     proofs = (Verdict(gate, Status.NOT_RUN, reason, EXIT_CODE) for gate in gates)
     own = (Verdict(gate.name, Status.NOT_RUN, reason, gate.exit_code) for gate in target.gates())
     quality = Verdict(QUALITY_GATE, Status.NOT_RUN, reason, QUALITY_EXIT_CODE)

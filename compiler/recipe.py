@@ -13,7 +13,7 @@ quantize:                              # see docs/quantization.md; `quantize: in
   format: int4                         # fp16, int8, int4, none, auto, a format such as int4:128, or a plan
   calibration: texts/
 coverage:
-  tokens: 65536                        # that may be tried to reach every expert
+  min: 25%                             # of the experts of each layer that are run one by one; all by default
 quality:
   max_loss: 1%
 latency:                               # see docs/latency.md
@@ -147,9 +147,15 @@ class CoverageRecipe(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     min: Annotated[float, BeforeValidator(_fraction)] = Field(
-        default=1.0, ge=0, le=1, description="Share of the live experts that the parity inputs must reach."
+        default=1.0, ge=0, le=1, description="Least share of the live experts of each layer that are run by themselves."
     )
-    tokens: int = Field(default=16384, ge=0, description="Tokens that may be tried to reach the experts left.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_search(cls, given: Any) -> Any:
+        if isinstance(given, dict) and "tokens" in given:
+            raise ValueError("tokens is no longer a key: experts are run by themselves, and no prompt is looked for")
+        return given
 
 
 class QualityRecipe(BaseModel):

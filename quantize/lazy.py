@@ -86,11 +86,11 @@ class Quantized(Coded):
         return self.format.block_length(self.shape[-1], self.name)
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """The slice as the artifact will hold it: rounded and dequantized."""
-        return self.quantized_rows(start, stop).dequantize(self.dtype)
+        """The slice as the artifact will hold it: rounded and dequantized. Nothing of it is kept."""
+        return self._quantize(start, stop).dequantize(self.dtype)
 
     def quantized_rows(self, start: int, stop: int) -> QuantizedTensor:
-        """Codes and scales of the slice [start, stop) along axis 0."""
+        """Codes and scales of the slice [start, stop) along axis 0; the scales are kept for `scale_rows`."""
         part = self._quantize(start, stop)
         self._seen.append((start, stop, Scales(part.scales, part.zero_points)))
         return part

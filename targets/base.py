@@ -79,6 +79,9 @@ class RunnerLimits:
         max_sequence: Most tokens of a sequence, past and new together; None where the model alone sets the limit.
         prefill_lengths: Lengths that the artifact was specialised to; the runner itself cuts or pads to them.
         max_decode: Most tokens of one decode step; None where any number will do.
+        repeats_bits: Whether equal inputs give equal bits, as they do on a CPU; a GPU may add in any order.
+        stands_in: What runs here in place of the runtime that users have, if it does: "moec's executor for Core ML".
+            How fast that is, or whether it repeats itself, is not known then.
     """
 
     max_batch: int | None = None
@@ -86,6 +89,8 @@ class RunnerLimits:
     max_sequence: int | None = None
     prefill_lengths: tuple[int, ...] = ()
     max_decode: int | None = None
+    repeats_bits: bool = True
+    stands_in: str = ""
 
 
 class Runner(Protocol):
@@ -139,6 +144,13 @@ def cannot_measure(target: Target) -> str:
 
 ExpertReader = Callable[[int], np.ndarray]
 """Index of an expert -> its values as the artifact holds them, dequantized, in the layout of the Program's tensor."""
+
+ExpertsRunner = Callable[[int, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+"""Index of a MoE layer, hidden states [T, H], and indices and weights of the routing [T, k] -> [T, H].
+
+What runs are the nodes and weights of the artifact, entered at the operands of the layer's experts. Layers are asked
+for one after the other, so that one of them need be open at a time.
+"""
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done and how much there is."""
@@ -286,6 +298,15 @@ class Target(ABC):
     @abstractmethod
     def expert_tensors(self, directory: Path) -> Mapping[str, ExpertReader]:
         """Every expert tensor in the artifact by its Program name, for the integrity gate."""
+
+    def open_experts(self, directory: Path, *, threads: int = 0) -> Mapping[str, ExpertsRunner]:  # noqa: ARG002
+        """The experts of the artifact by themselves, for the coverage gate.
+
+        Returns:
+            What is run, as the verdict shall call it -> its experts; one for each graph that computes them, such as
+            those of prefill and decode. Empty where the format does not let anybody in there: coverage is not run then.
+        """
+        return {}
 
     def doctor(self) -> Mapping[str, str]:
         """What can be built, run and measured here: keys "build", "run", "measure", "install"."""

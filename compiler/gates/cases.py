@@ -6,6 +6,7 @@ import importlib.resources
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,12 +19,12 @@ from moec.targets.base import RunnerLimits
 if TYPE_CHECKING:
     from moec.compiler.program import Program
 
-SHAPES = ((1, 1, 9), (2, 5, 0), (2, 5, 7), (1, 130, 0))
-"""Batch, new tokens, past: single and several, odd, without and with a past, more than one block of a kernel."""
+SHAPES = ((1, 1, 9), (2, 5, 0), (2, 5, 7))
+"""Batch, new tokens, past: single and several, odd, without and with a past."""
 
 PADDED_LENGTHS = (9, 5)
 TEXT = ("golden_models", "olmoe-tiny", "texts", "calibration.txt")
-TEXT_CHARACTERS = 200_000  # more text than the gates can use would only cost time in the tokenizer
+TEXT_CHARACTERS = 50_000  # more text than the gates can use would only cost time in the tokenizer
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,11 +67,7 @@ class Prompts:
         tokenizer = directory / "tokenizer.json"
         if not (tokenizer.is_file() and text.is_file()):
             return cls(vocab_size, seed=seed)
-        from tokenizers import Tokenizer
-
-        words = text.read_text(encoding="utf-8")[:TEXT_CHARACTERS]
-        ids = Tokenizer.from_file(str(tokenizer)).encode(words, add_special_tokens=False).ids
-        return cls(vocab_size, np.asarray(ids, dtype=np.int64), seed=seed)
+        return cls(vocab_size, _encoded(str(tokenizer.resolve()), tokenizer.stat().st_mtime_ns), seed=seed)
 
     @property
     def source(self) -> str:
@@ -88,9 +85,14 @@ class Prompts:
         """Ids drawn uniformly from the vocabulary: [batch, length] int64."""
         return self._random.integers(0, self._vocab_size, size=(batch, length), dtype=np.int64)
 
-    def chance(self, shape: tuple[int, ...]) -> np.ndarray:
-        """Uniform numbers in [0, 1), float64."""
-        return self._random.random(shape)
+
+@lru_cache(maxsize=1)
+def _encoded(tokenizer: str, changed: int) -> np.ndarray:  # noqa: ARG001 - a tokenizer that changed is another one
+    """Ids of the text that moec brings, which every gate of an export cuts its prompts from."""
+    from tokenizers import Tokenizer
+
+    words = importlib.resources.files("moec").joinpath(*TEXT).read_text(encoding="utf-8")[:TEXT_CHARACTERS]
+    return np.asarray(Tokenizer.from_file(tokenizer).encode(words, add_special_tokens=False).ids, dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -109,11 +111,21 @@ def bounds(program: Program, limits: RunnerLimits, max_tokens: int) -> Bounds:
     return Bounds(limits, min(lengths))
 
 
-def base_cases(program: Program, prompts: Prompts, bound: Bounds, new_tokens: int) -> tuple[list[Case], list[str]]:
-    """The cases that every parity check runs, and what was left out of them and why."""
+def base_cases(
+    program: Program, prompts: Prompts, bound: Bounds, long_prompt: int, new_tokens: int
+) -> tuple[list[Case], list[str]]:
+    """The cases that every parity check runs, and what was left out of them and why.
+
+    Args:
+        program: Its attention windows have cases of their own.
+        prompts: Where the ids come from.
+        bound: What limits the shapes.
+        long_prompt: Tokens of the longest prompt.
+        new_tokens: How many tokens are generated greedily.
+    """
     cases: list[Case] = []
     left_out: list[str] = []
-    for batch, new, past in SHAPES:
+    for batch, new, past in (*SHAPES, (1, long_prompt, 0)):
         _add_shape(cases, left_out, prompts, bound, (batch, new, past))
     for length in bound.runner.prefill_lengths:
         _add_shape(cases, left_out, prompts, bound, (1, length, 0))

@@ -1,100 +1,188 @@
-"""Coverage: which experts the parity inputs reached. An expert that no compared token reached is not proven."""
+"""Coverage by force: every live expert of every layer is run, whether a prompt reaches it or not.
+
+Routers leave some experts to one token in ten thousand. Whether such an expert computes what it should does not hang on
+a prompt that happens to reach it: the artifact is entered at the operands of a layer's experts, with hidden states
+that the reference met there and a routing that sends each of them to one expert. One pass goes over the experts: each
+is read once by the reference, and what is in memory is a batch of activations and one expert.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
+import torch
+from torch import Tensor, fx
 
-from moec.compiler.gates.reference import Trace
+from moec.compiler.errors import ArtifactError
+from moec.compiler.gates.tolerance import EXPERT_LIMITS, Precision
+from moec.compiler.gates.usage import Usage
 from moec.compiler.gates.verdict import Status, Verdict
-from moec.compiler.program import MoeLayer
+from moec.compiler.interpreter import Interpreter
+from moec.compiler.program import EXPERTS, MoeLayer, Program
+from moec.targets.base import ExpertsRunner, Progress
 
 GATE = "coverage"
+EXIT_CODE = 5
 LISTED = 6
 
+ROWS = 4
+"""Hidden states that an expert is run with: enough that a product of several rows takes the place of one of one row."""
 
-class Coverage:
-    """Tokens per expert of every MoE layer.
+TOGETHER = 16
+"""Experts of one call."""
 
-    Args:
-        layers: The live layers with their live experts.
+
+@dataclass
+class LayerResult:
+    """What became of the experts of one layer.
+
+    Attributes:
+        layer: The layer.
+        errors: Expert -> largest difference in any graph, relative to its largest output; infinite for NaN.
     """
 
-    def __init__(self, layers: Sequence[MoeLayer]) -> None:
-        self.layers = tuple(layers)
-        self._hits = {row.index: np.zeros(row.num_experts, dtype=np.int64) for row in self.layers}
+    layer: MoeLayer
+    errors: dict[int, float] = field(default_factory=dict)
 
-    def add(self, trace: Trace, proven: np.ndarray) -> None:
-        """Count the experts of the positions that `proven` [B, T] marks."""
-        for layer, slots in trace.slots.items():
-            self._hits[layer] += self._count(layer, slots, proven)
-
-    def would_reach(self, trace: Trace) -> bool:
-        """Whether `trace` reaches an expert that was not reached before."""
-        everywhere = np.ones(trace.tied.shape, dtype=bool)
-        return any(
-            ((self._hits[layer] == 0) & (self._count(layer, slots, everywhere) > 0)).any()
-            for layer, slots in trace.slots.items()
-        )
-
-    def _count(self, layer: int, slots: np.ndarray, proven: np.ndarray) -> np.ndarray:
-        reached = slots[:, : proven.shape[1]][proven]
-        return np.bincount(reached[reached >= 0], minlength=self._hits[layer].size)
-
-    def unreached(self) -> dict[str, list[int]]:
-        """Module of each layer -> experts that no compared token reached; layers without any are left out."""
-        found = {row.module: np.flatnonzero(self._hits[row.index] == 0).tolist() for row in self.layers}
-        return {module: experts for module, experts in found.items() if experts}
-
-    def missing(self) -> list[tuple[int, int]]:
-        """Layer and expert of all that no compared token reached."""
-        return [(row.index, int(i)) for row in self.layers for i in np.flatnonzero(self._hits[row.index] == 0)]
-
-    @property
-    def share(self) -> float:
-        """Reached experts of all experts."""
-        hits = np.concatenate([self._hits[row.index] for row in self.layers]) if self.layers else np.zeros(0)
-        return float((hits > 0).mean()) if hits.size else 1.0
-
-    def figures(self) -> dict[str, Any]:
-        """Tokens per expert by layer, for the report."""
-        return {
-            "share": self.share,
-            "layers": [
-                {"layer": row.index, "module": row.module, "tokens": self._hits[row.index].tolist()}
-                for row in self.layers
-            ],
-            "unreached": self.unreached(),
-        }
+    def wrong(self, limit: float) -> list[int]:
+        """Experts that are out of tolerance."""
+        return [expert for expert, error in self.errors.items() if not error <= limit]
 
 
-def judge_coverage(coverages: Mapping[str, Coverage], minimum: float, inputs: Mapping[str, int]) -> Verdict:
-    """Judge the coverage of every parity step that ran.
+def run_experts_by_force(
+    program: Program,
+    runners: Mapping[str, ExpertsRunner],
+    hidden: Mapping[int, Tensor],
+    share: float = 1.0,
+    progress: Progress = lambda *_: None,
+) -> list[LayerResult]:
+    """Run the experts of every layer and compare them with the reference.
 
     Args:
-        coverages: Parity step -> what it reached; the worst one counts.
-        minimum: Share of the live experts that must be reached.
-        inputs: Parity step -> number of tokens that its inputs took.
+        program: The final Program.
+        runners: The artifact's experts, see `Target.open_experts`.
+        hidden: MoE layer -> hidden states that it met, [n, H].
+        share: Least share of the experts of a layer that are run; they are spread evenly.
+        progress: Told about every layer.
+
+    Raises:
+        ArtifactError: A runner returned another shape than [T, H].
     """
-    if not coverages:
-        return Verdict(GATE, Status.NOT_RUN, "no parity step ran, so no expert was reached", 5)
-    step, worst = min(coverages.items(), key=lambda item: item[1].share)
-    total = sum(row.num_experts for row in worst.layers)
-    missing = worst.unreached()
-    reached = total - sum(len(experts) for experts in missing.values())
-    summary = f"{reached} of {total} experts in {len(worst.layers)} layers reached by {inputs[step]} tokens"
-    if missing:
-        summary += f" ({step}); not reached: {_listing(missing)}"
-    status = Status.PASS if worst.share >= minimum else Status.FAIL
-    if status is Status.FAIL:
-        summary += f". At least {minimum:.1%} is asked for: raise --coverage-tokens, or lower --coverage-min"
-    figures = {"minimum": minimum, "steps": {name: each.figures() for name, each in coverages.items()}}
-    return Verdict(GATE, status, summary, 5, figures)
+    reference, results = Interpreter(program, cache_bytes=0), []
+    for done, (row, node) in enumerate(zip(program.layers, program.nodes(EXPERTS), strict=True)):
+        progress(GATE, done, len(program.layers))
+        result = LayerResult(row)
+        for batch in _batches(row.num_experts, share):
+            result.errors |= _run_batch(reference, node, row, runners, hidden[row.index], batch)
+        results.append(result)
+    progress(GATE, len(program.layers), len(program.layers))
+    return results
 
 
-def _listing(missing: Mapping[str, list[int]]) -> str:
-    """The experts by layer, the first few layers of them: all are in the figures."""
-    rows = [f"{module} {', '.join(map(str, experts))}" for module, experts in missing.items()]
+def _batches(count: int, share: float) -> Iterator[list[int]]:
+    """The experts of a layer that are run, some at a time."""
+    wanted = math.ceil(count * share)
+    chosen = np.unique(np.linspace(0, count - 1, wanted).round().astype(np.int64)).tolist() if wanted else []
+    for start in range(0, len(chosen), TOGETHER):
+        yield chosen[start : start + TOGETHER]
+
+
+def _run_batch(
+    reference: Interpreter,
+    node: fx.Node,
+    row: MoeLayer,
+    runners: Mapping[str, ExpertsRunner],
+    states: Tensor,
+    experts: Sequence[int],
+) -> dict[int, float]:
+    """Largest relative difference of each of `experts`."""
+    x, indices, weights = _operands(node, row, states, experts)
+    want = reference.experts(node, x, indices, weights).float().numpy()
+    given = (x.numpy(), indices.numpy(), weights.numpy())
+    errors = dict.fromkeys(experts, 0.0)
+    for name, runner in runners.items():
+        got = runner(row.index, *given)
+        if got.shape != want.shape:
+            raise ArtifactError(f"{name}: the experts of layer {row.index} return {got.shape}, not {want.shape}")
+        for place, expert in enumerate(experts):
+            own = slice(place * ROWS, (place + 1) * ROWS)
+            errors[expert] = max(errors[expert], _error(got[own], want[own]))
+    return errors
+
+
+def _operands(node: fx.Node, row: MoeLayer, states: Tensor, experts: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states, indices and weights of a step in which `ROWS` tokens go to each of `experts` and nowhere else.
+
+    The other slots of a token name other experts and have the weight 0, which drops them. The slot that is kept moves
+    from token to token. Weights are such that half precision holds them.
+    """
+    tokens = torch.arange(len(experts) * ROWS)
+    own = torch.tensor(experts, dtype=torch.int64).repeat_interleave(ROWS)
+    slots = torch.arange(row.top_k)
+    kept = tokens % row.top_k
+    indices = (own[:, None] + slots[None, :] - kept[:, None]) % row.num_experts
+    weights = torch.where(slots[None, :] == kept[:, None], (0.5 + 0.125 * (tokens % ROWS))[:, None], 0.0)
+    dtypes = [argument.meta["val"].dtype for argument in node.args[:3]]  # type: ignore[union-attr]
+    # A stride that shares no factor with their number: each expert sees states from all along the sequence.
+    chosen = (tokens * 37 + own) % len(states)
+    return states[chosen].to(dtypes[0]), indices.to(dtypes[1]), weights.to(dtypes[2])
+
+
+def _error(got: np.ndarray, want: np.ndarray) -> float:
+    scale = max(float(np.abs(want).max(initial=0.0)), float(np.finfo(np.float32).tiny))
+    error = float(np.abs(got.astype(np.float32) - want).max(initial=0.0)) / scale
+    return error if np.isfinite(error) else float("inf")
+
+
+def judge_coverage(
+    results: Sequence[LayerResult], graphs: Sequence[str], precision: Precision, minimum: float, usage: Usage
+) -> Verdict:
+    """Pass when enough experts were run and every one of them is within tolerance.
+
+    Args:
+        results: One for each layer.
+        graphs: What was run.
+        precision: Decides the limit.
+        minimum: Share of the live experts that must have been run.
+        usage: What the text of the parity cases used; a figure, which decides nothing.
+    """
+    limit = EXPERT_LIMITS[precision]
+    run = sum(len(result.errors) for result in results)
+    total = sum(result.layer.num_experts for result in results)
+    errors = [(error, result.layer.module, expert) for result in results for expert, error in result.errors.items()]
+    worst = max(errors, default=(0.0, "", 0))
+    wrong = {result.layer.module: found for result in results if (found := result.wrong(limit))}
+    parts = [f"{run} of {total} experts in {len(results)} layers run by themselves on {' and '.join(graphs)}"]
+    parts.append(f"max |difference| {worst[0]:.1e} of an expert's largest output (limit {limit:.0e}, {precision})")
+    if wrong:
+        parts.append(f"wrong: {_listing(wrong)}")
+    unused = sum(map(len, usage.never().values()))
+    parts.append(f"{usage.tokens} tokens of text used {total - unused} of them")
+    status = Status.FAIL if wrong or run < minimum * total else Status.PASS
+    figures = {
+        "minimum": minimum,
+        "graphs": list(graphs),
+        "limit": limit,
+        "max_error": worst[0],
+        "experts": [
+            {
+                "layer": result.layer.index,
+                "module": result.layer.module,
+                "run": len(result.errors),
+                "wrong": result.wrong(limit),
+                "max_error": max(result.errors.values(), default=0.0),
+            }
+            for result in results
+        ],
+        "steps": {"parity: artifact": usage.figures()},
+    }
+    return Verdict(GATE, status, "; ".join(parts), EXIT_CODE, figures)
+
+
+def _listing(experts: Mapping[str, list[int]]) -> str:
+    """Experts by layer, the first few layers of them: all are in the figures."""
+    rows = [f"{module} {', '.join(map(str, found))}" for module, found in experts.items()]
     return "; ".join(rows[:LISTED]) + (f"; and {len(rows) - LISTED} more layers" if len(rows) > LISTED else "")

@@ -1,8 +1,8 @@
 """Parity in two steps: the captured Program against the model in transformers, the artifact against the final Program.
 
 Both run the same way. The cases of `moec.compiler.gates.cases` are fed step by step to what is checked, the reference
-sees each sequence whole, and every position is compared. Then more prompts follow until they have reached every live
-expert of every layer or the budget is spent: what no input reaches is not proven (`moec.compiler.gates.coverage`).
+sees each sequence whole, and every position is compared. Experts that no case reaches are the business of
+`moec.compiler.gates.coverage`.
 Greedy generation is checked in one pass: the artifact generates, and by induction its tokens are those of the
 reference if the reference, given them, would have chosen each.
 """
@@ -10,19 +10,18 @@ reference if the reference, given them, would have chosen each.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
+from torch import Tensor
 
 from moec.compiler.frontend.checkpoint import Checkpoint
-from moec.compiler.gates.cases import Bounds, Case, Prompts, base_cases, bounds, split_steps
+from moec.compiler.gates.cases import Prompts, base_cases, bounds
 from moec.compiler.gates.compare import CaseResult, compare, run_case
-from moec.compiler.gates.coverage import Coverage
-from moec.compiler.gates.reference import Oracle, Trace, available_bytes, load_source, source_bytes
-from moec.compiler.gates.search import ExpertSearch
+from moec.compiler.gates.reference import Oracle, available_bytes, load_source, source_bytes
 from moec.compiler.gates.tolerance import TOLERANCES, Precision, Tolerance, precision_of
+from moec.compiler.gates.usage import Usage
 from moec.compiler.gates.verdict import Status, Verdict
 from moec.compiler.interpreter import ProgramRunner
 from moec.compiler.program import Program
@@ -31,6 +30,7 @@ from moec.targets.base import Progress, Runner, limits_of
 CAPTURE_GATE = "parity: capture"
 ARTIFACT_GATE = "parity: artifact"
 EXIT_CODE = 5
+SHORTER_PROMPT = 130
 
 
 @dataclass(frozen=True)
@@ -40,20 +40,17 @@ class ParityOptions:
     Attributes:
         seed: Seed of the inputs.
         greedy_tokens: How many tokens are generated greedily.
+        long_prompt: Tokens of the longest prompt: so many that every thread of the artifact's runtime has work.
         max_tokens: Longest sequence that is tried; windows beyond it are left out and named.
-        coverage_tokens: Tokens that may be tried to reach experts that the cases did not reach: half of them as
-            prompts, the rest in a search for what is still missing.
-        coverage_prompt: Tokens of one such prompt.
-        coverage_min: Share of the live experts that must be reached.
+        coverage_min: Share of the live experts of each layer that the coverage gate runs.
         memory_share: Share of the free memory that the model in transformers may take.
         max_excused: Share of the positions that ties may excuse.
     """
 
     seed: int = 0
     greedy_tokens: int = 64
+    long_prompt: int = 513
     max_tokens: int = 2560
-    coverage_tokens: int = 16384
-    coverage_prompt: int = 128
     coverage_min: float = 1.0
     memory_share: float = 0.7
     max_excused: float = 0.2
@@ -65,19 +62,19 @@ class Evidence:
 
     Attributes:
         precision: Precision whose tolerance holds.
-        coverage: The experts that the compared positions reached.
+        usage: The experts that the compared positions reached.
         source: Where the inputs come from.
         left_out: Cases that could not be run, each with its reason.
         results: One per case.
-        tokens: Tokens of all inputs, those tried for coverage included.
+        hidden: MoE layer -> some of the hidden states that its experts were given, [n, H].
     """
 
     precision: Precision
-    coverage: Coverage
+    usage: Usage
     source: str
     left_out: tuple[str, ...] = ()
     results: list[CaseResult] = field(default_factory=list)
-    tokens: int = 0
+    hidden: Mapping[int, Tensor] = field(default_factory=dict)
 
     @property
     def tolerance(self) -> Tolerance:
@@ -95,81 +92,20 @@ def gather(
     options: ParityOptions,
     progress: Progress,
 ) -> Evidence:
-    """Run the cases on `runner`, compare each with `oracle`, and extend them until every expert is reached."""
+    """Run the cases on `runner` and compare each with `oracle`."""
     bound = bounds(program, limits_of(runner), options.max_tokens)
-    cases, left_out = base_cases(program, prompts, bound, options.greedy_tokens)
-    evidence = Evidence(precision, Coverage(program.layers), prompts.source, tuple(dict.fromkeys(left_out)))
+    cases, left_out = base_cases(program, prompts, bound, options.long_prompt, options.greedy_tokens)
+    evidence = Evidence(precision, Usage(program.layers), prompts.source, tuple(dict.fromkeys(left_out)))
     for index, case in enumerate(cases):
         progress(gate, index, len(cases))
-        _run(evidence, runner, oracle, case)
-    progress(gate, len(cases), len(cases))
-    extension = _Extension(gate, evidence, runner, oracle, prompts, bound, options, progress)
-    extension.by_prompts(options.coverage_tokens // 2)
-    extension.by_search(program, options.coverage_tokens - options.coverage_tokens // 2)
-    return evidence
-
-
-def _run(evidence: Evidence, runner: Runner, oracle: Oracle, case: Case, trace: Trace | None = None) -> None:
-    output = run_case(runner, case)
-    if trace is None:
+        output = run_case(runner, case)
         trace = oracle.trace(output.input_ids[:, : output.logits.shape[1]], case.attention_mask)
-        evidence.tokens += int(trace.tied.size)
-    result, proven = compare(case, output, trace, evidence.tolerance)
-    evidence.results.append(result)
-    evidence.coverage.add(trace, proven)
-
-
-@dataclass(frozen=True)
-class _Extension:
-    """Further inputs for the experts that the cases did not reach. Tried on the reference; what reaches one is kept."""
-
-    gate: str
-    evidence: Evidence
-    runner: Runner
-    oracle: Oracle
-    prompts: Prompts
-    bound: Bounds
-    options: ParityOptions
-    progress: Progress
-
-    def by_prompts(self, budget: int) -> None:
-        """Try prompts, text and random ids in turn."""
-        length = min(self.options.coverage_prompt, self.bound.max_tokens)
-        attempts = budget // length
-        for attempt in range(attempts):
-            if not self.evidence.coverage.unreached():
-                return
-            self.progress(f"{self.gate}: reaching every expert", attempt, attempts)
-            ids = self.prompts.random(1, length) if attempt % 2 else self.prompts.text(1, length)
-            self._try(ids)
-
-    def by_search(self, program: Program, budget: int) -> None:
-        """Look for each expert that is still missing; the budget is shared among them, and what is left goes round."""
-        coverage = self.evidence.coverage
-        search = ExpertSearch(program, self.prompts, self.bound.max_tokens)
-        before = -1
-        while (missing := coverage.missing()) and before < search.tokens < budget:
-            before = search.tokens
-            for index, (layer, expert) in enumerate(missing):
-                self.progress(f"{self.gate}: looking for experts", index, len(missing))
-                share = (budget - search.tokens) // (len(missing) - index)
-                if (layer, expert) in coverage.missing():
-                    search.find(layer, expert, share, self._try)
-        self.evidence.tokens += search.tokens
-
-    def _try(self, ids: np.ndarray) -> bool:
-        """Keep `ids` [1, T] as a case if the reference reaches a new expert with them; whether one is proven by it."""
-        trace = self.oracle.trace(ids)
-        length = ids.shape[1]
-        self.evidence.tokens += length
-        if not self.evidence.coverage.would_reach(trace):
-            return False
-        first = max(length // 2, 1)
-        steps = split_steps((first, length - first) if length > 1 else (1,), self.bound.runner)
-        name = f"coverage prompt {len(self.evidence.results)}"
-        missing = len(self.evidence.coverage.missing())
-        _run(self.evidence, self.runner, self.oracle, Case(name, ids, None, steps), trace)
-        return len(self.evidence.coverage.missing()) < missing
+        result, proven = compare(case, output, trace, evidence.tolerance)
+        evidence.results.append(result)
+        evidence.usage.add(trace, proven)
+    progress(gate, len(cases), len(cases))
+    evidence.hidden = oracle.hidden.rows
+    return evidence
 
 
 def judge_parity(gate: str, evidence: Evidence, options: ParityOptions) -> Verdict:
@@ -258,7 +194,8 @@ def gather_capture(
         return Verdict(CAPTURE_GATE, Status.NOT_RUN, reason, EXIT_CODE, {"needed": needed, "allowed": allowed})
     precision = precision_of(program)
     oracle = Oracle(program, TOLERANCES[precision].tie_margin, load_source(checkpoint))
-    options = dataclasses.replace(options, greedy_tokens=0)
+    # Both sides are torch here: what threads of another runtime do is not in question.
+    options = dataclasses.replace(options, greedy_tokens=0, long_prompt=min(options.long_prompt, SHORTER_PROMPT))
     return gather(CAPTURE_GATE, program, ProgramRunner(program), oracle, prompts, precision, options, progress)
 
 

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import psutil
 import torch
+from torch import Tensor, fx
 
 from moec.compiler.errors import CheckpointError
 from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.gates.ties import RouterWatch
 from moec.compiler.interpreter import ProgramRunner
-from moec.compiler.program import Program
+from moec.compiler.program import EXPERTS, Program
 from moec.compiler.quiet import no_bars
 
 if TYPE_CHECKING:
@@ -41,6 +42,32 @@ class Trace:
     slots: Mapping[int, np.ndarray]
 
 
+SAMPLED = 64
+"""Hidden states that are kept of each layer."""
+
+
+class HiddenStates:
+    """Keeps some of the hidden states that the experts of every layer are given: those of the longest sequence.
+
+    Args:
+        program: The Program that will run.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self._layers = {node: index for index, node in enumerate(program.nodes(EXPERTS))}
+        self._tokens: dict[int, int] = {}
+        self.rows: dict[int, Tensor] = {}
+        """MoE layer -> hidden states [n, H] from all along the sequence, in the dtype of the graph."""
+
+    def __call__(self, node: fx.Node, args: tuple[Any, ...], result: Any) -> None:  # noqa: ARG002
+        """See `moec.compiler.interpreter.Observer`."""
+        layer = self._layers.get(node)
+        if layer is not None and len(args[0]) > self._tokens.get(layer, 0):
+            self._tokens[layer] = len(args[0])
+            chosen = torch.linspace(0, len(args[0]) - 1, min(SAMPLED, len(args[0]))).long()
+            self.rows[layer] = args[0][chosen].clone()
+
+
 class Oracle:
     """Traces sequences through the reference, each without padding and without a cache: one pass from the first token.
 
@@ -52,8 +79,13 @@ class Oracle:
 
     def __init__(self, program: Program, margin: float, logits: Logits | None = None) -> None:
         self._watch = RouterWatch(program, margin)
-        self._runner = ProgramRunner(program, observer=self._watch)
+        self.hidden = HiddenStates(program)
+        self._runner = ProgramRunner(program, observer=self._observe)
         self._logits = logits
+
+    def _observe(self, node: fx.Node, args: tuple[Any, ...], result: Any) -> None:
+        self._watch(node, args, result)
+        self.hidden(node, args, result)
 
     def trace(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None) -> Trace:
         """Trace sequences.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,9 @@ from rich.text import Text
 
 from moec.compiler.errors import MoecError, first_line
 from moec.compiler.frontend.checkpoint import Checkpoint
-from moec.compiler.gates.cases import Prompts
+from moec.compiler.gates.cases import Prompts, bounds
 from moec.compiler.gates.coverage import GATE as COVERAGE_GATE
-from moec.compiler.gates.coverage import judge_coverage
+from moec.compiler.gates.coverage import judge_coverage, run_experts_by_force
 from moec.compiler.gates.integrity import GATE as INTEGRITY_GATE
 from moec.compiler.gates.integrity import check_integrity
 from moec.compiler.gates.parity import (
@@ -29,9 +29,13 @@ from moec.compiler.gates.parity import (
     gather_capture,
     judge_parity,
 )
+from moec.compiler.gates.repeatability import EXIT_CODE as REPEATABILITY_EXIT_CODE
+from moec.compiler.gates.repeatability import GATE as REPEATABILITY_GATE
+from moec.compiler.gates.repeatability import RepeatabilityOptions, judge_repeatability
+from moec.compiler.gates.tolerance import precision_of
 from moec.compiler.gates.verdict import Status, Verdict
 from moec.compiler.program import Program
-from moec.targets.base import GateSubject, Progress, Runner, Target
+from moec.targets.base import GateSubject, Progress, Runner, Target, limits_of
 
 SEVERAL_FAILED = 12
 
@@ -69,14 +73,16 @@ def run_gates(
     options: ParityOptions | None = None,
     progress: Progress = lambda *_: None,
     *,
+    repeatability: RepeatabilityOptions | None = None,
     further: Sequence[tuple[str, int, Gate]] = (),
 ) -> tuple[Verdict, ...]:
-    """Run parity, coverage and integrity, the gates of the target, then `further` gates.
+    """Run parity, coverage, integrity and repeatability, the gates of the target, then `further` gates.
 
     Args:
         inputs: What to look at.
         options: Settings of parity and coverage.
         progress: Told what is being done.
+        repeatability: Settings of repeatability.
         further: Later gates: name, exit code and the function that runs each.
 
     Returns:
@@ -99,22 +105,23 @@ def run_gates(
         verdict = judge_parity(name, evidence[name], options)
         return replace(verdict, figures={**verdict.figures, "runner": dict(runner.facts())})
 
+    @cache
+    def reference() -> Runner:
+        return inputs.target.open_reference(inputs.directory, threads=inputs.threads)
+
     def artifact() -> Verdict:
-        return parity(ARTIFACT_GATE, inputs.target.open_reference(inputs.directory, threads=inputs.threads))
+        return parity(ARTIFACT_GATE, reference())
 
     def coverage() -> Verdict:
-        if ARTIFACT_GATE not in evidence:
-            return Verdict(COVERAGE_GATE, Status.NOT_RUN, f"'{ARTIFACT_GATE}' did not finish", EXIT_CODE)
-        return judge_coverage(
-            {name: seen.coverage for name, seen in evidence.items()},
-            options.coverage_min,
-            {name: seen.tokens for name, seen in evidence.items()},
-        )
+        return cover(inputs, evidence.get(ARTIFACT_GATE), options, progress)
 
     def integrity() -> Verdict:
         readers = inputs.target.expert_tensors(inputs.directory)
         tensor_bytes = inputs.facts.get("expert_tensor_bytes")
         return check_integrity(inputs.program, readers, tensor_bytes=tensor_bytes, progress=progress)
+
+    def repeated() -> Verdict:
+        return repeat(inputs, reference(), options.seed, repeatability or RepeatabilityOptions(), progress)
 
     subject = GateSubject(inputs.program, inputs.directory, inputs.facts, parity)
     gates: list[tuple[str, int, Gate]] = [
@@ -122,10 +129,31 @@ def run_gates(
         (ARTIFACT_GATE, EXIT_CODE, artifact),
         (COVERAGE_GATE, EXIT_CODE, coverage),
         (INTEGRITY_GATE, EXIT_CODE, integrity),
+        (REPEATABILITY_GATE, REPEATABILITY_EXIT_CODE, repeated),
         *((own.name, own.exit_code, partial(own.judge, subject)) for own in inputs.target.gates()),
         *further,
     ]
     return tuple(run_gate(name, code, gate) for name, code, gate in gates)
+
+
+def cover(inputs: GateInputs, seen: Evidence | None, options: ParityOptions, progress: Progress) -> Verdict:
+    """Run the experts by themselves, with hidden states that the reference met while the artifact was compared."""
+    if seen is None:
+        return Verdict(COVERAGE_GATE, Status.NOT_RUN, f"'{ARTIFACT_GATE}' did not finish", EXIT_CODE)
+    runners = inputs.target.open_experts(inputs.directory, threads=inputs.threads)
+    if not runners:
+        reason = f"the target {inputs.target.name} does not run experts by themselves"
+        figures = {"steps": {ARTIFACT_GATE: seen.usage.figures()}}
+        return Verdict(COVERAGE_GATE, Status.NOT_RUN, reason, EXIT_CODE, figures)
+    found = run_experts_by_force(inputs.program, runners, seen.hidden, options.coverage_min, progress)
+    return judge_coverage(found, list(runners), seen.precision, options.coverage_min, seen.usage)
+
+
+def repeat(inputs: GateInputs, runner: Runner, seed: int, options: RepeatabilityOptions, progress: Progress) -> Verdict:
+    """Run one prompt of random tokens again and again."""
+    length = bounds(inputs.program, limits_of(runner), options.tokens).max_tokens
+    ids = Prompts(inputs.program.vocab_size, seed=seed).random(1, length)
+    return judge_repeatability(runner, ids, precision_of(inputs.program), options, progress)
 
 
 def run_gate(name: str, code: int, gate: Gate) -> Verdict:

@@ -76,8 +76,6 @@ _GAPS: Mapping[Any, Callable[..., Tensor]] = {
         _comparison_gap,
     ),
 }
-SELECTIONS = frozenset({aten.topk.default, aten.max.dim, aten.argmax.default})
-"""Ops that choose experts by score; top-k takes the number as its second argument, the others choose one."""
 
 _VALUES_AND_INDICES = frozenset({aten.topk.default, aten.max.dim})
 

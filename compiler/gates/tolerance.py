@@ -62,19 +62,33 @@ TOLERANCES: Mapping[Precision, Tolerance] = {
         "fp16 rounds each value to 5e-4 and the errors of the layers add up; correct kernels stay below 6e-3",
     ),
     Precision.INT8: Tolerance(
-        2e-2,
+        3e-2,
         5e-2,
         False,
-        "the reference holds the dequantized weights, so what is left is the rounding of activations to int8, "
-        "1.1e-2 to 1.5e-2 for one experts kernel",
+        "the reference holds the dequantized weights, so what is left is the rounding of activations to int8: "
+        "1.1e-2 to 1.5e-2 for one experts kernel, 2.0e-2 for the worst of 600 positions of a trained model",
     ),
     Precision.INT4: Tolerance(
-        2e-2,
+        3e-2,
         5e-2,
         False,
         "as for int8: the reference holds the dequantized weights and int4 kernels round activations to int8, 1.1e-2",
     ),
 }
+
+EXPERT_LIMITS: Mapping[Precision, float] = {
+    Precision.FP32: 1e-4,
+    Precision.FP16: 1e-2,
+    Precision.INT8: 5e-2,
+    Precision.INT4: 5e-2,
+}
+"""Largest difference of one expert's outputs, relative to its largest output, where it is run by itself.
+
+In floating point as for logits, and for the same reasons. Kernels of int8 and int4 round the activations of both
+products to int8, by the largest value of a row or a block: a hidden state with an outlier loses the more, and an expert
+by itself is not averaged with others as in the logits. An expert that is another one, or whose scales are, is off by
+more than half.
+"""
 
 TOKEN_TIE = 1e-5
 """Two logits closer than this share of the largest are a coin toss that fp32 rounding may decide either way."""

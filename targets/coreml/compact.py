@@ -27,14 +27,20 @@ Constants: TypeAlias = ChainMap[tuple[bytes, bytes], str]
 """Type and value of a constant -> its name, within one block and the blocks around it."""
 
 
-def compact(spec: Any) -> None:
-    """Make the ML program of a `Model` message smaller, in place."""
-    for function in spec.mlProgram.functions.values():
+def compact(spec: Any) -> dict[str, dict[str, str]]:
+    """Make the ML program of a `Model` message smaller, in place.
+
+    Returns:
+        Function -> old name of a value -> its name now, for those outside of branches that have another.
+    """
+    renamed: dict[str, dict[str, str]] = {}
+    for name, function in spec.mlProgram.functions.items():
+        names: Names = ChainMap({})
         for block in function.block_specializations.values():
             taken = {*(value.name for value in function.inputs), *block.outputs}
-            _Function(taken, {operation.type for operation in _operations(block)}).compact(
-                block, ChainMap({}), ChainMap({})
-            )
+            _Function(taken, {operation.type for operation in _operations(block)}).compact(block, names, ChainMap({}))
+        renamed[name] = dict(names)
+    return renamed
 
 
 def _operations(block: Any) -> Iterator[Any]:

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from moec.compiler.errors import LoweringError
-from moec.compiler.program import ATTENTION, Program
+from moec.compiler.program import ATTENTION, EXPERTS, Program
 from moec.compiler.rejections import Rejection
 from moec.compiler.specialise import specialise, without_padding
 from moec.targets.coreml.context import MIL_NAMES, NUMPY, Context, Var
@@ -32,6 +32,7 @@ class Built:
     """The MIL program and what its making found out.
 
     `expert_tensors` has for each tensor of experts the name of their constants, `{}` for the index of the expert.
+    `layers` has for each function the hidden states, indices, weights and result of every experts node.
     """
 
     program: Any
@@ -39,6 +40,7 @@ class Built:
     layout: CacheLayout
     pool: WeightPool
     expert_tensors: dict[str, str] = field(default_factory=dict)
+    layers: dict[str, list[list[Var]]] = field(default_factory=dict)
     rejections: list[Rejection] = field(default_factory=list)
     ops: dict[str, dict[str, int]] = field(default_factory=dict)
     extra: dict[str, list[float]] = field(default_factory=dict)
@@ -140,6 +142,9 @@ class _Function:
         for node in program.graph.nodes:
             if node.op == "call_function":
                 ctx.set(node, lookup(node)(ctx, node))
+            if node.target is EXPERTS:
+                values = [ctx.tensor(item) for item in (*node.args[:3], node)]
+                built.layers.setdefault(self._entry.name, []).append(values)
         logits = ctx.tensor(program.outputs()["logits"])
         built.rejections += ctx.rejections
         return mb.identity(x=logits, name="logits")
@@ -187,8 +192,13 @@ def functions_of(spec: Any) -> list[tuple[str, Any]]:
     return several or [(next(iter(spec.mlProgram.functions)), spec.description)]
 
 
-def describe(spec: Any, built: Built, shape: Shape, texts: Mapping[str, str]) -> None:
-    """Add what Xcode shows: descriptions of inputs, outputs and states, author, license; and what the runner needs."""
+def describe(
+    spec: Any, built: Built, shape: Shape, texts: Mapping[str, str], renamed: Mapping[str, Mapping[str, str]]
+) -> None:
+    """Add what Xcode shows: descriptions of inputs, outputs and states, author, license; and what the runner needs.
+
+    `renamed` is function -> name that lowering gave to a value -> its name in `spec`, where that is another.
+    """
     for _, function in functions_of(spec):
         for feature in (*function.input, *function.output, *function.state):
             base = next((key for key in _DESCRIPTIONS if feature.name.startswith(key)), "")
@@ -198,16 +208,21 @@ def describe(spec: Any, built: Built, shape: Shape, texts: Mapping[str, str]) ->
     metadata.shortDescription, metadata.versionString = texts["description"], texts["version"]
     if built.interface.flavor is Flavor.SWIFT:
         metadata.userDefined[NAME_KEY] = texts["name"]
-    metadata.userDefined[METADATA_KEY] = json.dumps(runner_notes(built, shape), sort_keys=True)
+    metadata.userDefined[METADATA_KEY] = json.dumps(runner_notes(built, shape, renamed), sort_keys=True)
 
 
-def runner_notes(built: Built, shape: Shape) -> dict[str, Any]:
+def runner_notes(built: Built, shape: Shape, renamed: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
     """What moec's runner must know of the model."""
+    layers = {
+        function: [[renamed[function].get(value.name, value.name) for value in layer] for layer in found]
+        for function, found in built.layers.items()
+    }
     return {
         "flavor": str(built.interface.flavor),
         "context": shape.context,
         "chunk": shape.chunk,
         "experts": built.expert_tensors,
+        "layers": layers,
         "inputs": built.extra,
     }
 

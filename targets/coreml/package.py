@@ -32,7 +32,8 @@ def write_package(program: Any, package: Path, specification_version: int, descr
         program: The MIL program.
         package: Directory to make.
         specification_version: Of the model format; that of iOS 18 is 9.
-        describe: Called with the `Model` message to add descriptions and metadata.
+        describe: Called with the `Model` message, and by function what its values are called now, to add descriptions
+            and metadata.
 
     Returns:
         The `Model` message.
@@ -41,8 +42,7 @@ def write_package(program: Any, package: Path, specification_version: int, descr
     (data / WEIGHTS).mkdir(parents=True)
     load = coremltools_module("coremltools.converters.mil.backend.mil.load").load
     spec = load(program, weights_dir=str(data / WEIGHTS), specification_version=specification_version)
-    compact(spec)
-    describe(spec)
+    describe(spec, compact(spec))
     (data / MODEL).write_bytes(spec.SerializeToString(deterministic=True))
     (package / "Manifest.json").write_text(json.dumps(_manifest(), indent=4, sort_keys=True) + "\n", encoding="utf-8")
     return spec

@@ -15,7 +15,7 @@ from moec.targets.base import RunnerLimits
 from moec.targets.coreml.flavor import Flavor, call, most_tokens
 from moec.targets.coreml.interpreter.package import load_spec, model_file
 from moec.targets.coreml.package import METADATA_KEY, PACKAGE
-from moec.targets.coreml.predict import Backend, open_backend
+from moec.targets.coreml.predict import Backend, InterpreterBackend, open_backend
 
 
 def runner_notes(directory: Path) -> Mapping[str, Any]:
@@ -50,7 +50,14 @@ class CoremlRunner:
         self._defaults = {name: np.asarray(values, np.float32) for name, values in notes["inputs"].items()}
         self._backend = backend(directory / PACKAGE)
         self._length = 0
-        self.limits = RunnerLimits(max_batch=1, padding=False, max_sequence=self._context)
+        executor = isinstance(self._backend, InterpreterBackend)
+        self.limits = RunnerLimits(
+            max_batch=1,
+            padding=False,
+            max_sequence=self._context,
+            repeats_bits=executor,
+            stands_in="moec's executor for Core ML" if executor else "",
+        )
 
     def fork(self) -> Self:
         """A runner with a state of its own on the same weights."""

@@ -18,6 +18,7 @@ from moec.targets.base import (
     SYMMETRIC,
     Capabilities,
     ExpertReader,
+    ExpertsRunner,
     Lowered,
     Phase,
     Progress,
@@ -153,7 +154,7 @@ class CoremlTarget(Target):
                 built.program,
                 directory / PACKAGE,
                 SPECIFICATION_VERSION,
-                lambda spec: lower.describe(spec, built, shape, texts),
+                lambda spec, renamed: lower.describe(spec, built, shape, texts, renamed),
             )
             progress("weights", 1, 1)
         facts = {
@@ -171,6 +172,12 @@ class CoremlTarget(Target):
         from moec.targets.coreml.runner import CoremlRunner
 
         return CoremlRunner(directory)
+
+    def open_experts(self, directory: Path, *, threads: int = 0) -> Mapping[str, ExpertsRunner]:  # noqa: ARG002
+        """The operations of each function that compute a layer's experts, in moec's executor."""
+        from moec.targets.coreml.experts import open_experts
+
+        return open_experts(directory)
 
     def expert_tensors(self, directory: Path) -> Mapping[str, ExpertReader]:
         """Read the experts back from the package, codes expanded, in the layout of the Program."""

@@ -83,6 +83,8 @@ class Context:
         self.nodes: list[ir.Node] = []
         self.initializers: dict[str, tuple[ir.Value, LazyTensor]] = {}
         self.experts: dict[str, dict[str, Any]] = {}
+        # Of each experts node: role -> value and dtype. Who lowers it may put other values in place of its operands.
+        self.layers: list[dict[str, tuple[ir.Value, torch.dtype]]] = []
         self.rejections: list[Rejection] = []
         self.memo: dict[Any, Any] = {}
         self._values: dict[fx.Node, Any] = {}
@@ -185,6 +187,11 @@ class Context:
             self.memo[key] = make()
         value: ir.Value = self.memo[key]
         return value
+
+    def begin_layer(self, node: fx.Node) -> None:
+        """Note the operands of an experts node as they are now: at them the layer can be entered by itself."""
+        roles = dict(zip(("hidden_states", "indices", "weights"), node.args[:3], strict=True))
+        self.layers.append({role: (self.tensor(item), item.meta["val"].dtype) for role, item in roles.items()})  # type: ignore[union-attr]
 
     # Constants and weights --------------------------------------------------------------------------------------
 

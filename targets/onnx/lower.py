@@ -12,9 +12,10 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
-from moec.compiler.program import ATTENTION, Program, TensorSpec, module_of
+from moec.compiler.program import ATTENTION, EXPERTS, Program, TensorSpec, module_of
 from moec.compiler.weights import LazyTensor
 from moec.targets.onnx.context import AXIS_NAMES, DTYPES, MS, Context, Dialect
+from moec.targets.onnx.experts import LAYERS
 from moec.targets.onnx.lowerings.group_query import share_lengths
 from moec.targets.onnx.lowerings.linear import untransposed_weights
 from moec.targets.onnx.lowerings.table import lookup
@@ -42,7 +43,11 @@ def build(program: Program, dialect: Dialect) -> tuple[ir.Model, Context]:
     for node in program.graph.nodes:
         if node.op == "call_function":
             ctx.module = module_of(node)
+            if node.target is EXPERTS:
+                ctx.begin_layer(node)
             ctx.set(node, lookup(node, dialect)(ctx, node))
+            if node.target is EXPERTS:
+                ctx.layers[-1]["output"] = (ctx.get(node), node.meta["val"].dtype)
     outputs = _outputs(ctx)
     _drop_unused(ctx.nodes, outputs)
     initializers = [value for value, _ in ctx.initializers.values()] + ctx.constants()
@@ -58,6 +63,10 @@ def build(program: Program, dialect: Dialect) -> tuple[ir.Model, Context]:
     model = ir.Model(graph, ir_version=IR_VERSION, producer_name="moec")
     model.metadata_props["moec.attention"] = "GroupQueryAttention" if dialect.shared_buffer else "Attention"
     model.metadata_props["moec.experts"] = json.dumps(ctx.experts, sort_keys=True)
+    layers = [
+        {role: [value.name, int(DTYPES[dtype])] for role, (value, dtype) in entry.items()} for entry in ctx.layers
+    ]
+    model.metadata_props[LAYERS] = json.dumps(layers, sort_keys=True)
     return model, ctx
 
 

@@ -18,6 +18,7 @@ from moec.targets.base import (
     SYMMETRIC,
     Capabilities,
     ExpertReader,
+    ExpertsRunner,
     Lowered,
     Phase,
     Progress,
@@ -28,6 +29,7 @@ from moec.targets.base import (
 
 if TYPE_CHECKING:
     from moec.compiler.program import Program
+    from moec.targets.onnx.context import Dialect
 
 
 class Flavor(StrEnum):
@@ -78,19 +80,33 @@ class OnnxTarget(Target):
         return Capabilities(skips_experts=True)
 
     def lint(self, program: Program, options: TargetOptions) -> tuple[Rejection, ...]:
-        """Ops that have no lowering, and what the flavor cannot express."""
-        from moec.targets.onnx.lowerings import group_query, quantized
+        """Ops that have no lowering, what the flavor cannot express, and whatever else lowering refuses.
+
+        The last is found by lowering itself, of which only the writing of weights takes time.
+        """
+        from moec.targets.onnx import lower
+        from moec.targets.onnx.lowerings import experts, group_query, quantized
         from moec.targets.onnx.lowerings.table import TABLE
 
         assert isinstance(options, OnnxOptions)
+        portable = options.flavor is Flavor.PORTABLE
         refused = group_query.refusals(program) if options.flavor is Flavor.GENAI else ()
-        if options.flavor is not Flavor.PORTABLE:
+        refused += experts.refusals(program, contrib=not portable)
+        if not portable:
             refused += quantized.refusals(program)
-        return refused + tuple(
+        refused += tuple(
             Rejection(self.name, str(node.meta.get("module", "")), f"no lowering for {node.target}")
             for node in program.graph.nodes
             if node.op == "call_function" and node.target not in TABLE
         )
+        if refused:
+            return refused
+        try:
+            lower.build(program, _dialect(program, options))
+        except LoweringError as error:
+            where, _, reason = str(error).partition(": ")
+            return (Rejection(self.name, where, reason),)
+        return ()
 
     def auto_formats(self, options: TargetOptions, tensor_class: str) -> tuple[str, ...]:  # noqa: ARG002
         """ONNX Runtime's kernels take zero points, the standard form has none."""
@@ -101,15 +117,12 @@ class OnnxTarget(Target):
         """Write `model.onnx`, `model.onnx_data` and, for onnxruntime-genai, `genai_config.json`."""
         from moec.targets.onnx import genai, lower
         from moec.targets.onnx.lowerings.group_query import refusals
-        from moec.targets.onnx.lowerings.table import onnx_dialect
 
         assert isinstance(options, OnnxOptions)
         shared = options.flavor is Flavor.GENAI
         if shared and (refused := refusals(program)):
             raise LoweringError(f"{refused[0].where}: {refused[0].reason}", hint="take the default flavor")
-        dialect = onnx_dialect(
-            contrib=options.flavor is not Flavor.PORTABLE, shared_buffer=shared, grouped=_grouped(program, options)
-        )
+        dialect = _dialect(program, options)
         model, ctx = lower.build(program, dialect)
         counts: dict[str, int] = {}
         for node in model.graph.all_nodes():
@@ -143,6 +156,12 @@ class OnnxTarget(Target):
 
         return OnnxRunner(directory, threads=threads)
 
+    def open_experts(self, directory: Path, *, threads: int = 0) -> Mapping[str, ExpertsRunner]:
+        """A cut of `model.onnx` at the operands of each layer's experts."""
+        from moec.targets.onnx.experts import MODEL, OnnxExperts
+
+        return {MODEL: OnnxExperts(directory, threads=threads)}
+
     def expert_tensors(self, directory: Path) -> Mapping[str, ExpertReader]:
         """Read the experts back from the files, in the layout of the Program."""
         import onnx_ir as ir
@@ -150,6 +169,13 @@ class OnnxTarget(Target):
         model = ir.load(directory / "model.onnx")
         table = json.loads(model.metadata_props["moec.experts"])
         return {name: _reader(model.graph.initializers, entry) for name, entry in table.items()}
+
+
+def _dialect(program: Program, options: OnnxOptions) -> Dialect:
+    from moec.targets.onnx.lowerings.table import onnx_dialect
+
+    contrib, shared = options.flavor is not Flavor.PORTABLE, options.flavor is Flavor.GENAI
+    return onnx_dialect(contrib=contrib, shared_buffer=shared, grouped=_grouped(program, options))
 
 
 def _grouped(program: Program, options: OnnxOptions) -> bool:

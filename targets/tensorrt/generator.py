@@ -99,7 +99,7 @@ class EngineRunner:
         for name, value in settings["input_defaults"].items():
             session.write(self._addresses[name], np.asarray(value, self._inputs[name]))
         self._mask = np.zeros((0, 0), np.int64)
-        self.limits = RunnerLimits(max_batch=self._batch, max_sequence=self._context)
+        self.limits = RunnerLimits(max_batch=self._batch, max_sequence=self._context, repeats_bits=False)
 
     def _allocate(self, signature: Mapping[str, Any]) -> dict[str, int]:
         longest = self._context + self._piece

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from moec.targets.base import RunnerLimits
 from moec.targets.onnx.runner import OnnxRunner
 
 DEFAULTS = "moec.input_defaults"
@@ -29,6 +30,7 @@ class TwinRunner(OnnxRunner):
     def __init__(self, directory: Path, *, threads: int = 0) -> None:
         super().__init__(directory, threads=threads)
         defaults = json.loads(self.session.get_modelmeta().custom_metadata_map.get(DEFAULTS, "{}"))
+        self.limits = RunnerLimits(stands_in="ONNX Runtime for TensorRT")
         for name, value in defaults.items():
             self.overrides[name] = np.asarray(value, np.float32)
 

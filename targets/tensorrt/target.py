@@ -18,6 +18,7 @@ from moec.compiler.rejections import Rejection
 from moec.targets.base import (
     Capabilities,
     ExpertReader,
+    ExpertsRunner,
     Lowered,
     Phase,
     Progress,
@@ -175,6 +176,12 @@ class TensorrtTarget(Target):
         from moec.targets.tensorrt.gates import GATES
 
         return GATES
+
+    def open_experts(self, directory: Path, *, threads: int = 0) -> Mapping[str, ExpertsRunner]:
+        """A cut of `model.onnx`, from which the engine was built, at the operands of each layer's experts."""
+        from moec.targets.onnx.experts import MODEL, OnnxExperts
+
+        return {MODEL: OnnxExperts(directory, threads=threads)}
 
     def expert_tensors(self, directory: Path) -> Mapping[str, ExpertReader]:
         """Read the experts back from the files, in the layout of the Program."""

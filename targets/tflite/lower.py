@@ -41,13 +41,15 @@ def build(
     plain = from_input(without_padding(program))
     shared = Shared(plain, Weights(plain))
     model = Model(description="made by moec")
+    layers: dict[str, list[list[int]]] = {}
     for length in lengths:
         static = specialise(plain, batch=1, sequence=length, past_sequence=capacity - length)
         name = signature_name(length)
-        model.signatures[name] = _signature(static, shared, Settings(capacity, branches, older), name)
+        model.signatures[name], layers[name] = _signature(static, shared, Settings(capacity, branches, older), name)
     facts: dict[str, Any] = {
         "capacity": capacity,
         "experts": shared.experts,
+        "layers": layers,
         "prefill_lengths": [n for n in lengths if n > 1],
     }
     facts["inputs"] = default_inputs(plain)
@@ -78,14 +80,17 @@ def state_name(kind: str, layer: int) -> str:
     return f"kv_cache_{kind[0]}_{layer}"
 
 
-def _signature(program: Program, shared: Shared, settings: Settings, name: str) -> Graph:
-    ctx = Context(shared, settings, Graph(name))
+def _signature(program: Program, shared: Shared, settings: Settings, name: str) -> tuple[Graph, list[list[int]]]:
+    """The subgraph of a signature; and of each experts node its hidden states, indices, weights and result."""
+    ctx, layers = Context(shared, settings, Graph(name)), []
     _inputs(ctx, program)
     for node in program.graph.nodes:
         if node.op == "call_function":
             ctx.set(node, _constant(ctx, node) if _is_constant(ctx, node) else lookup(node)(ctx, node))
+            if node.target is EXPERTS:
+                layers.append([ctx.tensor(item).index for item in (*node.args[:3], node)])
     _outputs(ctx, program)
-    return ctx.graph
+    return ctx.graph, layers
 
 
 def _inputs(ctx: Context, program: Program) -> None:

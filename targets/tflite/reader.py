@@ -42,32 +42,33 @@ class TfliteFile:
         if self._data[4:8] != b"TFL3":
             raise ArtifactError(f"{path}: not a .tflite file", hint="export it again")
         try:
-            self._model = self._schema.Model.GetRootAs(self._data, 0)
+            self.model = self._schema.Model.GetRootAs(self._data, 0)
             self.facts: Mapping[str, Any] = json.loads(self._metadata())
             self._tensors = self._named()
         except (struct.error, IndexError, ValueError, AttributeError) as error:
             raise ArtifactError(f"{path}: damaged: {error}", hint="export it again") from error
 
     def _metadata(self) -> bytes:
-        for index in range(self._model.MetadataLength()):
-            entry = self._model.Metadata(index)
+        for index in range(self.model.MetadataLength()):
+            entry = self.model.Metadata(index)
             if entry.Name().decode() == METADATA:
-                return bytes(self._buffer(entry.Buffer()))
+                return bytes(self.buffer(entry.Buffer()))
         raise ArtifactError(f"{self._path}: it holds no metadata of moec", hint="export it with moec")
 
     def _named(self) -> dict[str, tuple[Any, Any]]:
         """Name -> tensor with the subgraph that it was found in, for tensors that have values."""
         found: dict[str, tuple[Any, Any]] = {}
-        for place in range(self._model.SubgraphsLength()):
-            graph = self._model.Subgraphs(place)
+        for place in range(self.model.SubgraphsLength()):
+            graph = self.model.Subgraphs(place)
             for index in range(graph.TensorsLength()):
                 tensor = graph.Tensors(index)
                 if tensor.Buffer() and tensor.Name():
                     found.setdefault(tensor.Name().decode(), (tensor, graph))
         return found
 
-    def _buffer(self, index: int) -> np.ndarray:
-        buffer = self._model.Buffers(index)
+    def buffer(self, index: int) -> np.ndarray:
+        """Bytes of a buffer, uint8, wherever in the file it lies."""
+        buffer = self.model.Buffers(index)
         if buffer.Offset() > 1:
             return np.frombuffer(self._data, np.uint8, buffer.Size(), buffer.Offset())
         data: np.ndarray = buffer.DataAsNumpy()
@@ -84,7 +85,7 @@ class TfliteFile:
         tensor, graph = self._tensors[name]
         shape = tuple(tensor.ShapeAsNumpy())
         kinds = {value: key for key, value in vars(self._schema.TensorType).items() if not key.startswith("_")}
-        kind, data = kinds[tensor.Type()], self._buffer(tensor.Buffer())
+        kind, data = kinds[tensor.Type()], self.buffer(tensor.Buffer())
         if kind in _DTYPES:
             return data.view(_DTYPES[kind]).reshape(shape)
         codes = data.view(np.int8) if kind == "INT8" else unpack_int4(data)
@@ -100,7 +101,7 @@ class TfliteFile:
             return scales
         details = self._schema.BlockwiseQuantization()
         details.Init(quantization.Details().Bytes, quantization.Details().Pos)
-        return self._buffer(graph.Tensors(details.Scales()).Buffer()).view("<f2")
+        return self.buffer(graph.Tensors(details.Scales()).Buffer()).view("<f2")
 
     def experts(self) -> Mapping[str, ExpertReader]:
         """Every expert tensor by its Program name."""

@@ -12,7 +12,17 @@ from pydantic import Field, PositiveInt
 from moec.compiler.errors import UsageError
 from moec.compiler.model_config import cache_length
 from moec.compiler.rejections import Rejection
-from moec.targets.base import Capabilities, ExpertReader, Lowered, Phase, Progress, Runner, Target, TargetOptions
+from moec.targets.base import (
+    Capabilities,
+    ExpertReader,
+    ExpertsRunner,
+    Lowered,
+    Phase,
+    Progress,
+    Runner,
+    Target,
+    TargetOptions,
+)
 
 if TYPE_CHECKING:
     from moec.compiler.program import Program
@@ -152,6 +162,12 @@ class TfliteTarget(Target):
         from moec.targets.tflite.runner import TfliteRunner
 
         return TfliteRunner(directory / MODEL, threads=threads)
+
+    def open_experts(self, directory: Path, *, threads: int = 0) -> Mapping[str, ExpertsRunner]:
+        """The part of each signature that computes a layer's experts, in LiteRT."""
+        from moec.targets.tflite.experts import open_experts
+
+        return open_experts(directory / MODEL, threads)
 
     def expert_tensors(self, directory: Path) -> Mapping[str, ExpertReader]:
         """Read the experts back from the file, in the layout of the Program."""

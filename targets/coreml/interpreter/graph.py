@@ -20,7 +20,7 @@ from moec.targets.coreml.interpreter.constants import Constant
 from moec.targets.coreml.interpreter.dtypes import BY_CODE, Array, TensorType, packed_bytes, unpack
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
 _HINT = "Only ML programs written by coremltools or moec can be run."
 
@@ -83,6 +83,33 @@ class Function:
     opset: int
     inputs: tuple[Value, ...]
     block: Block
+
+
+def cut(function: Function, inputs: Sequence[str], output: str) -> Function:
+    """The part of `function` that lies between the values `inputs`, which become its inputs, and `output`."""
+    makers = {value.name: operation for operation in function.block.operations for value in operation.outputs}
+    types = {value.name: value for value in function.inputs}
+    types |= {value.name: value for operation in makers.values() for value in operation.outputs}
+    wanted: set[int] = set()
+    pending = [output]
+    while pending:
+        name = pending.pop()
+        if name not in inputs and name in makers and id(makers[name]) not in wanted:
+            wanted.add(id(makers[name]))
+            pending += _reads(makers[name])
+    operations = tuple(operation for operation in function.block.operations if id(operation) in wanted)
+    given = tuple(types[name] for name in dict.fromkeys(inputs))
+    return Function(f"{function.name}, part", function.opset, given, Block((), operations, (output,)))
+
+
+def _reads(operation: Operation) -> Iterator[str]:
+    """Names that an operation reads, those of its blocks included (what they define themselves too)."""
+    for bound in operation.inputs.values():
+        yield from (item for item in bound if isinstance(item, str))
+    for block in operation.blocks:
+        yield from block.outputs
+        for inner in block.operations:
+            yield from _reads(inner)
 
 
 class GraphReader:

@@ -12,13 +12,13 @@ from moec.compiler.errors import ArtifactError, UsageError
 from moec.targets.coreml.interpreter.constants import Constant, ConstantCache
 from moec.targets.coreml.interpreter.counters import Counters
 from moec.targets.coreml.interpreter.executor import Frame
-from moec.targets.coreml.interpreter.graph import Function, GraphReader
+from moec.targets.coreml.interpreter.graph import Function, GraphReader, cut
 from moec.targets.coreml.interpreter.package import load_spec, model_file
 from moec.targets.coreml.interpreter.plan import FunctionPlan, plan_function
 from moec.targets.coreml.interpreter.state import State
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from moec.targets.coreml.interpreter.dtypes import Array, TensorType
 
@@ -174,6 +174,22 @@ class MilModel:
         return MilSession(
             plan, self.inputs(plan.function.name), self.new_state() if state is None else state, self._cache
         )
+
+    def part(self, function: str, inputs: Sequence[str], output: str) -> MilSession:
+        """A session of what lies between some values of `function` and another, which are its inputs and output.
+
+        Args:
+            function: Name.
+            inputs: Values outside of branches, which the caller provides in place of what computes them.
+            output: A value outside of branches.
+
+        Raises:
+            UsageError: No such function.
+            ArtifactError: The output needs something else that only the function's caller can provide.
+        """
+        part = cut(self._function(function), inputs, output)
+        descriptors = tuple(TensorDescriptor(value.name, value.type) for value in part.inputs)
+        return MilSession(plan_function(part), descriptors, State({}), self._cache)
 
     def plan(self, function: str | None = None) -> FunctionPlan:
         """The planned `function`; planned once.

@@ -16,9 +16,10 @@ import torch
 from torch import fx
 
 from moec.compiler.ops import Gate
-from moec.compiler.program import EXPERTS, SELECT
+from moec.compiler.program import EXPERTS, SELECT, Program, module_of
+from moec.compiler.rejections import Rejection
 from moec.quantize.lazy import Quantized
-from moec.targets.onnx.context import DTYPES, MS, Context, Lowering, np_dtype, result_dtype
+from moec.targets.onnx.context import MS, Context, Lowering, np_dtype, result_dtype
 from moec.targets.onnx.lowerings import quantized
 from moec.targets.onnx.lowerings.grouped import grouped
 from moec.targets.onnx.lowerings.layouts import kernel_layout
@@ -43,6 +44,28 @@ def kernel_refusal(gate: Gate) -> str:
     return ""
 
 
+def refusals(program: Program, *, contrib: bool) -> tuple[Rejection, ...]:
+    """Experts of integers that have no kernel: in standard ops they would be stored as floats.
+
+    Args:
+        program: What is to be lowered.
+        contrib: Whether ONNX Runtime's own ops may be used.
+    """
+    found = []
+    for node in program.nodes(EXPERTS):
+        form = next((form for position in (3, 5) if (form := _format(program, node.args[position]))), "")
+        reason = kernel_refusal(gate_of(node)) if contrib else "standard ONNX has no product of quantized experts"
+        if form and reason:
+            found.append(Rejection("onnx", module_of(node), f"{reason}, so experts in {form} have no form here"))
+    return tuple(found)
+
+
+def _format(program: Program, argument: Any) -> str:
+    """Text form of the integers of a weight; empty where it is a float."""
+    tensor = program.weights[str(argument.target)] if argument.op == "get_attr" else None
+    return str(tensor.format) if isinstance(tensor, Quantized) else ""
+
+
 def kernel_attributes(gate: Gate) -> dict[str, Any]:
     """Attributes of `MoE` and `QMoE` for `gate`."""
     if not gate.gated:
@@ -58,7 +81,7 @@ def kernel_attributes(gate: Gate) -> dict[str, Any]:
 
 def dense_weights(ctx: Context, node: fx.Node) -> ir.Value:
     """Routing weights as [T, E]: 0 for every expert that a token does not use."""
-    return _scattered(ctx, node, ctx.tensor(node.args[2], result_dtype(node)))
+    return _spread(ctx, node, ctx.tensor(node.args[2], result_dtype(node)))
 
 
 def is_select(weights: Any) -> bool:
@@ -66,23 +89,18 @@ def is_select(weights: Any) -> bool:
     return isinstance(weights, fx.Node) and weights.target is SELECT
 
 
-def _scattered(ctx: Context, node: fx.Node, slots: ir.Value) -> ir.Value:
-    hidden, indices, _weights, gate_up = node.args[:4]
-    assert isinstance(hidden, fx.Node)
-    dtype = result_dtype(node)
-    count = int(gate_up.meta["val"].shape[0])  # type: ignore[union-attr]
+def _spread(ctx: Context, node: fx.Node, slots: ir.Value) -> ir.Value:
+    """The values of slots [T, k] at their experts, [T, E], and 0 elsewhere.
 
-    def zeros() -> ir.Value:
-        tokens = ctx.op("Reshape", ctx.axis_length(hidden, 0), ctx.ints(1))
-        shape = ctx.op("Concat", tokens, ctx.ints(count), axis=0)
-        return ctx.op("ConstantOfShape", shape, value=ir.Tensor(np.zeros(1, np.float32)))
-
-    # ONNX Runtime on CPU adds in ScatterElements for float32 alone.
-    wide = dtype == torch.float32
-    empty = ctx.shared(("no experts", str(hidden.meta["val"].shape[0]), count), zeros)
-    values = slots if wide else ctx.op("Cast", slots, to=int(ir.DataType.FLOAT))
-    dense = ctx.op("ScatterElements", empty, ctx.tensor(indices), values, axis=1, reduction="add")
-    return dense if wide else ctx.op("Cast", dense, to=int(DTYPES[dtype]))
+    By comparison and a sum over k: a scatter would have to add, since a slot that was dropped may name the expert of
+    another, and several threads that add lose updates in ONNX Runtime (microsoft/onnxruntime#18048, #23396).
+    """
+    count, dtype = int(node.args[3].meta["val"].shape[0]), result_dtype(node)  # type: ignore[union-attr]
+    numbers = ctx.constant(np.arange(count, dtype=np.int64).reshape(1, 1, -1))
+    own = ctx.op("Equal", ctx.op("Unsqueeze", ctx.tensor(node.args[1], torch.int64), ctx.ints(2)), numbers)
+    zero = ctx.constant(np.asarray(0, np_dtype(dtype)))
+    spread = ctx.op("Where", own, ctx.op("Unsqueeze", slots, ctx.ints(2)), zero)
+    return ctx.op("ReduceSum", spread, ctx.ints(1), keepdims=0)
 
 
 def _experts(ctx: Context, node: fx.Node) -> ir.Value:
@@ -91,11 +109,11 @@ def _experts(ctx: Context, node: fx.Node) -> ir.Value:
     if refusal:
         ctx.reject(node, f"{refusal}: experts run in standard ops, two products each")
     if refusal or not ctx.dialect.contrib:
-        return grouped(ctx, node, gate, dense_weights(ctx, node))
+        return grouped(ctx, node, gate)
     if all(_is_quantized(ctx, node.args[position]) for position in (3, 5)):
         return quantized.experts(ctx, node, gate, dense_weights(ctx, node), kernel_attributes(gate))
     if ctx.dialect.grouped:
-        return grouped(ctx, node, gate, dense_weights(ctx, node))
+        return grouped(ctx, node, gate)
     return _kernel(ctx, node, gate)
 
 
@@ -113,7 +131,7 @@ def _kernel(ctx: Context, node: fx.Node, gate: Gate) -> ir.Value:
     # The kernel normalises its weights: what a policy keeps need not be scaled, and the sum is that of what it saw.
     scaled = is_select(weights) and bool(weights.args[2])  # type: ignore[union-attr]
     slots = _kept(ctx, weights) if scaled else ctx.tensor(weights, dtype)  # type: ignore[arg-type]
-    dense = _scattered(ctx, node, slots)
+    dense = _spread(ctx, node, slots)
     out = ctx.op(
         "MoE",
         ctx.tensor(hidden),
@@ -124,8 +142,10 @@ def _kernel(ctx: Context, node: fx.Node, gate: Gate) -> ir.Value:
         normalize_routing_weights=1,
         **kernel_attributes(gate),
     )
-    source = weights.args[0] if scaled else weights  # type: ignore[union-attr]
-    return ctx.op("Mul", out, _row_sum(ctx, source, dtype))
+    sums = _row_sum(ctx, weights.args[0] if scaled else weights, dtype)  # type: ignore[union-attr]
+    if scaled:
+        ctx.layers[-1] |= {"weights": (slots, dtype), "weight_sums": (sums, dtype)}
+    return ctx.op("Mul", out, sums)
 
 
 def _kernel_tensor(ctx: Context, argument: Any, gate: Gate, *, transposed: bool, first: bool) -> ir.Value:

@@ -17,6 +17,8 @@ from moec.compiler.program import ATTENTION, CACHE_KINDS, Program, StateSpec, mo
 from moec.compiler.rejections import Rejection
 from moec.targets.onnx.context import MS, Context, integer, np_dtype, real, result_dtype
 
+HEAD_MULTIPLE = 8
+
 
 def share_lengths(ctx: Context) -> None:
     """Take the length of the past from the attention mask, before anybody asks a buffer for it."""
@@ -105,6 +107,9 @@ def refusals(program: Program) -> tuple[Rejection, ...]:
         key, value = (argument.meta["val"] for argument in node.args[1:3])  # type: ignore[union-attr]
         if key.shape[3] != value.shape[3]:
             reason = f"GroupQueryAttention needs keys and values of one width, not {key.shape[3]} and {value.shape[3]}"
+            found.append(Rejection("onnx", module_of(node), reason))
+        elif int(key.shape[3]) % HEAD_MULTIPLE:
+            reason = f"GroupQueryAttention on CPU needs heads of a multiple of {HEAD_MULTIPLE} wide, not {key.shape[3]}"
             found.append(Rejection("onnx", module_of(node), reason))
     shapes = {(heads_of(state), width_of(state)) for state in program.states}
     if not found and len(shapes) > 1:

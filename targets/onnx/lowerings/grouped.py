@@ -1,21 +1,26 @@
-"""Experts in standard ops: tokens sorted by expert, and two matrix products per expert over its own rows.
+"""Experts in standard ops: slots sorted by expert, and two matrix products per expert over its own rows.
 
 Every expert is a pair of constant matrices, which ONNX Runtime packs once for its matrix product; the `MoE` kernel
 packs them at every call, which costs a third of a prefill. An idle expert is a product of no rows, so it costs two
 nodes that return at once. All else is done once for all experts.
 
 ```
-experts, tokens = NonZero(routing weights [E, T])     # sorted by expert, since NonZero goes row by row
-rows            = Gather(x, tokens)                   # [N, H], N = slots that were kept
-each expert     : Split(rows, counts)[e] @ gate_up[e]
-activation      over all rows
-each expert     : Split(rows, counts)[e] @ down[e]
-ScatterND(add) of rows * weights at tokens
+experts, slots = NonZero(expert of a slot is e, [E, T * k])  # sorted by expert, since NonZero goes row by row
+rows           = Gather(x, slots / k)                        # [N, H], N = slots that were kept
+each expert    : Split(rows, counts)[e] @ gate_up[e]
+activation     over all rows
+each expert    : Split(rows, counts)[e] @ down[e], after one row of zeros
+place          = ScatterElements of 1, 2, .. N at slots      # [T * k], 0 where the slot was dropped
+weights [T, 1, k] @ Gather(rows, place) [T, k, H]
 ```
+
+Nothing is added by a scatter: several threads that add to one row lose updates in ONNX Runtime
+(microsoft/onnxruntime#18048, #23396). A scatter writes each place once, and every sum is a product.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,44 +33,88 @@ from moec.compiler.weights import LazyTensor, swap_last
 from moec.targets.onnx.context import DTYPES, Context, np_dtype, result_dtype
 
 
-def grouped(ctx: Context, node: fx.Node, gate: Gate, dense: ir.Value) -> ir.Value:
+def grouped(ctx: Context, node: fx.Node, gate: Gate) -> ir.Value:
     """Lower an experts node; see the module.
 
     Args:
         ctx: The graph so far.
-        node: The experts node.
+        node: The experts node; a slot whose weight is exactly 0 takes no part.
         gate: Its activation.
-        dense: Routing weights [T, E]; a slot that is exactly 0 takes no part.
 
     Returns:
         [T, H] in the dtype of the node.
     """
     hidden, (gate_up, gate_up_bias, down, down_bias) = node.args[0], node.args[3:7]
-    x, dtype = ctx.tensor(hidden), result_dtype(node)
-    by_expert = ctx.op("Transpose", dense, perm=[1, 0])
-    kept = ctx.op("Cast", by_expert, to=int(ir.DataType.BOOL))
-    counts = ctx.op("ReduceSum", ctx.op("Cast", kept, to=int(ir.DataType.INT64)), ctx.ints(1), keepdims=0)
-    places = ctx.op("NonZero", kept)
-    experts, tokens = (ctx.op("Gather", places, ctx.constant(np.int64(axis)), axis=0) for axis in (0, 1))
-    rows = ctx.op("Gather", x, tokens, axis=0)
-    rows = _products(ctx, node, rows, counts, gate_up)
+    x, weights, dtype = ctx.tensor(hidden), ctx.tensor(node.args[2], result_dtype(node)), result_dtype(node)
+    slots = _Slots.sort(ctx, node, weights)
+    rows = ctx.op("Gather", x, slots.tokens(ctx, node), axis=0)
+    rows = ctx.op("Concat", *_products(ctx, node, rows, slots.counts, gate_up), axis=0)
     if gate_up_bias is not None:
-        rows = ctx.op("Add", rows, _biases(ctx, gate_up_bias, experts))
-    rows = _products(ctx, node, activate(ctx, rows, gate, dtype), counts, down)
+        rows = ctx.op("Add", rows, _biases(ctx, gate_up_bias, slots))
+    products = _products(ctx, node, activate(ctx, rows, gate, dtype), slots.counts, down)
     if down_bias is not None:
-        rows = ctx.op("Add", rows, _biases(ctx, down_bias, experts))
-    weights = ctx.op("GatherND", by_expert, ctx.op("Transpose", places, perm=[1, 0]))
-    rows = ctx.op("Mul", rows, ctx.op("Unsqueeze", weights, ctx.ints(1)))
-    # Sums are float32, as in the reference; ONNX Runtime on CPU adds in ScatterND for nothing narrower.
+        products = [ctx.op("Add", ctx.op("Concat", *products, axis=0), _biases(ctx, down_bias, slots))]
+    nothing = ctx.constant(np.zeros((1, int(hidden.meta["val"].shape[1])), np_dtype(dtype)))  # type: ignore[union-attr]
+    rows = ctx.op("Concat", nothing, *products, axis=0)
+    return _mixed(ctx, rows, slots.places(ctx), weights, dtype)
+
+
+@dataclass(frozen=True)
+class _Slots:
+    """The slots of a layer in the order in which its experts compute them.
+
+    Attributes:
+        order: Slots that were kept, sorted by expert, [N] of 0 .. T * k - 1.
+        experts: Expert of each, [N].
+        counts: Slots of each expert, [E].
+        live: Expert of every slot, -1 where it was dropped, [1, T * k].
+    """
+
+    order: ir.Value
+    experts: ir.Value
+    counts: ir.Value
+    live: ir.Value
+
+    @classmethod
+    def sort(cls, ctx: Context, node: fx.Node, weights: ir.Value) -> _Slots:
+        """Sort the slots of an experts node by expert.
+
+        A slot is dropped where its weight is 0, or where its index names no expert.
+        """
+        count = int(node.args[3].meta["val"].shape[0])  # type: ignore[union-attr]
+        used = ctx.op("Cast", weights, to=int(ir.DataType.BOOL))
+        indices = ctx.tensor(node.args[1], torch.int64)
+        live = ctx.op("Reshape", ctx.op("Where", used, indices, ctx.constant(np.int64(-1))), ctx.ints(1, -1))
+        own = ctx.op("Equal", live, ctx.constant(np.arange(count, dtype=np.int64)[:, None]))
+        counts = ctx.op("ReduceSum", ctx.op("Cast", own, to=int(ir.DataType.INT64)), ctx.ints(1), keepdims=0)
+        places = ctx.op("NonZero", own)
+        experts, order = (ctx.op("Gather", places, ctx.constant(np.int64(axis)), axis=0) for axis in (0, 1))
+        return cls(order, experts, counts, live)
+
+    def tokens(self, ctx: Context, node: fx.Node) -> ir.Value:
+        """Token of each kept slot, [N]."""
+        width = int(node.args[1].meta["val"].shape[1])  # type: ignore[union-attr]
+        return self.order if width == 1 else ctx.op("Div", self.order, ctx.constant(np.int64(width)))
+
+    def places(self, ctx: Context) -> ir.Value:
+        """Where each slot was computed, [T * k]: 1 .. N, and 0 where it was dropped."""
+        one = ctx.constant(np.int64(1))
+        numbers = ctx.op("Range", one, ctx.op("Add", ctx.op("Size", self.order), one), one)
+        empty = ctx.op("Mul", ctx.op("Reshape", self.live, ctx.ints(-1)), ctx.constant(np.int64(0)))
+        return ctx.op("ScatterElements", empty, self.order, numbers, axis=0)
+
+
+def _mixed(ctx: Context, rows: ir.Value, places: ir.Value, weights: ir.Value, dtype: torch.dtype) -> ir.Value:
+    """Each token's rows times its weights, summed over its slots: [T, H]; in float32, as in the reference."""
     if dtype != torch.float32:
-        rows = ctx.op("Cast", rows, to=int(ir.DataType.FLOAT))
-    zeros = ctx.op("ConstantOfShape", ctx.op("Shape", x), value=ir.Tensor(np.zeros(1, np.float32)))
-    total = ctx.op("ScatterND", zeros, ctx.op("Unsqueeze", tokens, ctx.ints(1)), rows, reduction="add")
+        rows, weights = (ctx.op("Cast", value, to=int(ir.DataType.FLOAT)) for value in (rows, weights))
+    own = ctx.op("Gather", rows, ctx.op("Reshape", places, ctx.op("Shape", weights)), axis=0)
+    total = ctx.op("Squeeze", ctx.op("MatMul", ctx.op("Unsqueeze", weights, ctx.ints(1)), own), ctx.ints(1))
     return total if dtype == torch.float32 else ctx.op("Cast", total, to=int(DTYPES[dtype]))
 
 
-def _products(ctx: Context, node: fx.Node, rows: ir.Value, counts: ir.Value, stack: Any) -> ir.Value:
-    """Each expert's rows times its matrix: [N, K] -> [N, M]."""
+def _products(ctx: Context, node: fx.Node, rows: ir.Value, counts: ir.Value, stack: Any) -> list[ir.Value]:
+    """Each expert's rows times its matrix: [N, K] -> [n, M] for each expert, N = the sum of all n."""
     tensor, transposed = ctx.lazy(stack), bool(node.args[10])
     name = ctx.program.weights.resolve(str(stack.target))
     half = ctx.stored_half(name) and tensor.dtype is torch.float32
@@ -75,17 +124,16 @@ def _products(ctx: Context, node: fx.Node, rows: ir.Value, counts: ir.Value, sta
         row = _Row(tensor, index)
         matrices.append(ctx.initializer(f"{name}.{index}", row if transposed else swap_last(row), half=half))
     if len(matrices) == 1:
-        return ctx.op("MatMul", rows, matrices[0])
+        return [ctx.op("MatMul", rows, matrices[0])]
     parts = ctx.ops("Split", rows, counts, outputs=len(matrices), axis=0)
-    products = [ctx.op("MatMul", part, matrix) for part, matrix in zip(parts, matrices, strict=True)]
-    return ctx.op("Concat", *products, axis=0)
+    return [ctx.op("MatMul", part, matrix) for part, matrix in zip(parts, matrices, strict=True)]
 
 
-def _biases(ctx: Context, stack: Any, experts: ir.Value) -> ir.Value:
+def _biases(ctx: Context, stack: Any, slots: _Slots) -> ir.Value:
     """The bias of each row's expert: [N, M]."""
     name = ctx.program.weights.resolve(str(stack.target))
     ctx.experts[name] = {"initializer": name, "interleaved": False, "transposed": False}
-    return ctx.op("Gather", ctx.tensor(stack), experts, axis=0)
+    return ctx.op("Gather", ctx.tensor(stack), slots.experts, axis=0)
 
 
 class _Row(LazyTensor):

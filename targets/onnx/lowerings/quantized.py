@@ -17,7 +17,7 @@ from moec.compiler.weights import LazyTensor, concatenate
 from moec.quantize.formats import Activations
 from moec.quantize.lazy import Quantized, Scales
 from moec.quantize.tensors import QuantizedTensor
-from moec.targets.onnx.context import DTYPES, MS, Context, result_dtype
+from moec.targets.onnx.context import MS, Context, result_dtype
 from moec.targets.onnx.lowerings.layouts import interleave, interleaved_rows
 
 INT8_ACTIVATIONS = 4
@@ -129,17 +129,18 @@ def packed_product(ctx: Context, x: ir.Value, weights: Mapping[str, Quantized], 
 
 
 def _scales(ctx: Context, name: str, weights: Sequence[Quantized], groups: int, dtype: torch.dtype) -> ir.Value:
-    """Scales [..., groups] in their own dtype in the file, and in the dtype of the graph for the kernel."""
-    stored = weights[0].format.scale_type.dtype
+    """Scales [..., groups] in the dtype of the graph, as kernels read them.
+
+    Kernels pack constants when a model is loaded. A scale that is cast in the graph is a constant only after
+    optimization: without that, MatMulNBits packs codes without scales and gives zeros, silently. (QMoE is right either
+    way: its scales stay as small as the format has them.)
+    """
 
     def expanded(part: Scales) -> Tensor:
-        return expand_scales(part.scales, groups).to(stored)
+        return expand_scales(part.scales, groups).to(dtype)
 
-    tensors = [Packed(own, expanded, (*own.shape[:-1], groups), stored, scales_alone=True) for own in weights]
-    value = ctx.initializer(f"{name}.scales", concatenate(tensors, 0))
-    if stored is dtype:
-        return value
-    return ctx.shared(("scales", name, dtype), lambda: ctx.op("Cast", value, to=int(DTYPES[dtype])))
+    tensors = [Packed(own, expanded, (*own.shape[:-1], groups), dtype, scales_alone=True) for own in weights]
+    return ctx.initializer(f"{name}.scales", concatenate(tensors, 0))
 
 
 def _points(weight: Quantized, groups: int) -> Packed:

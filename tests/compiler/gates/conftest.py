@@ -11,9 +11,10 @@ from moec.compiler.frontend.capture import capture
 from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.gates.cases import Prompts
 from moec.compiler.gates.parity import ParityOptions
-from moec.compiler.interpreter import ProgramRunner
-from moec.compiler.program import Program
+from moec.compiler.interpreter import Interpreter, ProgramRunner
+from moec.compiler.program import EXPERTS, Program
 from moec.compiler.weights import Constant
+from moec.targets.base import ExpertsRunner
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -25,7 +26,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-OPTIONS = ParityOptions(greedy_tokens=12)
+OPTIONS = ParityOptions(greedy_tokens=12, long_prompt=130)
 
 
 @pytest.fixture(scope="session")
@@ -59,6 +60,18 @@ def zero_4kb(program: Program, layer: int, expert: int) -> Program:
         stack[expert].view(-1)[1024:2048] = 0
 
     return changed(program, program.layers[layer].gate_up_proj, zero)
+
+
+def program_experts(program: Program) -> ExpertsRunner:
+    """The experts of a Program by themselves, as if it were an artifact."""
+    interpreter, nodes = Interpreter(program), program.nodes(EXPERTS)
+
+    def run(layer: int, hidden: np.ndarray, indices: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        tensors = (torch.from_numpy(np.ascontiguousarray(value)) for value in (hidden, indices, weights))
+        result: np.ndarray = interpreter.experts(nodes[layer], *tensors).float().numpy()
+        return result
+
+    return run
 
 
 class Wrapped:

@@ -1,31 +1,28 @@
-"""Coverage counts what compared tokens reached and lists the rest."""
+"""Every expert is run, whether a prompt reaches it or not, and what text uses is a figure alone."""
 
-import dataclasses
+from __future__ import annotations
+
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import Tensor
 
-from moec.compiler.frontend.capture import capture
+from moec.compiler.errors import ArtifactError
 from moec.compiler.frontend.checkpoint import Checkpoint
-from moec.compiler.gates import parity
-from moec.compiler.gates.cases import Bounds, Prompts
-from moec.compiler.gates.coverage import Coverage, judge_coverage
-from moec.compiler.gates.parity import ParityOptions, gather_artifact
-from moec.compiler.gates.reference import Oracle, Trace
-from moec.compiler.gates.search import ExpertSearch, selections
+from moec.compiler.gates.coverage import ROWS, LayerResult, judge_coverage, run_experts_by_force
+from moec.compiler.gates.reference import SAMPLED, HiddenStates, Trace
 from moec.compiler.gates.tolerance import Precision
-from moec.compiler.gates.verdict import Status
+from moec.compiler.gates.usage import Usage
+from moec.compiler.gates.verdict import Status, Verdict
 from moec.compiler.interpreter import ProgramRunner
-from moec.compiler.program import MoeLayer, Program
-from moec.targets.base import RunnerLimits
+from moec.compiler.program import EXPERTS, MoeLayer, Program
+from moec.compiler.weights import LazyTensor
 
-from .conftest import changed, prompts  # noqa: TID252 - tests are no package with a name of its own
+from .conftest import changed, program_experts, prompts, zero_4kb  # noqa: TID252 - tests are no package with a name
 
 Captured = tuple[Checkpoint, Program]
-
 LAYERS = tuple(MoeLayer(i, f"layers.{i}.experts", "", 4, 2, 8, 8, "", "") for i in range(2))
 
 
@@ -35,124 +32,135 @@ def _trace(*experts: list[list[int]]) -> Trace:
     return Trace(np.zeros((1, tokens, 3), np.float32), np.zeros((1, tokens), dtype=bool), slots)
 
 
-def test_dropped_slots_and_unproven_positions_do_not_count() -> None:
-    coverage = Coverage(LAYERS)
+def test_usage_counts_neither_dropped_slots_nor_positions_left_out() -> None:
+    usage = Usage(LAYERS)
     trace = _trace([[0, 1], [2, 3]], [[0, -1], [1, 2]])
-    coverage.add(trace, np.array([[True, False]]))
-    assert coverage.unreached() == {"layers.0.experts": [2, 3], "layers.1.experts": [1, 2, 3]}
-    assert coverage.share == 3 / 8
-    assert coverage.would_reach(trace)
-    coverage.add(trace, np.array([[True, True]]))
-    assert coverage.unreached() == {"layers.1.experts": [3]}
-    assert not coverage.would_reach(trace)
-    assert coverage.figures()["layers"][0]["tokens"] == [2, 2, 1, 1]
+    usage.add(trace, np.array([[True, False]]))
+    assert usage.never() == {"layers.0.experts": [2, 3], "layers.1.experts": [1, 2, 3]}
+    assert usage.share == 3 / 8
+    usage.add(trace, np.array([[True, True]]))
+    assert usage.never() == {"layers.1.experts": [3]}
+    assert usage.tokens == 3
+    assert usage.figures()["layers"][0]["tokens"] == [2, 2, 1, 1]
 
 
-def test_the_worst_step_is_judged_and_the_experts_are_listed() -> None:
-    full, partial = Coverage(LAYERS), Coverage(LAYERS)
-    full.add(_trace([[0, 1], [2, 3]], [[0, 1], [2, 3]]), np.ones((1, 2), dtype=bool))
-    partial.add(_trace([[0, 1], [2, 3]], [[0, 1], [2, 2]]), np.ones((1, 2), dtype=bool))
-    tokens = {"capture": 2, "artifact": 2}
-    assert judge_coverage({"capture": full, "artifact": full}, 1.0, tokens).status is Status.PASS
-    verdict = judge_coverage({"capture": full, "artifact": partial}, 1.0, tokens)
-    assert verdict.status is Status.FAIL
-    assert "layers.1.experts 3" in verdict.summary
-    assert "--coverage-min" in verdict.summary
-    assert verdict.exit_code == 5
-    accepted = judge_coverage({"artifact": partial}, 0.8, tokens)
-    assert accepted.status is Status.PASS
-    assert "layers.1.experts 3" in accepted.summary
+@pytest.fixture(scope="module")
+def hidden(mixtral: Captured) -> dict[int, Tensor]:
+    """Hidden states that the experts of the model meet."""
+    states = HiddenStates(mixtral[1])
+    runner = ProgramRunner(mixtral[1], observer=states)
+    runner.prefill(prompts(mixtral[1]).random(1, 5))
+    runner.prefill(prompts(mixtral[1]).random(1, 100))
+    runner.prefill(prompts(mixtral[1]).random(1, 7))
+    return states.rows
 
 
-def test_nothing_run_is_no_pass() -> None:
-    assert judge_coverage({}, 1.0, {}).status is Status.NOT_RUN
-
-
-def test_inputs_are_extended_until_every_expert_is_reached(mixtral: Captured) -> None:
+def test_hidden_states_are_those_of_the_longest_sequence(mixtral: Captured, hidden: dict[int, Tensor]) -> None:
     program = mixtral[1]
-    short = ParityOptions(greedy_tokens=0, max_tokens=1, coverage_tokens=0)
-    before = gather_artifact(program, ProgramRunner(program), prompts(program), short, lambda *_: None)
-    assert before.coverage.unreached()
-    longer = dataclasses.replace(short, coverage_tokens=500)
-    after = gather_artifact(program, ProgramRunner(program), prompts(program), longer, lambda *_: None)
-    assert not after.coverage.unreached()
-    assert any(result.name.startswith("coverage prompt") for result in after.results)
-    assert after.tokens < 200
+    seen: list[Tensor] = []
+    runner = ProgramRunner(
+        program, observer=lambda node, args, _: seen.append(args[0]) if node.target is EXPERTS else None
+    )
+    runner.prefill(prompts(program).random(1, 100))
+    for layer, rows in hidden.items():
+        assert rows.shape == (SAMPLED, program.layers[layer].hidden_size)
+        assert (rows[:, None] == seen[layer][None]).all(-1).any(-1).all()
 
 
-def test_an_expert_that_prompts_hardly_reach_is_found(mixtral: Captured) -> None:
-    # A flat row of the router: the expert's score rarely wins.
-    name = "model.layers.1.mlp.gate.weight"
-    program = changed(mixtral[1], name, lambda weight: weight[4].mul_(0.15))
-    searched: list[int] = []
-    search = ExpertSearch(program, prompts(program), 100)
-    oracle = Oracle(program, 1e-4)
-
-    def reaches(ids: np.ndarray) -> bool:
-        searched.append(ids.size)
-        return bool((oracle.trace(ids).slots[1] == 4).any())
-
-    found = search.find(1, 4, 4000, reaches)
-    assert found is not None
-    assert reaches(found)
-    assert search.tokens < 4000
+def _judge(program: Program, artifact: Program, hidden: dict[int, Tensor], share: float = 1.0) -> Verdict:
+    results = run_experts_by_force(program, {"the artifact": program_experts(artifact)}, hidden, share)
+    return judge_coverage(results, ["the artifact"], Precision.FP32, share, Usage(program.layers))
 
 
-def test_an_expert_that_a_bias_hides_from_prompts_is_found_soon(tiny_checkpoint: Callable[[str], Path]) -> None:
-    # No position of 12288 random tokens chooses it. A search that mutates sequences anywhere, whichever of their
-    # positions is nearest, finds it within 4000 tokens for 3 of these seeds; this one for 7.
-    program = capture(Checkpoint.open(tiny_checkpoint("mimo_v2_flash")))
-    searches = [ExpertSearch(program, Prompts(program.vocab_size, seed=seed), 100) for seed in range(8)]
-    found = [search.find(0, 6, 4000, lambda _: True) for search in searches]
-    assert sum(ids is not None for ids in found) >= 6
-    oracle = Oracle(program, 1e-4)
-    assert all((oracle.trace(ids).slots[0] == 6).any() for ids in found if ids is not None)
+def test_a_right_artifact_passes_and_text_decides_nothing(mixtral: Captured, hidden: dict[int, Tensor]) -> None:
+    program = mixtral[1]
+    verdict = _judge(program, program, hidden)
+    assert verdict.status is Status.PASS
+    total = sum(row.num_experts for row in program.layers)
+    assert f"{total} of {total} experts in {len(program.layers)} layers run by themselves" in verdict.summary
+    assert "0 tokens of text used 0 of them" in verdict.summary
+    assert verdict.figures["max_error"] == 0.0
 
 
-def test_a_search_can_be_repeated(mixtral: Captured) -> None:
-    name = "model.layers.1.mlp.gate.weight"
-    program = changed(mixtral[1], name, lambda weight: weight[4].copy_(weight.mean(0)))
-    first, second = (ExpertSearch(program, prompts(program), 100).find(1, 4, 4000, lambda _: True) for _ in range(2))
-    assert first is not None
-    assert second is not None
-    np.testing.assert_array_equal(first, second)
+def test_one_expert_that_no_text_reaches_is_seen(mixtral: Captured, hidden: dict[int, Tensor]) -> None:
+    """A router that never chooses it hides a broken expert from every prompt, and not from this."""
+    program = mixtral[1]
+    for layer, expert in ((0, 5), (1, 0), (1, program.layers[1].num_experts - 1)):
+        verdict = _judge(program, zero_4kb(program, layer, expert), hidden)
+        assert verdict.status is Status.FAIL
+        assert verdict.exit_code == 5
+        assert verdict.figures["experts"][layer]["wrong"] == [expert]
+        assert verdict.figures["experts"][1 - layer]["wrong"] == []
+        assert f"wrong: {program.layers[layer].module} {expert}" in verdict.summary
 
 
-def test_what_one_search_leaves_of_the_budget_goes_to_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    coverage = Coverage(LAYERS)
-    coverage.add(_trace([[0, 1], [2, 2]], [[0, 1], [2, 2]]), np.ones((1, 2), dtype=bool))
-    asked: list[tuple[int, int]] = []
+def test_experts_that_changed_places_and_nan_are_seen(mixtral: Captured, hidden: dict[int, Tensor]) -> None:
+    program = mixtral[1]
 
-    class Search:
-        """Reaches the expert of layer 1 at the first token, the one of layer 0 never."""
+    def swap(stack: Tensor) -> None:
+        stack[[2, 3]] = stack[[3, 2]]
 
-        def __init__(self, *_: object) -> None:
-            self.tokens = 0
-
-        def find(self, layer: int, expert: int, budget: int, reaches: object) -> None:  # noqa: ARG002
-            asked.append((layer, budget))
-            self.tokens += 1 if layer else budget
-            if layer:
-                coverage.add(_trace([[0, 1]], [[3, 3]]), np.ones((1, 1), dtype=bool))
-
-    monkeypatch.setattr(parity, "ExpertSearch", Search)
-    evidence = parity.Evidence(Precision.FP32, coverage, "")
-    nothing: Any = None
-    bound = Bounds(RunnerLimits(), 8)
-    extension = parity._Extension("", evidence, nothing, nothing, nothing, bound, ParityOptions(), lambda *_: None)
-    extension.by_search(nothing, 100)
-    assert asked == [(0, 50), (1, 50), (0, 49)]
-    assert evidence.tokens == 100
+    swapped = changed(program, program.layers[1].down_proj, swap)
+    assert _judge(program, swapped, hidden).figures["experts"][1]["wrong"] == [2, 3]
+    poisoned = changed(program, program.layers[0].down_proj, lambda stack: stack[1].fill_(torch.nan))
+    verdict = _judge(program, poisoned, hidden)
+    assert verdict.figures["experts"][0]["wrong"] == [1]
+    assert verdict.figures["max_error"] == np.inf
 
 
-def test_an_expert_that_cannot_be_reached_ends_the_search(mixtral: Captured) -> None:
-    name = "model.layers.1.mlp.gate.weight"
-    program = changed(mixtral[1], name, lambda weight: weight.zero_())
-    search = ExpertSearch(program, prompts(program), 100)
-    assert search.find(1, 7, 600, lambda _: False) is None
-    assert 600 <= search.tokens < 1000
-    assert search.find(99, 0, 600, lambda _: True) is None
+@pytest.mark.parametrize(("share", "run"), [(0.25, 2), (0.3, 3), (0.0, 0)])
+def test_a_share_of_the_experts_is_spread_over_all(
+    share: float, run: int, mixtral: Captured, hidden: dict[int, Tensor]
+) -> None:
+    program = mixtral[1]
+    results = run_experts_by_force(program, {"": program_experts(program)}, hidden, share)
+    assert [len(result.errors) for result in results] == [run] * len(program.layers)
+    if run > 1:
+        assert {0, program.layers[0].num_experts - 1} <= set(results[0].errors)
+    verdict = judge_coverage(results, [""], Precision.FP32, share, Usage(program.layers))
+    assert verdict.status is Status.PASS
+    more = judge_coverage(results, [""], Precision.FP32, 0.9, Usage(program.layers))
+    assert more.status is Status.FAIL
 
 
-def test_the_selection_of_every_layer_is_found(gpt_oss: Captured) -> None:
-    assert set(selections(gpt_oss[1])) == set(range(len(gpt_oss[1].layers)))
+def test_every_expert_is_read_once_and_one_token_goes_to_one(mixtral: Captured, hidden: dict[int, Tensor]) -> None:
+    program, reads = mixtral[1], dict[tuple[str, int], int]()
+
+    class Counted(LazyTensor):
+        def __init__(self, name: str, source: LazyTensor) -> None:
+            self._name, self._source, self.shape, self.dtype = name, source, source.shape, source.dtype
+
+        def rows(self, start: int, stop: int) -> Tensor:
+            assert stop == start + 1
+            reads[self._name, start] = reads.get((self._name, start), 0) + 1
+            return self._source.rows(start, stop)
+
+    names = [name for row in program.layers for name in (row.gate_up_proj, row.down_proj)]
+    counted: dict[str, LazyTensor] = {name: Counted(name, program.weights[name]) for name in names}
+    watched = program.replace(weights=program.weights.with_tensors(counted))
+    routes: list[np.ndarray] = []
+
+    def artifact(layer: int, states: np.ndarray, indices: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        assert len(states) == len(indices) == len(weights)
+        assert (np.sort(indices, axis=1)[:, 1:] != np.sort(indices, axis=1)[:, :-1]).all()
+        assert ((weights > 0).sum(axis=1) == 1).all()
+        routes.append(indices[weights > 0])
+        return program_experts(program)(layer, states, indices, weights)
+
+    run_experts_by_force(watched, {"": artifact}, hidden)
+    assert set(reads.values()) == {1}
+    assert len(reads) == 2 * sum(row.num_experts for row in program.layers)
+    counts = np.bincount(np.concatenate(routes))
+    assert set(counts.tolist()) == {ROWS * len(program.layers)}
+
+
+def test_a_runner_of_another_shape_is_an_error(mixtral: Captured, hidden: dict[int, Tensor]) -> None:
+    run: Callable[..., np.ndarray] = lambda layer, states, *_: states[:1]  # noqa: ARG005, E731
+    with pytest.raises(ArtifactError, match="the experts of layer 0 return"):
+        run_experts_by_force(mixtral[1], {"model": run}, hidden)
+
+
+def test_the_limit_belongs_to_the_precision() -> None:
+    results = [LayerResult(row, dict.fromkeys(range(4), 2e-2)) for row in LAYERS]
+    statuses = {each: judge_coverage(results, [""], each, 1.0, Usage(LAYERS)).status for each in Precision}
+    assert [each for each, status in statuses.items() if status is Status.PASS] == [Precision.INT8, Precision.INT4]

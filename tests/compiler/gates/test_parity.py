@@ -157,7 +157,7 @@ def _tie(program: Program) -> tuple[Program, Program]:
 
 def test_ties_are_excused_by_rule_and_not_without_limit(mixtral: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
     program, flipped = _tie(mixtral[1])
-    lenient = dataclasses.replace(OPTIONS, max_excused=1.0, coverage_tokens=0)
+    lenient = dataclasses.replace(OPTIONS, max_excused=1.0)
     verdict = check_artifact(program, ProgramRunner(flipped), prompts(program), lenient)
     assert verdict.status is Status.PASS, verdict.summary
     assert verdict.figures["excused"] > 0
@@ -175,12 +175,12 @@ def test_ties_are_excused_by_rule_and_not_without_limit(mixtral: Captured, monke
 
 def test_excused_positions_prove_no_expert(mixtral: Captured) -> None:
     program, flipped = _tie(mixtral[1])
-    options = dataclasses.replace(OPTIONS, max_excused=1.0, coverage_tokens=0)
+    options = dataclasses.replace(OPTIONS, max_excused=1.0)
     clean = gather_artifact(program, ProgramRunner(program), prompts(program), options, lambda *_: None)
     tied = gather_artifact(program, ProgramRunner(flipped), prompts(program), options, lambda *_: None)
 
     def tokens(evidence: parity.Evidence) -> int:
-        return sum(sum(layer["tokens"]) for layer in evidence.coverage.figures()["layers"])
+        return sum(sum(layer["tokens"]) for layer in evidence.usage.figures()["layers"])
 
     excused = sum(result.excused for result in tied.results)
     generated = OPTIONS.greedy_tokens  # the generated tokens may differ: compare what does not
@@ -209,7 +209,7 @@ def test_limits_of_a_runner_are_kept_and_reported(mixtral: Captured) -> None:
     program = mixtral[1]
     verdict = check_artifact(program, Limited(program), prompts(program), parity.ParityOptions())
     assert verdict.status is Status.PASS, verdict.summary
-    for left_out in ("batch 2", "left padding", "130 tokens", "greedy tokens"):
+    for left_out in ("batch 2", "left padding", "513 tokens", "greedy tokens"):
         assert left_out in verdict.summary
     names = [case["name"] for case in verdict.figures["cases"]]
     assert "batch 1, sequence 8, past 0" in names

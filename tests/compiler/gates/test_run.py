@@ -13,13 +13,24 @@ from rich.console import Console
 from moec.compiler.errors import ArtifactError
 from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.gates.integrity import expert_weights
+from moec.compiler.gates.repeatability import RepeatabilityOptions
 from moec.compiler.gates.run import SEVERAL_FAILED, GateInputs, exit_code, run_gate, run_gates, table
 from moec.compiler.gates.verdict import Status, Verdict
 from moec.compiler.interpreter import ProgramRunner
 from moec.compiler.program import Program
-from moec.targets.base import Capabilities, ExpertReader, Lowered, Phase, Progress, Runner, Target, TargetOptions
+from moec.targets.base import (
+    Capabilities,
+    ExpertReader,
+    ExpertsRunner,
+    Lowered,
+    Phase,
+    Progress,
+    Runner,
+    Target,
+    TargetOptions,
+)
 
-from .conftest import OPTIONS, zero_4kb  # noqa: TID252 - tests are no package with a name of its own
+from .conftest import OPTIONS, program_experts, zero_4kb  # noqa: TID252 - tests are no package with a name of its own
 
 Captured = tuple[Checkpoint, Program]
 
@@ -41,6 +52,9 @@ class InterpreterTarget(Target):
     def open(self, directory: Path, *, threads: int = 0) -> Runner:
         return ProgramRunner(self.program)
 
+    def open_experts(self, directory: Path, *, threads: int = 0) -> Mapping[str, ExpertsRunner]:
+        return {"the Program": program_experts(self.program)}
+
     def expert_tensors(self, directory: Path) -> Mapping[str, ExpertReader]:
         def reader(name: str) -> ExpertReader:
             return lambda index: self.program.weights[name].rows(index, index + 1)[0].numpy()
@@ -55,13 +69,19 @@ class BrokenTarget(InterpreterTarget):
 
 def _run(captured: Captured, target: Target, **more: Any) -> tuple[Verdict, ...]:
     checkpoint, program = captured
-    return run_gates(GateInputs(checkpoint, program, program, target, Path()), OPTIONS, **more)
+    return run_gates(
+        GateInputs(checkpoint, program, program, target, Path()),
+        OPTIONS,
+        repeatability=RepeatabilityOptions(runs=3, tokens=40),
+        **more,
+    )
 
 
 def test_a_right_artifact_passes_every_gate(mixtral: Captured) -> None:
     told: list[str] = []
     verdicts = _run(mixtral, InterpreterTarget(mixtral[1]), progress=lambda what, done, total: told.append(what))
-    assert [verdict.gate for verdict in verdicts] == ["parity: capture", "parity: artifact", "coverage", "integrity"]
+    proofs = ["parity: capture", "parity: artifact", "coverage", "integrity", "repeatability"]
+    assert [verdict.gate for verdict in verdicts] == proofs
     assert {verdict.status for verdict in verdicts} == {Status.PASS}
     assert exit_code(verdicts) == 0
     assert all(verdict.figures["seconds"] >= 0 for verdict in verdicts)
@@ -69,9 +89,10 @@ def test_a_right_artifact_passes_every_gate(mixtral: Captured) -> None:
     assert "integrity" in told
 
 
-def test_a_damaged_expert_fails_parity_and_integrity(mixtral: Captured) -> None:
+def test_a_damaged_expert_fails_parity_coverage_and_integrity(mixtral: Captured) -> None:
     verdicts = _run(mixtral, InterpreterTarget(zero_4kb(mixtral[1], 0, 5)))
-    assert [verdict.status for verdict in verdicts] == [Status.PASS, Status.FAIL, Status.PASS, Status.FAIL]
+    right, wrong = Status.PASS, Status.FAIL
+    assert [verdict.status for verdict in verdicts] == [right, wrong, wrong, wrong, right]
     assert exit_code(verdicts) == 5
 
 
@@ -82,6 +103,18 @@ def test_an_artifact_that_cannot_be_opened_fails_and_proves_no_coverage(mixtral:
     assert statuses["coverage"] is Status.NOT_RUN
     assert "truncated (build it again)" in verdicts[1].summary
     assert exit_code(verdicts) == 5
+
+
+class ClosedTarget(InterpreterTarget):
+    def open_experts(self, directory: Path, *, threads: int = 0) -> Mapping[str, ExpertsRunner]:
+        return Target.open_experts(self, directory, threads=threads)
+
+
+def test_a_target_that_runs_no_expert_by_itself_is_not_covered(mixtral: Captured) -> None:
+    verdict = next(item for item in _run(mixtral, ClosedTarget(mixtral[1])) if item.gate == "coverage")
+    assert verdict.status is Status.NOT_RUN
+    assert verdict.summary == "the target interpreter does not run experts by themselves"
+    assert verdict.figures["steps"]["parity: artifact"]["layers"]
 
 
 def test_further_gates_come_last_and_keep_their_codes(mixtral: Captured) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+import onnxruntime as ort
 import pytest
 
 from moec import passes
@@ -22,6 +23,7 @@ from moec.quantize.plan import QuantizationPlan, requested, with_activations
 from moec.targets.onnx.runner import OnnxRunner
 from moec.targets.onnx.target import Flavor, OnnxOptions, OnnxTarget
 
+QUANTIZED = frozenset({"QMoE", "MatMulNBits", "GatherBlockQuantized"})
 IDS = np.random.default_rng(0).integers(3, 128, (2, 40))
 
 
@@ -125,3 +127,64 @@ def test_two_widths_in_one_layer_of_experts_are_refused(quantized: Any) -> None:
     refused = OnnxTarget().lint(program, OnnxOptions())
     assert len(refused) == 2
     assert "4 bits and 8 bits" in refused[0].reason
+
+
+@pytest.mark.parametrize("name", ["int4", "int8", "fp16"])
+def test_without_graph_optimization_the_logits_are_the_same(name: str, quantized: Any, tmp_path: Path) -> None:
+    """Constants are stored as the kernels read them: what only becomes one by optimization is no constant to them."""
+    program = quantized(requested(name))
+    runner = lowered(program, tmp_path)
+    want = runner.prefill(IDS)
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.intra_op_num_threads = 1
+    plain = ort.InferenceSession(str(tmp_path / "model.onnx"), options, providers=["CPUExecutionProvider"])
+    feeds = {"input_ids": IDS, "attention_mask": np.ones_like(IDS), "position_ids": np.arange(IDS.shape[1])[None]}
+    for spec in plain.get_inputs():
+        if spec.name not in feeds:
+            sizes = [IDS.shape[0], *(size if isinstance(size, int) else 0 for size in spec.shape[1:])]
+            feeds[spec.name] = np.zeros(sizes, np.float32)
+    feeds["position_ids"] = np.repeat(feeds["position_ids"], len(IDS), axis=0)
+    named = {spec.name for spec in plain.get_inputs()}
+    got = plain.run(["logits"], {key: value for key, value in feeds.items() if key in named})[0]
+    assert np.abs(want).max() > 0
+    # QMoE takes fp16 scales by a Cast that the runtime adds; without optimization it then computes in float32.
+    np.testing.assert_allclose(got, want, atol=(2e-2 if name == "int8" else 1e-3) * np.abs(want).max())
+    graph = ir.load(tmp_path / "model.onnx").graph
+    kernels = [node for node in graph if node.domain == "com.microsoft" and node.op_type in QUANTIZED]
+    constants = [value for node in kernels for value in node.inputs[1:] if value is not None and value.producer()]
+    indices = {node.inputs[1] for node in kernels if node.op_type == "GatherBlockQuantized"}
+    routed = {value for node in kernels if node.op_type == "QMoE" for value in (node.inputs[1], node.inputs[14])}
+    assert set(constants) <= indices | routed
+
+
+@pytest.mark.parametrize("name", ["int4", "int8"])
+def test_quantized_experts_in_standard_ops_are_refused(name: str, quantized: Any) -> None:
+    refused = OnnxTarget().lint(quantized(requested(name)), OnnxOptions(flavor=Flavor.PORTABLE))
+    assert [item.where for item in refused] == [f"model.layers.{layer}.mlp.experts" for layer in range(2)]
+    assert f"experts in {name}" in refused[0].reason
+
+
+def test_a_gate_without_a_kernel_is_refused_in_integers_and_not_in_floats(tmp_path: Path) -> None:
+    tiny_model("gemma4_text", moe_intermediate_size=64).save_pretrained(tmp_path)
+    program, _ = passes.run_passes(capture(Checkpoint.open(tmp_path)), passes.default_passes())
+    assert OnnxTarget().lint(program, OnnxOptions()) == ()
+    refused = OnnxTarget().lint(Quantize(requested("int8")).run(program).program, OnnxOptions())
+    assert "the kernel has no gated gelu_tanh, so experts in int8" in refused[0].reason
+
+
+def test_heads_that_genai_cannot_hold_are_refused(tmp_path: Path) -> None:
+    tiny_model("qwen3_moe", head_dim=20).save_pretrained(tmp_path)
+    program, _ = passes.run_passes(capture(Checkpoint.open(tmp_path)), passes.default_passes())
+    refused = OnnxTarget().lint(program, OnnxOptions(flavor=Flavor.GENAI))
+    assert "a multiple of 8 wide, not 20" in refused[0].reason
+    assert OnnxTarget().lint(program, OnnxOptions()) == ()
+
+
+def test_what_lowering_refuses_lint_refuses(quantized: Any) -> None:
+    """Whatever it is: here zero points, which the standard form of a linear has not."""
+    plan = QuantizationPlan.from_dict({"formats": {"attention": "int4:32:asym"}})
+    program = quantized(plan)
+    (refused,) = OnnxTarget().lint(program, OnnxOptions(flavor=Flavor.PORTABLE))
+    assert "asymmetric weights have no standard form here" in refused.reason
+    assert refused.where.startswith("model.layers.0.self_attn")

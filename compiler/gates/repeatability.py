@@ -1,0 +1,106 @@
+"""Repeatability: the same prompt gives the same logits, run after run, with as many threads as a user has.
+
+A kernel whose threads write to one place loses updates now and then. Parity meets such a fault by luck, a few times in
+a hundred prompts; here one long prompt is run again and again in one session and compared with its first run.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from moec.compiler.gates.compare import position_errors
+from moec.compiler.gates.tolerance import TOLERANCES, Precision
+from moec.compiler.gates.verdict import Status, Verdict
+from moec.targets.base import Progress, Runner, limits_of
+
+GATE = "repeatability"
+EXIT_CODE = 5
+
+SHARE = 0.1
+"""Share of the limit of parity by which runs may differ where the runtime does not repeat its bits.
+
+Runtimes on a CPU compute each element of a result in one thread, in one order: equal bits are asked for. A difference
+in the last bit is the sign of threads that add to one place in an order left to chance, and what they lose then and
+there is rare on a busy machine. A GPU may add in any order, at the price of 2e-7 to 1e-5 in float32, which correct
+implementations differ by too; a lost update leaves a whole term out of a sum and costs 1e-3 and far more.
+"""
+
+
+@dataclass(frozen=True)
+class RepeatabilityOptions:
+    """Settings of the gate.
+
+    Attributes:
+        runs: How often the prompt is run.
+        tokens: Its length, where model and runner take so many: work enough for every thread.
+        seconds: No further run is begun after so long, once there are `fewest`.
+        fewest: Least number of runs.
+    """
+
+    runs: int = 20
+    tokens: int = 480
+    seconds: float = 60.0
+    fewest: int = 3
+
+
+def judge_repeatability(
+    runner: Runner,
+    ids: np.ndarray,
+    precision: Precision,
+    options: RepeatabilityOptions | None = None,
+    progress: Progress = lambda *_: None,
+) -> Verdict:
+    """Run one prompt several times and compare every run with the first.
+
+    Args:
+        runner: The artifact, opened as users open it.
+        ids: The prompt, [1, T] int64.
+        precision: Decides the limit.
+        options: See `RepeatabilityOptions`.
+        progress: Told about every run.
+    """
+    options, limits = options or RepeatabilityOptions(), limits_of(runner)
+    if limits.stands_in:
+        return Verdict(GATE, Status.NOT_RUN, f"{limits.stands_in} stands in here, which says nothing of it", EXIT_CODE)
+    limit = 0.0 if limits.repeats_bits else SHARE * TOLERANCES[precision].limit
+    valid, started = np.ones(ids.shape, dtype=bool), time.perf_counter()
+    first = runner.prefill(ids)
+    errors, identical, rows = [], 0, 0
+    for run in range(1, options.runs):
+        if run >= options.fewest and time.perf_counter() - started > options.seconds:
+            break
+        progress(GATE, run, options.runs)
+        logits = runner.prefill(ids)
+        same = np.array_equal(logits, first)
+        by_position = np.zeros(ids.shape) if same else position_errors(logits, first, valid)
+        errors.append(float(by_position.max(initial=0.0)))
+        identical += same
+        rows += int((by_position > limit).sum())
+    runner.reset()
+    progress(GATE, options.runs, options.runs)
+    return _verdict(ids.shape[1], errors, identical, rows, limit)
+
+
+def _verdict(tokens: int, errors: list[float], identical: int, rows: int, limit: float) -> Verdict:
+    wrong, worst = sum(not error <= limit for error in errors), max(errors, default=0.0)
+    what = f"{len(errors) + 1} runs of one prompt of {tokens} tokens"
+    figures = {
+        "runs": len(errors) + 1,
+        "tokens": tokens,
+        "identical": identical,
+        "different": wrong,
+        "positions": rows,
+        "max_error": worst,
+        "limit": limit,
+    }
+    if wrong:
+        summary = (
+            f"{wrong} of {what} differ from the first, by up to {worst:.1e} of max |logit| (limit {limit:.0g}): "
+            "what this artifact answers is left to chance"
+        )
+        return Verdict(GATE, Status.FAIL, summary, EXIT_CODE, figures)
+    found = "the same bits" if identical == len(errors) else f"max |difference| {worst:.1e} (limit {limit:.0e})"
+    return Verdict(GATE, Status.PASS, f"{what}: {found}", EXIT_CODE, figures)

@@ -1,0 +1,55 @@
+"""The experts of each layer alone: moec's executor entered at their operands, on the operations of the package."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from moec.compiler.errors import ArtifactError
+from moec.targets.coreml.interpreter import MilModel
+from moec.targets.coreml.package import PACKAGE
+from moec.targets.coreml.runner import runner_notes
+
+ROLES = ("hidden_states", "indices", "weights", "output")
+CACHE_BYTES = 0  # a weight is used once
+
+
+class CoremlExperts:
+    """Runs the experts of one layer as one function has them; see `moec.targets.base.ExpertsRunner`.
+
+    Args:
+        model: The package.
+        function: Its function.
+        layers: Of each MoE layer, names of the values at which it is entered and left: one for each of `ROLES`.
+        tokens: Most tokens of a call.
+    """
+
+    def __init__(self, model: MilModel, function: str, layers: list[list[str]], tokens: int) -> None:
+        self._model, self._function, self._layers, self._tokens = model, function, layers, tokens
+
+    def __call__(self, layer: int, hidden: np.ndarray, indices: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        """Hidden states [T, H], indices [T, k], weights [T, k] -> [T, H] float32."""
+        *names, output = self._layers[layer]
+        session = self._model.part(self._function, names, output)
+        results = []
+        for start in range(0, len(hidden), self._tokens):
+            piece = slice(start, start + self._tokens)
+            feeds = dict(zip(names, (hidden[piece], indices[piece], weights[piece]), strict=True))
+            results.append(session.predict(feeds)[output].astype(np.float32, copy=False))
+        return np.concatenate(results)
+
+
+def open_experts(directory: Path) -> Mapping[str, CoremlExperts]:
+    """The experts of every function of a package.
+
+    Raises:
+        ArtifactError: The package does not say where its layers begin and end.
+    """
+    notes = runner_notes(directory)
+    if "layers" not in notes:
+        raise ArtifactError(f"{directory / PACKAGE}: it does not name its layers", hint="export it again")
+    model = MilModel.open(directory / PACKAGE, cache_bytes=CACHE_BYTES)
+    lengths = {name: 1 if name == "decode" else int(notes["chunk"]) for name in notes["layers"]}
+    return {name: CoremlExperts(model, name, notes["layers"][name], tokens) for name, tokens in lengths.items()}

@@ -1,0 +1,222 @@
+"""The experts of each layer alone: a `.tflite` file with the operators and the buffers that one layer of a model has.
+
+LiteRT runs whole subgraphs and cannot be entered in the middle, so the part of a signature that lies between the
+operands of a layer's experts and their result is written as a signature of its own, with the branches that it calls and
+copies of the buffers that they use; one layer is written and open at a time. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moec.compiler.errors import ArtifactError
+from moec.targets.tflite.engine import cannot_load
+from moec.targets.tflite.extra import module, schema
+from moec.targets.tflite.reader import TfliteFile
+
+SIGNATURE = "experts"
+ROLES = ("hidden_states", "indices", "weights", "output")
+ALIGNMENT = 64
+_OUTSIDE = (
+    2  # an offset above 1 says that a buffer lies behind the flatbuffer; the real one is known when that is packed
+)
+
+
+class TfliteExperts:
+    """Runs the experts of one layer as one signature has them; see `moec.targets.base.ExpertsRunner`.
+
+    Args:
+        file: The model.
+        signature: "decode" or "prefill_N".
+        tokens: Tokens of a step of it.
+        threads: Threads; 0 is the runtime's default.
+    """
+
+    def __init__(self, file: TfliteFile, signature: str, tokens: int, threads: int) -> None:
+        self._file, self._signature, self._tokens, self._threads = file, signature, tokens, threads
+        self._layers: list[list[int]] = file.facts["layers"][signature]
+        self._open: tuple[int, Any] | None = None
+
+    def __call__(self, layer: int, hidden: np.ndarray, indices: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        """Hidden states [T, H], indices [T, k], weights [T, k] -> [T, H] float32, a step at a time."""
+        if self._open is None or self._open[0] != layer:
+            self._open = None  # one layer is open at a time
+            self._open = (layer, self._interpreter(layer))
+        run = self._open[1].get_signature_runner(SIGNATURE)
+        kinds = {name: item["dtype"] for name, item in run.get_input_details().items()}
+        given = dict(zip(ROLES, (hidden, indices, weights), strict=False))
+        results = []
+        for start in range(0, len(hidden), self._tokens):
+            feeds = {}
+            for role, kind in kinds.items():
+                piece = given[role][start : start + self._tokens]
+                padding = [(0, self._tokens - len(piece)), (0, 0)]  # tokens of weight 0
+                feeds[role] = np.pad(piece.astype(kind), padding)
+            results.append(np.array(run(**feeds)["output"]))
+        return np.concatenate(results)[: len(hidden)]
+
+    def _interpreter(self, layer: int) -> Any:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "experts.tflite"
+            write_layer(self._file, self._signature, self._layers[layer], path)
+            try:
+                interpreter = module("ai_edge_litert.interpreter").Interpreter(
+                    model_path=str(path), num_threads=self._threads or None
+                )
+                interpreter.allocate_tensors()
+            except (ValueError, RuntimeError, OSError) as error:
+                raise cannot_load(path, "LiteRT", error) from error
+            return interpreter  # the file is mapped, and may go
+
+
+def open_experts(path: Path, threads: int) -> Mapping[str, TfliteExperts]:
+    """The experts of every signature of a model.
+
+    Raises:
+        ArtifactError: The model does not say where its layers begin and end.
+    """
+    file = TfliteFile(path)
+    if "layers" not in file.facts:
+        raise ArtifactError(f"{path}: it does not name its layers", hint="export it again")
+    lengths = {name: 1 if name == "decode" else int(name.rpartition("_")[2]) for name in file.facts["layers"]}
+    return {name: TfliteExperts(file, name, tokens, threads) for name, tokens in lengths.items()}
+
+
+def write_layer(file: TfliteFile, signature: str, operands: list[int], path: Path) -> None:
+    """Write what lies between three tensors of a signature and a fourth as a model of its own."""
+    cut = _Cut(file, signature, operands)
+    header = cut.pack()
+    offset = -(-len(header) // ALIGNMENT) * ALIGNMENT
+    for buffer, data in cut.outside:
+        buffer.offset, offset = offset, -(-(offset + len(data)) // ALIGNMENT) * ALIGNMENT
+    placed = cut.pack()
+    if len(placed) != len(header):
+        raise ArtifactError(f"{path}: a flatbuffer changed its size with the values that it holds")
+    with path.open("wb") as out:
+        out.write(placed)
+        for buffer, data in cut.outside:
+            out.seek(buffer.offset)
+            out.write(data.data)
+        out.truncate(max(offset, len(placed)))
+
+
+class _Cut:
+    """Part of a model, in the classes of the schema that can be packed.
+
+    Args:
+        file: The model.
+        signature: The signature whose part it is.
+        operands: Tensors of its subgraph: one for each of `ROLES`.
+    """
+
+    def __init__(self, file: TfliteFile, signature: str, operands: list[int]) -> None:
+        self._s, self._file = schema(), file
+        self.outside: list[tuple[Any, np.ndarray]] = []
+        self._buffers: dict[int, int] = {0: 0}
+        self._graphs: dict[int, int] = {}
+        self._model = self._s.ModelT()
+        self._model.version, self._model.buffers = 3, [self._s.BufferT()]
+        source = file.model
+        codes = (source.OperatorCodes(index) for index in range(source.OperatorCodesLength()))
+        self._model.operatorCodes = [self._s.OperatorCodeT.InitFromObj(code) for code in codes]
+        self._model.subgraphs = []
+        place = next(
+            source.SignatureDefs(index).SubgraphIndex()
+            for index in range(source.SignatureDefsLength())
+            if source.SignatureDefs(index).SignatureKey().decode() == signature
+        )
+        main = self._s.SubGraphT.InitFromObj(source.Subgraphs(place))
+        *inputs, output = operands
+        main.operators = _between(main, inputs, output)
+        used = {int(index) for operator in main.operators for index in operator.inputs}
+        kept = [(role, index) for role, index in zip(ROLES, inputs, strict=False) if index in used]
+        main.inputs, main.outputs = [index for _, index in kept], [output]
+        self._model.subgraphs.append(main)
+        self._adopt(main)
+        self._model.signatureDefs = [self._definition(kept, main)]
+
+    def pack(self) -> bytearray:
+        """The flatbuffer."""
+        builder = module("flatbuffers").Builder(1 << 16)
+        builder.Finish(self._model.Pack(builder), b"TFL3")
+        return bytearray(builder.Output())
+
+    def _definition(self, kept: list[tuple[str, int]], main: Any) -> Any:
+        definition = self._s.SignatureDefT()
+        definition.signatureKey, definition.subgraphIndex = SIGNATURE, 0
+        places = zip((role for role, _ in kept), main.inputs, strict=True)
+        definition.inputs = [self._named(role, index) for role, index in places]
+        definition.outputs = [self._named(ROLES[-1], main.outputs[0])]
+        return definition
+
+    def _named(self, name: str, index: int) -> Any:
+        entry = self._s.TensorMapT()
+        entry.name, entry.tensorIndex = name, index
+        return entry
+
+    def _adopt(self, graph: Any) -> None:
+        """Keep the tensors that a subgraph uses, with their buffers, and the subgraphs that it calls."""
+        wanted = {int(index) for index in (*graph.inputs, *graph.outputs)}
+        wanted |= {int(i) for operator in graph.operators for i in (*operator.inputs, *operator.outputs) if i >= 0}
+        wanted |= {found for index in wanted if (found := _scales_of(graph.tensors[index])) is not None}
+        order = sorted(wanted)
+        number = {old: new for new, old in enumerate(order)}
+        graph.tensors = [graph.tensors[index] for index in order]
+        for tensor in graph.tensors:
+            tensor.buffer = self._buffer(int(tensor.buffer))
+            if (scales := _scales_of(tensor)) is not None:
+                tensor.quantization.details.scales = number[scales]
+        graph.inputs, graph.outputs = ([number[int(i)] for i in own] for own in (graph.inputs, graph.outputs))
+        for operator in graph.operators:
+            operator.inputs = [number.get(int(index), -1) for index in operator.inputs]
+            operator.outputs = [number[int(index)] for index in operator.outputs]
+            options = operator.builtinOptions
+            if isinstance(options, self._s.IfOptionsT):
+                options.thenSubgraphIndex = self._graph(options.thenSubgraphIndex)
+                options.elseSubgraphIndex = self._graph(options.elseSubgraphIndex)
+
+    def _graph(self, place: int) -> int:
+        if place not in self._graphs:
+            graph = self._s.SubGraphT.InitFromObj(self._file.model.Subgraphs(place))
+            self._graphs[place] = len(self._model.subgraphs)
+            self._model.subgraphs.append(graph)
+            self._adopt(graph)
+        return self._graphs[place]
+
+    def _buffer(self, place: int) -> int:
+        if place not in self._buffers:
+            source, buffer = self._file.model.Buffers(place), self._s.BufferT()
+            if source.Offset() > 1:
+                buffer.offset, buffer.size = _OUTSIDE, source.Size()
+                self.outside.append((buffer, self._file.buffer(place)))
+            else:
+                buffer.data = self._file.buffer(place)
+            self._buffers[place] = len(self._model.buffers)
+            self._model.buffers.append(buffer)
+        return self._buffers[place]
+
+
+def _between(graph: Any, inputs: list[int], output: int) -> list[Any]:
+    """The operators that lead from `inputs` to `output`, in order."""
+    makers = {int(index): operator for operator in graph.operators for index in operator.outputs}
+    found: dict[int, Any] = {}
+    pending = [output]
+    while pending:
+        index = pending.pop()
+        operator = makers.get(index)
+        if index in inputs or operator is None or id(operator) in found:
+            continue
+        found[id(operator)] = operator
+        pending += [int(own) for own in operator.inputs if own >= 0]
+    return [operator for operator in graph.operators if id(operator) in found]
+
+
+def _scales_of(tensor: Any) -> int | None:
+    """The tensor that holds the scales of a weight in blocks."""
+    details = getattr(tensor.quantization, "details", None)
+    return None if details is None or not hasattr(details, "scales") else int(details.scales)
