@@ -149,7 +149,7 @@ def compile_recipe(
                 "recipe": _recorded(recipe, options, built),
                 "model": built.model,
                 "passes": built.pass_log,
-                "rejections": [asdict(rejection) for rejection in lowered.rejections],
+                "rejections": [asdict(rejection) for rejection in (*built.captured.rejections, *lowered.rejections)],
                 "signature": lowered.signature,
                 **({"routing": built.routing.facts} if built.routing.facts else {}),
                 **({"quantization": weights} if (weights := manifest_facts(built.quantization, built.program)) else {}),

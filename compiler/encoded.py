@@ -1,0 +1,100 @@
+"""Weights that are stored as codes, as lazy tensors: the float values, and the codes that they are made of.
+
+`weight = (code - zero point) * scale`. Codes, scales and zero points are lazy tensors of the shape of the weight, so
+that whatever moves weights (`LazyTensor.over`) moves them alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moec.compiler.weights import LazyTensor
+
+
+@dataclass(frozen=True)
+class Made(LazyTensor):
+    """What `make(start, stop)` gives for the rows of that slice."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    make: Callable[[int, int], Tensor]
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Make the slice."""
+        return self.make(min(start, self.shape[0]), min(stop, self.shape[0]))
+
+
+@dataclass(frozen=True)
+class Spread(LazyTensor):
+    """A number for each block of a matrix or stack, [..., R, C], repeated for each element: [..., N, K].
+
+    Attributes:
+        source: The numbers.
+        shape: [..., N, K].
+        block: Rows and columns of a block; the last one may be cut off.
+        index: Block of each column where that is not `column // block[1]`, [K].
+    """
+
+    source: LazyTensor
+    shape: tuple[int, ...]
+    block: tuple[int, int]
+    index: LazyTensor | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        """Dtype of the numbers."""
+        return self.source.dtype
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Read the numbers of the slice and repeat them."""
+        stop = min(stop, self.shape[0])
+        rows, columns = self.block
+        if len(self.shape) > 2:
+            part = self.source.rows(start, stop).repeat_interleave(rows, -2)[..., : self.shape[-2], :]
+        else:
+            first = start // rows
+            part = self.source.rows(first, -(-stop // rows)).repeat_interleave(rows, 0)
+            part = part[start - first * rows : stop - first * rows]
+        if self.index is not None:
+            return part[..., self.index.read().to(torch.int64)]
+        return part.repeat_interleave(columns, -1)[..., : self.shape[-1]]
+
+
+@dataclass(frozen=True)
+class Encoded(LazyTensor):
+    """A weight [..., N, K] that is stored as codes.
+
+    Attributes:
+        kind: What a report calls the form that it is stored in.
+        bits: Bits of a code in the file.
+        whole: Whether codes are whole signed numbers of `bits` bits, and not values of a table or floats.
+        codes: The codes: whole numbers, entries of the table or floats.
+        scales: The scale of each element.
+        zeros: The zero point of each element, or None.
+        dtype: Dtype of the values, float32 unless a narrower one holds all of them.
+    """
+
+    kind: str
+    bits: int
+    whole: bool
+    codes: LazyTensor
+    scales: LazyTensor
+    zeros: LazyTensor | None = None
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        """Shape of the codes."""
+        return self.codes.shape
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Decode the slice, computed in float32."""
+        value = self.codes.rows(start, stop).to(torch.float32)
+        if self.zeros is not None:
+            value -= self.zeros.rows(start, stop)
+        value *= self.scales.rows(start, stop)
+        return value.to(self.dtype)
