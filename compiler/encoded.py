@@ -51,17 +51,30 @@ class Spread(LazyTensor):
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Read the numbers of the slice and repeat them."""
-        stop = min(stop, self.shape[0])
-        rows, columns = self.block
-        if len(self.shape) > 2:
-            part = self.source.rows(start, stop).repeat_interleave(rows, -2)[..., : self.shape[-2], :]
-        else:
-            first = start // rows
-            part = self.source.rows(first, -(-stop // rows)).repeat_interleave(rows, 0)
-            part = part[start - first * rows : stop - first * rows]
+        part = self._by_group(start, min(stop, self.shape[0]))
         if self.index is not None:
             return part[..., self.index.read().to(torch.int64)]
-        return part.repeat_interleave(columns, -1)[..., : self.shape[-1]]
+        return part.repeat_interleave(self.block[1], -1)[..., : self.shape[-1]]
+
+    def against(self, start: int, stop: int) -> tuple[Tensor, int]:
+        """The numbers of the slice for a weight that is viewed as [..., N, K / width, width], and the width.
+
+        As a tensor that broadcasts it takes no memory worth speaking of where all blocks are whole.
+        """
+        width = self.block[1]
+        if self.index is not None or self.shape[-1] % width:
+            return self.rows(start, stop).unsqueeze(-1), 1
+        return self._by_group(start, min(stop, self.shape[0])).unsqueeze(-1), width
+
+    def _by_group(self, start: int, stop: int) -> Tensor:
+        """The numbers of the slice, [..., N, C]."""
+        rows = self.block[0]
+        if len(self.shape) > 2:
+            part = self.source.rows(start, stop)
+            return part.repeat_interleave(rows, -2)[..., : self.shape[-2], :] if rows > 1 else part
+        first = start // rows
+        part = self.source.rows(first, -(-stop // rows))
+        return part.repeat_interleave(rows, 0)[start - first * rows : stop - first * rows] if rows > 1 else part
 
 
 @dataclass(frozen=True)
@@ -82,8 +95,8 @@ class Encoded(LazyTensor):
     bits: int
     whole: bool
     codes: LazyTensor
-    scales: LazyTensor
-    zeros: LazyTensor | None = None
+    scales: Spread
+    zeros: Spread | None = None
     dtype: torch.dtype = torch.float32
 
     @property
@@ -95,6 +108,8 @@ class Encoded(LazyTensor):
         """Decode the slice, computed in float32."""
         value = self.codes.rows(start, stop).to(torch.float32)
         if self.zeros is not None:
-            value -= self.zeros.rows(start, stop)
-        value *= self.scales.rows(start, stop)
+            zeros, width = self.zeros.against(start, stop)
+            value.view(*value.shape[:-1], value.shape[-1] // width, width).sub_(zeros)
+        scales, width = self.scales.against(start, stop)
+        value.view(*value.shape[:-1], value.shape[-1] // width, width).mul_(scales)
         return value.to(self.dtype)

@@ -245,14 +245,39 @@ def concatenate(sources: Sequence[LazyTensor], axis: int) -> LazyTensor:
 
 def swap_last(source: LazyTensor) -> LazyTensor:
     """Swap the last two axes: [E, N, K] row by row, [N, K] as a whole."""
-    shape = (*source.shape[:-2], source.shape[-1], source.shape[-2])
+    if isinstance(source, Swapped):
+        return source.source
+    if isinstance(source, Cast) and isinstance(source.source, Swapped):
+        return source.source.source.cast(source.dtype)
+    return Swapped(source)
 
-    def swap(value: Tensor) -> Tensor:
-        return value.transpose(-1, -2).contiguous()
 
-    if len(shape) > 2:
-        return Mapped(source, swap, shape, source.dtype, moves=True)
-    return Computed((source,), swap, shape, source.dtype, moves=True)
+@dataclass(frozen=True)
+class Swapped(LazyTensor):
+    """`source` with its last two axes swapped; use `swap_last`, which swaps nothing twice."""
+
+    source: LazyTensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        """The swapped shape."""
+        return (*self.source.shape[:-2], self.source.shape[-1], self.source.shape[-2])
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        """Dtype of the source."""
+        return self.source.dtype
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Swap the same rows of a stack; of a matrix read the whole."""
+        if len(self.shape) > 2:
+            return self.source.rows(start, stop).transpose(-1, -2).contiguous()
+        return self.source.read().T[start:stop].contiguous()
+
+    def over(self, leaf: Leaf) -> LazyTensor | None:
+        """See `LazyTensor.over`."""
+        source = self.source.over(leaf)
+        return None if source is None else swap_last(source)
 
 
 class WeightStore(Mapping[str, LazyTensor]):

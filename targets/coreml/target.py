@@ -14,6 +14,7 @@ from pydantic import Field, field_validator, model_validator
 from moec.compiler.rejections import Rejection
 from moec.targets.base import (
     ASYMMETRIC,
+    BY_ROW,
     SYMMETRIC,
     Capabilities,
     ExpertReader,
@@ -125,6 +126,10 @@ class CoremlTarget(Target):
     def auto_formats(self, options: TargetOptions, tensor_class: str) -> tuple[str, ...]:  # noqa: ARG002
         """Blocks with an offset or without."""
         return SYMMETRIC + ASYMMETRIC
+
+    def kept_formats(self, options: TargetOptions, tensor_class: str) -> tuple[str, ...]:
+        """One scale for a row too."""
+        return (*self.auto_formats(options, tensor_class), *BY_ROW, "int4:channel:asym")
 
     def lower(self, program: Program, options: TargetOptions, directory: Path, progress: Progress) -> Lowered:
         """Write `model.mlpackage`."""

@@ -53,7 +53,9 @@ def _decode(parts: Parts, kind: str) -> LazyTensor:
         spread = _absmax(parts, state, first, last).repeat_interleave(size)
         return spread[start * inner - first * size : stop * inner - first * size].reshape(stop - start, *shape[1:])
 
-    return Encoded(kind, 4, False, Made(shape, torch.float32, codes), Made(shape, torch.float32, scales))
+    # Blocks run on across rows, so every element is a block of its own.
+    each = Spread(Made(shape, torch.float32, scales), shape, (1, 1))
+    return Encoded(kind, 4, False, Made(shape, torch.float32, codes), each)
 
 
 def _state(parts: Parts, rest: str) -> Mapping[str, Any]:

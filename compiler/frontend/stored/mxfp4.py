@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moec.compiler.encoded import Encoded, Made, Spread
 from moec.compiler.errors import CheckpointError
-from moec.compiler.frontend.stored.base import Parts, Rule, StoredFormat, unpack
+from moec.compiler.frontend.stored.base import Parts, Rule, StoredFormat
 from moec.compiler.weights import LazyTensor, swap_last
 
 E2M1 = torch.tensor([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], dtype=torch.int8)
@@ -20,12 +20,15 @@ E2M1 = torch.tensor([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], d
 HALF_SCALES = torch.tensor([2.0 ** (exponent - 128) for exponent in range(256)])
 """Half the scale of each exponent, exact in float32."""
 
+_PAIRS = E2M1[torch.tensor([[byte & 15, byte >> 4] for byte in range(256)])].view(torch.int16).flatten()
+"""Both values of each byte in one number."""
+
 BLOCK = 32
 
 
 def e2m1(data: Tensor) -> Tensor:
     """Twice the values of packed codes: uint8 [..., W] -> int8 [..., 2 W]."""
-    return E2M1[unpack(data, 4).to(torch.int32)]
+    return _PAIRS[data.to(torch.int32)].view(torch.int8)
 
 
 def exponents(parts: Parts, rest: str, start: int, stop: int) -> Tensor:
