@@ -102,8 +102,8 @@ class QuantizeRecipe(BaseModel):
 
     format: str | dict[str, Any] = Field(
         default="none",
-        description="fp16, int8, int4, none, auto, keep (codes of the checkpoint), one format such as int4:128, or a plan: "
-        "formats and overrides.",
+        description="fp16, int8, int4, none, auto, keep (codes of the checkpoint), one format such as int4:128, or a "
+        "plan: formats and overrides.",
     )
     rounding: Literal["auto", "rtn", "gptq"] = Field(
         default="auto", description="To nearest, or GPTQ on calibration text; auto takes GPTQ where 4 bits are planned."

@@ -113,7 +113,7 @@ def _meta_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
                 trust_remote_code=checkpoint.trust_remote_code,
                 dtype=dtype,
             )
-    except (ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, ArithmeticError) as error:
         raise UnsupportedModelError(
             f"{type(config).__name__}: transformers cannot build it as a causal language model "
             f"with pluggable attention: {first_line(error)}",

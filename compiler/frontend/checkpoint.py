@@ -33,6 +33,11 @@ TOKENIZER_FILES = (
 )
 
 
+_LAYERS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers")
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+"""Keys of config.json that say how many of something there are."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint directory, opened. Use `Checkpoint.open`."""
@@ -83,19 +88,43 @@ class Checkpoint:
         """
         from transformers import AutoConfig
 
+        self._check_counts()
         try:
             config: PreTrainedConfig = AutoConfig.from_pretrained(
                 self.directory, local_files_only=True, trust_remote_code=self.trust_remote_code
             )
-        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        except Exception as error:  # whatever classes of exceptions 400 config classes use, it is about these values
             raise CheckpointError(
-                f"{self.directory / 'config.json'}: transformers refuses it: {first_line(error)}",
+                f"{self.directory / 'config.json'}: transformers refuses it: {' '.join(str(error).split())}",
                 hint="check model_type and the values it complains about",
             ) from error
         for part in (config, config.get_text_config()):
             # Weights are decoded here: to transformers this is a model with float weights.
             part.__dict__.pop("quantization_config", None)
         return config
+
+    def _check_counts(self) -> None:
+        """Refuse what no model of these files can have, before objects are made for each layer and expert.
+
+        Raises:
+            CheckpointError: There are more layers than tensors, or more experts than any tensor is long.
+        """
+        try:
+            entries = self.entries
+        except CheckpointError:
+            return  # without files there is nothing to compare with
+        longest = max((size for entry in entries.values() for size in entry.shape), default=0)
+        limits = dict.fromkeys(_LAYERS, len(entries)) | dict.fromkeys(_EXPERTS, max(longest, len(entries)))
+        parts = (self.raw_config, *(value for value in self.raw_config.values() if isinstance(value, dict)))
+        for part in parts:
+            for key, limit in limits.items():
+                count = part.get(key)
+                if isinstance(count, int) and count > limit:
+                    raise CheckpointError(
+                        f"{self.directory / 'config.json'}: {key} is {count}, and the files hold {len(entries)} "
+                        "tensors",
+                        hint="config and weights disagree: is this config.json the one of these weights?",
+                    )
 
     @cached_property
     def files(self) -> tuple[Path, ...]:
