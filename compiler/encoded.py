@@ -88,7 +88,6 @@ class Encoded(LazyTensor):
         codes: The codes: whole numbers, entries of the table or floats.
         scales: The scale of each element.
         zeros: The zero point of each element, or None.
-        dtype: Dtype of the values, float32 unless a narrower one holds all of them.
     """
 
     kind: str
@@ -97,7 +96,11 @@ class Encoded(LazyTensor):
     codes: LazyTensor
     scales: Spread
     zeros: Spread | None = None
-    dtype: torch.dtype = torch.float32
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        """float32, which holds every value of every format."""
+        return torch.float32
 
     @property
     def shape(self) -> tuple[int, ...]:  # type: ignore[override]
@@ -112,4 +115,4 @@ class Encoded(LazyTensor):
             value.view(*value.shape[:-1], value.shape[-1] // width, width).sub_(zeros)
         scales, width = self.scales.against(start, stop)
         value.view(*value.shape[:-1], value.shape[-1] // width, width).mul_(scales)
-        return value.to(self.dtype)
+        return value

@@ -39,7 +39,7 @@ from moec.compiler.rejections import Rejection
 from moec.compiler.routing import RoutingPlan, measure_savings, plan_routing
 from moec.compiler.staging import check_output, staged
 from moec.compiler.summary import model_summary
-from moec.quantize.formats import IntegerFormat
+from moec.quantize.keep import Held
 from moec.targets import get_target
 from moec.targets.base import Phase, Progress, Target, TargetOptions
 
@@ -273,11 +273,8 @@ def _build(recipe: Recipe, target: Target, options: TargetOptions, stages: _Stag
     weights = None if recipe.quantize is None or recipe.quantize.does_nothing else recipe.quantize
     with stages("quantize") if weights else contextlib.nullcontext():
         offered = functools.partial(target.auto_formats, options)
-
-        def holds(tensor_class: str, form: IntegerFormat) -> bool:
-            return form.grid in target.kept_formats(options, tensor_class)
-
-        quantization = plan_quantization(weights, checkpoint, program, in_float32, offered, holds, stages.progress)
+        held = Held(functools.partial(target.kept_formats, options), offered)
+        quantization = plan_quantization(weights, checkpoint, program, in_float32, offered, held, stages.progress)
         later = (*quantization.passes, *target.passes(options))
         final, more = passes.run_passes(program, later, told, completed=[record.name for record in log])
     # Without the times: moec.json is the same on every rebuild.

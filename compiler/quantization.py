@@ -23,7 +23,7 @@ from moec.quantize.auto import Choice, choose, parse_size, significant
 from moec.quantize.calibration import Calibration, calibrate
 from moec.quantize.formats import FP16, Activations, IntegerFormat
 from moec.quantize.gptq import GptqOptions
-from moec.quantize.keep import Holds
+from moec.quantize.keep import Held
 from moec.quantize.lazy import Coded, Float16
 from moec.quantize.plan import QuantizationPlan, TensorClass, requested, with_activations
 from moec.quantize.roles import weight_roles
@@ -58,7 +58,7 @@ def plan_quantization(
     program: Program,
     in_float32: Callable[[], Program],
     offered: Offered,
-    holds: Holds,
+    held: Held,
     progress: Progress,
 ) -> Quantization:
     """Decide a recipe's quantization. Text is read and the model run only where rounding or `auto` wants it.
@@ -69,7 +69,7 @@ def plan_quantization(
         program: The float Program after the common passes and routing.
         in_float32: Makes the same Program with activations in fp32, which calibration runs.
         offered: Formats that `auto` may choose from.
-        holds: Whether the target holds codes of the checkpoint in a format, for `keep`.
+        held: What `keep` may leave as it is, and what it may round to.
         progress: Told how far it is.
 
     Raises:
@@ -79,7 +79,7 @@ def plan_quantization(
     if settings is None or settings.does_nothing:
         return Quantization()
     if settings.format == KEEP:
-        return _kept(settings, program, holds)
+        return _kept(settings, program, held)
     chosen = _choose(settings, checkpoint, in_float32, offered, progress) if settings.format == "auto" else None
     plan = chosen.plan if chosen is not None else requested(settings.format)
     if settings.activations != Activations.FLOAT.value:
@@ -109,8 +109,8 @@ def plan_quantization(
     return Quantization((Quantize(plan, found.rounded),), recorded, facts)
 
 
-def _kept(settings: QuantizeRecipe, program: Program, holds: Holds) -> Quantization:
-    keep = KeepCodes(holds, Activations(settings.activations))
+def _kept(settings: QuantizeRecipe, program: Program, held: Held) -> Quantization:
+    keep = KeepCodes(held, Activations(settings.activations))
     # What becomes of each weight is known before one is written.
     notes = keep.run(program).program.notes
     return Quantization((keep,), settings.model_dump(mode="json"), {"plan": KEEP, "kept": notes["kept codes"]})

@@ -39,7 +39,7 @@ class LazyTensor(ABC):
         """Size of the values in bytes."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
-    def chunks(self, limit: int = 1 << 25) -> Iterator[Tensor]:
+    def chunks(self, limit: int = 1 << 23) -> Iterator[Tensor]:
         """Yield the tensor in slices along axis 0 of about `limit` bytes each, at least one row."""
         if not self.shape or self.nbytes <= limit:
             yield self.read()

@@ -13,7 +13,7 @@ from moec.compiler.rejections import Rejection
 from moec.compiler.weights import LazyTensor
 from moec.passes.base import Pass, PassResult
 from moec.quantize.formats import Activations, IntegerFormat
-from moec.quantize.keep import Grid, Holds, grid_of, kept, nearest
+from moec.quantize.keep import Grid, Held, grid_of, kept
 from moec.quantize.lazy import quantized
 from moec.quantize.plan import ALWAYS_FLOAT
 from moec.quantize.roles import weight_roles
@@ -32,14 +32,14 @@ class KeepCodes(Pass):
     as floats stays so.
 
     Attributes:
-        holds: Whether the target holds weights of a tensor class in a format.
+        held: What the target holds.
         activations: What kernels may round activations to.
     """
 
     name: ClassVar[str] = "keep-codes"
     requires: ClassVar[tuple[str, ...]] = ("fold-weights", "canonical-experts")
 
-    holds: Holds = field(default=lambda _, __: False)
+    held: Held = field(default_factory=Held)
     activations: Activations = Activations.FLOAT
 
     def run(self, program: Program) -> PassResult:
@@ -79,12 +79,13 @@ class KeepCodes(Pass):
 
     def _coded(self, name: str, source: LazyTensor, grid: Grid, tensor_class: str) -> tuple[Any, str]:
         """The tensor with codes, or None where it stays float, and why its codes are not those of the checkpoint."""
-        fmt = None if grid.format is None else self._with_activations(grid.format)
-        if fmt is not None and self.holds(tensor_class, fmt):
+        wanted = None if grid.format is None else self._with_activations(grid.format)
+        fmt = None if wanted is None else self.held.kept(tensor_class, wanted)
+        if fmt is not None:
             return kept(name, source, fmt), ""
-        reason = grid.reason or f"the target does not hold {fmt} there"
-        other = nearest(grid, source.shape[-1], tensor_class, self.holds, self.activations)
-        return (None if other is None else quantized(name, source, other)), reason
+        reason = grid.reason or f"the target does not hold {wanted} there"
+        other = self.held.nearest(tensor_class, grid, source.shape[-1])
+        return (None if other is None else quantized(name, source, self._with_activations(other))), reason
 
     def _with_activations(self, fmt: IntegerFormat) -> IntegerFormat:
-        return replace(fmt, activations=self.activations)
+        return fmt if self.activations is Activations.FLOAT else replace(fmt, activations=self.activations)

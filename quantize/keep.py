@@ -7,8 +7,8 @@ Codes, scales and zero points take the way of their weights through stacking, jo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,12 +17,47 @@ from torch import Tensor
 from moec.compiler.encoded import Encoded, Made, Spread
 from moec.compiler.errors import CheckpointError
 from moec.compiler.weights import LazyTensor
-from moec.quantize.formats import BLOCK_SIZES, Activations, IntegerFormat, ScaleType
+from moec.quantize.formats import BLOCK_SIZES, Activations, IntegerFormat, ScaleType, parse_format
 from moec.quantize.lazy import Quantized
 from moec.quantize.tensors import QuantizedTensor
 
-Holds = Callable[[str, IntegerFormat], bool]
-"""Whether a target holds weights of a tensor class in a format."""
+
+@dataclass(frozen=True)
+class Held:
+    """What a target holds, by tensor class, as text forms without words for scales.
+
+    Attributes:
+        codes: Formats whose codes it takes as they are.
+        formats: Formats that it takes with codes that were made for it.
+    """
+
+    codes: Callable[[str], Sequence[str]] = lambda _: ()
+    formats: Callable[[str], Sequence[str]] = lambda _: ()
+
+    def kept(self, tensor_class: str, fmt: IntegerFormat) -> IntegerFormat | None:
+        """`fmt`, with the activations that the target wants, if it takes codes on that grid as they are."""
+        for offered in _parsed(self.codes(tensor_class)):
+            if offered.grid == fmt.grid:
+                wanted = fmt if offered.activations is Activations.FLOAT else offered
+                return replace(fmt, activations=wanted.activations)
+        return None
+
+    def nearest(self, tensor_class: str, grid: Grid, columns: int) -> IntegerFormat | None:
+        """What to round to where a grid cannot be kept: as many bits, or else 8, in the smallest blocks that divide.
+
+        None where the target holds none of them.
+        """
+        offered = [fmt for fmt in _parsed(self.formats(tensor_class)) if fmt.symmetric]
+        if not any(fmt.granularity == "channel" for fmt in offered):
+            offered += [fmt for fmt in _parsed(self.codes(tensor_class)) if fmt.symmetric]
+        fitting = [fmt for fmt in offered if fmt.granularity == "channel" or columns % int(fmt.granularity) == 0]
+        wide = [fmt for fmt in fitting if fmt.bits == 8]
+        alike = [fmt for fmt in fitting if fmt.bits == (4 if grid.bits <= 4 else 8)]
+        return min(alike or wide, key=lambda fmt: fmt.block_length(columns), default=None)
+
+
+def _parsed(texts: Sequence[str]) -> list[IntegerFormat]:
+    return [fmt for text in texts if isinstance(fmt := parse_format(text), IntegerFormat)]
 
 
 @dataclass(frozen=True)
@@ -113,21 +148,6 @@ def kept(name: str, tensor: LazyTensor, fmt: IntegerFormat) -> Kept:
     codes, scales = _view(tensor, lambda leaf: leaf.codes), _view(tensor, lambda leaf: leaf.scales)
     zeros = None if fmt.symmetric else _view(tensor, _zeros)
     return Kept(name, tensor, fmt, codes=codes, scales=scales, zeros=zeros)
-
-
-def nearest(
-    grid: Grid, columns: int, tensor_class: str, holds: Holds, activations: Activations = Activations.FLOAT
-) -> IntegerFormat | None:
-    """The format to round to where a grid cannot be kept: as many bits, or else 8, in the smallest blocks that divide.
-
-    None where the target holds none of them.
-    """
-    for bits in dict.fromkeys((4 if grid.bits <= 4 else 8, 8)):
-        for size in (*(size for size in reversed(BLOCK_SIZES) if columns % size == 0), "channel"):
-            fmt = IntegerFormat(bits, size, activations=activations)  # type: ignore[arg-type]
-            if holds(tensor_class, fmt):
-                return fmt
-    return None
 
 
 def _view(tensor: LazyTensor, part: Callable[[Encoded], LazyTensor]) -> LazyTensor | None:

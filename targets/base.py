@@ -219,7 +219,7 @@ class Target(ABC):
         return SYMMETRIC
 
     def kept_formats(self, options: TargetOptions, tensor_class: str) -> tuple[str, ...]:
-        """Formats whose codes `--quantize keep` may pass on bit for bit, without words for scales and activations."""
+        """Formats whose codes `--quantize keep` may pass on bit for bit, as text forms without words for scales."""
         return self.auto_formats(options, tensor_class)
 
     @abstractmethod

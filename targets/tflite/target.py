@@ -86,8 +86,7 @@ class TfliteTarget(Target):
 
     def kept_formats(self, options: TargetOptions, tensor_class: str) -> tuple[str, ...]:
         """Codes of 4 bits: the int8 kernels do not take -128, which codes of other tools hold."""
-        formats = self.auto_formats(options, tensor_class)
-        return tuple(form.removesuffix(":int8-dynamic") for form in formats if form.startswith("int4"))
+        return tuple(form for form in self.auto_formats(options, tensor_class) if form.startswith("int4"))
 
     def capabilities(self, options: TargetOptions, phase: Phase) -> Capabilities:
         """Decode skips every expert that its token does not need, prefill those that no token of the piece needs."""

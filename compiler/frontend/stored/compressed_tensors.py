@@ -90,7 +90,7 @@ def _decode_floats(parts: Parts) -> LazyTensor:
         if scale.shape != (*shape[:-1], shape[-1] // BLOCK):
             raise parts.misfit("weight_scale")
         factors = Made(scale.shape, torch.float32, lambda a, b: exponents(parts, "weight_scale", a, b))
-        return Encoded("mxfp4", 4, False, codes, Spread(factors, shape, (1, BLOCK)), dtype=torch.bfloat16)
+        return Encoded("mxfp4", 4, False, codes, Spread(factors, shape, (1, BLOCK)))
     whole = parts["weight_global_scale"]
     if torch.Size(whole.shape).numel() != 1 or scale.shape[:-1] != shape[:-1] or shape[-1] % scale.shape[-1]:
         raise parts.misfit("weight_scale")

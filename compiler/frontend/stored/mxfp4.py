@@ -55,8 +55,7 @@ def _decode(parts: Parts) -> LazyTensor:
     shape = (experts, rows, groups * BLOCK)
     codes = Made(shape, torch.int8, lambda start, stop: e2m1(blocks.rows(start, stop).flatten(-2)))
     factors = Made(scales.shape, torch.float32, lambda start, stop: exponents(parts, "_scales", start, stop))
-    # bfloat16 holds a value of two bits of mantissa with any exponent.
-    return swap_last(Encoded("mxfp4", 4, False, codes, Spread(factors, shape, (1, BLOCK)), dtype=torch.bfloat16))
+    return swap_last(Encoded("mxfp4", 4, False, codes, Spread(factors, shape, (1, BLOCK))))
 
 
 MXFP4 = StoredFormat((Rule("_blocks", ("_scales",), "", _decode),))
