@@ -150,7 +150,7 @@ def check_plan(settings: QuantizeRecipe) -> None:
     Raises:
         UsageError: It is wrong.
     """
-    if settings.format not in {"auto", KEEP}:
+    if settings.format not in ("auto", KEEP):
         requested(settings.format)
     elif settings.max_size is not None:
         parse_size(settings.max_size, 0)
