@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from moec.compiler.artifact import read_manifest, verify
+from moec.compiler.artifact import leads_out, read_manifest, verify
 from moec.compiler.errors import ArtifactError, MissingExtraError, OutputError, UsageError
 from moec.compiler.recipe import unknown
 from moec.compiler.report_schema import Report, read_report
@@ -94,7 +94,7 @@ def _to_directory(
     numbers = [int(entry["version"]) for entry in index if entry["version"].isdigit()]
     version = version or str(max(numbers, default=0) + 1)
     with staged(shelf / version) as place:
-        shutil.copytree(directory, place, dirs_exist_ok=True)
+        shutil.copytree(directory, place, dirs_exist_ok=True, ignore=_outside(directory))
     entries = [entry for entry in index if entry["version"] != version]
     _write_index(shelf, [*entries, {"version": version, **metadata}])
     return {"version": version, "location": str(shelf / version)}
@@ -164,3 +164,8 @@ def _tags(metadata: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 REGISTRIES: Mapping[str, Registry] = {"dir": _to_directory, "mlflow": _to_mlflow}
+
+
+def _outside(directory: Path) -> Callable[[str, list[str]], list[str]]:
+    """What `shutil.copytree` leaves out: links that lead out of the artifact, which are no part of it."""
+    return lambda folder, names: [name for name in names if leads_out(directory, Path(folder, name))]
