@@ -25,7 +25,7 @@ from moec.compiler.commands.inspection import doctor, families, inspect
 from moec.compiler.commands.options import ArtifactDirectory, Debug, Json, Quiet, Trust
 from moec.compiler.commands.pipelines import build, diff, publish
 from moec.compiler.console import LOG_FORMAT, Console, any_character
-from moec.compiler.errors import MoecError, UsageError
+from moec.compiler.errors import MoecError, UsageError, out_of_memory
 from moec.compiler.threads import wait_without_spinning
 
 
@@ -82,7 +82,9 @@ def export(
     prune_experts: Annotated[str | None, _routing("SHARE", "Share of every layer's experts to remove.")] = None,
     quantize: Annotated[
         str | None,
-        _quantize("fp16|int8|int4|palettize4|none|auto", "What weights are stored as; also a format such as int4:128."),
+        _quantize(
+            "fp16|int8|int4|palettize4|none|auto|keep", "What weights are stored as; also a format such as int4:128."
+        ),
     ] = None,
     rounding: Annotated[str | None, _quantize("auto|rtn|gptq", "How weights are rounded. (default: auto)")] = None,
     activations: Annotated[
@@ -250,7 +252,8 @@ def _guard(console: Console, call: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         return console.interrupted()
     except Exception as error:  # noqa: BLE001 - the last stop: whatever was not foreseen is reported as a fault of moec
-        return console.crash(error)
+        starved = out_of_memory(error)
+        return console.error(starved) if starved is not None else console.crash(error)
 
 
 def _version(wanted: bool) -> None:

@@ -109,6 +109,8 @@ def verify(directory: Path) -> dict[str, str]:
         path = directory / relative
         if relative.is_absolute() or ".." in relative.parts:
             problems.append(f"{name} lies outside of the artifact")
+        elif leads_out(directory, path):
+            problems.append(f"{name} is a link that leads out of the artifact")
         elif not path.is_file():
             problems.append(f"{name} is missing")
         elif sha256(path) != digest:
@@ -116,6 +118,11 @@ def verify(directory: Path) -> dict[str, str]:
     if problems:
         raise ArtifactError(f"{directory}: damaged: {'; '.join(problems)}", hint="copy it again, or export it again")
     return dict(sorted(files.items()))
+
+
+def leads_out(directory: Path, path: Path) -> bool:
+    """Whether `path` in the artifact is, or lies behind, a link to somewhere else."""
+    return not path.resolve().is_relative_to(directory.resolve())
 
 
 def sha256(path: Path) -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moec.compiler.weights import Computed, LazyTensor, Mapped
+from moec.compiler.weights import Computed, LazyTensor, Leaf, Mapped
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,11 @@ class Reshaped(LazyTensor):
         flat = self.source.rows(first, last).reshape(-1)
         return flat[start * own - first * other : stop * own - first * other].reshape(-1, *self.shape[1:])
 
+    def over(self, leaf: Leaf) -> LazyTensor | None:
+        """See `LazyTensor.over`."""
+        source = self.source.over(leaf)
+        return None if source is None else Reshaped(source, self.shape)
+
 
 @dataclass(frozen=True)
 class Sliced(LazyTensor):
@@ -67,6 +72,11 @@ class Sliced(LazyTensor):
         """Read the same rows of the source."""
         return self.source.rows(self.start + min(start, self.count), self.start + min(stop, self.count))
 
+    def over(self, leaf: Leaf) -> LazyTensor | None:
+        """See `LazyTensor.over`."""
+        source = self.source.over(leaf)
+        return None if source is None else Sliced(source, self.start, self.count)
+
 
 def permute(source: LazyTensor, order: Sequence[int]) -> LazyTensor:
     """The axes of `source` in another order, contiguous; row by row where axis 0 stays the first."""
@@ -77,8 +87,8 @@ def permute(source: LazyTensor, order: Sequence[int]) -> LazyTensor:
         return value.permute(order).contiguous()
 
     if order and order[0] == 0:
-        return Mapped(source, function, shape, source.dtype)
-    return Computed((source,), function, shape, source.dtype)
+        return Mapped(source, function, shape, source.dtype, moves=True)
+    return Computed((source,), function, shape, source.dtype, moves=True)
 
 
 def slice_axis(source: LazyTensor, axis: int, start: int, stop: int) -> LazyTensor:
@@ -90,4 +100,4 @@ def slice_axis(source: LazyTensor, axis: int, start: int, stop: int) -> LazyTens
     def function(value: Tensor) -> Tensor:
         return value.narrow(axis, start, stop - start).contiguous()
 
-    return Mapped(source, function, shape, source.dtype)
+    return Mapped(source, function, shape, source.dtype, moves=True)

@@ -77,6 +77,18 @@ class GateError(MoecError):
         self.exit_code = result.exit_code
 
 
+def out_of_memory(error: BaseException) -> MoecError | None:
+    """What to tell the user where `error` says that memory ran out; None where it says something else."""
+    # torch has no class of its own for it.
+    if not isinstance(error, MemoryError) and not (isinstance(error, RuntimeError) and "allocate memory" in str(error)):
+        return None
+    return CheckpointError(
+        f"there is not enough memory: {first_line(error)}",
+        hint="free memory or raise the limit (ulimit -v, that of the container); an export takes about 1 GB and the "
+        "largest expert a few times",
+    )
+
+
 def first_line(error: BaseException) -> str:
     """First line of an exception's text, for one-line messages."""
     text = str(error).strip()

@@ -56,10 +56,11 @@ def _checkpoint(location: str, trust_remote_code: bool) -> dict[str, Any]:
     from moec.compiler.frontend.capture import capture
     from moec.compiler.frontend.checkpoint import Checkpoint
     from moec.compiler.summary import model_summary
+    from moec.compiler.weight_file import DTYPES
 
     checkpoint = Checkpoint.open(location, trust_remote_code=trust_remote_code)
     entries = checkpoint.entries.values()
-    dtypes = Counter(str(entry.dtype).removeprefix("torch.") for entry in entries)
+    dtypes = Counter(str(DTYPES.get(entry.kind, entry.kind)).removeprefix("torch.") for entry in entries)
     found: dict[str, Any] = {
         "kind": "checkpoint",
         "location": str(checkpoint.directory),
@@ -73,7 +74,7 @@ def _checkpoint(location: str, trust_remote_code: bool) -> dict[str, Any]:
     except UnsupportedModelError as error:
         found |= {"captured": False, "reason": error.message, "model": _configured(checkpoint.raw_config)}
     files = (*checkpoint.companions(), *checkpoint.files)
-    return found | _sizes({path.name: path for path in files})
+    return found | _sizes({path.relative_to(checkpoint.directory).as_posix(): path for path in files})
 
 
 def _configured(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -40,6 +40,7 @@ from moec.compiler.routing import RoutingPlan, check_routing, measure_savings, p
 from moec.compiler.staging import check_output, staged
 from moec.compiler.summary import model_summary
 from moec.compiler.tokenizer import make_loadable
+from moec.quantize.keep import Held
 from moec.targets import get_target
 from moec.targets.base import Phase, Progress, Target, TargetOptions
 
@@ -151,7 +152,7 @@ def compile_recipe(
                 "recipe": _recorded(recipe, options, built),
                 "model": built.model,
                 "passes": built.pass_log,
-                "rejections": [asdict(rejection) for rejection in lowered.rejections],
+                "rejections": [asdict(rejection) for rejection in (*built.captured.rejections, *lowered.rejections)],
                 "signature": lowered.signature,
                 **({"routing": built.routing.facts} if built.routing.facts else {}),
                 **({"quantization": weights} if (weights := manifest_facts(built.quantization, built.program)) else {}),
@@ -276,7 +277,8 @@ def _build(recipe: Recipe, target: Target, options: TargetOptions, stages: _Stag
     weights = None if recipe.quantize is None or recipe.quantize.does_nothing else recipe.quantize
     with stages("quantize") if weights else contextlib.nullcontext():
         offered = functools.partial(target.auto_formats, options)
-        quantization = plan_quantization(weights, checkpoint, program, in_float32, offered, stages.progress)
+        held = Held(functools.partial(target.kept_formats, options), offered)
+        quantization = plan_quantization(weights, checkpoint, program, in_float32, offered, held, stages.progress)
         later = (*quantization.passes, *target.passes(options))
         final, more = passes.run_passes(program, later, told, completed=[record.name for record in log])
     # Without the times: moec.json is the same on every rebuild.

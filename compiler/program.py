@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from moec.compiler.ops import ATTENTION, EXPERTS, RMS_NORM, ROTARY, SELECT
+from moec.compiler.rejections import Rejection
 from moec.compiler.weights import WeightStore
 
 __all__ = [
@@ -112,6 +113,7 @@ class Program:
         config: The checkpoint's config.json as a plain mapping.
         dims: Dynamic axis name -> the symbol that stands for it in fake shapes.
         notes: What passes recorded for targets and reports, by pass name.
+        rejections: Where capture did not do as config.json says.
     """
 
     graph: fx.Graph
@@ -123,6 +125,7 @@ class Program:
     config: Mapping[str, Any]
     dims: Mapping[str, Any]
     notes: Mapping[str, Any] = field(default_factory=dict)
+    rejections: tuple[Rejection, ...] = ()
 
     def replace(self, **changes: Any) -> Program:
         """Return a copy with `changes`."""

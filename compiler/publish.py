@@ -19,7 +19,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from moec.compiler.artifact import read_manifest, verify
+from moec.compiler.artifact import leads_out, read_manifest, verify
 from moec.compiler.errors import ArtifactError, MissingExtraError, OutputError, UsageError, first_line
 from moec.compiler.files import read_json
 from moec.compiler.recipe import unknown
@@ -116,7 +116,7 @@ def _to_directory(
         )
     version = version or str(max(numbers, default=0) + 1)
     with staged(shelf / version) as place:
-        shutil.copytree(directory, place, dirs_exist_ok=True)
+        shutil.copytree(directory, place, dirs_exist_ok=True, ignore=_outside(directory))
     entries = [entry for entry in index if entry["version"] != version]
     _write_index(shelf, [*entries, {"version": version, **metadata}])
     return {"version": version, "location": str(shelf / version)}
@@ -192,3 +192,8 @@ def _tags(metadata: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 REGISTRIES: Mapping[str, Registry] = {"dir": _to_directory, "mlflow": _to_mlflow}
+
+
+def _outside(directory: Path) -> Callable[[str, list[str]], list[str]]:
+    """What `shutil.copytree` leaves out: links that lead out of the artifact, which are no part of it."""
+    return lambda folder, names: [name for name in names if leads_out(directory, Path(folder, name))]

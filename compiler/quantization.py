@@ -17,11 +17,13 @@ from moec.compiler.recipe import QuantizeRecipe
 from moec.compiler.text import digest, read_text, spread, tokenize, windows
 from moec.compiler.weights import LazyTensor
 from moec.passes.base import Pass
+from moec.passes.keep_codes import KeepCodes
 from moec.passes.quantize import Quantize
 from moec.quantize.auto import Choice, choose, parse_size, significant
 from moec.quantize.calibration import Calibration, calibrate
 from moec.quantize.formats import FP16, Activations, IntegerFormat
 from moec.quantize.gptq import GptqOptions
+from moec.quantize.keep import Held
 from moec.quantize.lazy import Coded, Float16
 from moec.quantize.plan import QuantizationPlan, TensorClass, requested, with_activations
 from moec.quantize.roles import weight_roles
@@ -29,6 +31,8 @@ from moec.quantize.rounding import Method, RoundingResult
 from moec.quantize.sensitivity import NEAREST, Offered, Rounding, size_of
 from moec.targets.base import Progress
 
+KEEP = "keep"
+"""The format that keeps the codes of a checkpoint that is stored quantized."""
 SENSITIVITY_WINDOWS = 16
 """Windows that `auto` measures each part on: their divergences vary by a few percent, formats by factors."""
 
@@ -54,6 +58,7 @@ def plan_quantization(
     program: Program,
     in_float32: Callable[[], Program],
     offered: Offered,
+    held: Held,
     progress: Progress,
 ) -> Quantization:
     """Decide a recipe's quantization. Text is read and the model run only where rounding or `auto` wants it.
@@ -64,6 +69,7 @@ def plan_quantization(
         program: The float Program after the common passes and routing.
         in_float32: Makes the same Program with activations in fp32, which calibration runs.
         offered: Formats that `auto` may choose from.
+        held: What `keep` may leave as it is, and what it may round to.
         progress: Told how far it is.
 
     Raises:
@@ -72,6 +78,8 @@ def plan_quantization(
     """
     if settings is None or settings.does_nothing:
         return Quantization()
+    if settings.format == KEEP:
+        return _kept(settings, program, held)
     chosen = _choose(settings, checkpoint, in_float32, offered, progress) if settings.format == "auto" else None
     plan = chosen.plan if chosen is not None else requested(settings.format)
     if settings.activations != Activations.FLOAT.value:
@@ -99,6 +107,13 @@ def plan_quantization(
     # Fail before anything is rounded where a block does not divide.
     Quantize(plan).run(program)
     return Quantization((Quantize(plan, found.rounded),), recorded, facts)
+
+
+def _kept(settings: QuantizeRecipe, program: Program, held: Held) -> Quantization:
+    keep = KeepCodes(held, Activations(settings.activations))
+    # What becomes of each weight is known before one is written.
+    notes = keep.run(program).program.notes
+    return Quantization((keep,), settings.model_dump(mode="json"), {"plan": KEEP, "kept": notes["kept codes"]})
 
 
 def _choose(
@@ -135,7 +150,7 @@ def check_plan(settings: QuantizeRecipe) -> None:
     Raises:
         UsageError: It is wrong.
     """
-    if settings.format != "auto":
+    if settings.format not in ("auto", KEEP):
         requested(settings.format)
     elif settings.max_size is not None:
         parse_size(settings.max_size, 0)

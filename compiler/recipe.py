@@ -10,7 +10,7 @@ routing:                               # see docs/routing.md; without it every t
   policy: top-p
   budget: 0.6                          # or max_quality_loss: 1%, or calibration: FILE, or parameters: {mass: 0.9}
 quantize:                              # see docs/quantization.md; `quantize: int4` is short for the format alone
-  format: int4                         # fp16, int8, int4, none, auto, a format such as int4:128, or a plan
+  format: int4                         # fp16, int8, int4, none, auto, keep, a format such as int4:128, or a plan
   calibration: texts/
 coverage:
   min: 25%                             # of the experts of each layer that are run one by one; all by default
@@ -106,7 +106,8 @@ class QuantizeRecipe(BaseModel):
 
     format: str | dict[str, Any] = Field(
         default="none",
-        description="fp16, int8, int4, none, auto, one format such as int4:128, or a plan: formats and overrides.",
+        description="fp16, int8, int4, none, auto, keep (codes of the checkpoint), one format such as int4:128, or a "
+        "plan: formats and overrides.",
     )
     rounding: Literal["auto", "rtn", "gptq"] = Field(
         default="auto", description="To nearest, or GPTQ on calibration text; auto takes GPTQ where 4 bits are planned."

@@ -9,15 +9,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from moec.compiler.errors import CheckpointError, first_line
-from moec.compiler.frontend.checkpoint import StoredEntry
+from moec.compiler.errors import CheckpointError
+from moec.compiler.weight_file import StoredEntry
+
+Leaf = Callable[["LazyTensor"], "LazyTensor | None"]
+"""What `LazyTensor.over` puts in the place of a tensor at the ends of an arrangement."""
 
 
 class LazyTensor(ABC):
@@ -39,7 +39,7 @@ class LazyTensor(ABC):
         """Size of the values in bytes."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
-    def chunks(self, limit: int = 1 << 25) -> Iterator[Tensor]:
+    def chunks(self, limit: int = 1 << 23) -> Iterator[Tensor]:
         """Yield the tensor in slices along axis 0 of about `limit` bytes each, at least one row."""
         if not self.shape or self.nbytes <= limit:
             yield self.read()
@@ -52,12 +52,36 @@ class LazyTensor(ABC):
         """This tensor in `dtype`."""
         if dtype == self.dtype:
             return self
-        return Mapped(self, lambda value: value.to(dtype), self.shape, dtype)
+        return Cast(self, dtype)
+
+    def over(self, leaf: Leaf) -> LazyTensor | None:
+        """The same arrangement of other values: what this is made of, with `leaf` applied to each tensor at its ends.
+
+        So the codes of a quantized tensor can follow their weights through stacking, joining and transposing. None
+        where values are computed and not only moved, and where `leaf` returns None. Casts are left out.
+        """
+        return leaf(self)
 
 
-@lru_cache(maxsize=64)
-def _handle(path: str) -> Any:
-    return safe_open(path, framework="pt")
+@dataclass(frozen=True)
+class Cast(LazyTensor):
+    """`source` in another dtype."""
+
+    source: LazyTensor
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        """Shape of the source."""
+        return self.source.shape
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Cast the same rows of the source."""
+        return self.source.rows(start, stop).to(self.dtype)
+
+    def over(self, leaf: Leaf) -> LazyTensor | None:
+        """See `LazyTensor.over`: a dtype is no part of an arrangement."""
+        return self.source.over(leaf)
 
 
 @dataclass(frozen=True)
@@ -82,17 +106,7 @@ class Stored(LazyTensor):
         Raises:
             CheckpointError: The file is damaged, or the values hold NaN or infinity.
         """
-        try:
-            handle = _handle(str(self.entry.file))
-            if not self.shape:
-                value: Tensor = handle.get_tensor(self.entry.name)
-            else:
-                value = handle.get_slice(self.entry.name)[start:stop]
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{self.entry.file}: tensor {self.entry.name} cannot be read: {first_line(error)}",
-                hint="download the file again",
-            ) from error
+        value = self.entry.rows(start, stop)
         _check_finite(value, self.entry)
         return value
 
@@ -100,12 +114,14 @@ class Stored(LazyTensor):
 def _check_finite(value: Tensor, entry: StoredEntry) -> None:
     if not value.is_floating_point() or not value.numel():
         return
+    if value.dtype.itemsize == 1:
+        value = value.to(torch.float32)  # torch finds no extremes among numbers of 8 bits
     # The extremes carry every NaN and infinity, and need no temporary as large as the tensor.
     low, high = value.aminmax()
     if not (low.isfinite() and high.isfinite()):
         bad = int((~value.isfinite()).sum())
         raise CheckpointError(
-            f"{entry.file}: tensor {entry.name} holds NaN or infinity ({bad} of {value.numel()} values read)",
+            f"{entry.source.path}: tensor {entry.name} holds NaN or infinity ({bad} of {value.numel()} values read)",
             hint="the checkpoint is damaged, or was cast to a dtype too narrow for it",
         )
 
@@ -133,26 +149,36 @@ class Constant(LazyTensor):
 
 @dataclass(frozen=True)
 class Mapped(LazyTensor):
-    """`function` of another tensor, row by row: it must treat each index of axis 0 alone and keep axis 0."""
+    """`function` of another tensor, row by row: it must treat each index of axis 0 alone and keep axis 0.
+
+    `moves`: the function moves values and computes none.
+    """
 
     source: LazyTensor
     function: Callable[[Tensor], Tensor]
     shape: tuple[int, ...]
     dtype: torch.dtype
+    moves: bool = False
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Map the same rows of the source."""
         return self.function(self.source.rows(start, stop))
 
+    def over(self, leaf: Leaf) -> LazyTensor | None:
+        """See `LazyTensor.over`."""
+        source = self.source.over(leaf) if self.moves else None
+        return None if source is None else Mapped(source, self.function, self.shape, source.dtype, moves=True)
+
 
 @dataclass(frozen=True)
 class Computed(LazyTensor):
-    """A function of other tensors as a whole."""
+    """A function of other tensors as a whole; `moves` as for `Mapped`."""
 
     sources: tuple[LazyTensor, ...]
     function: Callable[..., Tensor]
     shape: tuple[int, ...]
     dtype: torch.dtype
+    moves: bool = False
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Compute, then slice."""
@@ -162,6 +188,11 @@ class Computed(LazyTensor):
     def read(self) -> Tensor:
         """Compute."""
         return self.function(*(source.read() for source in self.sources))
+
+    def over(self, leaf: Leaf) -> LazyTensor | None:
+        """See `LazyTensor.over`."""
+        sources = all_over(self.sources, leaf) if self.moves else None
+        return None if sources is None else Computed(sources, self.function, self.shape, sources[0].dtype, moves=True)
 
 
 @dataclass(frozen=True)
@@ -195,6 +226,17 @@ class Concatenated(LazyTensor):
             offset += source.shape[0]
         return torch.cat(pieces)
 
+    def over(self, leaf: Leaf) -> LazyTensor | None:
+        """See `LazyTensor.over`."""
+        sources = all_over(self.sources, leaf)
+        return None if sources is None else Concatenated(sources, self.axis)
+
+
+def all_over(sources: Sequence[LazyTensor], leaf: Leaf) -> tuple[LazyTensor, ...] | None:
+    """`LazyTensor.over` of each of `sources`; None unless all have one."""
+    found = [source.over(leaf) for source in sources]
+    return tuple(item for item in found if item is not None) if None not in found else None
+
 
 def concatenate(sources: Sequence[LazyTensor], axis: int) -> LazyTensor:
     """Join tensors along `axis`; one tensor is itself."""
@@ -203,14 +245,39 @@ def concatenate(sources: Sequence[LazyTensor], axis: int) -> LazyTensor:
 
 def swap_last(source: LazyTensor) -> LazyTensor:
     """Swap the last two axes: [E, N, K] row by row, [N, K] as a whole."""
-    shape = (*source.shape[:-2], source.shape[-1], source.shape[-2])
+    if isinstance(source, Swapped):
+        return source.source
+    if isinstance(source, Cast) and isinstance(source.source, Swapped):
+        return source.source.source.cast(source.dtype)
+    return Swapped(source)
 
-    def swap(value: Tensor) -> Tensor:
-        return value.transpose(-1, -2).contiguous()
 
-    if len(shape) > 2:
-        return Mapped(source, swap, shape, source.dtype)
-    return Computed((source,), swap, shape, source.dtype)
+@dataclass(frozen=True)
+class Swapped(LazyTensor):
+    """`source` with its last two axes swapped; use `swap_last`, which swaps nothing twice."""
+
+    source: LazyTensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        """The swapped shape."""
+        return (*self.source.shape[:-2], self.source.shape[-1], self.source.shape[-2])
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        """Dtype of the source."""
+        return self.source.dtype
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Swap the same rows of a stack; of a matrix read the whole."""
+        if len(self.shape) > 2:
+            return self.source.rows(start, stop).transpose(-1, -2).contiguous()
+        return self.source.read().T[start:stop].contiguous()
+
+    def over(self, leaf: Leaf) -> LazyTensor | None:
+        """See `LazyTensor.over`."""
+        source = self.source.over(leaf)
+        return None if source is None else swap_last(source)
 
 
 class WeightStore(Mapping[str, LazyTensor]):

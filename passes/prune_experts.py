@@ -13,7 +13,7 @@ from moec.compiler.errors import UsageError
 from moec.compiler.inference import fake_mode, infer
 from moec.compiler.program import EXPERTS, Program, module_of
 from moec.compiler.rejections import Rejection
-from moec.compiler.weights import LazyTensor
+from moec.compiler.weights import LazyTensor, Leaf
 from moec.passes.base import Pass, PassResult
 from moec.passes.rewriting import aten, last_axis, rewritten
 from moec.passes.routing.traces import RoutingTrace
@@ -61,6 +61,11 @@ class SelectedRows(LazyTensor):
         if not wanted:
             return self.source.rows(0, 0)
         return torch.cat([self.source.rows(row, row + 1) for row in wanted])
+
+    def over(self, leaf: Leaf) -> LazyTensor | None:
+        """See `LazyTensor.over`."""
+        source = self.source.over(leaf)
+        return None if source is None else SelectedRows(source, self.indices)
 
 
 @dataclass(frozen=True)

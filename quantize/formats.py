@@ -113,6 +113,11 @@ class IntegerFormat:
         return ":".join(words)
 
     @property
+    def grid(self) -> str:
+        """The text form without what is said of scales and activations."""
+        return str(replace(self, scale_type=ScaleType.FP16, activations=Activations.FLOAT))
+
+    @property
     def code_range(self) -> tuple[int, int]:
         """Smallest and largest code. int8 leaves -128 out, which TFLite's symmetric kernels do not take."""
         return (-8, 7) if self.bits == 4 else (-127, 127)

@@ -18,10 +18,10 @@ from moec.quantize.formats import IntegerFormat, PaletteFormat, check_matrix
 from moec.quantize.palettize import PalettizedTensor, choose_palettes, palettize
 from moec.quantize.rounding import RoundingResult, check_weight, relative, round_to_nearest
 from moec.quantize.scales import NO_CLIPPING, ClipSearch
-from moec.quantize.tensors import QuantizedTensor, stack
+from moec.quantize.tensors import QuantizedTensor, join, stack
 
 PIECE = 1 << 22
-"""Weights of a matrix that get their palettes together."""
+"""Weights of a matrix that are rounded, or get their palettes, together."""
 
 
 class Coded(LazyTensor):
@@ -68,6 +68,7 @@ class Quantized(Coded):
     rounded: Sequence[QuantizedTensor] = ()
     reported: Sequence[float] = ()
     _seen: list[tuple[int, int, Scales]] = field(default_factory=list, repr=False, compare=False)
+    _served: list[int] = field(default_factory=list, repr=False, compare=False)
     _errors: dict[tuple[int, int], tuple[float, ...]] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -96,7 +97,11 @@ class Quantized(Coded):
         return part
 
     def scale_rows(self, start: int, stop: int) -> Scales:
-        """Scales and zero points of the slice, without rounding anew what was rounded before."""
+        """Scales and zero points of the slice, without rounding anew what was rounded before.
+
+        What was rounded before is forgotten once it has been asked for to the end: for the scales, and where there are
+        any for the zero points.
+        """
         covered, pieces = 0, []
         for first, last, scales in sorted(self._seen, key=lambda entry: entry[:2]):
             if first == covered:
@@ -106,6 +111,11 @@ class Quantized(Coded):
             part = self.quantized_rows(start, stop)
             return Scales(part.scales, part.zero_points)
         points = [piece.zero_points for piece in pieces if piece.zero_points is not None]
+        if stop >= self.shape[0]:
+            self._served.append(stop)
+            if len(self._served) == (1 if self.format.symmetric else 2):
+                self._seen.clear()
+                self._served.clear()
         return Scales(
             torch.cat([piece.scales for piece in pieces])[start:stop],
             torch.cat(points)[start:stop] if points else None,
@@ -119,14 +129,20 @@ class Quantized(Coded):
 
     def _quantize(self, start: int, stop: int) -> QuantizedTensor:
         if not self.rounded:
-            result = round_to_nearest(self.source.rows(start, stop), self.format, name=self.name, clip=self.clip)
-            self._errors[start, stop] = tuple(report.error for report in result.matrices)
-            return result.tensor
+            # Matrix by matrix, or some rows of one at a time: codes are small, the floats that they stand for are not.
+            step = 1 if len(self.shape) == 3 else max(1, PIECE // self.shape[1])
+            pieces = [self._piece(first, min(first + step, stop)) for first in range(start, max(stop, start + 1), step)]
+            return join(pieces)
         if len(self.shape) == 3:
             return stack(list(self.rounded[start:stop]))
         whole = self.rounded[0]
         points = None if whole.zero_points is None else whole.zero_points[start:stop]
         return QuantizedTensor(whole.format, whole.codes[start:stop], whole.scales[start:stop], points)
+
+    def _piece(self, start: int, stop: int) -> QuantizedTensor:
+        result = round_to_nearest(self.source.rows(start, stop), self.format, name=self.name, clip=self.clip)
+        self._errors[start, stop] = tuple(report.error for report in result.matrices)
+        return result.tensor
 
 
 def quantized(

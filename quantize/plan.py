@@ -167,7 +167,7 @@ def preset(name: str) -> QuantizationPlan:
         UsageError: There is no preset of that name.
     """
     if name not in PRESETS:
-        known = [*PRESETS, "palettize4", "auto"]
+        known = [*PRESETS, "palettize4", "auto", "keep"]
         nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
         valid = f"Valid: {', '.join(known)}, a format such as int4:128, or a plan in a recipe."
         raise UsageError(

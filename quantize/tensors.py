@@ -83,6 +83,19 @@ def stack(tensors: list[QuantizedTensor]) -> QuantizedTensor:
     )
 
 
+def join(parts: list[QuantizedTensor]) -> QuantizedTensor:
+    """Put slices of one tensor together along axis 0."""
+    if len(parts) == 1:
+        return parts[0]
+    points = [part.zero_points for part in parts if part.zero_points is not None]
+    return QuantizedTensor(
+        parts[0].format,
+        torch.cat([part.codes for part in parts]),
+        torch.cat([part.scales for part in parts]),
+        torch.cat(points) if points else None,
+    )
+
+
 def grouped(tensor: Tensor, block: int) -> Tensor:
     """View the last dimension K as [K / block, block]."""
     return tensor.reshape(*tensor.shape[:-1], -1, block)

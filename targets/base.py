@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 SYMMETRIC = ("int4:128", "int4:64", "int4:32", "int8:128", "int8:64", "int8:32")
 ASYMMETRIC = ("int4:128:asym", "int4:64:asym", "int4:32:asym")
 """Text forms of formats with blocks, without and with zero points."""
+BY_ROW = ("int8:channel", "int4:channel")
+"""Text forms of formats with one scale for a row."""
 
 
 class Phase(StrEnum):
@@ -266,6 +268,10 @@ class Target(ABC):
     def auto_formats(self, options: TargetOptions, tensor_class: str) -> tuple[str, ...]:  # noqa: ARG002
         """Formats with codes that `--quantize auto` may give to weights of a class: those that kernels compute with."""
         return SYMMETRIC
+
+    def kept_formats(self, options: TargetOptions, tensor_class: str) -> tuple[str, ...]:
+        """Formats whose codes `--quantize keep` may pass on bit for bit, as text forms without words for scales."""
+        return self.auto_formats(options, tensor_class)
 
     @abstractmethod
     def lower(self, program: Program, options: TargetOptions, directory: Path, progress: Progress) -> Lowered:

@@ -57,7 +57,7 @@ def capture(checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32) -> Pr
     """
     hooks.register()
     model = _meta_model(checkpoint, dtype)
-    weights = open_weights(checkpoint, model)
+    weights, rejections = open_weights(checkpoint, model)
     names = {module: name for name, module in model.named_modules()}
     max_length = int(getattr(checkpoint.config, "max_position_embeddings", None) or 4096)
     adapt(model)
@@ -71,7 +71,8 @@ def capture(checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32) -> Pr
     inputs = tuple(TensorSpec(name, _INPUT_SHAPES[name], torch.int64) for name in INPUTS)
     layers = moe_layers(graph)
     _check_layers(model, layers, step.traced.record)
-    return Program(graph, weights.with_tensors(constants), inputs, states, layers, dtype, checkpoint.raw_config, dims)
+    store, config = weights.with_tensors(constants), checkpoint.raw_config
+    return Program(graph, store, inputs, states, layers, dtype, config, dims, rejections=rejections)
 
 
 @contextlib.contextmanager
@@ -113,7 +114,7 @@ def _meta_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
                 trust_remote_code=checkpoint.trust_remote_code,
                 dtype=dtype,
             )
-    except (ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, ArithmeticError) as error:
         raise UnsupportedModelError(
             f"{type(config).__name__}: transformers cannot build it as a causal language model "
             f"with pluggable attention: {first_line(error)}",

@@ -10,27 +10,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from moec.compiler.errors import CheckpointError, UnsupportedModelError, first_line
+from moec.compiler.frontend.names import plain_names
 from moec.compiler.frontend.source import resolve
+from moec.compiler.frontend.stored import float_tensors, stored_format
+from moec.compiler.weight_file import DTYPES, StoredEntry, WeightFile
+from moec.compiler.weights import LazyTensor, Stored
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
-
-DTYPES: Mapping[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-"""Safetensors dtype names that moec reads. Quantized storage (F8_*, F4, ...) is not among them."""
 
 INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = (
@@ -45,14 +33,9 @@ TOKENIZER_FILES = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class StoredEntry:
-    """Where a tensor lies: file, name, shape and dtype."""
-
-    file: Path
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
+_LAYERS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers")
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+"""Keys of config.json that say how many of something there are."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +45,7 @@ class Checkpoint:
     directory: Path
     raw_config: Mapping[str, Any]
     trust_remote_code: bool = False
+    config_digest: str = ""
 
     @classmethod
     def open(cls, location: str | Path, *, trust_remote_code: bool = False) -> Checkpoint:
@@ -72,19 +56,28 @@ class Checkpoint:
             UnsupportedModelError: Needs remote code and `trust_remote_code` is not set, or is stored quantized.
         """
         directory = resolve(str(location))
-        raw = _read_json(directory / "config.json")
+        data = _read(directory, directory / "config.json")
+        raw = _parse(directory / "config.json", data)
         if "auto_map" in raw and not trust_remote_code:
             raise UnsupportedModelError(
                 f"{directory}: config.json names code of its own (auto_map) that would have to be run",
                 hint="read that code, then pass --trust-remote-code",
             )
-        if quantized := raw.get("quantization_config"):
-            method = quantized.get("quant_method", "unknown") if isinstance(quantized, dict) else "unknown"
-            raise UnsupportedModelError(
-                f"{directory}: the weights are stored quantized ({method}); moec quantizes from float weights",
-                hint="save it dequantized first: from_pretrained(..., dtype='bfloat16').save_pretrained(...)",
-            )
-        return cls(directory, raw, trust_remote_code)
+        checkpoint = cls(directory, raw, trust_remote_code, hashlib.sha256(data).hexdigest())
+        if checkpoint.quantization:
+            stored_format(checkpoint.quantization, directory)
+        return checkpoint
+
+    @property
+    def quantization(self) -> Mapping[str, Any]:
+        """What config.json says of the form in which the weights are stored; empty where they are plain floats.
+
+        A wrapper of several models may say it of its text model alone.
+        """
+        text = self.raw_config.get("text_config")
+        inner = text.get("quantization_config") if isinstance(text, dict) else None
+        found = self.raw_config.get("quantization_config") or self.raw_config.get("compression_config") or inner
+        return found if isinstance(found, dict) else {}
 
     @cached_property
     def config(self) -> PreTrainedConfig:
@@ -95,16 +88,43 @@ class Checkpoint:
         """
         from transformers import AutoConfig
 
+        self._check_counts()
         try:
             config: PreTrainedConfig = AutoConfig.from_pretrained(
                 self.directory, local_files_only=True, trust_remote_code=self.trust_remote_code
             )
-        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        except Exception as error:  # whatever classes of exceptions 400 config classes use, it is about these values
             raise CheckpointError(
-                f"{self.directory / 'config.json'}: transformers refuses it: {first_line(error)}",
+                f"{self.directory / 'config.json'}: transformers refuses it: {' '.join(str(error).split())}",
                 hint="check model_type and the values it complains about",
             ) from error
+        for part in (config, config.get_text_config()):
+            # Weights are decoded here: to transformers this is a model with float weights.
+            part.__dict__.pop("quantization_config", None)
         return config
+
+    def _check_counts(self) -> None:
+        """Refuse what no model of these files can have, before objects are made for each layer and expert.
+
+        Raises:
+            CheckpointError: There are more layers than tensors, or more experts than any tensor is long.
+        """
+        try:
+            entries = self.entries
+        except CheckpointError:
+            return  # without files there is nothing to compare with
+        longest = max((size for entry in entries.values() for size in entry.shape), default=0)
+        limits = dict.fromkeys(_LAYERS, len(entries)) | dict.fromkeys(_EXPERTS, max(longest, len(entries)))
+        parts = (self.raw_config, *(value for value in self.raw_config.values() if isinstance(value, dict)))
+        for part in parts:
+            for key, limit in limits.items():
+                count = part.get(key)
+                if isinstance(count, int) and count > limit:
+                    raise CheckpointError(
+                        f"{self.directory / 'config.json'}: {key} is {count}, and the files hold {len(entries)} "
+                        "tensors",
+                        hint="config and weights disagree: is this config.json the one of these weights?",
+                    )
 
     @cached_property
     def files(self) -> tuple[Path, ...]:
@@ -115,8 +135,10 @@ class Checkpoint:
         """
         single, index = self.directory / "model.safetensors", self.directory / INDEX
         if index.is_file():
-            weight_map = _read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict) or not weight_map:
+            weight_map = _parse(index, _read(self.directory, index)).get("weight_map")
+            if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+                weight_map = None
+            if not weight_map:
                 raise CheckpointError(f"{index}: no weight_map in it", hint="download the file again")
             files = tuple(self.directory / name for name in sorted(set(weight_map.values())))
             if missing := [file.name for file in files if not file.is_file()]:
@@ -137,72 +159,103 @@ class Checkpoint:
         )
 
     @cached_property
-    def entries(self) -> Mapping[str, StoredEntry]:
-        """Tensor name -> entry, from the headers alone.
+    def opened(self) -> tuple[WeightFile, ...]:
+        """`files`, opened. All that is read of them, their digests included, is what lay there at this moment.
 
         Raises:
-            CheckpointError: A file is truncated, no safetensors file, or holds a dtype that moec does not read.
+            CheckpointError: There are none, or one cannot be opened or is a link that leads out of the checkpoint.
         """
-        entries: dict[str, StoredEntry] = {}
-        for file in self.files:
-            for entry in _read_header(file):
-                entries[entry.name] = entry
-        return entries
+        return tuple(WeightFile(inside(self.directory, file)) for file in self.files)
+
+    @cached_property
+    def entries(self) -> Mapping[str, StoredEntry]:
+        """Tensor name in the files -> entry, from the headers alone.
+
+        Raises:
+            CheckpointError: A file is truncated or no safetensors file.
+        """
+        return {entry.name: entry for file in self.opened for entry in file.entries()}
+
+    @cached_property
+    def tensors(self) -> Mapping[str, LazyTensor]:
+        """Name -> float tensor: names without what wrappers put before them, stored codes decoded on demand.
+
+        Raises:
+            CheckpointError: The names are those of an adapter, or what belongs to a quantized tensor is missing.
+            UnsupportedModelError: The weights are stored in a way that moec does not read.
+        """
+        return float_tensors(plain_names(self.entries, self.directory), self.quantization, self.directory)
+
+    @cached_property
+    def weights(self) -> Mapping[str, LazyTensor]:
+        """Those of `tensors` that can be weights; what nothing needs may be of a dtype that cannot be read."""
+        return {name: tensor for name, tensor in self.tensors.items() if readable(tensor)}
+
+    @property
+    def stored_plainly(self) -> bool:
+        """Whether the files hold the weights as floats under the names that `tensors` has."""
+        return not self.quantization and self.tensors.keys() == self.entries.keys()
 
     @cached_property
     def digests(self) -> Mapping[str, str]:
-        """File name -> sha256 of config.json and every weight file."""
-        files = (self.directory / "config.json", *self.files)
-        return {file.name: sha256(file) for file in files}
+        """Path below the directory -> sha256 of config.json and every weight file, as they were when they were opened.
+
+        Raises:
+            CheckpointError: A weight file has been written to since.
+        """
+        names = [file.relative_to(self.directory).as_posix() for file in self.files]
+        weights = {name: file.sha256() for name, file in zip(names, self.opened, strict=True)}
+        return {"config.json": self.config_digest, **weights}
 
     def companions(self) -> tuple[Path, ...]:
-        """Files that travel with every artifact: configs and the tokenizer."""
+        """Files that travel with every artifact: configs and the tokenizer.
+
+        Raises:
+            CheckpointError: One is a link that leads out of the checkpoint.
+        """
         names = ("config.json", "generation_config.json", *TOKENIZER_FILES)
-        return tuple(path for name in names if (path := self.directory / name).is_file())
+        paths = (self.directory / name for name in names)
+        return tuple(inside(self.directory, path) for path in paths if path.is_file())
 
 
-def sha256(path: Path) -> str:
-    """Hex digest of a file, read in pieces."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def readable(tensor: LazyTensor) -> bool:
+    """Whether `tensor` can be a weight as it is: of a known dtype, and no codes that lack their scales."""
+    return not isinstance(tensor, Stored) or (tensor.entry.kind in DTYPES and not tensor.entry.kind.startswith("F8"))
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def inside(directory: Path, path: Path) -> Path:
+    """`path`, if what it leads to belongs to the checkpoint in `directory`.
+
+    Files of the hub's cache are links from `snapshots/REVISION/` to `blobs/` of the same repository.
+
+    Raises:
+        CheckpointError: It leads elsewhere.
+    """
+    home = directory.resolve()
+    homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+    target = path.resolve()
+    if not any(target.is_relative_to(allowed) for allowed in homes):
+        raise CheckpointError(
+            f"{path}: leads out of the checkpoint, to {target}",
+            hint="put the file itself there, or give the directory that holds it",
+        )
+    return path
+
+
+def _read(directory: Path, path: Path) -> bytes:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        return inside(directory, path).read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {first_line(error)}", hint="download the file again") from error
+
+
+def _parse(path: Path, data: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: cannot be read as JSON: {first_line(error)}", hint="download the file again"
         ) from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: not a JSON object", hint="download the file again")
     return value
-
-
-def _read_header(file: Path) -> list[StoredEntry]:
-    """Read a safetensors header: 8 bytes of length, JSON, then the data."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        prefix = stream.read(8)
-        length = int.from_bytes(prefix, "little")
-        header = stream.read(length) if len(prefix) == 8 and length <= size - 8 else b""
-    try:
-        table = json.loads(header)
-    except ValueError as error:
-        raise CheckpointError(
-            f"{file}: no safetensors file, or truncated in its header", hint="download the file again"
-        ) from error
-    table.pop("__metadata__", None)
-    expected = 8 + length + max((entry["data_offsets"][1] for entry in table.values()), default=0)
-    if size != expected:
-        raise CheckpointError(
-            f"{file}: truncated: it has {size} bytes and its header describes {expected}",
-            hint="download the file again",
-        )
-    if unknown := sorted(name for name, entry in table.items() if entry["dtype"] not in DTYPES):
-        dtype = table[unknown[0]]["dtype"]
-        raise CheckpointError(
-            f"{file}: tensor {unknown[0]} has dtype {dtype}, which moec does not read ({len(unknown)} such tensors)",
-            hint="save the checkpoint as float32, float16 or bfloat16",
-        )
-    return [StoredEntry(file, name, tuple(entry["shape"]), DTYPES[entry["dtype"]]) for name, entry in table.items()]

@@ -7,16 +7,24 @@ Old per-expert names, renamed modules and fused projections all go through `Weig
 from __future__ import annotations
 
 import copy
+import functools
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    Chunk,
+    Concatenate,
+    Interleave,
     MergeModulelist,
+    PermuteForRope,
+    Split,
+    SplitModulelist,
+    Transpose,
     WeightConverter,
     WeightRenaming,
     dot_natural_key,
@@ -24,11 +32,25 @@ from transformers.core_model_loading import (
 )
 
 from moec.compiler.errors import CheckpointError, first_line
-from moec.compiler.frontend.checkpoint import Checkpoint, StoredEntry
-from moec.compiler.weights import LazyTensor, Stored, WeightStore
+from moec.compiler.frontend.checkpoint import Checkpoint, readable
+from moec.compiler.rejections import Rejection
+from moec.compiler.weights import LazyTensor, Leaf, Stored, WeightStore, all_over
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+_MOVING = (
+    Chunk,
+    Concatenate,
+    Interleave,
+    MergeModulelist,
+    PermuteForRope,
+    Split,
+    SplitModulelist,
+    Transpose,
+)
+"""Operations of conversion rules that move values and compute none."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +63,7 @@ class Converted(LazyTensor):
     name: str
     first_name: str
     converter: WeightConverter
-    sources: Mapping[str, tuple[Stored, ...]]
+    sources: Mapping[str, tuple[LazyTensor, ...]]
     shape: tuple[int, ...]
     dtype: torch.dtype
     config: Any = None
@@ -62,7 +84,7 @@ class Converted(LazyTensor):
             return self._convert({key: tensors[start:stop] for key, tensors in self.sources.items()})
         return self._convert(self.sources)[start:stop]
 
-    def _convert(self, sources: Mapping[str, tuple[Stored, ...]]) -> Tensor:
+    def _convert(self, sources: Mapping[str, tuple[LazyTensor, ...]]) -> Tensor:
         converter: Any = copy.copy(self.converter)
         converter.collected_tensors = defaultdict(list)
         for pattern, tensors in sources.items():
@@ -70,7 +92,17 @@ class Converted(LazyTensor):
         results = converter.convert(self.first_name, config=self.config)
         value = results[self.name]
         converted: Tensor = value[0] if isinstance(value, list) else value
-        return converted
+        return converted.to(self.dtype)
+
+    def over(self, leaf: Leaf) -> LazyTensor | None:
+        """See `LazyTensor.over`."""
+        if not all(isinstance(operation, _MOVING) for operation in self.converter.operations):
+            return None
+        found = {pattern: all_over(tensors, leaf) for pattern, tensors in self.sources.items()}
+        sources = {pattern: tensors for pattern, tensors in found.items() if tensors is not None}
+        if len(sources) < len(found):
+            return None
+        return replace(self, sources=sources, dtype=next(iter(sources.values()))[0].dtype)
 
 
 @dataclass
@@ -78,11 +110,14 @@ class _Plan:
     """The checkpoint tensors that make one parameter, or several of a one-to-many rule."""
 
     rule: WeightConverter | WeightRenaming | None
-    sources: dict[str, list[StoredEntry]] = field(default_factory=lambda: defaultdict(list))
+    sources: dict[str, list[LazyTensor]] = field(default_factory=lambda: defaultdict(list))
 
 
-def open_weights(checkpoint: Checkpoint, model: PreTrainedModel) -> WeightStore:
+def open_weights(checkpoint: Checkpoint, model: PreTrainedModel) -> tuple[WeightStore, tuple[Rejection, ...]]:
     """Name every parameter and persistent buffer of `model` (on the meta device) after the checkpoint.
+
+    Returns:
+        The weights, and what was not done as config.json says.
 
     Raises:
         CheckpointError: A tensor is missing, or its shape disagrees with the config.
@@ -91,6 +126,7 @@ def open_weights(checkpoint: Checkpoint, model: PreTrainedModel) -> WeightStore:
     tensors: dict[str, LazyTensor] = {}
     for name, plan in _plans(checkpoint, model).items():
         tensors.update(_lazy(name, plan, wanted, model))
+    rejections = _untie_stored(model, tensors)
     aliases = dict(getattr(model, "all_tied_weights_keys", None) or {})
     # Either name of a tied pair may be the one that the checkpoint holds.
     resolved: dict[str, str] = {}
@@ -101,7 +137,38 @@ def open_weights(checkpoint: Checkpoint, model: PreTrainedModel) -> WeightStore:
         else:
             resolved[source] = tied
     _check(checkpoint, wanted, tensors, resolved)
-    return WeightStore(tensors, resolved)
+    return WeightStore(tensors, resolved), rejections
+
+
+def _untie_stored(model: PreTrainedModel, tensors: Mapping[str, LazyTensor]) -> tuple[Rejection, ...]:
+    """Give each weight that config.json ties to another one, and that the files hold with other values, its own place.
+
+    The stored values win, as in `tie_weights` of transformers/modeling_utils.py. Both are read, as far as they agree.
+
+    Args:
+        model: The model on the meta device.
+        tensors: Name -> tensor of the files.
+    """
+    rejections = []
+    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    for name, source in list(tied.items()):
+        if name in tensors and source in tensors and not _equal(tensors[name], tensors[source]):
+            owner, _, attribute = name.rpartition(".")
+            old = model.get_parameter(name)
+            setattr(model.get_submodule(owner), attribute, nn.Parameter(torch.empty_like(old), requires_grad=False))
+            del tied[name]
+            reason = (
+                "config.json ties it, but the files hold other values for it, which were kept, as transformers does"
+            )
+            rejections.append(Rejection("capture", f"{name} = {source}", reason))
+    return tuple(rejections)
+
+
+def _equal(first: LazyTensor, second: LazyTensor) -> bool:
+    if first.shape != second.shape:
+        return False
+    pairs = zip(first.cast(torch.float32).chunks(), second.cast(torch.float32).chunks(), strict=True)
+    return all(torch.equal(one, other) for one, other in pairs)
 
 
 def _plans(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, _Plan]:
@@ -111,7 +178,7 @@ def _plans(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, _Plan]:
     by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
     state = model.state_dict()
     plans: dict[str, _Plan] = {}
-    for key in sorted(checkpoint.entries, key=dot_natural_key):
+    for key in sorted(checkpoint.tensors, key=dot_natural_key):
         name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
         if name not in state and key in state:
             name, pattern = rename_source_key(
@@ -120,7 +187,7 @@ def _plans(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, _Plan]:
         if name not in state:
             continue  # such as the weights of a vision tower or of a multi-token prediction head
         plan = plans.setdefault(name, _Plan(by_pattern.get(pattern) if pattern else None))
-        plan.sources[pattern or key].append(checkpoint.entries[key])
+        plan.sources[pattern or key].append(checkpoint.tensors[key])
     return plans
 
 
@@ -129,9 +196,9 @@ def _lazy(
 ) -> dict[str, LazyTensor]:
     if not isinstance(plan.rule, WeightConverter):
         (entries,) = plan.sources.values()
-        return {name: Stored(entries[0])}
-    sources = {pattern: tuple(Stored(entry) for entry in entries) for pattern, entries in plan.sources.items()}
-    dtype = next(iter(sources.values()))[0].dtype
+        return {name: _float(entries[0])}
+    sources = {pattern: tuple(_float(entry) for entry in entries) for pattern, entries in plan.sources.items()}
+    dtype = functools.reduce(torch.promote_types, (tensor.dtype for each in sources.values() for tensor in each))
     targets = [name]
     if len(plan.rule.target_patterns) > 1:
         first = plan.rule.target_patterns[0]
@@ -141,6 +208,17 @@ def _lazy(
         for target in targets
         if target in wanted
     }
+
+
+def _float(tensor: LazyTensor) -> LazyTensor:
+    """`tensor`, if it can be a weight as it is.
+
+    Raises:
+        CheckpointError: It is of a dtype that is not read, or holds codes without their scales.
+    """
+    if isinstance(tensor, Stored) and not readable(tensor):
+        raise tensor.entry.unreadable()
+    return tensor
 
 
 def _check(
@@ -159,7 +237,7 @@ def _check(
         )
     for name, shape in wanted.items():
         tensor = tensors[aliases.get(name, name)]
-        found = tensor.shape if isinstance(tensor, Stored) else _converted_shape(checkpoint, tensor)
+        found = _converted_shape(checkpoint, tensor)
         if found != shape:
             raise CheckpointError(
                 f"{checkpoint.directory}: tensor {name} has shape {list(found)} but config.json asks for {list(shape)}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -133,15 +134,17 @@ def load_source(checkpoint: Checkpoint) -> Logits:
     """
     from transformers import AutoModelForCausalLM
 
+    settings: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "eager", "output_loading_info": True}
     with no_bars():
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            checkpoint.directory,
-            dtype=torch.float32,
-            attn_implementation="eager",
-            trust_remote_code=checkpoint.trust_remote_code,
-            local_files_only=True,
-            output_loading_info=True,
-        )
+        if checkpoint.stored_plainly:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                checkpoint.directory,
+                trust_remote_code=checkpoint.trust_remote_code,
+                local_files_only=True,
+                **settings,
+            )
+        else:
+            loaded = _load_decoded(checkpoint, settings)
     model: PreTrainedModel = loaded[0]
     info: Mapping[str, Any] = loaded[1]
     if missing := sorted(info["missing_keys"]):
@@ -162,10 +165,26 @@ def load_source(checkpoint: Checkpoint) -> Logits:
     return logits
 
 
+def _load_decoded(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> Any:
+    """The model with decoded weights under the names of the files, which transformers converts as it does always."""
+    from transformers import AutoModelForCausalLM
+
+    config = copy.deepcopy(checkpoint.config)
+    with torch.device("meta"):
+        empty: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            config, trust_remote_code=checkpoint.trust_remote_code
+        )
+    weights = {name: tensor.read().to(torch.float32) for name, tensor in checkpoint.weights.items()}
+    return type(empty).from_pretrained(None, config=config, state_dict=weights, **settings)
+
+
 def source_bytes(checkpoint: Checkpoint) -> int:
-    """Memory that the model in transformers takes: every weight as float32, and a quarter for loading and running."""
-    values = sum(torch.Size(entry.shape).numel() for entry in checkpoint.entries.values())
-    return values * 5
+    """Memory that the model in transformers takes: every weight as float32, and a quarter for loading and running.
+
+    Decoded weights stand beside the model while it is loaded.
+    """
+    values = sum(torch.Size(tensor.shape).numel() for tensor in checkpoint.weights.values())
+    return values * (5 if checkpoint.stored_plainly else 9)
 
 
 def available_bytes() -> int:

@@ -15,6 +15,7 @@ from moec.compiler.model_config import cache_length
 from moec.compiler.rejections import Rejection
 from moec.targets.base import (
     ASYMMETRIC,
+    BY_ROW,
     SYMMETRIC,
     Capabilities,
     ExpertReader,
@@ -134,6 +135,10 @@ class CoremlTarget(Target):
     def auto_formats(self, options: TargetOptions, tensor_class: str) -> tuple[str, ...]:  # noqa: ARG002
         """Blocks with an offset or without."""
         return SYMMETRIC + ASYMMETRIC
+
+    def kept_formats(self, options: TargetOptions, tensor_class: str) -> tuple[str, ...]:
+        """One scale for a row too."""
+        return (*self.auto_formats(options, tensor_class), *BY_ROW, "int4:channel:asym")
 
     def lower(self, program: Program, options: TargetOptions, directory: Path, progress: Progress) -> Lowered:
         """Write `model.mlpackage`."""

@@ -15,6 +15,7 @@ from moec.compiler.errors import LoweringError
 from moec.compiler.rejections import Rejection
 from moec.targets.base import (
     ASYMMETRIC,
+    BY_ROW,
     SYMMETRIC,
     Capabilities,
     ExpertReader,
@@ -112,6 +113,12 @@ class OnnxTarget(Target):
         """ONNX Runtime's kernels take zero points, the standard form has none."""
         assert isinstance(options, OnnxOptions)
         return SYMMETRIC if options.flavor is Flavor.PORTABLE else SYMMETRIC + ASYMMETRIC
+
+    def kept_formats(self, options: TargetOptions, tensor_class: str) -> tuple[str, ...]:
+        """One scale for a row is written as blocks of equal scales."""
+        formats = self.auto_formats(options, tensor_class)
+        asymmetric = tuple(f"{form}:asym" for form in BY_ROW if form.startswith("int4") and ASYMMETRIC[0] in formats)
+        return (*formats, *BY_ROW, *asymmetric)
 
     def lower(self, program: Program, options: TargetOptions, directory: Path, progress: Progress) -> Lowered:
         """Write `model.onnx`, `model.onnx_data` and, for onnxruntime-genai, `genai_config.json`."""

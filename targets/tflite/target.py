@@ -96,6 +96,10 @@ class TfliteTarget(Target):
             return (_ROWS,)
         return (*(_BLOCKS.replace(":32:", f":{size}:") for size in (128, 64, 32)), _ROWS)
 
+    def kept_formats(self, options: TargetOptions, tensor_class: str) -> tuple[str, ...]:
+        """Codes of 4 bits: the int8 kernels do not take -128, which codes of other tools hold."""
+        return tuple(form for form in self.auto_formats(options, tensor_class) if form.startswith("int4"))
+
     def capabilities(self, options: TargetOptions, phase: Phase) -> Capabilities:
         """Decode skips every expert that its token does not need, prefill those that no token of the piece needs."""
         assert isinstance(options, TfliteOptions)

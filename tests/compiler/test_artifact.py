@@ -89,6 +89,14 @@ def test_a_name_that_leads_out_of_the_artifact_is_refused(tmp_path: Path) -> Non
         verify(out)
 
 
+def test_a_link_that_leads_out_of_the_artifact_is_refused(tmp_path: Path) -> None:
+    out = make(tmp_path / "out")
+    (out / "model.bin").rename(tmp_path / "elsewhere")
+    (out / "model.bin").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ArtifactError, match=r"model\.bin is a link that leads out"):
+        verify(out)
+
+
 def test_a_later_schema_is_refused(tmp_path: Path) -> None:
     out = make(tmp_path / "out")
     manifest = read_manifest(out) | {"schema_version": 99}

@@ -94,13 +94,80 @@ def infinity(checkpoint: Path) -> None:
     edit_weights(checkpoint, lambda tensors: tensors["model.norm.weight"][3].fill_(-torch.inf))
 
 
+def codes_without_scales(checkpoint: Path) -> None:
+    edit_weights(
+        checkpoint,
+        lambda tensors: tensors.update({"model.norm.weight": tensors["model.norm.weight"].to(torch.float8_e4m3fn)}),
+    )
+
+
 def unknown_dtype(checkpoint: Path) -> None:
+    edit_header(checkpoint, "model.norm.weight", dtype="F6_E2M3")
+
+
+def edit_header(checkpoint: Path, tensor: str, **values: Any) -> None:
     data = (checkpoint / WEIGHTS).read_bytes()
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
-    header["model.norm.weight"]["dtype"] = "F8_E4M3"
+    header[tensor].update(values)
     text = json.dumps(header).encode()
     (checkpoint / WEIGHTS).write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+
+
+def negative_shape(checkpoint: Path) -> None:
+    edit_header(checkpoint, "model.norm.weight", shape=[-64])
+
+
+def shape_of_words(checkpoint: Path) -> None:
+    edit_header(checkpoint, "model.norm.weight", shape="64")
+
+
+def shape_that_is_larger(checkpoint: Path) -> None:
+    edit_header(checkpoint, "model.norm.weight", shape=[128])
+
+
+def header_of_three_gigabytes(checkpoint: Path) -> None:
+    with (checkpoint / WEIGHTS).open("wb") as file:
+        file.write((3 << 30).to_bytes(8, "little"))
+        file.truncate((3 << 30) + 8)
+
+
+def nested_header(checkpoint: Path) -> None:
+    text = b"[" * 100_000
+    (checkpoint / WEIGHTS).write_bytes(len(text).to_bytes(8, "little") + text)
+
+
+def nested_config(checkpoint: Path) -> None:
+    (checkpoint / "config.json").write_text('{"a":' * 100_000)
+
+
+def header_that_is_a_list(checkpoint: Path) -> None:
+    (checkpoint / WEIGHTS).write_bytes((2).to_bytes(8, "little") + b"[]")
+
+
+def index_of_wrong_types(checkpoint: Path) -> None:
+    (checkpoint / INDEX).write_text(json.dumps({"weight_map": {"a": 1}}))
+
+
+def shard_outside(checkpoint: Path) -> None:
+    shutil.copy(checkpoint / WEIGHTS, checkpoint.parent.parent / "outside.safetensors")
+    (checkpoint / INDEX).write_text(json.dumps({"weight_map": {"a": "../../outside.safetensors"}}))
+
+
+def adapter_in_the_files(checkpoint: Path) -> None:
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight"
+    edit_weights(checkpoint, lambda tensors: tensors.update({name: torch.zeros(4, 64)}))
+
+
+def flattened_by_fsdp(checkpoint: Path) -> None:
+    edit_weights(checkpoint, lambda tensors: tensors.update({"model.layers.0._flat_param": torch.zeros(4)}))
+
+
+def two_of_one_name(checkpoint: Path) -> None:
+    edit_weights(
+        checkpoint,
+        lambda tensors: tensors.update({"_orig_mod.model.norm.weight": tensors["model.norm.weight"].clone()}),
+    )
 
 
 def other_width(checkpoint: Path) -> None:
@@ -132,7 +199,7 @@ def remote_code(checkpoint: Path) -> None:
 
 
 def quantized(checkpoint: Path) -> None:
-    change_config(checkpoint, quantization_config={"quant_method": "gptq"})
+    change_config(checkpoint, quantization_config={"quant_method": "hqq"})
 
 
 @pytest.mark.parametrize(
@@ -146,7 +213,20 @@ def quantized(checkpoint: Path) -> None:
         (truncated_in_its_header, 10, ["truncated in its header"]),
         (nan, 10, ["model.layers.1.mlp.experts.3.up_proj.weight holds NaN", "stage: lower"]),
         (infinity, 10, ["model.norm.weight holds NaN or infinity (1 of"]),
-        (unknown_dtype, 10, ["model.norm.weight has dtype F8_E4M3", "bfloat16"]),
+        (unknown_dtype, 10, ["model.norm.weight has dtype F6_E2M3", "bfloat16"]),
+        (codes_without_scales, 10, ["model.norm.weight has dtype F8_E4M3", "bfloat16"]),
+        (negative_shape, 10, ["entry of tensor model.norm.weight is damaged", "[-64]"]),
+        (shape_of_words, 10, ["entry of tensor model.norm.weight is damaged"]),
+        (shape_that_is_larger, 10, ["model.norm.weight: shape [128] in F32 does not take 256 bytes"]),
+        (header_of_three_gigabytes, 10, ["its header claims 3221225472 bytes"]),
+        (nested_header, 10, ["truncated in its header"]),
+        (nested_config, 10, ["config.json: cannot be read as JSON"]),
+        (header_that_is_a_list, 10, ["its header is no JSON object"]),
+        (index_of_wrong_types, 10, ["no weight_map"]),
+        (shard_outside, 10, ["leads out of the checkpoint"]),
+        (adapter_in_the_files, 10, ["an adapter that is not merged", "lora_A", "merge_and_unload"]),
+        (flattened_by_fsdp, 10, ["flattened parameters of FSDP"]),
+        (two_of_one_name, 10, ["_orig_mod.model.norm.weight", "training wrapper"]),
         (other_width, 10, ["mlp.experts", "[8, 96, 64]", "[8, 80, 64]", "disagree"]),
         (more_layers, 10, ["tensors that config.json asks for are not in the files", "model.layers.2"]),
         (fewer_experts, 10, ["mlp", "disagree"]),
@@ -154,7 +234,7 @@ def quantized(checkpoint: Path) -> None:
         (damaged_config, 10, ["cannot be read as JSON"]),
         (unknown_model, 10, ["no_such_model"]),
         (remote_code, 3, ["auto_map", "--trust-remote-code"]),
-        (quantized, 3, ["stored quantized (gptq)", "dequantized"]),
+        (quantized, 3, ["stored quantized (hqq)", "moec reads awq, bitsandbytes", "dequantized"]),
     ],
 )
 def test_bad_checkpoints(

@@ -104,6 +104,15 @@ def test_versions_of_a_directory_are_counted_and_described(tmp_path: Path) -> No
         publish.publish(place, "dir", str(tmp_path / "registry"), "m")
 
 
+def test_links_that_lead_out_are_not_published(tmp_path: Path) -> None:
+    place = artifact(tmp_path / "out")
+    (tmp_path / "secret").write_text("mine")
+    (place / "notes.txt").symlink_to(tmp_path / "secret")
+    found = publish.publish(place, "dir", str(tmp_path / "registry"), "m")
+    assert not (Path(found["location"]) / "notes.txt").exists()
+    assert verify(Path(found["location"])) == verify(place)
+
+
 @pytest.mark.parametrize("verdicts", [(PASSED, FAILED), (NOT_RUN,)])
 def test_what_is_not_proven_is_not_published(tmp_path: Path, verdicts: tuple[Verdict, ...]) -> None:
     place = artifact(tmp_path / "out", *verdicts)

@@ -1,0 +1,73 @@
+"""Names of stored tensors: what training wrappers add is taken away, what is no model is refused with its reason."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from moec.compiler.errors import CheckpointError
+from moec.compiler.weight_file import StoredEntry
+
+_ANYWHERE = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+"""Modules that torch.compile, FSDP and activation checkpointing put around others."""
+
+_AROUND = "module."
+"""What DistributedDataParallel and DeepSpeed put before every name."""
+
+_ADAPTERS = (
+    "lora_A",
+    "lora_B",
+    "lora_embedding_",
+    "lora_magnitude_vector",
+    "hada_w1_",
+    "lokr_w1",
+    "ia3_l",
+    "vera_lambda_",
+    "base_model.model.",
+    "modules_to_save.",
+)
+"""Parts of the names that the peft library gives to adapters (https://github.com/huggingface/peft)."""
+
+_FLAT = ("_flat_param", "flat_param_")
+"""Names of FSDP's flattened parameters."""
+
+
+def plain_names(entries: Mapping[str, StoredEntry], where: Path) -> Mapping[str, StoredEntry]:
+    """The entries under the names that the model gives them.
+
+    Args:
+        entries: Name in the files -> entry.
+        where: The checkpoint, for messages.
+
+    Raises:
+        CheckpointError: The names are those of an adapter or of shards of a training run, or two names become one.
+    """
+    _refuse_parts_of_training(entries, where)
+    around = bool(entries) and all(name.startswith(_AROUND) for name in entries)
+    named: dict[str, StoredEntry] = {}
+    for name, entry in entries.items():
+        plain = _ANYWHERE.sub("", name.removeprefix(_AROUND) if around else name)
+        if plain in named:
+            raise CheckpointError(
+                f"{where}: {name} and {named[plain].name} are both {plain} without what a training wrapper added",
+                hint="save the model without its wrapper (torch.compile, DDP, FSDP), once",
+            )
+        named[plain] = entry
+    return named
+
+
+def _refuse_parts_of_training(entries: Mapping[str, StoredEntry], where: Path) -> None:
+    adapters = [name for name in entries if any(part in name for part in _ADAPTERS)]
+    if adapters:
+        raise CheckpointError(
+            f"{where}: holds an adapter that is not merged into the weights: {adapters[0]} "
+            f"({len(adapters)} such tensors)",
+            hint="merge it: peft's model.merge_and_unload().save_pretrained(...), then export that directory",
+        )
+    flat = [name for name in entries if name.rpartition(".")[2].startswith(_FLAT)]
+    if flat:
+        raise CheckpointError(
+            f"{where}: holds flattened parameters of FSDP: {flat[0]} ({len(flat)} such tensors)",
+            hint="save a full state dict: accelerate merge-weights, or StateDictType.FULL_STATE_DICT",
+        )

@@ -1,0 +1,153 @@
+"""What all stored formats share: the tensors of one weight, rules that find them, and unpacking of integers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moec.compiler.errors import CheckpointError, UnsupportedModelError
+from moec.compiler.weights import LazyTensor, Stored
+
+Settings = Mapping[str, Any]
+"""`quantization_config` of config.json."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The stored tensors that make one weight.
+
+    Attributes:
+        name: What their names begin with.
+        tensors: The rest of its name -> tensor.
+        settings: `quantization_config`.
+        where: The checkpoint, for messages.
+    """
+
+    name: str
+    tensors: Mapping[str, Stored]
+    settings: Settings
+    where: Path
+
+    def __getitem__(self, rest: str) -> Stored:
+        """A tensor that must be there.
+
+        Raises:
+            CheckpointError: It is not.
+        """
+        if rest not in self.tensors:
+            found = ", ".join(sorted(f"{self.name}{other}" for other in self.tensors))
+            raise CheckpointError(
+                f"{self.where}: {self.name}{rest} is not in the files, which {found} needs",
+                hint="the checkpoint is incomplete; download it again",
+            )
+        return self.tensors[rest]
+
+    def get(self, rest: str) -> Stored | None:
+        """A tensor that may be missing."""
+        return self.tensors.get(rest)
+
+    def expect(self, rest: str, *shapes: tuple[int, ...], dtypes: tuple[torch.dtype, ...] = ()) -> Stored:
+        """A tensor that must be there with one of these shapes (any where none is given) and dtypes.
+
+        Raises:
+            CheckpointError: It is missing or another one.
+        """
+        tensor = self[rest]
+        if (shapes and tensor.shape not in shapes) or (dtypes and tensor.dtype not in dtypes):
+            raise self.misfit(rest)
+        return tensor
+
+    def misfit(self, rest: str) -> CheckpointError:
+        """What to raise where a tensor does not go with the others."""
+        all_of = ", ".join(
+            f"{self.name}{other} {list(tensor.shape)} {tensor.entry.kind}"
+            for other, tensor in sorted(self.tensors.items())
+        )
+        return CheckpointError(
+            f"{self.where}: {self.name}{rest} does not fit the others that make the weight: {all_of}",
+            hint="the checkpoint is damaged, or its quantization_config is that of another one",
+        )
+
+    def unsupported(self, what: str) -> UnsupportedModelError:
+        """What to raise where the weight is stored in a variant that moec does not read."""
+        return UnsupportedModelError(f"{self.where}: {self.name}: {what}", hint=SAVE_FLOAT)
+
+
+SAVE_FLOAT = "export the float checkpoint that it was quantized from, or save it dequantized"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How the weights of a format are found and decoded.
+
+    Attributes:
+        anchor: End of the name of a tensor that tells that there is such a weight.
+        companions: Ends of the names of the other tensors that may belong to it.
+        target: End of the name of the float weight.
+        decode: Makes the float weight.
+    """
+
+    anchor: str
+    companions: tuple[str, ...]
+    target: str
+    decode: Callable[[Parts], LazyTensor]
+
+
+@dataclass(frozen=True)
+class StoredFormat:
+    """One way to store quantized weights.
+
+    Attributes:
+        rules: One for each form that a weight may have. What no rule finds is stored as it is.
+        refuse: Why a checkpoint with these settings cannot be read; empty where it can.
+    """
+
+    rules: tuple[Rule, ...]
+    refuse: Callable[[Settings], str] = lambda _: ""
+
+    def decoded(self, tensors: Mapping[str, Stored], settings: Settings, where: Path) -> dict[str, LazyTensor]:
+        """`tensors` with each quantized weight in the place of those that make it.
+
+        Raises:
+            CheckpointError: Some are missing or do not fit together.
+            UnsupportedModelError: A variant that is not read.
+        """
+        rest: dict[str, LazyTensor] = dict(tensors)
+        made: dict[str, LazyTensor] = {}
+        for rule in self.rules:
+            for name in [name for name in rest if name.endswith(rule.anchor)]:
+                base = name.removesuffix(rule.anchor)
+                ends = (rule.anchor, *rule.companions)
+                found = {end: tensors[base + end] for end in ends if base + end in rest}
+                made[base + rule.target] = rule.decode(Parts(base, found, settings, where))
+                for end in found:
+                    del rest[base + end]
+        return rest | made
+
+
+def unpack(words: Tensor, bits: int) -> Tensor:
+    """Unsigned numbers of 2, 4 or 8 bits that lie in integers along the last axis, the lowest bits first.
+
+    Args:
+        words: Integers of any width, [..., W].
+        bits: Bits of a number.
+
+    Returns:
+        uint8 [..., W * bits of a word / bits].
+    """
+    # Every machine that runs torch is little-endian.
+    data = words.clone(memory_format=torch.contiguous_format).view(torch.uint8)
+    if bits == 8:
+        return data
+    shifts = range(0, 8, bits)
+    return torch.stack([(data >> shift) & ((1 << bits) - 1) for shift in shifts], -1).flatten(-2)
+
+
+def signed(codes: Tensor, bits: int) -> Tensor:
+    """Unsigned codes, uint8, less half their range: int8 for codes, exact."""
+    return (codes.to(torch.int16) - (1 << (bits - 1))).to(torch.int8)

@@ -1,0 +1,67 @@
+"""GPTQ: whole numbers of 2, 4 or 8 bits with a scale and a zero point for each group of columns.
+
+`qweight` [K * bits / 32, N] int32, packed along K; `qzeros` [G, N * bits / 32] int32, packed along N; `scales` [G, N];
+`g_idx` [K], the group of each column of the weight, no simple count where `desc_act` is set. `weight[n, k] =
+scales[g, n] * (q[k, n] - z[g, n])`. `checkpoint_format: gptq` stores zero points less one, `gptq_v2` as they are
+(auto_gptq/nn_modules/qlinear/qlinear_cuda_old.py, gptqmodel/nn_modules/qlinear/torch.py).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from moec.compiler.encoded import Encoded, Made, Spread
+from moec.compiler.frontend.stored.base import Parts, Rule, Settings, StoredFormat, signed, unpack
+from moec.compiler.weights import LazyTensor, swap_last
+
+BITS = (2, 4, 8)
+FORMATS = ("gptq", "gptq_v2")
+
+
+def _decode(parts: Parts) -> LazyTensor:
+    qweight, qzeros = (parts.expect(rest, dtypes=(torch.int32,)) for rest in ("qweight", "qzeros"))
+    scales = parts["scales"]
+    if not len(qweight.shape) == len(qzeros.shape) == len(scales.shape) == 2:
+        raise parts.misfit("qweight")
+    groups, rows = scales.shape
+    bits = qzeros.shape[1] * 32 // rows
+    if bits not in BITS:
+        raise parts.unsupported(f"GPTQ of {bits} bits is not read, {', '.join(map(str, BITS))} are")
+    columns = qweight.shape[0] * 32 // bits
+    if qweight.shape[1] != rows or qzeros.shape[0] != groups:
+        raise parts.misfit("qweight")
+    offset = 0 if _format(parts.settings) == "gptq_v2" else 1
+
+    def codes(start: int, stop: int) -> torch.Tensor:
+        return signed(unpack(qweight.read()[:, start:stop].T, bits), bits)
+
+    def zeros(start: int, stop: int) -> torch.Tensor:
+        points = unpack(qzeros.read(), bits).T[start:stop]
+        return points.to(torch.int16) + (offset - (1 << (bits - 1)))
+
+    shape = (rows, columns)
+    index = None
+    if parts.get("g_idx") is not None and groups > 1:
+        index = parts.expect("g_idx", (columns,), dtypes=(torch.int32, torch.int64))
+    size = int(parts.settings.get("group_size") or -1)
+    block = (1, size if size > 0 and -(-columns // size) == groups else -(-columns // groups))
+    return Encoded(
+        "gptq",
+        bits,
+        True,
+        Made(shape, torch.int8, codes),
+        Spread(swap_last(scales), shape, block, index),
+        Spread(Made((rows, groups), torch.int16, zeros), shape, block, index),
+    )
+
+
+def _format(settings: Settings) -> str:
+    return str(settings.get("checkpoint_format") or "gptq")
+
+
+def _refuse(settings: Settings) -> str:
+    chosen = "marlin" if settings.get("is_marlin_format") else _format(settings)
+    return "" if chosen in FORMATS else f"GPTQ's checkpoint_format {chosen!r} is not read, {' and '.join(FORMATS)} are"
+
+
+GPTQ = StoredFormat((Rule("qweight", ("qzeros", "scales", "g_idx"), "weight", _decode),), _refuse)

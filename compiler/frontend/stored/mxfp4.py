@@ -1,0 +1,61 @@
+"""MXFP4 (OCP Microscaling Formats 1.0): E2M1 floats of 4 bits, a power of two for each 32; gpt-oss's experts.
+
+`NAME_blocks` [E, N, K/32, 16] uint8 holds two values in a byte, the lower half first; `NAME_scales` [E, N, K/32] uint8
+holds exponents with bias 127. The weight NAME is [E, K, N], as transformers has it (integrations/mxfp4.py).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moec.compiler.encoded import Encoded, Made, Spread
+from moec.compiler.errors import CheckpointError
+from moec.compiler.frontend.stored.base import Parts, Rule, StoredFormat
+from moec.compiler.weights import LazyTensor, swap_last
+
+E2M1 = torch.tensor([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], dtype=torch.int8)
+"""Twice the value of each code, which makes all of them whole; the scales are halved in turn."""
+
+HALF_SCALES = torch.tensor([2.0 ** (exponent - 128) for exponent in range(256)])
+"""Half the scale of each exponent, exact in float32."""
+
+_PAIRS = E2M1[torch.tensor([[byte & 15, byte >> 4] for byte in range(256)])].view(torch.int16).flatten()
+"""Both values of each byte in one number."""
+
+BLOCK = 32
+
+
+def e2m1(data: Tensor) -> Tensor:
+    """Twice the values of packed codes: uint8 [..., W] -> int8 [..., 2 W]."""
+    return _PAIRS[data.to(torch.int32)].view(torch.int8)
+
+
+def exponents(parts: Parts, rest: str, start: int, stop: int) -> Tensor:
+    """Half the scales of some rows, float32: 2 ^ (exponent - 127) / 2.
+
+    Raises:
+        CheckpointError: One is 255, which means NaN.
+    """
+    data = parts[rest].rows(start, stop).view(torch.uint8)
+    if data.numel() and int(data.max()) == 255:
+        raise CheckpointError(
+            f"{parts[rest].entry.source.path}: tensor {parts.name}{rest} holds NaN (exponent 255)",
+            hint="the checkpoint is damaged; download it again",
+        )
+    return HALF_SCALES[data.to(torch.int32)]
+
+
+def _decode(parts: Parts) -> LazyTensor:
+    blocks = parts.expect("_blocks", dtypes=(torch.uint8,))
+    if len(blocks.shape) != 4 or blocks.shape[-1] * 2 != BLOCK:
+        raise parts.misfit("_blocks")
+    experts, rows, groups, _ = blocks.shape
+    scales = parts.expect("_scales", (experts, rows, groups), dtypes=(torch.uint8,))
+    shape = (experts, rows, groups * BLOCK)
+    codes = Made(shape, torch.int8, lambda start, stop: e2m1(blocks.rows(start, stop).flatten(-2)))
+    factors = Made(scales.shape, torch.float32, lambda start, stop: exponents(parts, "_scales", start, stop))
+    return swap_last(Encoded("mxfp4", 4, False, codes, Spread(factors, shape, (1, BLOCK))))
+
+
+MXFP4 = StoredFormat((Rule("_blocks", ("_scales",), "", _decode),))

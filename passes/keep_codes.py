@@ -1,0 +1,91 @@
+"""Keep the codes of a checkpoint that is stored quantized; the graph stays as it is."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+from moec.compiler.errors import UsageError
+from moec.compiler.program import Program
+from moec.compiler.rejections import Rejection
+from moec.compiler.weights import LazyTensor
+from moec.passes.base import Pass, PassResult
+from moec.quantize.formats import Activations, IntegerFormat
+from moec.quantize.keep import Grid, Held, grid_of, kept
+from moec.quantize.lazy import quantized
+from moec.quantize.plan import ALWAYS_FLOAT
+from moec.quantize.roles import weight_roles
+
+
+@dataclass(frozen=True)
+class KeepCodes(Pass):
+    """Give each weight that is stored as codes these very codes, where the target holds their grid.
+
+    ```
+    linear(x, @q_proj.weight[N, K] float32, decoded from GPTQ)
+    ->
+    linear(x, @q_proj.weight[N, K] int4:128)     the same node; the tensor is a `quantize.keep.Kept`
+    ```
+    Other grids are rounded to the nearest format that the target holds, with a rejection that says so. What is stored
+    as floats stays so.
+
+    Attributes:
+        held: What the target holds.
+        activations: What kernels may round activations to.
+    """
+
+    name: ClassVar[str] = "keep-codes"
+    requires: ClassVar[tuple[str, ...]] = ("fold-weights", "canonical-experts")
+
+    held: Held = field(default_factory=Held)
+    activations: Activations = Activations.FLOAT
+
+    def run(self, program: Program) -> PassResult:
+        """See the class.
+
+        Raises:
+            UsageError: No weight of the checkpoint is stored as codes.
+        """
+        changed: dict[str, LazyTensor] = {}
+        replaced: Counter[tuple[str, str, str, str]] = Counter()
+        classes: dict[str, Counter[str]] = {}
+        for name, role in weight_roles(program).items():
+            grid = grid_of(program.weights[name])
+            if grid is None or role.tensor_class in ALWAYS_FLOAT:
+                continue
+            tensor_class = role.tensor_class.value
+            tensor, reason = self._coded(name, program.weights[name], grid, tensor_class)
+            form = "float" if tensor is None else str(tensor.format)
+            outcome = f"{form}, the codes of the checkpoint" if not reason else f"{form} in place of {grid}"
+            classes.setdefault(tensor_class, Counter())[outcome] += 1
+            if tensor is not None:
+                changed[name] = tensor
+            if reason:
+                replaced[tensor_class, str(grid), form, reason] += 1
+        if not classes:
+            raise UsageError(
+                "--quantize keep: no weight of this checkpoint is stored as codes, so there are none to keep",
+                hint="name a format, such as int4, or leave --quantize out",
+            )
+        notes: Mapping[str, Any] = {**program.notes, "kept codes": {key: dict(value) for key, value in classes.items()}}
+        weights = program.weights.with_tensors(changed)
+        rejections = tuple(
+            Rejection(self.name, f"{count} weights of class {tensor_class}", f"{grid} became {form}: {reason}")
+            for (tensor_class, grid, form, reason), count in sorted(replaced.items())
+        )
+        return PassResult(program.replace(weights=weights, notes=notes), bool(changed), rejections)
+
+    def _coded(self, name: str, source: LazyTensor, grid: Grid, tensor_class: str) -> tuple[Any, str]:
+        """The tensor with codes, or None where it stays float, and why its codes are not those of the checkpoint."""
+        wanted = None if grid.format is None else self._with_activations(grid.format)
+        fmt = None if wanted is None else self.held.kept(tensor_class, wanted)
+        if fmt is not None:
+            return kept(name, source, fmt), ""
+        reason = grid.reason or f"the target does not hold {wanted} there"
+        other = self.held.nearest(tensor_class, grid, source.shape[-1])
+        return (None if other is None else quantized(name, source, self._with_activations(other))), reason
+
+    def _with_activations(self, fmt: IntegerFormat) -> IntegerFormat:
+        return fmt if self.activations is Activations.FLOAT else replace(fmt, activations=self.activations)
