@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moec.compiler.errors import CheckpointError, UnsupportedModelError, first_line
+from moec.compiler.frontend.architecture import read_config
 from moec.compiler.frontend.source import resolve
 
 if TYPE_CHECKING:
@@ -69,15 +70,10 @@ class Checkpoint:
 
         Raises:
             CheckpointError: Not a checkpoint, or damaged.
-            UnsupportedModelError: Needs remote code and `trust_remote_code` is not set, or is stored quantized.
+            UnsupportedModelError: It is stored quantized.
         """
         directory = resolve(str(location))
         raw = _read_json(directory / "config.json")
-        if "auto_map" in raw and not trust_remote_code:
-            raise UnsupportedModelError(
-                f"{directory}: config.json names code of its own (auto_map) that would have to be run",
-                hint="read that code, then pass --trust-remote-code",
-            )
         if quantized := raw.get("quantization_config"):
             method = quantized.get("quant_method", "unknown") if isinstance(quantized, dict) else "unknown"
             raise UnsupportedModelError(
@@ -91,20 +87,10 @@ class Checkpoint:
         """The typed config of transformers.
 
         Raises:
-            CheckpointError: transformers does not know it or refuses its values.
+            UnsupportedModelError: transformers does not know it, and no code of the checkpoint may be run.
+            CheckpointError: transformers refuses its values.
         """
-        from transformers import AutoConfig
-
-        try:
-            config: PreTrainedConfig = AutoConfig.from_pretrained(
-                self.directory, local_files_only=True, trust_remote_code=self.trust_remote_code
-            )
-        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-            raise CheckpointError(
-                f"{self.directory / 'config.json'}: transformers refuses it: {first_line(error)}",
-                hint="check model_type and the values it complains about",
-            ) from error
-        return config
+        return read_config(self.directory, self.raw_config, trust_remote_code=self.trust_remote_code)
 
     @cached_property
     def files(self) -> tuple[Path, ...]:

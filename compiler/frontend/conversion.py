@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     MergeModulelist,
+    Transpose,
     WeightConverter,
     WeightRenaming,
     dot_natural_key,
@@ -32,6 +33,22 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class _Shapes:
+    """What a conversion may ask the model for: its config, and the shape of a parameter."""
+
+    config: Any
+    shapes: Mapping[str, tuple[int, ...]]
+
+    def get_parameter(self, name: str) -> Tensor:
+        """A tensor of the shape of parameter `name`, without values."""
+        return torch.empty(self.shapes[name], device="meta")
+
+    def sliced(self, name: str, rows: int) -> _Shapes:
+        """The same where axis 0 of parameter `name` has `rows` entries."""
+        return _Shapes(self.config, {name: (rows, *self.shapes[name][1:])})
+
+
+@dataclass(frozen=True)
 class Converted(LazyTensor):
     """The result `name` of a WeightConverter over stored tensors.
 
@@ -44,7 +61,7 @@ class Converted(LazyTensor):
     sources: Mapping[str, tuple[Stored, ...]]
     shape: tuple[int, ...]
     dtype: torch.dtype
-    config: Any = None
+    model: _Shapes
 
     @property
     def _stacks(self) -> bool:
@@ -56,19 +73,29 @@ class Converted(LazyTensor):
             and all(len(tensors) == self.shape[0] for tensors in self.sources.values())
         )
 
-    def rows(self, start: int, stop: int) -> Tensor:
-        """Convert the slice alone where experts are stacked, else convert all and slice."""
-        if self._stacks:
-            return self._convert({key: tensors[start:stop] for key, tensors in self.sources.items()})
-        return self._convert(self.sources)[start:stop]
+    @property
+    def _keeps_rows(self) -> bool:
+        """Whether index i of axis 0 depends on index i of the stored tensors alone."""
+        return len(self.shape) > 2 and all(
+            isinstance(operation, Transpose) and min(operation.dim0, operation.dim1) > 0
+            for operation in self.converter.operations
+        )
 
-    def _convert(self, sources: Mapping[str, tuple[Stored, ...]]) -> Tensor:
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Convert the slice alone where experts are stacked or stay where they are, else convert all and slice."""
+        if self._stacks:
+            sources = {key: [tensor.read() for tensor in tensors[start:stop]] for key, tensors in self.sources.items()}
+            return self._convert(sources, self.model)
+        if self._keeps_rows:
+            sources = {key: [tensor.rows(start, stop) for tensor in tensors] for key, tensors in self.sources.items()}
+            return self._convert(sources, self.model.sliced(self.first_name, stop - start))
+        sources = {key: [tensor.read() for tensor in tensors] for key, tensors in self.sources.items()}
+        return self._convert(sources, self.model)[start:stop]
+
+    def _convert(self, sources: Mapping[str, list[Tensor]], model: _Shapes) -> Tensor:
         converter: Any = copy.copy(self.converter)
-        converter.collected_tensors = defaultdict(list)
-        for pattern, tensors in sources.items():
-            converter.collected_tensors[pattern] = [tensor.read() for tensor in tensors]
-        results = converter.convert(self.first_name, config=self.config)
-        value = results[self.name]
+        converter.collected_tensors = defaultdict(list, sources)
+        value = converter.convert(self.first_name, model=model, config=model.config)[self.name]
         converted: Tensor = value[0] if isinstance(value, list) else value
         return converted
 
@@ -89,8 +116,9 @@ def open_weights(checkpoint: Checkpoint, model: PreTrainedModel) -> WeightStore:
     """
     wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     tensors: dict[str, LazyTensor] = {}
+    shapes = _Shapes(model.config, wanted)
     for name, plan in _plans(checkpoint, model).items():
-        tensors.update(_lazy(name, plan, wanted, model))
+        tensors.update(_lazy(name, plan, shapes))
     aliases = dict(getattr(model, "all_tied_weights_keys", None) or {})
     # Either name of a tied pair may be the one that the checkpoint holds.
     resolved: dict[str, str] = {}
@@ -124,9 +152,7 @@ def _plans(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, _Plan]:
     return plans
 
 
-def _lazy(
-    name: str, plan: _Plan, wanted: Mapping[str, tuple[int, ...]], model: PreTrainedModel
-) -> dict[str, LazyTensor]:
+def _lazy(name: str, plan: _Plan, model: _Shapes) -> dict[str, LazyTensor]:
     if not isinstance(plan.rule, WeightConverter):
         (entries,) = plan.sources.values()
         return {name: Stored(entries[0])}
@@ -137,9 +163,9 @@ def _lazy(
         first = plan.rule.target_patterns[0]
         targets = [name.replace(first, target) for target in plan.rule.target_patterns]
     return {
-        target: Converted(target, name, plan.rule, sources, wanted[target], dtype, model.config)
+        target: Converted(target, name, plan.rule, sources, model.shapes[target], dtype, model)
         for target in targets
-        if target in wanted
+        if target in model.shapes
     }
 
 
@@ -178,7 +204,7 @@ def _converted_shape(checkpoint: Checkpoint, tensor: LazyTensor) -> tuple[int, .
             torch.empty(source.shape, dtype=source.dtype, device="meta") for source in stored
         ]
     try:
-        value = converter.convert(tensor.first_name, config=tensor.config)[tensor.name]
+        value = converter.convert(tensor.first_name, model=tensor.model, config=tensor.model.config)[tensor.name]
     except (RuntimeError, ValueError, KeyError) as error:
         raise CheckpointError(
             f"{checkpoint.directory}: the tensors of {tensor.name} do not fit together: {first_line(error)}",

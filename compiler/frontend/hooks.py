@@ -22,7 +22,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from moec.compiler.errors import UnsupportedModelError
-from moec.compiler.frontend.masks import MaskPattern, classify
+from moec.compiler.frontend.masks import Mask
 from moec.compiler.ops import ACTIVATIONS, Gate
 from moec.compiler.program import Dim
 
@@ -167,9 +167,9 @@ def step_cache(record: Recording, layers: int, length: Any) -> Cache:
     return Cache(layers=[StepLayer(record, index, length) for index in range(layers)])
 
 
-def mask_hook(*_: Any, mask_function: Any, **__: Any) -> MaskPattern:
-    """Mask implementation: return the pattern instead of a tensor. It reaches the attention function unharmed."""
-    return classify(mask_function, _ACTIVE[-1].max_length)
+def mask_hook(*_: Any, mask_function: Any, **__: Any) -> Mask:
+    """Mask implementation: return the function instead of a tensor. It reaches the attention function unharmed."""
+    return Mask(mask_function, _ACTIVE[-1].max_length)
 
 
 def attention_hook(
@@ -192,7 +192,7 @@ def attention_hook(
         query: [B, Hq, S, D].
         key: [B, Hkv, S, D], the new tokens alone.
         value: [B, Hkv, S, Dv].
-        attention_mask: The MaskPattern from `mask_hook`.
+        attention_mask: The Mask from `mask_hook`.
         scaling: Factor on the logits, 1 / sqrt(D) if None.
         dropout: Unused at inference.
         softcap: See `moec::attention`.
@@ -205,7 +205,7 @@ def attention_hook(
     record = _ACTIVE[-1]
     where = record.name(module)
     record.attentions.append(where)
-    if not isinstance(attention_mask, MaskPattern):
+    if not isinstance(attention_mask, Mask):
         raise UnsupportedModelError(
             f"{where}: its attention mask does not come from the mask functions of transformers",
             hint="a family that builds its own mask needs an adapter",
@@ -219,6 +219,7 @@ def attention_hook(
                 (layer, kind), ("batch", int(state.shape[1]), "past_sequence", int(state.shape[3]))
             )
         return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
+    pattern = attention_mask.pattern()
     out, present_key, present_value = torch.ops.moec.attention(
         query,
         key,
@@ -229,8 +230,8 @@ def attention_hook(
         record.attention_mask,
         s_aux,
         float(query.shape[-1] ** -0.5 if scaling is None else scaling),
-        attention_mask.kind,
-        attention_mask.window,
+        pattern.kind,
+        pattern.window,
         float(softcap or 0.0),
     )
     record.present.setdefault((layer, "key"), present_key)

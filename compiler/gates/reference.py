@@ -13,6 +13,7 @@ import psutil
 import torch
 
 from moec.compiler.errors import CheckpointError
+from moec.compiler.frontend import architecture
 from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.gates.ties import RouterWatch
 from moec.compiler.interpreter import ProgramRunner
@@ -99,11 +100,11 @@ def load_source(checkpoint: Checkpoint) -> Logits:
     Raises:
         CheckpointError: It lacks weights that the model needs.
     """
-    from transformers import AutoModelForCausalLM
-
+    kind, config = architecture.model_class(checkpoint.config)
     with no_bars():
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = kind.from_pretrained(
             checkpoint.directory,
+            config=config,
             dtype=torch.float32,
             attn_implementation="eager",
             trust_remote_code=checkpoint.trust_remote_code,
@@ -117,14 +118,14 @@ def load_source(checkpoint: Checkpoint) -> Logits:
             f"{checkpoint.directory}: transformers finds no weights for {missing[0]} ({len(missing)} tensors)",
             hint="the reference would be random there; download the checkpoint again",
         )
-    if model._can_set_experts_implementation():
-        model.set_experts_implementation("eager")
+    architecture.set_experts(model, "eager")
     model.train(mode=False)
+    decoder = architecture.text_decoder(model)
 
     @torch.no_grad()
     def logits(input_ids: np.ndarray) -> np.ndarray:
         ids = torch.from_numpy(input_ids)
-        result: np.ndarray = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.numpy()
+        result: np.ndarray = decoder(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.numpy()
         return result
 
     return logits

@@ -16,7 +16,7 @@ from moec.compiler.errors import UnsupportedModelError
 from moec.compiler.frontend import capture as capture_module
 from moec.compiler.frontend.capture import capture
 from moec.compiler.frontend.checkpoint import Checkpoint
-from moec.compiler.frontend.masks import MaskPattern, MaskUseError
+from moec.compiler.frontend.masks import Mask, MaskPattern, MaskUseError
 from moec.compiler.gates.reference import load_source
 from moec.compiler.interpreter import ProgramRunner
 from moec.compiler.program import Program
@@ -156,13 +156,25 @@ def test_what_a_module_did_is_said_in_plain_words(deed: Any, message: str, chang
     assert [len(each) for each in hooks] == before
 
 
-def test_a_mask_pattern_has_two_attributes_and_no_others() -> None:
-    pattern = MaskPattern("sliding", 8)
-    assert (pattern.kind, pattern.window) == ("sliding", 8)
-    assert not hasattr(pattern, "shape")
-    assert pattern == MaskPattern("sliding", 8)
+def test_a_mask_is_classified_when_a_layer_attends_with_it() -> None:
+    asked: list[int] = []
+
+    def sliding(_: Any, __: Any, query: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        asked.append(int(query))
+        return (slots <= query) & (slots > query - 8)
+
+    mask = Mask(sliding, 64)
+    assert not hasattr(mask, "shape")
     with pytest.raises(MaskUseError, match="computes on its attention mask"):
-        torch.zeros(2) * pattern  # type: ignore[operator]
+        torch.zeros(2) * mask  # type: ignore[operator]
+    assert not asked
+    assert mask.pattern() == MaskPattern("sliding", 8)
+
+
+def test_a_mask_that_sees_nothing_is_refused_in_words() -> None:
+    nothing = Mask(lambda _, __, query, slots: (slots <= query) & (slots > query), 64)
+    with pytest.raises(UnsupportedModelError, match="neither causal nor sliding"):
+        nothing.pattern()
 
 
 @pytest.mark.parametrize("fails", [False, True])
