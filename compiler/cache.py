@@ -47,14 +47,14 @@ class Cache:
         Raises:
             CheckpointError: The checkpoint or a text is missing.
         """
-        plain = recipe.model_dump(mode="json", exclude={"checkpoint", "trust_remote_code"})
+        plain = recipe.model_dump(mode="json", exclude={"checkpoint", "revision", "trust_remote_code"})
         texts = {}
         for section in SECTIONS:
             for name in _TEXTS:
                 if location := (plain.get(section) or {}).pop(name, None):
                     texts[f"{section}.{name}"] = self._digests.of(Path(location))
         decides = {
-            "source": self._digests.of(resolve(recipe.checkpoint)),
+            "source": self._digests.of(resolve(recipe.checkpoint, recipe.revision)),
             "recipe": plain,
             "texts": texts,
             "tools": tools(),

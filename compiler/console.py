@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import moec
 from moec.compiler.errors import MoecError
+from moec.compiler.inspect import remarks
 
 if TYPE_CHECKING:
     import rich.console
@@ -139,6 +140,8 @@ class Console:
 
         def show() -> None:
             self._trade_off(result.manifest)
+            if found := remarks(result.manifest.get("model", {})):
+                self.rows(found)
             self.rows([(v.gate, str(v.status), v.summary) for v in result.verdicts], header=("gate", "verdict", ""))
             self.line(f"{result.directory}: {sum(result.timings.values()):.1f} s; report.html has the details")
 

@@ -14,7 +14,7 @@ from moec.compiler.errors import UnsupportedModelError
 from moec.compiler.model_config import read_json
 
 
-def inspect(location: str, *, trust_remote_code: bool = False) -> dict[str, Any]:
+def inspect(location: str, *, revision: str | None = None, trust_remote_code: bool = False) -> dict[str, Any]:
     """Describe an artifact, or a checkpoint (directory or hub id) and whether it can be captured.
 
     No weight is read. A model that cannot be captured is described too: `captured` is False and `reason` says why.
@@ -26,7 +26,7 @@ def inspect(location: str, *, trust_remote_code: bool = False) -> dict[str, Any]
     directory = Path(location).expanduser()
     if is_artifact(directory):
         return _artifact(directory)
-    return _checkpoint(location, trust_remote_code)
+    return _checkpoint(location, revision, trust_remote_code)
 
 
 def _artifact(directory: Path) -> dict[str, Any]:
@@ -42,12 +42,12 @@ def _artifact(directory: Path) -> dict[str, Any]:
     }
 
 
-def _checkpoint(location: str, trust_remote_code: bool) -> dict[str, Any]:
+def _checkpoint(location: str, revision: str | None, trust_remote_code: bool) -> dict[str, Any]:
     from moec.compiler.frontend.capture import capture
     from moec.compiler.frontend.checkpoint import Checkpoint
     from moec.compiler.summary import model_summary
 
-    checkpoint = Checkpoint.open(location, trust_remote_code=trust_remote_code)
+    checkpoint = Checkpoint.open(location, revision=revision, trust_remote_code=trust_remote_code)
     entries = checkpoint.entries.values()
     dtypes = Counter(str(entry.dtype).removeprefix("torch.") for entry in entries)
     found: dict[str, Any] = {
@@ -112,7 +112,7 @@ def _model_rows(model: Mapping[str, Any]) -> list[tuple[str, str]]:
     growth = f"{_size(states['bytes_per_token'])} per token"
     if states.get("bytes_fixed"):
         growth += f", {_size(states['bytes_fixed'])} per sequence"
-    return [
+    rows = [
         ("layers", f"{model['layers']}, of which {len(model['moe_layers'])} with experts"),
         ("experts", experts),
         ("parameters", f"{_count(parameters['total'])}, active per token {_count(parameters['active'])} ({share:.0%})"),
@@ -122,6 +122,15 @@ def _model_rows(model: Mapping[str, Any]) -> list[tuple[str, str]]:
             f"{context} tokens, vocabulary {model['vocab_size']}" if context else f"vocabulary {model['vocab_size']}",
         ),
     ]
+    return [*rows, *remarks(model)]
+
+
+def remarks(model: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """How the checkpoint was read, and what of it is not used: rows for people."""
+    rows = [("note", note) for note in model.get("notes", ())]
+    if left_out := model.get("left_out"):
+        rows.append(("left out", ", ".join(f"{part} ({count} tensors)" for part, count in left_out.items())))
+    return rows
 
 
 def _plain(value: Any) -> str:

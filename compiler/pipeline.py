@@ -173,6 +173,7 @@ def validate_artifact(
     *,
     calibration: str | None = None,
     demands: Mapping[str, Any] | None = None,
+    revision: str | None = None,
     trust_remote_code: bool = False,
     progress: Progress = silent,
 ) -> Result:
@@ -183,6 +184,7 @@ def validate_artifact(
         against: Directory or hub id of the checkpoint that it was built from.
         calibration: Calibration text that its weights were rounded with, if not the one that moec brings along.
         demands: Sections of a recipe that only gates read (`recipe.DEMANDS`), which moec.json does not hold.
+        revision: Branch, tag or commit of a hub id.
         trust_remote_code: Run modelling code that the checkpoint brings along.
         progress: Told about every stage.
 
@@ -194,11 +196,16 @@ def validate_artifact(
     with stages("verify"):
         verify(directory)
         manifest = read_manifest(directory)
-        given = {"checkpoint": against, "trust_remote_code": trust_remote_code, **(demands or {})}
+        given = {
+            "checkpoint": against,
+            "revision": revision,
+            "trust_remote_code": trust_remote_code,
+            **(demands or {}),
+        }
         recipe = _recipe_of(directory, manifest, given, calibration)
         _check_inputs(recipe)
         target, options = _target(recipe)
-        checkpoint = Checkpoint.open(against, trust_remote_code=trust_remote_code)
+        checkpoint = Checkpoint.open(against, revision=revision, trust_remote_code=trust_remote_code)
         _check_source(directory, manifest, checkpoint)
     built = _build(recipe, target, options, stages)
     with stages("gates"):
@@ -245,7 +252,9 @@ def _target(recipe: Recipe) -> tuple[Target, TargetOptions]:
 
 def _build(recipe: Recipe, target: Target, options: TargetOptions, stages: _Stages) -> _Built:
     with stages("capture"):
-        checkpoint = Checkpoint.open(recipe.checkpoint, trust_remote_code=recipe.trust_remote_code)
+        checkpoint = Checkpoint.open(
+            recipe.checkpoint, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code
+        )
         captured = capture(checkpoint, dtype=_DTYPES[recipe.dtype or target.default_dtype])
         model = model_summary(captured)
     settings = None if recipe.routing is None or recipe.routing.does_nothing else recipe.routing

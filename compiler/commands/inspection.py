@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from moec.compiler.commands.options import Debug, Json, Quiet, Trust
+from moec.compiler.commands.options import Debug, Json, Quiet, Revision, Trust
 from moec.compiler.console import Console
 
 
@@ -18,6 +18,7 @@ def inspect(
     against: Annotated[
         str | None, typer.Option(metavar="CHECKPOINT", help="What the artifact was built from; for --text.")
     ] = None,
+    revision: Revision = None,
     trust_remote_code: Trust = False,
     json_output: Json = False,
     debug: Debug = False,
@@ -32,7 +33,7 @@ def inspect(
         view = experts_by_token(location, text, against, trust_remote_code=trust_remote_code)
         console.result({"tokens": view}, lambda: console.show(coloured(view)))
         return 0
-    found = inspection.inspect(location, trust_remote_code=trust_remote_code)
+    found = inspection.inspect(location, revision=revision, trust_remote_code=trust_remote_code)
     console.result(found, lambda: console.rows(inspection.describe(found)))
     return 0
 

@@ -56,12 +56,12 @@ def capture(checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32) -> Pr
     """
     hooks.register()
     model = _meta_model(checkpoint, dtype)
-    weights = open_weights(checkpoint, model)
+    opened = open_weights(checkpoint, model)
     names = {module: name for name, module in model.named_modules()}
     decoder = architecture.text_decoder(model)
     max_length = int(getattr(decoder.config.get_text_config(), "max_position_embeddings", None) or 4096)
     adapt(model)
-    decide_by_tensors(model)
+    borders = decide_by_tensors(model)
     with torch.no_grad(), _rare_collections():
         mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
         _fake_parameters(model, mode)
@@ -72,7 +72,11 @@ def capture(checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32) -> Pr
     inputs = tuple(TensorSpec(name, _INPUT_SHAPES[name], torch.int64) for name in INPUTS)
     layers = moe_layers(graph)
     _check_layers(model, layers, step.traced.record)
-    return Program(graph, weights.with_tensors(constants), inputs, states, layers, dtype, checkpoint.raw_config, dims)
+    store = opened.store.with_tensors(constants)
+    program = Program(graph, store, inputs, states, layers, dtype, checkpoint.raw_config, dims)
+    left_out = opened.left_out(program.weight_names())
+    notes = {"checkpoint": list(checkpoint.notes), "left_out": left_out, "rotary_borders": sorted(borders)}
+    return program.replace(notes=notes)
 
 
 @contextlib.contextmanager

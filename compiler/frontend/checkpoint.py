@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moec.compiler.errors import CheckpointError, UnsupportedModelError, first_line
-from moec.compiler.frontend.architecture import read_config
+from moec.compiler.frontend.architecture import is_native, notes, read_config
 from moec.compiler.frontend.source import resolve
 
 if TYPE_CHECKING:
@@ -65,14 +65,19 @@ class Checkpoint:
     trust_remote_code: bool = False
 
     @classmethod
-    def open(cls, location: str | Path, *, trust_remote_code: bool = False) -> Checkpoint:
+    def open(cls, location: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Checkpoint:
         """Open a directory or a hub id.
+
+        Args:
+            location: Directory or hub id.
+            revision: Branch, tag or commit on the hub.
+            trust_remote_code: Run modelling code of the checkpoint where transformers has none for it.
 
         Raises:
             CheckpointError: Not a checkpoint, or damaged.
             UnsupportedModelError: It is stored quantized.
         """
-        directory = resolve(str(location))
+        directory = resolve(str(location), revision)
         raw = _read_json(directory / "config.json")
         if quantized := raw.get("quantization_config"):
             method = quantized.get("quant_method", "unknown") if isinstance(quantized, dict) else "unknown"
@@ -91,6 +96,11 @@ class Checkpoint:
             CheckpointError: transformers refuses its values.
         """
         return read_config(self.directory, self.raw_config, trust_remote_code=self.trust_remote_code)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know about how the checkpoint is read."""
+        return notes(self.raw_config)
 
     @cached_property
     def files(self) -> tuple[Path, ...]:
@@ -137,8 +147,9 @@ class Checkpoint:
 
     @cached_property
     def digests(self) -> Mapping[str, str]:
-        """File name -> sha256 of config.json and every weight file."""
-        files = (self.directory / "config.json", *self.files)
+        """File name -> sha256 of config.json, every weight file, and of code that runs."""
+        code = () if is_native(self.raw_config) else sorted(self.directory.glob("*.py"))
+        files = (self.directory / "config.json", *self.files, *code)
         return {file.name: sha256(file) for file in files}
 
     def companions(self) -> tuple[Path, ...]:

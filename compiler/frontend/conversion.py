@@ -7,8 +7,8 @@ Old per-expert names, renamed modules and fused projections all go through `Weig
 from __future__ import annotations
 
 import copy
-from collections import defaultdict
-from collections.abc import Mapping
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -108,7 +108,41 @@ class _Plan:
     sources: dict[str, list[StoredEntry]] = field(default_factory=lambda: defaultdict(list))
 
 
-def open_weights(checkpoint: Checkpoint, model: PreTrainedModel) -> WeightStore:
+@dataclass(frozen=True)
+class OpenedWeights:
+    """The tensors of a model, and what they are made of.
+
+    Attributes:
+        store: The tensors under the names of the model.
+        origins: Name in the store -> names of the stored tensors that it is made of.
+        stored: Names of all stored tensors.
+    """
+
+    store: WeightStore
+    origins: Mapping[str, frozenset[str]]
+    stored: frozenset[str]
+
+    def left_out(self, names: Iterable[str]) -> dict[str, int]:
+        """What of the checkpoint is no part of the tensors `names`: where it lies, and how many tensors.
+
+        A part is the shortest path that no tensor in use shares: a vision tower, say, or a layer that predicts more
+        tokens ahead.
+        """
+        empty = frozenset[str]()
+        used = frozenset[str]().union(*(self.origins.get(self.store.resolve(name), empty) for name in names))
+        shared = {name[:end] for name in used for end in range(len(name)) if name[end] == "."}
+        parts = Counter(_part(name, shared) for name in self.stored - used)
+        return dict(sorted(parts.items()))
+
+
+def _part(name: str, shared: Collection[str]) -> str:
+    """The shortest path of the tensor `name` that is not among `shared`."""
+    pieces = name.split(".")
+    paths = (".".join(pieces[:count]) for count in range(1, len(pieces) + 1))
+    return next((path for path in paths if path not in shared), name)
+
+
+def open_weights(checkpoint: Checkpoint, model: PreTrainedModel) -> OpenedWeights:
     """Name every parameter and persistent buffer of `model` (on the meta device) after the checkpoint.
 
     Raises:
@@ -117,8 +151,12 @@ def open_weights(checkpoint: Checkpoint, model: PreTrainedModel) -> WeightStore:
     wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     tensors: dict[str, LazyTensor] = {}
     shapes = _Shapes(model.config, wanted)
+    origins: dict[str, frozenset[str]] = {}
     for name, plan in _plans(checkpoint, model).items():
-        tensors.update(_lazy(name, plan, shapes))
+        made = _lazy(name, plan, shapes)
+        stored = frozenset(entry.name for entries in plan.sources.values() for entry in entries)
+        origins.update(dict.fromkeys(made, stored))
+        tensors.update(made)
     aliases = dict(getattr(model, "all_tied_weights_keys", None) or {})
     # Either name of a tied pair may be the one that the checkpoint holds.
     resolved: dict[str, str] = {}
@@ -129,7 +167,7 @@ def open_weights(checkpoint: Checkpoint, model: PreTrainedModel) -> WeightStore:
         else:
             resolved[source] = tied
     _check(checkpoint, wanted, tensors, resolved)
-    return WeightStore(tensors, resolved)
+    return OpenedWeights(WeightStore(tensors, resolved), origins, frozenset(checkpoint.entries))
 
 
 def _plans(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, _Plan]:

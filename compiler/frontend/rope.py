@@ -25,16 +25,22 @@ _LONGEST = (torch.max, Tensor.max, torch.amax, Tensor.amax)
 _SUMS = (Tensor.__add__, Tensor.add, torch.add, Tensor.__radd__)
 
 
-def decide_by_tensors(model: nn.Module) -> None:
-    """Give every rotary module of `model` whose frequencies depend on the length a forward that takes no decision."""
+def decide_by_tensors(model: nn.Module) -> set[int]:
+    """Give every rotary module of `model` whose frequencies depend on the length a forward that takes no decision.
+
+    Returns:
+        The lengths past which frequencies are others, filled when the model runs.
+    """
+    borders: set[int] = set()
     for module in model.modules():
         kinds = getattr(module, "rope_type", None)
         named = kinds.values() if isinstance(kinds, Mapping) else (kinds,)
         if any(isinstance(kind, str) and ("dynamic" in kind or kind == "longrope") for kind in named):
-            module.forward = _forward(module, type(module).forward)
+            module.forward = _forward(module, type(module).forward, borders)
+    return borders
 
 
-def _forward(module: nn.Module, own: Callable[..., Any]) -> Callable[..., Any]:
+def _forward(module: nn.Module, own: Callable[..., Any], borders: set[int]) -> Callable[..., Any]:
     def forward(x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
         within = _run(_Side(long=False), module, own, x, position_ids, *args, **kwargs)
         beyond = _Side(long=True)
@@ -45,12 +51,18 @@ def _forward(module: nn.Module, own: Callable[..., Any]) -> Callable[..., Any]:
             raise UnsupportedModelError(
                 f"{type(module).__name__}: its frequencies change at several lengths: {sorted(beyond.borders)}"
             )
-        is_long = position_ids.amax(tuple(range(position_ids.ndim))) + 1 > beyond.borders.pop()
+        borders.update(beyond.borders)
+        is_long = _longest(position_ids) + 1 > beyond.borders.pop()
         if isinstance(within, Tensor):
             return torch.where(is_long, past, within)
         return tuple(torch.where(is_long, long, short) for long, short in zip(past, within, strict=True))
 
     return forward
+
+
+def _longest(position_ids: Tensor) -> Tensor:
+    """The largest position of the batch: []."""
+    return position_ids.amax(tuple(range(position_ids.ndim)))
 
 
 def _run(side: _Side, module: nn.Module, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -90,13 +102,13 @@ class _Side(TorchFunctionMode):
         handled, result = self._decided(function, first, args)
         if handled:
             return result
-        result = function(*args, **(kwargs or {}))
-        if self._is_length(first):
-            is_length = function in _SUMS
+        if function in _LONGEST and len(args) == 1 and not kwargs and not args[0].is_floating_point():
+            result = _longest(args[0])
         else:
-            is_length = function in _LONGEST and len(args) == 1 and not kwargs and not args[0].is_floating_point()
-        if is_length:
-            self._lengths.append(result)
+            result = function(*args, **(kwargs or {}))
+            if not (function in _SUMS and self._is_length(first)):
+                return result
+        self._lengths.append(result)
         return result
 
     def _decided(self, function: Any, first: Any, args: tuple[Any, ...]) -> tuple[bool, Any]:

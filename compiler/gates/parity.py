@@ -112,7 +112,7 @@ def gather(
 def _run(evidence: Evidence, runner: Runner, oracle: Oracle, case: Case, trace: Trace | None = None) -> None:
     output = run_case(runner, case)
     if trace is None:
-        trace = oracle.trace(output.input_ids[:, : output.logits.shape[1]], case.attention_mask)
+        trace = oracle.trace(output.input_ids[:, : output.logits.shape[1]], case.attention_mask, case.steps)
         evidence.tokens += int(trace.tied.size)
     result, proven = compare(case, output, trace, evidence.tolerance)
     evidence.results.append(result)
@@ -159,13 +159,13 @@ class _Extension:
 
     def _try(self, ids: np.ndarray) -> bool:
         """Keep `ids` [1, T] as a case if the reference reaches a new expert with them; whether one is proven by it."""
-        trace = self.oracle.trace(ids)
         length = ids.shape[1]
+        first = max(length // 2, 1)
+        steps = split_steps((first, length - first) if length > 1 else (1,), self.bound.runner)
+        trace = self.oracle.trace(ids, None, steps)
         self.evidence.tokens += length
         if not self.evidence.coverage.would_reach(trace):
             return False
-        first = max(length // 2, 1)
-        steps = split_steps((first, length - first) if length > 1 else (1,), self.bound.runner)
         name = f"coverage prompt {len(self.evidence.results)}"
         missing = len(self.evidence.coverage.missing())
         _run(self.evidence, self.runner, self.oracle, Case(name, ids, None, steps), trace)

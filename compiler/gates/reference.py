@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import psutil
 import torch
+from torch import Tensor
 
 from moec.compiler.errors import CheckpointError
 from moec.compiler.frontend import architecture
@@ -23,8 +25,8 @@ from moec.compiler.quiet import no_bars
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Logits = Callable[[np.ndarray], np.ndarray]
-"""Input ids [B, T] without padding -> logits [B, T, V] float32."""
+Logits = Callable[[np.ndarray, Sequence[int]], np.ndarray]
+"""Input ids [B, T] without padding, and the lengths of the steps that they are fed in -> logits [B, T, V] float32."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +47,9 @@ class Trace:
 class Oracle:
     """Traces sequences through the reference, each without padding and without a cache: one pass from the first token.
 
+    Where rotary frequencies depend on how long the sequence is at a step, the keys in the cache keep those of their
+    own step, in transformers as in an artifact. There the reference is fed the steps that the case is.
+
     Args:
         program: Gives ties and experts, and the logits too unless `logits` does.
         margin: See `Tolerance.tie_margin`.
@@ -55,33 +60,61 @@ class Oracle:
         self._watch = RouterWatch(program, margin)
         self._runner = ProgramRunner(program, observer=self._watch)
         self._logits = logits
+        self._by_steps = bool(program.notes.get("rotary_borders"))
 
-    def trace(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None) -> Trace:
+    def trace(
+        self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None, steps: Sequence[int] = ()
+    ) -> Trace:
         """Trace sequences.
 
         Args:
             input_ids: [B, T] int64.
             attention_mask: [B, T], 0 in left padding. Each row is run alone, without its padding.
+            steps: Lengths of the steps that the case is fed in; tokens behind them come one by one.
         """
         if attention_mask is None:
-            return self._trace(input_ids)
+            return self._trace(input_ids, steps)
         rows = []
         for ids, mask in zip(input_ids, attention_mask, strict=True):
             start = int(len(mask) - mask.sum())
-            rows.append(_pad_left(self._trace(ids[None, start:]), start))
+            rows.append(
+                _pad_left(self._trace(ids[None, start:], (steps[0] - start, *steps[1:]) if steps else ()), start)
+            )
         return Trace(
             np.concatenate([row.logits for row in rows]),
             np.concatenate([row.tied for row in rows]),
             {layer: np.concatenate([row.slots[layer] for row in rows]) for layer in rows[0].slots},
         )
 
-    def _trace(self, input_ids: np.ndarray) -> Trace:
-        self._watch.begin(*input_ids.shape)
-        logits = self._runner.prefill(input_ids)
+    def _trace(self, input_ids: np.ndarray, steps: Sequence[int]) -> Trace:
+        length = input_ids.shape[1]
+        if not self._by_steps or not steps:
+            steps = (length,)
+        steps = (*steps, *[1] * (length - sum(steps)))
+        pieces: list[Trace] = []
+        offset = 0
+        for step in steps:
+            ids = input_ids[:, offset : offset + step]
+            self._watch.begin(*ids.shape)
+            logits = (self._runner.decode if offset else self._runner.prefill)(ids)
+            pieces.append(Trace(logits, self._watch.tied, self._watch.slots))
+            offset += step
         self._runner.reset()
+        trace = _joined(pieces)
         if self._logits is not None:
-            logits = self._logits(input_ids)
-        return Trace(logits, self._watch.tied, self._watch.slots)
+            trace = dataclasses.replace(trace, logits=self._logits(input_ids, steps))
+        return trace
+
+
+def _joined(pieces: Sequence[Trace]) -> Trace:
+    """The traces of steps that follow each other, as one."""
+    if len(pieces) == 1:
+        return pieces[0]
+    return Trace(
+        np.concatenate([piece.logits for piece in pieces], axis=1),
+        np.concatenate([piece.tied for piece in pieces], axis=1),
+        {layer: np.concatenate([piece.slots[layer] for piece in pieces], axis=1) for layer in pieces[0].slots},
+    )
 
 
 def _pad_left(trace: Trace, padding: int) -> Trace:
@@ -123,12 +156,28 @@ def load_source(checkpoint: Checkpoint) -> Logits:
     decoder = architecture.text_decoder(model)
 
     @torch.no_grad()
-    def logits(input_ids: np.ndarray) -> np.ndarray:
+    def logits(input_ids: np.ndarray, steps: Sequence[int] = ()) -> np.ndarray:
         ids = torch.from_numpy(input_ids)
+        if len(steps) > 1:
+            return _step_by_step(decoder, ids, steps)
         result: np.ndarray = decoder(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.numpy()
         return result
 
     return logits
+
+
+def _step_by_step(decoder: Any, ids: Tensor, steps: Sequence[int]) -> np.ndarray:
+    """Logits [B, T, V] of `ids` [B, T] fed in steps of these lengths."""
+    # A short sequence takes dynamic rotary scaling back to where it starts: it keeps what the last one came to.
+    decoder(input_ids=ids[:, :1], use_cache=False)
+    past, pieces, offset = None, list[np.ndarray](), 0
+    for step in steps:
+        stop = offset + step
+        mask = torch.ones_like(ids[:, :stop])
+        out = decoder(input_ids=ids[:, offset:stop], attention_mask=mask, past_key_values=past, use_cache=True)
+        past, offset = out.past_key_values, stop
+        pieces.append(out.logits.numpy())
+    return np.concatenate(pieces, axis=1)
 
 
 def source_bytes(checkpoint: Checkpoint) -> int:
