@@ -101,6 +101,9 @@ def export(
     max_regression: MaxRegression = None,
     latency_threads: LatencyThreads = None,
     latency_seconds: LatencySeconds = None,
+    inputs_embeds: Annotated[
+        bool, typer.Option("--inputs-embeds", help="Add an optional input of embeddings, for images, say.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an artifact at the output.")] = False,
     no_gates: Annotated[bool, typer.Option("--no-gates", help="Do not prove the artifact.")] = False,
     revision: Revision = None,
@@ -124,6 +127,7 @@ def export(
         "checkpoint": checkpoint,
         "target": target,
         "dtype": dtype,
+        "inputs_embeds": inputs_embeds or None,
         "revision": revision,
         "trust_remote_code": trust_remote_code or None,
     }

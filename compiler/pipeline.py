@@ -18,7 +18,7 @@ import moec
 from moec import passes
 from moec.compiler import report
 from moec.compiler.artifact import read_manifest, verify, write_manifest
-from moec.compiler.errors import ArtifactError, CheckpointError, LoweringError
+from moec.compiler.errors import ArtifactError, CheckpointError, LoweringError, UsageError
 from moec.compiler.frontend.capture import capture
 from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.gates.quality import held_out_text
@@ -39,6 +39,7 @@ from moec.compiler.rejections import Rejection
 from moec.compiler.routing import RoutingPlan, measure_savings, plan_routing
 from moec.compiler.staging import check_output, staged
 from moec.compiler.summary import model_summary
+from moec.passes.inputs_embeds import InputsEmbeds
 from moec.targets import get_target
 from moec.targets.base import Phase, Progress, Target, TargetOptions
 
@@ -132,6 +133,10 @@ def compile_recipe(
     target, options = _target(recipe)
     recipe = _completed(recipe, target)
     _check_inputs(recipe)
+    if recipe.inputs_embeds and not target.takes_embeddings:
+        raise UsageError(
+            f"an artifact for {target.name} has no optional input of embeddings", hint="export without --inputs-embeds"
+        )
     check_output(output.expanduser().resolve(), overwrite=overwrite)
     stages = _Stages(progress)
     built = _build(recipe, target, options, stages)
@@ -265,7 +270,8 @@ def _build(recipe: Recipe, target: Target, options: TargetOptions, stages: _Stag
         stages.progress(f"pass {record.name}", 1, 1)
 
     with stages("passes"):
-        common = (*passes.default_passes(), *routing.passes)
+        embeds = (InputsEmbeds(),) if recipe.inputs_embeds else ()
+        common = (*embeds, *passes.default_passes(), *routing.passes)
         program, log = passes.run_passes(captured, common, told)
     if settings:
         with stages("accounting"):

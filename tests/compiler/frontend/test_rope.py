@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -86,7 +85,7 @@ def test_the_gate_feeds_the_reference_the_steps_of_the_case(scaled: Callable[[st
     assert f"decode past the unscaled rotary window of {BORDER}" in names
 
 
-def test_the_largest_position_of_the_batch_decides(scaled: Callable[[str], Checkpoint], tmp_path: Path) -> None:
+def test_the_largest_position_of_the_batch_decides(scaled: Callable[[str], Checkpoint]) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
