@@ -52,7 +52,9 @@ def _forward(module: nn.Module, own: Callable[..., Any], borders: set[int]) -> C
                 f"{type(module).__name__}: its frequencies change at several lengths: {sorted(beyond.borders)}"
             )
         borders.update(beyond.borders)
-        is_long = _longest(position_ids) + 1 > beyond.borders.pop()
+        # One number, of the rank of the positions.
+        longest = position_ids.amax(tuple(range(position_ids.ndim)), keepdim=True)
+        is_long = longest + 1 > beyond.borders.pop()
         if isinstance(within, Tensor):
             return torch.where(is_long, past, within)
         return tuple(torch.where(is_long, long, short) for long, short in zip(past, within, strict=True))
