@@ -56,10 +56,15 @@ def _forward(module: nn.Module, own: Callable[..., Any], borders: set[int]) -> C
         longest = position_ids.amax(tuple(range(position_ids.ndim)), keepdim=True)
         is_long = longest + 1 > beyond.borders.pop()
         if isinstance(within, Tensor):
-            return torch.where(is_long, past, within)
-        return tuple(torch.where(is_long, long, short) for long, short in zip(past, within, strict=True))
+            return _either(is_long, past, within)
+        return tuple(_either(is_long, long, short) for long, short in zip(past, within, strict=True))
 
     return forward
+
+
+def _either(is_long: Tensor, long: Tensor, short: Tensor) -> Tensor:
+    """One table or the other; the condition has their shape, since not every runtime broadcasts one number here."""
+    return torch.where(is_long.expand(short.shape), long, short)
 
 
 def _longest(position_ids: Tensor) -> Tensor:
