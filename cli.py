@@ -22,7 +22,7 @@ import moec
 from moec.compiler.commands.artifacts import run, verify
 from moec.compiler.commands.estimation import estimate
 from moec.compiler.commands.inspection import doctor, families, inspect
-from moec.compiler.commands.options import ArtifactDirectory, Debug, Json, Quiet, Trust
+from moec.compiler.commands.options import ArtifactDirectory, Debug, Json, Quiet, Revision, Trust
 from moec.compiler.commands.pipelines import build, diff, publish
 from moec.compiler.console import LOG_FORMAT, Console, any_character
 from moec.compiler.errors import MoecError, UsageError, out_of_memory
@@ -100,8 +100,12 @@ def export(
     max_regression: MaxRegression = None,
     latency_threads: LatencyThreads = None,
     latency_seconds: LatencySeconds = None,
+    inputs_embeds: Annotated[
+        bool, typer.Option("--inputs-embeds", help="Add an optional input of embeddings, for images, say.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an artifact at the output.")] = False,
     no_gates: Annotated[bool, typer.Option("--no-gates", help="Do not prove the artifact.")] = False,
+    revision: Revision = None,
     trust_remote_code: Trust = False,
     json_output: Json = False,
     quiet: Quiet = False,
@@ -122,6 +126,8 @@ def export(
         "checkpoint": checkpoint,
         "target": target,
         "dtype": dtype,
+        "inputs_embeds": inputs_embeds or None,
+        "revision": revision,
         "trust_remote_code": trust_remote_code or None,
     }
     routed = {
@@ -168,6 +174,7 @@ def calibrate(
     budget: Annotated[str, typer.Option("--budget", metavar="0.5,0.6,...", help="Shares of the slots to keep.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write.")],
     text: Annotated[Path | None, typer.Option(help="A text file or a directory; moec brings one along.")] = None,
+    revision: Revision = None,
     trust_remote_code: Trust = False,
     json_output: Json = False,
     quiet: Quiet = False,
@@ -180,7 +187,14 @@ def calibrate(
     budgets = plans.parse_budgets(budget)
     with console.progress() as progress:
         found = plans.calibrate_file(
-            checkpoint, policy, budgets, output, text=text, trust_remote_code=trust_remote_code, progress=progress
+            checkpoint,
+            policy,
+            budgets,
+            output,
+            text=text,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
         )
     rows = [(f"{entry['budget']:g}", f"{entry['kept_share']:.1%}") for entry in found["entries"]]
     console.result(found, lambda: console.rows(rows, header=("budget", "slots kept")))
@@ -201,6 +215,7 @@ def validate(
     max_regression: MaxRegression = None,
     latency_threads: LatencyThreads = None,
     latency_seconds: LatencySeconds = None,
+    revision: Revision = None,
     trust_remote_code: Trust = False,
     json_output: Json = False,
     quiet: Quiet = False,
@@ -227,6 +242,7 @@ def validate(
             against,
             calibration=None if calibration is None else str(calibration),
             demands=demands,
+            revision=revision,
             trust_remote_code=trust_remote_code,
             progress=progress,
         )

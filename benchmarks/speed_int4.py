@@ -103,7 +103,7 @@ def build_llama_cpp(checkpoint: Path, file: Path) -> Path:
     writer.add_head_count_kv(BASE["num_key_value_heads"])
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(10000.0)
-    writer.add_expert_count(BASE["num_experts"])
+    writer.addexpert_count(BASE["num_experts"])
     writer.add_expert_used_count(BASE["num_experts_per_tok"])
     writer.add_vocab_size(BASE["vocab_size"])
     writer.add_tokenizer_model("no_vocab")

@@ -48,7 +48,7 @@ class Cache:
             CheckpointError: The checkpoint or a text is missing.
             ArtifactError: The baseline is no artifact.
         """
-        plain = recipe.model_dump(mode="json", exclude={"checkpoint", "trust_remote_code"})
+        plain = recipe.model_dump(mode="json", exclude={"checkpoint", "revision", "trust_remote_code"})
         texts = {}
         for section in SECTIONS:
             for name in _TEXTS:
@@ -58,7 +58,7 @@ class Cache:
             # Another artifact at the same place asks for another verdict.
             plain["latency"]["baseline"] = read_manifest(Path(baseline))["digest"]
         decides = {
-            "source": self._digests.of(resolve(recipe.checkpoint)),
+            "source": self._digests.of(resolve(recipe.checkpoint, recipe.revision)),
             "recipe": plain,
             "texts": texts,
             "tools": tools(),

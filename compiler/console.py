@@ -18,6 +18,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import moec
+from moec.compiler.describe import remarks
 from moec.compiler.errors import MoecError
 
 if TYPE_CHECKING:
@@ -136,6 +137,8 @@ class Console:
 
         def show() -> None:
             self._trade_off(result.manifest)
+            if found := remarks(result.manifest.get("model", {})):
+                self.rows(found)
             self.rows([(v.gate, str(v.status), v.summary) for v in result.verdicts], header=("gate", "verdict", ""))
             self.line(f"{result.directory}: {sum(result.timings.values()):.1f} s; report.html has the details")
 

@@ -72,7 +72,16 @@ def _model_rows(model: Mapping[str, Any]) -> list[Row]:
         ("parameters", _beside(_parameters(model), _parameters(source) if source else "")),
         ("states", f"{states['count']} ({', '.join(states['kinds'])}), {growth}"),
         ("context", f"{context} tokens, {vocabulary}" if context else vocabulary),
+        *remarks(model),
     ]
+
+
+def remarks(model: Mapping[str, Any]) -> list[Row]:
+    """How the checkpoint was read, and what of it is not used."""
+    rows = [("note", note) for note in model.get("notes", ())]
+    if left_out := model.get("left_out"):
+        rows.append(("left out", ", ".join(f"{part} ({count} tensors)" for part, count in left_out.items())))
+    return rows
 
 
 def _experts(model: Mapping[str, Any]) -> str:

@@ -112,7 +112,7 @@ def _check(name: str, recipes: Mapping[str, Mapping[str, Any]], folder: Path) ->
         return FamilyRow(name, False, False, dict.fromkeys(recipes, NO), error.message)
     verdict = check_capture(checkpoint, program, Prompts.of(checkpoint.directory, program.vocab_size))
     built = {
-        title: _build({**fields, "checkpoint": str(checkpoint.directory)}, folder / str(number))
+        title: build({**fields, "checkpoint": str(checkpoint.directory)}, folder / str(number))
         for number, (title, fields) in enumerate(recipes.items())
     }
     reasons = [_summary([verdict]), *(f"{title}: {reason}" for title, (_, reason) in built.items())]
@@ -120,7 +120,7 @@ def _check(name: str, recipes: Mapping[str, Mapping[str, Any]], folder: Path) ->
     return FamilyRow(name, True, verdict.status is Status.PASS, artifacts, "; ".join(reasons))
 
 
-def _build(fields: Mapping[str, Any], output: Path) -> tuple[str, str]:
+def build(fields: Mapping[str, Any], output: Path) -> tuple[str, str]:
     """Whether the artifact passed its gates, and what they said."""
     from moec.compiler.gates.parity import EXIT_CODE
     from moec.compiler.gates.verdict import Status

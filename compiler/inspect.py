@@ -13,7 +13,7 @@ from moec.compiler.errors import UnsupportedModelError
 from moec.compiler.model_config import read_config
 
 
-def inspect(location: str, *, trust_remote_code: bool = False) -> dict[str, Any]:
+def inspect(location: str, *, revision: str | None = None, trust_remote_code: bool = False) -> dict[str, Any]:
     """Describe an artifact, or a checkpoint (directory or hub id) and whether it can be captured.
 
     No weight is read. A model that cannot be captured is described too: `captured` is False and `reason` says why.
@@ -25,7 +25,7 @@ def inspect(location: str, *, trust_remote_code: bool = False) -> dict[str, Any]
     directory = Path(location).expanduser()
     if is_artifact(directory):
         return _artifact(directory)
-    return _checkpoint(location, trust_remote_code)
+    return _checkpoint(location, revision, trust_remote_code)
 
 
 def _artifact(directory: Path) -> dict[str, Any]:
@@ -52,13 +52,13 @@ def _artifact(directory: Path) -> dict[str, Any]:
     }
 
 
-def _checkpoint(location: str, trust_remote_code: bool) -> dict[str, Any]:
+def _checkpoint(location: str, revision: str | None, trust_remote_code: bool) -> dict[str, Any]:
     from moec.compiler.frontend.capture import capture
     from moec.compiler.frontend.checkpoint import Checkpoint
     from moec.compiler.summary import model_summary
     from moec.compiler.weight_file import DTYPES
 
-    checkpoint = Checkpoint.open(location, trust_remote_code=trust_remote_code)
+    checkpoint = Checkpoint.open(location, revision=revision, trust_remote_code=trust_remote_code)
     entries = checkpoint.entries.values()
     dtypes = Counter(str(DTYPES.get(entry.kind, entry.kind)).removeprefix("torch.") for entry in entries)
     found: dict[str, Any] = {

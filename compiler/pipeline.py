@@ -18,7 +18,7 @@ import moec
 from moec import passes
 from moec.compiler import report
 from moec.compiler.artifact import read_manifest, verify, write_manifest
-from moec.compiler.errors import ArtifactError, CheckpointError, LoweringError
+from moec.compiler.errors import ArtifactError, CheckpointError, LoweringError, UsageError
 from moec.compiler.frontend.capture import capture
 from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.gates.quality import held_out_text
@@ -40,6 +40,7 @@ from moec.compiler.routing import RoutingPlan, check_routing, measure_savings, p
 from moec.compiler.staging import check_output, staged
 from moec.compiler.summary import model_summary
 from moec.compiler.tokenizer import make_loadable
+from moec.passes.inputs_embeds import InputsEmbeds
 from moec.quantize.keep import Held
 from moec.targets import get_target
 from moec.targets.base import Phase, Progress, Target, TargetOptions
@@ -134,6 +135,10 @@ def compile_recipe(
     target, options = _target(recipe)
     recipe = _completed(recipe, target)
     _check_inputs(recipe)
+    if recipe.inputs_embeds and not target.takes_embeddings:
+        raise UsageError(
+            f"an artifact for {target.name} has no optional input of embeddings", hint="export without --inputs-embeds"
+        )
     check_output(output.expanduser().resolve(), overwrite=overwrite)
     stages = _Stages(progress)
     built = _build(recipe, target, options, stages)
@@ -176,6 +181,7 @@ def validate_artifact(
     *,
     calibration: str | None = None,
     demands: Mapping[str, Any] | None = None,
+    revision: str | None = None,
     trust_remote_code: bool = False,
     progress: Progress = silent,
 ) -> Result:
@@ -186,6 +192,7 @@ def validate_artifact(
         against: Directory or hub id of the checkpoint that it was built from.
         calibration: Calibration text that its weights were rounded with, if not the one that moec brings along.
         demands: Sections of a recipe that only gates read (`recipe.DEMANDS`), which moec.json does not hold.
+        revision: Branch, tag or commit of a hub id.
         trust_remote_code: Run modelling code that the checkpoint brings along.
         progress: Told about every stage.
 
@@ -197,11 +204,16 @@ def validate_artifact(
     with stages("verify"):
         verify(directory)
         manifest = read_manifest(directory)
-        given = {"checkpoint": against, "trust_remote_code": trust_remote_code, **(demands or {})}
+        given = {
+            "checkpoint": against,
+            "revision": revision,
+            "trust_remote_code": trust_remote_code,
+            **(demands or {}),
+        }
         recipe = _recipe_of(directory, manifest, given, calibration)
         _check_inputs(recipe)
         target, options = _target(recipe)
-        checkpoint = Checkpoint.open(against, trust_remote_code=trust_remote_code)
+        checkpoint = Checkpoint.open(against, revision=revision, trust_remote_code=trust_remote_code)
         _check_source(directory, manifest, checkpoint)
     built = _build(recipe, target, options, stages)
     with stages("gates"):
@@ -250,7 +262,9 @@ def _target(recipe: Recipe) -> tuple[Target, TargetOptions]:
 
 def _build(recipe: Recipe, target: Target, options: TargetOptions, stages: _Stages) -> _Built:
     with stages("capture"):
-        checkpoint = Checkpoint.open(recipe.checkpoint, trust_remote_code=recipe.trust_remote_code)
+        checkpoint = Checkpoint.open(
+            recipe.checkpoint, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code
+        )
         target.check(options, checkpoint.raw_config)
         captured = capture(checkpoint, dtype=_DTYPES[recipe.dtype or target.default_dtype])
     settings = None if recipe.routing is None or recipe.routing.does_nothing else recipe.routing
@@ -261,7 +275,8 @@ def _build(recipe: Recipe, target: Target, options: TargetOptions, stages: _Stag
         stages.progress(f"pass {record.name}", 1, 1)
 
     with stages("passes"):
-        common = (*passes.default_passes(), *routing.passes)
+        embeds = (InputsEmbeds(),) if recipe.inputs_embeds else ()
+        common = (*embeds, *passes.default_passes(), *routing.passes)
         program, log = passes.run_passes(captured, common, told)
     if settings:
         with stages("accounting"):

@@ -112,7 +112,9 @@ class Program:
         dtype: Activation dtype.
         config: The checkpoint's config.json as a plain mapping.
         dims: Dynamic axis name -> the symbol that stands for it in fake shapes.
-        notes: What passes recorded for targets and reports, by pass name.
+        notes: What passes recorded for targets and reports, by pass name. Capture records how the checkpoint is read
+            ("checkpoint"), parts of it that the graph does not use -> number of their tensors ("left_out"), and the
+            lengths past which rotary tables have other frequencies ("rotary_borders").
         rejections: Where capture did not do as config.json says.
     """
 

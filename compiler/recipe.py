@@ -214,6 +214,10 @@ class Recipe(BaseModel):
     coverage: CoverageRecipe = Field(default=CoverageRecipe(), description="What the coverage gate demands.")
     quality: QualityRecipe | None = Field(default=None, description="What the quality gate demands.")
     latency: LatencyRecipe | None = Field(default=None, description="What the latency gate demands.")
+    inputs_embeds: bool = Field(
+        default=False, description="An optional input of embeddings, for tokens that have no id, such as images."
+    )
+    revision: str | None = Field(default=None, description="Branch, tag or commit of a hub id.")
     trust_remote_code: bool = Field(default=False, description="Run modelling code that the checkpoint brings along.")
 
     def canonical(self, options: BaseModel) -> dict[str, Any]:
@@ -224,7 +228,9 @@ class Recipe(BaseModel):
         Args:
             options: `self.options` as the target's own Options object.
         """
-        plain = self.model_dump(mode="json", exclude={"checkpoint", "options", "trust_remote_code", *DEMANDS})
+        plain = self.model_dump(
+            mode="json", exclude={"checkpoint", "options", "revision", "trust_remote_code", *DEMANDS}
+        )
         return {**plain, "options": options.model_dump(mode="json")}
 
 

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from moec import passes
 from moec.compiler.accounting import account
-from moec.compiler.errors import CheckpointError, OutputError, UsageError
+from moec.compiler.errors import CheckpointError, LoweringError, OutputError, UsageError
 from moec.compiler.files import read_json
 from moec.compiler.frontend.capture import capture
 from moec.compiler.frontend.checkpoint import Checkpoint
@@ -262,7 +262,14 @@ def plan_routing(
     if removed is not None:
         pruning = PruneExperts(tuple(tuple(layer) for layer in removed))
         added.append(pruning)
-        program = pruning.run(program).program
+        pruned = pruning.run(program)
+        if pruned.rejections:
+            raise LoweringError(
+                "experts cannot be pruned: "
+                + "; ".join(f"{rejection.where}: {rejection.reason}" for rejection in pruned.rejections[:4]),
+                hint="export without --prune-experts; --routing lets tokens use fewer experts",
+            )
+        program = pruned.program
     chosen: Policy | None = None
     if settings.policy != "off":
         chosen, measured = _policy(settings, checkpoint, program, progress)
@@ -375,6 +382,7 @@ def calibrate_file(
     output: Path,
     *,
     text: Path | None,
+    revision: str | None = None,
     trust_remote_code: bool,
     progress: Progress,
 ) -> dict[str, Any]:
@@ -386,7 +394,7 @@ def calibrate_file(
     policy_type(name)
     where = None if text is None else str(text)
     read_text(where)
-    checkpoint = Checkpoint.open(location, trust_remote_code=trust_remote_code)
+    checkpoint = Checkpoint.open(location, revision=revision, trust_remote_code=trust_remote_code)
     progress("capture", 0, 1)
     program, _ = passes.run_passes(capture(checkpoint), passes.default_passes())
     found = calibrate(checkpoint, program, name, budgets, text=where, progress=progress)

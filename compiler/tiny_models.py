@@ -80,10 +80,10 @@ def tiny_model(family: str, *, seed: int = 0, **overrides: Any) -> PreTrainedMod
     config = tiny_config(family, **overrides)
     auto_class: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     with torch.random.fork_rng(devices=[]):
-        # Some classes draw their initial values, and `_randomise` builds on those of vectors.
+        # Some classes draw their initial values, and `randomise` builds on those of vectors.
         torch.manual_seed(seed)
         model: PreTrainedModel = auto_class.from_config(config, attn_implementation="eager").float().eval()
-    _randomise(model, torch.Generator().manual_seed(seed), _expert_count(config))
+    randomise(model, torch.Generator().manual_seed(seed), expert_count(config))
     return model
 
 
@@ -118,11 +118,11 @@ def write_tiny_checkpoint(
     with no_bars():
         model.save_pretrained(directory)
     if tokenizer:
-        _character_tokenizer(model.config.get_text_config().vocab_size).save(str(directory / "tokenizer.json"))
+        character_tokenizer(model.config.get_text_config().vocab_size).save(str(directory / "tokenizer.json"))
     return directory
 
 
-def _character_tokenizer(vocab_size: int) -> Tokenizer:
+def character_tokenizer(vocab_size: int) -> Tokenizer:
     """A token for every character below `vocab_size`; all others are token 0."""
     from tokenizers import Tokenizer
     from tokenizers.models import BPE
@@ -131,7 +131,7 @@ def _character_tokenizer(vocab_size: int) -> Tokenizer:
     return Tokenizer(BPE(vocab=vocabulary, merges=[], unk_token=chr(0)))
 
 
-def _expert_count(config: PreTrainedConfig) -> int:
+def expert_count(config: PreTrainedConfig) -> int:
     """Number of routed experts, 0 for a dense model; the key differs between families."""
     holders = [config, getattr(config, "ffn_config", None)]
     keys = ("n_routed_experts", "num_local_experts", "num_experts", "moe_num_experts")
@@ -139,7 +139,7 @@ def _expert_count(config: PreTrainedConfig) -> int:
     return next((count for count in counts if count), 0)
 
 
-def _randomise(model: PreTrainedModel, generator: torch.Generator, experts: int) -> None:
+def randomise(model: PreTrainedModel, generator: torch.Generator, experts: int) -> None:
     """Replace every floating-point weight so that nothing is degenerate and activations stay of order one.
 
     Freshly initialised models hide errors: biases and sinks are 0, norms are 1, and all experts are almost

@@ -16,6 +16,7 @@ from moec.passes.canonical_experts import CanonicalExperts
 from moec.passes.common_subexpressions import CommonSubexpressions
 from moec.passes.dead_code import DeadCode
 from moec.passes.fold_weights import FoldWeights
+from moec.passes.masked_writes import MaskedWrites
 from moec.passes.normalize import Normalize
 from moec.passes.real_rotary import RealRotary
 from moec.passes.rms_norm import RmsNorm
@@ -48,6 +49,7 @@ def default_passes(extra: Iterable[EntryPoint] | None = None) -> tuple[Pass, ...
     own = (
         UnifySizes(),
         Normalize(),
+        MaskedWrites(),
         SliceWrites(),
         FoldWeights(),
         RealRotary(),

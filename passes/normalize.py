@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
@@ -37,6 +38,42 @@ COPIES = frozenset(
 """Ops whose result has the values of their argument."""
 
 JOINS = frozenset({aten.concat.default, aten.concatenate.default})
+
+_ALIASES = {
+    "__and__": "bitwise_and",
+    "__or__": "bitwise_or",
+    "__xor__": "bitwise_xor",
+    "__lshift__": "bitwise_left_shift",
+    "__rshift__": "bitwise_right_shift",
+    "absolute": "abs",
+    "arctan2": "atan2",
+    "clip": "clamp",
+    "divide": "div",
+    "greater": "gt",
+    "greater_equal": "ge",
+    "less": "lt",
+    "less_equal": "le",
+    "multiply": "mul",
+    "negative": "neg",
+    "not_equal": "ne",
+    "special_expit": "sigmoid",
+    "subtract": "sub",
+    "true_divide": "div",
+}
+"""Second names of ops: an overload of the one is the overload of that name of the other."""
+
+
+def _overloads(alias: str, op: str) -> Iterator[tuple[Any, Any]]:
+    known = getattr(aten, op).overloads()
+    # A shift by a number is called Tensor_Scalar by the one and Scalar by the other.
+    renamed = {"Scalar": "Tensor_Scalar"} if "Scalar" not in known else {}
+    for name in getattr(aten, alias).overloads():
+        if (own := renamed.get(name, name)) in known:
+            yield getattr(getattr(aten, alias), name), getattr(getattr(aten, op), own)
+
+
+ALIASES = {alias: op for names in _ALIASES.items() for alias, op in _overloads(*names)}
+"""The same by overload."""
 
 CASTS_AS = frozenset({aten.type_as.default, aten.to.dtype, aten.to.other, aten.to.device})
 
@@ -95,7 +132,10 @@ def _erase_check(node: fx.Node) -> bool:
 
 
 def _unite_names(node: fx.Node) -> bool:
-    """Turn every cast into `aten._to_copy`, and every join into `aten.cat`."""
+    """Turn every cast into `aten._to_copy`, every join into `aten.cat`, and an op of two names into that of one."""
+    if node.target in ALIASES:
+        node.target = ALIASES[node.target]
+        return True
     if node.target in JOINS:
         node.target = aten.cat.default
         return True

@@ -96,11 +96,22 @@ class _Writer:
             return real, imaginary
         if node.target is aten.mul.Tensor:
             return self._product(node)
+        if node.target is aten.where.self:
+            return self._choice(node)
         if node.target in _SHAPE_OPS:
             assert isinstance(source, fx.Node)
             real, imaginary = self.pairs[source]
             return self._moved(node, real), self._moved(node, imaginary)
         raise _unsupported(node)
+
+    def _choice(self, node: fx.Node) -> Pair:
+        condition, first, second = node.args
+        assert isinstance(first, fx.Node)
+        assert isinstance(second, fx.Node)
+        real, imaginary = zip(self.pairs[first], self.pairs[second], strict=True)
+        return self._emit(node, aten.where.self, condition, *real), self._emit(
+            node, aten.where.self, condition, *imaginary
+        )
 
     def _moved(self, node: fx.Node, part: fx.Node) -> fx.Node:
         assert callable(node.target)

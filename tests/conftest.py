@@ -31,14 +31,16 @@ def golden_model() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Directory of a tiny random float32 checkpoint of a family, written once per session."""
-    from moec.compiler.tiny_models import write_tiny_checkpoint
+    """Directory of a tiny random checkpoint of a family or of a released model, written once per session."""
+    from moec.compiler.released_models import write_released_checkpoint
+    from moec.compiler.tiny_models import family_names, write_tiny_checkpoint
 
     written: dict[str, Path] = {}
 
     def checkpoint(family: str) -> Path:
         if family not in written:
-            written[family] = write_tiny_checkpoint(family, tmp_path_factory.mktemp(family))
+            write = write_tiny_checkpoint if family in family_names() else write_released_checkpoint
+            written[family] = write(family, tmp_path_factory.mktemp(family))
         return written[family]
 
     return checkpoint

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from moec.compiler.commands.options import Debug, Json, Quiet, Trust
+from moec.compiler.commands.options import Debug, Json, Quiet, Revision, Trust
 from moec.compiler.console import Console
 
 
@@ -24,6 +24,7 @@ def estimate(
     context: Annotated[int, typer.Option(min=1, help="Tokens before the one that is decoded.")] = 128,
     device: Annotated[str | None, typer.Option(help="A device profile; without it this machine.")] = None,
     price_per_hour: Annotated[float | None, typer.Option(min=0, help="Price of the device, in any currency.")] = None,
+    revision: Revision = None,
     trust_remote_code: Trust = False,
     json_output: Json = False,
     quiet: Quiet = False,
@@ -38,7 +39,17 @@ def estimate(
 
     console = Console(json_output, quiet, debug)
     wanted = Wanted(
-        checkpoint, target, quantize, dtype, routing, expert_budget, context, device, price_per_hour, trust_remote_code
+        checkpoint,
+        target,
+        quantize,
+        dtype,
+        routing,
+        expert_budget,
+        context,
+        device,
+        price_per_hour,
+        trust_remote_code,
+        revision,
     )
     with console.progress() as progress:
         found = compute(wanted, progress)

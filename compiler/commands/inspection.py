@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from moec.compiler.commands.options import Debug, Json, Quiet, Trust
+from moec.compiler.commands.options import Debug, Json, Quiet, Revision, Trust
 from moec.compiler.console import Console
 
 
@@ -17,6 +18,7 @@ def inspect(
     against: Annotated[
         str | None, typer.Option(metavar="CHECKPOINT", help="What the artifact was built from; for --text.")
     ] = None,
+    revision: Revision = None,
     trust_remote_code: Trust = False,
     json_output: Json = False,
     debug: Debug = False,
@@ -32,7 +34,7 @@ def inspect(
         view = experts_by_token(location, text, against, trust_remote_code=trust_remote_code)
         console.result({"tokens": view}, lambda: console.show(coloured(view)))
         return 0
-    found = inspection.inspect(location, trust_remote_code=trust_remote_code)
+    found = inspection.inspect(location, revision=revision, trust_remote_code=trust_remote_code)
     console.result(found, lambda: console.rows(describe(found)))
     return 0
 
@@ -65,6 +67,12 @@ def families(
         list[Path] | None,
         typer.Option("--recipe", help="Build each by this recipe, which names no checkpoint; may be repeated."),
     ] = None,
+    released: Annotated[
+        bool, typer.Option("--released", help="Released models, each built for every target in four forms.")
+    ] = False,
+    resume: Annotated[
+        Path | None, typer.Option(help="With --released: keep what is found in this file, and build only the rest.")
+    ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the table (Markdown) here.")] = None,
     json_output: Json = False,
     quiet: Quiet = False,
@@ -76,6 +84,8 @@ def families(
     from moec.compiler.recipe import read_recipe
 
     console = Console(json_output, quiet, debug)
+    if released:
+        return _released(console, names or (), target, resume, output)
     chosen = checks.choose(names or ())
     if not check:
         console.result({"families": list(chosen)}, lambda: console.line("\n".join(chosen)))
@@ -96,4 +106,25 @@ def families(
     if output is not None:
         checks.write_page(output, page)
     console.result({"families": [row.as_dict() for row in rows]}, lambda: console.line(page))
+    return 0
+
+
+def _released(
+    console: Console, names: Sequence[str], target: str | None, resume: Path | None, output: Path | None
+) -> int:
+    from dataclasses import asdict
+
+    from moec.compiler import released_page
+    from moec.compiler.families import write_page
+
+    chosen = released_page.choose(names)
+    with console.progress() as progress:
+        targets = (target,) if target else released_page.TARGETS
+        cells = released_page.check(chosen, targets, resume=resume, progress=progress)
+    flags = [("--target", target), ("--resume", resume), ("-o", output)]
+    words = ["moec families", *names, "--released", *(f"{flag} {value}" for flag, value in flags if value is not None)]
+    page = released_page.markdown(cells, " ".join(words))
+    if output is not None:
+        write_page(output, page)
+    console.result({"released": [asdict(cell) for cell in cells]}, lambda: console.line(page))
     return 0

@@ -13,4 +13,5 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run modelling code that the checkpoint brings along.")
 ]
+Revision = Annotated[str | None, typer.Option(metavar="BRANCH|TAG|COMMIT", help="Which revision of a hub id to take.")]
 ArtifactDirectory = Annotated[Path, typer.Argument(metavar="DIRECTORY", help="The artifact.")]

@@ -50,6 +50,7 @@ class Wanted:
     device: str | None = None
     price_per_hour: float | None = None
     trust_remote_code: bool = False
+    revision: str | None = None
 
 
 def estimate(wanted: Wanted, progress: Progress) -> dict[str, Any]:
@@ -97,6 +98,7 @@ def counted(wanted: Wanted) -> tuple[Counts, dict[str, str]]:
         {
             **fields,
             "quantize": {"format": wanted.quantize, "rounding": "rtn"},
+            "revision": wanted.revision,
             "trust_remote_code": wanted.trust_remote_code,
         }
     )

@@ -8,7 +8,6 @@ place.
 from __future__ import annotations
 
 import contextlib
-import copy
 import gc
 import inspect
 from collections.abc import Iterator, Sequence
@@ -21,12 +20,13 @@ from torch.export.graph_signature import InputKind
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 
 from moec.compiler.errors import MoecError, UnsupportedModelError, first_line
-from moec.compiler.frontend import hooks
+from moec.compiler.frontend import architecture, hooks
 from moec.compiler.frontend.adapters.base import adapt
 from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.frontend.conversion import open_weights
 from moec.compiler.frontend.frames import roomy
 from moec.compiler.frontend.masks import MaskUseError
+from moec.compiler.frontend.rope import decide_by_tensors
 from moec.compiler.program import CACHE_KINDS, Dim, Program, StateSpec, TensorSpec, moe_layers, state_spec
 from moec.compiler.weights import Constant, LazyTensor
 
@@ -57,22 +57,27 @@ def capture(checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32) -> Pr
     """
     hooks.register()
     model = _meta_model(checkpoint, dtype)
-    weights, rejections = open_weights(checkpoint, model)
+    opened = open_weights(checkpoint, model)
     names = {module: name for name, module in model.named_modules()}
-    max_length = int(getattr(checkpoint.config, "max_position_embeddings", None) or 4096)
+    decoder = architecture.text_decoder(model)
+    max_length = int(getattr(decoder.config.get_text_config(), "max_position_embeddings", None) or 4096)
     adapt(model)
+    borders = decide_by_tensors(model)
     with torch.no_grad(), _rare_collections():
         mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
         _fake_parameters(model, mode)
-        states = _states(model, names, max_length, mode, dtype)
-        step = _Step(model, names, max_length, states)
+        states = _states(decoder, names, max_length, mode, dtype)
+        step = _Step(model, decoder, names, max_length, states)
         exported = _export(step, states, mode)
     graph, constants, dims = _own_graph(exported, states)
     inputs = tuple(TensorSpec(name, _INPUT_SHAPES[name], torch.int64) for name in INPUTS)
     layers = moe_layers(graph)
     _check_layers(model, layers, step.traced.record)
-    store, config = weights.with_tensors(constants), checkpoint.raw_config
-    return Program(graph, store, inputs, states, layers, dtype, config, dims, rejections=rejections)
+    store = opened.store.with_tensors(constants)
+    program = Program(graph, store, inputs, states, layers, dtype, checkpoint.raw_config, dims)
+    left_out = opened.left_out(program.weight_names())
+    notes = {"checkpoint": list(checkpoint.notes), "left_out": left_out, "rotary_borders": sorted(borders)}
+    return program.replace(notes=notes, rejections=opened.rejections)
 
 
 @contextlib.contextmanager
@@ -98,30 +103,17 @@ _INPUT_SHAPES: dict[str, tuple[Dim, ...]] = {
 
 
 def _meta_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
-
-    config = copy.deepcopy(checkpoint.config)  # from_config changes the config that it is given
+    config = checkpoint.config
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(
             f"{type(config).__name__} describes an encoder-decoder: its decoder also attends to what an encoder made",
             hint="moec compiles decoders that AutoModelForCausalLM knows",
         )
-    try:
-        with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                config,
-                attn_implementation=hooks.NAME,
-                trust_remote_code=checkpoint.trust_remote_code,
-                dtype=dtype,
-            )
-    except (ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, ArithmeticError) as error:
-        raise UnsupportedModelError(
-            f"{type(config).__name__}: transformers cannot build it as a causal language model "
-            f"with pluggable attention: {first_line(error)}",
-            hint="moec compiles decoders that AutoModelForCausalLM knows",
-        ) from error
-    if model._can_set_experts_implementation():
-        model.set_experts_implementation(hooks.NAME)
+    with torch.device("meta"):
+        model = architecture.build(
+            config, attention=hooks.NAME, dtype=dtype, trust_remote_code=checkpoint.trust_remote_code
+        )
+    architecture.set_experts(model, hooks.NAME)
     model.eval()  # type: ignore[no-untyped-call]
     _real_buffers(model)
     return model
@@ -250,10 +242,16 @@ class _Step(nn.Module):
     """The function that is exported: flat inputs and states in, logits and present states out."""
 
     def __init__(
-        self, model: PreTrainedModel, names: dict[nn.Module, str], max_length: int, states: Sequence[StateSpec]
+        self,
+        model: PreTrainedModel,
+        decoder: PreTrainedModel,
+        names: dict[nn.Module, str],
+        max_length: int,
+        states: Sequence[StateSpec],
     ) -> None:
         super().__init__()
         self.model, self.names, self.max_length = model, names, max_length
+        self.decoder = [decoder]  # in a list: its parameters have the names that they have in the whole model
         self.states = [(state.layer, state.kind) for state in states]
         # A box, since torch.export puts attributes that a trace assigns, lists too, back to what they were.
         self.traced = _Box()
@@ -271,16 +269,10 @@ class _Step(nn.Module):
         self.traced.record = record
         layers = max(layer for layer, _ in self.states) + 1
         length = next(state.shape[2] for (_, kind), state in by_state.items() if kind in CACHE_KINDS)
+        (decoder,) = self.decoder
+        layers = max(layers, int(decoder.config.get_text_config().num_hidden_layers))
         with hooks.recording(record):
-            out = _call(
-                self.model,
-                input_ids,
-                attention_mask,
-                position_ids,
-                record,
-                max(layers, int(self.model.config.get_text_config().num_hidden_layers)),
-                length,
-            )
+            out = _call(decoder, input_ids, attention_mask, position_ids, record, layers, length)
         return out.logits, [record.present[state] for state in self.states]
 
 

@@ -10,7 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moec.compiler.errors import CheckpointError, UnsupportedModelError, first_line
+from moec.compiler.errors import CheckpointError, first_line
+from moec.compiler.frontend.architecture import is_native, notes, read_config
 from moec.compiler.frontend.names import plain_names
 from moec.compiler.frontend.source import resolve
 from moec.compiler.frontend.stored import float_tensors, stored_format
@@ -48,21 +49,21 @@ class Checkpoint:
     config_digest: str = ""
 
     @classmethod
-    def open(cls, location: str | Path, *, trust_remote_code: bool = False) -> Checkpoint:
+    def open(cls, location: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Checkpoint:
         """Open a directory or a hub id.
+
+        Args:
+            location: Directory or hub id.
+            revision: Branch, tag or commit on the hub.
+            trust_remote_code: Run modelling code of the checkpoint where transformers has none for it.
 
         Raises:
             CheckpointError: Not a checkpoint, or damaged.
-            UnsupportedModelError: Needs remote code and `trust_remote_code` is not set, or is stored quantized.
+            UnsupportedModelError: It is stored in a form that moec does not read.
         """
-        directory = resolve(str(location))
+        directory = resolve(str(location), revision)
         data = _read(directory, directory / "config.json")
         raw = _parse(directory / "config.json", data)
-        if "auto_map" in raw and not trust_remote_code:
-            raise UnsupportedModelError(
-                f"{directory}: config.json names code of its own (auto_map) that would have to be run",
-                hint="read that code, then pass --trust-remote-code",
-            )
         checkpoint = cls(directory, raw, trust_remote_code, hashlib.sha256(data).hexdigest())
         if checkpoint.quantization:
             stored_format(checkpoint.quantization, directory)
@@ -84,24 +85,20 @@ class Checkpoint:
         """The typed config of transformers.
 
         Raises:
-            CheckpointError: transformers does not know it or refuses its values.
+            UnsupportedModelError: transformers does not know it, and no code of the checkpoint may be run.
+            CheckpointError: transformers refuses its values.
         """
-        from transformers import AutoConfig
-
         self._check_counts()
-        try:
-            config: PreTrainedConfig = AutoConfig.from_pretrained(
-                self.directory, local_files_only=True, trust_remote_code=self.trust_remote_code
-            )
-        except Exception as error:  # whatever classes of exceptions 400 config classes use, it is about these values
-            raise CheckpointError(
-                f"{self.directory / 'config.json'}: transformers refuses it: {' '.join(str(error).split())}",
-                hint="check model_type and the values it complains about",
-            ) from error
+        config = read_config(self.directory, self.raw_config, trust_remote_code=self.trust_remote_code)
         for part in (config, config.get_text_config()):
             # Weights are decoded here: to transformers this is a model with float weights.
             part.__dict__.pop("quantization_config", None)
         return config
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know about how the checkpoint is read."""
+        return notes(self.raw_config)
 
     def _check_counts(self) -> None:
         """Refuse what no model of these files can have, before objects are made for each layer and expert.
@@ -198,14 +195,18 @@ class Checkpoint:
 
     @cached_property
     def digests(self) -> Mapping[str, str]:
-        """Path below the directory -> sha256 of config.json and every weight file, as they were when they were opened.
+        """Path below the directory -> sha256 of config.json, every weight file and of code that runs.
+
+        Weight files count as they were when they were opened.
 
         Raises:
             CheckpointError: A weight file has been written to since.
         """
         names = [file.relative_to(self.directory).as_posix() for file in self.files]
         weights = {name: file.sha256() for name, file in zip(names, self.opened, strict=True)}
-        return {"config.json": self.config_digest, **weights}
+        code = () if is_native(self.raw_config) else sorted(self.directory.glob("*.py"))
+        run = {path.name: hashlib.sha256(_read(self.directory, path)).hexdigest() for path in code}
+        return {"config.json": self.config_digest, **weights, **run}
 
     def companions(self) -> tuple[Path, ...]:
         """Files that travel with every artifact: configs and the tokenizer.

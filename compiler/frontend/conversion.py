@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections import defaultdict
-from collections.abc import Mapping
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +54,22 @@ _MOVING = (
 
 
 @dataclass(frozen=True)
+class _Shapes:
+    """What a conversion may ask the model for: its config, and the shape of a parameter."""
+
+    config: Any
+    shapes: Mapping[str, tuple[int, ...]]
+
+    def get_parameter(self, name: str) -> Tensor:
+        """A tensor of the shape of parameter `name`, without values."""
+        return torch.empty(self.shapes[name], device="meta")
+
+    def sliced(self, name: str, rows: int) -> _Shapes:
+        """The same where axis 0 of parameter `name` has `rows` entries."""
+        return _Shapes(self.config, {name: (rows, *self.shapes[name][1:])})
+
+
+@dataclass(frozen=True)
 class Converted(LazyTensor):
     """The result `name` of a WeightConverter over stored tensors.
 
@@ -66,7 +82,7 @@ class Converted(LazyTensor):
     sources: Mapping[str, tuple[LazyTensor, ...]]
     shape: tuple[int, ...]
     dtype: torch.dtype
-    config: Any = None
+    model: _Shapes
 
     @property
     def _stacks(self) -> bool:
@@ -78,19 +94,29 @@ class Converted(LazyTensor):
             and all(len(tensors) == self.shape[0] for tensors in self.sources.values())
         )
 
-    def rows(self, start: int, stop: int) -> Tensor:
-        """Convert the slice alone where experts are stacked, else convert all and slice."""
-        if self._stacks:
-            return self._convert({key: tensors[start:stop] for key, tensors in self.sources.items()})
-        return self._convert(self.sources)[start:stop]
+    @property
+    def _keeps_rows(self) -> bool:
+        """Whether index i of axis 0 depends on index i of the stored tensors alone."""
+        return len(self.shape) > 2 and all(
+            isinstance(operation, Transpose) and min(operation.dim0, operation.dim1) > 0
+            for operation in self.converter.operations
+        )
 
-    def _convert(self, sources: Mapping[str, tuple[LazyTensor, ...]]) -> Tensor:
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Convert the slice alone where experts are stacked or stay where they are, else convert all and slice."""
+        if self._stacks:
+            sources = {key: [tensor.read() for tensor in tensors[start:stop]] for key, tensors in self.sources.items()}
+            return self._convert(sources, self.model)
+        if self._keeps_rows:
+            sources = {key: [tensor.rows(start, stop) for tensor in tensors] for key, tensors in self.sources.items()}
+            return self._convert(sources, self.model.sliced(self.first_name, stop - start))
+        sources = {key: [tensor.read() for tensor in tensors] for key, tensors in self.sources.items()}
+        return self._convert(sources, self.model)[start:stop]
+
+    def _convert(self, sources: Mapping[str, list[Tensor]], model: _Shapes) -> Tensor:
         converter: Any = copy.copy(self.converter)
-        converter.collected_tensors = defaultdict(list)
-        for pattern, tensors in sources.items():
-            converter.collected_tensors[pattern] = [tensor.read() for tensor in tensors]
-        results = converter.convert(self.first_name, config=self.config)
-        value = results[self.name]
+        converter.collected_tensors = defaultdict(list, sources)
+        value = converter.convert(self.first_name, model=model, config=model.config)[self.name]
         converted: Tensor = value[0] if isinstance(value, list) else value
         return converted.to(self.dtype)
 
@@ -111,9 +137,46 @@ class _Plan:
 
     rule: WeightConverter | WeightRenaming | None
     sources: dict[str, list[LazyTensor]] = field(default_factory=lambda: defaultdict(list))
+    names: list[str] = field(default_factory=list)
 
 
-def open_weights(checkpoint: Checkpoint, model: PreTrainedModel) -> tuple[WeightStore, tuple[Rejection, ...]]:
+@dataclass(frozen=True)
+class OpenedWeights:
+    """The tensors of a model, and what they are made of.
+
+    Attributes:
+        store: The tensors under the names of the model.
+        origins: Name in the store -> names of the stored tensors that it is made of.
+        stored: Names of all stored tensors.
+        rejections: Where the files were followed and config.json was not.
+    """
+
+    store: WeightStore
+    origins: Mapping[str, frozenset[str]]
+    stored: frozenset[str]
+    rejections: tuple[Rejection, ...]
+
+    def left_out(self, names: Iterable[str]) -> dict[str, int]:
+        """What of the checkpoint is no part of the tensors `names`: where it lies, and how many tensors.
+
+        A part is the shortest path that no tensor in use shares: a vision tower, say, or a layer that predicts more
+        tokens ahead.
+        """
+        empty = frozenset[str]()
+        used = frozenset[str]().union(*(self.origins.get(self.store.resolve(name), empty) for name in names))
+        shared = {name[:end] for name in used for end in range(len(name)) if name[end] == "."}
+        parts = Counter(_part(name, shared) for name in self.stored - used)
+        return dict(sorted(parts.items()))
+
+
+def _part(name: str, shared: Collection[str]) -> str:
+    """The shortest path of the tensor `name` that is not among `shared`."""
+    pieces = name.split(".")
+    paths = (".".join(pieces[:count]) for count in range(1, len(pieces) + 1))
+    return next((path for path in paths if path not in shared), name)
+
+
+def open_weights(checkpoint: Checkpoint, model: PreTrainedModel) -> OpenedWeights:
     """Name every parameter and persistent buffer of `model` (on the meta device) after the checkpoint.
 
     Returns:
@@ -124,8 +187,12 @@ def open_weights(checkpoint: Checkpoint, model: PreTrainedModel) -> tuple[Weight
     """
     wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     tensors: dict[str, LazyTensor] = {}
+    shapes = _Shapes(model.config, wanted)
+    origins: dict[str, frozenset[str]] = {}
     for name, plan in _plans(checkpoint, model).items():
-        tensors.update(_lazy(name, plan, wanted, model))
+        made = _lazy(name, plan, shapes)
+        origins.update(dict.fromkeys(made, frozenset(plan.names)))
+        tensors.update(made)
     rejections = _untie_stored(model, tensors)
     aliases = dict(getattr(model, "all_tied_weights_keys", None) or {})
     # Either name of a tied pair may be the one that the checkpoint holds.
@@ -137,7 +204,7 @@ def open_weights(checkpoint: Checkpoint, model: PreTrainedModel) -> tuple[Weight
         else:
             resolved[source] = tied
     _check(checkpoint, wanted, tensors, resolved)
-    return WeightStore(tensors, resolved), rejections
+    return OpenedWeights(WeightStore(tensors, resolved), origins, frozenset(checkpoint.tensors), rejections)
 
 
 def _untie_stored(model: PreTrainedModel, tensors: Mapping[str, LazyTensor]) -> tuple[Rejection, ...]:
@@ -188,12 +255,11 @@ def _plans(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, _Plan]:
             continue  # such as the weights of a vision tower or of a multi-token prediction head
         plan = plans.setdefault(name, _Plan(by_pattern.get(pattern) if pattern else None))
         plan.sources[pattern or key].append(checkpoint.tensors[key])
+        plan.names.append(key)
     return plans
 
 
-def _lazy(
-    name: str, plan: _Plan, wanted: Mapping[str, tuple[int, ...]], model: PreTrainedModel
-) -> dict[str, LazyTensor]:
+def _lazy(name: str, plan: _Plan, model: _Shapes) -> dict[str, LazyTensor]:
     if not isinstance(plan.rule, WeightConverter):
         (entries,) = plan.sources.values()
         return {name: _float(entries[0])}
@@ -204,9 +270,9 @@ def _lazy(
         first = plan.rule.target_patterns[0]
         targets = [name.replace(first, target) for target in plan.rule.target_patterns]
     return {
-        target: Converted(target, name, plan.rule, sources, wanted[target], dtype, model.config)
+        target: Converted(target, name, plan.rule, sources, model.shapes[target], dtype, model)
         for target in targets
-        if target in wanted
+        if target in model.shapes
     }
 
 
@@ -256,7 +322,7 @@ def _converted_shape(checkpoint: Checkpoint, tensor: LazyTensor) -> tuple[int, .
             torch.empty(source.shape, dtype=source.dtype, device="meta") for source in stored
         ]
     try:
-        value = converter.convert(tensor.first_name, config=tensor.config)[tensor.name]
+        value = converter.convert(tensor.first_name, model=tensor.model, config=tensor.model.config)[tensor.name]
     except (RuntimeError, ValueError, KeyError) as error:
         raise CheckpointError(
             f"{checkpoint.directory}: the tensors of {tensor.name} do not fit together: {first_line(error)}",

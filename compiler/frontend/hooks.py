@@ -8,8 +8,9 @@ functions. A cache object hands the past to the attention function, so that appe
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +23,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from moec.compiler.errors import UnsupportedModelError
-from moec.compiler.frontend.masks import MaskPattern, classify
+from moec.compiler.frontend.masks import Mask
 from moec.compiler.ops import ACTIVATIONS, Gate
 from moec.compiler.program import Dim
 
@@ -167,9 +168,9 @@ def step_cache(record: Recording, layers: int, length: Any) -> Cache:
     return Cache(layers=[StepLayer(record, index, length) for index in range(layers)])
 
 
-def mask_hook(*_: Any, mask_function: Any, **__: Any) -> MaskPattern:
-    """Mask implementation: return the pattern instead of a tensor. It reaches the attention function unharmed."""
-    return classify(mask_function, _ACTIVE[-1].max_length)
+def mask_hook(*_: Any, mask_function: Any, **__: Any) -> Mask:
+    """Mask implementation: return the function instead of a tensor. It reaches the attention function unharmed."""
+    return Mask(mask_function, _ACTIVE[-1].max_length)
 
 
 def attention_hook(
@@ -192,7 +193,7 @@ def attention_hook(
         query: [B, Hq, S, D].
         key: [B, Hkv, S, D], the new tokens alone.
         value: [B, Hkv, S, Dv].
-        attention_mask: The MaskPattern from `mask_hook`.
+        attention_mask: The Mask from `mask_hook`.
         scaling: Factor on the logits, 1 / sqrt(D) if None.
         dropout: Unused at inference.
         softcap: See `moec::attention`.
@@ -205,7 +206,7 @@ def attention_hook(
     record = _ACTIVE[-1]
     where = record.name(module)
     record.attentions.append(where)
-    if not isinstance(attention_mask, MaskPattern):
+    if not isinstance(attention_mask, Mask):
         raise UnsupportedModelError(
             f"{where}: its attention mask does not come from the mask functions of transformers",
             hint="a family that builds its own mask needs an adapter",
@@ -219,6 +220,7 @@ def attention_hook(
                 (layer, kind), ("batch", int(state.shape[1]), "past_sequence", int(state.shape[3]))
             )
         return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
+    pattern = attention_mask.pattern()
     out, present_key, present_value = torch.ops.moec.attention(
         query,
         key,
@@ -229,8 +231,8 @@ def attention_hook(
         record.attention_mask,
         s_aux,
         float(query.shape[-1] ** -0.5 if scaling is None else scaling),
-        attention_mask.kind,
-        attention_mask.window,
+        pattern.kind,
+        pattern.window,
         float(softcap or 0.0),
     )
     record.present.setdefault((layer, "key"), present_key)
@@ -322,7 +324,7 @@ def activation_name(function: Any, where: str) -> str:
         UnsupportedModelError: It is none of them.
     """
     with _disable_current_modes():
-        grid = torch.linspace(-6, 6, 97)
+        grid = _probes(())
         values = function(grid)
         for name, reference in ACTIVATIONS.items():
             if torch.allclose(values, reference(grid), rtol=1e-5, atol=1e-6):
@@ -339,12 +341,13 @@ def _gate_of(module: Any, where: str) -> Gate:
         return Gate(activation_name(module.act_fn, where), gated=False)
     interleaved = not module.is_concatenated
     with _disable_current_modes():
-        grid = torch.linspace(-12, 12, 41)
+        candidates = list(_candidates(module, interleaved))
+        grid = _probes({candidate.limit for candidate in candidates})
         gate, up = torch.meshgrid(grid, grid, indexing="ij")
         pair = torch.stack([gate, up], -1).flatten(-2) if interleaved else torch.cat([gate, up], -1)
         values = module._apply_gate(pair)
-        for candidate in _candidates(module, interleaved):
-            if torch.allclose(values, candidate(pair), rtol=1e-5, atol=1e-5):
+        for candidate in candidates:
+            if torch.allclose(values, candidate(pair), rtol=1e-5, atol=1e-6):
                 return candidate
     raise UnsupportedModelError(
         f"{where}: {type(module).__name__} combines gate and up in a form that moec does not know",
@@ -361,13 +364,21 @@ def _candidates(module: Any, interleaved: bool) -> Iterator[Gate]:
         if config is not None
         else set()
     )
-    for activation in ACTIVATIONS:
-        for limit in (0.0, *sorted(n for n in numbers if n > 0)):
-            for offset in (0.0, 1.0):
-                yield Gate(activation, True, interleaved, 1.0, limit, offset)
-                if activation == "silu":
-                    for alpha in sorted(numbers):
-                        yield Gate(activation, True, interleaved, alpha, limit, offset)
+    limits = (0.0, *sorted(number for number in numbers if number > 0))
+    for activation, limit, offset in itertools.product(ACTIVATIONS, limits, (0.0, 1.0)):
+        yield Gate(activation, True, interleaved, 1.0, limit, offset)
+    for alpha, limit, offset in itertools.product(sorted(numbers), limits, (0.0, 1.0)):
+        yield Gate("silu", True, interleaved, alpha, limit, offset)
+
+
+def _probes(limits: Collection[float]) -> Tensor:
+    """Values that tell activations apart: near 0, where they bend, far out, and on both sides of every limit.
+
+    `x * sigmoid(alpha * x)` with a large alpha is ReLU but for values near 0, and a limit shows beyond it alone.
+    """
+    near = torch.logspace(-3, 3, 25)
+    edges = torch.tensor([factor * limit for limit in limits for factor in (0.99, 1.01)])
+    return torch.cat([torch.linspace(-12, 12, 41), near, -near, edges, -edges])
 
 
 def register() -> None:

@@ -29,13 +29,29 @@ class MaskUseError(AttributeError):
 
 @dataclass(frozen=True, slots=True)
 class MaskPattern:
-    """What a layer may attend to, in place of the mask tensor: a `kind` of `moec::attention` and its `window`.
-
-    Whatever takes it for a tensor raises `MaskUseError`.
-    """
+    """What a layer may attend to: a `kind` of `moec::attention` and its `window`."""
 
     kind: str
     window: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Mask:
+    """What a layer is given in place of a mask tensor: the mask function, classified when a layer attends with it.
+
+    A model may make masks that none of its layers uses. Whatever takes it for a tensor raises `MaskUseError`.
+    """
+
+    function: MaskFunction
+    max_length: int
+
+    def pattern(self) -> MaskPattern:
+        """The pattern that it draws.
+
+        Raises:
+            UnsupportedModelError: See `classify`.
+        """
+        return classify(self.function, self.max_length)
 
     def __getattr__(self, name: str) -> Any:
         raise MaskUseError
@@ -62,14 +78,14 @@ def classify(mask_function: MaskFunction, max_length: int) -> MaskPattern:
     with _disable_current_modes():
         function = _without_padding(mask_function)
         last = 2 * max(max_length, 64) + 1
-        first = int(_row(function, last).nonzero()[0])
+        first = _first(function, last)
+        candidates: list[MaskPattern] = []
         if first == 0:
-            candidates = [MaskPattern("causal")]
-        else:
+            candidates.append(MaskPattern("causal"))
+        elif first <= last:
             candidates = [MaskPattern("sliding", last - first + 1)]
             # A chunk starts at `first` and holds `last`, and so does the chunk one earlier: both fix its size.
-            before = int(_row(function, first - 1).nonzero()[0])
-            candidates.append(MaskPattern("chunked", first - before))
+            candidates.append(MaskPattern("chunked", first - _first(function, first - 1)))
         for pattern in candidates:
             if _draws(function, pattern, last):
                 return pattern
@@ -77,6 +93,12 @@ def classify(mask_function: MaskFunction, max_length: int) -> MaskPattern:
         "an attention mask is neither causal nor sliding nor chunked",
         hint="moec captures decoders; bidirectional, blockwise and prefix masks are not supported",
     )
+
+
+def _first(function: MaskFunction, query: int) -> int:
+    """The first slot that the token at `query` sees, or one behind all if it sees none."""
+    seen = _row(function, query).nonzero()
+    return int(seen[0]) if len(seen) else query + 3
 
 
 def _row(function: MaskFunction, query: int) -> Tensor:

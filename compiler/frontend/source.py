@@ -8,20 +8,29 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from moec.compiler.errors import CheckpointError, first_line
+from moec.compiler.errors import CheckpointError, UsageError, first_line
 
 SUFFIXES = frozenset({".json", ".safetensors", ".jinja", ".txt", ".model", ".py"})
 """Files of a checkpoint that may decide what is built of it."""
 
 
-def resolve(location: str) -> Path:
+def resolve(location: str, revision: str | None = None) -> Path:
     """Directory of a checkpoint, downloaded if it is a hub id.
+
+    Args:
+        location: Directory or hub id.
+        revision: Branch, tag or commit on the hub.
 
     Raises:
         CheckpointError: There is none.
+        UsageError: A directory has no revisions.
     """
     directory = Path(location).expanduser()
     if directory.is_dir():
+        if revision is not None:
+            raise UsageError(
+                f"{directory} is a directory, which has no revision {revision!r}", hint="--revision is for hub ids"
+            )
         if not (directory / "config.json").is_file():
             raise CheckpointError(
                 f"{directory}: not a checkpoint: it has no config.json",
@@ -34,21 +43,23 @@ def resolve(location: str) -> Path:
             f"{location}: not a checkpoint: it {what}",
             hint="give a directory with config.json and safetensors files, or a hub id (owner/name)",
         )
-    return _download(location)
+    return _download(location, revision)
 
 
-def _download(hub_id: str) -> Path:
+PATTERNS = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.py")
+"""Files that are downloaded; those of Python run only where the user trusts them."""
+
+
+def _download(hub_id: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(
-            snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"])
-        )
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(PATTERNS)))
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
         raise CheckpointError(
             f"{hub_id}: no such directory, and the hub does not deliver it: {first_line(error)}",
-            hint="check the name, the network and, for a gated model, `hf auth login`",
+            hint="check the name, the revision, the network and, for a gated model, `hf auth login`",
         ) from error
 
 

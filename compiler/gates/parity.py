@@ -99,7 +99,7 @@ def gather(
     for index, case in enumerate(cases):
         progress(gate, index, len(cases))
         output = run_case(runner, case)
-        trace = oracle.trace(output.input_ids[:, : output.logits.shape[1]], case.attention_mask)
+        trace = oracle.trace(output.input_ids[:, : output.logits.shape[1]], case.attention_mask, case.steps)
         result, proven = compare(case, output, trace, evidence.tolerance)
         evidence.results.append(result)
         evidence.usage.add(trace, proven)

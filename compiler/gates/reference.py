@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from moec.compiler.errors import CheckpointError
+from moec.compiler.frontend import architecture
 from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.gates.ties import RouterWatch
 from moec.compiler.interpreter import ProgramRunner
@@ -24,8 +25,8 @@ from moec.compiler.quiet import no_bars
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Logits = Callable[[np.ndarray], np.ndarray]
-"""Input ids [B, T] without padding -> logits [B, T, V] float32."""
+Logits = Callable[[np.ndarray, Sequence[int]], np.ndarray]
+"""Input ids [B, T] without padding, and the lengths of the steps that they are fed in -> logits [B, T, V] float32."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +73,9 @@ class HiddenStates:
 class Oracle:
     """Traces sequences through the reference, each without padding and without a cache: one pass from the first token.
 
+    Where rotary frequencies depend on how long the sequence is at a step, the keys in the cache keep those of their
+    own step, in transformers as in an artifact. There the reference is fed the steps that the case is.
+
     Args:
         program: Gives ties and experts, and the logits too unless `logits` does.
         margin: See `Tolerance.tie_margin`.
@@ -83,37 +87,65 @@ class Oracle:
         self.hidden = HiddenStates(program)
         self._runner = ProgramRunner(program, observer=self._observe)
         self._logits = logits
+        self._by_steps = bool(program.notes.get("rotary_borders"))
 
     def _observe(self, node: fx.Node, args: tuple[Any, ...], result: Any) -> None:
         self._watch(node, args, result)
         self.hidden(node, args, result)
 
-    def trace(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None) -> Trace:
+    def trace(
+        self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None, steps: Sequence[int] = ()
+    ) -> Trace:
         """Trace sequences.
 
         Args:
             input_ids: [B, T] int64.
             attention_mask: [B, T], 0 in left padding. Each row is run alone, without its padding.
+            steps: Lengths of the steps that the case is fed in; tokens behind them come one by one.
         """
         if attention_mask is None:
-            return self._trace(input_ids)
+            return self._trace(input_ids, steps)
         rows = []
         for ids, mask in zip(input_ids, attention_mask, strict=True):
             start = int(len(mask) - mask.sum())
-            rows.append(_pad_left(self._trace(ids[None, start:]), start))
+            rows.append(
+                _pad_left(self._trace(ids[None, start:], (steps[0] - start, *steps[1:]) if steps else ()), start)
+            )
         return Trace(
             np.concatenate([row.logits for row in rows]),
             np.concatenate([row.tied for row in rows]),
             {layer: np.concatenate([row.slots[layer] for row in rows]) for layer in rows[0].slots},
         )
 
-    def _trace(self, input_ids: np.ndarray) -> Trace:
-        self._watch.begin(*input_ids.shape)
-        logits = self._runner.prefill(input_ids)
+    def _trace(self, input_ids: np.ndarray, steps: Sequence[int]) -> Trace:
+        length = input_ids.shape[1]
+        if not self._by_steps or not steps:
+            steps = (length,)
+        steps = (*steps, *[1] * (length - sum(steps)))
+        pieces: list[Trace] = []
+        offset = 0
+        for step in steps:
+            ids = input_ids[:, offset : offset + step]
+            self._watch.begin(*ids.shape)
+            logits = (self._runner.decode if offset else self._runner.prefill)(ids)
+            pieces.append(Trace(logits, self._watch.tied, self._watch.slots))
+            offset += step
         self._runner.reset()
+        trace = _joined(pieces)
         if self._logits is not None:
-            logits = self._logits(input_ids)
-        return Trace(logits, self._watch.tied, self._watch.slots)
+            trace = dataclasses.replace(trace, logits=self._logits(input_ids, steps))
+        return trace
+
+
+def _joined(pieces: Sequence[Trace]) -> Trace:
+    """The traces of steps that follow each other, as one."""
+    if len(pieces) == 1:
+        return pieces[0]
+    return Trace(
+        np.concatenate([piece.logits for piece in pieces], axis=1),
+        np.concatenate([piece.tied for piece in pieces], axis=1),
+        {layer: np.concatenate([piece.slots[layer] for piece in pieces], axis=1) for layer in pieces[0].slots},
+    )
 
 
 def _pad_left(trace: Trace, padding: int) -> Trace:
@@ -132,19 +164,22 @@ def load_source(checkpoint: Checkpoint) -> Logits:
     Raises:
         CheckpointError: It lacks weights that the model needs.
     """
-    from transformers import AutoModelForCausalLM
-
-    settings: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "eager", "output_loading_info": True}
+    kind, config = architecture.model_class(checkpoint.config)
+    settings = {
+        "config": config,
+        "dtype": torch.float32,
+        "attn_implementation": "eager",
+        "trust_remote_code": checkpoint.trust_remote_code,
+        "local_files_only": True,
+        "output_loading_info": True,
+    }
     with no_bars():
         if checkpoint.stored_plainly:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                checkpoint.directory,
-                trust_remote_code=checkpoint.trust_remote_code,
-                local_files_only=True,
-                **settings,
-            )
+            loaded: Any = kind.from_pretrained(checkpoint.directory, **settings)
         else:
-            loaded = _load_decoded(checkpoint, settings)
+            # Decoded weights under the names of the files, which transformers converts as it does always.
+            weights = {name: tensor.read().to(torch.float32) for name, tensor in checkpoint.weights.items()}
+            loaded = kind.from_pretrained(None, state_dict=weights, **settings)
     model: PreTrainedModel = loaded[0]
     info: Mapping[str, Any] = loaded[1]
     if missing := sorted(info["missing_keys"]):
@@ -152,30 +187,33 @@ def load_source(checkpoint: Checkpoint) -> Logits:
             f"{checkpoint.directory}: transformers finds no weights for {missing[0]} ({len(missing)} tensors)",
             hint="the reference would be random there; download the checkpoint again",
         )
-    if model._can_set_experts_implementation():
-        model.set_experts_implementation("eager")
+    architecture.set_experts(model, "eager")
     model.train(mode=False)
+    decoder = architecture.text_decoder(model)
 
     @torch.no_grad()
-    def logits(input_ids: np.ndarray) -> np.ndarray:
+    def logits(input_ids: np.ndarray, steps: Sequence[int] = ()) -> np.ndarray:
         ids = torch.from_numpy(input_ids)
-        result: np.ndarray = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.numpy()
+        if len(steps) > 1:
+            return _step_by_step(decoder, ids, steps)
+        result: np.ndarray = decoder(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.numpy()
         return result
 
     return logits
 
 
-def _load_decoded(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> Any:
-    """The model with decoded weights under the names of the files, which transformers converts as it does always."""
-    from transformers import AutoModelForCausalLM
-
-    config = copy.deepcopy(checkpoint.config)
-    with torch.device("meta"):
-        empty: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-            config, trust_remote_code=checkpoint.trust_remote_code
-        )
-    weights = {name: tensor.read().to(torch.float32) for name, tensor in checkpoint.weights.items()}
-    return type(empty).from_pretrained(None, config=config, state_dict=weights, **settings)
+def _step_by_step(decoder: Any, ids: Tensor, steps: Sequence[int]) -> np.ndarray:
+    """Logits [B, T, V] of `ids` [B, T] fed in steps of these lengths."""
+    # A short sequence takes dynamic rotary scaling back to where it starts: it keeps what the last one came to.
+    decoder(input_ids=ids[:, :1], use_cache=False)
+    past, pieces, offset = None, list[np.ndarray](), 0
+    for step in steps:
+        stop = offset + step
+        mask = torch.ones_like(ids[:, :stop])
+        out = decoder(input_ids=ids[:, offset:stop], attention_mask=mask, past_key_values=past, use_cache=True)
+        past, offset = out.past_key_values, stop
+        pieces.append(out.logits.numpy())
+    return np.concatenate(pieces, axis=1)
 
 
 def source_bytes(checkpoint: Checkpoint) -> int:

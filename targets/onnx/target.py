@@ -75,6 +75,7 @@ class OnnxTarget(Target):
     Options: ClassVar[type[TargetOptions]] = OnnxOptions
     tools: ClassVar[tuple[str, ...]] = ("onnx-ir", "onnx", "onnxruntime")
     state_kinds: ClassVar[frozenset[str]] = frozenset({"key", "value", "conv"})
+    takes_embeddings: ClassVar[bool] = True
 
     def capabilities(self, options: TargetOptions, phase: Phase) -> Capabilities:  # noqa: ARG002
         """Every flavor skips: the MoE kernels drop slots of weight 0, and so do the Ifs of the portable one."""

@@ -49,7 +49,7 @@ class Weight:
     @property
     def nbytes(self) -> int:
         """Bytes of the values, without the scales."""
-        bits = {"FLOAT32": 32, "INT32": 32, "FLOAT16": 16, "INT8": 8, "INT4": 4}[self.dtype]
+        bits = {"FLOAT32": 32, "INT32": 32, "FLOAT16": 16, "INT8": 8, "BOOL": 8, "INT4": 4}[self.dtype]
         return (math.prod(self.shape) * bits + 7) // 8
 
     @property

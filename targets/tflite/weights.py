@@ -140,11 +140,13 @@ def _stored_dtype(tensor: LazyTensor, dtype: torch.dtype) -> torch.dtype:
     half = torch.float16 in (tensor.dtype, dtype) and dtype in (torch.float16, torch.float32)
     if half:
         return torch.float16
+    if dtype is torch.bool:
+        return dtype
     return torch.float32 if dtype.is_floating_point else torch.int32
 
 
 def _kind(dtype: torch.dtype) -> str:
-    return {torch.float16: "FLOAT16", torch.float32: "FLOAT32", torch.int32: "INT32"}[dtype]
+    return {torch.float16: "FLOAT16", torch.float32: "FLOAT32", torch.int32: "INT32", torch.bool: "BOOL"}[dtype]
 
 
 def _quantized(

@@ -195,7 +195,7 @@ def unknown_model(checkpoint: Path) -> None:
 
 
 def remote_code(checkpoint: Path) -> None:
-    change_config(checkpoint, auto_map={"AutoModelForCausalLM": "modeling.Mine"})
+    change_config(checkpoint, model_type="no_such_model", auto_map={"AutoModelForCausalLM": "modeling.Mine"})
 
 
 def quantized(checkpoint: Path) -> None:
@@ -232,7 +232,7 @@ def quantized(checkpoint: Path) -> None:
         (fewer_experts, 10, ["mlp", "disagree"]),
         (missing_tensor, 10, ["lm_head.weight"]),
         (damaged_config, 10, ["cannot be read as JSON"]),
-        (unknown_model, 10, ["no_such_model"]),
+        (unknown_model, 3, ["no_such_model"]),
         (remote_code, 3, ["auto_map", "--trust-remote-code"]),
         (quantized, 3, ["stored quantized (hqq)", "moec reads awq, bitsandbytes", "dequantized"]),
     ],

@@ -12,7 +12,7 @@ from moec import passes
 from moec.compiler import routing
 from moec.compiler.accounting import account, token_view
 from moec.compiler.artifact import read_manifest
-from moec.compiler.errors import CheckpointError, OutputError, UsageError
+from moec.compiler.errors import CheckpointError, LoweringError, OutputError, UsageError
 from moec.compiler.frontend.capture import capture
 from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.pipeline import compile_recipe, silent, validate_artifact
@@ -213,3 +213,13 @@ def test_an_export_with_routing_is_proven_and_can_be_validated(golden_model: Pat
     assert "of the slots are used" in coloured(view).plain
     with pytest.raises(UsageError, match="in the form of its runtime"):
         experts_by_token(str(tmp_path / "out"), "In the beginning", None)
+
+
+def test_pruning_that_the_router_does_not_allow_is_an_error(tiny_checkpoint: Any, tmp_path: Path) -> None:
+    """A router that chooses groups first, even one group: nothing could be pruned, and the user asked for it."""
+    fields = {"checkpoint": str(tiny_checkpoint("glm4_moe")), "target": "onnx"}
+    removed = [[1, 3, 5], [0, 2]]
+    with pytest.raises(LoweringError, match=r"mlp.*its router is not one row per expert") as caught:
+        compile_recipe(make_recipe({**fields, "routing": {"removed": removed}}), tmp_path / "out")
+    assert caught.value.exit_code == 4
+    assert not (tmp_path / "out").exists()

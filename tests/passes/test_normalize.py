@@ -1,7 +1,8 @@
+import pytest
 import torch
 
 from moec.compiler.printing import format_graph
-from moec.passes.normalize import Normalize
+from moec.passes.normalize import ALIASES, Normalize
 
 aten = torch.ops.aten
 
@@ -65,3 +66,35 @@ def test_adding_zero_that_widens_stays(build):
     x = build.input("x", 4, dtype=torch.int64)
     program = build.program(build.call(aten.add.Tensor, x, 0.0))
     assert not Normalize().run(program).modified
+
+
+@pytest.mark.parametrize(
+    ("alias", "op"),
+    [
+        (aten.__or__.Tensor, aten.bitwise_or.Tensor),
+        (aten.__and__.Tensor, aten.bitwise_and.Tensor),
+        (aten.__xor__.Tensor, aten.bitwise_xor.Tensor),
+        (aten.multiply.Tensor, aten.mul.Tensor),
+        (aten.greater_equal.Tensor, aten.ge.Tensor),
+        (aten.true_divide.Tensor, aten.div.Tensor),
+    ],
+)
+def test_an_op_has_one_name(alias, op, build):
+    x, y = (build.input(name, 2, 3) for name in "xy")
+    if "_" in alias.name().split("::")[1][:1]:
+        x, y = (build.call(aten.gt.Scalar, value, 0.0) for value in (x, y))
+    program = build.program(build.call(aten._to_copy.default, build.call(alias, x, y), dtype=torch.float32))
+    result = Normalize().run(program)
+    assert not result.program.nodes(alias)
+    assert len(result.program.nodes(op)) == 1
+    build.assert_same(program, result.program)
+
+
+def test_every_alias_computes_what_its_op_does():
+    x, y = torch.tensor([3, -2, 5]), torch.tensor([1, 2, 2])
+    pairs = [
+        (alias, op) for alias, op in ALIASES.items() if alias._overloadname == "Tensor" and alias != aten.clip.Tensor
+    ]
+    assert len(pairs) > 12
+    for alias, op in pairs:
+        assert torch.equal(alias(x, y), op(x, y)), alias

@@ -15,6 +15,7 @@ from moec.compiler.frontend.adapters.dbrx import DBRX_EXPERTS
 from moec.compiler.frontend.adapters.jetmoe import JETMOE_ATTENTION, JETMOE_MLP
 from moec.compiler.frontend.adapters.llama4 import LLAMA4_MOE
 from moec.compiler.frontend.adapters.longcat import LONGCAT_EXPERTS
+from moec.compiler.frontend.adapters.step3p7 import STEP3P7_EXPERTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,7 @@ ADAPTERS: tuple[Adapter, ...] = (
     Adapter(*JETMOE_MLP),
     Adapter(*LLAMA4_MOE),
     Adapter(*LONGCAT_EXPERTS),
+    Adapter(*STEP3P7_EXPERTS),
 )
 
 

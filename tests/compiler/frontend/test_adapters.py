@@ -25,6 +25,7 @@ FAMILIES = {
     "jetmoe": {"JetMoeMoE", "JetMoeAttention"},
     "llama4_text": {"Llama4TextMoe"},
     "longcat_flash": {"LongcatFlashExperts"},
+    "Step-3.7-Flash": {"Step3p7Experts"},
 }
 
 

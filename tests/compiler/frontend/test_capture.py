@@ -14,13 +14,16 @@ from torch import nn
 
 from moec.compiler.errors import UnsupportedModelError
 from moec.compiler.frontend import capture as capture_module
+from moec.compiler.frontend import hooks
 from moec.compiler.frontend.capture import capture
 from moec.compiler.frontend.checkpoint import Checkpoint
-from moec.compiler.frontend.masks import MaskPattern, MaskUseError
+from moec.compiler.frontend.masks import Mask, MaskPattern, MaskUseError
 from moec.compiler.gates.reference import load_source
 from moec.compiler.interpreter import ProgramRunner
+from moec.compiler.ops import Gate
 from moec.compiler.program import Program
 from moec.compiler.summary import model_summary
+from moec.compiler.tiny_models import tiny_model
 
 Checkpoints = Callable[[str], Path]
 KERNEL, CHANNELS = 3, 64
@@ -156,13 +159,25 @@ def test_what_a_module_did_is_said_in_plain_words(deed: Any, message: str, chang
     assert [len(each) for each in hooks] == before
 
 
-def test_a_mask_pattern_has_two_attributes_and_no_others() -> None:
-    pattern = MaskPattern("sliding", 8)
-    assert (pattern.kind, pattern.window) == ("sliding", 8)
-    assert not hasattr(pattern, "shape")
-    assert pattern == MaskPattern("sliding", 8)
+def test_a_mask_is_classified_when_a_layer_attends_with_it() -> None:
+    asked: list[int] = []
+
+    def sliding(_: Any, __: Any, query: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        asked.append(int(query))
+        return (slots <= query) & (slots > query - 8)
+
+    mask = Mask(sliding, 64)
+    assert not hasattr(mask, "shape")
     with pytest.raises(MaskUseError, match="computes on its attention mask"):
-        torch.zeros(2) * pattern  # type: ignore[operator]
+        torch.zeros(2) * mask  # type: ignore[operator]
+    assert not asked
+    assert mask.pattern() == MaskPattern("sliding", 8)
+
+
+def test_a_mask_that_sees_nothing_is_refused_in_words() -> None:
+    nothing = Mask(lambda _, __, query, slots: (slots <= query) & (slots > query), 64)
+    with pytest.raises(UnsupportedModelError, match="neither causal nor sliding"):
+        nothing.pattern()
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -187,3 +202,16 @@ def test_the_garbage_collector_is_as_before(
         capture(checkpoint)
     assert during != [before]
     assert gc.get_threshold() == before
+
+
+def test_a_gated_relu_is_no_steep_silu() -> None:
+    """`x * sigmoid(48 * x)` is ReLU but for values near 0, and 48 is a number that the module keeps: its width."""
+    experts = tiny_model("mixtral", hidden_act="relu", intermediate_size=48).model.layers[0].mlp.experts
+    assert hooks._gate_of(experts, "here") == Gate("relu")
+
+
+@pytest.mark.parametrize("limit", [0.5, 7.0, 2000.0])
+def test_a_limit_shows_beyond_it(limit: float) -> None:
+    experts = tiny_model("gpt_oss", swiglu_limit=limit).model.layers[0].mlp.experts
+    found = hooks._gate_of(experts, "here")
+    assert (found.activation, found.limit) == ("silu", limit)

@@ -1,0 +1,26 @@
+"""Step 3.7: its experts clamp the activated gate, where others clamp the gate before the activation."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+from moec.compiler.errors import UnsupportedModelError
+from moec.compiler.frontend.hooks import activation_name, active_record, emit_experts
+from moec.compiler.ops import Gate
+
+
+def _forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """Forward of `Step3p7Experts`: [T, H], [T, k], [T, k] -> [T, H]."""
+    record = active_record()
+    where = record.name(self)
+    if math.isfinite(self.limit):
+        raise UnsupportedModelError(f"{where}: its experts clamp what the activation of the gate yields")
+    gate = Gate(activation_name(self.act_fn, where))
+    experts = (self.gate_up_proj, self.down_proj)
+    return emit_experts(record, where, hidden_states, top_k_index, top_k_weights, gate, *experts)
+
+
+STEP3P7_EXPERTS = ("Step3p7Experts", _forward)

@@ -1,0 +1,213 @@
+"""Which classes of transformers a config.json means, with what training and fine-tuning left in it taken out.
+
+A class of transformers is used wherever there is one: code that a checkpoint brings along runs only where there is
+none, and only if the user trusts it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moec.compiler.errors import CheckpointError, MoecError, UnsupportedModelError, first_line
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+ALIASES: Mapping[str, tuple[str, Mapping[str, str]]] = {
+    "hunyuan": ("hunyuan_v1_moe", {"attention_head_dim": "head_dim"}),
+    "kimi_k2": ("deepseek_v3", {}),
+}
+"""Model types that transformers does not know by their name: the one that they equal, and its names of their keys."""
+
+_RUN_TIME_KEYS = frozenset(
+    {
+        "_attn_implementation",
+        "_attn_implementation_internal",
+        "_experts_implementation",
+        "_experts_implementation_internal",
+        "attn_implementation",
+        "experts_implementation",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "return_dict",
+        "torchscript",
+        "use_cache",
+        "use_return_dict",
+    }
+)
+"""Keys that say how a model was run when it was saved, and nothing of what it computes."""
+
+_REFUSED = (ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, OSError, ArithmeticError)
+
+
+def named_type(raw: Mapping[str, Any]) -> str:
+    """The model type of a config.json under the name that transformers has for it."""
+    name = str(raw.get("model_type", ""))
+    return ALIASES[name][0] if name in ALIASES else name
+
+
+def is_native(raw: Mapping[str, Any]) -> bool:
+    """Whether transformers has the classes of this config.json itself."""
+    from transformers import CONFIG_MAPPING
+
+    return named_type(raw) in CONFIG_MAPPING
+
+
+def notes(raw: Mapping[str, Any]) -> tuple[str, ...]:
+    """What the user should know about the choice of classes."""
+    found = []
+    if "auto_map" in raw and is_native(raw):
+        found.append("config.json names code of its own (auto_map): not run, transformers has the model itself")
+    if raw.get("model_type") in ALIASES:
+        found.append(f"model_type {raw['model_type']} is read as {named_type(raw)}, which it equals")
+    return tuple(found)
+
+
+def read_config(directory: Path, raw: Mapping[str, Any], *, trust_remote_code: bool) -> PreTrainedConfig:
+    """The typed config of transformers.
+
+    Args:
+        directory: Of the checkpoint.
+        raw: Its config.json.
+        trust_remote_code: Whether code of the checkpoint may be run where transformers has no class.
+
+    Raises:
+        UnsupportedModelError: transformers does not know the model type, and no code may be run.
+        CheckpointError: transformers refuses the values.
+    """
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    try:
+        if is_native(raw):
+            config: PreTrainedConfig = CONFIG_MAPPING[named_type(raw)].from_dict(_for_inference(raw))
+            return config
+        _check_unknown(directory, raw, trust_remote_code)
+        config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=True)
+    except MoecError:
+        raise
+    except Exception as error:  # whatever classes of exceptions 400 config classes use, it is about these values
+        raise CheckpointError(
+            f"{directory / 'config.json'}: transformers refuses it: {' '.join(str(error).split())}",
+            hint="check model_type and the values it complains about",
+        ) from error
+    for key in _RUN_TIME_KEYS & vars(config).keys():
+        if isinstance(getattr(config, key), bool):
+            setattr(config, key, key in {"return_dict", "use_cache"})
+    return config
+
+
+def _check_unknown(directory: Path, raw: Mapping[str, Any], trust_remote_code: bool) -> None:
+    if "model_type" not in raw:
+        raise CheckpointError(f"{directory / 'config.json'}: it names no model_type", hint="is it a config.json?")
+    name = raw["model_type"]
+    if "auto_map" not in raw:
+        raise UnsupportedModelError(
+            f"{directory}: transformers has no model of type {name!r}, and the checkpoint names no code of its own",
+            hint="check model_type in config.json; moec families lists what works",
+        )
+    if not trust_remote_code:
+        raise UnsupportedModelError(
+            f"{directory}: transformers has no model of type {name!r}; config.json names code of its own (auto_map) "
+            "that would have to be run",
+            hint="read that code, then pass --trust-remote-code",
+        )
+
+
+def _for_inference(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """`raw` without run-time keys and with the names that transformers knows, nested configs too."""
+    plain: dict[str, Any] = {}
+    for key, value in raw.items():
+        if key in _RUN_TIME_KEYS or key == "auto_map":
+            continue
+        plain[key] = _for_inference(value) if key.endswith("_config") and isinstance(value, Mapping) else value
+    if raw.get("model_type") in ALIASES:
+        plain["model_type"], renamed = ALIASES[raw["model_type"]]
+        for key, known in renamed.items():
+            if key in plain:
+                plain.setdefault(known, plain.pop(key))
+    return copy.deepcopy(plain)
+
+
+def model_class(config: PreTrainedConfig) -> tuple[Any, PreTrainedConfig]:
+    """What builds the model, and a copy of the config that it takes.
+
+    It is a causal language model, or the wrapper of a multimodal release that holds one. Where transformers has a class
+    for the text of such a release alone, that class takes the part of the config that describes the text.
+
+    Returns:
+        A class of transformers, or `AutoModelForCausalLM` where the checkpoint brings the class along; the config.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING, AutoModelForCausalLM
+
+    own = copy.deepcopy(config)  # building a model changes its config
+    for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING):
+        if type(config) in mapping:
+            kind: Any = mapping[type(config)]
+            return kind, own if isinstance(own, kind.config_class) else own.get_text_config()
+    return AutoModelForCausalLM, own
+
+
+def build(config: PreTrainedConfig, *, attention: str, dtype: Any, trust_remote_code: bool) -> PreTrainedModel:
+    """A model with the initial weights of transformers, on the device that is set.
+
+    Args:
+        config: Is left as it was.
+        attention: Name of the attention implementation.
+        dtype: Of the parameters.
+        trust_remote_code: Whether the class may be one that the checkpoint brings along.
+
+    Raises:
+        UnsupportedModelError: transformers cannot build it.
+    """
+    kind, own = model_class(config)
+    options = {"attn_implementation": attention, "dtype": dtype}
+    try:
+        if hasattr(kind, "_from_config"):
+            model: PreTrainedModel = kind._from_config(own, **options)
+        else:
+            model = kind.from_config(own, trust_remote_code=trust_remote_code, **options)
+    except _REFUSED as error:
+        raise UnsupportedModelError(
+            f"{type(config).__name__}: transformers cannot build it as a language model "
+            f"with pluggable attention: {first_line(error)}",
+            hint="moec compiles decoders that AutoModelForCausalLM or AutoModelForMultimodalLM knows",
+        ) from error
+    return model
+
+
+def set_experts(model: PreTrainedModel, implementation: str) -> None:
+    """Set the experts implementation of `model` and of the models in it: a wrapper need not hand it on."""
+    from transformers import PreTrainedModel
+
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel) and part._can_set_experts_implementation():
+            part.set_experts_implementation(implementation)
+
+
+def text_decoder(model: PreTrainedModel) -> PreTrainedModel:
+    """The part of `model` that turns token ids into logits: itself, or the first part of it that can.
+
+    A wrapper without a forward of its own only holds models that talk to each other.
+    """
+    from transformers import PreTrainedModel
+
+    if not _has_forward(model):
+        for part in model.children():
+            if isinstance(part, PreTrainedModel) and _has_forward(part) and _has_head(part):
+                return part
+    return model
+
+
+def _has_forward(model: nn.Module) -> bool:
+    from torch import nn
+
+    return type(model).forward is not nn.Module.forward
+
+
+def _has_head(model: PreTrainedModel) -> bool:
+    return model.get_output_embeddings() is not None  # type: ignore[no-untyped-call]
