@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import moec
 from moec.compiler.errors import MoecError
-from moec.compiler.inspect import remarks
+from moec.compiler.model_config import remarks
 
 if TYPE_CHECKING:
     import rich.console

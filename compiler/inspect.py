@@ -11,7 +11,7 @@ from typing import Any
 
 from moec.compiler.artifact import MANIFEST, is_artifact, read_manifest
 from moec.compiler.errors import UnsupportedModelError
-from moec.compiler.model_config import read_json
+from moec.compiler.model_config import read_json, remarks
 
 
 def inspect(location: str, *, revision: str | None = None, trust_remote_code: bool = False) -> dict[str, Any]:
@@ -123,14 +123,6 @@ def _model_rows(model: Mapping[str, Any]) -> list[tuple[str, str]]:
         ),
     ]
     return [*rows, *remarks(model)]
-
-
-def remarks(model: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """How the checkpoint was read, and what of it is not used: rows for people."""
-    rows = [("note", note) for note in model.get("notes", ())]
-    if left_out := model.get("left_out"):
-        rows.append(("left out", ", ".join(f"{part} ({count} tensors)" for part, count in left_out.items())))
-    return rows
 
 
 def _plain(value: Any) -> str:

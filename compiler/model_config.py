@@ -50,3 +50,11 @@ def token_ids(name: str, *configs: Mapping[str, Any]) -> tuple[int, ...]:
         if isinstance(value, list) and value:
             return tuple(int(item) for item in value)
     return ()
+
+
+def remarks(model: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """How the checkpoint was read, and what of it is not used: rows for people."""
+    rows = [("note", note) for note in model.get("notes", ())]
+    if left_out := model.get("left_out"):
+        rows.append(("left out", ", ".join(f"{part} ({count} tensors)" for part, count in left_out.items())))
+    return rows
