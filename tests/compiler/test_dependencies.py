@@ -21,6 +21,7 @@ TOP = {
     "moec.compiler.executors",
     "moec.compiler.worker",
     "moec.compiler.families",
+    "moec.compiler.released_page",
     "moec.compiler.doctor",
     "moec.compiler.run.generate",
     "moec.compiler.inspect",
