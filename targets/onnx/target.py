@@ -53,6 +53,9 @@ MOST_GROUPED = 2048
 """Experts in all layers up to which products of their own pay: each costs the graph two nodes."""
 
 
+EXPERT_CLASSES = ("experts_gate_up", "experts_down")
+
+
 class OnnxOptions(TargetOptions):
     """Options of the ONNX target."""
 
@@ -110,10 +113,12 @@ class OnnxTarget(Target):
             return (Rejection(self.name, where, reason),)
         return ()
 
-    def auto_formats(self, options: TargetOptions, tensor_class: str) -> tuple[str, ...]:  # noqa: ARG002
-        """ONNX Runtime's kernels take zero points, the standard form has none."""
+    def auto_formats(self, options: TargetOptions, tensor_class: str) -> tuple[str, ...]:
+        """ONNX Runtime's kernels take zero points; the standard form has none, and none for experts."""
         assert isinstance(options, OnnxOptions)
-        return SYMMETRIC if options.flavor is Flavor.PORTABLE else SYMMETRIC + ASYMMETRIC
+        if options.flavor is not Flavor.PORTABLE:
+            return SYMMETRIC + ASYMMETRIC
+        return () if tensor_class in EXPERT_CLASSES else SYMMETRIC
 
     def kept_formats(self, options: TargetOptions, tensor_class: str) -> tuple[str, ...]:
         """One scale for a row is written as blocks of equal scales."""

@@ -90,7 +90,9 @@ def test_a_target_has_a_form_for_all_that_auto_may_choose(
     assert any("asym" in form for forms in offered.values() for form in forms) == zero_points
     for index in range(max(map(len, offered.values()))):
         # A class with fewer formats has its last one again.
-        formats = {member: parse_format(forms[min(index, len(forms) - 1)]) for member, forms in offered.items()}
+        formats = {
+            member: parse_format(forms[min(index, len(forms) - 1)]) for member, forms in offered.items() if forms
+        }
         later = (Quantize(QuantizationPlan.build(formats)), *target.passes(chosen))
         quantized, _ = passes.run_passes(program, later, completed=[item.name for item in passes.default_passes()])
         assert not target.refusals(quantized, chosen)
