@@ -9,7 +9,7 @@ come in any order and are left out where they have their default:
     int4[:auto|channel|32|64|128][:sym|asym][:fp16|fp32][:float|int8-dynamic]
     palettize4[:auto|ROWS]
 
-`auto` is the largest of 128, 64 and 32 that divides the quantized dimension. `fp16` and `fp32` name the dtype of the
+`auto` is the largest of 128, 64 and 32 that divides the quantized dimension, else `channel`. `fp16` and `fp32` name the dtype of the
 scales, `float` and `int8-dynamic` that of the activations. ROWS are the rows that share a palette; `auto` is the
 largest number up to 16 that divides them.
 """
@@ -27,7 +27,7 @@ import torch
 
 from moec.compiler.errors import UsageError
 
-BLOCK_SIZES = (128, 64, 32)
+BLOCK_SIZES: tuple[Literal[128, 64, 32], ...] = (128, 64, 32)
 ROWS = 16
 """Most rows that share a palette where a format does not say how many: its table is small beside their codes."""
 
@@ -130,10 +130,10 @@ class IntegerFormat:
             name: Name of the tensor, for the error.
 
         Raises:
-            UsageError: No block size, or not the one asked for, divides `dimension`.
+            UsageError: The block size asked for does not divide `dimension`.
         """
         if self.granularity == "auto":
-            return replace(self, granularity=default_block(dimension, name))
+            return replace(self, granularity=default_block(dimension))
         if self.granularity != "channel" and dimension % self.granularity:
             divisors = [str(size) for size in reversed(BLOCK_SIZES) if dimension % size == 0]
             raise UsageError(
@@ -253,19 +253,9 @@ _WORDS: dict[str, tuple[str, object]] = {
 }
 
 
-def default_block(dimension: int, name: str) -> Literal[32, 64, 128]:
-    """The largest block size that divides `dimension`.
-
-    Raises:
-        UsageError: None does; the message names the tensor and the dimension.
-    """
-    for size in (128, 64, 32):
-        if dimension > 0 and dimension % size == 0:
-            return size
-    raise UsageError(
-        f"{name}: no block size (32, 64, 128) divides its dimension {dimension}",
-        hint=_CHANNEL_HINT,
-    )
+def default_block(dimension: int) -> Granularity:
+    """The largest block size that divides `dimension`; one scale for the whole of it where none does."""
+    return next((size for size in BLOCK_SIZES if dimension % size == 0), "channel")
 
 
 def parse_format(text: str) -> Format:

@@ -229,7 +229,10 @@ def _dequantized(values: Callable[[str], np.ndarray], entry: Mapping[str, object
     if not entry["symmetric"]:
         packed = values(f"{name}.zero_points")[index]
         points = np.stack([packed & 15, packed >> 4], axis=-1).reshape(len(packed), -1)[:, : scales.shape[1]]
-    block = codes.shape[1] // scales.shape[1]
-    groups = codes.astype(np.float32).reshape(len(codes), -1, block) - points[:, :, None]
-    result: np.ndarray = (groups * scales[:, :, None]).reshape(len(codes), -1)
+    rows, columns = codes.shape
+    block = int(str(entry.get("block", columns // scales.shape[1])))
+    # The last block of a row may be short.
+    whole = np.pad(codes.astype(np.float32), ((0, 0), (0, scales.shape[1] * block - columns)))
+    groups = whole.reshape(rows, -1, block) - points[:, :, None]
+    result: np.ndarray = (groups * scales[:, :, None]).reshape(rows, -1)[:, :columns]
     return result

@@ -93,10 +93,20 @@ def test_calibration_text_that_does_not_serve_is_named(
 
 
 def test_a_block_that_does_not_divide_is_named(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"down_proj: no block size .* divides its dimension 48") as error:
-        export(tiny_checkpoint("olmoe"), target="onnx", output=tmp_path / "out", gates=False, quantize="int8")
+    with pytest.raises(UsageError, match=r"down_proj: block size 32 .* divide its dimension 48") as error:
+        export(tiny_checkpoint("olmoe"), target="onnx", output=tmp_path / "out", gates=False, quantize="int8:32")
     assert "int8:channel" in error.value.hint
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("chosen", ["int4", "int8:channel"])
+def test_a_width_that_no_block_divides_has_a_scale_for_each_row(chosen: str, tmp_path: Path) -> None:
+    tiny_model("olmoe", intermediate_size=40).save_pretrained(tmp_path / "model")
+    quantize = {"format": chosen, "rounding": "rtn"}
+    result = export(tmp_path / "model", target="onnx", output=tmp_path / "out", quantize=quantize)
+    assert {"coverage", "integrity"} <= {verdict.gate for verdict in result.verdicts if verdict.status == "pass"}
+    formats = result.manifest["quantization"]["classes"]["experts_down"]["formats"]
+    assert list(formats) == [f"{chosen.partition(':')[0]}:channel"]
 
 
 def test_experts_that_are_zero_or_constant_are_quantized_exactly(tmp_path: Path) -> None:

@@ -92,11 +92,7 @@ def test_what_is_no_format_is_refused(text: str, message: str, hint: str) -> Non
 @settings(deadline=None)
 def test_default_block_is_the_largest_that_divides(dimension: int) -> None:
     fitting = [size for size in BLOCK_SIZES if dimension % size == 0]
-    if fitting:
-        assert default_block(dimension, "w") == max(fitting)
-    else:
-        with pytest.raises(UsageError, match=f"layers.3.down: .* divides its dimension {dimension}"):
-            default_block(dimension, "layers.3.down")
+    assert default_block(dimension) == (max(fitting) if fitting else "channel")
 
 
 def test_a_block_that_does_not_divide_is_refused_with_one_that_does() -> None:

@@ -140,8 +140,13 @@ def test_only_matrices_and_stacks_are_rounded(shape: tuple[int, ...]) -> None:
 
 
 def test_a_block_that_does_not_divide_is_refused() -> None:
-    with pytest.raises(UsageError, match=r"layers.0.q_proj: no block size .* dimension 40"):
-        round_to_nearest(torch.ones(4, 40), IntegerFormat(8), name="layers.0.q_proj")
+    with pytest.raises(UsageError, match=r"layers.0.q_proj: block size 32 .* dimension 40"):
+        round_to_nearest(torch.ones(4, 40), IntegerFormat(8, 32), name="layers.0.q_proj")
+
+
+def test_a_row_that_no_block_divides_has_one_scale() -> None:
+    rounded = round_to_nearest(random_weight(0, 4, 40), IntegerFormat(8), name="layers.0.q_proj")
+    assert rounded.tensor.scales.shape == (4, 1)
 
 
 def test_experts_are_stacked_and_taken_apart() -> None:

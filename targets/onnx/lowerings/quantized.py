@@ -20,6 +20,8 @@ from moec.quantize.tensors import QuantizedTensor
 from moec.targets.onnx.context import MS, Context, result_dtype
 from moec.targets.onnx.lowerings.layouts import interleave, interleaved_rows
 
+BLOCKS = (128, 64, 32, 16)
+"""Block sizes of the kernels."""
 INT8_ACTIVATIONS = 4
 """`accuracy_level` that lets a kernel quantize its activations to int8."""
 
@@ -73,11 +75,22 @@ def accuracy_level(*tensors: Quantized) -> int:
 
 
 def kernel_block(*tensors: Quantized) -> int:
-    """A block size that all tensors can be written in: the largest of 128 .. 16 that divides the blocks of each."""
-    for size in (128, 64, 32, 16):
+    """A block size that all tensors can be written in: the largest of 128 .. 16 that divides the blocks of each.
+
+    A row with one scale may be of any length: the kernels take a last block that is not full.
+    """
+    for size in BLOCKS:
         if all(tensor.block % size == 0 for tensor in tensors):
             return size
+    for size in BLOCKS[2:]:
+        if all(tensor.block % size == 0 or tensor.format.granularity == "channel" for tensor in tensors):
+            return size
     raise ValueError("blocks of 16 or more divide every quantized dimension")
+
+
+def kernel_groups(weight: Quantized, block: int) -> int:
+    """Blocks of a row, the last of which may be short."""
+    return -(-weight.shape[-1] // block)
 
 
 # Linear ---------------------------------------------------------------------------------------------------------
@@ -101,10 +114,11 @@ def packed_product(ctx: Context, x: ir.Value, weights: Mapping[str, Quantized], 
     name, stores = "+".join(weights), list(weights.values())
     fmt, columns = stores[0].format, stores[0].shape[1]
     block, bits = kernel_block(*stores), fmt.bits
-    groups = columns // block
+    groups = kernel_groups(stores[0], block)
 
     def packed(part: QuantizedTensor) -> Tensor:
-        return pack(part.unsigned_codes(), bits).reshape(len(part.codes), groups, -1)
+        whole = torch.nn.functional.pad(part.unsigned_codes(), (0, groups * block - columns))
+        return pack(whole, bits).reshape(len(part.codes), groups, -1)
 
     codes: list[LazyTensor] = [
         Packed(own, packed, (own.shape[0], groups, block * bits // 8), torch.uint8, identity=f"{own.name}.codes")
@@ -163,7 +177,7 @@ def embedding(ctx: Context, node: fx.Node, indices: ir.Value, name: str, weight:
         rows: ir.Value = ctx.op("Gather", dequantize(ctx, node, name, weight), indices, axis=0)
         return rows
     block, bits = kernel_block(weight), weight.format.bits
-    groups = weight.shape[1] // block
+    groups = kernel_groups(weight, block)
     codes = Packed(
         weight,
         lambda part: pack(part.unsigned_codes(), bits),
@@ -203,13 +217,14 @@ def experts(ctx: Context, node: fx.Node, gate: Gate, dense: ir.Value, attributes
     points: list[ir.Value | None] = []
     for (name, tensor), bias, first in zip(tensors, (gate_up_bias, down_bias), (True, False), strict=True):
         interleaved = first and gate.gated and not gate.interleaved
-        codes, scales, zero_points = _stack(tensor, tensor.shape[2] // block, interleaved)
+        codes, scales, zero_points = _stack(tensor, kernel_groups(tensor, block), interleaved)
         operands += [ctx.initializer(f"{name}.codes", codes), ctx.initializer(f"{name}.scales", scales)]
         operands.append(None if bias is None else _bias(ctx, bias, interleaved))
         points.append(None if zero_points is None else ctx.initializer(f"{name}.zero_points", zero_points))
         ctx.experts[name] = {
             "quantized": name,
             "bits": tensor.format.bits,
+            "block": block,
             "symmetric": tensor.format.symmetric,
             "interleaved": interleaved,
             "transposed": False,
@@ -298,7 +313,8 @@ def _stack(tensor: Quantized, groups: int, interleaved: bool) -> tuple[Packed, P
 def dequantize(ctx: Context, node: fx.Node, name: str, weight: Quantized) -> ir.Value:
     """The float matrix [N, K] by DequantizeLinear with blocks, from opset 21 on."""
     rows, columns = weight.shape
-    groups = columns // kernel_block(weight)
+    block = kernel_block(weight)
+    groups = kernel_groups(weight, block)
     codes = Packed(weight, lambda part: part.codes, (rows, columns), torch.int8)
     if not weight.format.symmetric:
         raise ctx.refuse(node, "asymmetric weights have no standard form here", hint="use a symmetric format")
@@ -309,6 +325,6 @@ def dequantize(ctx: Context, node: fx.Node, name: str, weight: Quantized) -> ir.
             ctx.initializer(f"{name}.codes", codes),
             _scales(ctx, name, [weight], groups, result_dtype(node)),
             axis=1,
-            block_size=columns // groups,
+            block_size=block,
         ),
     )
