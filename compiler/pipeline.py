@@ -301,13 +301,37 @@ def _build(recipe: Recipe, target: Target, options: TargetOptions, stages: _Stag
         {"name": record.name, "modified": record.modified, "rejections": [asdict(item) for item in record.rejections]}
         for record in (*log, *more)
     ]
-    return _Built(checkpoint, captured, final, _described(captured, final), kept, routing, quantization)
+    return _Built(
+        checkpoint,
+        captured,
+        final,
+        _described(captured, final, (routing.recorded or {}).get("removed")),
+        kept,
+        routing,
+        quantization,
+    )
 
 
-def _described(captured: Program, final: Program) -> dict[str, Any]:
+def _described(captured: Program, final: Program, removed: Sequence[Sequence[int]] | None) -> dict[str, Any]:
     """The model that was built, and what it was built from."""
     before = model_summary(captured)
+    _check_removed(captured, final, removed or [])
     return {**model_summary(final), "source": {key: before[key] for key in ("parameters", "moe_layers")}}
+
+
+def _check_removed(captured: Program, final: Program, removed: Sequence[Sequence[int]]) -> None:
+    """Compare what moec.json will say was pruned with what is left.
+
+    Raises:
+        LoweringError: A layer has another number of experts.
+    """
+    for before, after, gone in zip(captured.layers, final.layers, removed, strict=False):
+        if after.num_experts != before.num_experts - len(gone):
+            raise LoweringError(
+                f"{before.module}: {len(gone)} of its {before.num_experts} experts should be pruned, "
+                f"and {after.num_experts} are left",
+                hint="this is a fault of moec: please report it with the recipe",
+            )
 
 
 def _recorded(recipe: Recipe, options: TargetOptions, built: _Built) -> dict[str, Any]:

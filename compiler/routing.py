@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from moec import passes
 from moec.compiler.accounting import account
+from moec.compiler.calibration_file import read_calibration_file
 from moec.compiler.errors import CheckpointError, LoweringError, OutputError, UsageError
-from moec.compiler.files import read_json
 from moec.compiler.frontend.capture import capture
 from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.interpreter import ProgramRunner
@@ -156,34 +155,6 @@ def _text_facts(material: _Material) -> dict[str, Any]:
     return {"sha256": digest(material.text), "windows": len(material.chosen), "length": material.chosen.shape[1]}
 
 
-class CalibrationEntry(BaseModel):
-    """Parameters of a policy for one budget; what was measured beside them is kept as it is."""
-
-    model_config = ConfigDict(extra="allow")
-
-    budget: float
-    parameters: dict[str, Any]
-
-
-class CalibrationFile(BaseModel):
-    """What `moec calibrate` writes."""
-
-    policy: str
-    checkpoint: dict[str, str]
-    entries: list[CalibrationEntry] = Field(min_length=1)
-
-
-def _calibration_file(path: Path) -> CalibrationFile:
-    try:
-        return CalibrationFile.model_validate(read_json(path, UsageError, hint="moec calibrate writes one"))
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise UsageError(
-            f"{path}: not a calibration file: {where}: {first['msg']}", hint="moec calibrate writes one"
-        ) from error
-
-
 def read_calibration(path: Path, checkpoint: Checkpoint, name: str, budget: float | None) -> dict[str, Any]:
     """The entry of a calibration file for a budget.
 
@@ -191,7 +162,7 @@ def read_calibration(path: Path, checkpoint: Checkpoint, name: str, budget: floa
         UsageError: The file is none, belongs to another policy, or has no such budget.
         CheckpointError: It was made from another checkpoint.
     """
-    content = _calibration_file(path)
+    content = read_calibration_file(path)
     if content.policy != name:
         raise UsageError(
             f"{path} calibrates the policy {content.policy}, not {name}", hint=f"give --routing {content.policy}"
@@ -229,7 +200,7 @@ def check_routing(settings: RoutingRecipe) -> None:
     if settings.parameters is not None:
         policy(settings.policy, **settings.parameters)
     elif settings.calibration is not None:
-        _calibration_file(Path(settings.calibration))
+        read_calibration_file(Path(settings.calibration))
     elif settings.budget is None and settings.max_quality_loss is None:
         raise UsageError(
             f"policy {settings.policy} is given neither parameters nor how much it shall save",

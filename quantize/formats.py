@@ -9,7 +9,7 @@ come in any order and are left out where they have their default:
     int4[:auto|channel|32|64|128][:sym|asym][:fp16|fp32][:float|int8-dynamic]
     palettize4[:auto|ROWS]
 
-`auto` is the largest of 128, 64 and 32 that divides the quantized dimension, else `channel`. `fp16` and `fp32` name the dtype of the
+`auto` is the largest of 128, 64 and 32 that divides the quantized dimension, else `channel`. `fp16` and `fp32` name the
 scales, `float` and `int8-dynamic` that of the activations. ROWS are the rows that share a palette; `auto` is the
 largest number up to 16 that divides them.
 """

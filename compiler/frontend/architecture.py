@@ -7,6 +7,7 @@ none, and only if the user trusts it.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,11 +81,12 @@ def read_config(directory: Path, raw: Mapping[str, Any], *, trust_remote_code: b
         UnsupportedModelError: transformers does not know the model type, and no code may be run.
         CheckpointError: transformers refuses the values.
     """
-    from transformers import CONFIG_MAPPING, AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
     try:
         if is_native(raw):
-            config: PreTrainedConfig = CONFIG_MAPPING[named_type(raw)].from_dict(_for_inference(raw))
+            plain = PreTrainedConfig._decode_special_floats(_for_inference(raw))
+            config: PreTrainedConfig = CONFIG_MAPPING[named_type(raw)].from_dict(plain)
             return config
         _check_unknown(directory, raw, trust_remote_code)
         config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=True)
@@ -211,3 +213,8 @@ def _has_forward(model: nn.Module) -> bool:
 
 def _has_head(model: PreTrainedModel) -> bool:
     return model.get_output_embeddings() is not None  # type: ignore[no-untyped-call]
+
+
+def cache_argument(model: nn.Module) -> str:
+    """Name of the argument that takes the cache: `cache` since transformers 5.24, `past_key_values` before."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import inspect
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -209,7 +208,7 @@ def _call(
             position_ids=position_ids,
             use_cache=True,
             return_dict=True,
-            **{cache_argument(model): hooks.step_cache(record, layers, length)},
+            **{architecture.cache_argument(model): hooks.step_cache(record, layers, length)},
         )
     except MoecError:
         raise
@@ -218,11 +217,6 @@ def _call(
             f"{record.where()} of {type(model).__name__} cannot be traced: {_reason(error)}",
             hint="moec families lists what works and why the rest does not",
         ) from error
-
-
-def cache_argument(model: nn.Module) -> str:
-    """Name of the argument that takes the cache: `cache` since transformers 5.24, `past_key_values` before."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def _reason(error: Exception) -> str:

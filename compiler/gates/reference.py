@@ -206,12 +206,12 @@ def _step_by_step(decoder: Any, ids: Tensor, steps: Sequence[int]) -> np.ndarray
     """Logits [B, T, V] of `ids` [B, T] fed in steps of these lengths."""
     # A short sequence takes dynamic rotary scaling back to where it starts: it keeps what the last one came to.
     decoder(input_ids=ids[:, :1], use_cache=False)
-    past, pieces, offset = None, list[np.ndarray](), 0
+    cache, past, pieces, offset = architecture.cache_argument(decoder), None, list[np.ndarray](), 0
     for step in steps:
         stop = offset + step
         mask = torch.ones_like(ids[:, :stop])
-        out = decoder(input_ids=ids[:, offset:stop], attention_mask=mask, past_key_values=past, use_cache=True)
-        past, offset = out.past_key_values, stop
+        out = decoder(input_ids=ids[:, offset:stop], attention_mask=mask, use_cache=True, **{cache: past})
+        past, offset = out[cache], stop
         pieces.append(out.logits.numpy())
     return np.concatenate(pieces, axis=1)
 

@@ -15,6 +15,7 @@ import onnx
 import onnxruntime as ort
 
 from moec.compiler.errors import ArtifactError
+from moec.targets.onnx.runner import session_options
 
 MODEL = "model.onnx"
 LAYERS = "moec.layers"
@@ -68,9 +69,7 @@ class OnnxExperts:
 
     def _session(self, layer: int) -> ort.InferenceSession:
         cut = self._cut(self._layers[layer])
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = self._threads
-        options.log_severity_level = 3
+        options = session_options(self._threads)
         options.add_session_config_entry(EXTERNAL_DATA, str(self._directory))
         if not any(node.op_type in PACKED for node in cut.graph.node):
             # Weights that are used once are not worth a copy in memory.

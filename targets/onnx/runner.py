@@ -16,6 +16,19 @@ from moec.compiler.errors import ArtifactError
 from moec.compiler.threads import is_shared
 from moec.targets.onnx.states import Growing, Shared
 
+ERRORS = 3
+"""Severity of what ONNX Runtime prints: errors, no warnings."""
+
+
+def session_options(threads: int) -> Any:
+    """Options of every session here: `threads` (0 is the default of ONNX Runtime), and errors alone are printed."""
+    # Kernels that pack weights print through the default logger, which options of a session do not reach.
+    ort.set_default_logger_severity(ERRORS)
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = ERRORS
+    return options
+
 
 class OnnxRunner:
     """The Runner of the ONNX target.
@@ -30,9 +43,7 @@ class OnnxRunner:
     """
 
     def __init__(self, directory: Path, *, threads: int = 0, profile: bool = False) -> None:
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 3
+        options = session_options(threads)
         options.enable_profiling = profile
         if is_shared():
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 import moec
+from moec.compiler import pipeline
 from moec.compiler.artifact import verify
-from moec.compiler.errors import ArtifactError, CheckpointError, UsageError
+from moec.compiler.errors import ArtifactError, CheckpointError, LoweringError, UsageError
 from moec.compiler.families import check, choose, markdown, write_page
 from moec.compiler.gates.verdict import Status
 from moec.compiler.pipeline import Result, build_program, silent, validate_artifact
@@ -143,3 +144,10 @@ def test_families_are_checked_and_tabulated(tmp_path: Path) -> None:
     write_page(tmp_path / "families.md", page)
     assert (tmp_path / "families.md").read_text().startswith("# Model families")
     assert "olmoe" in choose([])
+
+
+def test_what_is_said_to_be_pruned_is_gone(tiny_checkpoint: Tiny) -> None:
+    program = build_program(Recipe(checkpoint=str(tiny_checkpoint("olmoe")), target="onnx"))
+    pipeline._check_removed(program, program, [[], []])
+    with pytest.raises(LoweringError, match="2 of its 8 experts should be pruned, and 8 are left"):
+        pipeline._check_removed(program, program, [[0, 1], []])

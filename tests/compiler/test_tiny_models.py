@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.utils import logging
 
 from moec.compiler.errors import UsageError
-from moec.compiler.frontend.capture import cache_argument
+from moec.compiler.frontend.architecture import cache_argument
 from moec.compiler.tiny_models import family_names, tiny_config, tiny_model, write_tiny_checkpoint
 
 # Its router reads `[batch, sequence, 2 * keys]` as `[2, batch * sequence, keys]`: a token's experts depend on

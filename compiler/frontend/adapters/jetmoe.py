@@ -35,6 +35,7 @@ def _attention(
     hidden_states: Tensor,
     attention_mask: Any = None,
     position_embeddings: Any = None,
+    cache: Any = None,
     past_key_values: Any = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None, None]:
@@ -56,8 +57,9 @@ def _attention(
     key, value = (part.view(*shape, heads, self.head_dim) for part in self.kv_proj(hidden_states).chunk(2, dim=-1))
     query, key, value = (part.transpose(1, 2) for part in (query, key, value))
     query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
-    if past_key_values is not None:
-        key, value = past_key_values.update(key, value, self.layer_idx)
+    past = past_key_values if cache is None else cache  # `cache` since transformers 5.24
+    if past is not None:
+        key, value = past.update(key, value, self.layer_idx)
     out, _ = attention_hook(self, query, key, value, attention_mask, scaling=self.scaling, **kwargs)
     slots = out.view(*shape, heads, self.top_k, self.head_dim).transpose(2, 3).reshape(-1, self.top_k, width)
     by_expert = (chosen * weights.unsqueeze(-1)).transpose(1, 2) @ slots  # [T, E, heads * D]

@@ -77,9 +77,7 @@ def test_every_step_has_the_frequencies_of_its_length(form: str, scaled: Callabl
 def test_the_gate_feeds_the_reference_the_steps_of_the_case(scaled: Callable[[str], Checkpoint]) -> None:
     checkpoint = scaled("dynamic")
     program = capture(checkpoint)
-    verdict = check_capture(
-        checkpoint, program, Prompts(program.vocab_size), ParityOptions(coverage_tokens=0, max_tokens=64)
-    )
+    verdict = check_capture(checkpoint, program, Prompts(program.vocab_size), ParityOptions(max_tokens=64))
     assert verdict.status is Status.PASS
     names = [case["name"] for case in verdict.figures["cases"]]
     assert f"decode past the unscaled rotary window of {BORDER}" in names
