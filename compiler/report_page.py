@@ -92,9 +92,7 @@ def sections(report: Mapping[str, Any]) -> list[Section]:
         Section("parity", "Parity by case", _cases(report["verdicts"]), "the parity gates did not run"),
         Section("latency", "Latency", _latency(figures.get("latency", {})), "give --latency-budget to measure it"),
         _sizes(report),
-        Section(
-            "coverage", "Experts reached by the gates", _coverage(figures.get("coverage", {})), "coverage did not run"
-        ),
+        Section("coverage", "Experts that text used", _coverage(figures.get("coverage", {})), "coverage did not run"),
         Section(
             "utilisation",
             "Use of the experts with dynamic routing",

@@ -14,6 +14,7 @@ import numpy as np
 
 from moec.compiler.model_config import context_length
 from moec.compiler.program import ATTENTION
+from moec.compiler.tokenizer import open_tokenizer
 from moec.targets.base import RunnerLimits
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ class Prompts:
         tokenizer = directory / "tokenizer.json"
         if not (tokenizer.is_file() and text.is_file()):
             return cls(vocab_size, seed=seed)
-        return cls(vocab_size, _encoded(str(tokenizer.resolve()), tokenizer.stat().st_mtime_ns), seed=seed)
+        return cls(vocab_size, _encoded(directory.resolve(), tokenizer.stat().st_mtime_ns), seed=seed)
 
     @property
     def source(self) -> str:
@@ -87,12 +88,10 @@ class Prompts:
 
 
 @lru_cache(maxsize=1)
-def _encoded(tokenizer: str, changed: int) -> np.ndarray:  # noqa: ARG001 - a tokenizer that changed is another one
+def _encoded(directory: Path, changed: int) -> np.ndarray:  # noqa: ARG001 - a tokenizer that changed is another one
     """Ids of the text that moec brings, which every gate of an export cuts its prompts from."""
-    from tokenizers import Tokenizer
-
     words = importlib.resources.files("moec").joinpath(*TEXT).read_text(encoding="utf-8")[:TEXT_CHARACTERS]
-    return np.asarray(Tokenizer.from_file(tokenizer).encode(words, add_special_tokens=False).ids, dtype=np.int64)
+    return np.asarray(open_tokenizer(directory).encode(words, add_special_tokens=False).ids, dtype=np.int64)
 
 
 @dataclass(frozen=True)
