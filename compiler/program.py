@@ -152,6 +152,11 @@ class Program:
         return tuple(state for state in self.states if state.kind in CACHE_KINDS)
 
     @property
+    def replaced(self) -> tuple[StateSpec, ...]:
+        """The states that a step replaces as a whole, whose shape does not depend on the tokens so far."""
+        return tuple(state for state in self.states if state.kind not in CACHE_KINDS)
+
+    @property
     def vocab_size(self) -> int:
         """Width of the logits."""
         return int(self.outputs()["logits"].meta["val"].shape[-1])

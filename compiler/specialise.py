@@ -18,6 +18,15 @@ _MASK_ARGUMENT = 6
 
 _LENGTHS = ("sequence", "past_sequence", "total_sequence")
 
+aten = torch.ops.aten
+_MOVES = frozenset(
+    {
+        *(aten.slice.Tensor, aten.unsqueeze.default, aten.expand.default, aten.view.default, aten.reshape.default),
+        *(aten._to_copy.default, aten.to.dtype, aten.transpose.int, aten.clone.default),
+    }
+)
+"""What makes ones of ones."""
+
 
 def specialise(
     program: Program,
@@ -150,23 +159,50 @@ def _called(graph: fx.Graph, node: fx.Node, mapping: Mapping[fx.Node, Any], mode
 def without_padding(program: Program) -> Program:
     """Drop the input `attention_mask`, for targets that run one sequence without padding at a time.
 
+    The mask of such a sequence is all ones: attention takes none, and what is multiplied by it stays as it is.
+
     Raises:
-        UnsupportedModelError: Something other than attention reads the mask.
+        UnsupportedModelError: The mask is read in another way.
     """
     graph = program.copy_graph()
     mask = next((node for node in graph.find_nodes(op="placeholder") if node.target == "attention_mask"), None)
     if mask is None:
         return program
-    for user in list(mask.users):
-        if user.target is ATTENTION:
-            user.update_arg(_MASK_ARGUMENT, None)
-        elif user.users:
-            raise UnsupportedModelError(
-                f"{module_of(user)}: %{user.name} reads the attention mask, so that it cannot be left out",
-                hint="build with a padding mask",
-            )
-        else:
-            graph.erase_node(user)
+    ones = {mask}
+    for node in graph.nodes:
+        if not ones.isdisjoint(node.all_input_nodes):
+            _without_ones(node, ones)
+    for node in reversed(list(graph.nodes)):
+        if not node.users and not ones.isdisjoint(node.all_input_nodes):
+            graph.erase_node(node)
     graph.erase_node(mask)
     inputs = tuple(spec for spec in program.inputs if spec.name != "attention_mask")
     return program.replace(graph=graph, inputs=inputs, layers=moe_layers(graph))
+
+
+def _without_ones(node: fx.Node, ones: set[fx.Node]) -> None:
+    """Make `node` independent of what is all ones, or add it to `ones`."""
+    if node.target is ATTENTION:
+        node.update_arg(_MASK_ARGUMENT, None)
+    elif node.target in _MOVES:
+        ones.add(node)
+    elif node.target is aten.mul.Tensor and (kept := _unchanged(node, ones)) is not None:
+        node.replace_all_uses_with(kept)
+    elif node.users:
+        raise UnsupportedModelError(
+            f"{module_of(node)}: %{node.name} reads the attention mask, so that it cannot be left out",
+            hint="build with a padding mask",
+        )
+
+
+def _unchanged(product: fx.Node, ones: set[fx.Node]) -> fx.Node | None:
+    """The factor that `product` equals in values, shape and dtype, the other one being all ones."""
+    for factor in product.all_input_nodes:
+        if factor not in ones and _form(factor) == _form(product):
+            return factor
+    return None
+
+
+def _form(node: fx.Node) -> tuple[str, torch.dtype]:
+    value = node.meta["val"]
+    return str(tuple(value.shape)), value.dtype

@@ -15,7 +15,7 @@ from moec.targets.base import Phase
 from moec.targets.coreml.context import Context, Var
 from moec.targets.coreml.extra import coremltools_module
 from moec.targets.coreml.flavor import Flavor
-from moec.targets.coreml.state import BASES, cache_layout
+from moec.targets.coreml.state import CACHES, state_layout
 
 DERIVED = ("attention_mask", "position_ids", "cache_position")
 """Inputs of the Program that follow from where the new tokens are when there is one sequence without padding."""
@@ -163,8 +163,8 @@ class SwiftInterface(Interface):
 
     def _empty(self, ctx: Context, inputs: Mapping[str, Var], states: Mapping[str, tuple[int, ...]]) -> Var:
         """1 if nothing was ever written to the first slot, else 0: int32 [1]."""
-        mb, (_, heads, _, width) = ctx.mb, states[BASES["key"]]
-        cached = mb.read_state(input=inputs[BASES["key"]])
+        mb, (_, heads, _, width) = ctx.mb, states[CACHES["key"]]
+        cached = mb.read_state(input=inputs[CACHES["key"]])
         key = mb.slice_by_size(x=cached, begin=[0, 0, 0, 0], size=[1, heads, 1, width])
         written = ctx.cast(mb.not_equal(x=key, y=ctx.constant(np.float16(0))), "int32")
         some = mb.reduce_max(x=written, axes=ctx.ints(1, 2, 3), keep_dims=ctx.constant(False))
@@ -187,8 +187,15 @@ def refusals(program: Program, flavor: Flavor) -> tuple[Rejection, ...]:
         Rejection("coreml", f"input {spec.name}", f"{flavor} feeds no such input: fix its value in the recipe")
         for spec in extra_inputs(program)
     ]
-    states = list(cache_layout(program, 1, split=False).states())
-    if states != list(BASES.values()):
-        reason = f"layers whose caches differ in heads or width need {len(states)} states, but {flavor} knows "
-        found.append(Rejection("coreml", f"states {', '.join(states[:3])}, ...", reason + " and ".join(BASES.values())))
+    known = " and ".join(CACHES.values())
+    found += [
+        Rejection(
+            "coreml", f"layer {state.layer}", f"its state of kind {state.kind} is no cache: {flavor} knows {known}"
+        )
+        for state in program.replaced[:1]
+    ]
+    states = list(state_layout(program.replace(states=program.caches), 1, split=False).states())
+    if states != list(CACHES.values()):
+        reason = f"layers whose caches differ in heads or width need {len(states)} states, but {flavor} knows {known}"
+        found.append(Rejection("coreml", f"states {', '.join(states[:3])}, ...", reason))
     return tuple(found)

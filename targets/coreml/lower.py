@@ -1,4 +1,4 @@
-"""Lower a Program to an ML program: one function per phase, one set of weights, states for the key-value cache."""
+"""Lower a Program to an ML program: one function per phase, one set of weights, states that outlive a call."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from moec.targets.coreml.flavor import Flavor
 from moec.targets.coreml.interface import INTERFACES, Entry, Interface, Shape, extra_inputs, refusals
 from moec.targets.coreml.lowerings.table import lookup
 from moec.targets.coreml.package import METADATA_KEY
-from moec.targets.coreml.state import Cache, CacheLayout, cache_layout
+from moec.targets.coreml.state import StateLayout, States, state_layout
 from moec.targets.coreml.weights import WeightPool, identifier
 
 
@@ -37,7 +37,7 @@ class Built:
 
     program: Any
     interface: Interface
-    layout: CacheLayout
+    layout: StateLayout
     pool: WeightPool
     expert_tensors: dict[str, str] = field(default_factory=dict)
     layers: dict[str, list[list[Var]]] = field(default_factory=dict)
@@ -61,7 +61,7 @@ def build(program: Program, shape: Shape, flavor: Flavor = Flavor.DEFAULT) -> Bu
     if refused := refusals(program, flavor):
         raise LoweringError(f"{refused[0].where}: {refused[0].reason}", hint="take the default flavor")
     made, interface = coremltools_module("coremltools.converters.mil.mil").Program(), INTERFACES[flavor]
-    layout = cache_layout(program, shape.context, split=program.dtype is torch.float32)
+    layout = state_layout(program, shape.context, split=program.dtype is torch.float32)
     built = Built(made, interface, layout, WeightPool(), extra=default_inputs(program))
     with _fresh_names():
         for entry in interface.entries:
@@ -126,7 +126,7 @@ class _Function:
         states = {name: inputs[name] for name in built.layout.states()}
         places = built.interface.places(ctx, inputs, built.layout.states())
         settings["first_slot"] = places.first
-        settings["cache"] = Cache(ctx, built.layout, states, places.start, places.stop)
+        kept = settings["states"] = States(ctx, built.layout, states, places.start, places.stop)
         if "past_sequence" in program.dims:
             # The tokens in the cache are those before the first new one, whatever length the states have.
             ctx.memo["size", str(program.dims["past_sequence"])] = mb.squeeze(x=places.past, axes=[0])
@@ -136,6 +136,7 @@ class _Function:
             "cache_position": places.positions,
             "position_ids": mb.expand_dims(x=places.positions, axes=ctx.ints(0)),
             **{spec.name: inputs[identifier(spec.name)] for spec in extra_inputs(program)},
+            **{state.input.name: kept.read(state.input.name) for state in program.replaced},
         }
         for node, name in names.items():
             self._bind(ctx, node, known.get(name))
@@ -145,7 +146,9 @@ class _Function:
             if node.target is EXPERTS:
                 values = [ctx.tensor(item) for item in (*node.args[:3], node)]
                 built.layers.setdefault(self._entry.name, []).append(values)
-        logits = ctx.tensor(program.outputs()["logits"])
+        outputs = program.outputs()
+        kept.replace({state.input.name: ctx.tensor(outputs[state.output.name]) for state in program.replaced})
+        logits = ctx.tensor(outputs["logits"])
         built.rejections += ctx.rejections
         return mb.identity(x=logits, name="logits")
 
@@ -179,6 +182,7 @@ _DESCRIPTIONS: Mapping[str, str] = {
     "logits": "Scores of the next token after each of these, [1, tokens, vocabulary].",
     "keyCache": "Keys of the tokens so far.",
     "valueCache": "Values of the tokens so far.",
+    "convState": "Last inputs of the short convolutions.",
 }
 
 

@@ -1,24 +1,27 @@
-"""The key-value cache as Core ML states.
+"""What a step hands to the next one as Core ML states: key-value caches, and the last inputs of short convolutions.
 
 A state is a tensor of fixed shape that outlives a prediction; Core ML takes fp16 alone. When all layers agree there are
-two, `keyCache` and `valueCache` [layers, heads, context, width]; else each layer has its own. A program that computes
-in fp32 keeps each value as the sum of two: the value rounded to fp16, and what that left, scaled up so that it does not
-vanish. Together they hold 22 bits.
+`keyCache` and `valueCache` [layers, heads, context, width], and `convState` [layers, channels, kernel size]; else each
+layer has its own. A program that computes in fp32 keeps each value as the sum of two: the value rounded to fp16, and
+what that left, scaled up so that it does not vanish. Together they hold 22 bits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from moec.compiler.errors import LoweringError
-from moec.compiler.program import Program
+from moec.compiler.program import Program, StateSpec
 from moec.targets.coreml.context import Context, Var
 
-BASES: Mapping[str, str] = {"key": "keyCache", "value": "valueCache"}
+CACHES: Mapping[str, str] = {"key": "keyCache", "value": "valueCache"}
+BASES: Mapping[str, str] = {**CACHES, "conv": "convState"}
+"""Names of the states by kind of state, see `moec.compiler.program.StateSpec`."""
 REMAINDER = "Remainder"
 REMAINDER_SCALE = 2048.0
 """The remainder of rounding to fp16 is below 2^-11 of the value."""
@@ -26,7 +29,7 @@ REMAINDER_SCALE = 2048.0
 
 @dataclass(frozen=True)
 class Slot:
-    """Where the key or value cache of a layer is.
+    """Where a state of a layer is.
 
     Attributes:
         state: Name of the state.
@@ -40,7 +43,7 @@ class Slot:
 
 
 @dataclass(frozen=True)
-class CacheLayout:
+class StateLayout:
     """Which state holds what.
 
     Attributes:
@@ -63,39 +66,40 @@ class CacheLayout:
         return found
 
 
-def cache_layout(program: Program, context: int, *, split: bool) -> CacheLayout:
+def state_layout(program: Program, context: int, *, split: bool) -> StateLayout:
     """Lay out the states of `program` for `context` tokens.
 
     Raises:
-        LoweringError: A state is no key-value cache.
+        LoweringError: A state is of a kind that has no form here.
     """
-    widths: dict[str, set[tuple[int, int]]] = {kind: set() for kind in BASES}
-    sizes: dict[str, tuple[int, int]] = {}
-    for state in program.states:
-        if state.kind not in BASES:
-            raise LoweringError(
-                f"layer {state.layer}: the CoreML target has no state of kind {state.kind}",
-                hint="models whose layers all attend can be built",
-            )
-        heads, width = state.input.shape[1], state.input.shape[3]
-        assert isinstance(heads, int)
-        assert isinstance(width, int)
-        sizes[state.input.name] = (heads, width)
-        widths[state.kind].add((heads, width))
-    joined = all(len(found) <= 1 for found in widths.values())
-    counts = {kind: sum(state.kind == kind for state in program.states) for kind in BASES}
-    places = dict.fromkeys(BASES, 0)
+    shapes = {state.input.name: _shape(state, context) for state in program.states}
+    counts = Counter((state.kind, shapes[state.input.name]) for state in program.states)
+    # Keys and values are laid out alike: joined if every layer has the same of both.
+    differing = {kind for kind, count in Counter(kind for kind, _ in counts).items() if count > 1}
+    apart = differing | (set(CACHES) if differing & set(CACHES) else set())
+    places: Counter[str] = Counter()
     slots: dict[str, Slot] = {}
     for state in program.states:
-        heads, width = sizes[state.input.name]
-        base, place = BASES[state.kind], places[state.kind]
-        name, layers, index = (base, counts[state.kind], place) if joined else (f"{base}{state.layer}", 1, 0)
-        slots[state.input.name] = Slot(name, (layers, heads, context, width), index)
-        places[state.kind] += 1
-    return CacheLayout(slots, context, split)
+        base, shape = BASES[state.kind], shapes[state.input.name]
+        if state.kind in apart:
+            slots[state.input.name] = Slot(f"{base}{state.layer}", (1, *shape), 0)
+        else:
+            slots[state.input.name] = Slot(base, (counts[state.kind, shape], *shape), places[base])
+            places[base] += 1
+    return StateLayout(slots, context, split)
 
 
-class Cache:
+def _shape(state: StateSpec, context: int) -> tuple[int, ...]:
+    """Shape of one layer's state, without the batch."""
+    if state.kind not in BASES:
+        raise LoweringError(
+            f"layer {state.layer}: the CoreML target has no state of kind {state.kind}",
+            hint=f"layers may keep states of the kinds {', '.join(BASES)}",
+        )
+    return tuple(context if size == "past_sequence" else int(size) for size in state.input.shape[1:])
+
+
+class States:
     """Reads and writes the states of one function.
 
     Args:
@@ -106,7 +110,7 @@ class Cache:
         stop: Slot behind the last new token, int32 [1].
     """
 
-    def __init__(self, ctx: Context, layout: CacheLayout, states: Mapping[str, Any], start: Var, stop: Var) -> None:
+    def __init__(self, ctx: Context, layout: StateLayout, states: Mapping[str, Any], start: Var, stop: Var) -> None:
         self._ctx, self._layout, self._states = ctx, layout, states
         self._start, self._stop = start, stop
         self._current: dict[str, Var] = {}
@@ -121,21 +125,62 @@ class Cache:
         Returns:
             [1, heads, context, width]; slots behind the last token hold anything finite.
         """
-        ctx, mb, slot = self._ctx, self._ctx.mb, self._layout.slots[name]
-        if not self._layout.split:
-            return self._write(slot, slot.state, new)
+        slot = self._layout.slots[name]
+        return self._joined(self._write(slot, state, part) for state, part in self._parts(slot, new))
+
+    def read(self, name: str) -> Var:
+        """What the last step left of a state that is replaced as a whole, such as [1, channels, kernel size]."""
+        slot = self._layout.slots[name]
+        return self._joined(self._layer(slot, self._content(state)) for state in self._names(slot))
+
+    def replace(self, present: Mapping[str, Var]) -> None:
+        """Write states that are replaced as a whole.
+
+        Args:
+            present: Every such input state of the Program, in its order, with what it becomes. A Core ML state that
+                several layers share is written once.
+        """
+        ctx, mb, layers = self._ctx, self._ctx.mb, dict[str, list[Var]]()
+        for name, new in present.items():
+            slot = self._layout.slots[name]
+            # The last few of a free number of tokens are of a free number too, as coremltools infers it.
+            fixed = mb.reshape(x=new, shape=ctx.ints(1, *slot.shape[1:]))
+            for state, part in self._parts(slot, fixed):
+                layers.setdefault(state, []).append(part)
+        for state, parts in layers.items():
+            value = parts[0] if len(parts) == 1 else mb.concat(values=parts, axis=ctx.constant(np.int32(0)))
+            mb.coreml_update_state(state=self._states[state], value=value)
+
+    def _names(self, slot: Slot) -> tuple[str, ...]:
+        return (slot.state, slot.state + REMAINDER) if self._layout.split else (slot.state,)
+
+    def _parts(self, slot: Slot, new: Var) -> Iterator[tuple[str, Var]]:
+        """The states that hold a value together, and what of it each is to hold."""
+        ctx, mb = self._ctx, self._ctx.mb
         rounded = ctx.cast(new, "fp16")
-        rest = mb.sub(x=new, y=ctx.cast(rounded, "fp32"))
-        scaled = ctx.cast(mb.mul(x=rest, y=ctx.constant(np.float32(REMAINDER_SCALE))), "fp16")
-        high = ctx.cast(self._write(slot, slot.state, rounded), "fp32")
-        low = ctx.cast(self._write(slot, slot.state + REMAINDER, scaled), "fp32")
+        yield slot.state, rounded
+        if self._layout.split:
+            rest = mb.sub(x=new, y=ctx.cast(rounded, "fp32"))
+            scaled = mb.mul(x=rest, y=ctx.constant(np.float32(REMAINDER_SCALE)))
+            yield slot.state + REMAINDER, ctx.cast(scaled, "fp16")
+
+    def _joined(self, parts: Iterable[Var]) -> Var:
+        """The value that the states hold together."""
+        ctx, mb, held = self._ctx, self._ctx.mb, list(parts)
+        if len(held) == 1:
+            return held[0]
+        high, low = (ctx.cast(part, "fp32") for part in held)
         return mb.add(x=high, y=mb.mul(x=low, y=ctx.constant(np.float32(1 / REMAINDER_SCALE))))
+
+    def _content(self, state: str) -> Var:
+        if state not in self._current:
+            self._current[state] = self._ctx.mb.read_state(input=self._states[state])
+        return self._current[state]
 
     def _write(self, slot: Slot, state: str, new: Var) -> Var:
         ctx, mb = self._ctx, self._ctx.mb
-        layers, heads, context, width = slot.shape
-        if state not in self._current:
-            self._current[state] = mb.read_state(input=self._states[state])
+        _, heads, _, width = slot.shape
+        before = self._content(state)
         axis = ctx.constant(np.int32(0))
         begin = ctx.shared(
             ("cache begin", slot.index),
@@ -145,11 +190,15 @@ class Cache:
             ("cache end", slot.index, heads, width),
             lambda: mb.concat(values=[ctx.ints(slot.index + 1, heads), self._stop, ctx.ints(width)], axis=axis),
         )
-        changed = mb.slice_update(x=self._current[state], update=new, begin=begin, end=end)
+        changed = mb.slice_update(x=before, update=new, begin=begin, end=end)
         kept = mb.coreml_update_state(state=self._states[state], value=changed)
         self._current[state] = kept
+        return self._layer(slot, kept)
+
+    def _layer(self, slot: Slot, content: Var) -> Var:
+        """The part of a state that is one layer's."""
+        ctx, (layers, *sizes) = self._ctx, slot.shape
         if layers == 1:
-            return kept
-        return mb.slice_by_index(
-            x=kept, begin=ctx.ints(slot.index, 0, 0, 0), end=ctx.ints(slot.index + 1, heads, context, width)
-        )
+            return content
+        begin = ctx.ints(slot.index, *[0] * len(sizes))
+        return ctx.mb.slice_by_index(x=content, begin=begin, end=ctx.ints(slot.index + 1, *sizes))

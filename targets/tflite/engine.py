@@ -14,7 +14,11 @@ from moec.compiler.errors import ArtifactError
 from moec.targets.tflite.extra import module
 
 DECODE = "decode"
-STATE_PREFIX = "kv_cache_"
+CACHE_PREFIX, CONVOLUTION_PREFIX = "kv_cache_", "conv_state_"
+STATE_PREFIXES = (CACHE_PREFIX, CONVOLUTION_PREFIX)
+"""What the names of states start with, and of nothing else; `worker.py` has them too."""
+TOKEN_COUNT = "token_count"
+"""Input of the signatures for prompts of models with convolutions; see `moec.targets.tflite.states`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +83,7 @@ class LitertEngine:
         }
         self._read = {name: int(item["index"]) for name, item in details.items()}
         self._written = {name: int(item["index"]) for name, item in outputs.items()}
-        self._states = tuple(name for name in details if name.startswith(STATE_PREFIX))
+        self._states = tuple(name for name in details if name.startswith(STATE_PREFIXES))
 
     def reset(self) -> None:
         """Fill the states with zeros."""

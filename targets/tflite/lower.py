@@ -17,6 +17,7 @@ from moec.targets.tflite.lowerings.table import TABLE, lookup
 from moec.targets.tflite.model import Graph, Model, Value
 from moec.targets.tflite.positions import from_input
 from moec.targets.tflite.reader import METADATA, OLDER
+from moec.targets.tflite.states import add_state, add_token_count, state_name, unpadded
 from moec.targets.tflite.weights import Weights
 
 
@@ -75,26 +76,25 @@ def signature_name(length: int) -> str:
     return "decode" if length == 1 else f"prefill_{length}"
 
 
-def state_name(kind: str, layer: int) -> str:
-    """LiteRT's name of a state."""
-    return f"kv_cache_{kind[0]}_{layer}"
-
-
 def _signature(program: Program, shared: Shared, settings: Settings, name: str) -> tuple[Graph, list[list[int]]]:
     """The subgraph of a signature; and of each experts node its hidden states, indices, weights and result."""
     ctx, layers = Context(shared, settings, Graph(name)), []
-    _inputs(ctx, program)
+    count = _inputs(ctx, program)
     for node in program.graph.nodes:
         if node.op == "call_function":
             ctx.set(node, _constant(ctx, node) if _is_constant(ctx, node) else lookup(node)(ctx, node))
             if node.target is EXPERTS:
                 layers.append([ctx.tensor(item).index for item in (*node.args[:3], node)])
-    _outputs(ctx, program)
+    _outputs(ctx, program, count)
     return ctx.graph, layers
 
 
-def _inputs(ctx: Context, program: Program) -> None:
-    """`tokens` and `input_pos`, from which every input of the Program but the states follows."""
+def _inputs(ctx: Context, program: Program) -> Value | None:
+    """`tokens` and `input_pos`, from which every input of the Program but the states follows.
+
+    Returns:
+        The number of tokens that are no padding, where a state depends on it.
+    """
     tokens = next(spec for spec in program.inputs if spec.name == "input_ids")
     length = tokens.shape[1]
     assert isinstance(length, int)
@@ -117,10 +117,8 @@ def _inputs(ctx: Context, program: Program) -> None:
         elif node.users:
             ctx.set(node, made[spec.name]())
     for node, state in zip(placeholders, program.states, strict=True):
-        _, heads, _, width = state.input.shape
-        sizes = (1, int(heads), ctx.settings.capacity, int(width))
-        value = ctx.graph.input(state_name(state.kind, state.layer), sizes, "FLOAT32")
-        ctx.bind(node, value)
+        add_state(ctx, node, state)
+    return add_token_count(ctx) if program.replaced and length > 1 else None
 
 
 def default_inputs(program: Program) -> dict[str, list[float]]:
@@ -129,11 +127,12 @@ def default_inputs(program: Program) -> dict[str, list[float]]:
     return {name: value.reshape(-1).tolist() for name, value in defaults.items()}
 
 
-def _outputs(ctx: Context, program: Program) -> None:
+def _outputs(ctx: Context, program: Program, count: Value | None) -> None:
     names = {state.output.name: state_name(state.kind, state.layer) for state in program.states}
+    kept = {state.output.name: int(state.output.shape[-1]) for state in program.replaced}
     taken: set[Value] = set()
     for name, node in program.outputs().items():
-        value = ctx.tensor(node)
+        value = ctx.tensor(node) if count is None or name not in kept else unpadded(ctx, node, kept[name], count)
         if value in taken:
             raise ctx.refuse(node, "two outputs of one value have no form")
         taken.add(value)

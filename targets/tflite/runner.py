@@ -10,7 +10,7 @@ import numpy as np
 
 from moec.compiler.errors import UsageError
 from moec.targets.base import RunnerLimits
-from moec.targets.tflite.engine import DECODE, STATE_PREFIX, Engine, LitertEngine
+from moec.targets.tflite.engine import CONVOLUTION_PREFIX, DECODE, TOKEN_COUNT, Engine, LitertEngine
 from moec.targets.tflite.older import OlderEngine
 from moec.targets.tflite.reader import OLDER, TfliteFile
 
@@ -23,7 +23,8 @@ class TfliteRunner:
     """The Runner of the TFLite target.
 
     A prompt is cut into pieces of the lengths that there are signatures for. The last piece is padded: the logits of
-    the padding are dropped, and its slots of the cache lie behind every token until one of them overwrites them.
+    the padding are dropped, its slots of the cache lie behind every token until one of them overwrites them, and the
+    states of convolutions are cut before it.
 
     Args:
         file: The model.
@@ -45,7 +46,8 @@ class TfliteRunner:
         }
         self.overrides: dict[str, np.ndarray] = {}
         """Values for inputs that have defaults, such as {"routing_budget": array of shape []}."""
-        self.capacity = next(int(place.shape[2]) for name, place in places.items() if name.startswith(STATE_PREFIX))
+        self.capacity = int(facts["capacity"])
+        self._counts = any(name.startswith(CONVOLUTION_PREFIX) for name in places)
         sizes = (int(n.removeprefix(_PREFIX)) for n in self._engine.signatures if n != DECODE)
         self.lengths = tuple(sorted(sizes, reverse=True))
         self.limits = RunnerLimits(
@@ -111,6 +113,8 @@ class TfliteRunner:
         padded[0, : tokens.size] = tokens
         positions = np.arange(self._length, self._length + size, dtype=np.int32)
         feeds = {"tokens": padded, "input_pos": positions, **self._defaults, **self.overrides}
+        if self._counts and size > 1:
+            feeds[TOKEN_COUNT] = np.array([tokens.size], np.int32)
         logits = self._engine.run(DECODE if size == 1 else f"{_PREFIX}{size}", feeds)
         self._length += tokens.size
         return logits[:, : tokens.size]

@@ -86,6 +86,7 @@ class TfliteTarget(Target):
         # LiteRT looks rows up in tables of one scale per row only, and the head is as sensitive.
         "int4": {name: _ROWS if name in {"embedding", "lm_head"} else _BLOCKS for name in QUANTIZED},
     }
+    state_kinds: ClassVar[frozenset[str]] = frozenset({"key", "value", "conv"})
 
     def auto_formats(self, options: TargetOptions, tensor_class: str) -> tuple[str, ...]:
         """What the presets have, and larger blocks; tflite-runtime multiplies with float activations alone."""
@@ -117,14 +118,20 @@ class TfliteTarget(Target):
         super().check(options, config)
         _capacity(config, options)
 
-    def lint(self, program: Program, options: TargetOptions) -> tuple[Rejection, ...]:  # noqa: ARG002
-        """Ops that have no lowering."""
+    def lint(self, program: Program, options: TargetOptions) -> tuple[Rejection, ...]:
+        """Ops that have no lowering, and states that LiteRT-LM does not keep where it is to run the model."""
         from moec.targets.tflite.lower import unsupported
 
-        return tuple(
+        assert isinstance(options, TfliteOptions)
+        found = [
             Rejection(self.name, str(node.meta.get("module", "")), f"no lowering for {node.target}")
             for node in unsupported(program)
-        )
+        ]
+        if options.bundle and program.replaced:
+            state = program.replaced[0]
+            reason = f"its state of kind {state.kind} is no cache: LiteRT-LM, which --bundle is for, keeps caches alone"
+            found.append(Rejection(self.name, f"layer {state.layer}", reason))
+        return tuple(found)
 
     def lower(self, program: Program, options: TargetOptions, directory: Path, progress: Progress) -> Lowered:
         """Write `model.tflite`."""

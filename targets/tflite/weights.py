@@ -65,6 +65,21 @@ class Weights:
             )
         return self._float(self._store.resolve(name), tensor, dtype)
 
+    def turned(self, name: str, dtype: torch.dtype, axes: tuple[int, ...]) -> Weight:
+        """A small tensor that stays float, with its axes in another order; an axis of -1 is a new one of size 1.
+
+        Raises:
+            LoweringError: The plan quantizes it.
+        """
+        plain, tensor = self.plain(name, dtype), self._store[name]
+        stored, order = _stored_dtype(tensor, dtype), [axis for axis in axes if axis >= 0]
+
+        def chunks() -> Iterator[Chunk]:
+            yield _bytes(tensor.read().to(stored).permute(order)), None
+
+        shape = tuple(1 if axis < 0 else tensor.shape[axis] for axis in axes)
+        return self._once((plain.name, axes), lambda _: Weight(plain.name, shape, plain.dtype, chunks))
+
     def matrix(self, name: str, dtype: torch.dtype) -> Weight:
         """A matrix [N, K] of a linear or an embedding, in the format of the plan.
 

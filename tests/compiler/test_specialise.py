@@ -8,7 +8,7 @@ from moec.compiler.errors import MoecError, UnsupportedModelError, UsageError
 from moec.compiler.frontend.capture import capture
 from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.inference import infer
-from moec.compiler.interpreter import Interpreter
+from moec.compiler.interpreter import Interpreter, empty_states
 from moec.compiler.invariants import check_invariants
 from moec.compiler.printing import format_graph
 from moec.compiler.specialise import specialise, without_padding
@@ -131,6 +131,39 @@ def test_without_padding(program, feeds, want):
     assert all(node.args[6] is None for node in bare.nodes(torch.ops.moec.attention.default))
     assert torch.equal(Interpreter(bare).run(feeds)["logits"], want)
     assert without_padding(bare) is bare
+
+
+def test_what_is_multiplied_by_the_mask_stays_as_it_is(tmp_path):
+    """Convolutions multiply their inputs by the mask, which is all ones where nothing is padding."""
+    program = capture(Checkpoint.open(write_tiny_checkpoint("lfm2_moe", tmp_path)))
+    bare = without_padding(program)
+    check_invariants(bare)
+    assert [spec.name for spec in bare.inputs] == ["input_ids", "position_ids", "cache_position"]
+    assert len(bare.nodes(torch.ops.aten.mul.Tensor)) == len(program.nodes(torch.ops.aten.mul.Tensor)) - 2
+    ids = torch.randint(3, program.vocab_size, (1, 9))
+    positions = torch.arange(9)
+    values = {"input_ids": ids, "position_ids": positions[None], "cache_position": positions}
+    values |= empty_states(program, 1)
+    whole = Interpreter(program).run({**values, "attention_mask": torch.ones(1, 9, dtype=torch.int64)})
+    for name, found in Interpreter(bare).run(values).items():
+        assert torch.equal(found, whole[name]), name
+
+
+@pytest.mark.parametrize("factor", ["ids", "mask"])
+def test_a_product_with_the_mask_that_changes_something_stops_it(program, factor):
+    """Of another shape or dtype than its other factor, or the mask by itself: nothing is there to take its place."""
+    graph = program.copy_graph()
+    inputs = {node.target: node for node in graph.find_nodes(op="placeholder")}
+    mask = inputs["attention_mask"]
+    other = {"mask": mask, "ids": inputs["position_ids"]}[factor]
+    with graph.inserting_before(next(iter(mask.users))):
+        product = graph.call_function(torch.ops.aten.mul.Tensor, (mask, other))
+        negative = graph.call_function(torch.ops.aten.neg.default, (product,))
+    product.meta = {"val": mask.meta["val"], "module": "model.gate"}
+    negative.meta = dict(product.meta)
+    graph.call_function(torch.ops.aten.neg.default, (negative,))
+    with pytest.raises(UnsupportedModelError, match=r"model.gate: %mul.* reads the attention mask"):
+        without_padding(program.replace(graph=graph))
 
 
 def test_a_mask_that_something_else_reads_cannot_go(program):

@@ -1,4 +1,4 @@
-"""A kind of state that a target does not carry is refused before anything is written."""
+"""Which target carries which kind of state; what one does not carry is refused before anything is written."""
 
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,9 @@ from moec import cli, passes
 from moec.compiler.frontend.capture import capture
 from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.targets import get_target
+from moec.targets.tflite.target import TfliteTarget
+
+NAMES = ["onnx", "tflite", "tensorrt", "coreml"]
 
 
 @pytest.fixture(scope="module")
@@ -17,22 +20,48 @@ def hybrid(tiny_checkpoint: Any) -> Any:
     return passes.run_passes(captured, passes.default_passes())[0]
 
 
-@pytest.mark.parametrize("name", ["onnx", "tflite", "tensorrt", "coreml"])
-def test_who_carries_convolution_states(name: str, hybrid: Any) -> None:
+@pytest.mark.parametrize("name", NAMES)
+def test_every_target_carries_convolution_states(name: str, hybrid: Any) -> None:
     target = get_target(name)
-    refused = target.refusals(hybrid, target.Options())
-    assert bool(refused) == (name in {"tflite", "coreml"})
-    for item in refused:
-        assert (item.source, item.where) == (name, "layer 0 and 1 more")
-        assert item.reason == "a state of kind conv has no form here; layers may keep states of the kinds key, value"
+    assert target.refusals(hybrid, target.Options()) == ()
 
 
-@pytest.mark.parametrize("flags", [["tflite"], ["coreml"], ["coreml", "--flavor", "swift-transformers"]])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_kind_that_a_target_does_not_name(name: str, hybrid: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = get_target(name)
+    monkeypatch.setattr(type(target), "state_kinds", frozenset({"key", "value"}))
+    (refused,) = target.refusals(hybrid, target.Options())
+    assert (refused.source, refused.where) == (name, "layer 0 and 1 more")
+    assert refused.reason == "a state of kind conv has no form here; layers may keep states of the kinds key, value"
+
+
+def export(checkpoint: Path, out: Path, *flags: str) -> int:
+    return cli.dispatch(["export", str(checkpoint), "--no-gates", "-q", "-o", str(out), "-t", *flags])
+
+
 def test_the_refusal_is_exit_code_4(
-    flags: list[str], tiny_checkpoint: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_checkpoint: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TfliteTarget, "state_kinds", frozenset({"key", "value"}))
+    assert export(tiny_checkpoint("lfm2_moe"), tmp_path / "out", "tflite") == 4
+    assert "layer 0 and 1 more: a state of kind conv" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (["coreml", "--flavor", "swift-transformers"], "swift-transformers knows keyCache and valueCache"),
+        (["tflite", "--bundle"], "LiteRT-LM, which --bundle is for, keeps caches alone"),
+        (["onnx", "--flavor", "genai"], "onnxruntime-genai"),
+    ],
+)
+def test_forms_for_libraries_that_keep_caches_alone(
+    flags: list[str], reason: str, tiny_checkpoint: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    arguments = ["export", str(tiny_checkpoint("lfm2_moe")), "--no-gates", "-q", "-o", str(out), "-t", *flags]
-    assert cli.dispatch(arguments) == 4
-    assert "layer 0 and 1 more: a state of kind conv" in capsys.readouterr().err
+    assert export(tiny_checkpoint("lfm2_moe"), out, *flags) == 4
+    said = " ".join(capsys.readouterr().err.split())
+    assert "layer 0: its state of kind conv is no cache" in said
+    assert reason in said
     assert not out.exists()

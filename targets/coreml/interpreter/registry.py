@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from moec.targets.coreml.interpreter import (
     activation,
     constexpr,
+    convolution,
     elementwise,
     indexing,
     linear,
@@ -22,6 +23,7 @@ KERNELS: dict[str, Kernel] = {
     **elementwise.KERNELS,
     **activation.KERNELS,
     **linear.KERNELS,
+    **convolution.KERNELS,
     **normalization.KERNELS,
     **reduce.KERNELS,
     **shape.KERNELS,

@@ -19,8 +19,8 @@ from moec.targets.coreml.lowerings.shape import cut
 def _attention(ctx: Context, node: fx.Node) -> Sequence[Var | None]:
     query, key, value, past_key, past_value, _position, _mask, sinks, _scale, _kind, _window, softcap = node.args
     dtype = _fake(query).dtype
-    keys = ctx.settings["cache"].update(ctx.settings["state_names"][past_key], ctx.tensor(key))
-    values = ctx.settings["cache"].update(ctx.settings["state_names"][past_value], ctx.tensor(value))
+    keys = ctx.settings["states"].update(ctx.settings["state_names"][past_key], ctx.tensor(key))
+    values = ctx.settings["states"].update(ctx.settings["state_names"][past_value], ctx.tensor(value))
     heads, groups = int(_fake(query).shape[1]), int(_fake(key).shape[1])
     # Query heads that share keys lie one after the other, as further rows of queries: no copy of the keys.
     rows = _grouped(ctx, query, groups, dtype)

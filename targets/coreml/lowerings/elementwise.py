@@ -206,11 +206,11 @@ def _logical_not(ctx: Context, node: fx.Node) -> Var:
 
 
 def _size_arithmetic(op_type: str) -> Lowering:
-    """Arithmetic on sizes: lazy, since most of it is never asked for."""
+    """Arithmetic on sizes, on a single one from 0: lazy, since most of it is never asked for."""
 
     def lower(ctx: Context, node: fx.Node) -> Callable[[], Var]:
         def make() -> Var:
-            left, right = (ctx.size(argument) for argument in node.args)
+            left, right = (ctx.size(argument) for argument in (0, *node.args)[-2:])
             return getattr(ctx.mb, op_type)(x=left, y=right)
 
         return lambda: ctx.shared(("size", str(node.meta["val"])), make)
@@ -309,6 +309,7 @@ TABLE: Mapping[Any, Lowering] = {
     aten.sym_size.int: _sym_size,
     operator.add: _size_arithmetic("add"),
     operator.sub: _size_arithmetic("sub"),
+    operator.neg: _size_arithmetic("sub"),
     operator.mul: _size_arithmetic("mul"),
     operator.floordiv: _size_arithmetic("floor_div"),
 }

@@ -10,7 +10,17 @@ from torch import fx
 
 from moec.compiler.errors import LoweringError
 from moec.compiler.program import module_of
-from moec.targets.coreml.lowerings import attention, elementwise, experts, indexing, linear, norm, reduce, shape
+from moec.targets.coreml.lowerings import (
+    attention,
+    convolution,
+    elementwise,
+    experts,
+    indexing,
+    linear,
+    norm,
+    reduce,
+    shape,
+)
 from moec.targets.coreml.lowerings.elementwise import Lowering
 
 TABLE: Mapping[Any, Lowering] = {
@@ -19,6 +29,7 @@ TABLE: Mapping[Any, Lowering] = {
     **indexing.TABLE,
     **reduce.TABLE,
     **linear.TABLE,
+    **convolution.TABLE,
     **norm.TABLE,
     **attention.TABLE,
     **experts.TABLE,

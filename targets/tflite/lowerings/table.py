@@ -10,7 +10,7 @@ from torch import fx
 
 from moec.compiler.errors import LoweringError
 from moec.compiler.program import module_of
-from moec.targets.tflite.lowerings import attention, elementwise, experts, linear, norm, reduce, shape
+from moec.targets.tflite.lowerings import attention, convolution, elementwise, experts, linear, norm, reduce, shape
 from moec.targets.tflite.lowerings.elementwise import Lowering
 
 TABLE: Mapping[Any, Lowering] = {
@@ -18,6 +18,7 @@ TABLE: Mapping[Any, Lowering] = {
     **shape.TABLE,
     **reduce.TABLE,
     **linear.TABLE,
+    **convolution.TABLE,
     **norm.TABLE,
     **attention.TABLE,
     **experts.TABLE,

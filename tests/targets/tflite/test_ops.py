@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from moec.compiler.errors import LoweringError
 from moec.compiler.ops import ATTENTION_KINDS
 from moec.compiler.program import ATTENTION, EXPERTS, RMS_NORM, ROTARY, SELECT
+from moec.compiler.weights import Constant
 from moec.targets.tflite.lowerings.table import TABLE
 
 aten = torch.ops.aten
@@ -225,6 +226,10 @@ PRODUCTS: list[tuple[Any, ...]] = [
     (aten.mm.default, x(3, 8), x(8, 5)),
     (aten.bmm.default, x(2, 3, 8), x(2, 8, 5)),
     (aten.addmm.default, x(5), x(3, 8), x(8, 5)),
+    (aten.conv1d.default, x(2, 6, 11), x(6, 1, 3), None, [1], [2], [1], 6),
+    (aten.conv1d.default, x(1, 6, 11), Constant(x(12, 1, 3)), x(12), [2], [0], [3], 6),
+    (aten.conv1d.default, x(2, 6, 11), x(5, 6, 4), x(5), [3], [1], [2]),
+    (aten.conv1d.default, x(1, 6, 11), Constant(x(5, 6, 4))),
     (RMS_NORM, x(2, 3, 8), x(8), 1e-5),
     (RMS_NORM, x(2, 3, 8), None, 1e-5),
     (ROTARY, x(1, 4, 3, 8), x(1, 1, 3, 8), x(1, 1, 3, 8, seed=1)),
@@ -242,7 +247,7 @@ UNSPECIFIED = {aten.empty.memory_format, aten.new_empty.default}
 def expected(case: tuple[Any, ...]) -> list[np.ndarray]:
     target, *arguments = case
     kwargs = arguments.pop() if isinstance(arguments[-1], dict) else {}
-    result = target(*arguments, **kwargs)
+    result = target(*(item.read() if isinstance(item, Constant) else item for item in arguments), **kwargs)
     return [value.numpy() for value in pytree.tree_leaves(result)]
 
 
@@ -279,6 +284,7 @@ def test_the_cases_cover_the_table() -> None:
         (aten.slice_scatter.default, x(2, 8), x(2, 4), 1, 0, 8, 2),
         (aten.constant_pad_nd.default, x(2, 3), [-1, 0]),
         (aten.addmm.default, x(5), x(3, 8), x(8, 5), {"beta": 2}),
+        (aten.conv1d.default, x(1, 6, 9), x(6, 3, 2), None, [1], [0], [1], 2),
         (aten.erf.default, x(2)),
     ],
     ids=lambda case: str(case[0]),
