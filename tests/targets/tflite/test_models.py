@@ -207,7 +207,7 @@ def test_each_expert_is_a_branch_with_weights_of_its_own_stored_once(build: Any,
     program = program_of("golden")
     path = build.file(program)
     file = TfliteFile(path)
-    graphs = [file._model.Subgraphs(index) for index in range(file._model.SubgraphsLength())]
+    graphs = [file.model.Subgraphs(index) for index in range(file.model.SubgraphsLength())]
     branches = [graph for graph in graphs if graph.Name().startswith(b"experts")]
     layers, experts, signatures = len(program.layers), program.layers[0].num_experts, 2
     assert len(branches) == layers * experts * signatures
