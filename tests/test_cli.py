@@ -83,7 +83,7 @@ def test_flags_reach_the_target_and_the_recipe_is_recorded(tiny_checkpoint: Tiny
     recipe = json.loads((out / "moec.json").read_text())["recipe"]
     options = {"flavor": "fancy", "block_size": 64, "compress": True, "devices": ["a", "b"], "delay": 0.0, "fault": ""}
     given = {key: value for key, value in recipe.items() if value is not None}
-    assert given == {"target": "fake", "dtype": "fp16", "options": options}
+    assert given == {"target": "fake", "dtype": "fp16", "inputs_embeds": False, "options": options}
 
 
 def test_export_as_json(tiny_checkpoint: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

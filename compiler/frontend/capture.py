@@ -331,6 +331,10 @@ def _own_graph(
         if node.op == "placeholder" and mapping[node].op == "placeholder":
             users.append(mapping[node])
     dims = _name_inputs(users, states)
+    # Parameters that no step uses, such as those of a vision tower, are inputs of the trace all the same.
+    for node in graph.find_nodes(op="get_attr"):
+        if not node.users:
+            graph.erase_node(node)
     return graph, constants, dims
 
 

@@ -49,7 +49,12 @@ def test_canonical_is_complete_and_says_nothing_of_paths() -> None:
     recipe = Recipe(checkpoint="/home/me/model", target="onnx", dtype="fp32", trust_remote_code=True)
     canonical = recipe.canonical(Options())
     given = {key: value for key, value in canonical.items() if value is not None}
-    assert given == {"target": "onnx", "dtype": "fp32", "options": {"flavor": "plain", "section": None}}
+    assert given == {
+        "target": "onnx",
+        "dtype": "fp32",
+        "inputs_embeds": False,
+        "options": {"flavor": "plain", "section": None},
+    }
     rebuilt = make_recipe({**canonical, "checkpoint": "elsewhere"})
     assert rebuilt.canonical(validate(Options, rebuilt.options, where="options")) == canonical
 
