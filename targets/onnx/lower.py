@@ -71,11 +71,12 @@ def build(program: Program, dialect: Dialect) -> tuple[ir.Model, Context]:
 
 
 def _spec_value(spec: TensorSpec) -> ir.Value:
-    return ir.Value(name=spec.name, type=ir.TensorType(DTYPES[spec.dtype]), shape=_shape(spec))
+    return ir.Value(name=spec.name, type=ir.TensorType(DTYPES[spec.dtype]), shape=ir.Shape(_axes(spec)))
 
 
-def _shape(spec: TensorSpec) -> ir.Shape:
-    return ir.Shape([AXIS_NAMES.get(size, size) if isinstance(size, str) else size for size in spec.shape])
+def _axes(spec: TensorSpec) -> list[int | str]:
+    """The shape of `spec` with the names that axes have in the file."""
+    return [AXIS_NAMES.get(size, size) if isinstance(size, str) else size for size in spec.shape]
 
 
 def _inputs(ctx: Context) -> list[ir.Value]:
@@ -130,7 +131,7 @@ def _outputs(ctx: Context) -> list[ir.Value]:
         if value.name in {output.name for output in outputs} or value.producer() is None:
             value = ctx.op("Identity", value)
         value.type = ir.TensorType(DTYPES[dtype])
-        value.shape = _shape(specs[name]) if name in specs else ctx.shape_of(fake.shape)
+        value.shape = ir.Shape(_axes(specs[name])) if name in specs else ctx.shape_of(fake.shape)
         value.name = name
         outputs.append(value)
     return outputs
@@ -140,12 +141,12 @@ def signature(program: Program) -> Mapping[str, Any]:
     """Inputs, outputs and states for moec.json."""
 
     def row(spec: TensorSpec) -> dict[str, Any]:
-        return {"name": spec.name, "shape": list(spec.shape), "dtype": str(spec.dtype).removeprefix("torch.")}
+        return {"name": spec.name, "shape": _axes(spec), "dtype": str(spec.dtype).removeprefix("torch.")}
 
     logits = program.outputs()["logits"].meta["val"]
     return {
         "inputs": [row(spec) for spec in program.inputs if spec.name not in SYNTHESISED],
-        "outputs": [{"name": "logits", "shape": ["batch", "sequence", int(logits.shape[-1])], "dtype": "float32"}],
+        "outputs": [row(TensorSpec("logits", ("batch", "sequence", int(logits.shape[-1])), torch.float32))],
         "states": [
             {"layer": state.layer, "kind": state.kind, "input": row(state.input), "output": row(state.output)}
             for state in program.states

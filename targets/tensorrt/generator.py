@@ -58,7 +58,10 @@ class Session(Protocol):
 
 @dataclass(frozen=True)
 class State:
-    """One state: names of input and output, and its shape, a cache's being [batch, heads, past_sequence, width]."""
+    """One state: names of input and output, and its shape.
+
+    That of a cache is [batch_size, heads, past_sequence_length, width].
+    """
 
     source: str
     result: str
@@ -68,11 +71,11 @@ class State:
     @property
     def grows(self) -> bool:
         """Whether it is a cache."""
-        return "past_sequence" in self.sizes
+        return "past_sequence_length" in self.sizes
 
     def shape(self, batch: int, past: int) -> tuple[int, ...]:
         """Its sizes at a step."""
-        lengths = {"batch": batch, "past_sequence": past}
+        lengths = {"batch_size": batch, "past_sequence_length": past}
         return tuple(lengths[size] if isinstance(size, str) else size for size in self.sizes)
 
     def nbytes(self, shape: tuple[int, ...]) -> int:
@@ -104,10 +107,10 @@ class EngineRunner:
     def _allocate(self, signature: Mapping[str, Any]) -> dict[str, int]:
         longest = self._context + self._piece
         lengths = {
-            "batch": self._batch,
-            "sequence": self._piece,
-            "past_sequence": self._context,
-            "total_sequence": longest,
+            "batch_size": self._batch,
+            "sequence_length": self._piece,
+            "past_sequence_length": self._context,
+            "total_sequence_length": longest,
         }
         rows = [*signature["inputs"], *signature["outputs"]]
         rows += [state[end] for state in signature["states"] for end in ("input", "output")]

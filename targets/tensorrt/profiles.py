@@ -33,16 +33,16 @@ class Sizes:
         batch, whole = (1, 1, self.batch), self.context
         return {
             "decode": {
-                "batch": batch,
-                "sequence": (1, 1, 1),
-                "past_sequence": (0, whole, whole),
-                "total_sequence": (1, whole + 1, whole + 1),
+                "batch_size": batch,
+                "sequence_length": (1, 1, 1),
+                "past_sequence_length": (0, whole, whole),
+                "total_sequence_length": (1, whole + 1, whole + 1),
             },
             "prefill": {
-                "batch": batch,
-                "sequence": (1, self.prompt, self.piece),
-                "past_sequence": (0, 0, whole),
-                "total_sequence": (1, self.prompt, whole + self.piece),
+                "batch_size": batch,
+                "sequence_length": (1, self.prompt, self.piece),
+                "past_sequence_length": (0, 0, whole),
+                "total_sequence_length": (1, self.prompt, whole + self.piece),
             },
         }
 

@@ -158,13 +158,12 @@ def test_capabilities_are_read_in_every_spelling() -> None:
     assert options.compute_capability == ("8.6", "8.9", "12.0")
 
 
-def test_missing_extra(tiny_checkpoint: Any, program_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "installed", lambda _: False)
-    program = program_of(tiny_checkpoint("mixtral"))
     with pytest.raises(MissingExtraError) as caught:
-        TensorrtTarget().lint(program, TensorrtOptions())
+        TensorrtTarget().check(TensorrtOptions(), {})
     assert caught.value.hint == "pip install 'moec[tensorrt]'"
-    assert not TensorrtTarget().lint(program, TensorrtOptions(engine=False))
+    TensorrtTarget().check(TensorrtOptions(engine=False), {})
     with pytest.raises(MissingExtraError, match="classic"):
         library.module_name(library.Library.CLASSIC)
 
@@ -196,8 +195,11 @@ def test_context_of_the_model(tiny_checkpoint: Any, program_of: Any, lower: Any)
 
 
 def test_profiles_and_the_line_for_trtexec() -> None:
-    row = {"name": "past", "shape": ["batch", 2, "past_sequence", 16]}
-    signature = {"inputs": [{"name": "input_ids", "shape": ["batch", "sequence"]}], "states": [{"input": row}]}
+    row = {"name": "past", "shape": ["batch_size", 2, "past_sequence_length", 16]}
+    signature = {
+        "inputs": [{"name": "input_ids", "shape": ["batch_size", "sequence_length"]}],
+        "states": [{"input": row}],
+    }
     decode, prefill = profiles({**signature}, Sizes(2, 64, 8, 16))
     assert decode["inputs"]["past"] == {"min": [1, 2, 0, 16], "opt": [1, 2, 64, 16], "max": [2, 2, 64, 16]}
     assert prefill["inputs"]["input_ids"] == {"min": [1, 1], "opt": [1, 8], "max": [2, 16]}
