@@ -34,7 +34,12 @@ def read_json(path: Path, error: type[_BadFile], *, hint: str) -> dict[str, Any]
     Raises:
         MoecError: `error`: it cannot be read, is too large, is no JSON, or nests deeper than Python can follow.
     """
-    value = _parsed(path, json.loads, "JSON", error, hint)
+    return parse_json(path, _read(path, "JSON", error, hint), error, hint=hint)
+
+
+def parse_json(path: Path, data: bytes, error: type[_BadFile], *, hint: str) -> dict[str, Any]:
+    """The JSON object in `data`, which was read from `path`; arguments and errors are those of `read_json`."""
+    value = _parsed(path, data, json.loads, "JSON", error, hint)
     if not isinstance(value, dict):
         raise error(f"{path}: not a JSON object", hint=hint)
     return value
@@ -48,22 +53,27 @@ def read_yaml(path: Path, error: type[_BadFile], *, hint: str) -> dict[str, Any]
     Raises:
         MoecError: As for `read_json`.
     """
-    value = _parsed(path, _load_yaml, "YAML", error, hint)
+    value = _parsed(path, _read(path, "YAML", error, hint), _load_yaml, "YAML", error, hint)
     if not isinstance(value, dict):
         raise error(f"{path}: not a mapping of keys", hint=hint)
     return {str(key): item for key, item in value.items()}
 
 
-def _parsed(path: Path, parse: Any, kind: str, error: type[_BadFile], hint: str) -> Any:
+def _read(path: Path, kind: str, error: type[_BadFile], hint: str) -> bytes:
     try:
         size = path.stat().st_size
         if size > MAX_BYTES:
             raise error(
                 f"{path}: {size} bytes, and no {kind} file that moec reads is larger than {MAX_BYTES}", hint=hint
             )
-        return parse(path.read_bytes().decode("utf-8"))
+        return path.read_bytes()
     except OSError as cause:
         raise error(f"{path}: cannot be read: {cause.strerror or cause}", hint=hint) from cause
+
+
+def _parsed(path: Path, data: bytes, parse: Any, kind: str, error: type[_BadFile], hint: str) -> Any:
+    try:
+        return parse(data.decode("utf-8"))
     except RecursionError as cause:
         raise error(f"{path}: cannot be read as {kind}: it nests too deeply", hint=hint) from cause
     except (ValueError, yaml.YAMLError) as cause:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moec.compiler.errors import CheckpointError, first_line
+from moec.compiler.files import parse_json
 from moec.compiler.frontend.architecture import is_native, notes, read_config
 from moec.compiler.frontend.names import plain_names
 from moec.compiler.frontend.source import resolve
@@ -251,12 +251,4 @@ def _read(directory: Path, path: Path) -> bytes:
 
 
 def _parse(path: Path, data: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path}: cannot be read as JSON: {first_line(error)}", hint="download the file again"
-        ) from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: not a JSON object", hint="download the file again")
-    return value
+    return parse_json(path, data, CheckpointError, hint="download the file again")
