@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moec.compiler.encoded import Encoded, Made, Spread
-from moec.compiler.errors import CheckpointError
-from moec.compiler.weights import LazyTensor
+from moec.compiler.common.errors import CheckpointError
+from moec.compiler.ir.encoded_weights import Encoded, Made, Spread
+from moec.compiler.ir.weights import LazyTensor
 from moec.quantize.formats import BLOCK_SIZES, Activations, IntegerFormat, ScaleType, parse_format
 from moec.quantize.lazy import Quantized
-from moec.quantize.tensors import QuantizedTensor
+from moec.quantize.methods.tensors import QuantizedTensor
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from moec.compiler.errors import MissingExtraError, UsageError
-from moec.compiler.rejections import Rejection
+from moec.compiler.common.errors import MissingExtraError, UsageError
+from moec.compiler.common.rejections import Rejection
 
 if TYPE_CHECKING:
-    from moec.compiler.gates.verdict import Verdict
-    from moec.compiler.program import Program
+    from moec.compiler.common.verdict import Verdict
+    from moec.compiler.ir.program import Program
     from moec.passes.base import Pass
 
 
@@ -195,7 +195,7 @@ class Target(ABC):
     `presets` are the names that `--quantize` takes for this target alone, or means something else by: name -> format
     by tensor class, as in a recipe.
     `weight_formats` are the kinds of codes that its weights may have: first words of the text forms of formats.
-    `state_kinds` are the kinds of state that it carries from step to step, see `moec.compiler.program.StateSpec`.
+    `state_kinds` are the kinds of state that it carries from step to step, see `moec.compiler.ir.program.StateSpec`.
     Constructing a target imports nothing heavy: lowering modules are imported in the methods that need them.
     """
 

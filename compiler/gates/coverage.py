@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from moec.compiler.errors import ArtifactError
+from moec.compiler.common.errors import ArtifactError
+from moec.compiler.common.verdict import Status, Verdict
 from moec.compiler.gates.tolerance import EXPERT_LIMITS, Precision
 from moec.compiler.gates.usage import Usage
-from moec.compiler.gates.verdict import Status, Verdict
-from moec.compiler.interpreter import Interpreter
-from moec.compiler.program import EXPERTS, MoeLayer, Program
+from moec.compiler.ir.interpreter import Interpreter
+from moec.compiler.ir.program import EXPERTS, MoeLayer, Program
 from moec.targets.base import ExpertsRunner, Progress
 
 GATE = "coverage"

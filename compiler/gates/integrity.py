@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from moec.compiler.errors import ArtifactError
-from moec.compiler.gates.verdict import Status, Verdict
-from moec.compiler.program import EXPERTS, Program
+from moec.compiler.common.errors import ArtifactError
+from moec.compiler.common.verdict import Status, Verdict
+from moec.compiler.ir.program import EXPERTS, Program
 from moec.targets.base import ExpertReader, Progress
 
 GATE = "integrity"

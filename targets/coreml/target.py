@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field, field_validator, model_validator
 
-from moec.compiler.model_config import cache_length
-from moec.compiler.rejections import Rejection
+from moec.compiler.common.model_config import cache_length
+from moec.compiler.common.rejections import Rejection
 from moec.targets.base import (
     ASYMMETRIC,
     BY_ROW,
@@ -27,11 +27,11 @@ from moec.targets.base import (
     Target,
     TargetOptions,
 )
-from moec.targets.coreml.flavor import Flavor
+from moec.targets.coreml.flavors import Flavor
 
 if TYPE_CHECKING:
-    from moec.compiler.program import Program
-    from moec.targets.coreml.interpreter import MilModel
+    from moec.compiler.ir.program import Program
+    from moec.targets.coreml.executor import MilModel
 
 DEFAULT_CONTEXT = 2048
 LEAST_RANGE = 4
@@ -144,8 +144,8 @@ class CoremlTarget(Target):
     def lower(self, program: Program, options: TargetOptions, directory: Path, progress: Progress) -> Lowered:
         """Write `model.mlpackage`."""
         from moec.targets.coreml import lower
-        from moec.targets.coreml.extra import quiet
         from moec.targets.coreml.interface import Shape
+        from moec.targets.coreml.library import quiet
         from moec.targets.coreml.package import PACKAGE, write_package
 
         assert isinstance(options, CoremlOptions)
@@ -187,7 +187,7 @@ class CoremlTarget(Target):
 
     def expert_tensors(self, directory: Path) -> Mapping[str, ExpertReader]:
         """Read the experts back from the package, codes expanded, in the layout of the Program."""
-        from moec.targets.coreml.interpreter import MilModel
+        from moec.targets.coreml.executor import MilModel
         from moec.targets.coreml.package import PACKAGE
         from moec.targets.coreml.runner import runner_notes
 
@@ -196,8 +196,8 @@ class CoremlTarget(Target):
 
     def doctor(self) -> Mapping[str, str]:
         """Building and running work anywhere; only a Mac can measure."""
-        from moec.compiler.errors import MissingExtraError
-        from moec.targets.coreml.extra import coremltools_module
+        from moec.compiler.common.errors import MissingExtraError
+        from moec.targets.coreml.library import coremltools_module
 
         try:
             coremltools_module()

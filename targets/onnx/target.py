@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 from pydantic import Field
 
-from moec.compiler.errors import LoweringError
-from moec.compiler.rejections import Rejection
+from moec.compiler.common.errors import LoweringError
+from moec.compiler.common.rejections import Rejection
 from moec.targets.base import (
     ASYMMETRIC,
     BY_ROW,
@@ -29,7 +29,7 @@ from moec.targets.base import (
 )
 
 if TYPE_CHECKING:
-    from moec.compiler.program import Program
+    from moec.compiler.ir.program import Program
     from moec.targets.onnx.context import Dialect
 
 

@@ -14,7 +14,7 @@ from typing import IO, Any
 
 import psutil
 
-from moec.compiler.errors import LoweringError
+from moec.compiler.common.errors import LoweringError
 from moec.targets.base import Progress
 
 LOG = "build.log"

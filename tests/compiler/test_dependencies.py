@@ -12,26 +12,26 @@ MEMBERS = ("compiler", "passes", "quantize", "targets")
 TOP = {
     "moec.cli",
     "moec.compiler.api",
-    "moec.compiler.pipeline",
-    "moec.compiler.proof",
-    "moec.compiler.quantization",
-    "moec.compiler.batch",
+    "moec.compiler.pipeline.export",
+    "moec.compiler.pipeline.gates",
+    "moec.compiler.pipeline.quantization",
+    "moec.compiler.build.batch",
     "moec.compiler.commands",
     "moec.compiler.estimate",
-    "moec.compiler.executors",
-    "moec.compiler.worker",
-    "moec.compiler.families",
-    "moec.compiler.released_page",
-    "moec.compiler.doctor",
+    "moec.compiler.build.executors",
+    "moec.compiler.build.worker",
+    "moec.compiler.families.families_page",
+    "moec.compiler.families.released_page",
+    "moec.compiler.commands.doctor",
     "moec.compiler.run.generate",
-    "moec.compiler.inspect",
-    "moec.compiler.routing",
-    "moec.compiler.accounting",
-    "moec.compiler.token_view",
+    "moec.compiler.report.inspect",
+    "moec.compiler.pipeline.routing",
+    "moec.compiler.measure.accounting",
+    "moec.compiler.commands.token_view",
 }
 """What composes the parts. Nothing below may import it."""
 
-GATES = {"moec.compiler.gates", "moec.compiler.report"}
+GATES = {"moec.compiler.gates", "moec.compiler.report.write"}
 PARTS = {"moec.passes", "moec.quantize", "moec.targets"}
 
 # An import that joins two parts on purpose: the importer's prefix, then what it may import besides its own layer.
