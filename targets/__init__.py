@@ -9,7 +9,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING
 
 from moec.compiler.common.errors import MissingExtraError, UsageError
-from moec.compiler.pipeline.recipe import unknown
+from moec.compiler.common.validation import unknown
 
 if TYPE_CHECKING:
     from moec.targets.base import Target

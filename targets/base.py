@@ -14,6 +14,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from moec.compiler.common.errors import MissingExtraError, UsageError
+from moec.compiler.common.progress import Progress
 from moec.compiler.common.rejections import Rejection
 
 if TYPE_CHECKING:
@@ -153,9 +154,6 @@ ExpertsRunner = Callable[[int, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 What runs are the nodes and weights of the artifact, entered at the operands of the layer's experts. Layers are asked
 for one after the other, so that one of them need be open at a time.
 """
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done and how much there is."""
 
 
 @dataclass(frozen=True)

@@ -8,16 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import moec
 from moec.compiler.measure.estimate.counting import Counts, count
-from moec.compiler.measure.estimate.machine import Speeds, cached, fit, plain
+from moec.compiler.measure.estimate.speeds import Speeds, fit, known_speeds
 from moec.compiler.measure.latency import process
 from moec.compiler.measure.latency.timings import BUSY, CANDIDATE, Series
 from moec.compiler.pipeline.export import build_program, compile_recipe
 from moec.compiler.pipeline.recipe import make_recipe
-from moec.compiler.report.write import machine
 from moec.targets import get_target
-from moec.targets.base import Progress
+from moec.compiler.common.progress import Progress
 
 CONTEXTS = (32, 256)
 SECONDS = 8.0
@@ -31,9 +29,7 @@ SHAPES: tuple[Mapping[str, Any], ...] = (
 """Each makes another kind of work dominate: nothing, experts, dense products, the number of operations."""
 
 
-def speeds(
-    target: str, dtype: str, formats: Mapping[str, str], progress: Progress, *, measure: bool = True
-) -> Speeds | None:
+def speeds(target: str, dtype: str, formats: Mapping[str, str], progress: Progress) -> Speeds:
     """Speeds of a target and of formats on this machine: from the cache, or measured now.
 
     Args:
@@ -41,26 +37,10 @@ def speeds(
         dtype: Precision of what is not quantized.
         formats: Tensor class -> format of what is; see `counting.formats`.
         progress: Told how many shapes are done.
-        measure: Whether to measure what is not in the cache; else None is returned for it.
     """
-    tools = {name: _version(name) for name in get_target(target).tools}
-    key = {
-        "target": target,
-        "dtype": dtype,
-        "formats": dict(formats),
-        "machine": machine(),
-        "moec": moec.__version__,
-        **tools,
-    }
-    make = (lambda: plain(_calibrate(target, dtype, formats, progress))) if measure else None
-    found = cached("speeds", key, make)
-    return None if found is None else Speeds(**found)
-
-
-def _version(name: str) -> str:
-    import importlib.metadata
-
-    return importlib.metadata.version(name)
+    found = known_speeds(target, dtype, formats, lambda: _calibrate(target, dtype, formats, progress))
+    assert found is not None, "they were measured"
+    return found
 
 
 def _calibrate(target: str, dtype: str, formats: Mapping[str, str], progress: Progress) -> Speeds:

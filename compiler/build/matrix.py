@@ -24,7 +24,8 @@ from typing import Any
 
 from moec.compiler.common.errors import UsageError
 from moec.compiler.common.files import read_yaml
-from moec.compiler.pipeline.recipe import Recipe, located, unknown
+from moec.compiler.common.validation import unknown
+from moec.compiler.pipeline.recipe import Recipe, located
 
 AXES = ("models", "targets", "quantize", "routing")
 _KEYS = (*AXES, "common")

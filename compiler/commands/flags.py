@@ -64,7 +64,7 @@ def without_flags(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _annotation(name: str, info: FieldInfo, panel: str) -> Any:
-    from moec.compiler.pipeline.recipe import choices_of
+    from moec.compiler.common.validation import choices_of
 
     text = f"{info.description or ''} {_default(info)}".strip()
     flag = "--" + name.replace("_", "-")

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from moec.compiler.pipeline.export import Result
-
 
 class MoecError(Exception):
     """Base class: the CLI prints `message` and `hint` without a traceback.
@@ -64,17 +59,6 @@ class OutputError(MoecError):
     """The output directory cannot be written."""
 
     exit_code = 11
-
-
-class GateError(MoecError):
-    """A gate failed. The artifact and its report are there: `result` has the directory and every verdict."""
-
-    exit_code = 5
-
-    def __init__(self, message: str, *, hint: str = "", result: Result) -> None:
-        super().__init__(message, hint=hint)
-        self.result = result
-        self.exit_code = result.exit_code
 
 
 def out_of_memory(error: BaseException) -> MoecError | None:

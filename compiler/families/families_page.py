@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moec.compiler.common.errors import MoecError, OutputError
+from moec.compiler.common.validation import unknown
 from moec.compiler.families.tiny_models import family_names, write_tiny_checkpoint
-from moec.compiler.pipeline.recipe import make_recipe, unknown
+from moec.compiler.pipeline.recipe import make_recipe
 
 if TYPE_CHECKING:
+    from moec.compiler.common.progress import Progress
     from moec.compiler.common.verdict import Verdict
-    from moec.targets.base import Progress
 
 YES, IN_PART, NO = "yes", "in part", "no"
 

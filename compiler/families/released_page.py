@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moec.compiler.common.errors import MoecError, OutputError, UsageError
+from moec.compiler.common.validation import unknown
 from moec.compiler.families.families_page import IN_PART, NO, YES, build
 from moec.compiler.families.released_models import released_names, write_released_checkpoint
-from moec.compiler.pipeline.recipe import unknown
 
 if TYPE_CHECKING:
-    from moec.targets.base import Progress
+    from moec.compiler.common.progress import Progress
 
 TARGETS = ("onnx", "tflite", "coreml", "tensorrt")
 _TOP_P = {"policy": "top-p", "parameters": {"mass": 0.55}}

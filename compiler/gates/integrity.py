@@ -10,9 +10,10 @@ import numpy as np
 import torch
 
 from moec.compiler.common.errors import ArtifactError
+from moec.compiler.common.progress import Progress
 from moec.compiler.common.verdict import Status, Verdict
 from moec.compiler.ir.program import EXPERTS, Program
-from moec.targets.base import ExpertReader, Progress
+from moec.targets.base import ExpertReader
 
 GATE = "integrity"
 EXIT_CODE = 5

@@ -14,13 +14,14 @@ from typing import Any
 
 from moec.compiler.common.artifact import MANIFEST, is_artifact, read_manifest
 from moec.compiler.common.errors import UsageError
+from moec.compiler.common.progress import Progress
 from moec.compiler.common.verdict import Status, Verdict
 from moec.compiler.measure.latency import process
 from moec.compiler.measure.latency.demands import TIMES, Cold, Demand, Workload, parse_budgets, regressions
 from moec.compiler.measure.latency.sampling import LOOKS
 from moec.compiler.measure.latency.statistics import RATIO_LEVEL, Interval, quantile, samples_needed
 from moec.compiler.measure.latency.timings import BASELINE, CANDIDATE, Decision, Measured, Series, decide, judge, ratio
-from moec.targets.base import Progress, Target, cannot_measure
+from moec.targets.base import Target, cannot_measure
 
 GATE = "latency"
 EXIT_CODE = 6

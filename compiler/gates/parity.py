@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
+from moec.compiler.common.progress import Progress
 from moec.compiler.common.verdict import Status, Verdict
 from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.gates.cases import Prompts, base_cases, bounds
@@ -25,7 +26,7 @@ from moec.compiler.gates.tolerance import TOLERANCES, Precision, Tolerance, prec
 from moec.compiler.gates.usage import Usage
 from moec.compiler.ir.interpreter import ProgramRunner
 from moec.compiler.ir.program import Program
-from moec.targets.base import Progress, Runner, limits_of
+from moec.targets.base import Runner, limits_of
 
 CAPTURE_GATE = "parity: capture"
 ARTIFACT_GATE = "parity: artifact"

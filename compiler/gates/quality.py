@@ -13,11 +13,12 @@ from pathlib import Path
 import numpy as np
 
 from moec.compiler.common.model_config import context_length
+from moec.compiler.common.progress import Progress
 from moec.compiler.common.verdict import Status, Verdict
 from moec.compiler.ir.program import Program
 from moec.compiler.text.corpus import HELD_OUT, digest, read_text, spread, tokenize, windows
 from moec.compiler.text.perplexity import compare, perplexity
-from moec.targets.base import Progress, Runner, limits_of
+from moec.targets.base import Runner, limits_of
 
 GATE = "quality"
 EXIT_CODE = 7

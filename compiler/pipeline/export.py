@@ -17,15 +17,18 @@ import torch
 import moec
 from moec import passes
 from moec.compiler.common.artifact import read_manifest, verify, write_manifest
-from moec.compiler.common.errors import ArtifactError, CheckpointError, LoweringError, UsageError
+from moec.compiler.common.errors import ArtifactError, CheckpointError, LoweringError, MoecError, UsageError
+from moec.compiler.common.progress import Progress
 from moec.compiler.common.rejections import Rejection
 from moec.compiler.common.staging import check_output, staged
+from moec.compiler.common.validation import validate
 from moec.compiler.common.verdict import Verdict
 from moec.compiler.frontend.capture import capture
 from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.gates.quality import held_out_text
 from moec.compiler.gates.run import GateInputs, exit_code
 from moec.compiler.ir.program import Program
+from moec.compiler.measure.summary import model_summary
 from moec.compiler.pipeline.gates import latency_options, not_proven, prove
 from moec.compiler.pipeline.quantization import (
     Quantization,
@@ -35,15 +38,14 @@ from moec.compiler.pipeline.quantization import (
     plan_quantization,
     tensor_bytes,
 )
-from moec.compiler.pipeline.recipe import Recipe, make_recipe, validate
+from moec.compiler.pipeline.recipe import Recipe, make_recipe
 from moec.compiler.pipeline.routing import RoutingPlan, check_routing, measure_savings, plan_routing
 from moec.compiler.report import write as report
-from moec.compiler.report.summary import model_summary
 from moec.compiler.text.tokenizer import make_loadable
 from moec.passes.inputs_embeds import InputsEmbeds
 from moec.quantize.keep import Held
 from moec.targets import get_target
-from moec.targets.base import Phase, Progress, Target, TargetOptions
+from moec.targets.base import Phase, Target, TargetOptions
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 _TOOLS = ("torch", "transformers", "safetensors", "numpy")
@@ -74,6 +76,17 @@ class Result:
     def exit_code(self) -> int:
         """0 if no gate failed, their exit code if those that failed have one in common, else 12."""
         return exit_code(self.verdicts)
+
+
+class GateError(MoecError):
+    """A gate failed. The artifact and its report are there: `result` has the directory and every verdict."""
+
+    exit_code = 5
+
+    def __init__(self, message: str, *, hint: str = "", result: Result) -> None:
+        super().__init__(message, hint=hint)
+        self.result = result
+        self.exit_code = result.exit_code
 
 
 @dataclass(frozen=True)

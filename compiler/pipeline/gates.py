@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from moec.compiler.common.progress import Progress
 from moec.compiler.common.verdict import Status, Verdict
 from moec.compiler.frontend.capture import capture
 from moec.compiler.gates import latency
@@ -22,7 +23,7 @@ from moec.compiler.gates.repeatability import GATE as REPEATABILITY_GATE
 from moec.compiler.gates.run import Gate, GateInputs, run_gates
 from moec.compiler.ir.interpreter import ProgramRunner
 from moec.compiler.pipeline.recipe import Recipe
-from moec.targets.base import Progress, Target
+from moec.targets.base import Target
 
 
 def prove(inputs: GateInputs, recipe: Recipe, manifest: Mapping[str, Any], progress: Progress) -> tuple[Verdict, ...]:

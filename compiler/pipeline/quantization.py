@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from moec.compiler.common.errors import CheckpointError
+from moec.compiler.common.progress import Progress
 from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.ir.program import Program
 from moec.compiler.ir.weights import LazyTensor
@@ -29,7 +30,6 @@ from moec.quantize.plan import QuantizationPlan, TensorClass, requested, with_ac
 from moec.quantize.planning.auto import Choice, choose, parse_size, significant
 from moec.quantize.planning.sensitivity import NEAREST, Offered, Rounding, size_of
 from moec.quantize.tensor_classes import weight_roles
-from moec.targets.base import Progress
 
 KEEP = "keep"
 """The format that keeps the codes of a checkpoint that is stored quantized."""

@@ -34,8 +34,9 @@ from moec.passes.routing.policies.base import Policy
 from moec.passes.routing.policies.table import parameters_of, policy, policy_type
 
 if TYPE_CHECKING:
+    from moec.compiler.common.progress import Progress
     from moec.compiler.pipeline.recipe import RoutingRecipe
-    from moec.targets.base import Capabilities, Phase, Progress
+    from moec.targets.base import Capabilities, Phase
 
 SCHEMA_VERSION = 1
 LENGTH = 256

@@ -56,7 +56,7 @@ def _checkpoint(location: str, revision: str | None, trust_remote_code: bool) ->
     from moec.compiler.frontend.capture import capture
     from moec.compiler.frontend.checkpoint import Checkpoint
     from moec.compiler.ir.safetensors_file import DTYPES
-    from moec.compiler.report.summary import model_summary
+    from moec.compiler.measure.summary import model_summary
 
     checkpoint = Checkpoint.open(location, revision=revision, trust_remote_code=trust_remote_code)
     entries = checkpoint.entries.values()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import platform
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -15,9 +14,8 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-import psutil
-
 from moec.compiler.common.errors import OutputError
+from moec.compiler.common.machine import machine
 from moec.compiler.common.verdict import Status, Verdict
 from moec.compiler.gates.run import exit_code
 from moec.compiler.report.page import to_html
@@ -68,27 +66,6 @@ def make_report(
         "tensor_bytes": manifest.get("facts", {}).get("tensor_bytes") or manifest.get("tensor_bytes", {}),
     }
     return Report.model_validate(_plain(report)).model_dump(mode="json")
-
-
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
-    return {
-        "cpu": _cpu_name(),
-        "cores": psutil.cpu_count(logical=False) or psutil.cpu_count() or 0,
-        "logical_cores": psutil.cpu_count() or 0,
-        "memory_bytes": int(psutil.virtual_memory().total),
-        "os": platform.platform(),
-        "python": platform.python_version(),
-    }
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _rejections(manifest: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

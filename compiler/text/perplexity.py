@@ -1,17 +1,23 @@
-"""Perplexity by teacher forcing, and how two models differ on the same windows. Works on any Runner; no torch."""
+"""Perplexity by teacher forcing, and how two models differ on the same windows. Imports no torch."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
-from moec.targets.base import Runner
-
 Told = Callable[[int, int], None]
 RESAMPLES = 2000
+
+
+class LanguageModel(Protocol):
+    """What perplexity asks of a model: every Runner of a target is one, and the interpreter's."""
+
+    def prefill(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None) -> np.ndarray:
+        """Logits [B, S, V] float32 of input_ids [B, S]."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,7 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return result
 
 
-def losses(runner: Runner, windows: np.ndarray, *, told: Told = lambda _done, _total: None) -> np.ndarray:
+def losses(runner: LanguageModel, windows: np.ndarray, *, told: Told = lambda _done, _total: None) -> np.ndarray:
     """Mean negative log likelihood of each window, nats.
 
     Args:
@@ -84,7 +90,7 @@ def perplexity(values: Sequence[float] | np.ndarray) -> float:
 
 
 def compare(
-    reference: Runner, candidate: Runner, windows: np.ndarray, *, told: Told = lambda _done, _total: None
+    reference: LanguageModel, candidate: LanguageModel, windows: np.ndarray, *, told: Told = lambda _done, _total: None
 ) -> Comparison:
     """Run both over the windows; one window's logits in memory at a time. Arguments as for `losses`."""
     both, divergences = np.empty((2, len(windows))), np.empty(len(windows))

@@ -30,7 +30,7 @@ from moec.quantize.plan import QuantizationPlan, TensorClass
 from moec.quantize.tensor_classes import LINEAR, Role, format_of, weight_roles
 
 if TYPE_CHECKING:
-    from moec.targets.base import Progress
+    from moec.compiler.common.progress import Progress
 
 MEMORY = 1 << 30
 """Bytes of Hessians held at a time. More tensors than fit into it mean further passes over the text."""

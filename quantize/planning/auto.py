@@ -17,7 +17,7 @@ from moec.quantize.planning.allocation import Allocation, Candidate, least_bytes
 from moec.quantize.planning.sensitivity import NEAREST, Offered, Part, Rounding, candidates, plan_of, size_of
 
 if TYPE_CHECKING:
-    from moec.targets.base import Progress
+    from moec.compiler.common.progress import Progress
 
 UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
 DIGITS = 4

@@ -29,7 +29,7 @@ from moec.quantize.planning.allocation import Candidate
 from moec.quantize.tensor_classes import weight_roles
 
 if TYPE_CHECKING:
-    from moec.targets.base import Progress
+    from moec.compiler.common.progress import Progress
 
 Key = TypeVar("Key")
 BATCH = 4

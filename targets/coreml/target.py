@@ -12,6 +12,7 @@ import numpy as np
 from pydantic import Field, field_validator, model_validator
 
 from moec.compiler.common.model_config import cache_length
+from moec.compiler.common.progress import Progress
 from moec.compiler.common.rejections import Rejection
 from moec.targets.base import (
     ASYMMETRIC,
@@ -22,7 +23,6 @@ from moec.targets.base import (
     ExpertsRunner,
     Lowered,
     Phase,
-    Progress,
     Runner,
     Target,
     TargetOptions,

@@ -12,6 +12,7 @@ import numpy as np
 from pydantic import Field
 
 from moec.compiler.common.errors import LoweringError
+from moec.compiler.common.progress import Progress
 from moec.compiler.common.rejections import Rejection
 from moec.targets.base import (
     ASYMMETRIC,
@@ -22,7 +23,6 @@ from moec.targets.base import (
     ExpertsRunner,
     Lowered,
     Phase,
-    Progress,
     Runner,
     Target,
     TargetOptions,

@@ -14,6 +14,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
 from moec.compiler.common.errors import LoweringError
 from moec.compiler.common.model_config import cache_length
+from moec.compiler.common.progress import Progress
 from moec.compiler.common.rejections import Rejection
 from moec.targets.base import (
     Capabilities,
@@ -21,7 +22,6 @@ from moec.targets.base import (
     ExpertsRunner,
     Lowered,
     Phase,
-    Progress,
     Runner,
     Target,
     TargetGate,

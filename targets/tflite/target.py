@@ -11,6 +11,7 @@ from pydantic import Field, PositiveInt
 
 from moec.compiler.common.errors import UsageError
 from moec.compiler.common.model_config import cache_length
+from moec.compiler.common.progress import Progress
 from moec.compiler.common.rejections import Rejection
 from moec.targets.base import (
     Capabilities,
@@ -18,7 +19,6 @@ from moec.targets.base import (
     ExpertsRunner,
     Lowered,
     Phase,
-    Progress,
     Runner,
     Target,
     TargetOptions,

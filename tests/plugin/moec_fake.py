@@ -11,8 +11,9 @@ from typing import ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
+from moec.compiler.common.progress import Progress
 from moec.compiler.common.rejections import Rejection
-from moec.targets.base import Capabilities, ExpertReader, Lowered, Phase, Progress, Runner, Target, TargetOptions
+from moec.targets.base import Capabilities, ExpertReader, Lowered, Phase, Runner, Target, TargetOptions
 
 
 class FakeOptions(TargetOptions):

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from moec import cli, passes
+from moec.compiler.common.validation import validate
 from moec.compiler.families.tiny_models import tiny_model
 from moec.compiler.frontend.capture import capture
 from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.ir.program import Program
-from moec.compiler.pipeline.recipe import validate
 from moec.passes.quantize import Quantize
 from moec.quantize.formats import parse_format
 from moec.quantize.plan import ALWAYS_FLOAT, QuantizationPlan, TensorClass, requested

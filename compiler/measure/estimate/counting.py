@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from moec.compiler.ir.program import Program
-from moec.compiler.report.summary import model_summary
+from moec.compiler.measure.summary import model_summary
 from moec.quantize.formats import FP16
 from moec.quantize.lazy import Coded, Float16
 from moec.quantize.plan import TensorClass

@@ -7,7 +7,7 @@ import importlib.resources
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
-from moec.compiler.pipeline.recipe import unknown
+from moec.compiler.common.validation import unknown
 
 
 class Device(BaseModel):

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from moec.compiler.build.estimate_calibration import speeds
 from moec.compiler.ir.program import Program
 from moec.compiler.measure.estimate.counting import count, formats
+from moec.compiler.measure.estimate.speeds import known_speeds
 from moec.compiler.measure.latency.timings import CANDIDATE
 
 DECODE = "decode"
@@ -25,7 +25,7 @@ def estimate_error(
         kept_share: Share of the pretrained top-k that decode executes.
         workloads: Figures of the latency gate: workload -> artifact -> clock -> quantiles.
     """
-    known = speeds(target, dtype, formats(program), lambda *_: None, measure=False)
+    known = known_speeds(target, dtype, formats(program))
     if known is None:
         return {}
     counts, found = count(program, kept_share), {}

@@ -13,8 +13,8 @@ from moec.compiler.families.released_models import released_config, released_nam
 from moec.compiler.frontend.architecture import ALIASES, is_native
 from moec.compiler.frontend.capture import capture
 from moec.compiler.frontend.checkpoint import Checkpoint
+from moec.compiler.measure.summary import model_summary
 from moec.compiler.pipeline.export import silent
-from moec.compiler.report.summary import model_summary
 
 UNKNOWN = {"DeepSeek-MoE-16B", "Ling-mini-2.0", "MiniMax-M1", "SmallThinker-21BA3B"}
 """transformers has no class for them."""

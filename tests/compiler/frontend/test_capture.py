@@ -23,7 +23,7 @@ from moec.compiler.gates.reference import load_source
 from moec.compiler.ir.interpreter import ProgramRunner
 from moec.compiler.ir.ops import Gate
 from moec.compiler.ir.program import Program
-from moec.compiler.report.summary import model_summary
+from moec.compiler.measure.summary import model_summary
 
 Checkpoints = Callable[[str], Path]
 KERNEL, CHANNELS = 3, 64

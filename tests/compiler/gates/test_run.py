@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from moec.compiler.common.errors import ArtifactError
+from moec.compiler.common.progress import Progress
 from moec.compiler.common.verdict import Status, Verdict
 from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.gates.integrity import expert_weights
@@ -24,7 +25,6 @@ from moec.targets.base import (
     ExpertsRunner,
     Lowered,
     Phase,
-    Progress,
     Runner,
     Target,
     TargetOptions,

@@ -6,7 +6,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from moec.compiler.api import merge
 from moec.compiler.common.errors import UsageError
-from moec.compiler.pipeline.recipe import Recipe, choices_of, make_recipe, read_recipe, unknown, validate
+from moec.compiler.common.validation import choices_of, unknown, validate
+from moec.compiler.pipeline.recipe import Recipe, make_recipe, read_recipe
 
 
 class Section(BaseModel):

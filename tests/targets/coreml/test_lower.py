@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from moec.compiler.common.errors import LoweringError, UsageError
+from moec.compiler.common.validation import validate
 from moec.compiler.common.verdict import Status
 from moec.compiler.gates.integrity import check_integrity
 from moec.compiler.ir.interpreter import ProgramRunner
 from moec.compiler.ir.program import EXPERTS, Program
 from moec.compiler.ir.weights import Constant, LazyTensor
-from moec.compiler.pipeline.recipe import validate
 from moec.passes.quantize import Quantize
 from moec.passes.routing.dynamic_routing import DynamicRouting
 from moec.passes.routing.policies.uniform_k import UniformK

@@ -13,9 +13,9 @@ import torch
 
 from moec import cli
 from moec.compiler.common.errors import LoweringError, UsageError
+from moec.compiler.common.validation import validate
 from moec.compiler.ir.interpreter import ProgramRunner
 from moec.compiler.ir.program import Program
-from moec.compiler.pipeline.recipe import validate
 from moec.passes.routing.dynamic_routing import DynamicRouting
 from moec.passes.routing.policies.uniform_k import UniformK
 from moec.targets.base import Phase

@@ -6,6 +6,7 @@ The cache is one file per machine, moec and runtime version in the user's cache 
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +18,10 @@ import numpy as np
 import platformdirs
 from scipy.optimize import nnls
 
+import moec
+from moec.compiler.common.machine import machine
 from moec.compiler.measure.estimate.counting import Counts
+from moec.targets import get_target
 
 BANDWIDTH_BYTES = 256 * 2**20
 FEATURES = ("operations", "experts", "dense", "states")
@@ -80,6 +84,30 @@ def _cpu_seconds(call: Callable[[], object]) -> float:
     return time.process_time() - start
 
 
+def known_speeds(
+    target: str, dtype: str, formats: Mapping[str, str], measure: Callable[[], Speeds] | None = None
+) -> Speeds | None:
+    """Speeds of a target and of formats on this machine, as they were measured once.
+
+    Args:
+        target: Name of the target.
+        dtype: Precision of what is not quantized.
+        formats: Tensor class -> format of what is; see `counting.formats`.
+        measure: Measures what is not in the cache; without it None is returned then.
+    """
+    tools = {name: importlib.metadata.version(name) for name in get_target(target).tools}
+    key = {
+        "target": target,
+        "dtype": dtype,
+        "formats": dict(formats),
+        "machine": machine(),
+        "moec": moec.__version__,
+        **tools,
+    }
+    found = cached("speeds", key, None if measure is None else lambda: asdict(measure()))
+    return None if found is None else Speeds(**found)
+
+
 def cached(kind: str, key: Mapping[str, Any], make: Callable[[], Mapping[str, Any]] | None) -> Mapping[str, Any] | None:
     """What was measured for `key`, or what `make` measures now; None where there is neither.
 
@@ -113,8 +141,3 @@ def _write(file: Path, content: Mapping[str, Any]) -> None:
         beside.replace(file)
     except OSError:
         return
-
-
-def plain(speeds: Speeds) -> dict[str, float]:
-    """For the cache."""
-    return asdict(speeds)

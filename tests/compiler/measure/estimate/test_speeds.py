@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from moec.compiler.measure.estimate import machine
+from moec.compiler.measure.estimate import speeds
 from moec.compiler.measure.estimate.counting import Counts
-from moec.compiler.measure.estimate.machine import Speeds, cached, fit
+from moec.compiler.measure.estimate.speeds import Speeds, cached, fit
 
 TRUE = Speeds(operations=2e-6, experts=1e-10, dense=7e-11, states=5e-11, residual=0.0)
 
@@ -33,7 +33,7 @@ def test_no_speed_is_negative_and_the_error_is_told() -> None:
 
 
 def test_what_was_measured_is_kept_for_its_key_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine.platformdirs, "user_cache_path", lambda _: tmp_path)
+    monkeypatch.setattr(speeds.platformdirs, "user_cache_path", lambda _: tmp_path)
     assert cached("speeds", {"version": "1"}, None) is None
     assert cached("speeds", {"version": "1"}, lambda: {"value": 1}) == {"value": 1}
     assert cached("speeds", {"version": "1"}, lambda: {"value": 2}) == {"value": 1}
