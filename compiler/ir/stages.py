@@ -12,14 +12,14 @@ schema and with its defaults filled in; of those that it passes by keyword only 
 of arithmetic, comparisons and choices have the dtype that the op computes in, so a target never promotes. A number may
 stand for a tensor in `NUMBERS` alone; elsewhere it is a `full` of no axes.
 
-`moec.passes.decompose` brings a graph here. A target that has a good kernel for an op that is none of these keeps it by
-naming it in `Target.richer_ops`.
+`moec.passes.decompose` brings a graph here. An op that has no rule there and is none of these stays as it is: a target
+that has a form for it lowers it, and the others refuse the model.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from enum import IntEnum
 from typing import Any
 
@@ -163,6 +163,6 @@ CORE: Mapping[Any, str] = {
 """Every op of the stage CORE."""
 
 
-def outside_core(graph: fx.Graph, richer: frozenset[Callable[..., Any]] = frozenset()) -> list[fx.Node]:
-    """The calls of `graph` that are none of `CORE` and of the ops that a target keeps."""
-    return [node for node in graph.nodes if node.op == "call_function" and node.target not in {*CORE, *richer}]
+def outside_core(graph: fx.Graph) -> list[fx.Node]:
+    """The calls of `graph` that are none of `CORE`."""
+    return [node for node in graph.nodes if node.op == "call_function" and node.target not in CORE]

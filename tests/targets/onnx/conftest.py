@@ -48,7 +48,7 @@ def check_op(tmp_path: Path) -> Callable[..., Session]:
         target: Callable[..., Any], arguments: Arguments, output: int | None = None, *, contrib: bool = True
     ) -> Session:
         one = OneOp(target, arguments, output)
-        session = Session(one.program, tmp_path, contrib=contrib)
+        session = Session(one.core, tmp_path, contrib=contrib)
         for sizes in SIZES:
             want = one.expected(*sizes).to(torch.float32).numpy()
             got = session(one.feeds(*sizes))
