@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Self
 
 import torch
@@ -50,6 +50,11 @@ class _View:
     def of(cls, node: fx.Node) -> Self:
         """The operands of `node`, which calls this op."""
         return cls(**operands(node))
+
+    @property
+    def args(self) -> tuple[Any, ...]:
+        """The operands in the order of the op's schema, for `node.args`."""
+        return tuple(getattr(self, field.name) for field in fields(self))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, slots=True)

@@ -125,7 +125,7 @@ SHAPES: Mapping[Any, str] = {
 
 PRODUCTS: Mapping[Any, str] = {
     aten.linear.default: "x @ weight.T + bias",
-    aten.matmul.default: "product of the last two axes; the others broadcast",
+    aten.matmul.default: "product over the last two axes, of which both operands have two; the others broadcast",
     aten.conv1d.default: "convolution [B, C, S] with weight [O, C / groups, K]",
     aten.layer_norm.default: "layer norm over the last axes (arXiv 1607.06450)",
 }

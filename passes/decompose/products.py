@@ -12,9 +12,23 @@ from moec.passes.rewriting import aten
 
 
 def _matmul(b: Builder, self: fx.Node, other: fx.Node, **_: Any) -> fx.Node | None:
+    """A vector becomes a matrix of one row or one column, whose axis goes afterwards."""
     left, right = b.cast(self, b.dtype), b.cast(other, b.dtype)
-    done = b.node.target is aten.matmul.default and left is self and right is other
-    return None if done else b(aten.matmul.default, left, right)
+    if b.node.target is aten.matmul.default and left is self and right is other and _rank(self) > 1 < _rank(other):
+        return None
+    row, column = _rank(left) == 1, _rank(right) == 1
+    product = b(
+        aten.matmul.default,
+        b(aten.unsqueeze.default, left, 0) if row else left,
+        b(aten.unsqueeze.default, right, 1) if column else right,
+    )
+    axes = [_rank(product) - 2] * row + [_rank(product) - 1] * column
+    return b(aten.squeeze.dims, product, axes) if axes else product
+
+
+def _rank(node: fx.Node) -> int:
+    rank: int = node.meta["val"].ndim
+    return rank
 
 
 def _add_product(b: Builder, self: fx.Node, first: fx.Node, second: fx.Node, beta: Any = 1, alpha: Any = 1) -> fx.Node:

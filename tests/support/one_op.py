@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,6 +30,9 @@ class Size:
     def __mul__(self, factor: int) -> Size:
         return Size(self.name, self.factor * factor)
 
+
+_NUMBERS = itertools.count()
+"""Of weights, so that Programs that are built into one file share none."""
 
 SIZES = ((2, 5), (3, 4), (1, 1))
 """(batch, sequence) of the trace and of two runs with other sizes."""
@@ -137,7 +141,7 @@ class OneOp:
         return self._node(self._graph.placeholder(name), fake)
 
     def _weight(self, weight: Weight) -> fx.Node:
-        name = f"weight{len(self._weights)}"
+        name = f"weight{next(_NUMBERS)}"
         self._weights[name] = Constant(weight.value)
         with self._mode:
             fake = torch.empty(weight.value.shape, dtype=weight.value.dtype)

@@ -24,7 +24,7 @@ from moec.compiler.ir.operands import Experts, Select
 from moec.compiler.ir.ops import Gate
 from moec.compiler.ir.program import EXPERTS, SELECT
 from moec.targets.coreml.context import MIL_NAMES, NUMPY, Context, Var, result_dtype
-from moec.targets.coreml.lowerings.elementwise import Lowering, where
+from moec.targets.coreml.lowerings.elementwise import Lowering
 from moec.targets.coreml.lowerings.shape import cut
 from moec.targets.coreml.package import EXPERT_SCOPE
 
@@ -251,22 +251,16 @@ def _activation(ctx: Context, x: Var, gate: Gate, dtype: torch.dtype) -> Var:
 
 
 def _select(ctx: Context, node: fx.Node) -> Var:
-    """`moec::select`: zero what the policy drops, never the largest, and keep the sum of the row if asked."""
+    """`moec::select`: zero what the policy drops and keep the sum of the row if asked."""
     own, mb, dtype = Select.of(node), ctx.mb, result_dtype(node)
-    value, count = ctx.tensor(own.weights, dtype), int(node.meta["val"].shape[1])
-    best = mb.reduce_argmax(x=value, axis=1, keep_dims=True)
-    largest = mb.equal(x=ctx.constant(np.arange(count, dtype=np.int32)[None]), y=best)
-    zero, one = (ctx.constant(NUMPY[MIL_NAMES[dtype]](item)) for item in (0, 1))
-    wanted = mb.logical_or(x=ctx.tensor(own.keep, torch.bool), y=largest)
-    kept = mb.select(cond=wanted, a=value, b=zero)
+    value = ctx.tensor(own.weights)
+    kept = mb.select(cond=ctx.tensor(own.keep), a=value, b=ctx.tensor(0.0, dtype))
     if not own.renormalize:
         return kept
     before, after = (mb.reduce_sum(x=item, axes=ctx.ints(1), keep_dims=True) for item in (value, kept))
-    empty = mb.equal(x=after, y=zero)
-    shape = tuple(after.shape)
-    safe = where(ctx, empty, one, after, shape)
-    ratio = where(ctx, empty, one, mb.real_div(x=before, y=safe), shape)
-    return mb.mul(x=kept, y=ratio)
+    # A row of zeros stays one: its sum is divided by the smallest number that is not 0.
+    safe = mb.maximum(x=after, y=ctx.tensor(float(torch.finfo(dtype).tiny), dtype))
+    return mb.mul(x=kept, y=mb.real_div(x=before, y=safe))
 
 
 TABLE: Mapping[Any, Lowering] = {EXPERTS: _experts, SELECT: _select}

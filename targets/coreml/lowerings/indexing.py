@@ -9,20 +9,15 @@ import numpy as np
 import torch
 from torch import fx
 
-from moec.targets.coreml.context import MIL_NAMES, NUMPY, Context, Var, integer, listed, number, result_dtype
+from moec.targets.coreml.context import MIL_NAMES, NUMPY, Context, Var, integer, listed, number, result_dtype, source_of
 from moec.targets.coreml.lowerings.elementwise import Lowering
 
 aten = torch.ops.aten
 
 
-def _look_up(ctx: Context, source: Any, index: Any, axis: int) -> Var:
-    return ctx.mb.gather(
-        x=ctx.tensor(source), indices=ctx.tensor(index, torch.int32), axis=axis, validate_indices=ctx.constant(False)
-    )
-
-
 def _embedding(ctx: Context, node: fx.Node) -> Var:
-    return _look_up(ctx, node.args[0], node.args[1], 0)
+    rows = ctx.tensor(node.args[1], torch.int32)
+    return ctx.mb.gather(x=ctx.tensor(node.args[0]), indices=rows, axis=0, validate_indices=ctx.constant(False))
 
 
 def _index(ctx: Context, node: fx.Node) -> Var:
@@ -30,8 +25,10 @@ def _index(ctx: Context, node: fx.Node) -> Var:
     used = [(axis, index) for axis, index in enumerate(listed(indices)) if index is not None]
     if len(used) != 1:
         raise ctx.refuse(node, "indexing by several tensors has no form")
-    axis, index = used[0]
-    return _look_up(ctx, source, index, axis)
+    ((axis, index),) = used
+    # Negative indices count from the end, and `gather` takes none.
+    places = ctx.mb.mod(x=ctx.tensor(index, torch.int32), y=ctx.axis_length(source_of(node), axis))
+    return ctx.mb.gather(x=ctx.tensor(source), indices=places, axis=axis, validate_indices=ctx.constant(False))
 
 
 def _gather(ctx: Context, node: fx.Node) -> Var:

@@ -47,17 +47,8 @@ def _broadcast(left: tuple[int, ...], right: tuple[int, ...]) -> tuple[int, ...]
 
 
 def _matmul(ctx: Context, node: fx.Node) -> Value:
-    left, right = (ctx.tensor(argument) for argument in node.args)
-    return ctx.reshape(_product(ctx, left, right), tuple(node.meta["val"].shape))
-
-
-def _product(ctx: Context, left: Value, right: Value) -> Value:
-    """A product of torch's `matmul` kinds; vectors get an axis, which the caller's reshape takes away."""
-    if left.rank == 1:
-        left = ctx.reshape(left, (1, *left.shape))
-    if right.rank == 1:
-        right = ctx.reshape(right, (*right.shape, 1))
-    return batch_matmul(ctx, left, right)
+    left, right = node.args
+    return batch_matmul(ctx, ctx.tensor(left), ctx.tensor(right))
 
 
 def _embedding(ctx: Context, node: fx.Node) -> Value:
