@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from moec.compiler.gates.verdict import Verdict
     from moec.compiler.program import Program
     from moec.passes.base import Pass
+    from moec.targets.stored_weights import StoredWeight
 
 
 SYMMETRIC = ("int4:128", "int4:64", "int4:32", "int8:128", "int8:64", "int8:32")
@@ -143,9 +144,6 @@ def cannot_measure(target: Target) -> str:
     answer, _, reason = target.doctor().get("measure", "yes").partition(":")
     return "" if answer.strip().lower().startswith("yes") else reason.strip() or "this machine cannot"
 
-
-ExpertReader = Callable[[int], np.ndarray]
-"""Index of an expert -> its values as the artifact holds them, dequantized, in the layout of the Program's tensor."""
 
 ExpertsRunner = Callable[[int, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 """Index of a MoE layer, hidden states [T, H], and indices and weights of the routing [T, k] -> [T, H].
@@ -304,8 +302,12 @@ class Target(ABC):
         return ()
 
     @abstractmethod
-    def expert_tensors(self, directory: Path) -> Mapping[str, ExpertReader]:
-        """Every expert tensor in the artifact by its Program name, for the integrity gate."""
+    def stored_weights(self, directory: Path) -> Mapping[str, StoredWeight]:
+        """Weights of an artifact as its files hold them, by their names in the final Program.
+
+        Returns:
+            Every tensor of experts, and every other weight that is stored as codes.
+        """
 
     def open_experts(self, directory: Path, *, threads: int = 0) -> Mapping[str, ExpertsRunner]:  # noqa: ARG002
         """The experts of the artifact by themselves, for the coverage gate.

@@ -8,7 +8,6 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import numpy as np
 from pydantic import Field, field_validator, model_validator
 
 from moec.compiler.model_config import cache_length
@@ -18,7 +17,6 @@ from moec.targets.base import (
     BY_ROW,
     SYMMETRIC,
     Capabilities,
-    ExpertReader,
     ExpertsRunner,
     Lowered,
     Phase,
@@ -31,7 +29,7 @@ from moec.targets.coreml.flavor import Flavor
 
 if TYPE_CHECKING:
     from moec.compiler.program import Program
-    from moec.targets.coreml.interpreter import MilModel
+    from moec.targets.stored_weights import StoredWeight
 
 DEFAULT_CONTEXT = 2048
 LEAST_RANGE = 4
@@ -185,14 +183,11 @@ class CoremlTarget(Target):
 
         return open_experts(directory)
 
-    def expert_tensors(self, directory: Path) -> Mapping[str, ExpertReader]:
-        """Read the experts back from the package, codes expanded, in the layout of the Program."""
-        from moec.targets.coreml.interpreter import MilModel
-        from moec.targets.coreml.package import PACKAGE
-        from moec.targets.coreml.runner import runner_notes
+    def stored_weights(self, directory: Path) -> Mapping[str, StoredWeight]:
+        """Read back from the constants of the package."""
+        from moec.targets.coreml.stored import stored_weights
 
-        model = MilModel.open(directory / PACKAGE)
-        return {name: _reader(model, label) for name, label in runner_notes(directory)["experts"].items()}
+        return stored_weights(directory)
 
     def doctor(self) -> Mapping[str, str]:
         """Building and running work anywhere; only a Mac can measure."""
@@ -210,15 +205,6 @@ class CoremlTarget(Target):
             "measure": "yes" if mac else "no: needs macOS",
             "install": "",
         }
-
-
-def _reader(model: MilModel, label: str) -> ExpertReader:
-    def read(index: int) -> np.ndarray:
-        constant = model.constants()[label.format(index)]
-        # What codes and scales say, before it is rounded to what the program computes in.
-        return (constant.exact or constant.load)()
-
-    return read
 
 
 def metadata_texts(config: Mapping[str, object], options: CoremlOptions) -> Mapping[str, str]:

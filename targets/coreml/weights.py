@@ -26,11 +26,16 @@ class WeightPool:
 
     The functions of a model share the entry of a weight in the weight file if their constants have one `weight_id`,
     so each array is made once and its name is that id.
+
+    Attributes:
+        stored_bytes: Name of an array -> bytes that it takes in the weight file.
+        coded: Name of a weight that is stored as codes as a whole -> name of the constant that it is.
     """
 
     def __init__(self) -> None:
         self._arrays: dict[str, np.ndarray] = {}
         self.stored_bytes: dict[str, int] = {}
+        self.coded: dict[str, str] = {}
         self._types = coremltools_module("coremltools.converters.mil.mil").types
         # int8 to numpy, with a mark that tells the builder that four bits of each are stored.
         self._int4 = self._types.nptype_from_builtin(self._types.int4)
@@ -70,6 +75,8 @@ class WeightPool:
         Raises:
             UsageError: The scales have another type than the program computes in.
         """
+        if hasattr(tensor, "format"):
+            self.coded[name] = identifier(name)
         return self._stored(mb, name, tensor, type_name, None, identifier(name))
 
     def row(self, mb: Any, name: str, tensor: LazyTensor, type_name: str, index: int, label: str) -> Any:

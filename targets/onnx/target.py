@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-import numpy as np
 from pydantic import Field
 
 from moec.compiler.errors import LoweringError
@@ -18,7 +16,6 @@ from moec.targets.base import (
     BY_ROW,
     SYMMETRIC,
     Capabilities,
-    ExpertReader,
     ExpertsRunner,
     Lowered,
     Phase,
@@ -31,6 +28,7 @@ from moec.targets.base import (
 if TYPE_CHECKING:
     from moec.compiler.program import Program
     from moec.targets.onnx.context import Dialect
+    from moec.targets.stored_weights import StoredWeight
 
 
 class Flavor(StrEnum):
@@ -175,13 +173,11 @@ class OnnxTarget(Target):
 
         return {MODEL: OnnxExperts(directory, threads=threads)}
 
-    def expert_tensors(self, directory: Path) -> Mapping[str, ExpertReader]:
-        """Read the experts back from the files, in the layout of the Program."""
-        import onnx_ir as ir
+    def stored_weights(self, directory: Path) -> Mapping[str, StoredWeight]:
+        """Read back by the table in the model's metadata."""
+        from moec.targets.onnx.stored import stored_weights
 
-        model = ir.load(directory / "model.onnx")
-        table = json.loads(model.metadata_props["moec.experts"])
-        return {name: _reader(model.graph.initializers, entry) for name, entry in table.items()}
+        return stored_weights(directory)
 
 
 def _dialect(program: Program, options: OnnxOptions) -> Dialect:
@@ -197,42 +193,3 @@ def _grouped(program: Program, options: OnnxOptions) -> bool:
     if options.experts is Experts.AUTO:
         return program.dtype is torch.float32 and sum(layer.num_experts for layer in program.layers) <= MOST_GROUPED
     return options.experts is Experts.GROUPED
-
-
-def _reader(initializers: Mapping[str, object], entry: Mapping[str, object]) -> ExpertReader:
-    def values(name: str) -> np.ndarray:
-        return initializers[name].const_value.numpy()  # type: ignore[attr-defined, no-any-return]
-
-    def read(index: int) -> np.ndarray:
-        if "quantized" in entry:
-            value = _dequantized(values, entry, index)
-            if entry["interleaved"]:
-                value = np.concatenate([value[0::2], value[1::2]])
-        elif "per_expert" in entry:
-            value = values(str(entry["per_expert"]).format(index))
-        else:
-            value = values(str(entry["initializer"]))[index]
-            if entry["interleaved"]:
-                value = np.concatenate([value[0::2], value[1::2]])
-        return np.ascontiguousarray(value.T) if entry["transposed"] else np.asarray(value)
-
-    return read
-
-
-def _dequantized(values: Callable[[str], np.ndarray], entry: Mapping[str, object], index: int) -> np.ndarray:
-    """One expert [N, K] float32 from its packed codes, scales and zero points."""
-    name, bits, signed = str(entry["quantized"]), int(str(entry["bits"])), bool(entry.get("signed"))
-    codes, scales = values(f"{name}.codes")[index], values(f"{name}.scales")[index].astype(np.float32)
-    if bits == 4 and not signed:
-        codes = np.stack([codes & 15, codes >> 4], axis=-1).reshape(len(codes), -1)
-    points = np.full(scales.shape, 0 if signed else 1 << (bits - 1), np.float32)
-    if not entry["symmetric"]:
-        packed = values(f"{name}.zero_points")[index]
-        points = np.stack([packed & 15, packed >> 4], axis=-1).reshape(len(packed), -1)[:, : scales.shape[1]]
-    rows, columns = codes.shape
-    block = int(str(entry.get("block", columns // scales.shape[1])))
-    # The last block of a row may be short.
-    whole = np.pad(codes.astype(np.float32), ((0, 0), (0, scales.shape[1] * block - columns)))
-    groups = whole.reshape(rows, -1, block) - points[:, :, None]
-    result: np.ndarray = (groups * scales[:, :, None]).reshape(rows, -1)[:, :columns]
-    return result

@@ -17,7 +17,6 @@ from moec.compiler.model_config import cache_length
 from moec.compiler.rejections import Rejection
 from moec.targets.base import (
     Capabilities,
-    ExpertReader,
     ExpertsRunner,
     Lowered,
     Phase,
@@ -39,6 +38,7 @@ if TYPE_CHECKING:
 
     from moec.compiler.program import Program
     from moec.targets.onnx.context import Context
+    from moec.targets.stored_weights import StoredWeight
     from moec.targets.tensorrt.build import Built
 
 DEFAULT_CONTEXT = 1024
@@ -183,11 +183,11 @@ class TensorrtTarget(Target):
 
         return {MODEL: OnnxExperts(directory, threads=threads)}
 
-    def expert_tensors(self, directory: Path) -> Mapping[str, ExpertReader]:
-        """Read the experts back from the files, in the layout of the Program."""
-        from moec.targets.onnx.target import OnnxTarget
+    def stored_weights(self, directory: Path) -> Mapping[str, StoredWeight]:
+        """Read back from `model.onnx`, by the table in its metadata."""
+        from moec.targets.onnx.stored import stored_weights
 
-        return OnnxTarget().expert_tensors(directory)
+        return stored_weights(directory)
 
     def doctor(self) -> Mapping[str, str]:
         """Which library, driver and GPU there are, and what that allows."""

@@ -14,7 +14,6 @@ from moec.compiler.model_config import cache_length
 from moec.compiler.rejections import Rejection
 from moec.targets.base import (
     Capabilities,
-    ExpertReader,
     ExpertsRunner,
     Lowered,
     Phase,
@@ -26,6 +25,7 @@ from moec.targets.base import (
 
 if TYPE_CHECKING:
     from moec.compiler.program import Program
+    from moec.targets.stored_weights import StoredWeight
     from moec.targets.tflite.model import Weight
 
 MODEL = "model.tflite"
@@ -180,11 +180,11 @@ class TfliteTarget(Target):
 
         return open_experts(directory / MODEL, threads)
 
-    def expert_tensors(self, directory: Path) -> Mapping[str, ExpertReader]:
-        """Read the experts back from the file, in the layout of the Program."""
+    def stored_weights(self, directory: Path) -> Mapping[str, StoredWeight]:
+        """Read back from the tensors of the file, which bear the names of the Program."""
         from moec.targets.tflite.reader import TfliteFile
 
-        return TfliteFile(directory / MODEL).experts()
+        return TfliteFile(directory / MODEL).stored_weights()
 
     def doctor(self) -> Mapping[str, str]:
         """Everything works where LiteRT is installed.

@@ -12,7 +12,8 @@ import numpy as np
 from pydantic import Field
 
 from moec.compiler.rejections import Rejection
-from moec.targets.base import Capabilities, ExpertReader, Lowered, Phase, Progress, Runner, Target, TargetOptions
+from moec.targets.base import Capabilities, Lowered, Phase, Progress, Runner, Target, TargetOptions
+from moec.targets.stored_weights import StoredWeight
 
 
 class FakeOptions(TargetOptions):
@@ -57,7 +58,7 @@ class FakeTarget(Target):
     def open(self, directory: Path, *, threads: int = 0) -> Runner:
         return FakeRunner(json.loads((directory / "config.json").read_text())["vocab_size"])
 
-    def expert_tensors(self, directory: Path) -> Mapping[str, ExpertReader]:
+    def stored_weights(self, directory: Path) -> Mapping[str, StoredWeight]:
         return {}
 
 

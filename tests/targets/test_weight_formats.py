@@ -4,23 +4,27 @@ Nothing is ever stored as something else in silence.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from moec import cli, passes
 from moec.compiler.frontend.capture import capture
 from moec.compiler.frontend.checkpoint import Checkpoint
+from moec.compiler.gates.integrity import expert_weights
 from moec.compiler.program import Program
 from moec.compiler.recipe import validate
 from moec.compiler.tiny_models import tiny_model
 from moec.passes.quantize import Quantize
 from moec.quantize.formats import parse_format
+from moec.quantize.lazy import Quantized
 from moec.quantize.plan import ALWAYS_FLOAT, QuantizationPlan, TensorClass, requested
 from moec.targets import get_target
+from moec.targets.stored_weights import Codes, StoredWeight
 
 
 @pytest.mark.parametrize("name", ["onnx", "tflite", "tensorrt", "coreml"])
@@ -99,3 +103,25 @@ def test_a_target_has_a_form_for_all_that_auto_may_choose(
         directory = tmp_path / str(index)
         directory.mkdir()
         target.lower(quantized, chosen, directory, lambda *_: None)
+        assert_read_back(quantized, target.stored_weights(directory))
+
+
+def assert_read_back(program: Program, stored: Mapping[str, StoredWeight]) -> None:
+    """Every weight with codes is read back as these very codes, and experts as they are."""
+    experts = set(expert_weights(program))
+    coded = {name for name in program.weight_names() if isinstance(program.weights[name], Quantized)}
+    assert stored.keys() == experts | {program.weights.resolve(name) for name in coded}
+    for name, weight in stored.items():
+        own = program.weights[name]
+        if not isinstance(own, Quantized):
+            np.testing.assert_array_equal(weight.values(1, 3), own.rows(1, 3).float().numpy())
+            continue
+        assert weight.bits == own.format.bits or weight.bits == 8
+        for start, stop in ((0, own.shape[0]), (2, 5)):
+            want, found = own.quantized_rows(start, stop), weight.rows(start, stop)
+            assert isinstance(found, Codes)
+            np.testing.assert_array_equal(found.codes, want.codes.numpy())
+            np.testing.assert_array_equal(found.values(), want.dequantize().numpy())
+            repeats = own.block // found.block
+            np.testing.assert_array_equal(found.scales, want.scales.repeat_interleave(repeats, -1).numpy())
+            assert (found.zero_points is None) == own.format.symmetric
