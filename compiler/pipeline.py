@@ -21,27 +21,27 @@ from moec.compiler.artifact import read_manifest, verify, write_manifest
 from moec.compiler.errors import ArtifactError, CheckpointError, LoweringError, UsageError
 from moec.compiler.frontend.capture import capture
 from moec.compiler.frontend.checkpoint import Checkpoint
-from moec.compiler.gates.quality import held_out_text
 from moec.compiler.gates.run import GateInputs, exit_code
 from moec.compiler.gates.verdict import Verdict
+from moec.compiler.input_checks import check_demands, check_inputs
 from moec.compiler.program import Program
-from moec.compiler.proof import latency_options, not_proven, prove
+from moec.compiler.proof import not_proven, prove
 from moec.compiler.quantization import (
     Quantization,
-    calibration_text,
-    check_plan,
     manifest_facts,
     plan_quantization,
     tensor_bytes,
 )
 from moec.compiler.recipe import Recipe, make_recipe, validate
+from moec.compiler.recorded_codes import recorded_codes
 from moec.compiler.rejections import Rejection
-from moec.compiler.routing import RoutingPlan, check_routing, measure_savings, plan_routing
+from moec.compiler.routing import RoutingPlan, measure_savings, plan_routing
 from moec.compiler.staging import check_output, staged
 from moec.compiler.summary import model_summary
 from moec.compiler.tokenizer import make_loadable
 from moec.passes.inputs_embeds import InputsEmbeds
 from moec.quantize.keep import Held
+from moec.quantize.recorded import RecordedCodes
 from moec.targets import get_target
 from moec.targets.base import Phase, Progress, Target, TargetOptions
 
@@ -134,7 +134,7 @@ def compile_recipe(
     """
     target, options = _target(recipe)
     recipe = _completed(recipe, target)
-    _check_inputs(recipe)
+    check_inputs(recipe)
     if recipe.inputs_embeds and not target.takes_embeddings:
         raise UsageError(
             f"an artifact for {target.name} has no optional input of embeddings", hint="export without --inputs-embeds"
@@ -179,18 +179,16 @@ def validate_artifact(
     directory: Path,
     against: str,
     *,
-    calibration: str | None = None,
     demands: Mapping[str, Any] | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
     progress: Progress = silent,
 ) -> Result:
-    """Run the gates on an artifact that exists, and write its report anew.
+    """Run the gates on an artifact that exists, and write its report anew. Nothing is calibrated or chosen again.
 
     Args:
         directory: The artifact.
         against: Directory or hub id of the checkpoint that it was built from.
-        calibration: Calibration text that its weights were rounded with, if not the one that moec brings along.
         demands: Sections of a recipe that only gates read (`recipe.DEMANDS`), which moec.json does not hold.
         revision: Branch, tag or commit of a hub id.
         trust_remote_code: Run modelling code that the checkpoint brings along.
@@ -210,12 +208,13 @@ def validate_artifact(
             "trust_remote_code": trust_remote_code,
             **(demands or {}),
         }
-        recipe = _recipe_of(directory, manifest, given, calibration)
-        _check_inputs(recipe)
+        recipe = _recipe_of(directory, manifest, given)
+        check_demands(recipe)
         target, options = _target(recipe)
         checkpoint = Checkpoint.open(against, revision=revision, trust_remote_code=trust_remote_code)
         _check_source(directory, manifest, checkpoint)
-    built = _build(recipe, target, options, stages)
+        codes = recorded_codes(target, directory, manifest)
+    built = _build(recipe, target, options, stages, codes)
     with stages("gates"):
         verdicts = prove(_gate_inputs(built, target, directory, manifest), recipe, manifest, progress)
     report.write(directory, manifest, verdicts, stages.timings)
@@ -226,23 +225,6 @@ def build_program(recipe: Recipe, *, progress: Progress = silent) -> Program:
     """The Program that an export of `recipe` would lower: captured and with every pass run."""
     target, options = _target(recipe)
     return _build(_completed(recipe, target), target, options, _Stages(progress)).program
-
-
-def _check_inputs(recipe: Recipe) -> None:
-    """Read the texts, the plan, the budgets and the baseline that the recipe names before anything is built.
-
-    Raises:
-        CheckpointError: A text is missing, empty or binary.
-        UsageError: The plan, the routing or a budget is wrong, or the baseline is no artifact.
-    """
-    latency_options(recipe)
-    if recipe.routing is not None:
-        check_routing(recipe.routing)
-    if recipe.quantize is not None and not recipe.quantize.does_nothing:
-        calibration_text(recipe.quantize)
-        check_plan(recipe.quantize)
-    if recipe.quality is not None and recipe.quality.max_loss is not None:
-        held_out_text(recipe.quality.text)
 
 
 def _completed(recipe: Recipe, target: Target) -> Recipe:
@@ -260,7 +242,22 @@ def _target(recipe: Recipe) -> tuple[Target, TargetOptions]:
     return target, validate(target.Options, recipe.options, where=f"options of target {target.name}")
 
 
-def _build(recipe: Recipe, target: Target, options: TargetOptions, stages: _Stages) -> _Built:
+def _build(
+    recipe: Recipe,
+    target: Target,
+    options: TargetOptions,
+    stages: _Stages,
+    codes: Mapping[str, RecordedCodes] | None = None,
+) -> _Built:
+    """Make the final Program.
+
+    Args:
+        recipe: What to build.
+        target: Its target.
+        options: Its options.
+        stages: Told about each stage.
+        codes: Calibrated codes of the artifact that was built from the recipe; None where there is no artifact yet.
+    """
     with stages("capture"):
         checkpoint = Checkpoint.open(
             recipe.checkpoint, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code
@@ -278,7 +275,7 @@ def _build(recipe: Recipe, target: Target, options: TargetOptions, stages: _Stag
         embeds = (InputsEmbeds(),) if recipe.inputs_embeds else ()
         common = (*embeds, *passes.default_passes(), *routing.passes)
         program, log = passes.run_passes(captured, common, told)
-    if settings:
+    if settings and codes is None:
         with stages("accounting"):
             capabilities = {phase: target.capabilities(options, phase) for phase in Phase}
             savings = measure_savings(settings, checkpoint, captured, program, capabilities)
@@ -293,7 +290,9 @@ def _build(recipe: Recipe, target: Target, options: TargetOptions, stages: _Stag
     with stages("quantize") if weights else contextlib.nullcontext():
         offered = functools.partial(target.auto_formats, options)
         held = Held(functools.partial(target.kept_formats, options), offered)
-        quantization = plan_quantization(weights, checkpoint, program, in_float32, offered, held, stages.progress)
+        quantization = plan_quantization(
+            weights, checkpoint, program, in_float32, offered, held, codes, stages.progress
+        )
         later = (*quantization.passes, *target.passes(options))
         final, more = passes.run_passes(program, later, told, completed=[record.name for record in log])
     # Without the times: moec.json is the same on every rebuild.
@@ -369,16 +368,11 @@ def _gate_inputs(built: _Built, target: Target, directory: Path, manifest: Mappi
     return GateInputs(built.checkpoint, built.captured, built.program, target, directory, facts=facts)
 
 
-def _recipe_of(
-    directory: Path, manifest: Mapping[str, Any], given: Mapping[str, Any], calibration: str | None
-) -> Recipe:
+def _recipe_of(directory: Path, manifest: Mapping[str, Any], given: Mapping[str, Any]) -> Recipe:
     recorded = manifest.get("recipe")
     if not isinstance(recorded, Mapping):
         raise ArtifactError(f"{directory}: its moec.json holds no recipe", hint="export it again")
-    fields = {**recorded, **given}
-    if calibration is not None and isinstance(fields.get("quantize"), Mapping):
-        fields["quantize"] = {**fields["quantize"], "calibration": calibration}
-    return make_recipe(fields, where=f"recipe of {directory}")
+    return make_recipe({**recorded, **given}, where=f"recipe of {directory}")
 
 
 def _check_source(directory: Path, manifest: Mapping[str, Any], checkpoint: Checkpoint) -> None:

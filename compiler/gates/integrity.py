@@ -1,4 +1,7 @@
-"""Integrity: the artifact holds the final Program's experts, every one of them, in the format of the plan."""
+"""Integrity: the artifact holds the final Program's experts, every one of them, in the format of the plan.
+
+Weights whose codes were read back from the artifact are held against its record and the checkpoint (`examination`).
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import numpy as np
 import torch
 
 from moec.compiler.errors import ArtifactError
+from moec.compiler.gates.examination import examine
 from moec.compiler.gates.verdict import Status, Verdict
 from moec.compiler.program import EXPERTS, Program
 from moec.targets.base import Progress
@@ -74,9 +78,10 @@ def check_integrity(
     names = expert_weights(program)
     missing = [name for name in names if name not in stored]
     comparisons = []
+    examined = examine(program, GATE, progress)
     for index, (name, dtype) in enumerate(names.items()):
         progress(GATE, index, len(names))
-        if name in stored:
+        if name in stored and name not in examined.findings:
             comparisons.append(_compare(program, name, dtype, stored[name]))
     progress(GATE, len(names), len(names))
     wrong = [item for item in comparisons if item.wrong]
@@ -85,13 +90,15 @@ def check_integrity(
         *_listed("missing from the artifact", missing),
         *_listed("different", [f"{item.name} experts {_numbers(item.wrong)}" for item in wrong]),
         *_listed("in another format than planned", other),
+        *_listed("codes that moec.json does not record", examined.not_recorded()),
+        *_listed("no rounding of the checkpoint", examined.too_far()),
     ]
     total = sum(item.experts for item in comparisons)
-    figures = _figures(comparisons, missing, other)
+    figures = {**_figures(comparisons, missing, other), "read_back": examined.figures}
     if problems:
         return Verdict(GATE, Status.FAIL, "; ".join(problems), EXIT_CODE, figures)
-    summary = f"{total} experts in {len(comparisons)} tensors equal the plan's"
-    return Verdict(GATE, Status.PASS, summary, EXIT_CODE, figures)
+    equal = f"{total} experts in {len(comparisons)} tensors equal the plan's" if comparisons else ""
+    return Verdict(GATE, Status.PASS, "; ".join(filter(None, (equal, examined.summary))), EXIT_CODE, figures)
 
 
 def _compare(program: Program, name: str, dtype: torch.dtype, stored: StoredWeight) -> Comparison:

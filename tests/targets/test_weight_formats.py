@@ -18,13 +18,15 @@ from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.gates.integrity import expert_weights
 from moec.compiler.program import Program
 from moec.compiler.recipe import validate
+from moec.compiler.recorded_codes import on_grid
 from moec.compiler.tiny_models import tiny_model
 from moec.passes.quantize import Quantize
 from moec.quantize.formats import parse_format
 from moec.quantize.lazy import Quantized
 from moec.quantize.plan import ALWAYS_FLOAT, QuantizationPlan, TensorClass, requested
+from moec.quantize.recorded import sha256_of
 from moec.targets import get_target
-from moec.targets.stored_weights import Codes, StoredWeight
+from moec.targets.stored_weights import StoredWeight
 
 
 @pytest.mark.parametrize("name", ["onnx", "tflite", "tensorrt", "coreml"])
@@ -118,10 +120,8 @@ def assert_read_back(program: Program, stored: Mapping[str, StoredWeight]) -> No
             continue
         assert weight.bits == own.format.bits or weight.bits == 8
         for start, stop in ((0, own.shape[0]), (2, 5)):
-            want, found = own.quantized_rows(start, stop), weight.rows(start, stop)
-            assert isinstance(found, Codes)
-            np.testing.assert_array_equal(found.codes, want.codes.numpy())
-            np.testing.assert_array_equal(found.values(), want.dequantize().numpy())
-            repeats = own.block // found.block
-            np.testing.assert_array_equal(found.scales, want.scales.repeat_interleave(repeats, -1).numpy())
-            assert (found.zero_points is None) == own.format.symmetric
+            want, found = own.quantized_rows(start, stop), on_grid(name, weight, start, stop, own.format)
+            assert sha256_of([found]) == sha256_of([want])
+            assert torch.equal(found.codes, want.codes)
+            assert torch.equal(found.scales, want.scales)
+            np.testing.assert_array_equal(weight.values(start, stop), want.dequantize().numpy())
