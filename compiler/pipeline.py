@@ -289,7 +289,8 @@ def _build(
     weights = None if recipe.quantize is None or recipe.quantize.does_nothing else recipe.quantize
     with stages("quantize") if weights else contextlib.nullcontext():
         offered = functools.partial(target.auto_formats, options)
-        held = Held(functools.partial(target.kept_formats, options), offered)
+        dtype = recipe.dtype or target.default_dtype
+        held = Held(functools.partial(target.kept_formats, options, dtype=dtype), offered)
         quantization = plan_quantization(
             weights, checkpoint, program, in_float32, offered, held, codes, stages.progress
         )

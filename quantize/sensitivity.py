@@ -21,7 +21,7 @@ from moec.compiler.perplexity import log_softmax
 from moec.compiler.program import Program
 from moec.compiler.weights import LazyTensor
 from moec.quantize.allocate import Candidate
-from moec.quantize.formats import FP16, Format, IntegerFormat, parse_format
+from moec.quantize.formats import FP16, Format, IntegerFormat, TableFormat, parse_format
 from moec.quantize.lazy import quantized
 from moec.quantize.plan import ALWAYS_FLOAT, Override, QuantizationPlan, TensorClass
 from moec.quantize.roles import weight_roles
@@ -202,7 +202,7 @@ def error_of(program: Program, part: Part, fmt: Format, clip: ClipSearch) -> flo
     return math.fsum(errors) / len(errors)
 
 
-def size_of(program: Program, names: Sequence[str], fmt: Format | None) -> int:
+def size_of(program: Program, names: Sequence[str], fmt: Format | TableFormat | None) -> int:
     """Bytes of these tensors in a format; None: in the dtype of the Program."""
     total = 0
     for name in names:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -28,6 +28,11 @@ ASYMMETRIC = ("int4:128:asym", "int4:64:asym", "int4:32:asym")
 """Text forms of formats with blocks, without and with zero points."""
 BY_ROW = ("int8:channel", "int4:channel")
 """Text forms of formats with one scale for a row."""
+
+
+def with_scales(dtype: str, forms: Iterable[str]) -> tuple[str, ...]:
+    """Text forms that hold scales of the precision `dtype`."""
+    return tuple(f"{form}:fp32" if dtype == "fp32" else form for form in forms)
 
 
 class Phase(StrEnum):
@@ -269,8 +274,18 @@ class Target(ABC):
         """Formats with codes that `--quantize auto` may give to weights of a class: those that kernels compute with."""
         return SYMMETRIC
 
-    def kept_formats(self, options: TargetOptions, tensor_class: str) -> tuple[str, ...]:
-        """Formats whose codes `--quantize keep` may pass on bit for bit, as text forms without words for scales."""
+    def kept_formats(self, options: TargetOptions, tensor_class: str, dtype: str) -> tuple[str, ...]:  # noqa: ARG002
+        """Formats whose codes `--quantize keep` may pass on bit for bit.
+
+        Args:
+            options: The target's options.
+            tensor_class: Class of the weights.
+            dtype: Precision of the Program, "fp32" or "fp16".
+
+        Returns:
+            Text forms, those of `moec.quantize.formats.TableFormat` too. One with `fp32` says that scales of single
+            precision are stored as they are, one without that those of half precision are.
+        """
         return self.auto_formats(options, tensor_class)
 
     @abstractmethod

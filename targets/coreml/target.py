@@ -24,6 +24,7 @@ from moec.targets.base import (
     Runner,
     Target,
     TargetOptions,
+    with_scales,
 )
 from moec.targets.coreml.flavor import Flavor
 
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 DEFAULT_CONTEXT = 2048
 LEAST_RANGE = 4
 """swift-transformers stops the app unless the number of tokens of a call is a range of some width."""
+TABLES = ("table4:32", "table4:16")
+"""Forms of MXFP4 and NVFP4."""
 INSTALL = "pip install 'moec[coreml]'"
 
 
@@ -99,7 +102,7 @@ class CoremlTarget(Target):
     modules: ClassVar[tuple[str, ...]] = ("coremltools",)
     tools: ClassVar[tuple[str, ...]] = ("coremltools",)
     default_dtype: ClassVar[Literal["fp32", "fp16"]] = "fp16"
-    weight_formats: ClassVar[frozenset[str]] = frozenset({"int8", "int4", "palettize4"})
+    weight_formats: ClassVar[frozenset[str]] = frozenset({"int8", "int4", "palettize4", "table4"})
     state_kinds: ClassVar[frozenset[str]] = frozenset({"key", "value", "conv"})
 
     def capabilities(self, options: TargetOptions, phase: Phase) -> Capabilities:
@@ -135,9 +138,10 @@ class CoremlTarget(Target):
         """Blocks with an offset or without."""
         return SYMMETRIC + ASYMMETRIC
 
-    def kept_formats(self, options: TargetOptions, tensor_class: str) -> tuple[str, ...]:
-        """One scale for a row too."""
-        return (*self.auto_formats(options, tensor_class), *BY_ROW, "int4:channel:asym")
+    def kept_formats(self, options: TargetOptions, tensor_class: str, dtype: str) -> tuple[str, ...]:
+        """One scale for a row too, and a table with scales for blocks; scales have the precision of the program."""
+        formats = (*self.auto_formats(options, tensor_class), *BY_ROW, "int4:channel:asym", *TABLES)
+        return with_scales(dtype, formats)
 
     def lower(self, program: Program, options: TargetOptions, directory: Path, progress: Progress) -> Lowered:
         """Write `model.mlpackage`."""

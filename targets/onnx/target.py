@@ -23,6 +23,7 @@ from moec.targets.base import (
     Runner,
     Target,
     TargetOptions,
+    with_scales,
 )
 
 if TYPE_CHECKING:
@@ -118,11 +119,14 @@ class OnnxTarget(Target):
             return SYMMETRIC + ASYMMETRIC
         return () if tensor_class in EXPERT_CLASSES else SYMMETRIC
 
-    def kept_formats(self, options: TargetOptions, tensor_class: str) -> tuple[str, ...]:
-        """One scale for a row is written as blocks of equal scales."""
+    def kept_formats(self, options: TargetOptions, tensor_class: str, dtype: str) -> tuple[str, ...]:
+        """One scale for a row is written as blocks of equal scales; linears store theirs in the dtype of the graph."""
         formats = self.auto_formats(options, tensor_class)
+        if not formats:
+            return ()
         asymmetric = tuple(f"{form}:asym" for form in BY_ROW if form.startswith("int4") and ASYMMETRIC[0] in formats)
-        return (*formats, *BY_ROW, *asymmetric)
+        stored = "fp32" if tensor_class in EXPERT_CLASSES else dtype
+        return with_scales(stored, (*formats, *BY_ROW, *asymmetric))
 
     def lower(self, program: Program, options: TargetOptions, directory: Path, progress: Progress) -> Lowered:
         """Write `model.onnx`, `model.onnx_data` and, for onnxruntime-genai, `genai_config.json`."""

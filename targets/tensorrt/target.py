@@ -25,6 +25,7 @@ from moec.targets.base import (
     Target,
     TargetGate,
     TargetOptions,
+    with_scales,
 )
 from moec.targets.tensorrt import builder
 from moec.targets.tensorrt.capability import DEFAULT, parse
@@ -114,6 +115,10 @@ class TensorrtTarget(Target):
         if options.engine:
             module_name(options.library)
         _sizes(config, options)
+
+    def kept_formats(self, options: TargetOptions, tensor_class: str, dtype: str) -> tuple[str, ...]:  # noqa: ARG002
+        """Scales are stored as they are, and cast in the graph."""
+        return with_scales("fp32", self.auto_formats(options, tensor_class))
 
     def lint(self, program: Program, options: TargetOptions) -> tuple[Rejection, ...]:
         """Ops without a lowering, formats that TensorRT does not take, an opset that its parser does not read."""

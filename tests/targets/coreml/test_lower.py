@@ -142,13 +142,16 @@ def test_palettes(tiny_checkpoint: Any, program_of: Any, lower: Any, dtype: torc
     assert row.stored_bytes == math.prod(shape) // 2 + shape[0] // 8 * 16 * np.dtype(f"f{dtype.itemsize}").itemsize
 
 
-def test_scales_of_another_type_are_refused(tiny_checkpoint: Any, program_of: Any, lower: Any) -> None:
-    program = quantized(program_of(tiny_checkpoint("olmoe"), torch.float32), "int8:channel")
-    with pytest.raises(UsageError, match="its scales are float16 and the program computes in fp32") as raised:
-        lower(program, context=32)
-    assert "--dtype fp16" in raised.value.hint
-    fitting = quantized(program_of(tiny_checkpoint("olmoe"), torch.float32), "int8:channel:fp32")
-    check_against_interpreter(lower(fitting, context=32), 1e-4)
+def test_scales_are_widened_and_never_narrowed(tiny_checkpoint: Any, program_of: Any, lower: Any) -> None:
+    checkpoint = tiny_checkpoint("olmoe")
+    narrow = quantized(program_of(checkpoint, torch.float32), "int8:channel")
+    lowered = lower(narrow, context=32)
+    check_against_interpreter(lowered, 1e-4)
+    assert check_integrity(narrow, CoremlTarget().stored_weights(lowered.directory)).status is Status.PASS
+    wide = quantized(program_of(checkpoint, torch.float16), "int8:channel:fp32")
+    with pytest.raises(UsageError, match="its scales are float32 and the program computes in fp16") as raised:
+        lower(wide, context=32)
+    assert "--dtype fp32" in raised.value.hint
 
 
 def digests(directory: Path) -> dict[str, str]:
