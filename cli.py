@@ -20,13 +20,13 @@ import typer
 
 import moec
 from moec.compiler.commands.artifacts import run, verify
+from moec.compiler.commands.console import LOG_FORMAT, Console, any_character
 from moec.compiler.commands.estimation import estimate
 from moec.compiler.commands.inspection import doctor, families, inspect
 from moec.compiler.commands.options import ArtifactDirectory, Debug, Json, Quiet, Revision, Trust
 from moec.compiler.commands.pipelines import build, diff, publish
-from moec.compiler.console import LOG_FORMAT, Console, any_character
-from moec.compiler.errors import MoecError, UsageError, out_of_memory
-from moec.compiler.threads import wait_without_spinning
+from moec.compiler.common.errors import MoecError, UsageError, out_of_memory
+from moec.compiler.common.threads import wait_without_spinning
 
 
 def _routing(metavar: str | None, text: str) -> Any:
@@ -117,8 +117,8 @@ def export(
     Name a target to see its own options: moec export --target NAME --help.
     """
     from moec.compiler.api import merge
-    from moec.compiler.flags import sections_of_flags
-    from moec.compiler.pipeline import compile_recipe
+    from moec.compiler.commands.flags import sections_of_flags
+    from moec.compiler.pipeline.export import compile_recipe
 
     if output is None:
         raise UsageError("no output directory is given", hint="give -o DIRECTORY")
@@ -181,7 +181,7 @@ def calibrate(
     debug: Debug = False,
 ) -> int:
     """Fit a routing policy to expert budgets; 'moec export --calibration FILE' takes the result."""
-    from moec.compiler import routing as plans
+    from moec.compiler.pipeline import routing as plans
 
     console = Console(json_output, quiet, debug)
     budgets = plans.parse_budgets(budget)
@@ -219,8 +219,8 @@ def validate(
     debug: Debug = False,
 ) -> int:
     """Run the gates again on an artifact that exists."""
-    from moec.compiler.flags import sections_of_flags
-    from moec.compiler.pipeline import validate_artifact
+    from moec.compiler.commands.flags import sections_of_flags
+    from moec.compiler.pipeline.export import validate_artifact
 
     quality = {"max_loss": max_quality_loss, "text": quality_text}
     latency = {
@@ -296,7 +296,7 @@ def _application(arguments: list[str]) -> typer.Typer:
 
 
 def _export_command(arguments: list[str]) -> Callable[..., int]:
-    from moec.compiler.flags import named_target, with_flags, without_flags
+    from moec.compiler.commands.flags import named_target, with_flags, without_flags
 
     name = named_target(arguments) if arguments[:1] == ["export"] else None
     if name is None:
@@ -313,7 +313,7 @@ def _terminate(_signal: int, _frame: FrameType | None) -> NoReturn:
 
 def _choose_log_format(arguments: list[str]) -> list[str]:
     """Take `--log-format` out of a command line, wherever it stands, and set the variable that it stands for."""
-    from moec.compiler.flags import find_flag
+    from moec.compiler.commands.flags import find_flag
 
     chosen = find_flag(arguments, "--log-format")
     if chosen not in {None, "text", "json"}:

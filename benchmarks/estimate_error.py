@@ -13,8 +13,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from moec.compiler.estimate.calibration import measure_decode, speeds, write_random
-from moec.compiler.estimate.estimate import Wanted, counted
+from moec.compiler.build.estimate import Wanted, counted
+from moec.compiler.build.estimate_calibration import measure_decode, speeds, write_random
 
 sys.path.insert(0, str(Path(__file__).parent))
 from machine import describe

@@ -26,10 +26,10 @@ import numpy as np
 import onnx_ir as ir
 import psutil
 
-from moec.compiler.artifact import MANIFEST, REPORTS, read_manifest, write_manifest
+from moec.compiler.common.artifact import MANIFEST, REPORTS, read_manifest, write_manifest
 from moec.compiler.gates.latency import LatencyOptions, judge_latency
 from moec.compiler.gates.run import exit_code
-from moec.compiler.latency.sampling import STEPS, timed
+from moec.compiler.measure.latency.sampling import STEPS, timed
 from moec.targets import get_target
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -22,8 +22,8 @@ from typing import Any
 import psutil
 from machine import describe
 
-from moec.compiler.artifact import verify
-from moec.compiler.tiny_models import write_tiny_checkpoint
+from moec.compiler.common.artifact import verify
+from moec.compiler.families.tiny_models import write_tiny_checkpoint
 
 MATRIX = """
 models: {{whole: {whole}, mute: {mute}}}

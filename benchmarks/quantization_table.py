@@ -20,12 +20,12 @@ import torch
 
 from moec import passes
 from moec.compiler.api import export
-from moec.compiler.errors import GateError
 from moec.compiler.frontend.capture import capture
 from moec.compiler.frontend.checkpoint import Checkpoint
-from moec.compiler.interpreter import ProgramRunner
-from moec.compiler.perplexity import compare
-from moec.compiler.text import spread, tokenize, windows
+from moec.compiler.ir.interpreter import ProgramRunner
+from moec.compiler.pipeline.export import GateError
+from moec.compiler.text.corpus import spread, tokenize, windows
+from moec.compiler.text.perplexity import compare
 from moec.targets import get_target
 
 sys.path.insert(0, str(Path(__file__).parent))

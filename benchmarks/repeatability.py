@@ -24,9 +24,9 @@ from onnx import TensorProto, helper
 sys.path.insert(0, str(Path(__file__).parent))
 from machine import describe
 
+from moec.compiler.common.verdict import Status
 from moec.compiler.gates.repeatability import judge_repeatability
 from moec.compiler.gates.tolerance import Precision
-from moec.compiler.gates.verdict import Status
 from moec.targets.onnx.runner import OnnxRunner
 
 

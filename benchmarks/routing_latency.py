@@ -45,10 +45,10 @@ def mass_for(checkpoint: Path, budget: float) -> tuple[float, float]:
     from moec import passes
     from moec.compiler.frontend.capture import capture
     from moec.compiler.frontend.checkpoint import Checkpoint
-    from moec.passes.routing.calibrate import fit
-    from moec.passes.routing.collect import collect
-    from moec.passes.routing.table import parameters_of
-    from moec.passes.routing.traces import kept_share, replay
+    from moec.passes.routing.calibrate.collect import collect
+    from moec.passes.routing.calibrate.fit import fit
+    from moec.passes.routing.calibrate.traces import kept_share, replay
+    from moec.passes.routing.policies.table import parameters_of
 
     program, _ = passes.run_passes(capture(Checkpoint.open(str(checkpoint))), passes.default_passes())
     ids = np.random.default_rng(1).integers(3, BASE["vocab_size"] - 1, (4, PROMPT))

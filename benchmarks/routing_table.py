@@ -18,16 +18,16 @@ import torch
 from moec import passes
 from moec.compiler.frontend.capture import capture
 from moec.compiler.frontend.checkpoint import Checkpoint
-from moec.compiler.perplexity import RESAMPLES
-from moec.compiler.program import Program
-from moec.compiler.text import read_text, tokenize, windows
-from moec.passes.dynamic_routing import DynamicRouting
-from moec.passes.routing.base import Policy
-from moec.passes.routing.calibrate import fit
-from moec.passes.routing.collect import Collector, collect, measure_sensitivities
-from moec.passes.routing.table import BUILT_IN, parameters_of
-from moec.passes.routing.top_p import TopP
-from moec.passes.routing.traces import kept_share, replay
+from moec.compiler.ir.program import Program
+from moec.compiler.text.corpus import read_text, tokenize, windows
+from moec.compiler.text.perplexity import RESAMPLES
+from moec.passes.routing.calibrate.collect import Collector, collect, measure_sensitivities
+from moec.passes.routing.calibrate.fit import fit
+from moec.passes.routing.calibrate.traces import kept_share, replay
+from moec.passes.routing.dynamic_routing import DynamicRouting
+from moec.passes.routing.policies.base import Policy
+from moec.passes.routing.policies.table import BUILT_IN, parameters_of
+from moec.passes.routing.policies.top_p import TopP
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "golden_models" / "olmoe-tiny"

@@ -24,12 +24,12 @@ from machine import describe
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from moec.compiler.program import EXPERTS, Program
-from moec.compiler.weights import Constant, LazyTensor, WeightStore
+from moec.compiler.ir.program import EXPERTS, Program
+from moec.compiler.ir.weights import Constant, LazyTensor, WeightStore
 from moec.quantize.formats import IntegerFormat, parse_format
 from moec.quantize.lazy import Quantized
 from moec.targets.tflite.context import Context, Settings, Shared
-from moec.targets.tflite.extra import module
+from moec.targets.tflite.library import module
 from moec.targets.tflite.lowerings.table import lookup
 from moec.targets.tflite.model import Graph, Model
 from moec.targets.tflite.weights import Weights

@@ -20,11 +20,11 @@ from machine import describe
 
 from moec.compiler.frontend.capture import capture
 from moec.compiler.frontend.checkpoint import Checkpoint
-from moec.compiler.program import Program
+from moec.compiler.ir.program import Program
 from moec.passes import default_passes, run_passes
-from moec.passes.dynamic_routing import DynamicRouting
 from moec.passes.quantize import Quantize
-from moec.passes.routing.uniform_k import UniformK
+from moec.passes.routing.dynamic_routing import DynamicRouting
+from moec.passes.routing.policies.uniform_k import UniformK
 from moec.quantize.formats import parse_format
 from moec.quantize.plan import QuantizationPlan, TensorClass
 from moec.targets.tflite import lower

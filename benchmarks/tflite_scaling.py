@@ -31,9 +31,9 @@ def memory() -> float:
 def measure(layers: int, experts: int, prefill: int) -> dict[str, float]:
     import torch
 
+    from moec.compiler.families.tiny_models import tiny_model
     from moec.compiler.frontend.capture import capture
     from moec.compiler.frontend.checkpoint import Checkpoint
-    from moec.compiler.tiny_models import tiny_model
     from moec.passes import default_passes, run_passes
     from moec.targets.tflite import lower
     from moec.targets.tflite.runner import TfliteRunner

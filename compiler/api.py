@@ -6,13 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moec.compiler.errors import GateError
-from moec.compiler.recipe import SECTIONS, Recipe, make_recipe, read_recipe
+from moec.compiler.pipeline.recipe import SECTIONS, Recipe, make_recipe, read_recipe
 
 if TYPE_CHECKING:
-    from moec.compiler.pipeline import Result
+    from moec.compiler.common.progress import Progress
+    from moec.compiler.pipeline.export import Result
     from moec.compiler.run.generate import Generator
-    from moec.targets.base import Progress
 
 
 def export(
@@ -40,9 +39,9 @@ def export(
 
     Raises:
         GateError: A gate failed. The artifact is at `output` all the same; `error.result` has the verdicts.
-        MoecError: Anything else that stops an export; see `moec.compiler.errors`.
+        MoecError: Anything else that stops an export; see `moec.compiler.common.errors`.
     """
-    from moec.compiler.pipeline import compile_recipe, silent
+    from moec.compiler.pipeline.export import GateError, compile_recipe, silent
 
     common = {"checkpoint": None if checkpoint is None else str(checkpoint), "target": target}
     wanted = merge(None if recipe is None else Path(recipe), {**common, **options})

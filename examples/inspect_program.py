@@ -5,7 +5,7 @@ from pathlib import Path
 from moec import passes
 from moec.compiler.frontend.capture import capture
 from moec.compiler.frontend.checkpoint import Checkpoint
-from moec.compiler.printing import format_graph
+from moec.compiler.ir.printing import format_graph
 
 CHECKPOINT = Path(__file__).resolve().parents[1] / "golden_models" / "olmoe-tiny"
 

@@ -7,22 +7,22 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 
-from moec.compiler.errors import MoecError, UsageError
-from moec.compiler.invariants import check_invariants
-from moec.compiler.program import Program
-from moec.compiler.rejections import Rejection
+from moec.compiler.common.errors import MoecError, UsageError
+from moec.compiler.common.rejections import Rejection
+from moec.compiler.ir.invariants import check_invariants
+from moec.compiler.ir.program import Program
 from moec.passes.base import Pass, PassResult
-from moec.passes.canonical_experts import CanonicalExperts
-from moec.passes.common_subexpressions import CommonSubexpressions
-from moec.passes.dead_code import DeadCode
-from moec.passes.fold_weights import FoldWeights
-from moec.passes.masked_writes import MaskedWrites
-from moec.passes.normalize import Normalize
-from moec.passes.real_rotary import RealRotary
-from moec.passes.rms_norm import RmsNorm
-from moec.passes.rotary import Rotary
-from moec.passes.slice_writes import SliceWrites
-from moec.passes.unify_sizes import UnifySizes
+from moec.passes.canonical.common_subexpressions import CommonSubexpressions
+from moec.passes.canonical.dead_code import DeadCode
+from moec.passes.canonical.fold_weights import FoldWeights
+from moec.passes.canonical.masked_writes import MaskedWrites
+from moec.passes.canonical.normalize import Normalize
+from moec.passes.canonical.real_rotary import RealRotary
+from moec.passes.canonical.slice_writes import SliceWrites
+from moec.passes.canonical.unify_sizes import UnifySizes
+from moec.passes.experts.canonical_experts import CanonicalExperts
+from moec.passes.fuse.rms_norm import RmsNorm
+from moec.passes.fuse.rotary import Rotary
 
 GROUP = "moec.passes"
 

@@ -6,10 +6,10 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from moec.compiler.rejections import Rejection
+from moec.compiler.common.rejections import Rejection
 
 if TYPE_CHECKING:
-    from moec.compiler.program import Program
+    from moec.compiler.ir.program import Program
 
 
 @dataclass(frozen=True)

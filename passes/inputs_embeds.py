@@ -8,12 +8,12 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from moec.compiler.errors import UnsupportedModelError
-from moec.compiler.inference import fake_mode
-from moec.compiler.program import Program, TensorSpec
+from moec.compiler.common.errors import UnsupportedModelError
+from moec.compiler.ir.fake_values import fake_mode
+from moec.compiler.ir.program import Program, TensorSpec
 from moec.passes.base import Pass, PassResult
-from moec.passes.dynamic_routing import INPUT_DEFAULTS
 from moec.passes.rewriting import aten, call, is_call, rewritten
+from moec.passes.routing.dynamic_routing import INPUT_DEFAULTS
 
 NAME = "inputs_embeds"
 

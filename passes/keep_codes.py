@@ -7,16 +7,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, TypeVar
 
-from moec.compiler.errors import UsageError
-from moec.compiler.program import Program
-from moec.compiler.rejections import Rejection
-from moec.compiler.weights import LazyTensor
+from moec.compiler.common.errors import UsageError
+from moec.compiler.common.rejections import Rejection
+from moec.compiler.ir.program import Program
+from moec.compiler.ir.weights import LazyTensor
 from moec.passes.base import Pass, PassResult
 from moec.quantize.formats import Activations, IntegerFormat
 from moec.quantize.keep import ROUNDED_SCALES, Grid, Held, KeptFormat, grid_of, kept
 from moec.quantize.lazy import quantized
 from moec.quantize.plan import ALWAYS_FLOAT
-from moec.quantize.roles import weight_roles
+from moec.quantize.tensor_classes import weight_roles
 
 Format = TypeVar("Format", bound=KeptFormat)
 

@@ -7,18 +7,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from moec.compiler.errors import ArtifactError
-from moec.compiler.program import Program
-from moec.compiler.rejections import Rejection
-from moec.compiler.weights import LazyTensor
+from moec.compiler.common.errors import ArtifactError
+from moec.compiler.common.rejections import Rejection
+from moec.compiler.ir.program import Program
+from moec.compiler.ir.weights import LazyTensor
 from moec.passes.base import Pass, PassResult
 from moec.quantize.formats import FloatKind, Format, IntegerFormat, PaletteFormat
 from moec.quantize.lazy import Float16, palettized, quantized
+from moec.quantize.methods.rounding import RoundingResult
+from moec.quantize.methods.scales import NO_CLIPPING, ClipSearch
 from moec.quantize.plan import QuantizationPlan
 from moec.quantize.recorded import Recorded, RecordedCodes
-from moec.quantize.roles import format_of, weight_roles
-from moec.quantize.rounding import RoundingResult
-from moec.quantize.scales import NO_CLIPPING, ClipSearch
+from moec.quantize.tensor_classes import format_of, weight_roles
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from moec.compiler.inference import fake_mode, infer
-from moec.compiler.program import Program, moe_layers
-from moec.compiler.weights import WeightStore
+from moec.compiler.ir.fake_values import fake_mode, infer
+from moec.compiler.ir.program import Program, moe_layers
+from moec.compiler.ir.weights import WeightStore
 
 aten = torch.ops.aten
 

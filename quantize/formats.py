@@ -25,7 +25,7 @@ from typing import ClassVar, Literal, TypeAlias
 
 import torch
 
-from moec.compiler.errors import UsageError
+from moec.compiler.common.errors import UsageError
 
 BLOCK_SIZES: tuple[Literal[128, 64, 32], ...] = (128, 64, 32)
 ROWS = 16

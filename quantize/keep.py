@@ -15,14 +15,14 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from moec.compiler.encoded import Encoded, Made, Spread
-from moec.compiler.errors import CheckpointError
-from moec.compiler.weights import LazyTensor
+from moec.compiler.common.errors import CheckpointError
+from moec.compiler.ir.encoded_weights import Encoded, Made, Spread
+from moec.compiler.ir.weights import LazyTensor
 from moec.quantize.formats import BLOCK_SIZES, Activations, IntegerFormat, ScaleType, TableFormat, parse_held
 from moec.quantize.lazy import Coded, Quantized
-from moec.quantize.palettize import PalettizedTensor
-from moec.quantize.rounding import relative
-from moec.quantize.tensors import QuantizedTensor
+from moec.quantize.methods.palettize import PalettizedTensor
+from moec.quantize.methods.rounding import relative
+from moec.quantize.methods.tensors import QuantizedTensor
 
 KeptFormat: TypeAlias = IntegerFormat | TableFormat
 

@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from moec.compiler.weights import LazyTensor
+from moec.compiler.ir.weights import LazyTensor
 from moec.quantize.formats import IntegerFormat, PaletteFormat, TableFormat, check_matrix
-from moec.quantize.palettize import PalettizedTensor, choose_palettes, palettize
-from moec.quantize.rounding import RoundingResult, check_weight, relative, round_to_nearest
-from moec.quantize.scales import NO_CLIPPING, ClipSearch
-from moec.quantize.tensors import QuantizedTensor, join, stack
+from moec.quantize.methods.palettize import PalettizedTensor, choose_palettes, palettize
+from moec.quantize.methods.rounding import RoundingResult, check_weight, relative, round_to_nearest
+from moec.quantize.methods.scales import NO_CLIPPING, ClipSearch
+from moec.quantize.methods.tensors import QuantizedTensor, join, stack
 
 PIECE = 1 << 22
 """Weights of a matrix that are rounded, or get their palettes, together."""

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from moec.compiler.errors import UsageError
+from moec.compiler.common.errors import UsageError
 from moec.quantize.formats import FP16, NONE, Activations, FloatFormat, Format, IntegerFormat, parse_format
 
 

@@ -14,11 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moec.compiler.read_back import Finding, ReadBack
 from moec.quantize.formats import IntegerFormat
 from moec.quantize.lazy import Quantized
-from moec.quantize.scales import CHUNK, NO_CLIPPING, choose_scales
-from moec.quantize.tensors import QuantizedTensor, grouped
+from moec.quantize.methods.scales import CHUNK, NO_CLIPPING, choose_scales
+from moec.quantize.methods.tensors import QuantizedTensor, grouped
 
 MATRIX_LIMIT, ROW_LIMIT = 1.0, 2.0
 """Most that a matrix, and a row of one, may be off from the checkpoint: root mean square, in steps.
@@ -33,6 +32,21 @@ Codes = Callable[[int, int, IntegerFormat], QuantizedTensor]
 
 
 @dataclass(frozen=True)
+class Finding:
+    """What speaks for a weight that was read back.
+
+    Attributes:
+        recorded: Whether its codes are those that the export recorded.
+        near: Whether it is as near to the checkpoint as rounding to its format leaves it.
+        error: Its distance from the checkpoint, in steps of its grid.
+    """
+
+    recorded: bool
+    near: bool
+    error: float
+
+
+@dataclass(frozen=True)
 class RecordedCodes:
     """Codes of a tensor in an artifact, and the digest that its export recorded; see `sha256_of`."""
 
@@ -41,13 +55,19 @@ class RecordedCodes:
 
 
 @dataclass(frozen=True)
-class Recorded(Quantized, ReadBack):
+class Recorded(Quantized):
     """`source`, with the codes that `recorded` has for it."""
 
     recorded: RecordedCodes | None = None
 
     def examine(self) -> Finding:
-        """See `ReadBack.examine`: one matrix of codes in memory at a time, and some rows of the checkpoint."""
+        """Hold the codes against the record of the export and against the checkpoint.
+
+        In memory are one matrix of codes, and of an expert, or of some rows of another matrix, the floats.
+
+        Raises:
+            ArtifactError: The artifact holds no codes on the grid of the plan.
+        """
         assert self.recorded is not None
         errors: list[tuple[float, float]] = []
 

@@ -8,8 +8,8 @@ from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING
 
-from moec.compiler.errors import MissingExtraError, UsageError
-from moec.compiler.recipe import unknown
+from moec.compiler.common.errors import MissingExtraError, UsageError
+from moec.compiler.common.validation import unknown
 
 if TYPE_CHECKING:
     from moec.targets.base import Target

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from moec.compiler.errors import MissingExtraError, UsageError
-from moec.compiler.rejections import Rejection
+from moec.compiler.common.errors import MissingExtraError, UsageError
+from moec.compiler.common.progress import Progress
+from moec.compiler.common.rejections import Rejection
 
 if TYPE_CHECKING:
-    from moec.compiler.gates.verdict import Verdict
-    from moec.compiler.program import Program
+    from moec.compiler.common.verdict import Verdict
+    from moec.compiler.ir.program import Program
     from moec.passes.base import Pass
     from moec.targets.stored_weights import StoredWeight
 
@@ -157,9 +158,6 @@ What runs are the nodes and weights of the artifact, entered at the operands of 
 for one after the other, so that one of them need be open at a time.
 """
 
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done and how much there is."""
-
 
 @dataclass(frozen=True)
 class GateSubject:
@@ -198,7 +196,7 @@ class Target(ABC):
     `presets` are the names that `--quantize` takes for this target alone, or means something else by: name -> format
     by tensor class, as in a recipe.
     `weight_formats` are the kinds of codes that its weights may have: first words of the text forms of formats.
-    `state_kinds` are the kinds of state that it carries from step to step, see `moec.compiler.program.StateSpec`.
+    `state_kinds` are the kinds of state that it carries from step to step, see `moec.compiler.ir.program.StateSpec`.
     Constructing a target imports nothing heavy: lowering modules are imported in the methods that need them.
     """
 

@@ -32,8 +32,8 @@ def golden_model() -> Path:
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Directory of a tiny random checkpoint of a family or of a released model, written once per session."""
-    from moec.compiler.released_models import write_released_checkpoint
-    from moec.compiler.tiny_models import family_names, write_tiny_checkpoint
+    from moec.compiler.families.released_models import write_released_checkpoint
+    from moec.compiler.families.tiny_models import family_names, write_tiny_checkpoint
 
     written: dict[str, Path] = {}
 

@@ -11,12 +11,13 @@ import torch
 
 import moec
 from moec import cli, targets
-from moec.compiler import pipeline, proof
-from moec.compiler.errors import MoecError, UsageError
+from moec.compiler.common.errors import MoecError, UsageError
+from moec.compiler.common.verdict import Status, Verdict
 from moec.compiler.frontend import capture
 from moec.compiler.frontend.checkpoint import Checkpoint
-from moec.compiler.gates.verdict import Status, Verdict
-from moec.compiler.program import Program
+from moec.compiler.ir.program import Program
+from moec.compiler.pipeline import export as pipeline
+from moec.compiler.pipeline import gates as proof
 
 Tiny = Callable[[str], Path]
 PROGRAM = [sys.executable, "-c", "from moec.cli import main; main()"]

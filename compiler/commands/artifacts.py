@@ -7,9 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
+from moec.compiler.commands.console import Console
 from moec.compiler.commands.options import ArtifactDirectory, Debug, Json
-from moec.compiler.console import Console
-from moec.compiler.errors import UsageError
+from moec.compiler.common.errors import UsageError
 
 
 def verify(
@@ -23,7 +23,8 @@ def verify(
     debug: Debug = False,
 ) -> int:
     """Check by digests, and by its signature if there is one, that the artifact is the one that was built."""
-    from moec.compiler import artifact, signature
+    from moec.compiler.build import signature
+    from moec.compiler.common import artifact
 
     console = Console(json_output, debug=debug)
     digests = artifact.verify(directory)
@@ -85,7 +86,7 @@ def run(
 
     How tokens are chosen follows the model's generation_config.json, as in transformers, where no flag says otherwise.
     """
-    from moec.compiler.flags import numbers
+    from moec.compiler.commands.flags import numbers
     from moec.compiler.run.generate import Generator
 
     console = Console(json_output, debug=debug)

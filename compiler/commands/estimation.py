@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
+from moec.compiler.commands.console import Console
 from moec.compiler.commands.options import Debug, Json, Quiet, Revision, Trust
-from moec.compiler.console import Console
 
 
 def estimate(
@@ -34,8 +34,8 @@ def estimate(
 
     The first estimate for a target and format on a machine builds and measures a few small models.
     """
-    from moec.compiler.estimate.estimate import Wanted, describe
-    from moec.compiler.estimate.estimate import estimate as compute
+    from moec.compiler.build.estimate import Wanted, describe
+    from moec.compiler.build.estimate import estimate as compute
 
     console = Console(json_output, quiet, debug)
     wanted = Wanted(

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
+from moec.compiler.commands.console import Console
 from moec.compiler.commands.options import Debug, Json, Quiet, Revision, Trust
-from moec.compiler.console import Console
 
 
 def inspect(
@@ -24,12 +24,12 @@ def inspect(
     debug: Debug = False,
 ) -> int:
     """Show layers, experts, parameters, states, what can be captured, and files."""
-    from moec.compiler import inspect as inspection
-    from moec.compiler.describe import describe
+    from moec.compiler.report import inspect as inspection
+    from moec.compiler.report.describe import describe
 
     console = Console(json_output, debug=debug)
     if text is not None:
-        from moec.compiler.token_view import coloured, experts_by_token
+        from moec.compiler.commands.token_view import coloured, experts_by_token
 
         view = experts_by_token(location, text, against, trust_remote_code=trust_remote_code)
         console.result({"tokens": view}, lambda: console.show(coloured(view)))
@@ -41,7 +41,7 @@ def inspect(
 
 def doctor(json_output: Json = False, debug: Debug = False) -> int:
     """Show which targets can be built, run and measured here, and the command that adds each."""
-    from moec.compiler.doctor import doctor as examine
+    from moec.compiler.commands.doctor import doctor as examine
 
     console = Console(json_output, debug=debug)
     found = examine()
@@ -79,9 +79,9 @@ def families(
     debug: Debug = False,
 ) -> int:
     """List the model families that moec knows tiny models of, or check what works for each."""
-    from moec.compiler import families as checks
-    from moec.compiler.flags import given
-    from moec.compiler.recipe import read_recipe
+    from moec.compiler.commands.flags import given
+    from moec.compiler.families import families_page as checks
+    from moec.compiler.pipeline.recipe import read_recipe
 
     console = Console(json_output, quiet, debug)
     if released:
@@ -114,8 +114,8 @@ def _released(
 ) -> int:
     from dataclasses import asdict
 
-    from moec.compiler import released_page
-    from moec.compiler.families import write_page
+    from moec.compiler.families import released_page
+    from moec.compiler.families.families_page import write_page
 
     chosen = released_page.choose(names)
     with console.progress() as progress:

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from moec.compiler.commands.console import Console
 from moec.compiler.commands.options import ArtifactDirectory, Debug, Json, Quiet
-from moec.compiler.console import Console
 
 _WIDTH = 20
 
@@ -26,9 +26,9 @@ def build(
     debug: Debug = False,
 ) -> int:
     """Build every cell of a matrix; go on past failures, and take what was built before from the cache."""
-    from moec.compiler import batch
-    from moec.compiler.cache import default_directory
-    from moec.compiler.matrix import read_matrix
+    from moec.compiler.build import batch
+    from moec.compiler.build.cache import default_directory
+    from moec.compiler.build.matrix import read_matrix
 
     console = Console(json_output, quiet, debug)
     cells = read_matrix(matrix)
@@ -65,7 +65,7 @@ def diff(
     debug: Debug = False,
 ) -> int:
     """Show what differs between two artifacts: source, recipe, graph, sizes, routing, quantization and gates."""
-    from moec.compiler.diff import diff as compare
+    from moec.compiler.report.diff import diff as compare
 
     console = Console(json_output, debug=debug)
     found = compare(first, second)
@@ -106,7 +106,7 @@ def publish(
     debug: Debug = False,
 ) -> int:
     """Put an artifact into a registry, with its version, digests and what the gates said."""
-    from moec.compiler.publish import publish as put
+    from moec.compiler.build.publish import publish as put
 
     console = Console(json_output, debug=debug)
     found = put(directory, to, registry, name, version=version, allow_failed=allow_failed)

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moec.compiler.errors import CheckpointError, MoecError, UnsupportedModelError, first_line
+from moec.compiler.common.errors import CheckpointError, MoecError, UnsupportedModelError, first_line
 
 if TYPE_CHECKING:
     from torch import nn

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.export.graph_signature import InputKind
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 
-from moec.compiler.errors import MoecError, UnsupportedModelError, first_line
+from moec.compiler.common.errors import MoecError, UnsupportedModelError, first_line
 from moec.compiler.frontend import architecture, hooks
 from moec.compiler.frontend.adapters.base import adapt
 from moec.compiler.frontend.checkpoint import Checkpoint
@@ -26,8 +26,8 @@ from moec.compiler.frontend.conversion import open_weights
 from moec.compiler.frontend.frames import roomy
 from moec.compiler.frontend.masks import MaskUseError
 from moec.compiler.frontend.rope import decide_by_tensors
-from moec.compiler.program import CACHE_KINDS, Dim, Program, StateSpec, TensorSpec, moe_layers, state_spec
-from moec.compiler.weights import Constant, LazyTensor
+from moec.compiler.ir.program import CACHE_KINDS, Dim, Program, StateSpec, TensorSpec, moe_layers, state_spec
+from moec.compiler.ir.weights import Constant, LazyTensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -9,14 +9,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moec.compiler.errors import CheckpointError, first_line
-from moec.compiler.files import parse_json
+from moec.compiler.common.errors import CheckpointError, first_line
+from moec.compiler.common.files import parse_json
 from moec.compiler.frontend.architecture import is_native, notes, read_config
 from moec.compiler.frontend.names import plain_names
 from moec.compiler.frontend.source import resolve
 from moec.compiler.frontend.stored import float_tensors, stored_format
-from moec.compiler.weight_file import DTYPES, StoredEntry, WeightFile
-from moec.compiler.weights import LazyTensor, Stored
+from moec.compiler.ir.safetensors_file import DTYPES, StoredEntry, WeightFile
+from moec.compiler.ir.weights import LazyTensor, Stored
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

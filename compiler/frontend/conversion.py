@@ -31,10 +31,10 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from moec.compiler.errors import CheckpointError, first_line
+from moec.compiler.common.errors import CheckpointError, first_line
+from moec.compiler.common.rejections import Rejection
 from moec.compiler.frontend.checkpoint import Checkpoint, readable
-from moec.compiler.rejections import Rejection
-from moec.compiler.weights import LazyTensor, Leaf, Stored, WeightStore, all_over
+from moec.compiler.ir.weights import LazyTensor, Leaf, Stored, WeightStore, all_over
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

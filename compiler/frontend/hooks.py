@@ -22,15 +22,15 @@ from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCach
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from moec.compiler.errors import UnsupportedModelError
+from moec.compiler.common.errors import UnsupportedModelError
 from moec.compiler.frontend.masks import Mask
-from moec.compiler.ops import ACTIVATIONS, Gate
-from moec.compiler.program import Dim
+from moec.compiler.ir.ops import ACTIVATIONS, Gate
+from moec.compiler.ir.program import Dim
 
 NAME = "moec"
 
 StateKey = tuple[int, str]
-"""Layer and kind of a state, see `moec.compiler.program.StateSpec`."""
+"""Layer and kind of a state, see `moec.compiler.ir.program.StateSpec`."""
 
 
 @dataclass
@@ -291,7 +291,7 @@ def emit_experts(
     down_bias: Tensor | None = None,
     transposed: bool = False,
 ) -> Tensor:
-    """Call `moec::experts` and count it; adapters use this too. Shapes as in `moec.compiler.ops.experts`."""
+    """Call `moec::experts` and count it; adapters use this too. Shapes as in `moec.compiler.ir.ops.experts`."""
     record.experts.append(where)
     out: Tensor = torch.ops.moec.experts(
         hidden_states,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from moec.compiler.errors import UnsupportedModelError
+from moec.compiler.common.errors import UnsupportedModelError
 
 MaskFunction = Callable[[Any, Any, Tensor, Tensor], Tensor]
 

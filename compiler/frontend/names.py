@@ -6,8 +6,8 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from moec.compiler.errors import CheckpointError
-from moec.compiler.weight_file import StoredEntry
+from moec.compiler.common.errors import CheckpointError
+from moec.compiler.ir.safetensors_file import StoredEntry
 
 _ANYWHERE = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 """Modules that torch.compile, FSDP and activation checkpointing put around others."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
-from moec.compiler.errors import UnsupportedModelError
+from moec.compiler.common.errors import UnsupportedModelError
 
 _MORE = (Tensor.__gt__, Tensor.__ge__, torch.gt, torch.ge, Tensor.gt, Tensor.ge)
 _LESS = (Tensor.__lt__, Tensor.__le__, torch.lt, torch.le, Tensor.lt, Tensor.le)

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from moec.compiler.errors import CheckpointError, UsageError, first_line
+from moec.compiler.common.errors import CheckpointError, UsageError, first_line
 
 SUFFIXES = frozenset({".json", ".safetensors", ".jinja", ".txt", ".model", ".py"})
 """Files of a checkpoint that may decide what is built of it."""

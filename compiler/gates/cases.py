@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moec.compiler.model_config import context_length
-from moec.compiler.program import ATTENTION
-from moec.compiler.tokenizer import open_tokenizer
+from moec.compiler.common.model_config import context_length
+from moec.compiler.ir.program import ATTENTION
+from moec.compiler.text.tokenizer import open_tokenizer
 from moec.targets.base import RunnerLimits
 
 if TYPE_CHECKING:
-    from moec.compiler.program import Program
+    from moec.compiler.ir.program import Program
 
 SHAPES = ((1, 1, 9), (2, 5, 0), (2, 5, 7))
 """Batch, new tokens, past: single and several, odd, without and with a past."""

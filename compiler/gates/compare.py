@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moec.compiler.errors import ArtifactError, MoecError, first_line
+from moec.compiler.common.errors import ArtifactError, MoecError, first_line
 from moec.compiler.gates.cases import Case
 from moec.compiler.gates.reference import Trace
 from moec.compiler.gates.tolerance import TOKEN_TIE, Tolerance

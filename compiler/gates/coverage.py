@@ -16,13 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from moec.compiler.errors import ArtifactError
+from moec.compiler.common.errors import ArtifactError
+from moec.compiler.common.progress import Progress
+from moec.compiler.common.verdict import Status, Verdict
 from moec.compiler.gates.tolerance import EXPERT_LIMITS, Precision
 from moec.compiler.gates.usage import Usage
-from moec.compiler.gates.verdict import Status, Verdict
-from moec.compiler.interpreter import Interpreter
-from moec.compiler.program import EXPERTS, MoeLayer, Program
-from moec.targets.base import ExpertsRunner, Progress
+from moec.compiler.ir.interpreter import Interpreter
+from moec.compiler.ir.program import EXPERTS, MoeLayer, Program
+from moec.targets.base import ExpertsRunner
 
 GATE = "coverage"
 EXIT_CODE = 5

@@ -1,13 +1,17 @@
-"""The share of integrity that is about weights whose codes were read back from the artifact; see `ReadBack`."""
+"""Weights of the final Program whose codes come from the artifact that is judged.
+
+Codes that calibration chose are not chosen again to judge an artifact: they are read back from it. Comparing them with
+the artifact would prove nothing, so they are held against the record of the export and against the checkpoint.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
 
-from moec.compiler.program import Program
-from moec.compiler.read_back import Finding, ReadBack
-from moec.targets.base import Progress
+from moec.compiler.common.progress import Progress
+from moec.compiler.ir.program import Program
+from moec.quantize.recorded import Finding, Recorded
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ def examine(program: Program, what: str, progress: Progress) -> Examined:
         ArtifactError: The artifact holds one on no grid of the plan.
     """
     names = dict.fromkeys(map(program.weights.resolve, program.weight_names()))
-    found = {name: tensor for name in names if isinstance(tensor := program.weights[name], ReadBack)}
+    found = {name: tensor for name in names if isinstance(tensor := program.weights[name], Recorded)}
     examined = Examined()
     for done, (name, tensor) in enumerate(found.items()):
         progress(what, done, len(found))

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from moec.compiler.errors import ArtifactError
+from moec.compiler.common.errors import ArtifactError
+from moec.compiler.common.progress import Progress
+from moec.compiler.common.verdict import Status, Verdict
 from moec.compiler.gates.examination import examine
-from moec.compiler.gates.verdict import Status, Verdict
-from moec.compiler.program import EXPERTS, Program
-from moec.targets.base import Progress
+from moec.compiler.ir.program import EXPERTS, Program
 from moec.targets.stored_weights import StoredWeight
 
 GATE = "integrity"

@@ -12,15 +12,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from moec.compiler.artifact import MANIFEST, is_artifact, read_manifest
-from moec.compiler.errors import UsageError
-from moec.compiler.gates.verdict import Status, Verdict
-from moec.compiler.latency import process
-from moec.compiler.latency.demands import TIMES, Cold, Demand, Workload, parse_budgets, regressions
-from moec.compiler.latency.sampling import LOOKS
-from moec.compiler.latency.series import BASELINE, CANDIDATE, Decision, Measured, Series, decide, judge, ratio
-from moec.compiler.latency.statistics import RATIO_LEVEL, Interval, quantile, samples_needed
-from moec.targets.base import Progress, Target, cannot_measure
+from moec.compiler.common.artifact import MANIFEST, is_artifact, read_manifest
+from moec.compiler.common.errors import UsageError
+from moec.compiler.common.progress import Progress
+from moec.compiler.common.verdict import Status, Verdict
+from moec.compiler.measure.latency import process
+from moec.compiler.measure.latency.demands import TIMES, Cold, Demand, Workload, parse_budgets, regressions
+from moec.compiler.measure.latency.sampling import LOOKS
+from moec.compiler.measure.latency.statistics import RATIO_LEVEL, Interval, quantile, samples_needed
+from moec.compiler.measure.latency.timings import BASELINE, CANDIDATE, Decision, Measured, Series, decide, judge, ratio
+from moec.targets.base import Target, cannot_measure
 
 GATE = "latency"
 EXIT_CODE = 6
@@ -29,7 +30,7 @@ STARTS, JUDGED_STARTS = 3, 8
 QUANTILES = (0.5, 0.9, 0.99)
 
 Measure = Callable[[Mapping[str, Any], Callable[[int, int], None]], dict[str, Any]]
-"""Runs a job; see `moec.compiler.latency.process.measure`."""
+"""Runs a job; see `moec.compiler.measure.latency.process.measure`."""
 
 
 @dataclass(frozen=True)

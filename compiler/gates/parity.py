@@ -16,16 +16,17 @@ from typing import Any
 
 from torch import Tensor
 
+from moec.compiler.common.progress import Progress
+from moec.compiler.common.verdict import Status, Verdict
 from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.gates.cases import Prompts, base_cases, bounds
 from moec.compiler.gates.compare import CaseResult, compare, run_case
 from moec.compiler.gates.reference import Oracle, available_bytes, load_source, source_bytes
 from moec.compiler.gates.tolerance import TOLERANCES, Precision, Tolerance, precision_of
 from moec.compiler.gates.usage import Usage
-from moec.compiler.gates.verdict import Status, Verdict
-from moec.compiler.interpreter import ProgramRunner
-from moec.compiler.program import Program
-from moec.targets.base import Progress, Runner, limits_of
+from moec.compiler.ir.interpreter import ProgramRunner
+from moec.compiler.ir.program import Program
+from moec.targets.base import Runner, limits_of
 
 CAPTURE_GATE = "parity: capture"
 ARTIFACT_GATE = "parity: artifact"

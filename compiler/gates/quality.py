@@ -12,12 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
-from moec.compiler.gates.verdict import Status, Verdict
-from moec.compiler.model_config import context_length
-from moec.compiler.perplexity import compare, perplexity
-from moec.compiler.program import Program
-from moec.compiler.text import HELD_OUT, digest, read_text, spread, tokenize, windows
-from moec.targets.base import Progress, Runner, limits_of
+from moec.compiler.common.model_config import context_length
+from moec.compiler.common.progress import Progress
+from moec.compiler.common.verdict import Status, Verdict
+from moec.compiler.ir.program import Program
+from moec.compiler.text.corpus import HELD_OUT, digest, read_text, spread, tokenize, windows
+from moec.compiler.text.perplexity import compare, perplexity
+from moec.targets.base import Runner, limits_of
 
 GATE = "quality"
 EXIT_CODE = 7

@@ -14,13 +14,13 @@ import psutil
 import torch
 from torch import Tensor, fx
 
-from moec.compiler.errors import CheckpointError
+from moec.compiler.common.errors import CheckpointError
+from moec.compiler.common.progress_bars import no_bars
 from moec.compiler.frontend import architecture
 from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.gates.ties import RouterWatch
-from moec.compiler.interpreter import ProgramRunner
-from moec.compiler.program import EXPERTS, Program
-from moec.compiler.quiet import no_bars
+from moec.compiler.ir.interpreter import ProgramRunner
+from moec.compiler.ir.program import EXPERTS, Program
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -62,7 +62,7 @@ class HiddenStates:
         """MoE layer -> hidden states [n, H] from all along the sequence, in the dtype of the graph."""
 
     def __call__(self, node: fx.Node, args: tuple[Any, ...], result: Any) -> None:  # noqa: ARG002
-        """See `moec.compiler.interpreter.Observer`."""
+        """See `moec.compiler.ir.interpreter.Observer`."""
         layer = self._layers.get(node)
         if layer is not None and len(args[0]) > self._tokens.get(layer, 0):
             self._tokens[layer] = len(args[0])

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from moec.compiler.common.progress import Progress
+from moec.compiler.common.verdict import Status, Verdict
 from moec.compiler.gates.compare import position_errors
 from moec.compiler.gates.tolerance import TOLERANCES, Precision
-from moec.compiler.gates.verdict import Status, Verdict
-from moec.targets.base import Progress, Runner, limits_of
+from moec.targets.base import Runner, limits_of
 
 GATE = "repeatability"
 EXIT_CODE = 5

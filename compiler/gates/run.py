@@ -12,7 +12,9 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from moec.compiler.errors import MoecError, first_line
+from moec.compiler.common.errors import MoecError, first_line
+from moec.compiler.common.progress import Progress
+from moec.compiler.common.verdict import Status, Verdict
 from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.gates.cases import Prompts, bounds
 from moec.compiler.gates.coverage import GATE as COVERAGE_GATE
@@ -33,9 +35,8 @@ from moec.compiler.gates.repeatability import EXIT_CODE as REPEATABILITY_EXIT_CO
 from moec.compiler.gates.repeatability import GATE as REPEATABILITY_GATE
 from moec.compiler.gates.repeatability import RepeatabilityOptions, judge_repeatability
 from moec.compiler.gates.tolerance import precision_of
-from moec.compiler.gates.verdict import Status, Verdict
-from moec.compiler.program import Program
-from moec.targets.base import GateSubject, Progress, Runner, Target, limits_of
+from moec.compiler.ir.program import Program
+from moec.targets.base import GateSubject, Runner, Target, limits_of
 
 SEVERAL_FAILED = 12
 

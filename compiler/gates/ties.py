@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from moec.compiler.errors import UnsupportedModelError
-from moec.compiler.program import ATTENTION, EXPERTS, Program
+from moec.compiler.common.errors import UnsupportedModelError
+from moec.compiler.ir.program import ATTENTION, EXPERTS, Program
 
 aten = torch.ops.aten
 
@@ -150,7 +150,7 @@ class RouterWatch:
         self._ranked: Tensor | None = None
 
     def __call__(self, node: fx.Node, args: tuple[Any, ...], result: Any) -> None:  # noqa: ARG002
-        """See `moec.compiler.interpreter.Observer`."""
+        """See `moec.compiler.ir.interpreter.Observer`."""
         if node in self._decisions:
             gaps = _GAPS[node.target](*args)
             if node in self._independent:

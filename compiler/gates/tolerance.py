@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from moec.compiler.errors import UsageError
+from moec.compiler.common.errors import UsageError
 
 if TYPE_CHECKING:
-    from moec.compiler.program import Program
+    from moec.compiler.ir.program import Program
 
 
 class Precision(StrEnum):

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from moec.compiler.gates.reference import Trace
-from moec.compiler.program import MoeLayer
+from moec.compiler.ir.program import MoeLayer
 
 
 class Usage:

@@ -13,8 +13,8 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from moec.compiler.errors import ArtifactError, UsageError, first_line
-from moec.compiler.model_config import chat_template, read_config
+from moec.compiler.common.errors import ArtifactError, UsageError, first_line
+from moec.compiler.common.model_config import chat_template, read_config
 
 
 class GenerationTag(Extension):

@@ -13,11 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moec.compiler.artifact import read_manifest
-from moec.compiler.errors import ArtifactError, UsageError
-from moec.compiler.model_config import context_length, end_tokens, read_config, text_config, token_ids, vocabulary_size
-from moec.compiler.sampling import Sampling, sampling_of
-from moec.compiler.tokenizer import open_tokenizer, stream_text
+from moec.compiler.common.artifact import read_manifest
+from moec.compiler.common.errors import ArtifactError, UsageError
+from moec.compiler.common.model_config import (
+    context_length,
+    end_tokens,
+    read_config,
+    text_config,
+    token_ids,
+    vocabulary_size,
+)
+from moec.compiler.text.sampling import Sampling, sampling_of
+from moec.compiler.text.tokenizer import open_tokenizer, stream_text
 from moec.targets import get_target
 from moec.targets.base import Runner, fork
 

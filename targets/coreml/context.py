@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import fx
 
-from moec.compiler.errors import LoweringError
-from moec.compiler.program import Program, module_of
-from moec.compiler.rejections import Rejection
-from moec.compiler.weights import LazyTensor
+from moec.compiler.common.errors import LoweringError
+from moec.compiler.common.rejections import Rejection
+from moec.compiler.ir.program import Program, module_of
+from moec.compiler.ir.weights import LazyTensor
 from moec.targets.coreml.weights import WeightPool
 
 Var = Any

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from moec.compiler.errors import ArtifactError
-from moec.targets.coreml.interpreter import MilModel
+from moec.compiler.common.errors import ArtifactError
+from moec.targets.coreml.executor import MilModel
 from moec.targets.coreml.package import PACKAGE
 from moec.targets.coreml.runner import runner_notes
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from moec.compiler.program import Program, TensorSpec
-from moec.compiler.rejections import Rejection
+from moec.compiler.common.rejections import Rejection
+from moec.compiler.ir.program import Program, TensorSpec
 from moec.targets.base import Phase
 from moec.targets.coreml.context import Context, Var
-from moec.targets.coreml.extra import coremltools_module
-from moec.targets.coreml.flavor import Flavor
+from moec.targets.coreml.flavors import Flavor
+from moec.targets.coreml.library import coremltools_module
 from moec.targets.coreml.state import CACHES, state_layout
 
 DERIVED = ("attention_mask", "position_ids", "cache_position")

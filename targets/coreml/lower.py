@@ -13,14 +13,14 @@ import numpy as np
 import torch
 from torch import fx
 
-from moec.compiler.errors import LoweringError
-from moec.compiler.program import ATTENTION, EXPERTS, Program
-from moec.compiler.rejections import Rejection
-from moec.compiler.specialise import specialise, without_padding
+from moec.compiler.common.errors import LoweringError
+from moec.compiler.common.rejections import Rejection
+from moec.compiler.ir.program import ATTENTION, EXPERTS, Program
+from moec.compiler.ir.specialise import specialise, without_padding
 from moec.targets.coreml.context import MIL_NAMES, NUMPY, Context, Var
-from moec.targets.coreml.extra import coremltools_module
-from moec.targets.coreml.flavor import Flavor
+from moec.targets.coreml.flavors import Flavor
 from moec.targets.coreml.interface import INTERFACES, Entry, Interface, Shape, extra_inputs, refusals
+from moec.targets.coreml.library import coremltools_module
 from moec.targets.coreml.lowerings.table import lookup
 from moec.targets.coreml.package import METADATA_KEY
 from moec.targets.coreml.state import StateLayout, States, state_layout

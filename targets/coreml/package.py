@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moec.targets.coreml.compact import compact
-from moec.targets.coreml.extra import coremltools_module
+from moec.targets.coreml.deduplicate import compact
+from moec.targets.coreml.library import coremltools_module
 
 PACKAGE = "model.mlpackage"
 FOLDER = "com.apple.CoreML"

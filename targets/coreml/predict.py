@@ -11,10 +11,10 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 
-from moec.compiler.errors import ArtifactError
-from moec.targets.coreml.extra import coremltools_module, quiet
-from moec.targets.coreml.flavor import TOKENS, Feeds
-from moec.targets.coreml.interpreter import MilModel, MilSession
+from moec.compiler.common.errors import ArtifactError
+from moec.targets.coreml.executor import MilModel, MilSession
+from moec.targets.coreml.flavors import TOKENS, Feeds
+from moec.targets.coreml.library import coremltools_module, quiet
 from moec.targets.coreml.package import EXPERT_SCOPE
 
 

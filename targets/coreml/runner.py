@@ -10,10 +10,10 @@ from typing import Any, Self
 
 import numpy as np
 
-from moec.compiler.errors import ArtifactError, UsageError
+from moec.compiler.common.errors import ArtifactError, UsageError
 from moec.targets.base import RunnerLimits
-from moec.targets.coreml.flavor import Flavor, call, most_tokens
-from moec.targets.coreml.interpreter.package import load_spec, model_file
+from moec.targets.coreml.executor.package import load_spec, model_file
+from moec.targets.coreml.flavors import Flavor, call, most_tokens
 from moec.targets.coreml.package import METADATA_KEY, PACKAGE
 from moec.targets.coreml.predict import Backend, InterpreterBackend, open_backend
 

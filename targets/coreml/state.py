@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from moec.compiler.errors import LoweringError
-from moec.compiler.program import Program, StateSpec
+from moec.compiler.common.errors import LoweringError
+from moec.compiler.ir.program import Program, StateSpec
 from moec.targets.coreml.context import Context, Var
 
 CACHES: Mapping[str, str] = {"key": "keyCache", "value": "valueCache"}
 BASES: Mapping[str, str] = {**CACHES, "conv": "convState"}
-"""Names of the states by kind of state, see `moec.compiler.program.StateSpec`."""
+"""Names of the states by kind of state, see `moec.compiler.ir.program.StateSpec`."""
 REMAINDER = "Remainder"
 REMAINDER_SCALE = 2048.0
 """The remainder of rounding to fp16 is below 2^-11 of the value."""

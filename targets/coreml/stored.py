@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moec.targets.coreml.interpreter import MilModel
+from moec.targets.coreml.executor import MilModel
 from moec.targets.coreml.package import PACKAGE
 from moec.targets.coreml.runner import runner_notes
 from moec.targets.stored_weights import Codes, StoredWeight, stack
 
 if TYPE_CHECKING:
-    from moec.targets.coreml.interpreter.constants import Constant
+    from moec.targets.coreml.executor.constants import Constant
 
 Find = Callable[[str], "Constant"]
 """Name of a constant -> the constant."""

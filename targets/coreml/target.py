@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from moec.compiler.model_config import cache_length
-from moec.compiler.rejections import Rejection
+from moec.compiler.common.model_config import cache_length
+from moec.compiler.common.progress import Progress
+from moec.compiler.common.rejections import Rejection
 from moec.targets.base import (
     ASYMMETRIC,
     BY_ROW,
@@ -20,16 +21,15 @@ from moec.targets.base import (
     ExpertsRunner,
     Lowered,
     Phase,
-    Progress,
     Runner,
     Target,
     TargetOptions,
     with_scales,
 )
-from moec.targets.coreml.flavor import Flavor
+from moec.targets.coreml.flavors import Flavor
 
 if TYPE_CHECKING:
-    from moec.compiler.program import Program
+    from moec.compiler.ir.program import Program
     from moec.targets.stored_weights import StoredWeight
 
 DEFAULT_CONTEXT = 2048
@@ -146,8 +146,8 @@ class CoremlTarget(Target):
     def lower(self, program: Program, options: TargetOptions, directory: Path, progress: Progress) -> Lowered:
         """Write `model.mlpackage`."""
         from moec.targets.coreml import lower
-        from moec.targets.coreml.extra import quiet
         from moec.targets.coreml.interface import Shape
+        from moec.targets.coreml.library import quiet
         from moec.targets.coreml.package import PACKAGE, write_package
 
         assert isinstance(options, CoremlOptions)
@@ -195,8 +195,8 @@ class CoremlTarget(Target):
 
     def doctor(self) -> Mapping[str, str]:
         """Building and running work anywhere; only a Mac can measure."""
-        from moec.compiler.errors import MissingExtraError
-        from moec.targets.coreml.extra import coremltools_module
+        from moec.compiler.common.errors import MissingExtraError
+        from moec.targets.coreml.library import coremltools_module
 
         try:
             coremltools_module()

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from moec.compiler.errors import UsageError
-from moec.compiler.weights import LazyTensor
-from moec.targets.coreml.extra import coremltools_module
+from moec.compiler.common.errors import UsageError
+from moec.compiler.ir.weights import LazyTensor
+from moec.targets.coreml.library import coremltools_module
 
 _TORCH: Mapping[str, torch.dtype] = {
     "fp32": torch.float32,

@@ -12,10 +12,10 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
-from moec.compiler.errors import LoweringError
-from moec.compiler.program import Program, module_of
-from moec.compiler.rejections import Rejection
-from moec.compiler.weights import LazyTensor
+from moec.compiler.common.errors import LoweringError
+from moec.compiler.common.rejections import Rejection
+from moec.compiler.ir.program import Program, module_of
+from moec.compiler.ir.weights import LazyTensor
 from moec.quantize.lazy import Float16
 
 DTYPES: Mapping[torch.dtype, ir.DataType] = {

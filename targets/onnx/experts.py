@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
-from moec.compiler.errors import ArtifactError
+from moec.compiler.common.errors import ArtifactError
 from moec.targets.onnx.runner import session_options
 
 MODEL = "model.onnx"

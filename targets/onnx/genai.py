@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moec.compiler.model_config import end_tokens, read_config, text_config, token_ids
-from moec.compiler.program import ATTENTION, Program
-from moec.compiler.sampling import Sampling, sampling_of
+from moec.compiler.common.model_config import end_tokens, read_config, text_config, token_ids
+from moec.compiler.ir.program import ATTENTION, Program
+from moec.compiler.text.sampling import Sampling, sampling_of
 from moec.targets.onnx.lowerings.group_query import heads_of, width_of
 
 CONFIG = "genai_config.json"

@@ -12,8 +12,8 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
-from moec.compiler.program import ATTENTION, EXPERTS, Program, TensorSpec, module_of
-from moec.compiler.weights import LazyTensor
+from moec.compiler.ir.program import ATTENTION, EXPERTS, Program, TensorSpec, module_of
+from moec.compiler.ir.weights import LazyTensor
 from moec.targets.onnx.context import AXIS_NAMES, DTYPES, MS, Context, Dialect
 from moec.targets.onnx.experts import LAYERS
 from moec.targets.onnx.lowerings.group_query import share_lengths

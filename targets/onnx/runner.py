@@ -12,8 +12,8 @@ from typing import Any, Self
 import numpy as np
 import onnxruntime as ort
 
-from moec.compiler.errors import ArtifactError
-from moec.compiler.threads import is_shared
+from moec.compiler.common.errors import ArtifactError
+from moec.compiler.common.threads import is_shared
 from moec.targets.onnx.states import Growing, Shared
 
 ERRORS = 3

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from moec.compiler.errors import LoweringError
-from moec.compiler.rejections import Rejection
+from moec.compiler.common.errors import LoweringError
+from moec.compiler.common.progress import Progress
+from moec.compiler.common.rejections import Rejection
 from moec.targets.base import (
     ASYMMETRIC,
     BY_ROW,
@@ -19,7 +20,6 @@ from moec.targets.base import (
     ExpertsRunner,
     Lowered,
     Phase,
-    Progress,
     Runner,
     Target,
     TargetOptions,
@@ -27,7 +27,7 @@ from moec.targets.base import (
 )
 
 if TYPE_CHECKING:
-    from moec.compiler.program import Program
+    from moec.compiler.ir.program import Program
     from moec.targets.onnx.context import Dialect
     from moec.targets.stored_weights import StoredWeight
 

@@ -14,8 +14,8 @@ from typing import IO, Any
 
 import psutil
 
-from moec.compiler.errors import LoweringError
-from moec.targets.base import Progress
+from moec.compiler.common.errors import LoweringError
+from moec.compiler.common.progress import Progress
 
 LOG = "build.log"
 SCRIPT = "build_engine.py"

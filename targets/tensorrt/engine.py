@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from moec.compiler.artifact import read_manifest
-from moec.compiler.errors import ArtifactError, MissingExtraError
+from moec.compiler.common.artifact import read_manifest
+from moec.compiler.common.errors import ArtifactError, MissingExtraError
 from moec.targets.tensorrt.doctor import find_gpu
 from moec.targets.tensorrt.generator import EngineRunner, Rows
 from moec.targets.tensorrt.library import INSTALL, RTX, installed, load

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from moec.compiler.gates.verdict import Status, Verdict
+from moec.compiler.common.verdict import Status, Verdict
 from moec.targets.base import GateSubject, TargetGate
 from moec.targets.tensorrt.capability import sm
 from moec.targets.tensorrt.settings import read_settings

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from moec.compiler.errors import UsageError
+from moec.compiler.common.errors import UsageError
 from moec.targets.base import RunnerLimits
 
 NUMPY: Mapping[str, Any] = {

@@ -8,7 +8,7 @@ import importlib.util
 from enum import StrEnum
 from typing import Any
 
-from moec.compiler.errors import MissingExtraError
+from moec.compiler.common.errors import MissingExtraError
 
 RTX, CLASSIC = "tensorrt_rtx", "tensorrt"
 INSTALL = "pip install 'moec[tensorrt]'"

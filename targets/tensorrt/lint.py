@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from moec.compiler.rejections import Rejection
+from moec.compiler.common.rejections import Rejection
 
 OPSETS = range(17, 27)
 LARGEST_K = 3840

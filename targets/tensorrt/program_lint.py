@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from moec.compiler.program import Program, module_of
-from moec.compiler.rejections import Rejection
+from moec.compiler.common.rejections import Rejection
+from moec.compiler.ir.program import Program, module_of
 from moec.quantize.formats import IntegerFormat
 from moec.quantize.lazy import Quantized
 from moec.targets.tensorrt.lint import check_opset

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moec.compiler.errors import ArtifactError
+from moec.compiler.common.errors import ArtifactError
 
 FILE = "tensorrt.json"
 SCHEMA_VERSION = 1

@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
-from moec.compiler.errors import LoweringError
-from moec.compiler.model_config import cache_length
-from moec.compiler.rejections import Rejection
+from moec.compiler.common.errors import LoweringError
+from moec.compiler.common.model_config import cache_length
+from moec.compiler.common.progress import Progress
+from moec.compiler.common.rejections import Rejection
 from moec.targets.base import (
     Capabilities,
     ExpertsRunner,
     Lowered,
     Phase,
-    Progress,
     Runner,
     Target,
     TargetGate,
@@ -37,7 +37,7 @@ from moec.targets.tensorrt.settings import SCHEMA_VERSION, write_settings
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from moec.compiler.program import Program
+    from moec.compiler.ir.program import Program
     from moec.targets.onnx.context import Context
     from moec.targets.stored_weights import StoredWeight
     from moec.targets.tensorrt.build import Built
@@ -203,7 +203,7 @@ class TensorrtTarget(Target):
 
 def choose_form(program: Program, options: TensorrtOptions) -> Form:
     """The form of the experts: what the options say, or what moves the fewest bytes."""
-    from moec.compiler.program import SELECT
+    from moec.compiler.ir.program import SELECT
 
     shapes = []
     for layer in program.layers:

@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from moec.compiler.errors import CheckpointError, LoweringError
-from moec.compiler.model_config import chat_template, end_tokens, read_config, text_config, token_ids
-from moec.targets.tflite.extra import module
+from moec.compiler.common.errors import CheckpointError, LoweringError
+from moec.compiler.common.model_config import chat_template, end_tokens, read_config, text_config, token_ids
+from moec.targets.tflite.library import module
 
 BUNDLE = "model.litertlm"
 TOKENIZER = "tokenizer.json"

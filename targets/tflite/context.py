@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import fx
 
-from moec.compiler.errors import LoweringError
-from moec.compiler.program import Program, module_of
-from moec.compiler.rejections import Rejection
+from moec.compiler.common.errors import LoweringError
+from moec.compiler.common.rejections import Rejection
+from moec.compiler.ir.program import Program, module_of
 from moec.targets.tflite.model import Graph, Value
 from moec.targets.tflite.weights import Weights
 
@@ -246,7 +246,7 @@ class Context:
 
 
 def _schema() -> Any:
-    from moec.targets.tflite.extra import schema
+    from moec.targets.tflite.library import schema
 
     return schema()
 

@@ -10,8 +10,8 @@ from typing import Protocol
 
 import numpy as np
 
-from moec.compiler.errors import ArtifactError
-from moec.targets.tflite.extra import module
+from moec.compiler.common.errors import ArtifactError
+from moec.targets.tflite.library import module
 
 DECODE = "decode"
 CACHE_PREFIX, CONVOLUTION_PREFIX = "kv_cache_", "conv_state_"

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from moec.compiler.errors import ArtifactError
+from moec.compiler.common.errors import ArtifactError
 from moec.targets.tflite.engine import cannot_load
-from moec.targets.tflite.extra import module, schema
+from moec.targets.tflite.library import module, schema
 from moec.targets.tflite.reader import TfliteFile
 
 SIGNATURE = "experts"

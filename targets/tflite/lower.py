@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from moec.compiler.errors import LoweringError
-from moec.compiler.program import ATTENTION, EXPERTS, Program
-from moec.compiler.specialise import specialise, without_padding
+from moec.compiler.common.errors import LoweringError
+from moec.compiler.ir.program import ATTENTION, EXPERTS, Program
+from moec.compiler.ir.specialise import specialise, without_padding
 from moec.targets.tflite.context import TENSOR_TYPES, Context, Settings, Shared
 from moec.targets.tflite.lowerings.table import TABLE, lookup
 from moec.targets.tflite.model import Graph, Model, Value

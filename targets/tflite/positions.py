@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from moec.compiler.errors import LoweringError
-from moec.compiler.program import Program, module_of, moe_layers
+from moec.compiler.common.errors import LoweringError
+from moec.compiler.ir.program import Program, module_of, moe_layers
 
 aten = torch.ops.aten
 _ADDITIONS = (aten.add.Tensor, aten.add.Scalar)

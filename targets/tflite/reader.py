@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from moec.compiler.errors import ArtifactError
+from moec.compiler.common.errors import ArtifactError
 from moec.targets.stored_weights import Codes, StoredWeight, stack
-from moec.targets.tflite.extra import schema
+from moec.targets.tflite.library import schema
 
 METADATA = "moec"
 """Name of the entry of the model's metadata that says what a reader of the file has to know."""

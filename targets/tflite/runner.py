@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from moec.compiler.errors import UsageError
+from moec.compiler.common.errors import UsageError
 from moec.targets.base import RunnerLimits
 from moec.targets.tflite.engine import CONVOLUTION_PREFIX, DECODE, TOKEN_COUNT, Engine, LitertEngine
-from moec.targets.tflite.older import OlderEngine
+from moec.targets.tflite.former_runtime import OlderEngine
 from moec.targets.tflite.reader import OLDER, TfliteFile
 
 _PREFIX = "prefill_"

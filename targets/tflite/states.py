@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from moec.compiler.program import CACHE_KINDS, StateSpec
+from moec.compiler.ir.program import CACHE_KINDS, StateSpec
 from moec.targets.tflite.context import Context
 from moec.targets.tflite.engine import CACHE_PREFIX, CONVOLUTION_PREFIX, TOKEN_COUNT
 from moec.targets.tflite.model import Value

@@ -9,22 +9,22 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field, PositiveInt
 
-from moec.compiler.errors import UsageError
-from moec.compiler.model_config import cache_length
-from moec.compiler.rejections import Rejection
+from moec.compiler.common.errors import UsageError
+from moec.compiler.common.model_config import cache_length
+from moec.compiler.common.progress import Progress
+from moec.compiler.common.rejections import Rejection
 from moec.targets.base import (
     Capabilities,
     ExpertsRunner,
     Lowered,
     Phase,
-    Progress,
     Runner,
     Target,
     TargetOptions,
 )
 
 if TYPE_CHECKING:
-    from moec.compiler.program import Program
+    from moec.compiler.ir.program import Program
     from moec.targets.stored_weights import StoredWeight
     from moec.targets.tflite.model import Weight
 
@@ -194,7 +194,7 @@ class TfliteTarget(Target):
         Raises:
             MissingExtraError: It is not.
         """
-        from moec.targets.tflite.extra import module
+        from moec.targets.tflite.library import module
 
         for name in ("ai_edge_litert.interpreter", "flatbuffers"):
             module(name)

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moec.compiler.errors import LoweringError
-from moec.compiler.program import Program
-from moec.compiler.weights import LazyTensor
+from moec.compiler.common.errors import LoweringError
+from moec.compiler.ir.program import Program
+from moec.compiler.ir.weights import LazyTensor
 from moec.quantize.formats import Activations
 from moec.targets.tflite.model import Chunk, Weight
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from moec.compiler.errors import LoweringError
-from moec.targets.base import Progress
-from moec.targets.tflite.extra import module, schema
+from moec.compiler.common.errors import LoweringError
+from moec.compiler.common.progress import Progress
+from moec.targets.tflite.library import module, schema
 from moec.targets.tflite.model import Graph, Model, Operator, Tensor, Weight
 
 S: Any = schema()

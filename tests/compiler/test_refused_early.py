@@ -8,8 +8,8 @@ from typing import NoReturn
 import pytest
 
 from moec import cli
-from moec.compiler import pipeline
 from moec.compiler.frontend.checkpoint import Checkpoint
+from moec.compiler.pipeline import export as pipeline
 
 CASES = {
     "a cache beyond the context, CoreML": (["-t", "coreml", "--context", "99999"], 2, "made for 512 tokens"),

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from moec.compiler import report
-from moec.compiler.gates.verdict import Status, Verdict
+from moec.compiler.common.verdict import Status, Verdict
+from moec.compiler.report import write as report
 
 pytestmark = pytest.mark.interop
 PHONE, DESK = 360, 1280

@@ -20,7 +20,7 @@ PUBLISH = """
 import json, sys
 from pathlib import Path
 import mlflow
-from moec.compiler.publish import publish
+from moec.compiler.build.publish import publish
 directory, store = Path(sys.argv[1]), sys.argv[2]
 versions = [publish(directory, "mlflow", store, "olmoe")["version"] for _ in range(2)]
 client = mlflow.MlflowClient(store, store)

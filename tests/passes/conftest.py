@@ -10,13 +10,13 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from moec.compiler.families.tiny_models import write_tiny_checkpoint
 from moec.compiler.frontend.capture import capture
 from moec.compiler.frontend.checkpoint import Checkpoint
-from moec.compiler.inference import infer
-from moec.compiler.interpreter import Interpreter
-from moec.compiler.program import Program, TensorSpec, moe_layers
-from moec.compiler.tiny_models import write_tiny_checkpoint
-from moec.compiler.weights import Constant, LazyTensor, WeightStore
+from moec.compiler.ir.fake_values import infer
+from moec.compiler.ir.interpreter import Interpreter
+from moec.compiler.ir.program import Program, TensorSpec, moe_layers
+from moec.compiler.ir.weights import Constant, LazyTensor, WeightStore
 
 
 class Builder:

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from moec.compiler.errors import UsageError
+from moec.compiler.common.errors import UsageError
 from moec.compiler.frontend import architecture
 from moec.compiler.frontend.checkpoint import Checkpoint
-from moec.compiler.pipeline import compile_recipe
-from moec.compiler.recipe import make_recipe
+from moec.compiler.pipeline.export import compile_recipe
+from moec.compiler.pipeline.recipe import make_recipe
 from moec.targets import get_target
 
 

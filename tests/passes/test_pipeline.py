@@ -7,15 +7,15 @@ from typing import ClassVar
 import pytest
 import torch
 
-from moec.compiler.errors import MoecError, UnsupportedModelError, UsageError
-from moec.compiler.interpreter import Interpreter
-from moec.compiler.invariants import InvariantError
-from moec.compiler.printing import format_graph
+from moec.compiler.common.errors import MoecError, UnsupportedModelError, UsageError
+from moec.compiler.ir.interpreter import Interpreter
+from moec.compiler.ir.invariants import InvariantError
+from moec.compiler.ir.printing import format_graph
 from moec.passes import check_order, default_passes, run_passes
 from moec.passes.base import Pass, PassResult
-from moec.passes.dead_code import DeadCode
-from moec.passes.normalize import Normalize
-from moec.passes.rms_norm import RmsNorm
+from moec.passes.canonical.dead_code import DeadCode
+from moec.passes.canonical.normalize import Normalize
+from moec.passes.fuse.rms_norm import RmsNorm
 
 
 @dataclass(frozen=True)

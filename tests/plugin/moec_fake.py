@@ -11,8 +11,9 @@ from typing import ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
-from moec.compiler.rejections import Rejection
-from moec.targets.base import Capabilities, Lowered, Phase, Progress, Runner, Target, TargetOptions
+from moec.compiler.common.progress import Progress
+from moec.compiler.common.rejections import Rejection
+from moec.targets.base import Capabilities, Lowered, Phase, Runner, Target, TargetOptions
 from moec.targets.stored_weights import StoredWeight
 
 

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moec.compiler.errors import UsageError
+from moec.compiler.common.errors import UsageError
 from moec.quantize.formats import (
     BLOCK_SIZES,
     FP16,

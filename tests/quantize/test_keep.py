@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from moec.compiler.encoded import Encoded, Spread
-from moec.compiler.weights import Concatenated, Constant
+from moec.compiler.ir.encoded_weights import Encoded, Spread
+from moec.compiler.ir.weights import Concatenated, Constant
 from moec.quantize.formats import IntegerFormat, TableFormat, parse_held
 from moec.quantize.keep import ROUNDED_SCALES, Held, KeptFormat, grid_of, kept
 

@@ -5,7 +5,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moec.compiler.errors import UsageError
+from moec.compiler.common.errors import UsageError
 from moec.quantize.formats import FP16, NONE, IntegerFormat, PaletteFormat, parse_format
 from moec.quantize.plan import PRESETS, Override, QuantizationPlan, TensorClass, parse_class, preset, requested
 

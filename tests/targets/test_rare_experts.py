@@ -13,15 +13,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import moec
+from moec.compiler.common.verdict import Status
 from moec.compiler.frontend.capture import capture
 from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.gates.cases import Prompts
 from moec.compiler.gates.coverage import judge_coverage, run_experts_by_force
 from moec.compiler.gates.parity import ParityOptions, gather_artifact, judge_parity
 from moec.compiler.gates.tolerance import precision_of
-from moec.compiler.gates.verdict import Status
-from moec.compiler.interpreter import ProgramRunner, observe
-from moec.compiler.program import EXPERTS, Program
+from moec.compiler.ir.interpreter import ProgramRunner, observe
+from moec.compiler.ir.program import EXPERTS, Program
 from moec.passes import default_passes, run_passes
 from moec.targets import get_target
 from moec.targets.base import Target

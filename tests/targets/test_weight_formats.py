@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from moec import cli, passes
+from moec.compiler.common.validation import validate
+from moec.compiler.families.tiny_models import tiny_model
 from moec.compiler.frontend.capture import capture
 from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.gates.integrity import expert_weights
-from moec.compiler.program import Program
-from moec.compiler.recipe import validate
-from moec.compiler.recorded_codes import on_grid
-from moec.compiler.tiny_models import tiny_model
+from moec.compiler.ir.program import Program
+from moec.compiler.pipeline.recorded_codes import on_grid
 from moec.passes.quantize import Quantize
 from moec.quantize.formats import IntegerFormat, TableFormat, parse_format, parse_held
 from moec.quantize.keep import Held

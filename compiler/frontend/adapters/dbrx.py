@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moec.compiler.frontend.hooks import activation_name, active_record, emit_experts
-from moec.compiler.ops import Gate
+from moec.compiler.ir.ops import Gate
 
 
 def _forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

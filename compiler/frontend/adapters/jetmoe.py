@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moec.compiler.frontend.hooks import activation_name, active_record, attention_hook, emit_experts
-from moec.compiler.ops import Gate
+from moec.compiler.ir.ops import Gate
 
 
 def _route(router: Any, flat: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moec.compiler.frontend.hooks import activation_name, active_record, emit_experts
-from moec.compiler.ops import Gate
+from moec.compiler.ir.ops import Gate
 
 
 def _forward(self: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """Quantized weights as checkpoints store them: one file, one format, and one line in `FORMATS`.
 
 Each makes float weights of the stored tensors, lazily: of a stack of experts one at a time. They keep their codes
-(`moec.compiler.encoded.Encoded`), which `--quantize keep` passes on.
+(`moec.compiler.ir.encoded_weights.Encoded`), which `--quantize keep` passes on.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from moec.compiler.errors import UnsupportedModelError
+from moec.compiler.common.errors import UnsupportedModelError
 from moec.compiler.frontend.stored.awq import AWQ
 from moec.compiler.frontend.stored.base import SAVE_FLOAT, Settings, StoredFormat
 from moec.compiler.frontend.stored.bitsandbytes import BITSANDBYTES
@@ -17,8 +17,8 @@ from moec.compiler.frontend.stored.compressed_tensors import COMPRESSED_TENSORS
 from moec.compiler.frontend.stored.fp8 import FP8
 from moec.compiler.frontend.stored.gptq import GPTQ
 from moec.compiler.frontend.stored.mxfp4 import MXFP4
-from moec.compiler.weight_file import StoredEntry
-from moec.compiler.weights import LazyTensor, Stored
+from moec.compiler.ir.safetensors_file import StoredEntry
+from moec.compiler.ir.weights import LazyTensor, Stored
 
 FORMATS: Mapping[str, StoredFormat] = {
     "awq": AWQ,

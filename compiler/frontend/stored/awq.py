@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moec.compiler.encoded import Encoded, Made, Spread
 from moec.compiler.frontend.stored.base import Parts, Rule, Settings, StoredFormat, signed, unpack
-from moec.compiler.weights import LazyTensor, swap_last
+from moec.compiler.ir.encoded_weights import Encoded, Made, Spread
+from moec.compiler.ir.weights import LazyTensor, swap_last
 
 BITS = 4
 ORDER = (0, 4, 1, 5, 2, 6, 3, 7)

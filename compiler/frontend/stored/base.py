@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moec.compiler.errors import CheckpointError, UnsupportedModelError
-from moec.compiler.weights import LazyTensor, Stored
+from moec.compiler.common.errors import CheckpointError, UnsupportedModelError
+from moec.compiler.ir.weights import LazyTensor, Stored
 
 Settings = Mapping[str, Any]
 """`quantization_config` of config.json."""

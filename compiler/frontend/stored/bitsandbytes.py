@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moec.compiler.encoded import Encoded, Made, Spread
 from moec.compiler.frontend.stored.base import Parts, Rule, StoredFormat, unpack
-from moec.compiler.weights import LazyTensor
+from moec.compiler.ir.encoded_weights import Encoded, Made, Spread
+from moec.compiler.ir.weights import LazyTensor
 
 _STATE = "weight.quant_state.bitsandbytes__"
 _COMPANIONS = (

@@ -15,11 +15,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moec.compiler.encoded import Encoded, Made, Spread
 from moec.compiler.frontend.stored.base import Parts, Rule, Settings, StoredFormat, signed, unpack
 from moec.compiler.frontend.stored.fp8 import FLOATS, blocks_of
 from moec.compiler.frontend.stored.mxfp4 import BLOCK, encoded, exponents
-from moec.compiler.weights import LazyTensor
+from moec.compiler.ir.encoded_weights import Encoded, Made, Spread
+from moec.compiler.ir.weights import LazyTensor
 
 BITS = (2, 4, 8)
 _OTHERS = ("weight_zero_point", "weight_shape", "weight_g_idx", "weight_global_scale")

@@ -10,10 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moec.compiler.derived import Reshaped
-from moec.compiler.encoded import Encoded, Spread
 from moec.compiler.frontend.stored.base import Parts, Rule, StoredFormat
-from moec.compiler.weights import LazyTensor, Mapped
+from moec.compiler.ir.derived_weights import Reshaped
+from moec.compiler.ir.encoded_weights import Encoded, Spread
+from moec.compiler.ir.weights import LazyTensor, Mapped
 
 FLOATS = (torch.float8_e4m3fn, torch.float8_e5m2)
 

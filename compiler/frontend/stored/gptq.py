@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import torch
 
-from moec.compiler.encoded import Encoded, Made, Spread
 from moec.compiler.frontend.stored.base import Parts, Rule, Settings, StoredFormat, signed, unpack
-from moec.compiler.weights import LazyTensor, swap_last
+from moec.compiler.ir.encoded_weights import Encoded, Made, Spread
+from moec.compiler.ir.weights import LazyTensor, swap_last
 
 BITS = (2, 4, 8)
 FORMATS = ("gptq", "gptq_v2")

@@ -11,10 +11,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from moec.compiler.encoded import Encoded, Made, Spread
-from moec.compiler.errors import CheckpointError
+from moec.compiler.common.errors import CheckpointError
 from moec.compiler.frontend.stored.base import Parts, Rule, StoredFormat
-from moec.compiler.weights import LazyTensor, swap_last
+from moec.compiler.ir.encoded_weights import Encoded, Made, Spread
+from moec.compiler.ir.weights import LazyTensor, swap_last
 
 E2M1 = torch.tensor([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], dtype=torch.int8)
 """Twice the value of each code, which makes all of them whole; the scales are halved in turn."""

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import fx
 
-from moec.compiler.program import ATTENTION
+from moec.compiler.ir.program import ATTENTION
 from moec.targets.coreml.context import MIL_NAMES, Context, Var, integer, real
 from moec.targets.coreml.lowerings.elementwise import Lowering, where
 from moec.targets.coreml.lowerings.shape import cut
@@ -105,7 +105,7 @@ def _mask_key(node: fx.Node) -> tuple[Any, ...]:
 
 
 def visible(ctx: Context, node: fx.Node) -> Var:
-    """The mask [1, 1, S, context] bool of `moec.compiler.ops.visible`, made once for all layers that share it."""
+    """The mask [1, 1, S, context] bool of `moec.compiler.ir.ops.visible`, made once for all layers that share it."""
     position, kind, window = _mask_key(node)
 
     def make() -> Var:

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import fx
 
-from moec.compiler.ops import Gate
-from moec.compiler.program import EXPERTS, SELECT
+from moec.compiler.ir.ops import Gate
+from moec.compiler.ir.program import EXPERTS, SELECT
 from moec.targets.coreml.context import MIL_NAMES, NUMPY, Context, Var, result_dtype
 from moec.targets.coreml.lowerings.elementwise import Lowering, where
 from moec.targets.coreml.lowerings.shape import cut

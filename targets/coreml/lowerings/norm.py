@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from moec.compiler.program import RMS_NORM, ROTARY
+from moec.compiler.ir.program import RMS_NORM, ROTARY
 from moec.targets.coreml.context import MIL_NAMES, Context, Var, integer, listed, rank, real, result_dtype
 from moec.targets.coreml.lowerings.elementwise import Lowering
 

@@ -10,7 +10,7 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
-from moec.compiler.program import ATTENTION
+from moec.compiler.ir.program import ATTENTION
 from moec.targets.onnx.context import DTYPES, Context, Lowering, integer, np_dtype, real, result_dtype
 from moec.targets.onnx.lowerings.group_query import group_query_attention
 
@@ -36,7 +36,7 @@ def _attention(ctx: Context, node: fx.Node) -> Sequence[ir.Value]:
 
 
 def visible(ctx: Context, node: fx.Node) -> ir.Value:
-    """The mask [B, 1, S, T] bool of `moec.compiler.ops.visible`, made once for all layers that share it."""
+    """The mask [B, 1, S, T] bool of `moec.compiler.ir.ops.visible`, made once for all layers that share it."""
     position, mask, kind, window = node.args[5], node.args[6], node.args[9], node.args[10]
     assert isinstance(position, fx.Node)
 

@@ -15,9 +15,9 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
-from moec.compiler.ops import Gate
-from moec.compiler.program import EXPERTS, SELECT, Program, module_of
-from moec.compiler.rejections import Rejection
+from moec.compiler.common.rejections import Rejection
+from moec.compiler.ir.ops import Gate
+from moec.compiler.ir.program import EXPERTS, SELECT, Program, module_of
 from moec.quantize.lazy import Quantized
 from moec.targets.onnx.context import MS, Context, Lowering, np_dtype, result_dtype
 from moec.targets.onnx.lowerings import quantized

@@ -12,7 +12,7 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
-from moec.compiler.weights import concatenate, swap_last
+from moec.compiler.ir.weights import concatenate, swap_last
 from moec.quantize.lazy import Quantized
 from moec.targets.onnx.context import MS, Context, result_dtype
 from moec.targets.onnx.lowerings.quantized import packed_product

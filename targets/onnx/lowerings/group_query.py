@@ -13,8 +13,8 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
-from moec.compiler.program import ATTENTION, CACHE_KINDS, Program, StateSpec, module_of
-from moec.compiler.rejections import Rejection
+from moec.compiler.common.rejections import Rejection
+from moec.compiler.ir.program import ATTENTION, CACHE_KINDS, Program, StateSpec, module_of
 from moec.targets.onnx.context import MS, Context, integer, np_dtype, real, result_dtype
 
 HEAD_MULTIPLE = 8

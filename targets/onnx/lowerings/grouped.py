@@ -28,8 +28,8 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, fx
 
-from moec.compiler.ops import Gate
-from moec.compiler.weights import LazyTensor, swap_last
+from moec.compiler.ir.ops import Gate
+from moec.compiler.ir.weights import LazyTensor, swap_last
 from moec.targets.onnx.context import DTYPES, Context, np_dtype, result_dtype
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moec.compiler.ops import Gate
-from moec.compiler.weights import LazyTensor, Mapped, swap_last
+from moec.compiler.ir.ops import Gate
+from moec.compiler.ir.weights import LazyTensor, Mapped, swap_last
 
 
 def interleave(value: Tensor) -> Tensor:

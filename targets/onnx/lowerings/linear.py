@@ -9,7 +9,7 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
-from moec.compiler.weights import swap_last
+from moec.compiler.ir.weights import swap_last
 from moec.quantize.lazy import Quantized
 from moec.targets.onnx.context import MS, Context, Lowering, result_dtype
 from moec.targets.onnx.lowerings import quantized

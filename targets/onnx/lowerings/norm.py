@@ -10,7 +10,7 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
-from moec.compiler.program import RMS_NORM, ROTARY
+from moec.compiler.ir.program import RMS_NORM, ROTARY
 from moec.targets.onnx.context import Context, Lowering, integer, listed, np_dtype, rank, real, result_dtype
 from moec.targets.onnx.lowerings.fusions import skip_norm
 

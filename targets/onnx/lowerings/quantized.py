@@ -10,13 +10,13 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, fx
 
-from moec.compiler.ops import Gate
-from moec.compiler.program import EXPERTS, Program, module_of
-from moec.compiler.rejections import Rejection
-from moec.compiler.weights import LazyTensor, concatenate
+from moec.compiler.common.rejections import Rejection
+from moec.compiler.ir.ops import Gate
+from moec.compiler.ir.program import EXPERTS, Program, module_of
+from moec.compiler.ir.weights import LazyTensor, concatenate
 from moec.quantize.formats import Activations
 from moec.quantize.lazy import Quantized, Scales
-from moec.quantize.tensors import QuantizedTensor
+from moec.quantize.methods.tensors import QuantizedTensor
 from moec.targets.onnx.context import MS, Context, result_dtype
 from moec.targets.onnx.lowerings.layouts import interleave, interleaved_rows
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import fx
 
-from moec.compiler.errors import LoweringError
-from moec.compiler.program import module_of
+from moec.compiler.common.errors import LoweringError
+from moec.compiler.ir.program import module_of
 from moec.targets.onnx.context import Dialect, Lowering
 from moec.targets.onnx.lowerings import attention, convolution, elementwise, linear, norm, reduce, shape
 from moec.targets.onnx.lowerings.experts import TABLE as EXPERTS

@@ -14,7 +14,7 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
-from moec.compiler.ops import Gate
+from moec.compiler.ir.ops import Gate
 from moec.quantize.lazy import Quantized
 from moec.targets.onnx.context import DTYPES, Context, Lowering, np_dtype, result_dtype
 from moec.targets.onnx.lowerings.experts import gate_of

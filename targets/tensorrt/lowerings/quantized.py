@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 import torch
 
-from moec.compiler.errors import LoweringError
+from moec.compiler.common.errors import LoweringError
 from moec.quantize.formats import Activations, IntegerFormat
 from moec.quantize.lazy import Quantized
 from moec.targets.onnx.context import DTYPES, Context

@@ -7,7 +7,7 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
-from moec.compiler.program import ATTENTION, EXPERTS, RMS_NORM, ROTARY
+from moec.compiler.ir.program import ATTENTION, EXPERTS, RMS_NORM, ROTARY
 from moec.quantize.lazy import Quantized
 from moec.targets.onnx.context import DTYPES, Context, Dialect, Lowering, np_dtype, real, result_dtype
 from moec.targets.onnx.lowerings.norm import rotary_plain

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import fx
 
-from moec.compiler.program import ATTENTION
+from moec.compiler.ir.program import ATTENTION
 from moec.targets.tflite.context import Context, integer, shape_of
 from moec.targets.tflite.lowerings.elementwise import Lowering, choose
 from moec.targets.tflite.lowerings.linear import batch_matmul

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from moec.targets.tflite.context import Context, integer, listed, node_of, result_dtype, shape_of
-from moec.targets.tflite.extra import schema
+from moec.targets.tflite.library import schema
 from moec.targets.tflite.lowerings.elementwise import Lowering
 from moec.targets.tflite.model import Value
 

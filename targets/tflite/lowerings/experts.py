@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import fx
 
-from moec.compiler.ops import Gate
-from moec.compiler.program import EXPERTS, SELECT
+from moec.compiler.ir.ops import Gate
+from moec.compiler.ir.program import EXPERTS, SELECT
 from moec.targets.tflite.context import Context, node_of, result_dtype, shape_of
 from moec.targets.tflite.lowerings.elementwise import Lowering, choose
 from moec.targets.tflite.lowerings.linear import fully_connected

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from moec.compiler.program import RMS_NORM, ROTARY
+from moec.compiler.ir.program import RMS_NORM, ROTARY
 from moec.targets.tflite.context import Context, listed, result_dtype
 from moec.targets.tflite.lowerings.elementwise import Lowering
 from moec.targets.tflite.model import Value

@@ -44,7 +44,7 @@ def _arg(name: str) -> Lowering:
 
 
 def _position(ctx: Context, name: str, value: Value, axis: int, keep: bool) -> Value:
-    from moec.targets.tflite.extra import schema
+    from moec.targets.tflite.library import schema
 
     shape = (*value.shape[:axis], *value.shape[axis + 1 :])
     kept = (*value.shape[:axis], 1, *value.shape[axis + 1 :])

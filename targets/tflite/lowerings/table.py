@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import fx
 
-from moec.compiler.errors import LoweringError
-from moec.compiler.program import module_of
+from moec.compiler.common.errors import LoweringError
+from moec.compiler.ir.program import module_of
 from moec.targets.tflite.lowerings import attention, convolution, elementwise, experts, linear, norm, reduce, shape
 from moec.targets.tflite.lowerings.elementwise import Lowering
 

@@ -13,10 +13,10 @@ from moec.compiler.frontend.adapters.base import ADAPTERS
 from moec.compiler.frontend.capture import capture
 from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.gates.reference import load_source
-from moec.compiler.interpreter import Interpreter, ProgramRunner, empty_states
-from moec.compiler.program import EXPERTS, Program
-from moec.passes.dynamic_routing import DynamicRouting
-from moec.passes.routing.top_p import TopP
+from moec.compiler.ir.interpreter import Interpreter, ProgramRunner, empty_states
+from moec.compiler.ir.program import EXPERTS, Program
+from moec.passes.routing.dynamic_routing import DynamicRouting
+from moec.passes.routing.policies.top_p import TopP
 
 Checkpoints = Callable[[str], Path]
 FAMILIES = {

@@ -12,18 +12,18 @@ import pytest
 import torch
 from torch import nn
 
-from moec.compiler.errors import UnsupportedModelError
+from moec.compiler.common.errors import UnsupportedModelError
+from moec.compiler.families.tiny_models import tiny_model
 from moec.compiler.frontend import capture as capture_module
 from moec.compiler.frontend import hooks
 from moec.compiler.frontend.capture import capture
 from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.frontend.masks import Mask, MaskPattern, MaskUseError
 from moec.compiler.gates.reference import load_source
-from moec.compiler.interpreter import ProgramRunner
-from moec.compiler.ops import Gate
-from moec.compiler.program import Program
-from moec.compiler.summary import model_summary
-from moec.compiler.tiny_models import tiny_model
+from moec.compiler.ir.interpreter import ProgramRunner
+from moec.compiler.ir.ops import Gate
+from moec.compiler.ir.program import Program
+from moec.compiler.measure.summary import model_summary
 
 Checkpoints = Callable[[str], Path]
 KERNEL, CHANNELS = 3, 64

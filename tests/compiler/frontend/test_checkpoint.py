@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moec import cli
-from moec.compiler.errors import CheckpointError, out_of_memory
+from moec.compiler.common.errors import CheckpointError, out_of_memory
 from moec.compiler.frontend.capture import capture
 from moec.compiler.frontend.checkpoint import INDEX, Checkpoint
 
@@ -187,7 +187,7 @@ def test_little_memory_is_said(
     def starve(*_: object, **__: object) -> None:
         torch.empty(1 << 56, dtype=torch.uint8)
 
-    monkeypatch.setattr("moec.compiler.pipeline.compile_recipe", starve)
+    monkeypatch.setattr("moec.compiler.pipeline.export.compile_recipe", starve)
     assert cli.dispatch(["export", str(checkpoint), "-t", "onnx", "-o", str(checkpoint.parent / "out")]) == 10
     assert "not enough memory" in capsys.readouterr().err
     assert out_of_memory(RuntimeError("another")) is None

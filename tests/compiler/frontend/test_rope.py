@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from moec.compiler.common.verdict import Status
+from moec.compiler.families.tiny_models import write_tiny_checkpoint
 from moec.compiler.frontend.capture import capture
 from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.gates.cases import Prompts
 from moec.compiler.gates.parity import ParityOptions, check_capture
 from moec.compiler.gates.reference import load_source
-from moec.compiler.gates.verdict import Status
-from moec.compiler.interpreter import ProgramRunner
-from moec.compiler.tiny_models import write_tiny_checkpoint
+from moec.compiler.ir.interpreter import ProgramRunner
 
 BORDER = 24
 FACTORS = {"short_factor": [1.0] * 8, "long_factor": [1.0 + 3 * index for index in range(8)]}

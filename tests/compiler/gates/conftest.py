@@ -11,9 +11,9 @@ from moec.compiler.frontend.capture import capture
 from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.gates.cases import Prompts
 from moec.compiler.gates.parity import ParityOptions
-from moec.compiler.interpreter import Interpreter, ProgramRunner
-from moec.compiler.program import EXPERTS, Program
-from moec.compiler.weights import Constant
+from moec.compiler.ir.interpreter import Interpreter, ProgramRunner
+from moec.compiler.ir.program import EXPERTS, Program
+from moec.compiler.ir.weights import Constant
 from moec.targets.base import ExpertsRunner
 
 

@@ -9,16 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from moec.compiler.errors import ArtifactError
+from moec.compiler.common.errors import ArtifactError
+from moec.compiler.common.verdict import Status, Verdict
 from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.gates.coverage import ROWS, LayerResult, judge_coverage, run_experts_by_force
 from moec.compiler.gates.reference import SAMPLED, HiddenStates, Trace
 from moec.compiler.gates.tolerance import Precision
 from moec.compiler.gates.usage import Usage
-from moec.compiler.gates.verdict import Status, Verdict
-from moec.compiler.interpreter import ProgramRunner
-from moec.compiler.program import EXPERTS, MoeLayer, Program
-from moec.compiler.weights import LazyTensor
+from moec.compiler.ir.interpreter import ProgramRunner
+from moec.compiler.ir.program import EXPERTS, MoeLayer, Program
+from moec.compiler.ir.weights import LazyTensor
 
 from .conftest import changed, program_experts, prompts, zero_4kb  # noqa: TID252 - tests are no package with a name
 

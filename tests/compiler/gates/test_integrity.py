@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from moec.compiler.errors import ArtifactError
+from moec.compiler.common.errors import ArtifactError
+from moec.compiler.common.verdict import Status
 from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.gates.integrity import check_integrity, expert_weights
 from moec.compiler.gates.tolerance import Precision, precision_of
-from moec.compiler.gates.verdict import Status
-from moec.compiler.program import EXPERTS, Program
-from moec.compiler.weights import LazyTensor
+from moec.compiler.ir.program import EXPERTS, Program
+from moec.compiler.ir.weights import LazyTensor
 from moec.quantize.formats import IntegerFormat
 from moec.targets.stored_weights import StoredWeight
 

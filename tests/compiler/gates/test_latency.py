@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moec.compiler import artifact
-from moec.compiler.errors import UsageError
+from moec.compiler.common import artifact
+from moec.compiler.common.errors import UsageError
+from moec.compiler.common.verdict import Status, Verdict
 from moec.compiler.gates.latency import EXIT_CODE, judge_latency, make_options, not_run
 from moec.compiler.gates.run import exit_code
-from moec.compiler.gates.verdict import Status, Verdict
-from moec.compiler.latency.series import Call, Series
+from moec.compiler.measure.latency.timings import Call, Series
 
 HERE = Path(__file__).parent
 CAN: Any = SimpleNamespace(doctor=lambda: {"measure": "yes"})

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from moec.compiler.errors import ArtifactError
+from moec.compiler.common.errors import ArtifactError
+from moec.compiler.common.verdict import Status, Verdict
 from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.gates import parity
 from moec.compiler.gates.cases import Prompts
 from moec.compiler.gates.parity import check_artifact, check_capture, gather_artifact, gather_capture
 from moec.compiler.gates.tolerance import TOLERANCES, Precision, precision_of
-from moec.compiler.gates.verdict import Status, Verdict
-from moec.compiler.interpreter import ProgramRunner
-from moec.compiler.program import ATTENTION, Program
+from moec.compiler.ir.interpreter import ProgramRunner
+from moec.compiler.ir.program import ATTENTION, Program
 from moec.targets.base import RunnerLimits
 
 from .conftest import OPTIONS, Wrapped, changed, prompts, zero_4kb  # noqa: TID252 - tests are no package with a name of its own

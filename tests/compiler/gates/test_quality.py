@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moec.compiler.errors import CheckpointError
+from moec.compiler.common.errors import CheckpointError
+from moec.compiler.common.verdict import Status, Verdict
 from moec.compiler.gates.quality import EXIT_CODE, QualityOptions, judge_quality, not_run
-from moec.compiler.gates.verdict import Status, Verdict
-from moec.compiler.perplexity import compare, log_softmax
+from moec.compiler.text.perplexity import compare, log_softmax
 from moec.targets.base import RunnerLimits
 
 VOCAB = 4096

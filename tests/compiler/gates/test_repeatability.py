@@ -7,9 +7,9 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from moec.compiler.common.verdict import Status
 from moec.compiler.gates.repeatability import RepeatabilityOptions, judge_repeatability
 from moec.compiler.gates.tolerance import Precision
-from moec.compiler.gates.verdict import Status
 from moec.targets.base import RunnerLimits
 
 IDS = np.zeros((1, 4), np.int64)

@@ -10,20 +10,20 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from moec.compiler.errors import ArtifactError
+from moec.compiler.common.errors import ArtifactError
+from moec.compiler.common.progress import Progress
+from moec.compiler.common.verdict import Status, Verdict
 from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.gates.integrity import expert_weights
 from moec.compiler.gates.repeatability import RepeatabilityOptions
 from moec.compiler.gates.run import SEVERAL_FAILED, GateInputs, exit_code, run_gate, run_gates, table
-from moec.compiler.gates.verdict import Status, Verdict
-from moec.compiler.interpreter import ProgramRunner
-from moec.compiler.program import Program
+from moec.compiler.ir.interpreter import ProgramRunner
+from moec.compiler.ir.program import Program
 from moec.targets.base import (
     Capabilities,
     ExpertsRunner,
     Lowered,
     Phase,
-    Progress,
     Runner,
     Target,
     TargetOptions,

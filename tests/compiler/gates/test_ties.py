@@ -7,8 +7,8 @@ import torch
 from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.gates.compare import excused_positions
 from moec.compiler.gates.ties import RouterWatch, _comparison_gap, _independent, _top_k_gap, decision_nodes
-from moec.compiler.interpreter import ProgramRunner
-from moec.compiler.program import EXPERTS, Program
+from moec.compiler.ir.interpreter import ProgramRunner
+from moec.compiler.ir.program import EXPERTS, Program
 
 Captured = tuple[Checkpoint, Program]
 

@@ -13,8 +13,8 @@ import pytest
 
 import moec
 from moec import cli
-from moec.compiler.artifact import write_manifest
-from moec.compiler.errors import ArtifactError, UsageError
+from moec.compiler.common.artifact import write_manifest
+from moec.compiler.common.errors import ArtifactError, UsageError
 from moec.compiler.run.chat import render_chat
 from moec.compiler.run.generate import Generator
 

@@ -11,19 +11,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moec.compiler.errors import UsageError
-from moec.passes.routing.activation_norm import ActivationNorm
-from moec.passes.routing.base import Policy, Slots, select
-from moec.passes.routing.capped import Capped
-from moec.passes.routing.entropy import Entropy
-from moec.passes.routing.layer_k import LayerK
-from moec.passes.routing.margin import Margin
-from moec.passes.routing.random_drop import RandomDrop
-from moec.passes.routing.ratio import Ratio
-from moec.passes.routing.table import BUILT_IN
-from moec.passes.routing.threshold import Threshold
-from moec.passes.routing.top_p import TopP
-from moec.passes.routing.uniform_k import UniformK
+from moec.compiler.common.errors import UsageError
+from moec.passes.routing.policies.activation_norm import ActivationNorm
+from moec.passes.routing.policies.base import Policy, Slots, select
+from moec.passes.routing.policies.capped import Capped
+from moec.passes.routing.policies.entropy import Entropy
+from moec.passes.routing.policies.layer_k import LayerK
+from moec.passes.routing.policies.margin import Margin
+from moec.passes.routing.policies.random_drop import RandomDrop
+from moec.passes.routing.policies.ratio import Ratio
+from moec.passes.routing.policies.table import BUILT_IN
+from moec.passes.routing.policies.threshold import Threshold
+from moec.passes.routing.policies.top_p import TopP
+from moec.passes.routing.policies.uniform_k import UniformK
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -9,18 +9,18 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from moec.compiler.errors import UsageError
-from moec.passes.routing.activation_norm import ActivationNorm
-from moec.passes.routing.base import Policy, Slots, selection
-from moec.passes.routing.capped import Capped
-from moec.passes.routing.entropy import Entropy
-from moec.passes.routing.layer_k import LayerK
-from moec.passes.routing.margin import Margin
-from moec.passes.routing.random_drop import RandomDrop
-from moec.passes.routing.ratio import Ratio
-from moec.passes.routing.threshold import Threshold
-from moec.passes.routing.top_p import TopP
-from moec.passes.routing.uniform_k import UniformK
+from moec.compiler.common.errors import UsageError
+from moec.passes.routing.policies.activation_norm import ActivationNorm
+from moec.passes.routing.policies.base import Policy, Slots, selection
+from moec.passes.routing.policies.capped import Capped
+from moec.passes.routing.policies.entropy import Entropy
+from moec.passes.routing.policies.layer_k import LayerK
+from moec.passes.routing.policies.margin import Margin
+from moec.passes.routing.policies.random_drop import RandomDrop
+from moec.passes.routing.policies.ratio import Ratio
+from moec.passes.routing.policies.threshold import Threshold
+from moec.passes.routing.policies.top_p import TopP
+from moec.passes.routing.policies.uniform_k import UniformK
 
 # Multiples of 1/64 add up exactly in float32, so that the formula holds to the last bit.
 rows = st.lists(st.integers(0, 20).map(lambda step: step / 64), min_size=1, max_size=6).filter(any)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from moec.passes.routing.base import Policy, select
-from moec.passes.routing.table import BUILT_IN, policy
+from moec.passes.routing.policies.base import Policy, select
+from moec.passes.routing.policies.table import BUILT_IN, policy
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -17,9 +17,9 @@ import torch
 from moec import passes
 from moec.compiler.frontend.capture import capture
 from moec.compiler.frontend.checkpoint import Checkpoint
-from moec.compiler.program import Program
-from moec.targets.coreml.extra import coremltools_module, quiet
-from moec.targets.coreml.interpreter import MilModel
+from moec.compiler.ir.program import Program
+from moec.targets.coreml.executor import MilModel
+from moec.targets.coreml.library import coremltools_module, quiet
 from moec.targets.coreml.runner import CoremlRunner
 from moec.targets.coreml.target import CoremlOptions, CoremlTarget
 

@@ -12,23 +12,23 @@ import numpy as np
 import pytest
 import torch
 
-from moec.compiler.errors import LoweringError, UsageError
+from moec.compiler.common.errors import LoweringError, UsageError
+from moec.compiler.common.validation import validate
+from moec.compiler.common.verdict import Status
 from moec.compiler.gates.integrity import check_integrity
-from moec.compiler.gates.verdict import Status
-from moec.compiler.interpreter import ProgramRunner
-from moec.compiler.program import EXPERTS, Program
-from moec.compiler.recipe import validate
-from moec.compiler.weights import Constant, LazyTensor
-from moec.passes.dynamic_routing import DynamicRouting
+from moec.compiler.ir.interpreter import ProgramRunner
+from moec.compiler.ir.program import EXPERTS, Program
+from moec.compiler.ir.weights import Constant, LazyTensor
 from moec.passes.quantize import Quantize
-from moec.passes.routing.uniform_k import UniformK
+from moec.passes.routing.dynamic_routing import DynamicRouting
+from moec.passes.routing.policies.uniform_k import UniformK
 from moec.quantize.formats import FloatFormat, PaletteFormat, parse_format
 from moec.quantize.lazy import Quantized, palettized
 from moec.quantize.plan import QuantizationPlan, requested
 from moec.targets.base import Phase
-from moec.targets.coreml.extra import coremltools_module
-from moec.targets.coreml.interpreter import MilModel
-from moec.targets.coreml.interpreter.package import load_spec, model_file
+from moec.targets.coreml.executor import MilModel
+from moec.targets.coreml.executor.package import load_spec, model_file
+from moec.targets.coreml.library import coremltools_module
 from moec.targets.coreml.package import PACKAGE, WEIGHT_FILE
 from moec.targets.coreml.target import CoremlOptions, CoremlTarget
 

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from moec.compiler.errors import LoweringError, UnsupportedModelError
+from moec.compiler.common.errors import LoweringError, UnsupportedModelError
+from moec.compiler.families.tiny_models import family_names
 from moec.compiler.gates.cases import Case
 from moec.compiler.gates.compare import compare, run_case
 from moec.compiler.gates.reference import Oracle
 from moec.compiler.gates.tolerance import TOLERANCES, Precision
-from moec.compiler.tiny_models import family_names
 
 LIMITS = {"fp32": 1e-4, "fp16": 2e-2}
 TIED_PROMPT = 2

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from moec import cli
-from moec.compiler.errors import ArtifactError, UsageError
+from moec.compiler.common.errors import ArtifactError, UsageError
 from moec.targets.coreml import predict
 from moec.targets.coreml.package import METADATA_KEY, PACKAGE
 from moec.targets.coreml.predict import CoreMLBackend, InterpreterBackend, open_backend

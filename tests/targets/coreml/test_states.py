@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from moec import cli
-from moec.compiler.interpreter import ProgramRunner
-from moec.targets.coreml.interpreter.package import load_spec, model_file
+from moec.compiler.ir.interpreter import ProgramRunner
+from moec.targets.coreml.executor.package import load_spec, model_file
 from moec.targets.coreml.package import PACKAGE
 from moec.targets.coreml.runner import CoremlRunner
 

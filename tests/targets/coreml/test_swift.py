@@ -12,16 +12,16 @@ import pytest
 import torch
 
 from moec import cli
-from moec.compiler.errors import LoweringError, UsageError
-from moec.compiler.interpreter import ProgramRunner
-from moec.compiler.program import Program
-from moec.compiler.recipe import validate
-from moec.passes.dynamic_routing import DynamicRouting
-from moec.passes.routing.uniform_k import UniformK
+from moec.compiler.common.errors import LoweringError, UsageError
+from moec.compiler.common.validation import validate
+from moec.compiler.ir.interpreter import ProgramRunner
+from moec.compiler.ir.program import Program
+from moec.passes.routing.dynamic_routing import DynamicRouting
+from moec.passes.routing.policies.uniform_k import UniformK
 from moec.targets.base import Phase
-from moec.targets.coreml.flavor import Flavor
-from moec.targets.coreml.interpreter import MilModel
-from moec.targets.coreml.interpreter.package import load_spec, model_file
+from moec.targets.coreml.executor import MilModel
+from moec.targets.coreml.executor.package import load_spec, model_file
+from moec.targets.coreml.flavors import Flavor
 from moec.targets.coreml.package import PACKAGE
 from moec.targets.coreml.target import CoremlOptions, CoremlTarget
 

@@ -19,8 +19,8 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from moec import passes
 from moec.compiler.frontend.capture import capture
 from moec.compiler.frontend.checkpoint import Checkpoint
-from moec.compiler.program import Program, TensorSpec
-from moec.compiler.weights import Constant, LazyTensor, WeightStore
+from moec.compiler.ir.program import Program, TensorSpec
+from moec.compiler.ir.weights import Constant, LazyTensor, WeightStore
 from moec.targets.base import Lowered, Runner
 from moec.targets.onnx import lower
 from moec.targets.onnx.lowerings.table import onnx_dialect

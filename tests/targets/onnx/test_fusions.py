@@ -9,7 +9,7 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from moec.compiler.program import RMS_NORM
+from moec.compiler.ir.program import RMS_NORM
 from moec.targets.onnx.lowerings import fusions
 
 aten = torch.ops.aten

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from moec.compiler.api import export
-from moec.compiler.perplexity import losses, perplexity
-from moec.compiler.text import tokenize, windows
+from moec.compiler.text.corpus import tokenize, windows
+from moec.compiler.text.perplexity import losses, perplexity
 from moec.targets import get_target
 from moec.targets.base import Runner
 

@@ -12,8 +12,8 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from moec.compiler.errors import ArtifactError, LoweringError
-from moec.compiler.program import ATTENTION
+from moec.compiler.common.errors import ArtifactError, LoweringError
+from moec.compiler.ir.program import ATTENTION
 from moec.targets.onnx.runner import OnnxRunner
 from moec.targets.onnx.target import OnnxOptions, OnnxTarget
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from onnx import helper
 
-from moec.compiler.program import EXPERTS, SELECT
+from moec.compiler.ir.program import EXPERTS, SELECT
 
 EXPERT_COUNT, HIDDEN, INNER, TOP_K = 4, 8, 6, 2
 

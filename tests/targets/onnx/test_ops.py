@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moec.compiler.program import ATTENTION, EXPERTS, RMS_NORM, ROTARY, SELECT
+from moec.compiler.ir.program import ATTENTION, EXPERTS, RMS_NORM, ROTARY, SELECT
 from moec.targets.onnx.lowerings.table import TABLE
 
 aten = torch.ops.aten

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from moec.compiler.errors import UnsupportedModelError
+from moec.compiler.common.errors import UnsupportedModelError
+from moec.compiler.families.tiny_models import family_names, write_tiny_checkpoint
 from moec.compiler.gates.cases import Case
 from moec.compiler.gates.compare import compare, run_case
 from moec.compiler.gates.reference import Oracle
 from moec.compiler.gates.tolerance import TOLERANCES, Precision
-from moec.compiler.tiny_models import family_names, write_tiny_checkpoint
 
 PRECISION = {torch.float32: Precision.FP32, torch.float16: Precision.FP16}
 MAX_EXCUSED = 0.2

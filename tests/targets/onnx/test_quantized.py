@@ -12,11 +12,11 @@ import onnxruntime as ort
 import pytest
 
 from moec import passes
+from moec.compiler.families.tiny_models import tiny_model
 from moec.compiler.frontend.capture import capture
 from moec.compiler.frontend.checkpoint import Checkpoint
-from moec.compiler.interpreter import ProgramRunner
-from moec.compiler.program import Program
-from moec.compiler.tiny_models import tiny_model
+from moec.compiler.ir.interpreter import ProgramRunner
+from moec.compiler.ir.program import Program
 from moec.passes.quantize import Quantize
 from moec.quantize.formats import Activations
 from moec.quantize.plan import QuantizationPlan, requested, with_activations

@@ -10,14 +10,14 @@ import moec
 from moec import passes
 from moec.compiler.frontend.capture import capture
 from moec.compiler.frontend.checkpoint import Checkpoint
-from moec.compiler.interpreter import ProgramRunner
-from moec.compiler.program import Program
-from moec.passes.common_subexpressions import CommonSubexpressions
-from moec.passes.dead_code import DeadCode
-from moec.passes.dynamic_routing import BUDGET_INPUT, DynamicRouting
-from moec.passes.routing.base import Policy
-from moec.passes.routing.ratio import Ratio
-from moec.passes.routing.top_p import TopP
+from moec.compiler.ir.interpreter import ProgramRunner
+from moec.compiler.ir.program import Program
+from moec.passes.canonical.common_subexpressions import CommonSubexpressions
+from moec.passes.canonical.dead_code import DeadCode
+from moec.passes.routing.dynamic_routing import BUDGET_INPUT, DynamicRouting
+from moec.passes.routing.policies.base import Policy
+from moec.passes.routing.policies.ratio import Ratio
+from moec.passes.routing.policies.top_p import TopP
 from moec.targets.onnx.runner import OnnxRunner
 from moec.targets.onnx.target import Experts, Flavor, OnnxOptions, OnnxTarget
 

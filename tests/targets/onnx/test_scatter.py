@@ -12,12 +12,12 @@ import onnxruntime as ort
 import pytest
 import torch
 
+from moec.compiler.common.verdict import Status
 from moec.compiler.frontend.capture import capture
 from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.gates.repeatability import GATE, RepeatabilityOptions, judge_repeatability
 from moec.compiler.gates.tolerance import Precision
-from moec.compiler.gates.verdict import Status
-from moec.compiler.program import EXPERTS, Program
+from moec.compiler.ir.program import EXPERTS, Program
 from moec.passes import default_passes, run_passes
 from moec.targets.onnx import lower
 from moec.targets.onnx.lowerings.table import onnx_dialect

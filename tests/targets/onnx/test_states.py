@@ -9,8 +9,8 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
-from moec.compiler.errors import LoweringError
-from moec.compiler.interpreter import ProgramRunner
+from moec.compiler.common.errors import LoweringError
+from moec.compiler.ir.interpreter import ProgramRunner
 from moec.targets.onnx.runner import OnnxRunner
 from moec.targets.onnx.states import Growing, zeros
 from moec.targets.onnx.target import OnnxOptions, OnnxTarget

@@ -15,8 +15,8 @@ import torch
 from moec import passes
 from moec.compiler.frontend.capture import capture
 from moec.compiler.frontend.checkpoint import Checkpoint
-from moec.compiler.interpreter import ProgramRunner
-from moec.compiler.program import Program
+from moec.compiler.ir.interpreter import ProgramRunner
+from moec.compiler.ir.program import Program
 from moec.targets.base import Lowered, Runner
 from moec.targets.tensorrt.target import TensorrtOptions, TensorrtTarget
 

@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from moec.compiler.errors import LoweringError, MissingExtraError, UsageError
-from moec.compiler.pipeline import compile_recipe
-from moec.compiler.recipe import make_recipe, validate
+from moec.compiler.common.errors import LoweringError, MissingExtraError, UsageError
+from moec.compiler.common.validation import validate
+from moec.compiler.pipeline.export import compile_recipe
+from moec.compiler.pipeline.recipe import make_recipe
 from moec.passes.quantize import Quantize
 from moec.quantize.plan import requested
 from moec.targets.base import GateSubject

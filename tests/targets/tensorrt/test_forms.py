@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from moec.compiler.program import EXPERTS
-from moec.compiler.weights import Constant
+from moec.compiler.ir.program import EXPERTS
+from moec.compiler.ir.weights import Constant
 from moec.targets.tensorrt.forms import ExpertShape, Form, choose, moved_bytes
 
 FORMS = [Form.GATHER, Form.LOOP_IF, Form.DENSE]

@@ -12,10 +12,10 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
-from moec.compiler.errors import ArtifactError, MissingExtraError, UsageError
-from moec.compiler.interpreter import ProgramRunner
-from moec.passes.dynamic_routing import DynamicRouting
-from moec.passes.routing.ratio import Ratio
+from moec.compiler.common.errors import ArtifactError, MissingExtraError, UsageError
+from moec.compiler.ir.interpreter import ProgramRunner
+from moec.passes.routing.dynamic_routing import DynamicRouting
+from moec.passes.routing.policies.ratio import Ratio
 from moec.targets.onnx.states import NUMPY
 from moec.targets.tensorrt import engine
 from moec.targets.tensorrt.doctor import Gpu
@@ -256,8 +256,8 @@ def test_no_cuda_bindings(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.gpu
 def test_the_real_engine(tiny_checkpoint: Any, tmp_path: Path) -> None:
     """Export for the GPU of this machine: the gate runs the engine on the cases of the parity gate."""
-    from moec.compiler.pipeline import compile_recipe
-    from moec.compiler.recipe import make_recipe
+    from moec.compiler.pipeline.export import compile_recipe
+    from moec.compiler.pipeline.recipe import make_recipe
     from moec.targets.tensorrt.doctor import find_gpu
 
     fields = {"checkpoint": str(tiny_checkpoint("mixtral")), "target": "tensorrt"}

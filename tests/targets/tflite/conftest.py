@@ -17,11 +17,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from moec import passes
 from moec.compiler.frontend.capture import capture
 from moec.compiler.frontend.checkpoint import Checkpoint
-from moec.compiler.program import Program
-from moec.compiler.weights import Constant, LazyTensor, WeightStore
+from moec.compiler.ir.program import Program
+from moec.compiler.ir.weights import Constant, LazyTensor, WeightStore
 from moec.targets.tflite import lower
 from moec.targets.tflite.context import Context, Settings, Shared
-from moec.targets.tflite.extra import module
+from moec.targets.tflite.library import module
 from moec.targets.tflite.lowerings.table import lookup
 from moec.targets.tflite.model import Graph, Model, Value
 from moec.targets.tflite.runner import TfliteRunner

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from litert_lm_builder.runtime.proto.llm_metadata_pb2 import LlmMetadata
 
-from moec.compiler.errors import CheckpointError, LoweringError
+from moec.compiler.common.errors import CheckpointError, LoweringError
 from moec.targets.tflite import bundle
 from moec.targets.tflite.bundle import BUNDLE, sections, write_bundle
 

@@ -15,18 +15,18 @@ from torch import Tensor
 
 import moec
 from moec import passes
-from moec.compiler.errors import ArtifactError, LoweringError, MissingExtraError, UsageError
-from moec.compiler.interpreter import ProgramRunner
-from moec.compiler.ops import ACTIVATIONS
-from moec.compiler.program import EXPERTS, Program
-from moec.passes.dynamic_routing import DynamicRouting
+from moec.compiler.common.errors import ArtifactError, LoweringError, MissingExtraError, UsageError
+from moec.compiler.ir.interpreter import ProgramRunner
+from moec.compiler.ir.ops import ACTIVATIONS
+from moec.compiler.ir.program import EXPERTS, Program
 from moec.passes.quantize import Quantize
-from moec.passes.routing.top_p import TopP
+from moec.passes.routing.dynamic_routing import DynamicRouting
+from moec.passes.routing.policies.top_p import TopP
 from moec.quantize.formats import parse_format
 from moec.quantize.plan import QuantizationPlan, TensorClass
 from moec.targets import get_target
 from moec.targets.base import Phase, limits_of
-from moec.targets.tflite import extra
+from moec.targets.tflite import library as extra
 from moec.targets.tflite.reader import TfliteFile
 from moec.targets.tflite.runner import TfliteRunner
 from moec.targets.tflite.target import TfliteOptions, TfliteTarget

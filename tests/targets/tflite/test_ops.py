@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from moec.compiler.errors import LoweringError
-from moec.compiler.ops import ATTENTION_KINDS
-from moec.compiler.program import ATTENTION, EXPERTS, RMS_NORM, ROTARY, SELECT
-from moec.compiler.weights import Constant
+from moec.compiler.common.errors import LoweringError
+from moec.compiler.ir.ops import ATTENTION_KINDS
+from moec.compiler.ir.program import ATTENTION, EXPERTS, RMS_NORM, ROTARY, SELECT
+from moec.compiler.ir.weights import Constant
 from moec.targets.tflite.lowerings.table import TABLE
 
 aten = torch.ops.aten

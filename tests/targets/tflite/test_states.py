@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from moec import cli
-from moec.compiler.errors import LoweringError
-from moec.compiler.interpreter import ProgramRunner
-from moec.compiler.program import Program
+from moec.compiler.common.errors import LoweringError
+from moec.compiler.ir.interpreter import ProgramRunner
+from moec.compiler.ir.program import Program
 from moec.targets.tflite import lower
 from moec.targets.tflite.engine import TOKEN_COUNT
 from moec.targets.tflite.runner import TfliteRunner

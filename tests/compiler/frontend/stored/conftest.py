@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from moec.compiler.tiny_models import tiny_model, write_tiny_checkpoint
+from moec.compiler.families.tiny_models import tiny_model, write_tiny_checkpoint
 
 Tensors = dict[str, torch.Tensor]
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=np.float32)

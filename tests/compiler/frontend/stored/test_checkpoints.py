@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from moec import cli
-from moec.compiler.encoded import Encoded
 from moec.compiler.frontend.capture import capture
 from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.gates.reference import load_source
-from moec.compiler.interpreter import ProgramRunner
+from moec.compiler.ir.encoded_weights import Encoded
+from moec.compiler.ir.interpreter import ProgramRunner
 
 IDS = np.random.default_rng(0).integers(3, 120, (2, 11))
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from moec.compiler.encoded import Encoded
-from moec.compiler.errors import CheckpointError, UnsupportedModelError
+from moec.compiler.common.errors import CheckpointError, UnsupportedModelError
 from moec.compiler.frontend.stored import FORMATS, float_tensors
-from moec.compiler.weight_file import WeightFile
-from moec.compiler.weights import LazyTensor
+from moec.compiler.ir.encoded_weights import Encoded
+from moec.compiler.ir.safetensors_file import WeightFile
+from moec.compiler.ir.weights import LazyTensor
 from moec.quantize.keep import grid_of, kept
 
 FIXTURES = sorted((Path(__file__).parent / "fixtures").glob("*.safetensors"))

@@ -16,13 +16,14 @@ from onnx import numpy_helper
 from safetensors.numpy import load_file
 
 from moec import cli, passes
-from moec.compiler.describe import describe_built
+from moec.compiler.common.validation import validate
 from moec.compiler.frontend.capture import capture
 from moec.compiler.frontend.checkpoint import Checkpoint
-from moec.compiler.interpreter import ProgramRunner
-from moec.compiler.program import Program
-from moec.compiler.quantization import manifest_facts, plan_quantization
-from moec.compiler.recipe import QuantizeRecipe, validate
+from moec.compiler.ir.interpreter import ProgramRunner
+from moec.compiler.ir.program import Program
+from moec.compiler.pipeline.quantization import manifest_facts, plan_quantization
+from moec.compiler.pipeline.recipe import QuantizeRecipe
+from moec.compiler.report.describe import describe_built
 from moec.quantize.keep import Held
 from moec.targets import get_target
 from moec.targets.stored_weights import Codes

@@ -1,0 +1,127 @@
+"""`moec build`: every cell of a matrix, from the cache where it is there, past failures, with one summary."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moec.compiler.build.cache import Cache
+from moec.compiler.common.errors import ArtifactError, CheckpointError, OutputError, UsageError
+from moec.compiler.build.executors import EXECUTORS
+from moec.compiler.build.matrix import Cell
+from moec.compiler.common.validation import unknown
+from moec.compiler.pipeline.recipe import make_recipe
+from moec.compiler.report.schema import read_report
+from moec.compiler.build.worker import Outcome, Task, size
+
+if TYPE_CHECKING:
+    from moec.compiler.common.progress import Progress
+
+SUMMARY = "summary.json"
+FAILED = 1
+"""Exit code where cells failed for different reasons; where all have one in common, it is theirs."""
+
+
+def build_matrix(
+    cells: Sequence[Cell],
+    output: Path,
+    *,
+    cache: Path,
+    jobs: int = 0,
+    executor: str = "process",
+    gates: bool = True,
+    progress: Progress = lambda *_: None,
+) -> tuple[Outcome, ...]:
+    """Build all cells into `output`/NAME and write `output`/summary.json after each of them.
+
+    Args:
+        cells: What to build.
+        output: Directory of the artifacts.
+        cache: Directory of the cache; cells that are there are not built again.
+        jobs: Builds at a time; 0: one per two cores.
+        executor: A name in `EXECUTORS`.
+        gates: Prove the artifacts. Those that are not proven are not cached.
+        progress: Told how many cells are done.
+
+    Returns:
+        One outcome per cell, in their order.
+
+    Raises:
+        UsageError: There is no such executor.
+        OutputError: `output` or the cache cannot be written.
+    """
+    if executor not in EXECUTORS:
+        raise unknown(executor, EXECUTORS, "unknown executor", "the executors")
+    output, store = output.expanduser().resolve(), Cache(cache)
+    done: dict[str, Outcome] = {}
+    tasks = []
+    progress("cells", 0, len(cells))
+    for cell in cells:
+        key = _key(cell, store) if gates else ""
+        found = _from_cache(cell, key, store, output) if key else None
+        if found is None:
+            tasks.append(Task(cell.name, cell.fields, str(output / cell.name), str(store.directory), key, gates))
+        else:
+            done[cell.name] = found
+    _write(output, cells, done)
+    progress("cells", len(done), len(cells))
+    if tasks:
+        jobs = min(jobs or max(1, (os.cpu_count() or 1) // 2), len(tasks))
+        for outcome in EXECUTORS[executor](tasks, jobs):
+            done[outcome.name] = outcome
+            _write(output, cells, done)
+            progress("cells", len(done), len(cells))
+    return tuple(done[cell.name] for cell in cells)
+
+
+def exit_code(outcomes: Sequence[Outcome]) -> int:
+    """0 if no cell failed, the exit code of those that did if they have one in common, else 1."""
+    codes = {outcome.exit_code for outcome in outcomes if outcome.status == "failed"}
+    if not codes:
+        return 0
+    return codes.pop() if len(codes) == 1 else FAILED
+
+
+def _key(cell: Cell, cache: Cache) -> str:
+    """Key of a cell, or nothing where its recipe is wrong or its checkpoint missing: the build will say so."""
+    try:
+        return cache.key(make_recipe(cell.fields, where=cell.name))
+    except (UsageError, CheckpointError, ArtifactError):
+        return ""
+
+
+def _from_cache(cell: Cell, key: str, cache: Cache, output: Path) -> Outcome | None:
+    """The outcome of a cell that was built before; None if it was not."""
+    started = time.perf_counter()
+    if not cache.restore(key, output / cell.name):
+        return None
+    report = read_report(output / cell.name)
+    verdicts = {verdict.gate: str(verdict.status) for verdict in report.verdicts}
+    summary = "; ".join(f"{verdict.gate}: {verdict.summary}" for verdict in report.verdicts[:2])
+    seconds = time.perf_counter() - started
+    return Outcome(cell.name, "cached", 0, summary, seconds, size(output / cell.name), verdicts)
+
+
+def _write(output: Path, cells: Sequence[Cell], done: dict[str, Outcome]) -> None:
+    """Write the summary of what is done so far, whole or not at all."""
+    outcomes = [asdict(done[cell.name]) for cell in cells if cell.name in done]
+    content = {
+        "schema_version": 1,
+        "cells": outcomes,
+        "missing": [cell.name for cell in cells if cell.name not in done],
+        "exit_code": exit_code(list(done.values())),
+    }
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        beside = output / f".{SUMMARY}.{os.getpid()}"
+        beside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        beside.replace(output / SUMMARY)
+    except OSError as error:
+        raise OutputError(
+            f"{output}: cannot be written: {error.strerror or error}", hint="choose another directory with -o"
+        ) from error

@@ -1,0 +1,173 @@
+"""A cache of artifacts by their content: the digests of the source, the recipe and the versions of all tools.
+
+An entry appears whole or not at all, so a build that was killed leaves nothing that could be taken for a result. Large
+files are hard links where the file system allows: an entry and what was built of it take the place of one.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import moec
+from moec.compiler.common.artifact import REPORTS, is_artifact, read_manifest
+from moec.compiler.common.errors import OutputError
+from moec.compiler.frontend.source import Digests, resolve
+from moec.compiler.pipeline.recipe import SECTIONS, Recipe
+from moec.compiler.report.schema import JSON
+from moec.compiler.common.staging import staged
+
+INDEX = "index.json"
+_TEXTS = ("calibration", "text")
+
+
+def default_directory() -> Path:
+    """Where builds are cached unless another place is named."""
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "moec" / "builds"
+
+
+class Cache:
+    """A directory of artifacts by key."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory.expanduser().resolve()
+        self._digests = Digests(self.directory / "digests.json")
+
+    def key(self, recipe: Recipe) -> str:
+        """What decides every byte of the artifact of `recipe`, as a hex digest.
+
+        Raises:
+            CheckpointError: The checkpoint or a text is missing.
+            ArtifactError: The baseline is no artifact.
+        """
+        plain = recipe.model_dump(mode="json", exclude={"checkpoint", "revision", "trust_remote_code"})
+        texts = {}
+        for section in SECTIONS:
+            for name in _TEXTS:
+                if location := (plain.get(section) or {}).pop(name, None):
+                    texts[f"{section}.{name}"] = self._digests.of(Path(location))
+        if baseline := (plain.get("latency") or {}).get("baseline"):
+            # Another artifact at the same place asks for another verdict.
+            plain["latency"]["baseline"] = read_manifest(Path(baseline))["digest"]
+        decides = {
+            "source": self._digests.of(resolve(recipe.checkpoint, recipe.revision)),
+            "recipe": plain,
+            "texts": texts,
+            "tools": tools(),
+        }
+        self._save()
+        return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+
+    def restore(self, key: str, output: Path) -> bool:
+        """Put the artifact of `key` at `output`, replacing an artifact there; False if it is not here, or was changed.
+
+        Raises:
+            OutputError: `output` holds something else, or cannot be written.
+        """
+        entry = self._entry(key)
+        try:
+            index = json.loads((entry / INDEX).read_text(encoding="utf-8"))
+            intact = index["files"] == _states(entry / "artifact")
+        except (OSError, ValueError, TypeError, KeyError):
+            return False
+        if not intact:
+            shutil.rmtree(entry, ignore_errors=True)
+            return False
+        if _same(output, entry / "artifact"):
+            return True
+        with staged(output, overwrite=True) as directory:
+            _link(entry / "artifact", directory)
+        return True
+
+    def store(self, key: str, artifact: Path) -> None:
+        """Keep an artifact. One that is here already stays.
+
+        Raises:
+            OutputError: The cache cannot be written.
+        """
+        entry = self._entry(key)
+        try:
+            entry.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=".partial-", dir=entry.parent) as name:
+                whole = Path(name) / "entry"
+                (whole / "artifact").mkdir(parents=True)
+                _link(artifact, whole / "artifact")
+                index = {"artifact": str(artifact), "files": _states(whole / "artifact")}
+                (whole / INDEX).write_text(json.dumps(index), encoding="utf-8")
+                if not entry.exists():
+                    whole.rename(entry)
+        except OSError as error:
+            raise OutputError(
+                f"{self.directory}: the cache cannot be written: {error.strerror or error}",
+                hint="name another directory with --cache",
+            ) from error
+
+    def _entry(self, key: str) -> Path:
+        return self.directory / key[:2] / key
+
+    def _save(self) -> None:
+        try:
+            self._digests.save()
+        except OSError as error:
+            raise OutputError(
+                f"{self.directory}: the cache cannot be written: {error.strerror or error}",
+                hint="name another directory with --cache",
+            ) from error
+
+
+@functools.cache
+def tools() -> Mapping[str, Any]:
+    """What else decides an artifact: moec, its code, Python, and every distribution that is installed."""
+    root = Path(moec.__file__).parent
+    code = hashlib.sha256()
+    for package in ("compiler", "passes", "quantize", "targets"):
+        for path in sorted((root / package).rglob("*.py")):
+            code.update(path.read_bytes())
+    installed = {path.name for entry in sys.path for path in Path(entry or ".").glob("*.dist-info")}
+    return {
+        "moec": moec.__version__,
+        "code": code.hexdigest(),
+        "python": sys.version_info[:3],
+        "installed": sorted(installed),
+    }
+
+
+def _states(directory: Path) -> dict[str, list[int]]:
+    """File -> size and time of its last change: what is cheap to compare for any size."""
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    return {
+        path.relative_to(directory).as_posix(): [(found := path.stat()).st_size, found.st_mtime_ns] for path in files
+    }
+
+
+def _same(output: Path, artifact: Path) -> bool:
+    """Whether `output` is this artifact already, but for its reports."""
+    if not is_artifact(output) or not (output / JSON).is_file():
+        return False
+    found, wanted = (
+        {name: state for name, state in _states(place).items() if name not in REPORTS} for place in (output, artifact)
+    )
+    return found == wanted
+
+
+def _link(source: Path, destination: Path) -> None:
+    """Fill `destination` with the files of `source`; reports are copied, since `moec validate` writes them anew."""
+
+    def transfer(first: str, second: str) -> str:
+        if Path(first).name not in REPORTS:
+            try:
+                os.link(first, second)
+            except OSError:
+                return str(shutil.copy2(first, second))
+            return second
+        return str(shutil.copy2(first, second))
+
+    shutil.copytree(source, destination, copy_function=transfer, dirs_exist_ok=True)

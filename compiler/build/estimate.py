@@ -1,0 +1,176 @@
+"""`moec estimate`: bytes, FLOPs, latency, whether it fits, and what a million tokens cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+
+import moec
+from moec.compiler.common.errors import UsageError
+from moec.compiler.build.estimate_calibration import speeds
+from moec.compiler.measure.estimate.counting import Counts, count, formats
+from moec.compiler.measure.estimate.devices import Device, load_device
+from moec.compiler.measure.estimate.speeds import bandwidth, cached
+from moec.compiler.pipeline.export import build_program
+from moec.compiler.common.validation import validate
+from moec.compiler.pipeline.recipe import make_recipe
+from moec.compiler.common.machine import machine
+from moec.passes.routing.policies.table import policy_type
+from moec.targets import get_target
+from moec.compiler.common.progress import Progress
+from moec.targets.base import Phase, cannot_measure
+
+HERE = "this machine, one thread"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is asked for.
+
+    Attributes:
+        checkpoint: Directory or hub id.
+        target: Name of the target.
+        quantize: Format; formats that are chosen by measuring (`auto`) are refused.
+        dtype: Precision of what is not quantized.
+        routing: Name of a policy, or None.
+        kept_share: Share of the pretrained top-k that it keeps.
+        context: Tokens before the decode step.
+        device: Name of a profile; None is this machine.
+        price_per_hour: Of the device.
+    """
+
+    checkpoint: str
+    target: str
+    quantize: str = "none"
+    dtype: str = "fp32"
+    routing: str | None = None
+    kept_share: float = 1.0
+    context: int = 128
+    device: str | None = None
+    price_per_hour: float | None = None
+    trust_remote_code: bool = False
+    revision: str | None = None
+
+
+def estimate(wanted: Wanted, progress: Progress) -> dict[str, Any]:
+    """Estimate; JSON-able. No weight is read.
+
+    Raises:
+        UsageError: The format needs the model to be measured, or the device is unknown.
+        MoecError: As for an export.
+    """
+    if wanted.quantize == "auto":
+        raise UsageError("auto chooses formats by measuring the model", hint="name a format, such as int4")
+    if wanted.device is not None:
+        load_device(wanted.device)
+    if wanted.routing is not None:
+        policy_type(wanted.routing)
+        if not 0 < wanted.kept_share < 1:
+            raise UsageError(
+                f"what {wanted.routing} saves depends on its budget",
+                hint="give the share of the top-k that it keeps, such as --expert-budget 0.6",
+            )
+    return predict(*counted(wanted), wanted, progress)
+
+
+def predict(counts: Counts, stored: Mapping[str, str], wanted: Wanted, progress: Progress) -> dict[str, Any]:
+    """The estimate of a Program that is counted already; `stored` are its formats, see `counting.formats`."""
+    device = None if wanted.device is None else load_device(wanted.device)
+    where = _device(device) if device else _here()
+    found = {
+        "weights": {"bytes": counts.size, "by_class": dict(counts.weight_bytes)},
+        "parameters": {"total": counts.parameters, "active": counts.active},
+        "per_token": {
+            "bytes": sum(counts.read_bytes.values()) + counts.state_bytes * wanted.context,
+            "flops": counts.flops + counts.state_flops * wanted.context,
+            "context": wanted.context,
+        },
+        "device": where,
+    }
+    return {**found, **_latency(wanted, counts, stored, where, device, progress)}
+
+
+def counted(wanted: Wanted) -> tuple[Counts, dict[str, str]]:
+    """What the Program counts, and the formats in it."""
+    fields: dict[str, Any] = {"checkpoint": wanted.checkpoint, "target": wanted.target, "dtype": wanted.dtype}
+    recipe = make_recipe(
+        {
+            **fields,
+            "quantize": {"format": wanted.quantize, "rounding": "rtn"},
+            "revision": wanted.revision,
+            "trust_remote_code": wanted.trust_remote_code,
+        }
+    )
+    target = get_target(wanted.target)
+    options = validate(target.Options, {}, where=f"options of target {target.name}")
+    skips = target.capabilities(options, Phase.DECODE).skips_experts
+    program = build_program(recipe)
+    return count(program, wanted.kept_share if skips else 1.0), formats(program)
+
+
+def _device(device: Device) -> dict[str, Any]:
+    return device.model_dump()
+
+
+def _here() -> dict[str, Any]:
+    key = {"machine": machine(), "moec": moec.__version__}
+    measured = cached("bandwidth", key, lambda: {"bandwidth": bandwidth()})
+    assert measured is not None
+    memory = int(psutil.virtual_memory().total)
+    return {"name": HERE, "bandwidth": measured["bandwidth"], "memory": memory, "flops": None, "verified": True}
+
+
+def _latency(
+    wanted: Wanted,
+    counts: Counts,
+    stored: Mapping[str, str],
+    where: dict[str, Any],
+    device: Device | None,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Roofline, which nothing is faster than, and on this machine the time by measured speeds."""
+    read = sum(counts.read_bytes.values()) + counts.state_bytes * wanted.context
+    roofline = read / where["bandwidth"]
+    if where["flops"]:
+        roofline = max(roofline, (counts.flops + counts.state_flops * wanted.context) / where["flops"])
+    found: dict[str, Any] = {"decode": {"roofline": roofline, "estimate": None, "residual": None}}
+    if device is None and not cannot_measure(get_target(wanted.target)):
+        measured = speeds(wanted.target, wanted.dtype, stored, progress)
+        assert measured is not None
+        found["decode"] |= {"estimate": measured.decode(counts, wanted.context), "residual": measured.residual}
+    needed = counts.size + counts.state_bytes * wanted.context
+    found["memory"] = {"needed": needed, "available": where["memory"], "fits": needed <= where["memory"]}
+    if wanted.price_per_hour is not None:
+        seconds = found["decode"]["estimate"] or roofline
+        found["cost_per_million_tokens"] = wanted.price_per_hour / 3600 * seconds * 1e6
+    return found
+
+
+def describe(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """The same for people."""
+    decode, memory, device = found["decode"], found["memory"], found["device"]
+    unverified = "" if device["verified"] else " (figures not verified)"
+    bound = f"{decode['roofline'] * 1e3:.3g} ms at best, by bandwidth and peak FLOP/s"
+    rows = [
+        ("weights", f"{found['weights']['bytes'] / 1e6:.1f} MB"),
+        (
+            "parameters",
+            f"{found['parameters']['total'] / 1e6:.1f} M, {found['parameters']['active'] / 1e6:.1f} M active",
+        ),
+        ("one token reads", f"{found['per_token']['bytes'] / 1e6:.1f} MB after {found['per_token']['context']} tokens"),
+        ("one token computes", f"{found['per_token']['flops'] / 1e9:.3g} GFLOP"),
+        ("device", f"{device['name']}{unverified}, {device['bandwidth'] / 1e9:.1f} GB/s"),
+        ("decode", bound),
+    ]
+    if decode["estimate"] is not None:
+        rows.append(
+            ("decode, estimated", f"{decode['estimate'] * 1e3:.3g} ms (calibration within {decode['residual']:.0%})")
+        )
+    fits = "fits" if memory["fits"] else "does not fit"
+    rows.append(("memory", f"{fits}: {memory['needed'] / 1e6:.0f} MB of {memory['available'] / 1e6:.0f} MB"))
+    if "cost_per_million_tokens" in found:
+        rows.append(("a million tokens", f"{found['cost_per_million_tokens']:.4g} in the unit of the price"))
+    return rows

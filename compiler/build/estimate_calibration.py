@@ -1,0 +1,102 @@
+"""Calibration of one target and format: small random models are built, and their decode steps measured."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from moec.compiler.measure.estimate.counting import Counts, count
+from moec.compiler.measure.estimate.speeds import Speeds, fit, known_speeds
+from moec.compiler.measure.latency import process
+from moec.compiler.measure.latency.timings import BUSY, CANDIDATE, Series
+from moec.compiler.pipeline.export import build_program, compile_recipe
+from moec.compiler.pipeline.recipe import make_recipe
+from moec.targets import get_target
+from moec.compiler.common.progress import Progress
+
+CONTEXTS = (32, 256)
+SECONDS = 8.0
+_COMMON: Mapping[str, Any] = {"max_position_embeddings": 1024, "eos_token_id": 0, "pad_token_id": 0, "bos_token_id": 0}
+SHAPES: tuple[Mapping[str, Any], ...] = (
+    {"hidden_size": 256, "layers": 4, "heads": 4, "experts": 8, "top_k": 2, "width": 256, "vocab_size": 2000},
+    {"hidden_size": 512, "layers": 4, "heads": 8, "experts": 16, "top_k": 8, "width": 512, "vocab_size": 2000},
+    {"hidden_size": 1024, "layers": 2, "heads": 16, "experts": 8, "top_k": 1, "width": 256, "vocab_size": 16000},
+    {"hidden_size": 256, "layers": 12, "heads": 8, "experts": 8, "top_k": 2, "width": 128, "vocab_size": 1000},
+)
+"""Each makes another kind of work dominate: nothing, experts, dense products, the number of operations."""
+
+
+def speeds(target: str, dtype: str, formats: Mapping[str, str], progress: Progress) -> Speeds:
+    """Speeds of a target and of formats on this machine: from the cache, or measured now.
+
+    Args:
+        target: Name of the target.
+        dtype: Precision of what is not quantized.
+        formats: Tensor class -> format of what is; see `counting.formats`.
+        progress: Told how many shapes are done.
+    """
+    found = known_speeds(target, dtype, formats, lambda: _calibrate(target, dtype, formats, progress))
+    assert found is not None, "they were measured"
+    return found
+
+
+def _calibrate(target: str, dtype: str, formats: Mapping[str, str], progress: Progress) -> Speeds:
+    measured: list[tuple[Counts, int, float]] = []
+    for done, shape in enumerate(SHAPES):
+        progress("calibration of this machine", done, len(SHAPES))
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoint = write_random(Path(folder) / "model", shape)
+            chosen: Any = {"formats": dict(formats)} if formats else "none"
+            measured += measure_decode(checkpoint, Path(folder) / "out", target, dtype, chosen)
+    progress("calibration of this machine", len(SHAPES), len(SHAPES))
+    return fit(measured)
+
+
+def measure_decode(
+    checkpoint: Path, output: Path, target: str, dtype: str, quantize: str | Mapping[str, Any]
+) -> list[tuple[Counts, int, float]]:
+    """Build a checkpoint and measure decode steps on one thread: counts, context and seconds of each context."""
+    fields = {"checkpoint": str(checkpoint), "target": target, "dtype": dtype}
+    # No gate looks at these models, and what their weights are does not change how fast they run.
+    recipe = make_recipe({**fields, "quantize": {"format": quantize, "rounding": "rtn"}})
+    counts = count(build_program(recipe))
+    compile_recipe(recipe, output, gates=False)
+    job = {"kind": "warm", "artifacts": {CANDIDATE: str(output)}, "contexts": list(CONTEXTS), "demands": []}
+    found = process.measure({**job, "threads": 1, "seconds": SECONDS})["series"]
+    return [
+        (counts, context, undisturbed(Series.of(found[f"decode{context}"][CANDIDATE])))
+        for context in CONTEXTS
+        if f"decode{context}" in found
+    ]
+
+
+def undisturbed(series: Series) -> float:
+    """Median seconds of a call on an otherwise idle machine, as far as they can be told."""
+    return statistics.median(series.calls("cpu" if series.without_core() > BUSY else "wall"))
+
+
+def write_random(directory: Path, shape: Mapping[str, Any]) -> Path:
+    """A checkpoint of random values."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM, OlmoeConfig
+
+    config = OlmoeConfig(
+        hidden_size=shape["hidden_size"],
+        num_hidden_layers=shape["layers"],
+        num_attention_heads=shape["heads"],
+        num_key_value_heads=shape["heads"],
+        num_experts=shape["experts"],
+        num_experts_per_tok=shape["top_k"],
+        intermediate_size=shape["width"],
+        vocab_size=shape["vocab_size"],
+        **_COMMON,
+    )
+    torch.manual_seed(0)
+    model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)  # type: ignore[no-untyped-call]
+    config.save_pretrained(directory)
+    save_file(model.state_dict(), directory / "model.safetensors")
+    return directory

@@ -1,0 +1,199 @@
+"""`moec publish`: an artifact into a registry, with its version, digests and what the gates said.
+
+A registry is a directory, or an MLflow tracking server. What goes in has just been verified.
+
+```
+REGISTRY/NAME/index.json  VERSION/<the artifact>
+```
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from moec.compiler.common.artifact import leads_out, read_manifest, verify
+from moec.compiler.common.errors import ArtifactError, MissingExtraError, OutputError, UsageError, first_line
+from moec.compiler.common.files import read_json
+from moec.compiler.common.validation import unknown
+from moec.compiler.report.schema import Report, read_report
+from moec.compiler.common.staging import staged
+
+INDEX = "index.json"
+
+
+class _Version(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    version: str
+
+
+class _Index(BaseModel):
+    """index.json of a model in a directory."""
+
+    versions: list[_Version]
+
+
+Registry = Callable[[Path, str, str | None, str, Mapping[str, Any]], dict[str, Any]]
+
+
+def publish(
+    directory: Path, to: str, registry: str, name: str, *, version: str | None = None, allow_failed: bool = False
+) -> dict[str, Any]:
+    """Put an artifact into a registry.
+
+    Args:
+        directory: The artifact.
+        to: A name in `REGISTRIES`.
+        registry: Directory or address of the registry.
+        name: Of the model.
+        version: None: the next number.
+        allow_failed: Also take an artifact of which a gate failed or none ran.
+
+    Returns:
+        `name`, `version`, `location` and the metadata that was stored.
+
+    Raises:
+        ArtifactError: It is damaged, or a gate failed.
+        UsageError: There is no such kind of registry, or `name` or `version` cannot be one.
+        OutputError: The registry cannot be written, or has this version already.
+        MissingExtraError: MLflow is not installed.
+    """
+    if to not in REGISTRIES:
+        raise unknown(to, REGISTRIES, "unknown registry", "the registries")
+    for what, text in (("name", name), ("as", version)):
+        if text is not None and (not text or text.startswith(".") or set(text) & set("/\\:")):
+            raise UsageError(f"--{what}: {text!r} cannot be one", hint="no /, \\ or :, and no dot at the beginning")
+    verify(directory)
+    report = read_report(directory)
+    if not allow_failed:
+        _check_gates(directory, report)
+    metadata = _metadata(read_manifest(directory), report)
+    return {"name": name, **REGISTRIES[to](directory, name, version, registry, metadata), "metadata": metadata}
+
+
+def _check_gates(directory: Path, report: Report) -> None:
+    failed = [verdict.gate for verdict in report.verdicts if verdict.status == "fail"]
+    if failed or not any(verdict.status == "pass" for verdict in report.verdicts):
+        what = f"failed: {', '.join(failed)}" if failed else "no gate has run"
+        raise ArtifactError(
+            f"{directory}: not published: {what}",
+            hint="build it anew, or pass --allow-failed to publish it all the same",
+        )
+
+
+def _metadata(manifest: Mapping[str, Any], report: Report) -> dict[str, Any]:
+    """What a registry keeps beside the files."""
+    return {
+        "digest": manifest["digest"],
+        "files": manifest["files"],
+        "source": manifest.get("source", {}).get("digests", {}),
+        "recipe": manifest.get("recipe", {}),
+        "tools": manifest.get("tools", {}),
+        "gates": {verdict.gate: str(verdict.status) for verdict in report.verdicts},
+        "proven": report.created,
+        "bytes": sum(report.files.values()),
+    }
+
+
+def _to_directory(
+    directory: Path, name: str, version: str | None, registry: str, metadata: Mapping[str, Any]
+) -> dict[str, Any]:
+    shelf = Path(registry).expanduser().resolve() / name
+    index = _read_index(shelf)
+    numbers = [int(entry["version"]) for entry in index if entry["version"].isdigit()]
+    if version is not None and (shelf / version).exists():
+        raise OutputError(
+            f"{shelf}: it has a version {version} already",
+            hint=f"give another one with --as, or leave it out: the next number is {max(numbers, default=0) + 1}",
+        )
+    version = version or str(max(numbers, default=0) + 1)
+    with staged(shelf / version) as place:
+        shutil.copytree(directory, place, dirs_exist_ok=True, ignore=_outside(directory))
+    entries = [entry for entry in index if entry["version"] != version]
+    _write_index(shelf, [*entries, {"version": version, **metadata}])
+    return {"version": version, "location": str(shelf / version)}
+
+
+def _read_index(shelf: Path) -> list[dict[str, Any]]:
+    path = shelf / INDEX
+    if not path.exists():
+        return []
+    hint = "restore it, or name another registry"
+    content = read_json(path, OutputError, hint=hint)
+    try:
+        return [entry.model_dump() for entry in _Index.model_validate(content).versions]
+    except ValidationError as error:
+        raise OutputError(f"{path}: damaged: {first_line(error)}", hint=hint) from error
+
+
+def _write_index(shelf: Path, entries: list[dict[str, Any]]) -> None:
+    beside = shelf / f".{INDEX}.{os.getpid()}"
+    try:
+        beside.write_text(json.dumps({"schema_version": 1, "versions": entries}, indent=2) + "\n", encoding="utf-8")
+        beside.replace(shelf / INDEX)
+    except OSError as error:
+        raise OutputError(f"{shelf}: cannot be written: {error.strerror or error}") from error
+
+
+def _to_mlflow(
+    directory: Path, name: str, version: str | None, registry: str, metadata: Mapping[str, Any]
+) -> dict[str, Any]:
+    if version is not None:
+        raise UsageError("--as: MLflow numbers versions itself", hint="leave it out")
+    if importlib.util.find_spec("mlflow") is None:
+        raise MissingExtraError("mlflow is not installed", hint="pip install 'moec[mlflow]'")
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client = mlflow.MlflowClient(tracking_uri=registry, registry_uri=registry)
+        experiment = client.get_experiment_by_name(name)
+        run = client.create_run(
+            experiment.experiment_id if experiment else client.create_experiment(name), tags={"moec": "publish"}
+        )
+        for key, value in _tags(metadata):
+            client.set_tag(run.info.run_id, key, value)
+        client.log_metric(run.info.run_id, "bytes", metadata["bytes"])
+        client.log_artifacts(run.info.run_id, str(directory), "artifact")
+        if not any(model.name == name for model in client.search_registered_models(f"name='{name}'")):
+            client.create_registered_model(name)
+        source = f"{run.info.artifact_uri}/artifact"
+        made = client.create_model_version(name, source, run.info.run_id, tags=dict(_tags(metadata)))
+        client.set_terminated(run.info.run_id)
+    except (MlflowException, ImportError, OSError) as error:
+        # Files and databases need the whole package mlflow, which refuses some of them; a server serves all.
+        hint = "" if registry.startswith(("http://", "https://")) else "mlflow server --backend-store-uri ..., then "
+        raise OutputError(
+            f"{registry}: MLflow refuses: {first_line(error)}",
+            hint=f"{hint}give the address of a tracking server, such as --registry http://127.0.0.1:5000",
+        ) from error
+    return {"version": str(made.version), "location": source}
+
+
+def _tags(metadata: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Metadata as tags, which are flat and short."""
+    yield "moec.digest", metadata["digest"]
+    yield "moec.proven", metadata["proven"]
+    for gate, status in metadata["gates"].items():
+        yield f"moec.gate.{gate.replace(':', '').replace(' ', '_')}", status
+    for name, digest in metadata["source"].items():
+        yield f"moec.source.{name}", digest
+    for name, tool in metadata["tools"].items():
+        yield f"moec.tool.{name}", tool
+    yield "moec.recipe", json.dumps(metadata["recipe"], sort_keys=True)[:4500]
+
+
+REGISTRIES: Mapping[str, Registry] = {"dir": _to_directory, "mlflow": _to_mlflow}
+
+
+def _outside(directory: Path) -> Callable[[str, list[str]], list[str]]:
+    """What `shutil.copytree` leaves out: links that lead out of the artifact, which are no part of it."""
+    return lambda folder, names: [name for name in names if leads_out(directory, Path(folder, name))]

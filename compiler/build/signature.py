@@ -1,0 +1,63 @@
+"""Signatures of artifacts: `moec.json.minisig`, made by `minisign -Sm out/moec.json`.
+
+moec.json holds the digest of every other file, so its signature is one for the whole artifact.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from moec.compiler.common.artifact import MANIFEST
+from moec.compiler.common.errors import ArtifactError, MissingExtraError, UsageError
+
+FILE = f"{MANIFEST}.minisig"
+
+
+def is_signed(directory: Path) -> bool:
+    """Whether there is a signature."""
+    return (directory / FILE).is_file()
+
+
+def check(directory: Path, public_key: str | None) -> str:
+    """Check the signature of moec.json.
+
+    Args:
+        directory: The artifact.
+        public_key: A file that minisign wrote, or the key itself in base64.
+
+    Returns:
+        The trusted comment of the signature.
+
+    Raises:
+        UsageError: There is a signature and no key, or what is given is none.
+        ArtifactError: There is no signature, or it is not one of this key for this moec.json.
+        MissingExtraError: The library is missing.
+    """
+    path = directory / FILE
+    if not path.is_file():
+        raise ArtifactError(f"{directory}: not signed: it has no {FILE}", hint=f"minisign -Sm {directory / MANIFEST}")
+    if public_key is None:
+        raise UsageError(
+            f"{directory}: signed, and no key is given to check it by",
+            hint="give --public-key FILE, or --ignore-signature to check the digests alone",
+        )
+    try:
+        import minisign
+    except ImportError as error:
+        raise MissingExtraError("py-minisign is not installed", hint="pip install 'moec[sign]'") from error
+    try:
+        where = Path(public_key)
+        key = minisign.PublicKey.from_file(where) if where.is_file() else minisign.PublicKey.from_base64(public_key)
+    except (minisign.ParseError, ValueError, OSError) as error:
+        raise UsageError(
+            f"--public-key: neither a file of minisign nor a key: {public_key}", hint="such as minisign.pub"
+        ) from error
+    try:
+        signature = minisign.Signature.from_file(path)
+        key.verify((directory / MANIFEST).read_bytes(), signature)
+    except (minisign.ParseError, minisign.VerifyError, ValueError, OSError) as error:
+        raise ArtifactError(
+            f"{path}: not a signature of this {MANIFEST} by the given key: {error}",
+            hint="get the artifact again from a source that you trust",
+        ) from error
+    return str(signature.trusted_comment)

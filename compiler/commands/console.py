@@ -1,0 +1,331 @@
+"""What a command shows: results on stdout for machines or people, progress and errors on stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import moec
+from moec.compiler.common.errors import MoecError
+from moec.compiler.report.describe import remarks
+
+if TYPE_CHECKING:
+    import rich.console
+    import rich.text
+
+    from moec.compiler.pipeline.export import Result
+
+INTERNAL, INTERRUPTED = 70, 130
+LOG_FORMAT = "MOEC_LOG_FORMAT"
+"""Variable that says what stderr is written as, "text" or "json"; `--log-format` sets it."""
+_INTERVAL = 5.0
+"""Seconds between two lines of a step where there is no terminal to draw a bar on."""
+_STYLES = {
+    "pass": "green",
+    "fail": "bold red",
+    "too noisy": "bold red",
+    "not run": "yellow",
+    "yes": "green",
+    "no": "red",
+}
+
+
+@dataclass
+class Console:
+    """The two streams of a command.
+
+    Attributes:
+        json: Results as JSON on stdout, errors too.
+        quiet: No progress.
+        debug: The traceback of an error.
+        log_json: Progress, notes and errors on stderr as one JSON object per line.
+    """
+
+    json: bool = False
+    quiet: bool = False
+    debug: bool = False
+    log_json: bool = field(default_factory=lambda: os.environ.get(LOG_FORMAT) == "json")
+    _seen: dict[str, float] = field(default_factory=dict)
+    _told: dict[str, float] = field(default_factory=dict)
+
+    @cached_property
+    def _out(self) -> rich.console.Console:
+        from rich.console import Console as RichConsole
+
+        return RichConsole(markup=False, highlight=False, emoji=False)
+
+    @cached_property
+    def _err(self) -> rich.console.Console:
+        from rich.console import Console as RichConsole
+
+        return RichConsole(stderr=True, markup=False, highlight=False, emoji=False)
+
+    def result(self, value: Mapping[str, Any], show: Callable[[], None]) -> None:
+        """Print `value` as JSON, or call `show`."""
+        if self.json:
+            write(as_json(value) + "\n")
+        else:
+            show()
+
+    def line(self, text: str) -> None:
+        """A line on stdout, however long."""
+        self._out.print(text, soft_wrap=True)
+
+    def show(self, text: rich.text.Text) -> None:
+        """A styled text on stdout."""
+        self._out.print(text, soft_wrap=True)
+
+    def note(self, text: str) -> None:
+        """A line on stderr, unless quiet."""
+        if self.quiet:
+            return
+        if self.log_json:
+            self._log("info", message=text)
+        else:
+            self._err.print(text, style="dim", soft_wrap=True)
+
+    def rows(self, rows: Iterable[Sequence[str]], header: Sequence[str] = ()) -> None:
+        """A table on stdout."""
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(box=None, show_header=bool(header), pad_edge=False, header_style="bold")
+        materialised = [tuple(row) for row in rows]
+        width = max((len(row) for row in materialised), default=len(header))
+        for position in range(width):
+            table.add_column(header[position] if header else "", overflow="fold", no_wrap=not position)
+        for row in materialised:
+            cells = [Text(cell, style=_STYLES.get(cell, "")) for cell in row[1:]]
+            table.add_row(Text(row[0], style="bold"), *cells)
+        self._out.print(table)
+
+    def pieces(self, pieces: Iterable[str]) -> str:
+        """Print text on stdout as it comes and return it whole; a reader that goes away ends it quietly."""
+        written = []
+        for piece in pieces:
+            written.append(piece)
+            if not write(piece):
+                return "".join(written)
+        write("\n")
+        return "".join(written)
+
+    def verdicts(self, result: Result) -> int:
+        """Print what the gates said of an export or a validation; return the exit code."""
+        judged = [
+            {"gate": v.gate, "status": str(v.status), "summary": v.summary, "figures": dict(v.figures)}
+            for v in result.verdicts
+        ]
+        found = {
+            "directory": str(result.directory),
+            "exit_code": result.exit_code,
+            "verdicts": judged,
+            "rejections": result.manifest.get("rejections", []),
+            "seconds": dict(result.timings),
+        }
+
+        def show() -> None:
+            self._trade_off(result.manifest)
+            if found := remarks(result.manifest.get("model", {})):
+                self.rows(found)
+            self.rows([(v.gate, str(v.status), v.summary) for v in result.verdicts], header=("gate", "verdict", ""))
+            self.line(f"{result.directory}: {sum(result.timings.values()):.1f} s; report.html has the details")
+
+        self.result(found, show)
+        if result.failed:
+            self.note("a gate failed: the artifact is kept so that it can be examined; do not ship it")
+        return result.exit_code
+
+    def _trade_off(self, manifest: Mapping[str, Any]) -> None:
+        """The curve that `--quantize auto` chose from, if it did."""
+        found = manifest.get("quantization", {}).get("auto")
+        if found is None:
+            return
+        points = [(point, "") for point in found["trade_off"]] + [(found["chosen"], "chosen")]
+        rows = [
+            (
+                f"{point['bytes'] / 1e6:.2f}",
+                f"{point['share_of_fp16']:.3f}",
+                f"{point['predicted_increase']:+.3%}",
+                mark,
+            )
+            for point, mark in sorted(points, key=lambda row: row[0]["bytes"])
+        ]
+        self.rows(rows, header=("weights, MB", "of fp16", "perplexity, predicted", ""))
+        self.line("")
+
+    def error(self, error: MoecError) -> int:
+        """Print message and hint; return the exit code."""
+        self._complain(error.message, error.hint, error.exit_code, getattr(error, "__notes__", ()))
+        if self.debug:
+            traceback.print_exception(error)
+        return error.exit_code
+
+    def crash(self, error: Exception) -> int:
+        """Print that this is a fault of moec and where its details are; return the exit code."""
+        where = "the traceback is above"
+        if self.debug or not (path := _write_crash_log(error)):
+            traceback.print_exception(error)
+        else:
+            where = f"the details are in {path}"
+        message = f"internal: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        hint = f"this is a fault of moec; please report it: {where}"
+        self._complain(message, hint, INTERNAL, getattr(error, "__notes__", ()))
+        return INTERNAL
+
+    def interrupted(self) -> int:
+        """Print that nothing was written; return the exit code."""
+        if self.log_json:
+            self._log("error", message="interrupted; nothing was written", exit_code=INTERRUPTED)
+        else:
+            self._err.print("interrupted; nothing was written")
+        self._json_error("interrupted", "", INTERRUPTED)
+        return INTERRUPTED
+
+    def _complain(self, message: str, hint: str, code: int, notes: Sequence[str]) -> None:
+        if self.log_json:
+            self._log("error", message=message, hint=hint, exit_code=code, notes=list(notes))
+        else:
+            self._err.print(f"error: {message}", style="bold red", soft_wrap=True)
+            for note in notes:
+                self._err.print(note, style="dim", soft_wrap=True)
+            if hint:
+                self._err.print(f"hint: {hint}", soft_wrap=True)
+        self._json_error(message, hint, code)
+
+    def _log(self, level: str, **fields: Any) -> None:
+        """A line of JSON on stderr."""
+        when = datetime.now(UTC).isoformat(timespec="milliseconds")
+        print(json.dumps({"time": when, "level": level, **fields}, ensure_ascii=False), file=sys.stderr, flush=True)
+
+    def _json_error(self, message: str, hint: str, code: int) -> None:
+        if self.json:
+            error = {"message": message, "hint": hint, "exit_code": code}
+            write(as_json({"error": error}) + "\n")
+
+    @contextlib.contextmanager
+    def progress(self) -> Iterator[Callable[[str, int, int], None]]:
+        """Yield a Progress: bars on a terminal, a line for each finished step elsewhere, nothing if quiet."""
+        if self.quiet:
+            yield lambda _name, _done, _total: None
+        elif self._err.is_terminal and not self.log_json:
+            with self._bars() as update:
+                yield update
+        else:
+            yield self._print_step
+
+    @contextlib.contextmanager
+    def _bars(self) -> Iterator[Callable[[str, int, int], None]]:
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            SpinnerColumn,
+            TaskID,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        tasks: dict[str, TaskID] = {}
+        with Progress(*columns, console=self._err) as bars:
+
+            def update(name: str, done: int, total: int) -> None:
+                if name not in tasks:
+                    tasks[name] = bars.add_task(name, total=total or None, rate="")
+                # A bar that knows no more than begun and done pulses in between.
+                known = total if total > 1 or done else None
+                rate = bars.tasks[tasks[name]].speed
+                bars.update(tasks[name], completed=done, total=known, rate=_rate(rate) if total > 1 else "")
+
+            yield update
+
+    def _print_step(self, name: str, done: int, total: int) -> None:
+        """A line when a step is done, and every few seconds while it lasts, with its rate and the time left."""
+        now = time.perf_counter()
+        start = self._seen.setdefault(name, now)
+        finished = bool(total) and done >= total
+        if finished:
+            self._print(f"{name}: {now - start:.1f} s", step=name, done=done, total=total, seconds=now - start)
+        elif done and now - self._told.get(name, start) >= _INTERVAL:
+            rate = done / (now - start)
+            left = (total - done) / rate
+            text = f"{name}: {done} of {total}, {_rate(rate)}, {left:.0f} s left"
+            self._print(text, step=name, done=done, total=total, rate=rate, seconds_left=left)
+            self._told[name] = now
+
+    def _print(self, text: str, **fields: Any) -> None:
+        """A line of progress, as text or as JSON."""
+        if self.log_json:
+            self._log("info", **fields)
+        else:
+            self._err.print(text, soft_wrap=True)
+
+
+def as_json(value: Any) -> str:
+    """JSON for stdout, in ASCII where stdout is not UTF-8."""
+    return json.dumps(value, indent=2, ensure_ascii="utf" not in (sys.stdout.encoding or "").lower())
+
+
+def write(text: str) -> bool:
+    """Write to stdout at once; False where its reader has gone away, which ends the output quietly."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # What is still in the buffer would raise once more when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return False
+    return True
+
+
+def any_character() -> None:
+    """Let stdout and stderr take every character: what their encoding does not have is written as an escape."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _rate(per_second: float | None) -> str:
+    """A rate in the unit that reads best."""
+    if not per_second:
+        return ""
+    return f"{per_second:.3g}/s" if per_second >= 1 else f"{1 / per_second:.3g} s each"
+
+
+def _write_crash_log(error: Exception) -> str | None:
+    """Write what a report needs into a file of its own; None if even that fails."""
+    lines = [
+        f"moec {moec.__version__}, Python {platform.python_version()}, {platform.platform()}",
+        f"command: {' '.join(sys.argv)}",
+        "",
+        *traceback.format_exception(error),
+    ]
+    try:
+        descriptor, path = tempfile.mkstemp(prefix="moec-", suffix=".log")
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write("\n".join(lines))
+    except OSError:
+        return None
+    return path

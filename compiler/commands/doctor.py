@@ -1,0 +1,48 @@
+"""What this machine can build, run and measure."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from typing import Any
+
+import moec
+from moec.compiler.common.errors import MissingExtraError
+from moec.targets import get_target, target_names
+
+_TOOLS = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
+
+
+def doctor() -> dict[str, Any]:
+    """The environment, and for every target what can be done with it here and the command that adds the rest."""
+    return {
+        "environment": {
+            "moec": moec.__version__,
+            "python": platform.python_version(),
+            "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs, {_memory()}",
+            **{name: _version(name) for name in _TOOLS},
+        },
+        "targets": {name: _target(name) for name in target_names()},
+    }
+
+
+def _target(name: str) -> dict[str, str]:
+    try:
+        return dict(get_target(name).doctor())
+    except MissingExtraError as error:
+        return {"build": f"no: {error.message}", "run": "no", "measure": "no", "install": error.hint}
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _memory() -> str:
+    import psutil
+
+    memory = psutil.virtual_memory()
+    return f"{memory.total / 2**30:.0f} GiB of memory, {memory.available / 2**30:.0f} free"

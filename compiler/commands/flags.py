@@ -1,0 +1,174 @@
+"""Command-line flags made of a pydantic model: one per field, with its description as help."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from types import UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin
+
+import typer
+
+from moec.compiler.common.errors import UsageError
+
+if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
+
+_SEQUENCES = (list, tuple, set, frozenset)
+
+
+def with_flags(function: Callable[..., Any], fields: Mapping[str, FieldInfo], panel: str) -> Callable[..., Any]:
+    """`function` with a keyword argument more for every one of `fields`, for typer to make flags of.
+
+    A flag that is not given is None; values are strings, which pydantic converts and judges (booleans come as such,
+    sequences are separated by commas).
+
+    Args:
+        function: Takes `**options`.
+        fields: The `model_fields` of a pydantic model.
+        panel: Title that the flags stand under in the help.
+
+    Raises:
+        UsageError: A field has the name of an argument of `function`.
+    """
+    signature = inspect.signature(function, eval_str=True)
+    fixed = [item for item in signature.parameters.values() if item.kind is not inspect.Parameter.VAR_KEYWORD]
+    if clash := sorted({item.name for item in fixed} & fields.keys()):
+        raise UsageError(f"{panel}: {', '.join(clash)} would hide an argument that moec itself has")
+    added = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_annotation(name, info, panel))
+        for name, info in fields.items()
+    ]
+    sequences = {name for name, info in fields.items() if _is_sequence(info.annotation)}
+
+    @functools.wraps(function)
+    def command(**arguments: Any) -> Any:
+        split = {
+            name: [item.strip() for item in value.split(",") if item.strip()]
+            for name, value in arguments.items()
+            if name in sequences and value is not None
+        }
+        return function(**{**arguments, **split})
+
+    parameters = [item.replace(kind=inspect.Parameter.KEYWORD_ONLY) for item in fixed] + added
+    command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {item.name: item.annotation for item in parameters}
+    return command
+
+
+def without_flags(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` without its `**options`, which typer cannot make anything of."""
+    return with_flags(function, {}, "")
+
+
+def _annotation(name: str, info: FieldInfo, panel: str) -> Any:
+    from moec.compiler.common.validation import choices_of
+
+    text = f"{info.description or ''} {_default(info)}".strip()
+    flag = "--" + name.replace("_", "-")
+    if bool in _parts(info.annotation):
+        option = typer.Option(f"{flag}/--no-{flag[2:]}", help=text, rich_help_panel=panel)
+        return Annotated[bool | None, option]
+    metavar = "|".join(choices_of(info.annotation)) or _kind(info.annotation)
+    return Annotated[str | None, typer.Option(flag, help=text, metavar=metavar, rich_help_panel=panel)]
+
+
+def _default(info: FieldInfo) -> str:
+    if info.is_required():
+        return "(required)"
+    value = info.get_default(call_default_factory=True, validated_data={})
+    if value is None or value in ((), [], ""):
+        return ""
+    shown = {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
+    return f"(default: {', '.join(map(str, shown)) if isinstance(shown, _SEQUENCES) else shown})"
+
+
+def _kind(annotation: Any) -> str:
+    names = [part.__name__.lower() for part in _parts(annotation) if isinstance(part, type) and part is not type(None)]
+    return {"str": "text", "int": "integer", "float": "number"}.get(names[0], names[0]) if names else "text"
+
+
+def _parts(annotation: Any) -> tuple[Any, ...]:
+    """The members of a union, the items of a sequence, or the annotation itself."""
+    if get_origin(annotation) in (Union, UnionType, *_SEQUENCES):
+        return tuple(part for item in get_args(annotation) for part in _parts(item))
+    return (annotation,)
+
+
+def _is_sequence(annotation: Any) -> bool:
+    if get_origin(annotation) in (Union, UnionType):
+        return any(_is_sequence(item) for item in get_args(annotation))
+    return get_origin(annotation) in _SEQUENCES
+
+
+def find_flag(arguments: list[str], *names: str) -> str | None:
+    """Value of the last `--name value` or `--name=value` on a command line that is not parsed yet."""
+    found = None
+    for position, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if argument == "--":
+            break
+        if name in names:
+            found = value if equals else next(iter(arguments[position + 1 : position + 2]), found)
+    return found
+
+
+def named_target(arguments: list[str]) -> str | None:
+    """The target that a command line, not parsed yet, or its recipe names."""
+    name, recipe = find_flag(arguments, "--target", "-t"), find_flag(arguments, "--recipe")
+    if name is None and recipe is not None:
+        from moec.compiler.pipeline.recipe import read_recipe
+
+        in_recipe = read_recipe(Path(recipe)).get("target")
+        name = in_recipe if isinstance(in_recipe, str) else None
+    return name
+
+
+def numbers(assignments: Iterable[str], flag: str) -> dict[str, float]:
+    """`NAME=VALUE` of a repeated flag as numbers by name.
+
+    Raises:
+        UsageError: One is not of that form.
+    """
+    found: dict[str, float] = {}
+    for assignment in assignments:
+        name, _, value = assignment.partition("=")
+        try:
+            found[name] = float(value)
+        except ValueError as error:
+            raise UsageError(
+                f"{flag} {assignment}: not NAME=NUMBER", hint=f"such as {flag} routing_budget=0.7"
+            ) from error
+    return found
+
+
+def given(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that were given."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def sections_of_flags(
+    flags: Mapping[str, Mapping[str, Any]], calibration: Sequence[Path] = ()
+) -> dict[str, dict[str, Any]]:
+    """The sections of a recipe that flags speak of.
+
+    One flag may speak to several sections: `--calibration` names a file of `moec calibrate` by its suffix .json, else
+    a text; a text serves quantization, and routing where weights stay as they are. `--max-quality-loss` bounds the
+    search of routing only where nothing else says how much routing shall save.
+    """
+    sections = {name: {k: _plain(v) for k, v in given(part).items()} for name, part in flags.items()}
+    routed, quantized = sections.get("routing", {}), sections.get("quantize", {})
+    for path in calibration:
+        if path.suffix == ".json" or not quantized:
+            routed["calibration"] = str(path)
+        else:
+            quantized["calibration"] = str(path)
+    if routed.get("policy", "off") == "off" or {"budget", "calibration"} & routed.keys():
+        routed.pop("max_quality_loss", None)
+    return {name: section for name, section in sections.items() if section}
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value

@@ -1,0 +1,158 @@
+"""The output directory: written beside and renamed, described by moec.json, checked by digests.
+
+```
+out/ moec.json  report.json  report.html  <model files of the target>  config.json  tokenizer files ...
+```
+moec.json hashes every file but itself and the reports, and carries its own digest. It holds no time, no measurement
+and no path, so that two exports of one recipe are byte-identical.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from moec.compiler.common.errors import ArtifactError
+from moec.compiler.common.files import read_json
+
+MANIFEST = "moec.json"
+REPORTS = frozenset({"report.json", "report.html", "report.xml", "build.log"})
+"""Measurements: they may be written anew at any time, so nothing hashes them."""
+
+SCHEMA_VERSION = 1
+
+
+class _Sections(BaseModel):
+    """Types of the sections of moec.json, of which any but `files` may be missing."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    files: dict[str, str]
+    source: dict[str, Any] = {}
+    recipe: dict[str, Any] = {}
+    model: dict[str, Any] = {}
+    passes: list[dict[str, Any]] = []
+    rejections: list[dict[str, Any]] = []
+    signature: dict[str, Any] = {}
+    routing: dict[str, Any] = {}
+    quantization: dict[str, Any] = {}
+    model_files: list[str] = []
+    facts: dict[str, Any] = {}
+    tensor_bytes: dict[str, Any] = {}
+    tools: dict[str, str] = {}
+
+
+def write_manifest(directory: Path, content: Mapping[str, Any]) -> dict[str, Any]:
+    """Hash the files of `directory` and write moec.json, byte for byte the same for the same content and files.
+
+    Args:
+        directory: Holds everything that the artifact consists of.
+        content: The sections of moec.json; `schema_version`, `files` and `digest` are added here.
+
+    Returns:
+        What was written.
+    """
+    manifest = {"schema_version": SCHEMA_VERSION, **content, "files": _digests(directory)}
+    manifest["digest"] = _own_digest(manifest)
+    (directory / MANIFEST).write_text(_serialise(manifest, indent=2) + "\n", encoding="utf-8")
+    return manifest
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """Read moec.json and check its own digest, but none of the files.
+
+    Raises:
+        ArtifactError: No artifact, or a damaged moec.json, or one of a later moec.
+    """
+    path = directory / MANIFEST
+    if not path.is_file():
+        what = "has no moec.json" if directory.is_dir() else "is no directory"
+        raise ArtifactError(f"{directory}: not an artifact: it {what}", hint="give the directory that moec export made")
+    manifest = read_json(path, ArtifactError, hint="export it again")
+    if "files" not in manifest:
+        raise ArtifactError(f"{path}: not a description of an artifact", hint="export it again")
+    if manifest.get("schema_version") != SCHEMA_VERSION:
+        raise ArtifactError(
+            f"{path}: schema version {manifest.get('schema_version')}, this moec reads {SCHEMA_VERSION}",
+            hint="use the moec that wrote it, or export it again",
+        )
+    if manifest.get("digest") != _own_digest(manifest):
+        raise ArtifactError(f"{path}: damaged: it does not match its own digest", hint="export it again")
+    try:
+        _Sections.model_validate(manifest)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise ArtifactError(f"{path}: {where}: {first['msg']}", hint="export it again") from error
+    return manifest
+
+
+def verify(directory: Path) -> dict[str, str]:
+    """Check that every file is the one that was built.
+
+    Returns:
+        File name -> sha256, in the order of names.
+
+    Raises:
+        ArtifactError: A file is missing or differs; the message names all of them.
+    """
+    files: dict[str, str] = read_manifest(directory)["files"]
+    problems = []
+    for name, digest in sorted(files.items()):
+        relative = PurePosixPath(name)
+        path = directory / relative
+        if relative.is_absolute() or ".." in relative.parts:
+            problems.append(f"{name} lies outside of the artifact")
+        elif leads_out(directory, path):
+            problems.append(f"{name} is a link that leads out of the artifact")
+        elif not path.is_file():
+            problems.append(f"{name} is missing")
+        elif sha256(path) != digest:
+            problems.append(f"{name} differs from what was built")
+    if problems:
+        raise ArtifactError(f"{directory}: damaged: {'; '.join(problems)}", hint="copy it again, or export it again")
+    return dict(sorted(files.items()))
+
+
+def leads_out(directory: Path, path: Path) -> bool:
+    """Whether `path` in the artifact is, or lies behind, a link to somewhere else."""
+    return not path.resolve().is_relative_to(directory.resolve())
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file.
+
+    Raises:
+        ArtifactError: It cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def _digests(directory: Path) -> dict[str, str]:
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    names = {path.relative_to(directory).as_posix(): path for path in files}
+    return {name: sha256(path) for name, path in names.items() if name != MANIFEST and name not in REPORTS}
+
+
+def _own_digest(manifest: Mapping[str, Any]) -> str:
+    rest = {key: value for key, value in manifest.items() if key != "digest"}
+    return hashlib.sha256(_serialise(rest).encode()).hexdigest()
+
+
+def _serialise(value: Any, indent: int | None = None) -> str:
+    return json.dumps(value, indent=indent, sort_keys=True, ensure_ascii=False, allow_nan=False)
+
+
+def is_artifact(directory: Path) -> bool:
+    """Whether `directory` looks like one: it has a moec.json."""
+    return os.path.lexists(directory / MANIFEST)

@@ -1,0 +1,93 @@
+"""What moec reads from the JSON files beside a model's weights. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from moec.compiler.common.errors import ArtifactError, UsageError, first_line
+from moec.compiler.common.files import read_json
+
+_CONTEXT = ("max_position_embeddings", "max_seq_len", "n_positions")
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A JSON object of an artifact, or an empty one where the file does not exist.
+
+    Raises:
+        ArtifactError: The file is no JSON object.
+    """
+    return read_json(path, ArtifactError, hint="export it again") if path.is_file() else {}
+
+
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of a config.json that describes the language model."""
+    nested = config.get("text_config")
+    return nested if isinstance(nested, Mapping) else config
+
+
+def context_length(config: Mapping[str, Any]) -> int | None:
+    """The largest number of tokens that the model was made for, or None if config.json does not say."""
+    inner = text_config(config)
+    return next((int(inner[name]) for name in _CONTEXT if isinstance(inner.get(name), int)), None)
+
+
+def cache_length(config: Mapping[str, Any], wanted: int | None, default: int) -> int:
+    """Tokens that a cache of fixed size is made for: `--context`, else `default` or what the model allows.
+
+    Raises:
+        UsageError: More than the model was made for.
+    """
+    most = context_length(config)
+    if wanted is not None and most is not None and wanted > most:
+        raise UsageError(
+            f"--context {wanted}: the model was made for {most} tokens", hint=f"give at most --context {most}"
+        )
+    return wanted or min(most or default, default)
+
+
+def token_ids(name: str, *configs: Mapping[str, Any]) -> tuple[int, ...]:
+    """The ids under `name`, such as "eos_token_id", of the first config that has any."""
+    for config in configs:
+        value = config.get(name)
+        if isinstance(value, int):
+            return (value,)
+        if isinstance(value, list) and value and all(isinstance(item, int) for item in value):
+            return tuple(value)
+    return ()
+
+
+def end_tokens(generation: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[int, ...]:
+    """The ids at which generation ends, as transformers' generate has them.
+
+    Args:
+        generation: generation_config.json; what it names is all there is.
+        config: config.json, which is asked where that file names none, the nested text_config last.
+    """
+    return token_ids("eos_token_id", generation, config, text_config(config))
+
+
+def vocabulary_size(config: Mapping[str, Any]) -> int | None:
+    """Number of entries of the logits, or None if config.json does not say."""
+    size = text_config(config).get("vocab_size")
+    return size if isinstance(size, int) else None
+
+
+def chat_template(directory: Path) -> str | None:
+    """The model's default chat template (a jinja text), from a file of its own or from tokenizer_config.json.
+
+    Raises:
+        ArtifactError: A file is damaged.
+    """
+    file = directory / "chat_template.jinja"
+    if file.is_file():
+        try:
+            return file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ArtifactError(f"{file}: cannot be read: {first_line(error)}", hint="export it again") from error
+    template = read_config(directory / "tokenizer_config.json").get("chat_template")
+    if isinstance(template, list):  # several named templates
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, Mapping)}
+        template = named.get("default")
+    return template if isinstance(template, str) else None

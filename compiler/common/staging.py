@@ -1,0 +1,181 @@
+"""A directory that appears whole or not at all: written beside, then renamed.
+
+While it is being written it is called `.NAME.partial-XXXX` and its descriptor is locked, so that the next export can
+tell what a killed process left behind from what a living one is writing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from moec.compiler.common.artifact import is_artifact
+from moec.compiler.common.errors import MoecError, OutputError
+
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+_SPARE_BYTES = 1 << 20
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+
+
+@contextlib.contextmanager
+def staged(output: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yield an empty directory that becomes `output` when the block ends well and vanishes when it does not.
+
+    Args:
+        output: Where the result shall be. May be an empty directory.
+        overwrite: Whether an artifact that is there already may be replaced. Anything else never is.
+
+    Raises:
+        OutputError: `output` exists, or cannot be written, or the disk is full.
+    """
+    output = output.expanduser().resolve()
+    check_output(output, overwrite=overwrite)
+    with _output_errors(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        _clean(output)
+        directory = Path(tempfile.mkdtemp(prefix=_prefix(output), dir=output.parent))
+    lock = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        directory.chmod(0o777 & ~_umask())
+        with _output_errors(output):
+            yield directory
+            _sync(directory)
+            check_output(output, overwrite=overwrite)
+            _publish(directory, output)
+    finally:
+        os.close(lock)
+        # After a replacement this is the old artifact.
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def check_output(output: Path, *, overwrite: bool = False) -> None:
+    """Refuse an output that would destroy something.
+
+    Raises:
+        OutputError: It is a file, or a directory that holds something.
+    """
+    if not os.path.lexists(output):
+        return
+    if not output.is_dir():
+        raise OutputError(f"{output}: is a file", hint="give a directory, existing or not, with -o")
+    with _output_errors(output):
+        empty = not any(output.iterdir())
+    if empty:
+        return
+    if not is_artifact(output):
+        raise OutputError(f"{output}: holds something else than an artifact", hint="give a new or empty directory")
+    if not overwrite:
+        raise OutputError(f"{output}: holds an artifact already", hint="pass --overwrite to replace it")
+
+
+def _prefix(output: Path) -> str:
+    return f".{output.name}.partial-"
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _clean(output: Path) -> None:
+    """Remove what killed exports to `output` left behind; what is locked belongs to a living one."""
+    for path in output.parent.iterdir():
+        if not path.name.startswith(_prefix(output)) or not path.is_dir():
+            continue
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            continue
+        else:
+            shutil.rmtree(path)
+        finally:
+            os.close(descriptor)
+
+
+def _sync(directory: Path) -> None:
+    """Force files and folders to the disk, so that a power cut after the rename loses nothing."""
+    for path in (*directory.rglob("*"), directory):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _publish(directory: Path, output: Path) -> None:
+    if is_artifact(output):
+        _exchange(directory, output)
+    else:
+        directory.rename(output)  # over nothing, or over an empty directory
+    descriptor = os.open(output.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _exchange(directory: Path, output: Path) -> None:
+    """Swap two directories in one step where the system can (Linux), else in two."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is not None:
+        paths = (_AT_FDCWD, os.fsencode(directory), _AT_FDCWD, os.fsencode(output))
+        if renameat2(*paths, _RENAME_EXCHANGE) == 0:
+            return
+    with tempfile.TemporaryDirectory(prefix=_prefix(output), dir=output.parent) as aside:
+        output.rename(Path(aside) / "old")
+        directory.rename(output)
+
+
+@contextlib.contextmanager
+def _output_errors(output: Path) -> Iterator[None]:
+    """Turn what the file system refuses into an OutputError.
+
+    Libraries report a full disk in many ways, so whatever goes wrong while the disk is full is put down to it.
+    """
+    try:
+        yield
+    except MoecError:
+        raise
+    except OSError as error:
+        if error.errno in _FULL or _is_full(output.parent):
+            raise _full_disk(output) from error
+        if not _concerns(error, output):
+            raise
+        at = "" if str(error.filename) == str(output) else f" at {error.filename}"
+        raise OutputError(
+            f"{output}: cannot be written: {error.strerror or error}{at}", hint="choose another directory with -o"
+        ) from error
+    except Exception as error:
+        if _is_full(output.parent):
+            raise _full_disk(output) from error
+        raise
+
+
+def _full_disk(output: Path) -> OutputError:
+    return OutputError(
+        f"{output}: cannot be written: no space left on the disk; nothing was kept",
+        hint="free some space, or choose another disk with -o",
+    )
+
+
+def _is_full(parent: Path) -> bool:
+    try:
+        return shutil.disk_usage(parent).free < _SPARE_BYTES
+    except OSError:
+        return False
+
+
+def _concerns(error: OSError, output: Path) -> bool:
+    """Whether an error is about the output and not about some other file."""
+    names = [name for name in (error.filename, error.filename2) if isinstance(name, str | os.PathLike)]
+    return any(Path(name).is_relative_to(output.parent) or output.is_relative_to(name) for name in names)

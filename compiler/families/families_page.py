@@ -1,0 +1,176 @@
+"""What works for which model family: tiny random checkpoints, captured, proven and, if asked, lowered.
+
+`moec families --check --target onnx -o docs/families.md` writes the page of the documentation. With `--recipe`, once or
+several times, every family is built by each of these recipes: with dynamic routing, say, or quantized.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moec.compiler.common.errors import MoecError, OutputError
+from moec.compiler.common.validation import unknown
+from moec.compiler.families.tiny_models import family_names, write_tiny_checkpoint
+from moec.compiler.pipeline.recipe import make_recipe
+
+if TYPE_CHECKING:
+    from moec.compiler.common.progress import Progress
+    from moec.compiler.common.verdict import Verdict
+
+YES, IN_PART, NO = "yes", "in part", "no"
+
+_INTRODUCTION = """# Model families
+
+One row for each family that moec has a tiny random model of: two or three layers with every trait of the family
+(window, chunk, grouped heads, dense first layers, shared experts, biases, group limits). The model is captured, and the
+captured Program is compared with the eager model of transformers, prefill and decode.{built}
+
+Written by `{command}`.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class FamilyRow:
+    """What was found for one family.
+
+    Attributes:
+        family: Its name.
+        captured: Whether it can be captured.
+        proven: Whether the captured Program equals the model of transformers.
+        artifacts: For each recipe, by its title, whether the artifact passed its gates; `IN_PART` if none failed, but
+            one could not run here.
+        reason: Module and cause of what does not work; else how large the differences were.
+    """
+
+    family: str
+    captured: bool
+    proven: bool
+    artifacts: Mapping[str, str]
+    reason: str
+
+    @property
+    def works(self) -> bool:
+        """Whether all that was asked for is proven."""
+        return self.proven and NO not in self.artifacts.values()
+
+    def as_dict(self) -> dict[str, Any]:
+        """The row, JSON-able."""
+        return asdict(self)
+
+
+def choose(names: Sequence[str]) -> tuple[str, ...]:
+    """`names`, or all families if there are none.
+
+    Raises:
+        UsageError: One is unknown.
+    """
+    known = family_names()
+    for name in names:
+        if name not in known:
+            raise unknown(name, known, "unknown model family", "the families")
+    return tuple(names) or known
+
+
+def check(names: Iterable[str], recipes: Mapping[str, Mapping[str, Any]], *, progress: Progress) -> list[FamilyRow]:
+    """Check one family after the other.
+
+    Args:
+        names: Families.
+        recipes: Recipes by title, each whole but for the checkpoint. A family is built by every one of them, and the
+            artifact goes through all gates; without any, the check stops after capture.
+        progress: Told about every family.
+
+    Raises:
+        UsageError: A recipe makes no sense.
+    """
+    for title, fields in recipes.items():
+        make_recipe({**fields, "checkpoint": "tiny"}, where=title)
+    chosen = list(names)
+    rows = []
+    for position, name in enumerate(chosen):
+        progress("families", position, len(chosen))
+        with tempfile.TemporaryDirectory() as folder:
+            rows.append(_check(name, recipes, Path(folder)))
+    progress("families", len(chosen), len(chosen))
+    return rows
+
+
+def _check(name: str, recipes: Mapping[str, Mapping[str, Any]], folder: Path) -> FamilyRow:
+    from moec.compiler.common.verdict import Status
+    from moec.compiler.frontend.capture import capture
+    from moec.compiler.frontend.checkpoint import Checkpoint
+    from moec.compiler.gates.cases import Prompts
+    from moec.compiler.gates.parity import check_capture
+
+    checkpoint = Checkpoint.open(write_tiny_checkpoint(name, folder / "checkpoint", tokenizer=True))
+    try:
+        program = capture(checkpoint)
+    except MoecError as error:
+        return FamilyRow(name, False, False, dict.fromkeys(recipes, NO), error.message)
+    verdict = check_capture(checkpoint, program, Prompts.of(checkpoint.directory, program.vocab_size))
+    built = {
+        title: build({**fields, "checkpoint": str(checkpoint.directory)}, folder / str(number))
+        for number, (title, fields) in enumerate(recipes.items())
+    }
+    reasons = [_summary([verdict]), *(f"{title}: {reason}" for title, (_, reason) in built.items())]
+    artifacts = {title: passed for title, (passed, _) in built.items()}
+    return FamilyRow(name, True, verdict.status is Status.PASS, artifacts, "; ".join(reasons))
+
+
+def build(fields: Mapping[str, Any], output: Path) -> tuple[str, str]:
+    """Whether the artifact passed its gates, and what they said."""
+    from moec.compiler.common.verdict import Status
+    from moec.compiler.gates.parity import EXIT_CODE
+    from moec.compiler.pipeline.export import compile_recipe
+
+    try:
+        result = compile_recipe(make_recipe(fields, where="recipe"), output)
+    except MoecError as error:
+        return NO, error.message
+    # Quality and latency ask for limits, which tiny random models have none of; the proof must be whole.
+    asked = [verdict for verdict in result.verdicts if verdict.exit_code == EXIT_CODE or verdict.status.failed]
+    open_ = [verdict for verdict in asked if verdict.status is not Status.PASS]
+    parity = [verdict for verdict in result.verdicts if verdict.gate.startswith("parity: artifact")]
+    found = NO if any(verdict.status.failed for verdict in open_) else IN_PART if open_ else YES
+    return found, _summary([*parity, *open_] if found == IN_PART else open_ or parity)
+
+
+def _summary(verdicts: Sequence[Verdict]) -> str:
+    return "; ".join(f"{verdict.gate}: {verdict.summary}" for verdict in verdicts)
+
+
+def markdown(rows: Sequence[FamilyRow], command: str) -> str:
+    """The page: the command that made it, counts, then one table row for each family."""
+    titles = list(rows[0].artifacts) if rows else []
+    header = [
+        "family",
+        "captured",
+        "equal to transformers",
+        *(f"{title} artifact proven" for title in titles),
+        "details",
+    ]
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    for row in rows:
+        found = [YES if row.captured else NO, YES if row.proven else NO, *row.artifacts.values()]
+        details = " ".join(row.reason.split()).replace("|", "\\|")
+        lines.append("| " + " | ".join([row.family, *found, details]) + " |")
+    works = sum(row.works for row in rows)
+    text = f" It is then built for {', '.join(titles)}, and the artifact goes through every gate." if titles else ""
+    intro = _INTRODUCTION.format(built=text, command=command)
+    return "\n".join([intro, f"{works} of {len(rows)} families work.\n", *lines])
+
+
+def write_page(path: Path, text: str) -> None:
+    """Write the page.
+
+    Raises:
+        OutputError: It cannot be written.
+    """
+    try:
+        path.write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written: {error.strerror}", hint="choose another file with -o") from error

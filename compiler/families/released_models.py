@@ -1,0 +1,103 @@
+"""Tiny random checkpoints with the configurations of released models, from `golden_models/released.yaml`.
+
+config.json is the published one with its sizes reduced: keys, layer patterns, flags, windows, scaling, dtypes and
+wrappers are as people download them. The tensors have the names and the dtype of the release.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib.resources
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from moec.compiler.common.errors import UsageError
+from moec.compiler.common.progress_bars import no_bars
+from moec.compiler.families.tiny_models import character_tokenizer, expert_count, randomise
+
+_STORED = "quantization_config"
+
+
+@functools.cache
+def _released() -> dict[str, dict[str, Any]]:
+    """The table of the data file: name -> source, config, and what the test reduces."""
+    text = (importlib.resources.files("moec") / "golden_models" / "released.yaml").read_text(encoding="utf-8")
+    data: dict[str, dict[str, dict[str, Any]]] = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    return data["released"]
+
+
+def released_names() -> tuple[str, ...]:
+    """Names of all released models in the data file, sorted."""
+    return tuple(sorted(_released(), key=str.lower))
+
+
+def released_config(name: str) -> dict[str, Any]:
+    """config.json of a released model with reduced sizes.
+
+    Args:
+        name: One of `released_names()`.
+
+    Raises:
+        UsageError: The model is unknown.
+    """
+    if name not in _released():
+        raise UsageError(f"unknown released model {name!r}", hint=f"known: {', '.join(released_names())}")
+    entry = _released()[name]
+    return _merged(entry["config"], entry["reduced"])
+
+
+def _merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` with `changes`, mappings key by key."""
+    result = copy.deepcopy(dict(values))
+    for key, change in changes.items():
+        old = result.get(key)
+        if isinstance(old, Mapping) and isinstance(change, Mapping):
+            result[key] = _merged(old, change)
+        else:
+            result[key] = copy.deepcopy(change)
+    return result
+
+
+def write_released_checkpoint(name: str, directory: Path, *, seed: int = 0) -> Path:
+    """Write config.json, model.safetensors and tokenizer.json of a tiny model with a released configuration.
+
+    Weights that the release stores quantized are written in its float dtype, and config.json says nothing of it.
+
+    Args:
+        name: One of `released_names()`.
+        directory: Where to write; made if it does not exist.
+        seed: Seed of every weight.
+
+    Returns:
+        `directory`.
+
+    Raises:
+        UsageError: The model is unknown.
+        MoecError: transformers has no class for it, or refuses the values.
+    """
+    import torch
+
+    from moec.compiler.frontend import architecture
+
+    raw = {key: value for key, value in released_config(name).items() if key != _STORED}
+    directory.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(raw, indent=2)
+    (directory / "config.json").write_text(text, encoding="utf-8")
+    config = architecture.read_config(directory, raw, trust_remote_code=False)
+    inner = config.get_text_config()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = architecture.build(config, attention="eager", dtype=torch.float32, trust_remote_code=False)
+    randomise(model, torch.Generator().manual_seed(seed), expert_count(inner))
+    dtype = getattr(config, "dtype", None) or getattr(inner, "dtype", None) or torch.bfloat16
+    torch.nn.Module.to(model, dtype)
+    with no_bars():
+        model.save_pretrained(directory)
+    (directory / "config.json").write_text(text, encoding="utf-8")
+    character_tokenizer(inner.vocab_size).save(str(directory / "tokenizer.json"))
+    return directory

@@ -1,0 +1,1 @@
+"""The intermediate representation: Program, ops, lazy weights, invariants, and the interpreter that defines them."""

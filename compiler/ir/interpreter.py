@@ -1,0 +1,273 @@
+"""Runs a Program in torch, node by node, with the weights streamed from the store: the reference for everything.
+
+Values are freed after their last use and weights are read when a node needs them, so that memory is one layer, or one
+expert where experts are concerned, and not the model. A small cache keeps what fits.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from moec.compiler.common.errors import UsageError
+from moec.compiler.ir.ops import ExpertCall, ExpertWeights, Gate, run_experts
+from moec.compiler.ir.program import EXPERTS, Program
+from moec.compiler.ir.weights import LazyTensor
+
+Observer = Callable[[fx.Node, tuple[Any, ...], Any], None]
+"""Called after each node with the node, its evaluated arguments and its result."""
+
+ExpertObserver = Callable[[fx.Node, ExpertCall], None]
+"""Called for every expert that a layer runs, with the experts node."""
+
+
+class WeightReader:
+    """Reads weights in the dtype that the graph wants, and keeps the most recently used ones.
+
+    Args:
+        cache_bytes: How much may be kept.
+    """
+
+    def __init__(self, cache_bytes: int) -> None:
+        self._limit, self._used = cache_bytes, 0
+        self._kept: OrderedDict[tuple[str, int | None, torch.dtype], Tensor] = OrderedDict()
+
+    def read(self, name: str, tensor: LazyTensor, dtype: torch.dtype, row: int | None = None) -> Tensor:
+        """Values of `tensor`, or of its index `row` along axis 0."""
+        key = (name, row, dtype)
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            return self._kept[key]
+        value = tensor.read() if row is None else tensor.rows(row, row + 1)[0]
+        value = value.to(dtype)
+        size = value.numel() * value.element_size()
+        if size <= self._limit:
+            self._kept[key] = value
+            self._used += size
+            while self._used > self._limit:
+                _, old = self._kept.popitem(last=False)
+                self._used -= old.numel() * old.element_size()
+        return value
+
+
+class Interpreter:
+    """Evaluates the graph of a Program.
+
+    Args:
+        program: What to run.
+        cache_bytes: Memory for weights that may be kept between steps; 1 GiB by default.
+        observer: See `Observer`.
+        expert_observer: See `ExpertObserver`.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        *,
+        cache_bytes: int = 1 << 30,
+        observer: Observer | None = None,
+        expert_observer: ExpertObserver | None = None,
+    ) -> None:
+        self.program, self.observer, self.expert_observer = program, observer, expert_observer
+        self._reader = WeightReader(cache_bytes)
+        self._last_use = _last_uses(program.graph)
+
+    @torch.no_grad()
+    def run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Run one step.
+
+        Args:
+            feeds: A tensor for every input and every state, by the names in `program.inputs` and `program.states`.
+
+        Returns:
+            `logits` and the present states by name.
+
+        Raises:
+            UsageError: An input is missing.
+        """
+        program = self.program
+        names = [spec.name for spec in program.inputs] + [state.input.name for state in program.states]
+        if missing := [name for name in names if name not in feeds]:
+            raise UsageError(f"missing inputs: {', '.join(missing)}")
+        supply = iter(names)
+        values: dict[fx.Node, Any] = {}
+        for node in program.graph.nodes:
+            if node.op == "output":
+                break
+            if node.op == "placeholder":
+                values[node] = feeds[next(supply)]
+            elif node.op == "get_attr":
+                values[node] = None  # read where it is used
+            else:
+                values[node] = self._call(node, values)
+            for dead in self._last_use[node]:
+                values.pop(dead, None)
+        return {name: values[node] for name, node in program.outputs().items()}
+
+    @torch.no_grad()
+    def experts(self, node: fx.Node, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+        """Run the experts of one layer by themselves.
+
+        Args:
+            node: A `moec::experts` whose weights are weights of the Program.
+            hidden: [T, H].
+            indices: [T, k].
+            weights: [T, k]; 0 drops a slot.
+
+        Returns:
+            [T, H]. Each expert that is used is read once.
+        """
+        return self._experts(node, {}, hidden, indices, weights)
+
+    def _call(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+        def value(argument: fx.Node) -> Any:
+            return self._weight(argument) if argument.op == "get_attr" else values[argument]
+
+        if node.target is EXPERTS:
+            args: Any = fx.map_arg(node.args[:3], value)
+            result: Any = self._experts(node, values, *args)
+        else:
+            args, kwargs = fx.map_arg(node.args, value), fx.map_arg(node.kwargs, value)
+            assert callable(node.target)
+            result = node.target(*args, **kwargs)
+        if self.observer is not None:
+            self.observer(node, args, result)
+        return result
+
+    def _weight(self, node: fx.Node, row: int | None = None) -> Tensor:
+        name = self.program.weights.resolve(str(node.target))
+        return self._reader.read(name, self.program.weights[name], node.meta["val"].dtype, row)
+
+    def _experts(
+        self, node: fx.Node, values: dict[fx.Node, Any], hidden: Tensor, indices: Tensor, weights: Tensor
+    ) -> Tensor:
+        gate_up, gate_up_bias, down, down_bias = node.args[3:7]
+        activation, gated, interleaved, transposed, alpha, limit, up_offset = node.args[7:14]
+        gate = Gate(activation, gated, interleaved, alpha, limit, up_offset)  # type: ignore[arg-type]
+
+        def row(argument: Any, index: int) -> Tensor | None:
+            if argument is None:
+                return None
+            if argument.op == "get_attr":
+                return self._weight(argument, index)
+            computed: Tensor = values[argument][index]
+            return computed
+
+        def expert(index: int) -> ExpertWeights:
+            up, own_down = row(gate_up, index), row(down, index)
+            assert up is not None
+            assert own_down is not None
+            return ExpertWeights(
+                up.T if transposed else up,
+                own_down.T if transposed else own_down,
+                row(gate_up_bias, index),
+                row(down_bias, index),
+            )
+
+        watch = None if self.expert_observer is None else partial(self.expert_observer, node)
+        return run_experts(hidden, indices, weights, gate, expert, watch)
+
+
+def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+    """Node -> the nodes whose value nobody needs after it."""
+    last: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        for argument in node.all_input_nodes:
+            last[argument] = node
+    dead: dict[fx.Node, list[fx.Node]] = defaultdict(list)
+    for node, user in last.items():
+        dead[user].append(node)
+    return dead
+
+
+def empty_states(program: Program, batch: int) -> dict[str, Tensor]:
+    """States of a sequence that has not begun: caches of no tokens, and zeros."""
+    return {
+        state.input.name: torch.zeros(
+            [batch if size == "batch" else 0 if isinstance(size, str) else size for size in state.input.shape],
+            dtype=state.input.dtype,
+        )
+        for state in program.states
+    }
+
+
+def default_positions(attention_mask: Tensor, length: int) -> Tensor:
+    """Position ids of the last `length` slots: how many tokens that are no padding come before. [B, S] int64."""
+    positions = (attention_mask.to(torch.int64).cumsum(-1) - 1).clamp(min=0)
+    return positions[:, -length:] if length else positions[:, :0]
+
+
+class ProgramRunner:
+    """Runs a Program as if it were an artifact: the Runner of `moec.targets.base` over the interpreter."""
+
+    def __init__(
+        self,
+        program: Program,
+        *,
+        cache_bytes: int = 1 << 30,
+        observer: Observer | None = None,
+        expert_observer: ExpertObserver | None = None,
+    ) -> None:
+        self.program = program
+        self._interpreter = Interpreter(
+            program, cache_bytes=cache_bytes, observer=observer, expert_observer=expert_observer
+        )
+        self._states: dict[str, Tensor] = {}
+        self._length = 0
+
+    def reset(self) -> None:
+        """Forget the sequence."""
+        self._states, self._length = {}, 0
+
+    def prefill(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None) -> np.ndarray:
+        """Start new sequences: input_ids [B, S] -> logits [B, S, V] float32."""
+        self.reset()
+        return self.decode(input_ids, attention_mask)
+
+    def decode(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None) -> np.ndarray:
+        """Continue: input_ids [B, S], attention_mask [B, past + S] (all ones if None) -> logits [B, S, V]."""
+        ids = torch.from_numpy(np.ascontiguousarray(input_ids, dtype=np.int64))
+        states = self._states or empty_states(self.program, ids.shape[0])
+        past, total = self._length, self._length + ids.shape[1]
+        mask = (
+            torch.ones(ids.shape[0], total, dtype=torch.int64)
+            if attention_mask is None
+            else torch.from_numpy(np.ascontiguousarray(attention_mask, dtype=np.int64))
+        )
+        feeds = {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "position_ids": default_positions(mask, ids.shape[1]),
+            "cache_position": torch.arange(past, total),
+            **states,
+        }
+        results = self._interpreter.run({**feeds, **self._extra(feeds)})
+        self._states = {state.input.name: results[state.output.name] for state in self.program.states}
+        self._length = total
+        return results["logits"].float().numpy()
+
+    def _extra(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Defaults of the inputs that passes added, such as a routing budget."""
+        defaults = self.program.notes.get("input_defaults", {})
+        return {spec.name: defaults[spec.name] for spec in self.program.inputs if spec.name not in feeds}
+
+    def facts(self) -> dict[str, Any]:
+        """What ran, for the report."""
+        return {"runtime": "moec interpreter", "torch": torch.__version__}
+
+
+def observe(targets: Sequence[Any], call: Callable[[fx.Node, tuple[Any, ...], Any], None]) -> Observer:
+    """An observer that is called for the nodes of `targets` alone."""
+    wanted = frozenset(targets)
+    return partial(_observe, wanted, call)
+
+
+def _observe(wanted: frozenset[Any], call: Observer, node: fx.Node, args: tuple[Any, ...], result: Any) -> None:
+    if node.target in wanted:
+        call(node, args, result)

@@ -1,0 +1,210 @@
+"""Program: an exported graph, the weights it names, the states it carries and its table of MoE layers.
+
+The graph is a `torch.fx.Graph` of aten and moec ops. Placeholders are inputs and states; a `get_attr` node names a
+tensor of the WeightStore, so that no pass ever holds weights. Every node keeps the fake value of its result in
+`meta["val"]` and the module that it came from in `meta["module"]`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from moec.compiler.common.rejections import Rejection
+from moec.compiler.ir.ops import ATTENTION, EXPERTS, RMS_NORM, ROTARY, SELECT
+from moec.compiler.ir.weights import WeightStore
+
+__all__ = [
+    "ATTENTION",
+    "CACHE_KINDS",
+    "EXPERTS",
+    "RMS_NORM",
+    "ROTARY",
+    "SELECT",
+    "Dim",
+    "MoeLayer",
+    "Program",
+    "StateSpec",
+    "TensorSpec",
+    "copy_graph",
+    "module_of",
+    "moe_layers",
+    "state_spec",
+    "weight_argument",
+]
+
+Dim = int | str
+"""A size: a number, or the name of a dynamic axis ("batch", "sequence", "past_sequence", "total_sequence")."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """Name, shape and dtype of an input or output of the Program."""
+
+    name: str
+    shape: tuple[Dim, ...]
+    dtype: torch.dtype
+
+
+CACHE_KINDS = ("key", "value")
+"""Kinds of state that grow by the new tokens of a step; [B, heads, past_sequence, width]."""
+
+
+@dataclass(frozen=True, slots=True)
+class StateSpec:
+    """One state that a step reads and replaces. It starts as zeros, and a cache with no tokens.
+
+    `kind` is "key" or "value", or "conv": the last inputs of a short causal convolution, [B, channels, kernel size].
+    """
+
+    layer: int
+    kind: str
+    input: TensorSpec
+    output: TensorSpec
+
+
+def state_spec(layer: int, kind: str, shape: tuple[Dim, ...], dtype: torch.dtype) -> StateSpec:
+    """The state of a layer under the names that ONNX models of Hugging Face have.
+
+    Args:
+        layer: Index of the layer.
+        kind: See `StateSpec`.
+        shape: Before a step.
+        dtype: Of both ends.
+    """
+    past, present = f"past_{kind}.{layer}", f"present_{kind}.{layer}"
+    if kind in CACHE_KINDS:
+        past, present = f"past_key_values.{layer}.{kind}", f"present.{layer}.{kind}"
+    after: tuple[Dim, ...] = tuple("total_sequence" if size == "past_sequence" else size for size in shape)
+    return StateSpec(layer, kind, TensorSpec(past, shape, dtype), TensorSpec(present, after, dtype))
+
+
+@dataclass(frozen=True, slots=True)
+class MoeLayer:
+    """One row of the MoE layer table; sizes as in the checkpoint's config."""
+
+    index: int
+    module: str
+    node: str
+    num_experts: int
+    top_k: int
+    hidden_size: int
+    intermediate_size: int
+    gate_up_proj: str
+    down_proj: str
+
+
+@dataclass(frozen=True)
+class Program:
+    """A model between capture and lowering.
+
+    Attributes:
+        graph: See the module docstring.
+        weights: The tensors that the graph's `get_attr` nodes name.
+        inputs: Inputs that are no states, in placeholder order.
+        states: Every state, in placeholder order.
+        layers: The MoE layers in execution order.
+        dtype: Activation dtype.
+        config: The checkpoint's config.json as a plain mapping.
+        dims: Dynamic axis name -> the symbol that stands for it in fake shapes.
+        notes: What passes recorded for targets and reports, by pass name. Capture records how the checkpoint is read
+            ("checkpoint"), parts of it that the graph does not use -> number of their tensors ("left_out"), and the
+            lengths past which rotary tables have other frequencies ("rotary_borders").
+        rejections: Where capture did not do as config.json says.
+    """
+
+    graph: fx.Graph
+    weights: WeightStore
+    inputs: tuple[TensorSpec, ...]
+    states: tuple[StateSpec, ...]
+    layers: tuple[MoeLayer, ...]
+    dtype: torch.dtype
+    config: Mapping[str, Any]
+    dims: Mapping[str, Any]
+    notes: Mapping[str, Any] = field(default_factory=dict)
+    rejections: tuple[Rejection, ...] = ()
+
+    def replace(self, **changes: Any) -> Program:
+        """Return a copy with `changes`."""
+        return dataclasses.replace(self, **changes)
+
+    def copy_graph(self) -> fx.Graph:
+        """Return a copy of the graph that a pass may change."""
+        return copy_graph(self.graph)
+
+    def nodes(self, target: Callable[..., Any]) -> list[fx.Node]:
+        """Every call of `target`, in execution order."""
+        return self.graph.find_nodes(op="call_function", target=target)
+
+    def weight_names(self) -> tuple[str, ...]:
+        """The tensors that the graph names, each once, in the order of first use."""
+        names = (str(node.target) for node in self.graph.nodes if node.op == "get_attr")
+        return tuple(dict.fromkeys(names))
+
+    @property
+    def caches(self) -> tuple[StateSpec, ...]:
+        """The states that hold the tokens so far, whose number their axis 2 is."""
+        return tuple(state for state in self.states if state.kind in CACHE_KINDS)
+
+    @property
+    def replaced(self) -> tuple[StateSpec, ...]:
+        """The states that a step replaces as a whole, whose shape does not depend on the tokens so far."""
+        return tuple(state for state in self.states if state.kind not in CACHE_KINDS)
+
+    @property
+    def vocab_size(self) -> int:
+        """Width of the logits."""
+        return int(self.outputs()["logits"].meta["val"].shape[-1])
+
+    def outputs(self) -> dict[str, fx.Node]:
+        """Output name -> node: "logits", then the outputs of the states."""
+        results = self.graph.output_node().args[0]
+        assert isinstance(results, tuple | list)
+        names = ("logits", *(state.output.name for state in self.states))
+        return {name: node for name, node in zip(names, results, strict=True) if isinstance(node, fx.Node)}
+
+
+def copy_graph(graph: fx.Graph) -> fx.Graph:
+    """Copy `graph` node by node, fake values and all."""
+    new, mapping = fx.Graph(), dict[fx.Node, fx.Node]()
+    for node in graph.nodes:
+        mapping[node] = new.node_copy(node, lambda n: mapping[n])
+    return new
+
+
+def module_of(node: fx.Node) -> str:
+    """Path of the module that `node` came from, for messages."""
+    return str(node.meta.get("module", "")) or "the model"
+
+
+def weight_argument(node: fx.Node, position: int) -> str | None:
+    """Name of the weight at argument `position` of `node`, or None where it is absent."""
+    argument = node.args[position]
+    return str(argument.target) if isinstance(argument, fx.Node) and argument.op == "get_attr" else None
+
+
+def moe_layers(graph: fx.Graph) -> tuple[MoeLayer, ...]:
+    """Read the MoE layer table off the experts nodes of `graph`."""
+    return tuple(_rows(graph))
+
+
+def _rows(graph: fx.Graph) -> Iterator[MoeLayer]:
+    for index, node in enumerate(graph.find_nodes(op="call_function", target=EXPERTS)):
+        hidden, indices, gate_up, down = (node.args[position].meta["val"] for position in (0, 1, 3, 5))
+        transposed = bool(node.args[10])
+        yield MoeLayer(
+            index=index,
+            module=module_of(node),
+            node=node.name,
+            num_experts=int(gate_up.shape[0]),
+            top_k=int(indices.shape[1]),
+            hidden_size=int(hidden.shape[1]),
+            intermediate_size=int(down.shape[1 if transposed else 2]),
+            gate_up_proj=weight_argument(node, 3) or "",
+            down_proj=weight_argument(node, 5) or "",
+        )

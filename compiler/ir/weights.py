@@ -1,0 +1,318 @@
+"""Lazy tensors, and the WeightStore that names them.
+
+Nothing here is read before `read` or `rows` is called, and nothing is kept afterwards. `rows` gives a slice along
+axis 0, which for stacked experts is one expert, so that a whole stack need never be in memory.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moec.compiler.common.errors import CheckpointError
+from moec.compiler.ir.safetensors_file import StoredEntry
+
+Leaf = Callable[["LazyTensor"], "LazyTensor | None"]
+"""What `LazyTensor.over` puts in the place of a tensor at the ends of an arrangement."""
+
+
+class LazyTensor(ABC):
+    """A tensor whose shape and dtype are known and whose values are made on demand."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @abstractmethod
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Return the slice [start, stop) along axis 0 (the tensor itself where it has no axis)."""
+
+    def read(self) -> Tensor:
+        """Return the whole tensor."""
+        return self.rows(0, self.shape[0] if self.shape else 1)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the values in bytes."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+    def chunks(self, limit: int = 1 << 23) -> Iterator[Tensor]:
+        """Yield the tensor in slices along axis 0 of about `limit` bytes each, at least one row."""
+        if not self.shape or self.nbytes <= limit:
+            yield self.read()
+            return
+        step = max(1, limit * self.shape[0] // self.nbytes)
+        for start in range(0, self.shape[0], step):
+            yield self.rows(start, min(start + step, self.shape[0]))
+
+    def cast(self, dtype: torch.dtype) -> LazyTensor:
+        """This tensor in `dtype`."""
+        if dtype == self.dtype:
+            return self
+        return Cast(self, dtype)
+
+    def over(self, leaf: Leaf) -> LazyTensor | None:
+        """The same arrangement of other values: what this is made of, with `leaf` applied to each tensor at its ends.
+
+        So the codes of a quantized tensor can follow their weights through stacking, joining and transposing. None
+        where values are computed and not only moved, and where `leaf` returns None. Casts are left out.
+        """
+        return leaf(self)
+
+
+@dataclass(frozen=True)
+class Cast(LazyTensor):
+    """`source` in another dtype."""
+
+    source: LazyTensor
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        """Shape of the source."""
+        return self.source.shape
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Cast the same rows of the source."""
+        return self.source.rows(start, stop).to(self.dtype)
+
+    def over(self, leaf: Leaf) -> LazyTensor | None:
+        """See `LazyTensor.over`: a dtype is no part of an arrangement."""
+        return self.source.over(leaf)
+
+
+@dataclass(frozen=True)
+class Stored(LazyTensor):
+    """A tensor of a safetensors file."""
+
+    entry: StoredEntry
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        """Shape in the file."""
+        return self.entry.shape
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        """Dtype in the file."""
+        return self.entry.dtype
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Read a slice.
+
+        Raises:
+            CheckpointError: The file is damaged, or the values hold NaN or infinity.
+        """
+        value = self.entry.rows(start, stop)
+        _check_finite(value, self.entry)
+        return value
+
+
+def _check_finite(value: Tensor, entry: StoredEntry) -> None:
+    if not value.is_floating_point() or not value.numel():
+        return
+    if value.dtype.itemsize == 1:
+        value = value.to(torch.float32)  # torch finds no extremes among numbers of 8 bits
+    # The extremes carry every NaN and infinity, and need no temporary as large as the tensor.
+    low, high = value.aminmax()
+    if not (low.isfinite() and high.isfinite()):
+        bad = int((~value.isfinite()).sum())
+        raise CheckpointError(
+            f"{entry.source.path}: tensor {entry.name} holds NaN or infinity ({bad} of {value.numel()} values read)",
+            hint="the checkpoint is damaged, or was cast to a dtype too narrow for it",
+        )
+
+
+@dataclass(frozen=True)
+class Constant(LazyTensor):
+    """A small tensor that is held in memory: rotary tables and lifted constants."""
+
+    value: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        """Shape of the value."""
+        return tuple(self.value.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        """Dtype of the value."""
+        return self.value.dtype
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Return a slice of the value."""
+        return self.value[start:stop] if self.value.ndim else self.value
+
+
+@dataclass(frozen=True)
+class Mapped(LazyTensor):
+    """`function` of another tensor, row by row: it must treat each index of axis 0 alone and keep axis 0.
+
+    `moves`: the function moves values and computes none.
+    """
+
+    source: LazyTensor
+    function: Callable[[Tensor], Tensor]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    moves: bool = False
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Map the same rows of the source."""
+        return self.function(self.source.rows(start, stop))
+
+    def over(self, leaf: Leaf) -> LazyTensor | None:
+        """See `LazyTensor.over`."""
+        source = self.source.over(leaf) if self.moves else None
+        return None if source is None else Mapped(source, self.function, self.shape, source.dtype, moves=True)
+
+
+@dataclass(frozen=True)
+class Computed(LazyTensor):
+    """A function of other tensors as a whole; `moves` as for `Mapped`."""
+
+    sources: tuple[LazyTensor, ...]
+    function: Callable[..., Tensor]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    moves: bool = False
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Compute, then slice."""
+        value = self.read()
+        return value[start:stop] if value.ndim else value
+
+    def read(self) -> Tensor:
+        """Compute."""
+        return self.function(*(source.read() for source in self.sources))
+
+    def over(self, leaf: Leaf) -> LazyTensor | None:
+        """See `LazyTensor.over`."""
+        sources = all_over(self.sources, leaf) if self.moves else None
+        return None if sources is None else Computed(sources, self.function, self.shape, sources[0].dtype, moves=True)
+
+
+@dataclass(frozen=True)
+class Concatenated(LazyTensor):
+    """Several tensors joined along an axis."""
+
+    sources: tuple[LazyTensor, ...]
+    axis: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        """The joined shape."""
+        shape = list(self.sources[0].shape)
+        shape[self.axis] = sum(source.shape[self.axis] for source in self.sources)
+        return tuple(shape)
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        """Dtype of the first; all are alike."""
+        return self.sources[0].dtype
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Join the rows that fall into the slice."""
+        if self.axis:
+            return torch.cat([source.rows(start, stop) for source in self.sources], self.axis)
+        pieces, offset = [], 0
+        for source in self.sources:
+            low, high = max(start - offset, 0), min(stop - offset, source.shape[0])
+            if low < high:
+                pieces.append(source.rows(low, high))
+            offset += source.shape[0]
+        return torch.cat(pieces)
+
+    def over(self, leaf: Leaf) -> LazyTensor | None:
+        """See `LazyTensor.over`."""
+        sources = all_over(self.sources, leaf)
+        return None if sources is None else Concatenated(sources, self.axis)
+
+
+def all_over(sources: Sequence[LazyTensor], leaf: Leaf) -> tuple[LazyTensor, ...] | None:
+    """`LazyTensor.over` of each of `sources`; None unless all have one."""
+    found = [source.over(leaf) for source in sources]
+    return tuple(item for item in found if item is not None) if None not in found else None
+
+
+def concatenate(sources: Sequence[LazyTensor], axis: int) -> LazyTensor:
+    """Join tensors along `axis`; one tensor is itself."""
+    return sources[0] if len(sources) == 1 else Concatenated(tuple(sources), axis)
+
+
+def swap_last(source: LazyTensor) -> LazyTensor:
+    """Swap the last two axes: [E, N, K] row by row, [N, K] as a whole."""
+    if isinstance(source, Swapped):
+        return source.source
+    if isinstance(source, Cast) and isinstance(source.source, Swapped):
+        return source.source.source.cast(source.dtype)
+    return Swapped(source)
+
+
+@dataclass(frozen=True)
+class Swapped(LazyTensor):
+    """`source` with its last two axes swapped; use `swap_last`, which swaps nothing twice."""
+
+    source: LazyTensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        """The swapped shape."""
+        return (*self.source.shape[:-2], self.source.shape[-1], self.source.shape[-2])
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        """Dtype of the source."""
+        return self.source.dtype
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Swap the same rows of a stack; of a matrix read the whole."""
+        if len(self.shape) > 2:
+            return self.source.rows(start, stop).transpose(-1, -2).contiguous()
+        return self.source.read().T[start:stop].contiguous()
+
+    def over(self, leaf: Leaf) -> LazyTensor | None:
+        """See `LazyTensor.over`."""
+        source = self.source.over(leaf)
+        return None if source is None else swap_last(source)
+
+
+class WeightStore(Mapping[str, LazyTensor]):
+    """Named lazy tensors. Tied weights are one tensor under one name: aliases resolve to it."""
+
+    def __init__(self, tensors: Mapping[str, LazyTensor], aliases: Mapping[str, str] | None = None) -> None:
+        self._tensors = dict(tensors)
+        self._aliases = dict(aliases or {})
+
+    def __getitem__(self, name: str) -> LazyTensor:
+        """The tensor called `name`, or the one that it is tied to."""
+        return self._tensors[self.resolve(name)]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def resolve(self, name: str) -> str:
+        """The name that a tied weight is stored under."""
+        return self._aliases.get(name, name)
+
+    def read(self, name: str) -> Tensor:
+        """Values of the tensor called `name`."""
+        return self[name].read()
+
+    def with_tensors(self, tensors: Mapping[str, LazyTensor]) -> WeightStore:
+        """A store that holds `tensors` too."""
+        return WeightStore({**self._tensors, **tensors}, self._aliases)
+
+    def only(self, names: Iterable[str]) -> WeightStore:
+        """A store that holds the tensors called `names` alone, with the aliases that lead to them."""
+        kept = {self.resolve(name) for name in names}
+        return WeightStore(
+            {name: tensor for name, tensor in self._tensors.items() if name in kept},
+            {alias: name for alias, name in self._aliases.items() if name in kept},
+        )

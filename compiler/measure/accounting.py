@@ -1,0 +1,96 @@
+"""What routing saves, always against the pretrained top-k: slots, expert FLOPs and weight bytes, experts by token."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import fx
+
+from moec.compiler.ir.program import EXPERTS, Program
+from moec.passes.routing.calibrate.collect import Collector
+from moec.targets.base import Capabilities, Phase
+
+if TYPE_CHECKING:
+    from moec.passes.routing.calibrate.traces import RoutingTrace
+
+
+def account(
+    captured: Program, program: Program, windows: np.ndarray, capabilities: Mapping[Phase, Capabilities]
+) -> dict[str, Any]:
+    """Count what `program` executes of the experts on text; JSON-able and the same on every run.
+
+    Args:
+        captured: The Program without routing: its top-k is what shares are relative to.
+        program: The final Program.
+        windows: Token ids [n, length].
+        capabilities: What the target does in each phase; one that cannot skip executes every slot that it routes.
+
+    Returns:
+        `layers` (per MoE layer: pretrained top_k, `kept_share`, `kept_by_k`: share of the tokens that use 0, 1, ...
+        slots, `tokens`: per expert), `kept_share` of all slots, and per phase `executed_flops_share`, in
+        decode `bytes_per_token_share` (expert weights that one token reads), where nothing is skipped `reason`.
+    """
+    collector = Collector(program)
+    collector.run(windows)
+    rows, kept, slots = [], np.zeros(2), 0.0
+    for number, (before, trace) in enumerate(zip(captured.layers, collector.traces(), strict=True)):
+        row = _layer(before.top_k, program.layers[number].num_experts, trace)
+        size = _expert_size(program.nodes(EXPERTS)[number])
+        weight = before.top_k * size
+        kept += np.array([row["kept_share"], program.layers[number].top_k / before.top_k]) * weight
+        slots += weight
+        rows.append({"module": before.module, **row})
+    live, routed = (float(share) for share in kept / max(slots, 1.0))
+    return {
+        "kept_share": float(np.average([row["kept_share"] for row in rows], weights=[row["top_k"] for row in rows])),
+        "layers": rows,
+        "phases": {str(phase): _phase(phase, given, live, routed) for phase, given in capabilities.items()},
+    }
+
+
+def _layer(top_k: int, experts: int, trace: RoutingTrace) -> dict[str, Any]:
+    live = trace.weights != 0
+    used = live.sum(-1)
+    return {
+        "top_k": top_k,
+        "kept_share": float(used.double().mean()) / top_k,
+        "kept_by_k": (torch.bincount(used, minlength=top_k + 1).double() / len(used)).tolist(),
+        "tokens": torch.bincount(trace.indices[live].long(), minlength=experts).tolist(),
+    }
+
+
+def _expert_size(node: fx.Node) -> int:
+    """Weights of one expert: its FLOPs per token are twice that, its bytes are proportional to it."""
+    first, second = (node.args[position] for position in (3, 5))
+    assert isinstance(first, fx.Node)
+    assert isinstance(second, fx.Node)
+    return sum(int(stack.meta["val"][0].numel()) for stack in (first, second))
+
+
+def _phase(phase: Phase, given: Capabilities, live: float, routed: float) -> dict[str, Any]:
+    share = live if given.skips_experts else routed
+    found: dict[str, Any] = {"executed_flops_share": share}
+    if not given.skips_experts:
+        return {**found, "reason": f"logical saving only: {given.reason}"}
+    # In prefill many tokens share the experts that are read: only of a single token the bytes follow the slots.
+    return {**found, "bytes_per_token_share": live} if phase is Phase.DECODE else found
+
+
+def token_view(program: Program, ids: Sequence[int]) -> list[tuple[int, float, tuple[int, ...]]]:
+    """Experts that each token of a text uses.
+
+    Args:
+        program: The final Program.
+        ids: Token ids of one sequence.
+
+    Returns:
+        Per token: its id, the share of the slots that it uses, and the number of slots in each MoE layer.
+    """
+    collector = Collector(program)
+    collector.run(np.asarray([ids], dtype=np.int64))
+    used = torch.stack([(trace.weights != 0).sum(-1) for trace in collector.traces()], dim=1)
+    slots = sum(row.top_k for row in program.layers)
+    return [(int(index), float(row.sum()) / slots, tuple(row.tolist())) for index, row in zip(ids, used, strict=True)]

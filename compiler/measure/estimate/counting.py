@@ -1,0 +1,107 @@
+"""What one decode step of a Program reads and computes."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from moec.compiler.ir.program import Program
+from moec.compiler.measure.summary import model_summary
+from moec.quantize.formats import FP16
+from moec.quantize.lazy import Coded, Float16
+from moec.quantize.plan import TensorClass
+from moec.quantize.planning.sensitivity import size_of
+from moec.quantize.tensor_classes import weight_roles
+
+EXPERTS = (TensorClass.EXPERTS_GATE_UP.value, TensorClass.EXPERTS_DOWN.value)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Figures of a Program in which every weight has its final format.
+
+    Attributes:
+        weight_bytes: Tensor class -> bytes of its weights.
+        read_bytes: Tensor class -> bytes of its weights that one token reads.
+        flops: Of the products with weights, for one token.
+        state_bytes: Bytes of the states by token of context.
+        state_flops: FLOPs of the attention to one token of context.
+        parameters: All.
+        active: Those that one token uses.
+        nodes: Operations of one step.
+    """
+
+    weight_bytes: Mapping[str, int]
+    read_bytes: Mapping[str, float]
+    flops: float
+    state_bytes: int
+    state_flops: float
+    parameters: int
+    active: int
+    nodes: int
+
+    @property
+    def size(self) -> int:
+        """Bytes of all weights."""
+        return sum(self.weight_bytes.values())
+
+    def expert_bytes(self) -> float:
+        """Bytes of expert weights that one token reads."""
+        return sum(self.read_bytes.get(name, 0.0) for name in EXPERTS)
+
+    def dense_bytes(self) -> float:
+        """Bytes of all other weights that one token reads."""
+        return sum(self.read_bytes.values()) - self.expert_bytes()
+
+
+def formats(program: Program) -> dict[str, str]:
+    """Tensor class -> format of most of its weights, without the classes that stayed in the dtype of the graph."""
+    found: dict[str, Counter[str]] = defaultdict(Counter)
+    for name, role in weight_roles(program).items():
+        tensor = program.weights[name]
+        if isinstance(tensor, Coded | Float16):
+            chosen = tensor.format if isinstance(tensor, Coded) else FP16
+            found[role.tensor_class.value][str(chosen)] += math.prod(tensor.shape)
+    return {tensor_class: each.most_common(1)[0][0] for tensor_class, each in sorted(found.items())}
+
+
+def count(program: Program, kept_share: float = 1.0) -> Counts:
+    """Count a final Program.
+
+    Args:
+        program: With quantized weights; no value is read.
+        kept_share: Share of the pretrained top-k that a token uses and the target executes.
+    """
+    roles, weights = weight_roles(program), program.weights
+    shares = {
+        weights.resolve(name): layer.top_k / layer.num_experts * kept_share
+        for layer in program.layers
+        for name in (layer.gate_up_proj, layer.down_proj)
+    }
+    total: dict[str, int] = defaultdict(int)
+    read: dict[str, float] = defaultdict(float)
+    flops = 0.0
+    for name in dict.fromkeys(map(weights.resolve, program.weight_names())):
+        tensor = weights[name]
+        chosen = tensor.format if isinstance(tensor, Coded) else FP16 if isinstance(tensor, Float16) else None
+        tensor_class = roles[name].tensor_class if name in roles else TensorClass.OTHER
+        size = size_of(program, [name], chosen)
+        share = 1 / tensor.shape[0] if tensor_class is TensorClass.EMBEDDING else shares.get(name, 1.0)
+        total[tensor_class.value] += size
+        read[tensor_class.value] += size * share
+        if name in roles and tensor_class is not TensorClass.EMBEDDING:
+            flops += 2 * math.prod(tensor.shape) * share
+    found = model_summary(program)
+    state_bytes = int(found["states"]["bytes_per_token"])
+    return Counts(
+        dict(total),
+        dict(read),
+        flops,
+        state_bytes,
+        2.0 * state_bytes / program.dtype.itemsize,
+        int(found["parameters"]["total"]),
+        int(found["parameters"]["active"]),
+        sum(node.op == "call_function" for node in program.graph.nodes),
+    )

@@ -1,0 +1,41 @@
+"""Device profiles: published figures with their source, in `devices/*.yaml`."""
+
+from __future__ import annotations
+
+import importlib.resources
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+
+from moec.compiler.common.validation import unknown
+
+
+class Device(BaseModel):
+    """Peak figures of a device; what it reaches with a given runtime is less."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(description="For people.")
+    bandwidth: float = Field(gt=0, description="Memory bandwidth, bytes per second.")
+    memory: int = Field(gt=0, description="Memory, bytes, shared with everything else that runs.")
+    flops: float | None = Field(default=None, gt=0, description="Peak FLOP per second in 16 bits, dense; if published.")
+    source: str = Field(description="Where the figures are from.")
+    verified: bool = Field(description="Whether somebody compared the figures with their source for this file.")
+
+
+def device_names() -> tuple[str, ...]:
+    """Names of the profiles, sorted."""
+    folder = importlib.resources.files("moec").joinpath("compiler", "measure", "estimate", "devices")
+    return tuple(sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml")))
+
+
+def load_device(name: str) -> Device:
+    """The profile of that name.
+
+    Raises:
+        UsageError: There is none; the hint has the nearest.
+    """
+    if name not in device_names():
+        raise unknown(name, device_names(), "unknown device", "the devices")
+    file = importlib.resources.files("moec").joinpath("compiler", "measure", "estimate", "devices", f"{name}.yaml")
+    return Device.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))

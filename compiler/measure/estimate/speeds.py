@@ -1,0 +1,143 @@
+"""What this machine does: its bandwidth and how fast each kind of work is, measured once and kept.
+
+The cache is one file per machine, moec and runtime version in the user's cache directory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import platformdirs
+from scipy.optimize import nnls
+
+import moec
+from moec.compiler.common.machine import machine
+from moec.compiler.measure.estimate.counting import Counts
+from moec.targets import get_target
+
+BANDWIDTH_BYTES = 256 * 2**20
+FEATURES = ("operations", "experts", "dense", "states")
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """Seconds by unit of work for one target and format on one machine.
+
+    Attributes:
+        operations: Seconds for an operation, whatever it computes.
+        experts: Seconds for a byte of expert weights.
+        dense: Seconds for a byte of other weights.
+        states: Seconds for a byte of states.
+        residual: Largest relative error on the shapes that it was fitted to.
+    """
+
+    operations: float
+    experts: float
+    dense: float
+    states: float
+    residual: float
+
+    def decode(self, counts: Counts, context: int) -> float:
+        """Seconds of a decode step after `context` tokens."""
+        return float(np.dot(features(counts, context), [getattr(self, name) for name in FEATURES]))
+
+
+def features(counts: Counts, context: int) -> list[float]:
+    """Units of work of a decode step, in the order of `FEATURES`."""
+    return [float(counts.nodes), counts.expert_bytes(), counts.dense_bytes(), float(counts.state_bytes * context)]
+
+
+def fit(measured: Sequence[tuple[Counts, int, float]]) -> Speeds:
+    """Speeds that explain measured decode steps: no negative ones, least squares of the relative errors.
+
+    Args:
+        measured: Counts, context and seconds of each.
+    """
+    rows = np.array([features(counts, context) for counts, context, _ in measured])
+    seconds = np.array([value for _, _, value in measured])
+    scaled = rows / seconds[:, None]
+    units = np.where(scaled.max(axis=0) > 0, scaled.max(axis=0), 1.0)
+    found, _ = nnls(scaled / units, np.ones(len(seconds)))
+    speeds = found / units
+    residual = float(np.abs(rows @ speeds / seconds - 1).max())
+    return Speeds(**dict(zip(FEATURES, map(float, speeds), strict=True)), residual=residual)
+
+
+def bandwidth() -> float:
+    """Bytes per second that one thread reads from memory: the best of five scalar products."""
+    values = np.ones(BANDWIDTH_BYTES // 4, np.float32)
+    best = min(_cpu_seconds(lambda: np.dot(values, values)) for _ in range(5))
+    return float(values.nbytes / best)
+
+
+def _cpu_seconds(call: Callable[[], object]) -> float:
+    start = time.process_time()
+    call()
+    return time.process_time() - start
+
+
+def known_speeds(
+    target: str, dtype: str, formats: Mapping[str, str], measure: Callable[[], Speeds] | None = None
+) -> Speeds | None:
+    """Speeds of a target and of formats on this machine, as they were measured once.
+
+    Args:
+        target: Name of the target.
+        dtype: Precision of what is not quantized.
+        formats: Tensor class -> format of what is; see `counting.formats`.
+        measure: Measures what is not in the cache; without it None is returned then.
+    """
+    tools = {name: importlib.metadata.version(name) for name in get_target(target).tools}
+    key = {
+        "target": target,
+        "dtype": dtype,
+        "formats": dict(formats),
+        "machine": machine(),
+        "moec": moec.__version__,
+        **tools,
+    }
+    found = cached("speeds", key, None if measure is None else lambda: asdict(measure()))
+    return None if found is None else Speeds(**found)
+
+
+def cached(kind: str, key: Mapping[str, Any], make: Callable[[], Mapping[str, Any]] | None) -> Mapping[str, Any] | None:
+    """What was measured for `key`, or what `make` measures now; None where there is neither.
+
+    Args:
+        kind: First part of the file's name.
+        key: Everything that the figures depend on.
+        make: Measures; None only looks.
+    """
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    file = platformdirs.user_cache_path("moec") / f"{kind}-{digest}.json"
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if content["key"] == json.loads(json.dumps(key)):
+            found: Mapping[str, Any] = content["figures"]
+            return found
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # not there, or damaged: measured anew
+    if make is None:
+        return None
+    figures = dict(make())
+    _write(file, {"key": dict(key), "figures": figures})
+    return figures
+
+
+def _write(file: Path, content: Mapping[str, Any]) -> None:
+    """Whole or not at all; a cache that cannot be written costs time alone."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        beside = file.with_suffix(f".{time.time_ns()}")
+        beside.write_text(json.dumps(content, indent=2), encoding="utf-8")
+        beside.replace(file)
+    except OSError:
+        return

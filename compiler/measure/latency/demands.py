@@ -1,0 +1,111 @@
+"""What is demanded of an artifact's figures: budgets, and how much slower than a baseline it may be."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+from moec.compiler.common.errors import UsageError
+
+DEFAULT_CONTEXT = 128
+"""Tokens of the prompt where a budget names none: `decode` is `decode128`."""
+
+SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0}
+BYTES = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
+EXAMPLE = "such as decode.p50=12ms,prefill128.p90=300ms,first_token=1s,load=2s,peak_rss=1.5GB,size=400MB"
+
+_WORKLOAD = re.compile(r"(decode|prefill)([1-9][0-9]*)?\.(p50|p90|p99)")
+_AMOUNT = re.compile(r"([0-9]*\.?[0-9]+)\s*([A-Za-z]+)")
+
+
+class Cold(StrEnum):
+    """Figures of a start in a process of its own, and of the files."""
+
+    LOAD = "load"
+    FIRST_TOKEN = "first_token"
+    PEAK_RSS = "peak_rss"
+    SIZE = "size"
+
+
+TIMES = (Cold.LOAD, Cold.FIRST_TOKEN)
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """One kind of call: a prefill of `context` tokens, or a decode step after so many."""
+
+    phase: str
+    context: int
+
+    def __str__(self) -> str:
+        return f"{self.phase}{self.context}"
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """A limit.
+
+    Attributes:
+        key: As the user wrote it.
+        subject: A workload, or a figure of a cold start.
+        statistic: "p50", "p90", "p99", "ratio" (to the baseline), or "" where there is one value.
+        limit: Seconds, bytes, or the largest ratio.
+    """
+
+    key: str
+    subject: Workload | Cold
+    statistic: str
+    limit: float
+
+
+def parse_budgets(given: str | Mapping[str, str | float]) -> tuple[Demand, ...]:
+    """Budgets from "decode.p50=12ms,size=400MB" or the mapping of a recipe.
+
+    Raises:
+        UsageError: An unknown key, a value without its unit, or a key that is given twice.
+    """
+    if isinstance(given, str):
+        pairs = [item.partition("=")[::2] for item in given.split(",") if item.strip()]
+    else:
+        pairs = [(key, str(value)) for key, value in given.items()]
+    found: dict[str, Demand] = {}
+    for key, text in pairs:
+        demand = _budget(key.strip(), text.strip())
+        name = f"{demand.subject}.{demand.statistic}"
+        if name in found:
+            raise UsageError(f"latency budget: {key.strip()} is given twice", hint="give each key once")
+        found[name] = demand
+    if not found:
+        raise UsageError("the latency budget is empty", hint=EXAMPLE)
+    return tuple(found.values())
+
+
+def _budget(key: str, text: str) -> Demand:
+    if key in set(Cold):
+        subject = Cold(key)
+        units = SECONDS if subject in TIMES else BYTES
+        return Demand(key, subject, "p50" if subject in TIMES else "", _amount(key, text, units))
+    if not (match := _WORKLOAD.fullmatch(key)):
+        raise UsageError(f"latency budget: unknown key '{key}'", hint=f"decode and prefill need a quantile; {EXAMPLE}")
+    phase, context, statistic = match.groups()
+    workload = Workload(phase, int(context or DEFAULT_CONTEXT))
+    return Demand(key, workload, statistic, _amount(key, text, SECONDS))
+
+
+def _amount(key: str, text: str, units: Mapping[str, float]) -> float:
+    match = _AMOUNT.fullmatch(text)
+    if not match or match[2] not in units or not float(match[1]):
+        raise UsageError(f"latency budget: {key} is '{text}'", hint=f"a positive number of {', '.join(units)}")
+    return float(match[1]) * units[match[2]]
+
+
+def regressions(contexts: tuple[int, ...], most: float) -> tuple[Demand, ...]:
+    """That no workload becomes slower than `1 + most` times the baseline."""
+    return tuple(
+        Demand(f"{phase}{context}", Workload(phase, context), "ratio", 1 + most)
+        for context in contexts
+        for phase in ("decode", "prefill")
+    )

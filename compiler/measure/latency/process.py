@@ -1,0 +1,172 @@
+"""Measuring in processes of their own: nothing of the compiler, of torch or of an earlier artifact is in them.
+
+`measure` starts `python -m moec.compiler.measure.latency.process`, which reads a job from standard input and answers
+with lines of JSON: progress, then the result. The process opens artifacts through their Runner alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+from moec.compiler.common.artifact import read_manifest
+from moec.compiler.common.errors import ArtifactError, UsageError
+from moec.compiler.common.model_config import context_length, read_config
+from moec.compiler.measure.latency.demands import Cold, Demand, Workload
+from moec.compiler.measure.latency.sampling import Plan, growth, longest, pinned, sample
+from moec.targets import get_target
+from moec.targets.base import Runner
+
+Told = Callable[[int, int], None]
+
+
+def measure(job: Mapping[str, Any], told: Told = lambda *_: None) -> dict[str, Any]:
+    """Run a job of `warm` or `cold` in a process of its own.
+
+    Args:
+        job: "kind" and the arguments of that function.
+        told: Told how far it is.
+
+    Raises:
+        ArtifactError: The process failed; the message has its last line.
+    """
+    command = [sys.executable, "-m", "moec.compiler.measure.latency.process"]
+    threads = {name: str(job["threads"]) for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
+    result: dict[str, Any] | None = None
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **threads},
+    ) as child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        assert child.stderr is not None
+        child.stdin.write(json.dumps(job))
+        child.stdin.close()
+        for line in child.stdout:
+            answer = json.loads(line)
+            if "result" in answer:
+                result = answer["result"]
+            else:
+                told(*answer["progress"])
+        errors = child.stderr.read().strip()
+    if result is None or child.returncode:
+        reason = errors.splitlines()[-1] if errors else f"exit code {child.returncode}"
+        raise ArtifactError(f"{', '.join(job['artifacts'].values())}: cannot be measured: {reason}")
+    return result
+
+
+def warm(
+    artifacts: Mapping[str, str],
+    contexts: tuple[int, ...],
+    demands: tuple[Demand, ...],
+    threads: int,
+    seconds: float,
+    told: Told,
+) -> dict[str, Any]:
+    """Interleaved calls of one or two artifacts; see `sampling.sample`. A context that does not fit is left out."""
+    order = list(artifacts)
+
+    def opened(session: int) -> dict[str, Runner]:
+        turned = order[::-1] if session % 2 else order
+        return {name: open_artifact(Path(artifacts[name]), threads) for name in turned}
+
+    with pinned(threads) as cpus:
+        runners = opened(0)
+        configs = {name: read_config(Path(path) / "config.json") for name, path in artifacts.items()}
+        most = [longest(runner, context_length(configs[name])) for name, runner in runners.items()]
+        facts = {name: dict(runner.facts()) for name, runner in runners.items()}
+        fitting = tuple(c for c in contexts if all(limit is None or c + growth(c) <= limit for limit in most))
+        del runners
+        vocab_size = min(_vocab_size(Path(path)) for path in artifacts.values())
+        met = tuple(demand for demand in demands if getattr(demand.subject, "context", 0) in fitting)
+        found = sample(opened, Plan(fitting, met, threads, seconds, vocab_size), told)
+    return {
+        "series": {name: {k: asdict(v) for k, v in each.items()} for name, each in found.series.items()},
+        "unstable": found.unstable,
+        "left_out": sorted(set(contexts) - set(fitting)),
+        "cpus": list(cpus),
+        "load_average": psutil.getloadavg()[0],
+        "runners": facts,
+    }
+
+
+def cold(artifacts: Mapping[str, str], context: int, threads: int) -> dict[str, float]:
+    """One start: seconds to open the artifact, seconds to the first token, and the peak memory of the process."""
+    directory = Path(artifacts["candidate"])
+    ids = np.random.default_rng(0).integers(0, _vocab_size(directory), (1, context), dtype=np.int64)
+    start = time.perf_counter()
+    runner = open_artifact(directory, threads)
+    opened = time.perf_counter()
+    int(runner.prefill(ids)[0, -1].argmax())
+    answered = time.perf_counter()
+    return {Cold.LOAD: opened - start, Cold.FIRST_TOKEN: answered - start, Cold.PEAK_RSS: _peak_rss()}
+
+
+def open_artifact(directory: Path, threads: int) -> Runner:
+    """The Runner of an artifact, whatever its target."""
+    name = str(read_manifest(directory).get("recipe", {}).get("target"))
+    return get_target(name).open(directory, threads=threads)
+
+
+def _vocab_size(directory: Path) -> int:
+    return int(read_manifest(directory)["model"]["vocab_size"])
+
+
+def _peak_rss() -> float:
+    """Bytes. On Linux `ru_maxrss` is at least what the parent had when it started this process; VmHWM is our own."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return float(line.split()[1]) * 1024
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+
+
+def plain_demand(demand: Demand) -> dict[str, Any]:
+    """For a job."""
+    return asdict(demand)
+
+
+def _demand(plain: Mapping[str, Any]) -> Demand:
+    return Demand(plain["key"], Workload(**plain["subject"]), plain["statistic"], plain["limit"])
+
+
+def main() -> None:
+    """Answer one job."""
+    # A runtime that prints would break the lines of JSON: they go to the real stdout, all else to stderr.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    job = json.load(sys.stdin)
+
+    def told(done: int, total: int) -> None:
+        print(json.dumps({"progress": [done, total]}), file=answers, flush=True)
+
+    kind, arguments = job.pop("kind"), job
+    try:
+        if kind == "cold":
+            result: Mapping[str, Any] = cold(**arguments)
+        else:
+            arguments["demands"] = tuple(_demand(item) for item in arguments["demands"])
+            result = warm(**arguments, told=told)
+    except (ArtifactError, UsageError) as error:
+        raise SystemExit(error.message) from error
+    print(json.dumps({"result": result}), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""What a model is, in figures: for moec.json, `moec inspect` and reports."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import fx
+
+from moec.compiler.common.model_config import context_length, text_config
+from moec.compiler.ir.program import EXPERTS, MoeLayer, Program, StateSpec
+from moec.compiler.ir.weights import Constant
+
+_EXPERT_ARGUMENTS = (3, 4, 5, 6)
+
+
+def model_summary(program: Program) -> dict[str, Any]:
+    """Layers, parameters and states of a captured Program; JSON-able and the same on every rebuild.
+
+    `parameters.active` counts what one token uses: everything but the experts that it does not go to. Embeddings
+    are counted as a whole, a tied weight once.
+    """
+    total, active = _parameters(program)
+    config = text_config(program.config)
+    return {
+        "model_type": program.config.get("model_type", ""),
+        "architectures": list(program.config.get("architectures") or []),
+        "layers": config.get("num_hidden_layers", config.get("n_layers")),
+        "vocab_size": program.vocab_size,
+        "max_position_embeddings": context_length(program.config),
+        "parameters": {"total": total, "active": active},
+        "moe_layers": [_layer(layer) for layer in program.layers],
+        "states": _states(program),
+        "notes": program.notes.get("checkpoint", []),
+        "left_out": program.notes.get("left_out", {}),
+    }
+
+
+def _parameters(program: Program) -> tuple[int, int]:
+    weights = program.weights
+    names = dict.fromkeys(weights.resolve(name) for name in program.weight_names())
+    sizes = {name: math.prod(weights[name].shape) for name in names if not isinstance(weights[name], Constant)}
+    total = sum(sizes.values())
+    idle = 0
+    for node, layer in zip(program.nodes(EXPERTS), program.layers, strict=True):
+        stacks = [node.args[position] for position in _EXPERT_ARGUMENTS]
+        held = sum(math.prod(stack.meta["val"].shape) for stack in stacks if isinstance(stack, fx.Node))
+        idle += held // layer.num_experts * (layer.num_experts - layer.top_k)
+    return total, total - idle
+
+
+def _layer(layer: MoeLayer) -> dict[str, Any]:
+    return {
+        "module": layer.module,
+        "num_experts": layer.num_experts,
+        "top_k": layer.top_k,
+        "hidden_size": layer.hidden_size,
+        "intermediate_size": layer.intermediate_size,
+    }
+
+
+def _states(program: Program) -> dict[str, Any]:
+    per_token = sum(map(_bytes, program.caches))
+    return {
+        "count": len(program.states),
+        "layers": len({state.layer for state in program.states}),
+        "kinds": sorted({state.kind for state in program.states}),
+        "bytes_per_token": per_token,
+        # Of a sequence, however long it is.
+        "bytes_fixed": sum(map(_bytes, program.states)) - per_token,
+    }
+
+
+def _bytes(state: StateSpec) -> int:
+    """Of one sequence, and of one token where there is a state of each."""
+    return math.prod(size for size in state.input.shape if isinstance(size, int)) * state.input.dtype.itemsize

@@ -1,0 +1,271 @@
+"""Recipe: what to build. A YAML file, the command line and `moec.export` all end here.
+
+```yaml
+checkpoint: allenai/OLMoE-1B-7B-0924   # a hub id or a directory; "./..." is relative to the recipe
+target: onnx
+dtype: fp16
+options:                               # of the target; see `moec export --target onnx --help`
+  flavor: genai
+routing:                               # see docs/routing.md; without it every token uses all its experts
+  policy: top-p
+  budget: 0.6                          # or max_quality_loss: 1%, or calibration: FILE, or parameters: {mass: 0.9}
+quantize:                              # see docs/quantization.md; `quantize: int4` is short for the format alone
+  format: int4                         # fp16, int8, int4, none, auto, keep, a format such as int4:128, or a plan
+  calibration: texts/
+coverage:
+  min: 25%                             # of the experts of each layer that are run one by one; all by default
+quality:
+  max_loss: 1%
+latency:                               # see docs/latency.md
+  budget: {decode.p50: 12ms, size: 400MB}
+  baseline: ../main/out                # an artifact, measured in turns with this one
+```
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from moec.compiler.common.errors import UsageError
+from moec.compiler.common.files import read_yaml
+from moec.compiler.common.validation import unknown, validate
+
+DType = Literal["fp32", "fp16"]
+DEMANDS = ("coverage", "quality", "latency")
+"""Sections that only gates read: they decide nothing of the artifact, so moec.json does not hold them."""
+SECTIONS = ("routing", "quantize", *DEMANDS)
+"""Keys of a recipe that hold keys of their own; flags go into them one by one."""
+
+
+_PATHS = ("calibration", "text", "baseline")
+"""Keys of sections whose values are paths."""
+
+
+def _fraction(value: Any) -> Any:
+    """A share that may be written in percent: "1%" is 0.01."""
+    if isinstance(value, str) and value.strip().endswith("%"):
+        try:
+            return float(value.strip()[:-1]) / 100
+        except ValueError:
+            return value
+    return value
+
+
+def _section_of_format(value: Any) -> Any:
+    """`quantize: int4` is short for `quantize: {format: int4}`."""
+    return {"format": value} if isinstance(value, str) else value
+
+
+class RoutingRecipe(BaseModel):
+    """Which experts a token may do without."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    policy: str = Field(default="off", description="Routing policy, or off.")
+    budget: Annotated[float | None, BeforeValidator(_fraction)] = Field(
+        default=None, gt=0, le=1, description="Share of the pretrained top-k to keep."
+    )
+    max_quality_loss: Annotated[float | None, BeforeValidator(_fraction)] = Field(
+        default=None,
+        ge=0,
+        description="Largest relative increase of perplexity that the saving may cost.",
+    )
+    calibration: str | None = Field(default=None, description="File that moec calibrate wrote.")
+    parameters: dict[str, Any] | None = Field(default=None, description="Parameters of the policy, not calibrated.")
+    text: str | None = Field(default=None, description="Calibration text: a file or a directory.")
+    runtime_input: bool = Field(default=False, description="Make the policy's threshold an input with a default.")
+    prune: Annotated[float | None, BeforeValidator(_fraction)] = Field(
+        default=None, gt=0, lt=1, description="Share of every layer's experts to remove, by REAP saliency."
+    )
+    removed: list[list[int]] | None = Field(default=None, description="Experts to remove, a list per MoE layer.")
+
+    @property
+    def does_nothing(self) -> bool:
+        """Whether it leaves the model as it is."""
+        return self.policy == "off" and not self.prune and self.removed is None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        sources = [self.max_quality_loss, self.parameters, self.calibration or self.budget]
+        if sum(source is not None for source in sources) > 1:
+            raise ValueError("budget or calibration, max_quality_loss and parameters exclude each other")
+        if self.policy == "off" and (self.runtime_input or any(source is not None for source in sources)):
+            raise ValueError("settings of a policy are given, but no policy")
+        return self
+
+
+class QuantizeRecipe(BaseModel):
+    """What weights are stored as."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: str | dict[str, Any] = Field(
+        default="none",
+        description="fp16, int8, int4, none, auto, keep (codes of the checkpoint), one format such as int4:128, or a "
+        "plan: formats and overrides.",
+    )
+    rounding: Literal["auto", "rtn", "gptq"] = Field(
+        default="auto", description="To nearest, or GPTQ on calibration text; auto takes GPTQ where 4 bits are planned."
+    )
+    calibration: str | None = Field(default=None, description="Calibration text: a file or a directory.")
+    calibration_sha256: str | None = Field(default=None, description="Digest that the calibration text must have.")
+    windows: int = Field(default=96, gt=0, description="Windows of calibration text.")
+    window: int = Field(default=256, gt=1, description="Tokens of a window.")
+    activations: Literal["float", "int8-dynamic"] = Field(
+        default="float", description="What kernels may round activations to."
+    )
+    max_size: str | int | None = Field(
+        default=None,
+        description="For auto: most that the weights may take: 300MB, 1.5GB, or 0.3x of their size in fp16.",
+    )
+    max_perplexity_increase: Annotated[float | None, BeforeValidator(_fraction)] = Field(
+        default=None, gt=0, description="For auto: most that perplexity may rise by its own prediction."
+    )
+
+    @property
+    def does_nothing(self) -> bool:
+        """Whether it leaves the model as it is."""
+        return self.format == "none"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        limits = sum(limit is not None for limit in (self.max_size, self.max_perplexity_increase))
+        if self.format == "auto" and limits != 1:
+            raise ValueError("format auto needs either max_size or max_perplexity_increase")
+        if self.format != "auto" and limits:
+            raise ValueError("max_size and max_perplexity_increase are for format auto")
+        return self
+
+
+class CoverageRecipe(BaseModel):
+    """What the coverage gate demands."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    min: Annotated[float, BeforeValidator(_fraction)] = Field(
+        default=1.0, ge=0, le=1, description="Least share of the live experts of each layer that are run by themselves."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_search(cls, given: Any) -> Any:
+        if isinstance(given, dict) and "tokens" in given:
+            raise ValueError("tokens is no longer a key: experts are run by themselves, and no prompt is looked for")
+        return given
+
+
+class QualityRecipe(BaseModel):
+    """What the quality gate demands."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    max_loss: Annotated[float | None, BeforeValidator(_fraction)] = Field(
+        default=None, ge=0, description="Most that perplexity may rise against the source model; None: the gate is off."
+    )
+    text: str | None = Field(default=None, description="Held-out text: a file or a directory.")
+    windows: int = Field(default=64, gt=1, description="Windows of text.")
+    window: int = Field(default=256, gt=1, description="Tokens of a window.")
+
+
+class LatencyRecipe(BaseModel):
+    """What the latency gate demands."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    budget: str | dict[str, str] | None = Field(
+        default=None, description="Most that it may take: decode.p50=12ms,prefill128.p90=300ms,load=2s,size=400MB."
+    )
+    baseline: str | None = Field(default=None, description="Artifact that it is compared with.")
+    max_regression: Annotated[float, BeforeValidator(_fraction)] = Field(
+        default=0.05, gt=0, description="How much slower than the baseline it may be."
+    )
+    threads: int = Field(default=1, ge=1, description="Threads of the runtime.")
+    contexts: tuple[int, ...] = Field(default=(128, 512), min_length=1, description="Lengths of the prompt.")
+    seconds: float = Field(default=120.0, gt=0, description="Most seconds of sampling.")
+
+    @model_validator(mode="after")
+    def _positive(self) -> Self:
+        if min(self.contexts) < 1:
+            raise ValueError("a context has at least one token")
+        return self
+
+
+class Recipe(BaseModel):
+    """Everything that decides what an export writes, and nothing else: no output path, no display option."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    checkpoint: str = Field(min_length=1, description="Directory or hub id of the checkpoint.")
+    target: str = Field(min_length=1, description="Name of the target.")
+    dtype: DType | None = Field(
+        default=None,
+        description="Precision of activations and of weights that are not quantized; None: the target's own.",
+    )
+    options: dict[str, Any] = Field(default_factory=dict, description="Options of the target.")
+    routing: RoutingRecipe | None = Field(default=None, description="Dynamic routing and expert pruning.")
+    quantize: Annotated[QuantizeRecipe | None, BeforeValidator(_section_of_format)] = Field(
+        default=None, description="What weights are stored as."
+    )
+    coverage: CoverageRecipe = Field(default=CoverageRecipe(), description="What the coverage gate demands.")
+    quality: QualityRecipe | None = Field(default=None, description="What the quality gate demands.")
+    latency: LatencyRecipe | None = Field(default=None, description="What the latency gate demands.")
+    inputs_embeds: bool = Field(
+        default=False, description="An optional input of embeddings, for tokens that have no id, such as images."
+    )
+    revision: str | None = Field(default=None, description="Branch, tag or commit of a hub id.")
+    trust_remote_code: bool = Field(default=False, description="Run modelling code that the checkpoint brings along.")
+
+    def canonical(self, options: BaseModel) -> dict[str, Any]:
+        """The recipe for moec.json: complete, with every default, and without what changes nothing in the artifact.
+
+        Where the checkpoint lies is left out (moec.json has its digests), and so is the consent to run its code.
+
+        Args:
+            options: `self.options` as the target's own Options object.
+        """
+        plain = self.model_dump(
+            mode="json", exclude={"checkpoint", "options", "revision", "trust_remote_code", *DEMANDS}
+        )
+        return {**plain, "options": options.model_dump(mode="json")}
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """Read a recipe file as a mapping, so that the command line can still complete or override it.
+
+    Raises:
+        UsageError: The file cannot be read, is no YAML mapping, or has a key that no recipe has.
+    """
+    fields = read_yaml(path, UsageError, hint="a recipe is a mapping of keys, such as 'target: onnx'")
+    for key in fields:
+        if key not in Recipe.model_fields:
+            raise unknown(key, Recipe.model_fields, f"{path}: unknown recipe key", "the keys of a recipe")
+    return located(fields, path.parent)
+
+
+def located(fields: Mapping[str, Any], directory: Path) -> dict[str, Any]:
+    """`fields` of a recipe whose file lies in `directory`, with the paths that are relative to it made absolute."""
+    found, directory = dict(fields), directory.resolve()
+    checkpoint = found.get("checkpoint")
+    if isinstance(checkpoint, str) and checkpoint.startswith("."):
+        found["checkpoint"] = str(directory / checkpoint)
+    for name in SECTIONS:
+        if isinstance(section := found.get(name), dict):
+            near = {key: str(directory / str(section[key])) for key in _PATHS if section.get(key)}
+            found[name] = {**section, **near}
+    return found
+
+
+def make_recipe(fields: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
+    """Validate a mapping.
+
+    Raises:
+        UsageError: A key is unknown or a value is wrong; the message names it and the hint what is valid.
+    """
+    for key, flag in (("checkpoint", "CHECKPOINT"), ("target", "--target")):
+        if not fields.get(key):
+            raise UsageError(f"{where}: no {key} is given", hint=f"give {flag}, or '{key}:' in a recipe file")
+    return validate(Recipe, fields, where=where)

@@ -1,0 +1,377 @@
+"""From what a recipe says of routing to passes: calibration, its file, and the search under a quality bound."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moec import passes
+from moec.compiler.common.errors import CheckpointError, LoweringError, OutputError, UsageError
+from moec.compiler.frontend.capture import capture
+from moec.compiler.frontend.checkpoint import Checkpoint
+from moec.compiler.ir.interpreter import ProgramRunner
+from moec.compiler.ir.program import Program
+from moec.compiler.measure.accounting import account
+from moec.compiler.pipeline.calibration_file import read_calibration_file
+from moec.compiler.text.corpus import digest, read_text, tokenize, windows
+from moec.compiler.text.perplexity import losses
+from moec.passes.base import Pass
+from moec.passes.canonical.common_subexpressions import CommonSubexpressions
+from moec.passes.canonical.dead_code import DeadCode
+from moec.passes.experts.prune_experts import PruneExperts, choose_removed
+from moec.passes.routing.calibrate.collect import MASSES, Collector, collect, measure_sensitivities
+from moec.passes.routing.calibrate.fit import fit
+from moec.passes.routing.calibrate.search import Saving, largest_saving
+from moec.passes.routing.calibrate.sensitivities import Sensitivities
+from moec.passes.routing.calibrate.traces import RoutingTrace, kept_per_layer, kept_share, replay
+from moec.passes.routing.dynamic_routing import DynamicRouting
+from moec.passes.routing.policies.base import Policy
+from moec.passes.routing.policies.table import parameters_of, policy, policy_type
+
+if TYPE_CHECKING:
+    from moec.compiler.common.progress import Progress
+    from moec.compiler.pipeline.recipe import RoutingRecipe
+    from moec.targets.base import Capabilities, Phase
+
+SCHEMA_VERSION = 1
+LENGTH = 256
+WINDOWS = 64
+SENSITIVITY_WINDOWS = 8
+ACCOUNTED_WINDOWS = 8
+STAGE = "calibrate routing"
+
+
+@dataclass(frozen=True)
+class RoutingPlan:
+    """What routing adds to an export.
+
+    Attributes:
+        passes: To run after the common ones.
+        recorded: The recipe's routing section for moec.json: complete, so that it needs no text again.
+        facts: What was measured, for moec.json.
+    """
+
+    passes: tuple[Pass, ...] = ()
+    recorded: Mapping[str, Any] | None = None
+    facts: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class _Material:
+    """The text of a calibration, in windows, and the model that reads it."""
+
+    checkpoint: Checkpoint
+    program: Program
+    text: str
+    chosen: np.ndarray
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, program: Program, location: str | None) -> _Material:
+        text = read_text(location)
+        every = windows(tokenize(checkpoint.directory, text), LENGTH)
+        # A text may have several sources, one after the other: take windows from all over it.
+        return cls(checkpoint, program, text, every[:: max(1, len(every) // WINDOWS)][:WINDOWS])
+
+    def traces(self, progress: Progress) -> list[RoutingTrace]:
+        return collect(self.program, self.chosen, lambda done, total: progress(STAGE, done, total))
+
+    def sensitivities(self, name: str, progress: Progress) -> Sensitivities | None:
+        wanted = policy_type(name).sensitivities
+        if not wanted:
+            return None
+        step = max(1, len(self.chosen) // SENSITIVITY_WINDOWS)
+        sample = self.chosen[::step][:SENSITIVITY_WINDOWS]
+        return measure_sensitivities(
+            self.program,
+            sample,
+            ks="k" in wanted,
+            masses=MASSES if "mass" in wanted else (),
+            told=lambda done, total: progress("routing sensitivities", done, total),
+        )
+
+
+def calibrate(
+    checkpoint: Checkpoint,
+    program: Program,
+    name: str,
+    budgets: Sequence[float],
+    *,
+    text: str | None = None,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Fit a policy to several budgets: the content of a calibration file, the same on every run.
+
+    Args:
+        checkpoint: Where tokenizer and digests come from.
+        program: It, captured and with the common passes run.
+        name: The policy.
+        budgets: Shares of slots to keep, each in (0, 1].
+        text: A text file or a directory of them; None: the text that moec brings along.
+        progress: Told how far it is.
+
+    Raises:
+        UsageError: An unknown or batch-dependent policy, or a budget that makes no sense or cannot be reached.
+        CheckpointError: The text is missing, empty, binary or too short.
+    """
+    policy_type(name)
+    for budget in budgets:
+        _check_budget(budget)
+    material = _Material.of(checkpoint, program, text)
+    traces = material.traces(progress)
+    sensitivities = material.sensitivities(name, progress)
+    entries = [_entry(budget, fit(name, traces, budget, sensitivities), traces) for budget in budgets]
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "policy": name,
+        "checkpoint": dict(sorted(checkpoint.digests.items())),
+        "text": _text_facts(material),
+        "entries": entries,
+    }
+
+
+def _check_budget(budget: float) -> None:
+    if not 0 < budget <= 1:
+        raise UsageError(
+            f"an expert budget is the share of the pretrained top-k to keep, in (0, 1], not {budget:g}",
+            hint="0.6 keeps 60 % of the slots",
+        )
+
+
+def _entry(budget: float, chosen: Policy, traces: Sequence[RoutingTrace]) -> dict[str, Any]:
+    layers = replay(traces)
+    return {
+        "budget": budget,
+        "kept_share": kept_share(chosen, layers),
+        "kept_per_layer": list(kept_per_layer(chosen, layers)),
+        "parameters": json.loads(json.dumps(parameters_of(chosen))),
+    }
+
+
+def _text_facts(material: _Material) -> dict[str, Any]:
+    return {"sha256": digest(material.text), "windows": len(material.chosen), "length": material.chosen.shape[1]}
+
+
+def read_calibration(path: Path, checkpoint: Checkpoint, name: str, budget: float | None) -> dict[str, Any]:
+    """The entry of a calibration file for a budget.
+
+    Raises:
+        UsageError: The file is none, belongs to another policy, or has no such budget.
+        CheckpointError: It was made from another checkpoint.
+    """
+    content = read_calibration_file(path)
+    if content.policy != name:
+        raise UsageError(
+            f"{path} calibrates the policy {content.policy}, not {name}", hint=f"give --routing {content.policy}"
+        )
+    own = checkpoint.digests
+    if differing := sorted(key for key in {*content.checkpoint, *own} if content.checkpoint.get(key) != own.get(key)):
+        raise CheckpointError(
+            f"{path} was made from another checkpoint: {', '.join(differing[:4])} differ",
+            hint="calibrate this one: moec calibrate CHECKPOINT --policy ... -o calibration.json",
+        )
+    if budget is None and len(content.entries) == 1:
+        return content.entries[0].model_dump()
+    for entry in content.entries:
+        if budget is not None and abs(entry.budget - budget) < 1e-9:
+            return entry.model_dump()
+    known = ", ".join(f"{entry.budget:g}" for entry in content.entries)
+    raise UsageError(
+        f"{path} has no budget {budget:g}" if budget is not None else f"{path} has several budgets",
+        hint=f"give --expert-budget, one of {known}",
+    )
+
+
+def check_routing(settings: RoutingRecipe) -> None:
+    """Refuse what can be told to make no sense without the model.
+
+    Raises:
+        UsageError: There is no such policy, a parameter of it is wrong, or nothing says how much it shall save.
+        CheckpointError: The calibration text does not serve.
+    """
+    if settings.text is not None:
+        read_text(settings.text)
+    if settings.policy == "off":
+        return
+    policy_type(settings.policy)
+    if settings.parameters is not None:
+        policy(settings.policy, **settings.parameters)
+    elif settings.calibration is not None:
+        read_calibration_file(Path(settings.calibration))
+    elif settings.budget is None and settings.max_quality_loss is None:
+        raise UsageError(
+            f"policy {settings.policy} is given neither parameters nor how much it shall save",
+            hint="give --expert-budget, --max-quality-loss or --calibration",
+        )
+
+
+def plan_routing(
+    settings: RoutingRecipe | None, checkpoint: Checkpoint, captured: Program, progress: Progress
+) -> RoutingPlan:
+    """Decide a recipe's routing. Text is read and the model run only where parameters have to be found.
+
+    Raises:
+        UsageError: The section makes no sense for this model.
+        CheckpointError: The text or the calibration file does not serve.
+    """
+    if settings is None:
+        return RoutingPlan()
+    check_routing(settings)
+    program, _ = passes.run_passes(captured, passes.default_passes())
+    added: list[Pass] = []
+    facts: dict[str, Any] = {}
+    removed: Sequence[Sequence[int]] | None = settings.removed
+    if removed is None and settings.prune:
+        material = _Material.of(checkpoint, program, settings.text)
+        collector = Collector(program, outputs=True)
+        collector.run(material.chosen, lambda done, total: progress("expert saliency", done, total))
+        removed = choose_removed(program, collector.traces(), collector.peaks(), settings.prune)
+        facts["pruning"] = {"text": _text_facts(material), "removed": [len(layer) for layer in removed]}
+    if removed is not None:
+        pruning = PruneExperts(tuple(tuple(layer) for layer in removed))
+        added.append(pruning)
+        pruned = pruning.run(program)
+        if pruned.rejections:
+            raise LoweringError(
+                "experts cannot be pruned: "
+                + "; ".join(f"{rejection.where}: {rejection.reason}" for rejection in pruned.rejections[:4]),
+                hint="export without --prune-experts; --routing lets tokens use fewer experts",
+            )
+        program = pruned.program
+    chosen: Policy | None = None
+    if settings.policy != "off":
+        chosen, measured = _policy(settings, checkpoint, program, progress)
+        facts |= {"policy": chosen.name, "parameters": json.loads(json.dumps(parameters_of(chosen))), **measured}
+        added += [DynamicRouting(chosen, settings.runtime_input), CommonSubexpressions(), DeadCode()]
+    recorded = {
+        "policy": settings.policy,
+        "parameters": facts.get("parameters"),
+        "runtime_input": settings.runtime_input,
+        "removed": None if removed is None else [list(layer) for layer in removed],
+    }
+    return RoutingPlan(tuple(added), recorded, facts)
+
+
+def measure_savings(
+    settings: RoutingRecipe,
+    checkpoint: Checkpoint,
+    captured: Program,
+    program: Program,
+    capabilities: Mapping[Phase, Capabilities],
+) -> dict[str, Any]:
+    """What the final Program executes on the calibration text; see `account`. Empty where there is no tokenizer."""
+    if not (checkpoint.directory / "tokenizer.json").is_file():
+        return {}
+    material = _Material.of(checkpoint, program, settings.text)
+    step = max(1, len(material.chosen) // ACCOUNTED_WINDOWS)
+    return account(captured, program, material.chosen[::step][:ACCOUNTED_WINDOWS], capabilities)
+
+
+def _policy(
+    settings: RoutingRecipe, checkpoint: Checkpoint, program: Program, progress: Progress
+) -> tuple[Policy, dict[str, Any]]:
+    name = settings.policy
+    if settings.parameters is not None:
+        return policy(name, **settings.parameters), {}
+    if settings.calibration is not None:
+        entry = read_calibration(Path(settings.calibration), checkpoint, name, settings.budget)
+        measured = {key: entry[key] for key in ("budget", "kept_share", "kept_per_layer")}
+        return policy(name, **entry["parameters"]), {"calibration": measured}
+    policy_type(name)
+    material = _Material.of(checkpoint, program, settings.text)
+    traces, sensitivities = material.traces(progress), material.sensitivities(name, progress)
+    if settings.max_quality_loss is not None:
+        saving = _search(settings, material, traces, sensitivities, progress)
+        tried = [{"budget": budget, "loss": loss} for budget, loss in saving.tried]
+        if saving.policy is None:
+            raise UsageError(
+                f"policy {name} saves nothing at a quality loss of at most {settings.max_quality_loss:.2%}:"
+                f" even a budget of {max(budget for budget, _ in saving.tried):.2f} loses more",
+                hint="allow more, take another policy, or export with --routing off",
+            )
+        chosen, searched = saving.policy, {"max_quality_loss": settings.max_quality_loss, "tried": tried}
+        budget = saving.budget
+    else:
+        assert settings.budget is not None, "check_routing"
+        budget, searched = settings.budget, {}
+        chosen = fit(name, traces, budget, sensitivities)
+    entry = _entry(budget, chosen, traces)
+    del entry["parameters"]
+    return chosen, {"calibration": {**entry, **searched, "text": _text_facts(material)}}
+
+
+def _search(
+    settings: RoutingRecipe,
+    material: _Material,
+    traces: Sequence[RoutingTrace],
+    sensitivities: Sensitivities | None,
+    progress: Progress,
+) -> Saving:
+    """The largest saving whose relative increase of perplexity on the calibration text stays within the bound."""
+    assert settings.max_quality_loss is not None
+    sample = material.chosen[1::2] if len(material.chosen) > 1 else material.chosen
+    reference = losses(ProgramRunner(material.program), sample)
+
+    def evaluate(candidate: Policy) -> float:
+        routed = DynamicRouting(candidate).run(material.program).program
+        found = losses(ProgramRunner(routed), sample, told=lambda done, total: progress("quality search", done, total))
+        return float(np.exp((found - reference).mean()) - 1)
+
+    tops = [trace.weights.shape[1] for trace in traces]
+    return largest_saving(
+        lambda budget: fit(settings.policy, traces, budget, sensitivities),
+        evaluate,
+        settings.max_quality_loss,
+        least=min(len(tops) / sum(tops) + 0.02, 0.99),
+    )
+
+
+def parse_budgets(text: str) -> list[float]:
+    """Budgets from "0.5,0.6".
+
+    Raises:
+        UsageError: Not numbers in (0, 1].
+    """
+    try:
+        budgets = [float(item) for item in text.split(",") if item.strip()]
+    except ValueError as error:
+        raise UsageError(f"--budget {text}: not a list of numbers", hint="such as --budget 0.5,0.6,0.7") from error
+    if not budgets:
+        raise UsageError("--budget is empty", hint="such as --budget 0.5,0.6,0.7")
+    for budget in budgets:
+        _check_budget(budget)
+    return budgets
+
+
+def calibrate_file(
+    location: str,
+    name: str,
+    budgets: Sequence[float],
+    output: Path,
+    *,
+    text: Path | None,
+    revision: str | None = None,
+    trust_remote_code: bool,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Calibrate a checkpoint and write the file; see `calibrate`.
+
+    Raises:
+        OutputError: The file cannot be written.
+    """
+    policy_type(name)
+    where = None if text is None else str(text)
+    read_text(where)
+    checkpoint = Checkpoint.open(location, revision=revision, trust_remote_code=trust_remote_code)
+    progress("capture", 0, 1)
+    program, _ = passes.run_passes(capture(checkpoint), passes.default_passes())
+    found = calibrate(checkpoint, program, name, budgets, text=where, progress=progress)
+    try:
+        output.write_text(json.dumps(found, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"{output}: cannot be written: {error.strerror}", hint="give another file") from error
+    return found

@@ -1,0 +1,112 @@
+"""The schema of report.json: what a reader of another program may rely on.
+
+`docs/report.schema.json` is this as JSON Schema; a test compares the two. `schema_version` is raised when a key
+changes its meaning or goes, not when one is added. A figure that is no finite number is a string ("inf", "nan").
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from moec.compiler.common.errors import ArtifactError
+from moec.compiler.common.verdict import Status
+
+SCHEMA_VERSION = 1
+JSON, HTML, JUNIT = "report.json", "report.html", "report.xml"
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class VerdictRecord(_Part):
+    """What one gate said."""
+
+    gate: str = Field(description="Name of the gate, with a step where it has several.")
+    status: Status = Field(description="A gate that did not run is never a pass.")
+    summary: str = Field(description="One line for people.")
+    exit_code: int = Field(description="Exit code of the command if this gate fails.")
+    figures: dict[str, Any] = Field(
+        default_factory=dict,
+        description="What was measured; the keys belong to the gate. `seconds` is how long it ran, `cases` every "
+        "case of a parity gate, `steps` the tokens that reached each expert of each layer (coverage).",
+    )
+
+
+class Machine(_Part):
+    """What the figures were measured on."""
+
+    cpu: str
+    cores: int
+    logical_cores: int
+    memory_bytes: int
+    os: str
+    python: str
+
+
+class RejectionRecord(_Part):
+    """Where a pass or the target left something alone."""
+
+    source: str
+    where: str
+    reason: str
+
+
+class Report(_Part):
+    """report.json."""
+
+    schema_version: int = Field(description="Raised when a key changes its meaning or goes.")
+    created: str = Field(description="When the gates ran: UTC, ISO 8601.")
+    exit_code: int = Field(description="0 unless a gate failed.")
+    verdicts: list[VerdictRecord] = Field(description="One per gate, also of those that did not run.")
+    timings: dict[str, float] = Field(description="Stage -> seconds of wall-clock time, in order.")
+    machine: Machine
+    versions: dict[str, str] = Field(description="Tool -> version, from moec.json.")
+    model: dict[str, Any] = Field(description="What was compiled, from moec.json.")
+    recipe: dict[str, Any] = Field(description="How, from moec.json.")
+    routing: dict[str, Any] = Field(default_factory=dict, description="What routing decided and saves, from moec.json.")
+    quantization: dict[str, Any] = Field(
+        default_factory=dict, description="What quantization decided and its errors, from moec.json."
+    )
+    rejections: list[RejectionRecord]
+    files: dict[str, int] = Field(description="File of the artifact -> bytes.")
+    tensor_bytes: dict[str, int] = Field(
+        description="Tensor class -> bytes that its weights take in the formats of the plan, or as the target states."
+    )
+
+
+def json_schema() -> dict[str, Any]:
+    """The schema as JSON Schema (draft 2020-12)."""
+    dialect = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
+    return {**dialect, **Report.model_json_schema(mode="serialization")}
+
+
+def read_report(directory: Path) -> Report:
+    """Read the report.json of an artifact.
+
+    Raises:
+        ArtifactError: There is none, it is damaged, or of another version.
+    """
+    path = directory / JSON
+    try:
+        report = Report.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise ArtifactError(
+            f"{path}: cannot be read: {error.strerror or error}",
+            hint="moec validate writes the report of an artifact anew",
+        ) from error
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise ArtifactError(
+            f"{path}: not a report: {where}: {first['msg']}", hint="moec validate writes it anew"
+        ) from error
+    if report.schema_version != SCHEMA_VERSION:
+        raise ArtifactError(
+            f"{path}: schema version {report.schema_version}, this moec reads {SCHEMA_VERSION}",
+            hint="moec validate writes it anew",
+        )
+    return report

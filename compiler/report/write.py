@@ -1,0 +1,123 @@
+"""The report of an artifact: report.json for machines, report.html for people, report.xml (JUnit) for CI systems.
+
+`report_schema.py` says what report.json holds, `report_page.py` makes the page.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+from moec.compiler.common.errors import OutputError
+from moec.compiler.common.machine import machine
+from moec.compiler.common.verdict import Status, Verdict
+from moec.compiler.gates.run import exit_code
+from moec.compiler.report.page import to_html
+from moec.compiler.report.schema import HTML, JSON, JUNIT, SCHEMA_VERSION, Report
+
+
+def write(
+    directory: Path, manifest: Mapping[str, Any], verdicts: Sequence[Verdict], timings: Mapping[str, float]
+) -> None:
+    """Write the three forms of the report into an artifact.
+
+    Args:
+        directory: The artifact.
+        manifest: Its moec.json.
+        verdicts: One per gate.
+        timings: Stage -> seconds.
+
+    Raises:
+        OutputError: The directory cannot be written.
+    """
+    report = make_report(directory, manifest, verdicts, timings)
+    try:
+        (directory / JSON).write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        (directory / HTML).write_text(to_html(report), encoding="utf-8")
+        (directory / JUNIT).write_bytes(to_junit(verdicts))
+    except OSError as error:
+        raise OutputError(f"{directory}: the report cannot be written: {error}", hint="free space there") from error
+
+
+def make_report(
+    directory: Path, manifest: Mapping[str, Any], verdicts: Sequence[Verdict], timings: Mapping[str, float]
+) -> dict[str, Any]:
+    """The content of report.json."""
+    report = {
+        "schema_version": SCHEMA_VERSION,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "exit_code": exit_code(verdicts),
+        "verdicts": [asdict(verdict) for verdict in verdicts],
+        "timings": dict(timings),
+        "machine": machine(),
+        "versions": dict(sorted(manifest.get("tools", {}).items())),
+        "model": manifest.get("model", {}),
+        "recipe": manifest.get("recipe", {}),
+        "routing": manifest.get("routing", {}),
+        "quantization": manifest.get("quantization", {}),
+        "rejections": list(_rejections(manifest)),
+        "files": _files(directory),
+        "tensor_bytes": manifest.get("facts", {}).get("tensor_bytes") or manifest.get("tensor_bytes", {}),
+    }
+    return Report.model_validate(_plain(report)).model_dump(mode="json")
+
+
+def _rejections(manifest: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    for record in manifest.get("passes", ()):
+        yield from record.get("rejections", ())
+    yield from manifest.get("rejections", ())
+
+
+def _files(directory: Path) -> dict[str, int]:
+    """Size of every file in the artifact but the reports; those in a folder (an .mlpackage) by their path."""
+    paths = sorted(path for path in directory.rglob("*") if path.is_file())
+    names = {path.relative_to(directory).as_posix(): path for path in paths}
+    return {name: path.stat().st_size for name, path in names.items() if name not in (JSON, HTML, JUNIT)}
+
+
+def _plain(value: Any) -> Any:
+    """`value` in the types of JSON, with what is no finite number as a string."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, str):
+        return str(value)
+    if isinstance(value, Iterable):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
+
+def to_junit(verdicts: Sequence[Verdict]) -> bytes:
+    """The verdicts as JUnit XML: one test case per gate; one that did not run is skipped, never passed."""
+    failures = sum(verdict.status.failed for verdict in verdicts)
+    skipped = sum(verdict.status is Status.NOT_RUN for verdict in verdicts)
+    seconds = [float(verdict.figures.get("seconds", 0.0)) for verdict in verdicts]
+    counts = {
+        "tests": str(len(verdicts)),
+        "failures": str(failures),
+        "skipped": str(skipped),
+        "errors": "0",
+        "time": f"{sum(seconds):.3f}",
+    }
+    suites = ElementTree.Element("testsuites", counts)
+    suite = ElementTree.SubElement(suites, "testsuite", {"name": "moec gates", **counts})
+    for verdict, duration in zip(verdicts, seconds, strict=True):
+        case = ElementTree.SubElement(
+            suite, "testcase", {"classname": "moec.gates", "name": verdict.gate, "time": f"{duration:.3f}"}
+        )
+        if verdict.status.failed:
+            ElementTree.SubElement(case, "failure", {"message": verdict.summary})
+        elif verdict.status is Status.NOT_RUN:
+            ElementTree.SubElement(case, "skipped", {"message": verdict.summary})
+        else:
+            ElementTree.SubElement(case, "system-out").text = verdict.summary
+    ElementTree.indent(suites)
+    content: bytes = ElementTree.tostring(suites, encoding="utf-8", xml_declaration=True)
+    return content

@@ -1,0 +1,106 @@
+"""Perplexity by teacher forcing, and how two models differ on the same windows. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+Told = Callable[[int, int], None]
+RESAMPLES = 2000
+
+
+class LanguageModel(Protocol):
+    """What perplexity asks of a model: every Runner of a target is one, and the interpreter's."""
+
+    def prefill(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None) -> np.ndarray:
+        """Logits [B, S, V] float32 of input_ids [B, S]."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How a model does on windows of text against a reference.
+
+    Attributes:
+        reference: Mean negative log likelihood of each window under the reference, nats, [n].
+        candidate: The same under the candidate.
+        divergences: Mean KL(reference || candidate) per token of each window, nats, [n].
+        agreement: Share of tokens whose most likely successor is the same.
+        tokens: Tokens judged.
+    """
+
+    reference: np.ndarray
+    candidate: np.ndarray
+    divergences: np.ndarray
+    agreement: float
+    tokens: int
+
+    @property
+    def divergence(self) -> float:
+        """Mean KL(reference || candidate) per token, nats."""
+        return float(self.divergences.mean())
+
+    @property
+    def increase(self) -> float:
+        """Relative increase of perplexity: 0.01 is 1 %."""
+        return math.exp(float((self.candidate - self.reference).mean())) - 1
+
+    def interval(self, *, level: float = 0.95, seed: int = 0) -> tuple[float, float]:
+        """Paired bootstrap interval of `increase` over windows (percentile method, 2000 resamples)."""
+        differences = self.candidate - self.reference
+        draws = np.random.default_rng(seed).integers(0, len(differences), (RESAMPLES, len(differences)))
+        means = np.exp(differences[draws].mean(axis=1)) - 1
+        low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+        return float(low), float(high)
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Log probabilities [..., V] in float32, computed in place of a copy."""
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    shifted -= np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    result: np.ndarray = shifted
+    return result
+
+
+def losses(runner: LanguageModel, windows: np.ndarray, *, told: Told = lambda _done, _total: None) -> np.ndarray:
+    """Mean negative log likelihood of each window, nats.
+
+    Args:
+        runner: What is judged.
+        windows: Token ids [n, length]; the first token of each is given, the others are predicted.
+        told: Called after each window with how many are done and how many there are.
+
+    Returns:
+        [n] float64.
+    """
+    result = np.empty(len(windows))
+    for index, window in enumerate(windows):
+        logs = log_softmax(runner.prefill(window[None])[0, :-1])
+        result[index] = -np.take_along_axis(logs, window[1:, None], axis=-1).mean(dtype=np.float64)
+        told(index + 1, len(windows))
+    return result
+
+
+def perplexity(values: Sequence[float] | np.ndarray) -> float:
+    """Perplexity of windows of equal length from their mean losses."""
+    return math.exp(float(np.mean(values)))
+
+
+def compare(
+    reference: LanguageModel, candidate: LanguageModel, windows: np.ndarray, *, told: Told = lambda _done, _total: None
+) -> Comparison:
+    """Run both over the windows; one window's logits in memory at a time. Arguments as for `losses`."""
+    both, divergences = np.empty((2, len(windows))), np.empty(len(windows))
+    same = 0.0
+    for index, window in enumerate(windows):
+        expected, found = (log_softmax(runner.prefill(window[None])[0, :-1]) for runner in (reference, candidate))
+        for row, logs in enumerate((expected, found)):
+            both[row, index] = -np.take_along_axis(logs, window[1:, None], axis=-1).mean(dtype=np.float64)
+        divergences[index] = (np.exp(expected) * (expected - found)).sum(dtype=np.float64) / len(expected)
+        same += float((expected.argmax(-1) == found.argmax(-1)).sum())
+        told(index + 1, len(windows))
+    tokens = windows.size - len(windows)
+    return Comparison(both[0], both[1], divergences, same / tokens, tokens)

@@ -1,0 +1,1 @@
+"""Passes after which each computation has one form."""

@@ -1,0 +1,58 @@
+"""One layout for all experts: [E, out, in], as `linear` wants them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import fx
+
+from moec.compiler.ir.program import EXPERTS, Program
+from moec.compiler.ir.weights import LazyTensor, swap_last
+from moec.passes.base import Pass, PassResult
+from moec.passes.rewriting import rewritten
+
+TRANSPOSED = 10
+"""Position of `transposed` among the arguments of `moec::experts`."""
+
+
+@dataclass(frozen=True)
+class CanonicalExperts(Pass):
+    """Swap the axes of experts that are stored [in, out] (gpt-oss, Llama 4), lazily, one expert at a time.
+
+    ```
+    experts(.., @gate_up_proj[E, H, 2I], .., @down_proj[E, I, H], .., transposed=True)
+    ->
+    experts(.., @gate_up_proj.linear[E, 2I, H], .., @down_proj.linear[E, H, I], .., transposed=False)
+    ```
+    """
+
+    name: ClassVar[str] = "canonical-experts"
+    requires: ClassVar[tuple[str, ...]] = ("fold-weights",)
+
+    def run(self, program: Program) -> PassResult:
+        """See the class."""
+        graph = program.copy_graph()
+        added: dict[str, LazyTensor] = {}
+        for node in graph.find_nodes(op="call_function", target=EXPERTS):
+            if node.args[TRANSPOSED]:
+                arguments = list(node.args)
+                for position in (3, 5):
+                    arguments[position] = _swapped(program, graph, node, position, added)
+                arguments[TRANSPOSED] = False
+                node.args = tuple(arguments)
+        if not added:
+            return PassResult(program, modified=False)
+        changed = program.replace(graph=graph, weights=program.weights.with_tensors(added))
+        return PassResult(rewritten(changed, graph, changed.weights), modified=True)
+
+
+def _swapped(program: Program, graph: fx.Graph, node: fx.Node, position: int, added: dict[str, LazyTensor]) -> fx.Node:
+    old = node.args[position]
+    assert isinstance(old, fx.Node)
+    name = f"{program.weights.resolve(str(old.target))}.linear"
+    added[name] = swap_last(program.weights[str(old.target)])
+    with graph.inserting_before(node):
+        new = graph.create_node("get_attr", name)
+    new.meta = {"val": old.meta["val"].transpose(1, 2), "module": old.meta.get("module", "")}
+    return new

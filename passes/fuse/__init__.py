@@ -1,0 +1,1 @@
+"""Passes that recognise a semantic op in many small ones."""

@@ -1,0 +1,83 @@
+"""Fits a policy to a budget, from traces of one pass over calibration text."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from moec.compiler.common.errors import UsageError
+from moec.passes.routing.calibrate.sensitivities import Calibration, Sensitivities
+from moec.passes.routing.calibrate.traces import RoutingTrace, kept_share, replay
+from moec.passes.routing.policies.table import policy_type
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from moec.passes.routing.policies.base import Policy, Slots
+
+TOLERANCE = 0.005
+BISECTIONS = 60
+
+
+def fit(
+    name: str,
+    traces: Sequence[RoutingTrace],
+    budget: float,
+    sensitivities: Sensitivities | None = None,
+) -> Policy:
+    """Finds the parameters with which a policy keeps the budget's share of the slots of calibration text.
+
+    Args:
+        name: The policy's name.
+        traces: One trace per MoE layer, in order.
+        budget: Share of slots to keep, of those that the pretrained router gives; above 0 and at most 1.
+        sensitivities: Measured losses; `layer-k` and `capped` need them, `top-p` and `threshold` use them.
+
+    Returns:
+        The policy, which keeps the budget within half a percent of all slots. `uniform-k` and `layer-k` take
+        whole numbers of experts and keep as much as the budget allows.
+
+    Raises:
+        UsageError: The budget cannot be reached, or something that the policy needs is missing.
+    """
+    if not 0 < budget <= 1:
+        raise UsageError(f"an expert budget is a share of the pretrained top-k in (0, 1], not {budget}")
+    chosen = policy_type(name)
+    layers = replay(traces)
+    start = chosen.prepare(Calibration(layers, budget, sensitivities))
+    return bisect_knob(start, layers, budget) if chosen.bisected and chosen.knob else start
+
+
+def bisect_knob(start: Policy, layers: Sequence[Slots], budget: float) -> Policy:
+    """Moves the policy's knob to where it keeps the budget's share of the slots.
+
+    The kept share is monotone in the knob, so bisection finds it; which way it runs is seen at the two ends.
+
+    Args:
+        start: The policy, with its per-layer parameters set.
+        layers: The replayed slots of every MoE layer.
+        budget: Share of slots to keep.
+
+    Raises:
+        UsageError: No value of the knob comes within half a percent.
+    """
+    low, high = start.knob_range
+    less, more = start.with_knob(low), start.with_knob(high)
+    kept_less, kept_more = kept_share(less, layers), kept_share(more, layers)
+    if kept_less > kept_more:
+        (low, high), (less, more), (kept_less, kept_more) = (high, low), (more, less), (kept_more, kept_less)
+    least, most = kept_less, kept_more
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        candidate = start.with_knob(middle)
+        kept = kept_share(candidate, layers)
+        if kept < budget:
+            low, less, kept_less = middle, candidate, kept
+        else:
+            high, more, kept_more = middle, candidate, kept
+    best, kept = (more, kept_more) if kept_more - budget <= budget - kept_less else (less, kept_less)
+    if abs(kept - budget) > TOLERANCE:
+        raise UsageError(
+            f"policy {start.name} cannot keep {budget:.1%} of the slots of this text: the nearest is {kept:.1%}",
+            hint=f"It can keep from {least:.1%} to {most:.1%}; every token keeps at least one expert per layer.",
+        )
+    return best

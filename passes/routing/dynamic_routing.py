@@ -1,0 +1,215 @@
+"""Dynamic routing: a policy's selection between the router and the experts of every MoE layer."""
+
+from __future__ import annotations
+
+import hashlib
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from moec.compiler.common.errors import UsageError
+from moec.compiler.common.rejections import Rejection
+from moec.compiler.ir.fake_values import fake_mode, infer
+from moec.compiler.ir.program import EXPERTS, SELECT, Program, TensorSpec, module_of
+from moec.compiler.ir.weights import Constant, LazyTensor
+from moec.passes.base import Pass, PassResult
+from moec.passes.rewriting import aten, rewritten
+from moec.passes.routing.policies.base import Policy, Slots, selection
+from moec.passes.routing.routing_weights import descending, non_negative
+
+BUDGET_INPUT = "routing_budget"
+"""Name of the run-time input that replaces the policy's knob."""
+INPUT_DEFAULTS = "input_defaults"
+"""Key of `Program.notes`: input name -> tensor that stands for it where nobody feeds it."""
+
+
+@dataclass(frozen=True)
+class DynamicRouting(Pass):
+    """Insert `moec::select` in front of every experts node, with the policy's rule as aten ops.
+
+    The rule sees slots in descending order: where the router's ops do not prove that they come so, a top-k over the
+    slots sorts weights and experts first. Layers with a single slot, and those where the policy keeps every slot,
+    stay as they are.
+
+    ```
+    %y = experts(%x, %indices, %weights, ...)
+    ->
+    %mass = matmul(%weights, @before)                     # top-p; @before is a constant [k, k]
+    %total = sum(%weights, [-1], True)
+    %bound = mul(%total, 0.9)
+    %keep = lt(%mass, %bound)
+    %selected = moec.select(%weights, %keep, True)
+    %y = experts(%x, %indices, %selected, ...)
+    ```
+
+    Attributes:
+        policy: What decides.
+        runtime_budget: Make the policy's knob the Program input `routing_budget` (float32 scalar), whose default is
+            the policy's own value.
+    """
+
+    name: ClassVar[str] = "dynamic-routing"
+
+    policy: Policy
+    runtime_budget: bool = False
+
+    def run(self, program: Program) -> PassResult:
+        """See the class.
+
+        Raises:
+            UsageError: The policy has no knob that could be fed at run time, or was calibrated for fewer layers.
+        """
+        graph = program.copy_graph()
+        adding = _Adding(program, graph)
+        budget = self._budget(graph, adding.mode) if self.runtime_budget else None
+        rejections: list[Rejection] = []
+        for layer, experts in enumerate(graph.find_nodes(op="call_function", target=EXPERTS)):
+            reason = self._insert(adding, layer, experts, budget)
+            if reason:
+                rejections.append(Rejection(self.name, module_of(experts), reason))
+        if not adding.modified:
+            return PassResult(program, modified=False, rejections=tuple(rejections))
+        changed = rewritten(program, graph, program.weights.with_tensors(adding.constants))
+        notes: dict[str, Any] = {**program.notes, self.name: self.policy}
+        if budget is not None:
+            default = torch.tensor(getattr(self.policy, self.policy.knob or ""), dtype=torch.float32)
+            notes[INPUT_DEFAULTS] = {**program.notes.get(INPUT_DEFAULTS, {}), BUDGET_INPUT: default}
+            changed = changed.replace(inputs=(*program.inputs, TensorSpec(BUDGET_INPUT, (), torch.float32)))
+        return PassResult(changed.replace(notes=notes), True, tuple(rejections))
+
+    def _budget(self, graph: fx.Graph, mode: Any) -> fx.Node:
+        if self.policy.knob is None:
+            raise UsageError(
+                f"policy {self.policy.name} has no scalar that could be set at run time",
+                hint="drop --routing-input, or choose a policy with a threshold, such as top-p or capped",
+            )
+        placeholders = graph.find_nodes(op="placeholder")
+        names = [str(node.target) for node in placeholders]
+        inputs = sum(not name.startswith("past_") for name in names)
+        with graph.inserting_after(placeholders[inputs - 1]):
+            node = graph.placeholder(BUDGET_INPUT)
+        with mode:
+            node.meta = {"val": torch.empty((), dtype=torch.float32), "module": ""}
+        return node
+
+    def _insert(self, adding: _Adding, layer: int, experts: fx.Node, budget: fx.Node | None) -> str:
+        """Route one layer; return why it was left alone, or nothing."""
+        hidden, indices, weights = experts.args[:3]
+        assert isinstance(hidden, fx.Node)
+        assert isinstance(indices, fx.Node)
+        assert isinstance(weights, fx.Node)
+        if int(weights.meta["val"].shape[1]) == 1:
+            return "its tokens have one expert each, which always stays"
+        rule = _trace(self.policy, layer, [hidden, indices, weights], budget)
+        if rule is None:
+            return ""
+        adding.begin(experts)
+        ordered_indices, ordered = adding.in_order(indices, weights)
+        seen = ordered if non_negative(weights) else adding.call(aten.clamp.default, ordered, 0)
+        keep = adding.splice(rule, [hidden, ordered_indices, seen, budget])
+        selected = adding.call(SELECT, ordered, keep, self.policy.renormalize)
+        experts.update_arg(1, ordered_indices)
+        experts.update_arg(2, selected)
+        return ""
+
+
+def _trace(policy: Policy, layer: int, operands: list[fx.Node], budget: fx.Node | None) -> fx.Graph | None:
+    """The policy's rule as a graph of aten ops over (hidden, indices, weights, budget); None if it keeps all."""
+    kept_all = False
+    values = [node.meta["val"] for node in operands]
+
+    def rule(hidden: Tensor, indices: Tensor, weights: Tensor, fed: Tensor) -> Tensor:
+        nonlocal kept_all
+        knob = None if budget is None else fed
+        slots = Slots(layer, indices, weights.to(torch.float32), hidden, knob, descending=True)
+        mask = selection(policy, slots)
+        kept_all = mask is None
+        return weights if mask is None else mask
+
+    # Real tensors, arange and the like, meet fake ones here: the traced constants are evaluated later.
+    # A tensor of its own: two inputs that are one object would be traced as one.
+    fed = values[2].new_empty(()) if budget is None else budget.meta["val"]
+    traced = make_fx(rule, tracing_mode="fake", _allow_non_fake_inputs=True)(*values, fed)
+    if kept_all:
+        return None
+    traced.graph.eliminate_dead_code()
+    graph: fx.Graph = traced.graph
+    return graph
+
+
+class _Adding:
+    """Adds nodes in front of an experts node; constants of all layers are shared."""
+
+    def __init__(self, program: Program, graph: fx.Graph) -> None:
+        self.program, self.graph, self.mode = program, graph, fake_mode(graph)
+        self.constants: dict[str, LazyTensor] = {}
+        self.modified = False
+        self._nodes: dict[str, fx.Node] = {}
+        self._before: fx.Node = next(iter(graph.nodes))
+        self._module = ""
+
+    def begin(self, experts: fx.Node) -> None:
+        """Go to the place in front of `experts`."""
+        self._before, self._module = experts, f"{module_of(experts)}.select"
+        self.modified = True
+
+    def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        """Add a call with its exact fake value."""
+        with self.graph.inserting_before(self._before):
+            node = self.graph.call_function(target, args, kwargs)
+        node.meta = {"val": infer(target, args, kwargs, self.mode), "module": self._module}
+        return node
+
+    def in_order(self, indices: fx.Node, weights: fx.Node) -> tuple[fx.Node, fx.Node]:
+        """Experts and weights of each row in the order of falling weights."""
+        if descending(weights):
+            return indices, weights
+        ranked = self.call(aten.topk.default, weights, int(weights.meta["val"].shape[1]))
+        values, order = (self.call(operator.getitem, ranked, position) for position in (0, 1))
+        return self.call(aten.gather.default, indices, 1, order), values
+
+    def splice(self, rule: fx.Graph, operands: list[fx.Node | None]) -> fx.Node:
+        """Copy a traced rule; what depends on no operand becomes a constant."""
+        supply = iter(operands)
+        mapping: dict[fx.Node, Any] = {}
+        for node in rule.nodes:
+            if node.op == "placeholder":
+                mapping[node] = next(supply)
+            elif node.op == "output":
+                return self._placed(mapping[node.args[0]])
+            else:
+                mapping[node] = self._spliced(node, mapping)
+        raise AssertionError("a rule without a result")
+
+    def _spliced(self, node: fx.Node, mapping: dict[fx.Node, Any]) -> fx.Node | Tensor:
+        assert callable(node.target)
+        args, kwargs = (fx.map_arg(given, lambda source: mapping[source]) for given in (node.args, node.kwargs))
+        if all(isinstance(mapping[source], Tensor) for source in node.all_input_nodes):
+            constant: Tensor = node.target(*_real(node.args, mapping), **_real(node.kwargs, mapping))
+            return constant
+        placed = torch.utils._pytree.tree_map_only(Tensor, self._placed, (args, kwargs))
+        return self.call(node.target, *placed[0], **placed[1])
+
+    def _placed(self, value: fx.Node | Tensor) -> fx.Node:
+        """A node for a constant: a small weight, the same one for equal values."""
+        if isinstance(value, fx.Node):
+            return value
+        value = value.contiguous()
+        digest = hashlib.sha256(str((value.dtype, tuple(value.shape))).encode() + value.numpy().tobytes()).hexdigest()
+        name = f"routing.{digest[:12]}"
+        if name not in self._nodes:
+            self.constants[name] = Constant(value)
+            with self.graph.inserting_before(next(iter(self.graph.nodes))):
+                self._nodes[name] = self.graph.create_node("get_attr", name)
+            with self.mode:
+                self._nodes[name].meta = {"val": torch.empty(value.shape, dtype=value.dtype), "module": ""}
+        return self._nodes[name]
+
+
+def _real(given: Any, mapping: dict[fx.Node, Any]) -> Any:
+    return fx.map_arg(given, lambda source: mapping[source])

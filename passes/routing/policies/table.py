@@ -1,0 +1,123 @@
+"""The table of routing policies: built-in ones, third parties' from entry points, and those that are refused."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, fields
+from difflib import get_close_matches
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any
+
+from moec.compiler.common.errors import UsageError
+from moec.passes.routing.policies.activation_norm import ActivationNorm
+from moec.passes.routing.policies.base import Policy
+from moec.passes.routing.policies.capped import Capped
+from moec.passes.routing.policies.entropy import Entropy
+from moec.passes.routing.policies.layer_k import LayerK
+from moec.passes.routing.policies.margin import Margin
+from moec.passes.routing.policies.random_drop import RandomDrop
+from moec.passes.routing.policies.ratio import Ratio
+from moec.passes.routing.policies.threshold import Threshold
+from moec.passes.routing.policies.top_p import TopP
+from moec.passes.routing.policies.uniform_k import UniformK
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from importlib.metadata import EntryPoint
+
+GROUP = "moec.policies"
+
+BUILT_IN: tuple[type[Policy], ...] = (
+    LayerK,
+    TopP,
+    Threshold,
+    Capped,
+    Ratio,
+    Entropy,
+    Margin,
+    ActivationNorm,
+    UniformK,
+    RandomDrop,
+)
+
+CONTROLS = (UniformK.name, RandomDrop.name)
+"""Shown in every report beside the chosen policy."""
+
+REFUSED = {
+    "oea": "lets tokens of a batch share the experts that others activate",
+    "sere": "reroutes a token's experts to those that its batch activates",
+    "batch-topk": "ranks slots across the batch",
+    "sequence-topk": "ranks slots across the sequence, later tokens included",
+    "expert-choice": "lets experts choose among the tokens of a batch",
+    "capacity": "drops tokens when an expert's share of the batch is full",
+}
+"""Known policies that depend on the batch, and how."""
+
+
+def policies(extra: Iterable[EntryPoint] | None = None) -> dict[str, type[Policy]]:
+    """All policies by name, built-in ones first.
+
+    Args:
+        extra: Entry points of third parties; None: those installed in the group `moec.policies`.
+
+    Raises:
+        UsageError: Two policies claim one name, or an entry point is no Policy.
+    """
+    table = {policy.name: policy for policy in BUILT_IN}
+    for entry in sorted(entry_points(group=GROUP) if extra is None else extra, key=lambda e: (e.name, e.value)):
+        if entry.name in table or entry.name in REFUSED:
+            raise UsageError(
+                f"the entry point {entry.name} = {entry.value} of group {GROUP} claims a name that is taken",
+                hint="Uninstall one of the packages, or rename the policy.",
+            )
+        loaded = entry.load()
+        if not (isinstance(loaded, type) and issubclass(loaded, Policy) and loaded.name == entry.name):
+            raise UsageError(
+                f"the entry point {entry.name} = {entry.value} of group {GROUP} is no Policy of that name",
+                hint="It must name a subclass of moec.passes.routing.policies.base.Policy whose `name` is the entry's.",
+            )
+        table[entry.name] = loaded
+    return table
+
+
+def policy_type(name: str) -> type[Policy]:
+    """The class of a policy.
+
+    Raises:
+        UsageError: Nothing has that name, or it is a batch-dependent policy.
+    """
+    if name in REFUSED:
+        raise UsageError(
+            f"policy {name} {REFUSED[name]}: a token's experts must depend on that token alone, or its result would"
+            " change with the batch, and prefill followed by decode would differ from one pass",
+            hint="Choose a row-independent policy, such as top-p.",
+        )
+    table = policies()
+    if name not in table:
+        raise UsageError(f"unknown routing policy {name!r}", hint=_nearest(name, table))
+    return table[name]
+
+
+def policy(name: str, **parameters: Any) -> Policy:
+    """Makes a policy from its name and its parameters, such as those that JSON or YAML holds.
+
+    Raises:
+        UsageError: Unknown name or parameter, a batch-dependent policy, or a value that makes no sense.
+    """
+    chosen = policy_type(name)
+    known = [field.name for field in fields(chosen)]
+    for key in parameters:
+        if key not in known:
+            raise UsageError(f"policy {name} has no parameter {key!r}", hint=_nearest(key, known))
+    values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in parameters.items()}
+    return chosen(**values)
+
+
+def parameters_of(chosen: Policy) -> dict[str, Any]:
+    """The parameters of a policy, as `policy` takes them."""
+    return asdict(chosen)
+
+
+def _nearest(word: str, valid: Iterable[str]) -> str:
+    names = list(valid)
+    close = get_close_matches(word, names, n=1, cutoff=0.5)
+    return (f"Did you mean {close[0]!r}? " if close else "") + f"Valid: {', '.join(names)}."

@@ -1,0 +1,1 @@
+"""How a tensor is rounded: to nearest, by GPTQ, to a palette."""

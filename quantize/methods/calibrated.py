@@ -1,0 +1,190 @@
+"""Calibrated rounding: Hessians from text through the interpreter, then GPTQ, a group of tensors at a time.
+
+The Hessian of an expert is accumulated from the tokens that are routed to it alone, each weighted by its squared
+routing weight, by which its error counts in the layer's output.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from moec.compiler.ir.interpreter import ProgramRunner
+from moec.compiler.ir.ops import ExpertCall
+from moec.compiler.ir.program import Program
+from moec.compiler.ir.weights import LazyTensor
+from moec.quantize.formats import IntegerFormat
+from moec.quantize.methods.gptq import BATCH, GptqOptions, gptq
+from moec.quantize.methods.hessian import Hessian
+from moec.quantize.methods.rounding import RoundingResult, round_to_nearest
+from moec.quantize.methods.scales import ClipSearch
+from moec.quantize.methods.tensors import QuantizedTensor
+from moec.quantize.plan import QuantizationPlan, TensorClass
+from moec.quantize.tensor_classes import LINEAR, Role, format_of, weight_roles
+
+if TYPE_CHECKING:
+    from moec.compiler.common.progress import Progress
+
+MEMORY = 1 << 30
+"""Bytes of Hessians held at a time. More tensors than fit into it mean further passes over the text."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What calibration found.
+
+    Attributes:
+        rounded: Result by tensor name; tensors that the plan leaves float are not in it.
+        tokens: Tokens that each expert saw, by name of its first tensor: [E].
+    """
+
+    rounded: Mapping[str, RoundingResult]
+    tokens: Mapping[str, tuple[int, ...]]
+
+
+@dataclass
+class _Hessians:
+    """Hessians of a group of tensors: one for a matrix, one per expert for a stack."""
+
+    by_name: dict[str, list[Hessian]] = field(default_factory=dict)
+
+    def see_linear(self, name: str, inputs: Tensor) -> None:
+        if name in self.by_name:
+            self.by_name[name][0].add(inputs)
+
+    def see_expert(self, name: str, expert: int, inputs: Tensor, weights: Tensor) -> None:
+        if name in self.by_name:
+            self.by_name[name][expert].add(inputs, weights.float().square())
+
+
+def calibrate(
+    program: Program,
+    plan: QuantizationPlan,
+    windows: np.ndarray,
+    *,
+    options: GptqOptions | None = None,
+    memory: int = MEMORY,
+    progress: Progress = lambda _what, _done, _total: None,
+) -> Calibration:
+    """Round every tensor that `plan` quantizes, by GPTQ where its inputs are known.
+
+    Args:
+        program: Float Program after the common passes.
+        plan: What to quantize.
+        windows: Calibration tokens [n, length].
+        options: How GPTQ rounds.
+        memory: See `MEMORY`.
+        progress: Told about text and tensors.
+
+    Raises:
+        UsageError: A block size does not divide a dimension.
+        CheckpointError: Weights or inputs hold NaN or infinity.
+    """
+    options = options or GptqOptions()
+    wanted = _wanted(program, plan)
+    rounded: dict[str, RoundingResult] = {}
+    tokens: dict[str, tuple[int, ...]] = {}
+    done = 0
+    for group in _groups(program, wanted, memory):
+        hessians = _collect(program, group, windows, progress)
+        for name in group:
+            role, chosen = wanted[name]
+            # No product with an embedding, so no Hessian: its rows are looked up.
+            own = None if role.tensor_class is TensorClass.EMBEDDING else hessians.by_name.pop(name)
+            rounded[name] = _rounded(program.weights[name], own, chosen, name, options)
+            if own is not None and len(own) > 1:
+                tokens[name] = tuple(hessian.tokens for hessian in own)
+            done += 1
+            progress("rounding", done, len(wanted))
+    return Calibration(rounded, tokens)
+
+
+def _rounded(
+    tensor: LazyTensor, hessians: list[Hessian] | None, fmt: IntegerFormat, name: str, options: GptqOptions
+) -> RoundingResult:
+    """Round a matrix, or a stack a few experts at a time, and keep the codes in a file."""
+    stacked = len(tensor.shape) == 3
+    # Experts that GPTQ would round together anyway.
+    step = max(1, BATCH // math.prod(tensor.shape[1:])) if stacked else tensor.shape[0]
+    codes, parts = mapped(tensor.shape), list[RoundingResult]()
+    for start in range(0, tensor.shape[0], step):
+        part = slice(start, min(start + step, tensor.shape[0]))
+        weight = tensor.rows(part.start, part.stop)
+        if hessians is None:
+            result = round_to_nearest(weight, fmt, name=name, clip=ClipSearch())
+        else:
+            result = gptq(weight, hessians[part] if stacked else hessians, fmt, name=name, options=options)
+        codes[part] = result.tensor.codes
+        parts.append(replace(result, tensor=replace(result.tensor, codes=codes[part])))
+    points = [part.tensor.zero_points for part in parts if part.tensor.zero_points is not None]
+    scales = torch.cat([part.tensor.scales for part in parts])
+    whole = QuantizedTensor(parts[0].tensor.format, codes, scales, torch.cat(points) if points else None)
+    return RoundingResult(whole, tuple(matrix for part in parts for matrix in part.matrices))
+
+
+def mapped(shape: Sequence[int]) -> Tensor:
+    """An int8 tensor in a nameless temporary file: codes of a model that is larger than memory have a place there."""
+    with tempfile.NamedTemporaryFile(prefix="moec-") as file:
+        return torch.from_file(file.name, shared=True, size=math.prod(shape), dtype=torch.int8).view(*shape)
+
+
+def _wanted(program: Program, plan: QuantizationPlan) -> dict[str, tuple[Role, IntegerFormat]]:
+    found = {}
+    for name, role in weight_roles(program).items():
+        tensor = program.weights[name]
+        chosen = format_of(plan, name, role, tensor)
+        if isinstance(chosen, IntegerFormat):
+            found[name] = (role, chosen.resolve(tensor.shape[-1], name))
+    return found
+
+
+def _groups(
+    program: Program, wanted: Mapping[str, tuple[Role, IntegerFormat]], memory: int
+) -> Iterator[tuple[str, ...]]:
+    group: list[str] = []
+    used = 0
+    for name in wanted:
+        shape = program.weights[name].shape
+        size = 4 * shape[-1] ** 2 * math.prod(shape[:-2])
+        if group and used + size > memory:
+            yield tuple(group)
+            group, used = [], 0
+        group.append(name)
+        used += size
+    if group:
+        yield tuple(group)
+
+
+def _collect(program: Program, group: tuple[str, ...], windows: np.ndarray, progress: Progress) -> _Hessians:
+    """Run the text once and accumulate the Hessians of `group`."""
+    hessians = _Hessians()
+    resolve = program.weights.resolve
+    for name in group:
+        shape = program.weights[name].shape
+        hessians.by_name[name] = [Hessian(shape[-1], f"{name}[{i}]") for i in range(math.prod(shape[:-2]))]
+
+    def on_node(node: fx.Node, args: tuple[Any, ...], _result: Any) -> None:
+        if node.target is LINEAR:
+            weight = node.args[1]
+            assert isinstance(weight, fx.Node)
+            hessians.see_linear(resolve(str(weight.target)), args[0])
+
+    def on_expert(node: fx.Node, call: ExpertCall) -> None:
+        first, second = (node.args[3], node.args[5])
+        assert isinstance(first, fx.Node)
+        assert isinstance(second, fx.Node)
+        hessians.see_expert(resolve(str(first.target)), call.expert, call.inputs, call.weights)
+        hessians.see_expert(resolve(str(second.target)), call.expert, call.inner, call.weights)
+
+    runner = ProgramRunner(program, observer=on_node, expert_observer=on_expert)
+    for index in range(0, len(windows), 4):
+        runner.prefill(windows[index : index + 4])
+        progress("calibration text", min(index + 4, len(windows)), len(windows))
+    return hessians

@@ -1,0 +1,108 @@
+"""Lowers the output error of an already quantized matrix: scales by least squares, then codes one at a time.
+
+Both steps minimise trace(D H D^T), D the change of the weights, and never raise it. The scales of a row solve a
+linear system while its codes stand still; then each code in turn moves to where it is best while all others stand
+still (cyclic coordinate descent, as in QuantEase, 2309.01885).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moec.quantize.formats import IntegerFormat
+from moec.quantize.methods.scales import encode, storable
+from moec.quantize.methods.tensors import grouped
+
+
+def refine(
+    weight: Tensor,
+    hessian: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    points: Tensor,
+    fmt: IntegerFormat,
+    update_block: int,
+) -> tuple[Tensor, Tensor]:
+    """One round on a batch of matrices, all fp32.
+
+    Args:
+        weight: Float weights [B, N, K].
+        hessian: Damped Hessians [B, K, K].
+        codes: Codes [B, N, K].
+        scales: Scales [B, N, G].
+        points: Zero points [B, N, G], which stay.
+        fmt: The format.
+        update_block: Columns whose changes are collected before they are applied to the rest.
+
+    Returns:
+        New codes and scales.
+    """
+    target = weight @ hessian
+    scales = _refit_scales(weight, target, hessian, codes, scales, points, fmt)
+    return _descend(target, hessian, codes, scales, points, fmt, update_block), scales
+
+
+def _refit_scales(
+    weight: Tensor,
+    target: Tensor,
+    hessian: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    points: Tensor,
+    fmt: IntegerFormat,
+) -> Tensor:
+    """Least-squares scales [B, N, G] of each row; a row keeps its old ones where the new are no better."""
+    groups = grouped(codes, codes.shape[-1] // scales.shape[-1]) - points.unsqueeze(-1)
+    count, block = groups.shape[-2:]
+    flat = groups.flatten(-2)
+    normal = torch.empty(*groups.shape[:-1], count)
+    for group in range(count):
+        product = groups[:, :, group] @ hessian[:, group * block : (group + 1) * block]
+        normal[..., group] = grouped(product * flat, block).sum(-1)
+    right = grouped(target * flat, block).sum(-1)
+    # A little ridge toward the old scales keeps the system regular; a group whose codes are all 0 keeps its scale.
+    ridge = normal.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True).mul_(1e-6).clamp_(min=1e-20)
+    normal.diagonal(dim1=-2, dim2=-1).add_(ridge)
+    solved = torch.linalg.solve(normal, right + ridge * scales)
+    # Far from the old scale the codes would no longer fit it, and a negative scale no runtime takes.
+    sane = (solved > scales / 2) & (solved < scales * 2)
+    solved = storable(torch.where(sane, solved, scales), fmt.scale_type)
+    before, after = (_row_errors(weight, hessian, groups * candidate.unsqueeze(-1)) for candidate in (scales, solved))
+    return torch.where((after < before).unsqueeze(-1), solved, scales)
+
+
+def _row_errors(weight: Tensor, hessian: Tensor, restored: Tensor) -> Tensor:
+    change = weight - restored.flatten(-2)
+    return ((change @ hessian) * change).sum(-1)
+
+
+def _descend(
+    target: Tensor,
+    hessian: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    points: Tensor,
+    fmt: IntegerFormat,
+    update_block: int,
+) -> Tensor:
+    """One sweep over the columns; `target` is weight @ hessian. Returns new codes [B, N, K]."""
+    block = codes.shape[-1] // scales.shape[-1]
+    # Columns first, so that each of them lies contiguous in memory: [B, K, N].
+    spread, shift = (tensor.repeat_interleave(block, -1).mT.contiguous() for tensor in (scales, points))
+    result = codes.mT.contiguous()
+    restored = (result - shift) * spread
+    residual = target.mT - hessian @ restored
+    for start in range(0, result.shape[1], update_block):
+        part = slice(start, start + update_block)
+        local, square = residual[:, part].contiguous(), hessian[:, part, part]
+        moves = torch.empty_like(local)
+        for step in range(local.shape[1]):
+            column = start + step
+            best = restored[:, column] + local[:, step] / square[:, step, step, None]
+            code = encode(best, spread[:, column], shift[:, column], fmt)
+            move = (code - result[:, column]) * spread[:, column]
+            local -= square[:, step, :, None] * move[:, None]
+            result[:, column], moves[:, step] = code, move
+        residual -= hessian[:, part].mT @ moves
+    return result.mT.contiguous()

@@ -1,0 +1,132 @@
+"""Scales and zero points of groups of weights, by range or by a search for the least squared error."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moec.compiler.common.errors import CheckpointError
+from moec.quantize.formats import IntegerFormat, ScaleType
+
+# A pass over this many weights stays in the level-2 cache, which makes the search about three times faster.
+CHUNK = 1 << 17
+
+
+@dataclass(frozen=True)
+class ClipSearch:
+    """The clip ratios that are tried: `steps` of them from 1 down to `smallest`; one step means no clipping.
+
+    A ratio r shrinks the range of a group to r times its largest magnitude: the few weights beyond it are clipped, all
+    others are rounded more finely. Each group keeps the ratio with the smallest (weighted) squared error.
+    """
+
+    steps: int = 21
+    smallest: float = 0.6
+
+    def ratios(self) -> list[float]:
+        """The ratios in falling order; the first is 1."""
+        if self.steps == 1:
+            return [1.0]
+        return [1.0 - (1.0 - self.smallest) * step / (self.steps - 1) for step in range(self.steps)]
+
+
+NO_CLIPPING = ClipSearch(steps=1)
+
+
+def choose_scales(
+    groups: Tensor,
+    fmt: IntegerFormat,
+    clip: ClipSearch,
+    importance: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Choose the scale and zero point of each group.
+
+    Args:
+        groups: Weights, fp32 [..., block]; the last dimension shares a scale.
+        fmt: The format.
+        clip: Clip ratios to try.
+        importance: Weight of each squared error, fp32, broadcastable to `groups`; None weighs all alike.
+
+    Returns:
+        Scales fp32 [...], positive and exact in the format's scale dtype, and zero points fp32 [...] (0 if symmetric).
+    """
+    flat = groups.reshape(-1, groups.shape[-1])
+    weights = None if importance is None else importance.expand_as(groups).reshape(flat.shape)
+    scales, points = torch.empty(len(flat)), torch.empty(len(flat))
+    rows = max(1, CHUNK // flat.shape[-1])
+    for start in range(0, len(flat), rows):
+        part = slice(start, start + rows)
+        scales[part], points[part] = _search(flat[part], fmt, clip, None if weights is None else weights[part])
+    return scales.reshape(groups.shape[:-1]), points.reshape(groups.shape[:-1])
+
+
+def encode(groups: Tensor, scales: Tensor, zero_points: Tensor, fmt: IntegerFormat) -> Tensor:
+    """Nearest codes, as whole fp32 numbers; scales and zero points broadcast against the groups."""
+    codes = (groups / scales).round_()
+    if not fmt.symmetric:
+        codes.add_(zero_points)
+    return codes.clamp_(*fmt.code_range)
+
+
+def check_scales(scales: Tensor, name: str) -> None:
+    """Refuse scales that overflowed their dtype.
+
+    Raises:
+        CheckpointError: A scale is infinite; the message names the tensor.
+    """
+    if not bool(scales.isfinite().all()):
+        raise CheckpointError(
+            f"{name}: its weights are too large for fp16 scales",
+            hint="Use a format with fp32 scales (for example int4:32:fp32), or leave the tensor float.",
+        )
+
+
+def _search(groups: Tensor, fmt: IntegerFormat, clip: ClipSearch, importance: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Chosen scales and zero points of one chunk [groups, block]; the first of equal errors wins."""
+    low, high = groups.amin(-1), groups.amax(-1)
+    ratios = clip.ratios()
+    scales, points = _candidate(low, high, ratios[0], fmt)
+    if len(ratios) == 1:
+        return scales, points
+    least = _error(groups, scales, points, fmt, importance)
+    for ratio in ratios[1:]:
+        scale, point = _candidate(low, high, ratio, fmt)
+        error = _error(groups, scale, point, fmt, importance)
+        better = error < least
+        least = torch.where(better, error, least)
+        scales = torch.where(better, scale, scales)
+        points = torch.where(better, point, points)
+    return scales, points
+
+
+def _error(groups: Tensor, scales: Tensor, points: Tensor, fmt: IntegerFormat, importance: Tensor | None) -> Tensor:
+    scale, point = scales.unsqueeze(-1), points.unsqueeze(-1)
+    squared = encode(groups, scale, point, fmt).sub_(point).mul_(scale).sub_(groups).square_()
+    return squared.sum(-1) if importance is None else squared.mul_(importance).sum(-1)
+
+
+def _candidate(low: Tensor, high: Tensor, ratio: float, fmt: IntegerFormat) -> tuple[Tensor, Tensor]:
+    """Scale and zero point that cover `ratio` times the range."""
+    smallest, largest = fmt.code_range
+    if fmt.symmetric:
+        scale = torch.maximum(low * (ratio / smallest), high * (ratio / largest))
+        return storable(scale, fmt.scale_type), torch.zeros_like(scale)
+    # Zero stays exactly representable, or all-zero and sparse groups would gain an offset.
+    low, high = low.clamp(max=0) * ratio, high.clamp(min=0) * ratio
+    scale = storable((high - low) / (largest - smallest), fmt.scale_type)
+    return scale, (smallest - low / scale).round_().clamp_(smallest, largest)
+
+
+def storable(scales: Tensor, scale_type: ScaleType) -> Tensor:
+    """Round scales to what their dtype holds, as fp32; a scale of an all-zero group becomes 1.
+
+    Below the smallest normal number fp16 is too coarse to round to nearest (a scale could become 0 or half of itself,
+    and clip the group), so such scales are rounded up.
+    """
+    if scale_type is ScaleType.FP16:
+        step = 2.0**-24
+        tiny = scales < 2.0**-14
+        scales = torch.where(tiny, (scales / step).ceil() * step, scales.to(torch.float16).to(torch.float32))
+    return torch.where(scales > 0, scales, torch.ones_like(scales))

@@ -1,0 +1,85 @@
+"""The table of policies: names, parameters, entry points."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint
+from typing import TYPE_CHECKING, ClassVar
+
+import pytest
+
+from moec.compiler.common.errors import UsageError
+from moec.passes.routing.policies.base import Policy, Slots
+from moec.passes.routing.policies.table import BUILT_IN, CONTROLS, GROUP, REFUSED, policies, policy
+from moec.passes.routing.policies.top_p import TopP
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Mine(Policy):
+    name: ClassVar[str] = "mine"
+
+    def keep(self, slots: Slots) -> Tensor:
+        return slots.weights > 0
+
+
+class Installed(EntryPoint):
+    """An entry point whose object needs no import path."""
+
+    def load(self) -> object:
+        return {"mine": Mine, "text": "no class"}[self.value]
+
+
+def test_names_are_unique_and_documented() -> None:
+    names = [built_in.name for built_in in BUILT_IN]
+    assert len(set(names)) == len(names)
+    assert set(CONTROLS) <= set(names)
+    assert not set(REFUSED) & set(names)
+    for built_in in BUILT_IN:
+        assert built_in.__doc__
+        assert built_in.__module__.endswith(built_in.name.replace("-", "_"))
+        built_in()
+
+
+def test_policy_takes_lists_for_tuples() -> None:
+    assert policy("top-p", mass=0.8, slack=[1.0, 2.0]) == TopP(mass=0.8, slack=(1.0, 2.0))
+
+
+def test_unknown_names_get_the_nearest() -> None:
+    with pytest.raises(UsageError, match="unknown routing policy 'topp'") as error:
+        policy("topp")
+    assert "Did you mean 'top-p'?" in error.value.hint
+    with pytest.raises(UsageError, match="no parameter 'mas'") as error:
+        policy("top-p", mas=0.5)
+    assert "Did you mean 'mass'?" in error.value.hint
+
+
+@pytest.mark.parametrize("name", ["oea", "sere", "sequence-topk", "batch-topk"])
+def test_batch_dependent_policies_are_refused_with_the_reason(name: str) -> None:
+    with pytest.raises(UsageError, match="change with the batch"):
+        policy(name)
+
+
+def test_entry_points_add_policies() -> None:
+    assert policies([Installed("mine", "mine", GROUP)])["mine"] is Mine
+
+
+@pytest.mark.parametrize(
+    "points",
+    [
+        [("top-p", "mine")],
+        [("oea", "mine")],
+        [("mine", "mine"), ("mine", "mine")],
+    ],
+)
+def test_a_clash_is_an_error(points: list[tuple[str, str]]) -> None:
+    with pytest.raises(UsageError, match="taken"):
+        policies([Installed(name, value, GROUP) for name, value in points])
+
+
+@pytest.mark.parametrize("point", [("text", "text"), ("other", "mine")])
+def test_what_is_no_policy_of_that_name_is_an_error(point: tuple[str, str]) -> None:
+    with pytest.raises(UsageError, match="is no Policy"):
+        policies([Installed(*point, GROUP)])
