@@ -204,9 +204,6 @@ def calibrate(
 def validate(
     directory: ArtifactDirectory,
     against: Annotated[str, typer.Option(metavar="CHECKPOINT", help="What it was built from.")],
-    calibration: Annotated[
-        Path | None, typer.Option(metavar="PATH", help="Text that its weights were rounded with, if not moec's own.")
-    ] = None,
     max_quality_loss: Annotated[str | None, typer.Option(metavar="1%", help="Most that perplexity may rise.")] = None,
     quality_text: Annotated[Path | None, typer.Option(metavar="PATH", help="Held-out text; moec brings one.")] = None,
     coverage_min: CoverageMin = None,
@@ -240,7 +237,6 @@ def validate(
         result = validate_artifact(
             directory,
             against,
-            calibration=None if calibration is None else str(calibration),
             demands=demands,
             revision=revision,
             trust_remote_code=trust_remote_code,

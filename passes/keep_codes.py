@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from moec.compiler.common.errors import UsageError
 from moec.compiler.common.rejections import Rejection
@@ -13,10 +13,12 @@ from moec.compiler.ir.program import Program
 from moec.compiler.ir.weights import LazyTensor
 from moec.passes.base import Pass, PassResult
 from moec.quantize.formats import Activations, IntegerFormat
-from moec.quantize.keep import Grid, Held, grid_of, kept
+from moec.quantize.keep import ROUNDED_SCALES, Grid, Held, KeptFormat, grid_of, kept
 from moec.quantize.lazy import quantized
 from moec.quantize.plan import ALWAYS_FLOAT
 from moec.quantize.tensor_classes import weight_roles
+
+Format = TypeVar("Format", bound=KeptFormat)
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,7 @@ class KeepCodes(Pass):
             tensor_class = role.tensor_class.value
             tensor, reason = self._coded(name, program.weights[name], grid, tensor_class)
             form = "float" if tensor is None else str(tensor.format)
-            outcome = f"{form}, the codes of the checkpoint" if not reason else f"{form} in place of {grid}"
-            classes.setdefault(tensor_class, Counter())[outcome] += 1
+            classes.setdefault(tensor_class, Counter())[_outcome(form, grid, reason)] += 1
             if tensor is not None:
                 changed[name] = tensor
             if reason:
@@ -79,13 +80,22 @@ class KeepCodes(Pass):
 
     def _coded(self, name: str, source: LazyTensor, grid: Grid, tensor_class: str) -> tuple[Any, str]:
         """The tensor with codes, or None where it stays float, and why its codes are not those of the checkpoint."""
-        wanted = None if grid.format is None else self._with_activations(grid.format)
-        fmt = None if wanted is None else self.held.kept(tensor_class, wanted)
-        if fmt is not None:
-            return kept(name, source, fmt), ""
-        reason = grid.reason or f"the target does not hold {wanted} there"
+        for form, rounded in grid.forms():
+            fmt = self.held.kept(tensor_class, self._with_activations(form))
+            if fmt is not None:
+                return kept(name, source, fmt, exact=not rounded), rounded
+        reason = grid.reason or f"the target does not hold {grid.format} there"
         other = self.held.nearest(tensor_class, grid, source.shape[-1])
         return (None if other is None else quantized(name, source, self._with_activations(other))), reason
 
-    def _with_activations(self, fmt: IntegerFormat) -> IntegerFormat:
-        return fmt if self.activations is Activations.FLOAT else replace(fmt, activations=self.activations)
+    def _with_activations(self, fmt: Format) -> Format:
+        if self.activations is Activations.FLOAT or not isinstance(fmt, IntegerFormat):
+            return fmt
+        return replace(fmt, activations=self.activations)
+
+
+def _outcome(form: str, grid: Grid, reason: str) -> str:
+    """What became of a weight, for the report."""
+    if reason and reason != ROUNDED_SCALES:
+        return f"{form} in place of {grid}"
+    return f"{form}, the codes of the checkpoint" + (" with scales in half precision" if reason else "")

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from moec.compiler.common.errors import ArtifactError
 from moec.compiler.common.rejections import Rejection
 from moec.compiler.ir.program import Program
 from moec.compiler.ir.weights import LazyTensor
@@ -16,6 +17,7 @@ from moec.quantize.lazy import Float16, palettized, quantized
 from moec.quantize.methods.rounding import RoundingResult
 from moec.quantize.methods.scales import NO_CLIPPING, ClipSearch
 from moec.quantize.plan import QuantizationPlan
+from moec.quantize.recorded import Recorded, RecordedCodes
 from moec.quantize.tensor_classes import format_of, weight_roles
 
 
@@ -32,6 +34,7 @@ class Quantize(Pass):
     Attributes:
         plan: Formats by tensor class, with overrides.
         rounded: Results of calibrated rounding by tensor name; what is not in it is rounded to nearest.
+        recorded: Codes of an artifact by tensor name, all or none; they are taken as they are.
         clip: Clip ratios that rounding to nearest tries.
     """
 
@@ -40,6 +43,7 @@ class Quantize(Pass):
 
     plan: QuantizationPlan = field(default_factory=lambda: QuantizationPlan.build({}))
     rounded: Mapping[str, RoundingResult] = field(default_factory=dict)
+    recorded: Mapping[str, RecordedCodes] = field(default_factory=dict)
     clip: ClipSearch = NO_CLIPPING
 
     def run(self, program: Program) -> PassResult:
@@ -47,6 +51,7 @@ class Quantize(Pass):
 
         Raises:
             UsageError: A block size does not divide a dimension, or experts of one tensor have several formats.
+            ArtifactError: There are recorded codes, but none of some tensor.
         """
         changed: dict[str, LazyTensor] = {}
         rejections: list[Rejection] = []
@@ -66,6 +71,10 @@ class Quantize(Pass):
         return PassResult(program.replace(weights=weights, notes=notes), True, tuple(rejections))
 
     def _quantized(self, name: str, source: LazyTensor, chosen: Format) -> LazyTensor | None:
+        if isinstance(chosen, IntegerFormat) and self.recorded:
+            if name not in self.recorded:
+                raise ArtifactError(f"{name}: moec.json records no codes of it", hint="export it again")
+            return Recorded(name, source, chosen.resolve(source.shape[-1], name), recorded=self.recorded[name])
         if isinstance(chosen, IntegerFormat):
             return quantized(name, source, chosen, self.rounded.get(name), self.clip)
         if isinstance(chosen, PaletteFormat):

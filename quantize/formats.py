@@ -21,7 +21,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Literal, TypeAlias
+from typing import ClassVar, Literal, TypeAlias
 
 import torch
 
@@ -234,6 +234,44 @@ class PaletteFormat:
         return matrices * (codes + tables)
 
 
+@dataclass(frozen=True)
+class TableFormat:
+    """Codes that look their weight up in one table for the whole tensor, times a scale for each block of the last axis.
+
+    So weights are held that a checkpoint stores as floats of four bits (MXFP4, NVFP4). No plan names this format: it is
+    only kept (`quantize.keep`), and its text form, `table4:32` or `table4:32:fp32`, is for targets and reports.
+
+    Attributes:
+        block: Weights that share a scale.
+        scale_type: dtype of the scales.
+        bits: Bits of one code; the table has 2^bits values.
+    """
+
+    block: int
+    scale_type: ScaleType = ScaleType.FP16
+    bits: ClassVar[int] = 4
+
+    def __str__(self) -> str:
+        return self.grid if self.scale_type is ScaleType.FP16 else f"{self.grid}:{self.scale_type.value}"
+
+    @property
+    def grid(self) -> str:
+        """The text form without what is said of scales."""
+        return f"table{self.bits}:{self.block}"
+
+    def planned_bytes(self, shape: Sequence[int], *, source_itemsize: int = 2) -> int:
+        """Bytes of the codes, scales and table of a tensor of `shape` [..., N, K]; the table is half-precision.
+
+        Args:
+            shape: Shape of the float tensor.
+            source_itemsize: Taken so that all formats are called alike; a quantized tensor does not need it.
+        """
+        del source_itemsize
+        rows, dimension = math.prod(shape[:-1]), shape[-1]
+        table = (1 << self.bits) * torch.float16.itemsize * math.prod(shape[:-2])
+        return rows * (dimension * self.bits // 8 + dimension // self.block * self.scale_type.dtype.itemsize) + table
+
+
 Format: TypeAlias = FloatFormat | IntegerFormat | PaletteFormat
 
 NONE = FloatFormat(FloatKind.NONE)
@@ -282,6 +320,18 @@ def parse_format(text: str) -> Format:
             raise UsageError(f"format {text!r}: {word!r} contradicts an earlier word", hint="Keep one of them.")
         fields[field] = value
     return IntegerFormat(bits=4 if kind == "int4" else 8, **fields)  # type: ignore[arg-type]
+
+
+def parse_held(text: str) -> Format | TableFormat:
+    """Read the text form of a format that a target holds: that of a plan, or of a `TableFormat`.
+
+    Raises:
+        UsageError: The text is neither.
+    """
+    kind, *words = text.split(":")
+    if kind != f"table{TableFormat.bits}":
+        return parse_format(text)
+    return TableFormat(int(words[0]), ScaleType(words[1]) if len(words) > 1 else ScaleType.FP16)
 
 
 def _parse_palette(text: str, words: list[str]) -> PaletteFormat:

@@ -1,15 +1,16 @@
 """Codes of a checkpoint that is stored quantized, kept: on the same grid bit for bit where a target holds that grid.
 
 Codes, scales and zero points take the way of their weights through stacking, joining and transposing
-(`LazyTensor.over`). What comes out is a grid again if the last axis still falls into blocks of one scale.
+(`LazyTensor.over`). What comes out is a grid again if the last axis still falls into blocks of one scale. Codes are
+whole numbers, or indices of one table for the whole weight.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,29 +18,42 @@ from torch import Tensor
 from moec.compiler.common.errors import CheckpointError
 from moec.compiler.ir.encoded_weights import Encoded, Made, Spread
 from moec.compiler.ir.weights import LazyTensor
-from moec.quantize.formats import BLOCK_SIZES, Activations, IntegerFormat, ScaleType, parse_format
-from moec.quantize.lazy import Quantized
+from moec.quantize.formats import BLOCK_SIZES, Activations, IntegerFormat, ScaleType, TableFormat, parse_held
+from moec.quantize.lazy import Coded, Quantized
+from moec.quantize.methods.palettize import PalettizedTensor
+from moec.quantize.methods.rounding import relative
 from moec.quantize.methods.tensors import QuantizedTensor
+
+KeptFormat: TypeAlias = IntegerFormat | TableFormat
+
+ONLY_SOME = "only some of what it is made of is stored as codes"
+ROUNDED_SCALES = "its scales are rounded to half precision, in which the target stores them"
 
 
 @dataclass(frozen=True)
 class Held:
-    """What a target holds, by tensor class, as text forms without words for scales.
+    """What a target holds, by tensor class, as text forms.
 
     Attributes:
-        codes: Formats whose codes it takes as they are.
+        codes: Formats whose codes it takes as they are, and those scales that the form names: of half precision, or
+            with `fp32` of single precision too.
         formats: Formats that it takes with codes that were made for it.
     """
 
     codes: Callable[[str], Sequence[str]] = lambda _: ()
     formats: Callable[[str], Sequence[str]] = lambda _: ()
 
-    def kept(self, tensor_class: str, fmt: IntegerFormat) -> IntegerFormat | None:
-        """`fmt`, with the activations that the target wants, if it takes codes on that grid as they are."""
-        for offered in _parsed(self.codes(tensor_class)):
-            if offered.grid == fmt.grid:
-                wanted = fmt if offered.activations is Activations.FLOAT else offered
-                return replace(fmt, activations=wanted.activations)
+    def kept(self, tensor_class: str, fmt: KeptFormat) -> KeptFormat | None:
+        """`fmt`, with the activations that the target wants, if it takes codes and scales on that grid as they are."""
+        for offered in map(parse_held, self.codes(tensor_class)):
+            if not isinstance(offered, KeptFormat) or offered.grid != fmt.grid:
+                continue
+            if fmt.scale_type not in (ScaleType.FP16, offered.scale_type):
+                continue
+            if isinstance(offered, IntegerFormat) and isinstance(fmt, IntegerFormat):
+                dynamic = offered.activations is not Activations.FLOAT
+                return replace(fmt, activations=offered.activations) if dynamic else fmt
+            return fmt
         return None
 
     def nearest(self, tensor_class: str, grid: Grid, columns: int) -> IntegerFormat | None:
@@ -47,17 +61,17 @@ class Held:
 
         None where the target holds none of them.
         """
-        offered = [fmt for fmt in _parsed(self.formats(tensor_class)) if fmt.symmetric]
+        offered = _symmetric_forms(self.formats(tensor_class))
         if not any(fmt.granularity == "channel" for fmt in offered):
-            offered += [fmt for fmt in _parsed(self.codes(tensor_class)) if fmt.symmetric]
+            offered += _symmetric_forms(self.codes(tensor_class))
         fitting = [fmt for fmt in offered if fmt.granularity == "channel" or columns % int(fmt.granularity) == 0]
         wide = [fmt for fmt in fitting if fmt.bits == 8]
         alike = [fmt for fmt in fitting if fmt.bits == (4 if grid.bits <= 4 else 8)]
         return min(alike or wide, key=lambda fmt: fmt.block_length(columns), default=None)
 
 
-def _parsed(texts: Sequence[str]) -> list[IntegerFormat]:
-    return [fmt for text in texts if isinstance(fmt := parse_format(text), IntegerFormat)]
+def _symmetric_forms(texts: Sequence[str]) -> list[IntegerFormat]:
+    return [fmt for text in texts if isinstance(fmt := parse_held(text), IntegerFormat) and fmt.symmetric]
 
 
 @dataclass(frozen=True)
@@ -68,15 +82,17 @@ class Kept(Quantized):
         codes: The codes, int8, of the shape of the weight.
         scales: The scale of each element.
         zeros: The zero point of each element; None where all are 0.
+        exact: Whether the format holds every scale as it is.
     """
 
     codes: LazyTensor | None = None
     scales: LazyTensor | None = None
     zeros: LazyTensor | None = None
+    exact: bool = True
 
     def errors(self) -> list[float]:
-        """None: the artifact holds the very weights of the checkpoint."""
-        return [0.0]
+        """None where the artifact holds the very weights of the checkpoint."""
+        return [0.0] if self.exact else super().errors()
 
     def _quantize(self, start: int, stop: int) -> QuantizedTensor:
         assert self.codes is not None
@@ -85,7 +101,62 @@ class Kept(Quantized):
         points = None
         if self.zeros is not None:
             points = _by_block(self.zeros.rows(start, stop), self.block, self.name).to(torch.int8)
-        return QuantizedTensor(self.format, self.codes.rows(start, stop), scales, points)
+        part = QuantizedTensor(self.format, self.codes.rows(start, stop), scales, points)
+        if not self.exact:
+            self._errors[start, stop] = (_loss(part.dequantize(), self.source.rows(start, stop)),)
+        return part
+
+
+@dataclass(frozen=True)
+class KeptTable(Coded):
+    """A weight whose codes are those of the checkpoint, indices of one table.
+
+    Attributes:
+        name: Name of the tensor, for messages.
+        source: Its float form.
+        format: Its format.
+        codes: The indices, uint8, of the shape of the weight.
+        scales: The scale of each element.
+        table: The values, [2 ** bits]; half precision holds them.
+        exact: Whether the format holds every scale as it is.
+    """
+
+    name: str
+    source: LazyTensor
+    format: TableFormat
+    codes: LazyTensor
+    scales: LazyTensor
+    table: Tensor
+    exact: bool = True
+    _errors: dict[tuple[int, int], float] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        """Shape of the float tensor."""
+        return self.source.shape
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        """float32, which holds every value."""
+        return torch.float32
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """The slice, dequantized."""
+        return self.palettized_rows(start, stop).dequantize()
+
+    def palettized_rows(self, start: int, stop: int) -> PalettizedTensor:
+        """Codes, table and scales of the slice; the table is one palette for each matrix, whatever its rows."""
+        codes = self.codes.rows(start, stop)
+        scales = _by_block(self.scales.rows(start, stop), self.format.block, self.name)
+        table = self.table.to(torch.float16).expand(*codes.shape[:-2], 1, -1)
+        part = PalettizedTensor(self.format, codes, table, scales.to(self.format.scale_type.dtype))
+        if not self.exact:
+            self._errors[start, stop] = _loss(part.dequantize(), self.source.rows(start, stop))
+        return part
+
+    def errors(self) -> list[float]:
+        """See `Kept.errors`."""
+        return [0.0] if self.exact else [error for _, error in sorted(self._errors.items())]
 
 
 @dataclass(frozen=True)
@@ -95,17 +166,26 @@ class Grid:
     Attributes:
         kinds: Forms that its parts are stored in.
         bits: Bits of a code in the file.
-        format: The integer format that holds them bit for bit; None where none does.
+        format: The format that holds them bit for bit; None where none does.
         reason: Why none does.
+        near_half: Whether rounding to half precision changes no scale by more than one part in 2048.
     """
 
     kinds: tuple[str, ...]
     bits: int
-    format: IntegerFormat | None
+    format: KeptFormat | None
     reason: str = ""
+    near_half: bool = False
 
     def __str__(self) -> str:
         return f"{' and '.join(self.kinds)} of {self.bits} bits"
+
+    def forms(self) -> Iterator[tuple[KeptFormat, str]]:
+        """Formats that hold the codes, and what becomes of the scales in each; nothing where they stay as they are."""
+        if self.format is not None:
+            yield self.format, ""
+            if self.format.scale_type is ScaleType.FP32 and self.near_half:
+                yield replace(self.format, scale_type=ScaleType.FP16), ROUNDED_SCALES
 
 
 def grid_of(tensor: LazyTensor) -> Grid | None:
@@ -116,41 +196,52 @@ def grid_of(tensor: LazyTensor) -> Grid | None:
         return None
     kinds, bits = tuple(sorted({leaf.kind for leaf in encoded})), max(leaf.bits for leaf in encoded)
 
-    def none(reason: str) -> Grid:
-        return Grid(kinds, bits, None, reason)
+    found = _format(tensor, encoded, bits) if len(encoded) == len(leaves) else ONLY_SOME
+    if isinstance(found, str):
+        return Grid(kinds, bits, None, found)
+    exact, near = (all(_scales_are(kind, leaf.scales) for leaf in encoded) for kind in (_exact_in_half, _near_half))
+    return Grid(kinds, bits, replace(found, scale_type=ScaleType.FP16 if exact else ScaleType.FP32), near_half=near)
 
-    if len(encoded) < len(leaves):
-        return none("only some of what it is made of is stored as codes")
-    if not all(leaf.whole for leaf in encoded) or len({leaf.bits for leaf in encoded}) > 1:
-        return none("its codes are no whole numbers of one width")
+
+def _format(tensor: LazyTensor, leaves: Sequence[Encoded], bits: int) -> KeptFormat | str:
+    """The format that holds the codes of a weight, whatever its scales are, or why none does."""
+    table, columns = _common_table(leaves), tensor.shape[-1]
+    if (table is None and not all(leaf.whole for leaf in leaves)) or len({leaf.bits for leaf in leaves}) > 1:
+        return "its codes are neither whole numbers of one width nor indices of one table"
     if bits not in {4, 8}:
-        return none(f"no target has codes of {bits} bits")
+        return f"no target has codes of {bits} bits"
     blocks = _view(tensor, _blocks)
     if blocks is None:
-        return none("it is computed from its codes, not only moved")
+        return "it is computed from its codes, not only moved"
     length = _common_run(blocks)
-    columns = tensor.shape[-1]
+    if table is not None:
+        return TableFormat(length)
     if length != columns and length not in BLOCK_SIZES:
-        return none(f"a scale holds for runs of {length} of its {columns} columns")
+        return f"a scale holds for runs of {length} of its {columns} columns"
     symmetric = _symmetric(tensor)
     if not symmetric and bits == 8:
-        return none("it has zero points, and int8 is symmetric")
+        return "it has zero points, and int8 is symmetric"
     if not symmetric and not _fit(tensor, -(1 << (bits - 1)), (1 << (bits - 1)) - 1):
-        return none("a zero point lies outside of the range of its codes")
-    half = all(_exact_in_half(leaf.scales) for leaf in encoded)
+        return "a zero point lies outside of the range of its codes"
     granularity: Any = "channel" if length == columns else length
-    scale_type = ScaleType.FP16 if half else ScaleType.FP32
-    return Grid(kinds, bits, IntegerFormat(4 if bits == 4 else 8, granularity, symmetric, scale_type))
+    return IntegerFormat(4 if bits == 4 else 8, granularity, symmetric)
 
 
-def kept(name: str, tensor: LazyTensor, fmt: IntegerFormat) -> Kept:
-    """`tensor`, whose grid is `fmt`, with its codes as they are stored."""
+def kept(name: str, tensor: LazyTensor, fmt: KeptFormat, *, exact: bool) -> Kept | KeptTable:
+    """`tensor`, whose grid is `fmt`, with its codes as they are stored; `exact` says whether its scales are too."""
     codes, scales = _view(tensor, lambda leaf: leaf.codes), _view(tensor, lambda leaf: leaf.scales)
-    zeros = None if fmt.symmetric else _view(tensor, _zeros)
-    return Kept(name, tensor, fmt, codes=codes, scales=scales, zeros=zeros)
+    if isinstance(fmt, IntegerFormat):
+        zeros = None if fmt.symmetric else _view(tensor, _zeros)
+        return Kept(name, tensor, fmt, codes=codes, scales=scales, zeros=zeros, exact=exact)
+    table = _common_table([leaf for leaf in _leaves(tensor) if isinstance(leaf, Encoded)])
+    codes = _view(tensor, lambda leaf: leaf.indices)
+    assert codes is not None
+    assert scales is not None
+    assert table is not None
+    return KeptTable(name, tensor, fmt, codes, scales, table, exact)
 
 
-def _view(tensor: LazyTensor, part: Callable[[Encoded], LazyTensor]) -> LazyTensor | None:
+def _view(tensor: LazyTensor, part: Callable[[Encoded], LazyTensor | None]) -> LazyTensor | None:
     return tensor.over(lambda leaf: part(leaf) if isinstance(leaf, Encoded) else None)
 
 
@@ -198,11 +289,34 @@ def _common_run(blocks: LazyTensor) -> int:
     return math.gcd(length, *changed.tolist())
 
 
-def _exact_in_half(scales: Spread) -> bool:
+def _common_table(leaves: Sequence[Encoded]) -> Tensor | None:
+    """The table of all of them; None where some have none or another, or half precision does not hold it."""
+    tables = [leaf.table for leaf in leaves if leaf.table is not None]
+    if len(tables) < len(leaves) or not all(torch.equal(table, tables[0]) for table in tables):
+        return None
+    return tables[0] if bool(_exact_in_half(tables[0].to(torch.float32)).all()) else None
+
+
+def _scales_are(kind: Callable[[Tensor], Tensor], scales: Spread) -> bool:
     if scales.dtype == torch.float16:
         return True
-    parts = (part.to(torch.float32) for part in scales.source.chunks())
-    return all(bool((part.to(torch.float16).to(torch.float32) == part).all()) for part in parts)
+    return all(bool(kind(part.to(torch.float32)).all()) for part in scales.source.chunks())
+
+
+def _exact_in_half(values: Tensor) -> Tensor:
+    return values.to(torch.float16).to(torch.float32) == values
+
+
+def _near_half(values: Tensor) -> Tensor:
+    limits = torch.finfo(torch.float16)
+    return ((values >= limits.tiny) & (values <= limits.max)) | _exact_in_half(values)
+
+
+def _loss(found: Tensor, source: Tensor) -> float:
+    """Squared error over squared norm."""
+    exact = source.to(torch.float32)
+    change = (found - exact).square_().sum(dtype=torch.float64)
+    return relative(float(change), float(exact.square().sum(dtype=torch.float64)))
 
 
 def _symmetric(tensor: LazyTensor) -> bool:

@@ -1,7 +1,7 @@
 """A weight that a plan quantizes, as a lazy tensor: the interpreter reads it dequantized, a target reads its codes.
 
 That is the one way in which a plan reaches a target: `program.weights[name]` is a `Coded`, or it stays float. A `Coded`
-is a `Quantized` (codes and scales) or a `Palettized` (codes and palettes).
+is a `Quantized` (codes and scales) or a `Palettized` (codes and palettes); `keep` has one with a table and scales.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from moec.compiler.ir.weights import LazyTensor
-from moec.quantize.formats import IntegerFormat, PaletteFormat, check_matrix
+from moec.quantize.formats import IntegerFormat, PaletteFormat, TableFormat, check_matrix
 from moec.quantize.methods.palettize import PalettizedTensor, choose_palettes, palettize
 from moec.quantize.methods.rounding import RoundingResult, check_weight, relative, round_to_nearest
 from moec.quantize.methods.scales import NO_CLIPPING, ClipSearch
@@ -27,7 +27,7 @@ PIECE = 1 << 22
 class Coded(LazyTensor):
     """A tensor whose weights are stored as codes."""
 
-    format: IntegerFormat | PaletteFormat
+    format: IntegerFormat | PaletteFormat | TableFormat
 
     @abstractmethod
     def errors(self) -> list[float]:

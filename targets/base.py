@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from moec.compiler.common.verdict import Verdict
     from moec.compiler.ir.program import Program
     from moec.passes.base import Pass
+    from moec.targets.stored_weights import StoredWeight
 
 
 SYMMETRIC = ("int4:128", "int4:64", "int4:32", "int8:128", "int8:64", "int8:32")
@@ -28,6 +29,11 @@ ASYMMETRIC = ("int4:128:asym", "int4:64:asym", "int4:32:asym")
 """Text forms of formats with blocks, without and with zero points."""
 BY_ROW = ("int8:channel", "int4:channel")
 """Text forms of formats with one scale for a row."""
+
+
+def with_scales(dtype: str, forms: Iterable[str]) -> tuple[str, ...]:
+    """Text forms that hold scales of the precision `dtype`."""
+    return tuple(f"{form}:fp32" if dtype == "fp32" else form for form in forms)
 
 
 class Phase(StrEnum):
@@ -144,9 +150,6 @@ def cannot_measure(target: Target) -> str:
     answer, _, reason = target.doctor().get("measure", "yes").partition(":")
     return "" if answer.strip().lower().startswith("yes") else reason.strip() or "this machine cannot"
 
-
-ExpertReader = Callable[[int], np.ndarray]
-"""Index of an expert -> its values as the artifact holds them, dequantized, in the layout of the Program's tensor."""
 
 ExpertsRunner = Callable[[int, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 """Index of a MoE layer, hidden states [T, H], and indices and weights of the routing [T, k] -> [T, H].
@@ -269,8 +272,18 @@ class Target(ABC):
         """Formats with codes that `--quantize auto` may give to weights of a class: those that kernels compute with."""
         return SYMMETRIC
 
-    def kept_formats(self, options: TargetOptions, tensor_class: str) -> tuple[str, ...]:
-        """Formats whose codes `--quantize keep` may pass on bit for bit, as text forms without words for scales."""
+    def kept_formats(self, options: TargetOptions, tensor_class: str, dtype: str) -> tuple[str, ...]:  # noqa: ARG002
+        """Formats whose codes `--quantize keep` may pass on bit for bit.
+
+        Args:
+            options: The target's options.
+            tensor_class: Class of the weights.
+            dtype: Precision of the Program, "fp32" or "fp16".
+
+        Returns:
+            Text forms, those of `moec.quantize.formats.TableFormat` too. One with `fp32` says that scales of single
+            precision are stored as they are, one without that those of half precision are.
+        """
         return self.auto_formats(options, tensor_class)
 
     @abstractmethod
@@ -302,8 +315,12 @@ class Target(ABC):
         return ()
 
     @abstractmethod
-    def expert_tensors(self, directory: Path) -> Mapping[str, ExpertReader]:
-        """Every expert tensor in the artifact by its Program name, for the integrity gate."""
+    def stored_weights(self, directory: Path) -> Mapping[str, StoredWeight]:
+        """Weights of an artifact as its files hold them, by their names in the final Program.
+
+        Returns:
+            Every tensor of experts, and every other weight that is stored as codes.
+        """
 
     def open_experts(self, directory: Path, *, threads: int = 0) -> Mapping[str, ExpertsRunner]:  # noqa: ARG002
         """The experts of the artifact by themselves, for the coverage gate.

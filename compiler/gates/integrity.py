@@ -1,4 +1,7 @@
-"""Integrity: the artifact holds the final Program's experts, every one of them, in the format of the plan."""
+"""Integrity: the artifact holds the final Program's experts, every one of them, in the format of the plan.
+
+Weights whose codes were read back from the artifact are held against its record and the checkpoint (`examination`).
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,9 @@ import torch
 from moec.compiler.common.errors import ArtifactError
 from moec.compiler.common.progress import Progress
 from moec.compiler.common.verdict import Status, Verdict
+from moec.compiler.gates.examination import examine
 from moec.compiler.ir.program import EXPERTS, Program
-from moec.targets.base import ExpertReader
+from moec.targets.stored_weights import StoredWeight
 
 GATE = "integrity"
 EXIT_CODE = 5
@@ -22,12 +26,6 @@ LISTED = 4
 
 ROUNDING = 1e-6
 """Dequantized values may differ by this share of the largest: (code - zero) * scale in float32, in another order."""
-
-OVERHEAD = 1.25
-"""Quantized experts may take this much more than the plan says: padding, and scales that a target repeats for blocks.
-
-Weights that stayed in a wider format take twice the bytes or more.
-"""
 
 
 @dataclass(frozen=True)
@@ -63,57 +61,54 @@ def expert_weights(program: Program) -> dict[str, torch.dtype]:
 
 def check_integrity(
     program: Program,
-    readers: Mapping[str, ExpertReader],
+    stored: Mapping[str, StoredWeight],
     *,
-    tensor_bytes: Mapping[str, int] | None = None,
     progress: Progress = lambda *_: None,
 ) -> Verdict:
     """Compare every expert of every tensor, one at a time.
 
     Args:
         program: The final Program.
-        readers: `Target.expert_tensors` of the artifact.
-        tensor_bytes: Name of an expert tensor -> the bytes that the artifact spends on it, codes, scales and zero
-            points together; a target states it in its facts. Needed where the plan quantizes.
+        stored: `Target.stored_weights` of the artifact.
         progress: Told about every tensor.
 
     Raises:
         ArtifactError: A weight is computed in the graph.
     """
     names = expert_weights(program)
-    missing = [name for name in names if name not in readers]
+    missing = [name for name in names if name not in stored]
     comparisons = []
+    examined = examine(program, GATE, progress)
     for index, (name, dtype) in enumerate(names.items()):
         progress(GATE, index, len(names))
-        if name in readers:
-            comparisons.append(_compare(program, name, dtype, readers[name]))
+        if name in stored and name not in examined.findings:
+            comparisons.append(_compare(program, name, dtype, stored[name]))
     progress(GATE, len(names), len(names))
     wrong = [item for item in comparisons if item.wrong]
-    left_float, unknown = _left_float(program, names, tensor_bytes or {})
+    other = _in_other_formats(program, names, stored)
     problems = [
         *_listed("missing from the artifact", missing),
         *_listed("different", [f"{item.name} experts {_numbers(item.wrong)}" for item in wrong]),
-        *_listed("larger than its format", left_float),
+        *_listed("in another format than planned", other),
+        *_listed("codes that moec.json does not record", examined.not_recorded()),
+        *_listed("no rounding of the checkpoint", examined.too_far()),
     ]
     total = sum(item.experts for item in comparisons)
-    figures = _figures(comparisons, missing, left_float, unknown)
+    figures = {**_figures(comparisons, missing, other), "read_back": examined.figures}
     if problems:
         return Verdict(GATE, Status.FAIL, "; ".join(problems), EXIT_CODE, figures)
-    if unknown:
-        reason = f"values are right, but the target states no bytes for {len(unknown)} tensors that the plan quantizes"
-        return Verdict(GATE, Status.NOT_RUN, reason, EXIT_CODE, figures)
-    summary = f"{total} experts in {len(comparisons)} tensors equal the plan's"
-    return Verdict(GATE, Status.PASS, summary, EXIT_CODE, figures)
+    equal = f"{total} experts in {len(comparisons)} tensors equal the plan's" if comparisons else ""
+    return Verdict(GATE, Status.PASS, "; ".join(filter(None, (equal, examined.summary))), EXIT_CODE, figures)
 
 
-def _compare(program: Program, name: str, dtype: torch.dtype, reader: ExpertReader) -> Comparison:
+def _compare(program: Program, name: str, dtype: torch.dtype, stored: StoredWeight) -> Comparison:
     tensor = program.weights[name]
     exact = _format(program, name) is None
     wrong, worst = [], 0.0
     for index in range(tensor.shape[0]):
         # Codes times scales is computed in float32, whatever the graph computes in.
         want = tensor.rows(index, index + 1)[0].to(dtype if exact else torch.float32).float().numpy()
-        error = _error(np.asarray(reader(index)), want)
+        error = _error(stored.values(index, index + 1)[0], want)
         worst = max(worst, error)
         if not error <= (0.0 if exact else ROUNDING):
             wrong.append(index)
@@ -136,33 +131,26 @@ def _format(program: Program, name: str) -> Any:
     return planned if getattr(planned, "bits", None) is not None else None
 
 
-def _left_float(
-    program: Program, names: Mapping[str, torch.dtype], tensor_bytes: Mapping[str, int]
-) -> tuple[list[str], list[str]]:
-    """Quantized weights that take more bytes than their format, and those whose bytes the target does not state."""
-    larger, unknown = [], []
+def _in_other_formats(
+    program: Program, names: Mapping[str, torch.dtype], stored: Mapping[str, StoredWeight]
+) -> list[str]:
+    """Quantized weights whose codes have another width than the plan's, or that are stored as floats."""
+    found = []
     for name in names:
-        planned = _format(program, name)
-        if planned is None:
-            continue
-        if name not in tensor_bytes:
-            unknown.append(name)
-        elif tensor_bytes[name] > OVERHEAD * planned.planned_bytes(program.weights[name].shape):
-            larger.append(f"{name} ({tensor_bytes[name]} bytes)")
-    return larger, unknown
+        planned, held = _format(program, name), stored.get(name)
+        if planned is not None and held is not None and held.bits != planned.bits:
+            found.append(f"{name} ({'floats' if held.bits is None else f'{held.bits} bits'})")
+    return found
 
 
-def _figures(
-    comparisons: list[Comparison], missing: list[str], left_float: list[str], unknown: list[str]
-) -> dict[str, Any]:
+def _figures(comparisons: list[Comparison], missing: list[str], other: list[str]) -> dict[str, Any]:
     return {
         "tensors": [
             {"name": item.name, "experts": item.experts, "wrong": list(item.wrong), "max_error": item.error}
             for item in comparisons
         ],
         "missing": missing,
-        "left_float": left_float,
-        "bytes_not_stated": unknown,
+        "in_other_formats": other,
     }
 
 

@@ -56,7 +56,7 @@ class GateInputs:
         program: The final Program, from which the artifact was lowered.
         target: The target.
         directory: The artifact.
-        facts: `Lowered.facts` of the artifact; "expert_tensor_bytes" maps expert tensors to their bytes.
+        facts: `Lowered.facts` of the artifact.
         threads: Threads of the artifact's runtime; 0 is its default.
     """
 
@@ -117,9 +117,7 @@ def run_gates(
         return cover(inputs, evidence.get(ARTIFACT_GATE), options, progress)
 
     def integrity() -> Verdict:
-        readers = inputs.target.expert_tensors(inputs.directory)
-        tensor_bytes = inputs.facts.get("expert_tensor_bytes")
-        return check_integrity(inputs.program, readers, tensor_bytes=tensor_bytes, progress=progress)
+        return check_integrity(inputs.program, inputs.target.stored_weights(inputs.directory), progress=progress)
 
     def repeated() -> Verdict:
         return repeat(inputs, reference(), options.seed, repeatability or RepeatabilityOptions(), progress)

@@ -85,9 +85,11 @@ class Encoded(LazyTensor):
         kind: What a report calls the form that it is stored in.
         bits: Bits of a code in the file.
         whole: Whether codes are whole signed numbers of `bits` bits, and not values of a table or floats.
-        codes: The codes: whole numbers, entries of the table or floats.
+        codes: The codes: whole numbers, values of the table or floats.
         scales: The scale of each element.
         zeros: The zero point of each element, or None.
+        indices: Where the file holds indices of one table for the whole weight, these, uint8; else None.
+        table: The values of the table, [2 ** bits]; None without indices.
     """
 
     kind: str
@@ -96,6 +98,8 @@ class Encoded(LazyTensor):
     codes: LazyTensor
     scales: Spread
     zeros: Spread | None = None
+    indices: LazyTensor | None = None
+    table: Tensor | None = None
 
     @property
     def dtype(self) -> torch.dtype:  # type: ignore[override]

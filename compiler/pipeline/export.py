@@ -23,29 +23,24 @@ from moec.compiler.common.staging import check_output, staged
 from moec.compiler.common.validation import validate
 from moec.compiler.common.verdict import Verdict
 from moec.compiler.frontend.checkpoint import Checkpoint
-from moec.compiler.gates.quality import held_out_text
 from moec.compiler.gates.run import GateInputs, exit_code
 from moec.compiler.ir.program import Program
 from moec.compiler.ir.widen import widened
 from moec.compiler.measure.summary import model_summary
 from moec.compiler.pipeline.captures import Captures
-from moec.compiler.pipeline.gates import latency_options, not_proven, prove
-from moec.compiler.pipeline.quantization import (
-    Quantization,
-    calibration_text,
-    check_plan,
-    manifest_facts,
-    plan_quantization,
-    tensor_bytes,
-)
+from moec.compiler.pipeline.gates import not_proven, prove
+from moec.compiler.pipeline.input_checks import check_demands, check_inputs
+from moec.compiler.pipeline.quantization import Quantization, manifest_facts, plan_quantization, tensor_bytes
 from moec.compiler.pipeline.recipe import Recipe, make_recipe
-from moec.compiler.pipeline.routing import RoutingPlan, check_routing, measure_savings, plan_routing
+from moec.compiler.pipeline.recorded_codes import recorded_codes
+from moec.compiler.pipeline.routing import RoutingPlan, measure_savings, plan_routing
 from moec.compiler.pipeline.stages import Stages, silent
 from moec.compiler.report import write as report
 from moec.compiler.text.tokenizer import make_loadable
 from moec.passes.base import Pass
 from moec.passes.inputs_embeds import InputsEmbeds
 from moec.quantize.keep import Held
+from moec.quantize.recorded import RecordedCodes
 from moec.targets import get_target
 from moec.targets.base import Phase, Target, TargetOptions
 
@@ -132,7 +127,7 @@ def compile_recipe(
     """
     target, options = _target(recipe)
     recipe = _completed(recipe, target)
-    _check_inputs(recipe)
+    check_inputs(recipe)
     if recipe.inputs_embeds and not target.takes_embeddings:
         raise UsageError(
             f"an artifact for {target.name} has no optional input of embeddings", hint="export without --inputs-embeds"
@@ -177,18 +172,16 @@ def validate_artifact(
     directory: Path,
     against: str,
     *,
-    calibration: str | None = None,
     demands: Mapping[str, Any] | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
     progress: Progress = silent,
 ) -> Result:
-    """Run the gates on an artifact that exists, and write its report anew.
+    """Run the gates on an artifact that exists, and write its report anew. Nothing is calibrated or chosen again.
 
     Args:
         directory: The artifact.
         against: Directory or hub id of the checkpoint that it was built from.
-        calibration: Calibration text that its weights were rounded with, if not the one that moec brings along.
         demands: Sections of a recipe that only gates read (`recipe.DEMANDS`), which moec.json does not hold.
         revision: Branch, tag or commit of a hub id.
         trust_remote_code: Run modelling code that the checkpoint brings along.
@@ -208,12 +201,13 @@ def validate_artifact(
             "trust_remote_code": trust_remote_code,
             **(demands or {}),
         }
-        recipe = _recipe_of(directory, manifest, given, calibration)
-        _check_inputs(recipe)
+        recipe = _recipe_of(directory, manifest, given)
+        check_demands(recipe)
         target, options = _target(recipe)
         checkpoint = Checkpoint.open(against, revision=revision, trust_remote_code=trust_remote_code)
         _check_source(directory, manifest, checkpoint)
-    built = _build(recipe, target, options, stages, Captures())
+        codes = recorded_codes(target, directory, manifest)
+    built = _build(recipe, target, options, stages, Captures(), codes)
     with stages("gates"):
         verdicts = prove(_gate_inputs(built, target, directory, manifest), recipe, manifest, progress)
     report.write(directory, manifest, verdicts, stages.timings)
@@ -224,23 +218,6 @@ def build_program(recipe: Recipe, *, progress: Progress = silent) -> Program:
     """The Program that an export of `recipe` would lower: captured and with every pass run."""
     target, options = _target(recipe)
     return _build(_completed(recipe, target), target, options, Stages(progress), Captures()).program
-
-
-def _check_inputs(recipe: Recipe) -> None:
-    """Read the texts, the plan, the budgets and the baseline that the recipe names before anything is built.
-
-    Raises:
-        CheckpointError: A text is missing, empty or binary.
-        UsageError: The plan, the routing or a budget is wrong, or the baseline is no artifact.
-    """
-    latency_options(recipe)
-    if recipe.routing is not None:
-        check_routing(recipe.routing)
-    if recipe.quantize is not None and not recipe.quantize.does_nothing:
-        calibration_text(recipe.quantize)
-        check_plan(recipe.quantize)
-    if recipe.quality is not None and recipe.quality.max_loss is not None:
-        held_out_text(recipe.quality.text)
 
 
 def _completed(recipe: Recipe, target: Target) -> Recipe:
@@ -258,7 +235,24 @@ def _target(recipe: Recipe) -> tuple[Target, TargetOptions]:
     return target, validate(target.Options, recipe.options, where=f"options of target {target.name}")
 
 
-def _build(recipe: Recipe, target: Target, options: TargetOptions, stages: Stages, captures: Captures) -> _Built:
+def _build(
+    recipe: Recipe,
+    target: Target,
+    options: TargetOptions,
+    stages: Stages,
+    captures: Captures,
+    codes: Mapping[str, RecordedCodes] | None = None,
+) -> _Built:
+    """Make the final Program.
+
+    Args:
+        recipe: What to build.
+        target: Its target.
+        options: Its options.
+        stages: Told about each stage.
+        captures: Programs that were captured before.
+        codes: Calibrated codes of the artifact that was built from the recipe; None where there is no artifact yet.
+    """
     with stages("capture"):
         checkpoint = Checkpoint.open(
             recipe.checkpoint, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code
@@ -272,7 +266,7 @@ def _build(recipe: Recipe, target: Target, options: TargetOptions, stages: Stage
     with stages("routing") if settings else contextlib.nullcontext():
         routing = plan_routing(settings, checkpoint, program, stages.progress)
         program, log = _run(routing.passes, program, log, stages)
-    if settings:
+    if settings and codes is None:
         with stages("accounting"):
             capabilities = {phase: target.capabilities(options, phase) for phase in Phase}
             savings = measure_savings(settings, checkpoint, captured, program, capabilities)
@@ -286,8 +280,11 @@ def _build(recipe: Recipe, target: Target, options: TargetOptions, stages: Stage
     weights = None if recipe.quantize is None or recipe.quantize.does_nothing else recipe.quantize
     with stages("quantize") if weights else contextlib.nullcontext():
         offered = functools.partial(target.auto_formats, options)
-        held = Held(functools.partial(target.kept_formats, options), offered)
-        quantization = plan_quantization(weights, checkpoint, program, in_float32, offered, held, stages.progress)
+        dtype = recipe.dtype or target.default_dtype
+        held = Held(functools.partial(target.kept_formats, options, dtype=dtype), offered)
+        quantization = plan_quantization(
+            weights, checkpoint, program, in_float32, offered, held, codes, stages.progress
+        )
         final, log = _run((*quantization.passes, *target.passes(options)), program, log, stages)
     return _Built(
         checkpoint,
@@ -373,16 +370,11 @@ def _gate_inputs(built: _Built, target: Target, directory: Path, manifest: Mappi
     return GateInputs(built.checkpoint, built.captured, built.program, target, directory, facts=facts)
 
 
-def _recipe_of(
-    directory: Path, manifest: Mapping[str, Any], given: Mapping[str, Any], calibration: str | None
-) -> Recipe:
+def _recipe_of(directory: Path, manifest: Mapping[str, Any], given: Mapping[str, Any]) -> Recipe:
     recorded = manifest.get("recipe")
     if not isinstance(recorded, Mapping):
         raise ArtifactError(f"{directory}: its moec.json holds no recipe", hint="export it again")
-    fields = {**recorded, **given}
-    if calibration is not None and isinstance(fields.get("quantize"), Mapping):
-        fields["quantize"] = {**fields["quantize"], "calibration": calibration}
-    return make_recipe(fields, where=f"recipe of {directory}")
+    return make_recipe({**recorded, **given}, where=f"recipe of {directory}")
 
 
 def _check_source(directory: Path, manifest: Mapping[str, Any], checkpoint: Checkpoint) -> None:

@@ -29,6 +29,7 @@ from moec.quantize.methods.rounding import Method, RoundingResult
 from moec.quantize.plan import QuantizationPlan, TensorClass, requested, with_activations
 from moec.quantize.planning.auto import Choice, choose, parse_size, significant
 from moec.quantize.planning.sensitivity import NEAREST, Offered, Rounding, size_of
+from moec.quantize.recorded import RecordedCodes, matrices_of, sha256_of
 from moec.quantize.tensor_classes import weight_roles
 
 KEEP = "keep"
@@ -59,6 +60,7 @@ def plan_quantization(
     in_float32: Callable[[], Program],
     offered: Offered,
     held: Held,
+    recorded_codes: Mapping[str, RecordedCodes] | None,
     progress: Progress,
 ) -> Quantization:
     """Decide a recipe's quantization. Text is read and the model run only where rounding or `auto` wants it.
@@ -70,6 +72,8 @@ def plan_quantization(
         in_float32: Makes the same Program with activations in fp32, which calibration runs.
         offered: Formats that `auto` may choose from.
         held: What `keep` may leave as it is, and what it may round to.
+        recorded_codes: Codes of an artifact of this recipe, which take the place of calibration; None where there is
+            none yet.
         progress: Told how far it is.
 
     Raises:
@@ -85,7 +89,11 @@ def plan_quantization(
     if settings.activations != Activations.FLOAT.value:
         plan = with_activations(plan, Activations(settings.activations))
     method = _method(settings, plan, checkpoint)
-    recorded = settings.model_dump(mode="json") | {"format": plan.to_dict(), "rounding": method.value}
+    if recorded_codes is not None:
+        return Quantization((Quantize(plan, recorded=recorded_codes),))
+    # Where the text lies is left out, as for the checkpoint; what of it counts is in the plan and the codes.
+    fixed = {"format": plan.to_dict(), "rounding": method.value, "calibration": None}
+    recorded = settings.model_dump(mode="json") | fixed
     facts: dict[str, Any] = {"plan": plan.to_dict(), "rounding": method.value}
     found = Calibration({}, {})
     if method is Method.GPTQ:
@@ -98,8 +106,8 @@ def plan_quantization(
             "tokens_per_expert": {name: list(counts) for name, counts in found.tokens.items()},
             "rounded_to_nearest": _fallbacks(found),
         }
-        # Where the text lies is left out, as for the checkpoint; its digest says which it is.
-        recorded |= {"calibration": None, "calibration_sha256": digest(text)}
+        facts["codes"] = {name: sha256_of(matrices_of(item.tensor)) for name, item in sorted(found.rounded.items())}
+        recorded |= {"calibration_sha256": digest(text)}
     if chosen is not None:
         facts["auto"] = dict(chosen.facts)
         # Once the formats are known there is nothing left to choose.

@@ -52,6 +52,8 @@ def describe_built(found: Mapping[str, Any]) -> list[Row]:
         rows += _routing_rows(routing)
     if found.get("tensor_bytes"):
         rows.append(("weights", _weights(found)))
+    if found.get("quantization", {}).get("kept"):
+        rows.append(("codes of the checkpoint", _kept(found["quantization"])))
     return rows
 
 
@@ -131,6 +133,16 @@ def _weights(found: Mapping[str, Any]) -> str:
         formats = [key for key in classes.get(name, {}).get("formats", {}) if key != "none"]
         parts.append(f"{name} {size_text(size)}" + (f" ({', '.join(formats)})" if formats else ""))
     return f"{size_text(sum(found['tensor_bytes'].values()))}: {', '.join(parts)}"
+
+
+def _kept(quantization: Mapping[str, Any]) -> str:
+    """What became of the codes that the checkpoint stores, by tensor class, and at what error."""
+    parts = []
+    for name, outcomes in quantization["kept"].items():
+        error = quantization.get("classes", {}).get(name, {}).get("relative_error")
+        became = " and ".join(f"{text} ({count})" for text, count in outcomes.items())
+        parts.append(f"{name}: {became}" + ("" if error is None else f", relative error {error:.2g}"))
+    return "; ".join(parts)
 
 
 def _plain(value: Any) -> str:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from moec.compiler.common.errors import CheckpointError
-from moec.quantize.formats import PaletteFormat
+from moec.quantize.formats import PaletteFormat, TableFormat
+from moec.quantize.methods.tensors import grouped
 
 ITERATIONS = 40
 POWERS = (1 / 2, 2 / 3, 5 / 6, 1.0)
@@ -34,21 +35,28 @@ class PalettizedTensor:
     Attributes:
         format: Its format, with the number of rows resolved.
         codes: Index of each weight in its palette, uint8 [..., N, K].
-        palettes: fp16 [..., N / rows, entries], rising.
+        palettes: fp16 [..., palettes of a matrix, entries]; those that were chosen here rise.
+        scales: Of each block of columns, fp16 or fp32 [..., N, K / block]; None where the palettes hold the weights.
     """
 
-    format: PaletteFormat
+    format: PaletteFormat | TableFormat
     codes: Tensor
     palettes: Tensor
+    scales: Tensor | None = None
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The float tensor [..., N, K]."""
+        """The float tensor [..., N, K], computed in fp32."""
         indices = self.codes.to(torch.int64).reshape(*self.palettes.shape[:-1], -1)
-        return torch.gather(self.palettes.to(dtype), -1, indices).reshape(self.codes.shape)
+        values = torch.gather(self.palettes.to(torch.float32), -1, indices).reshape(self.codes.shape)
+        if self.scales is not None:
+            groups = grouped(values, values.shape[-1] // self.scales.shape[-1])
+            values = (groups * self.scales.to(torch.float32).unsqueeze(-1)).flatten(-2)
+        return values.to(dtype)
 
     def __getitem__(self, expert: int) -> PalettizedTensor:
         """The matrix of one expert of a stack [E, N, K]."""
-        return PalettizedTensor(self.format, self.codes[expert], self.palettes[expert])
+        scales = None if self.scales is None else self.scales[expert]
+        return PalettizedTensor(self.format, self.codes[expert], self.palettes[expert], scales)
 
 
 def choose_palettes(weight: Tensor, fmt: PaletteFormat, *, name: str) -> Tensor:

@@ -20,7 +20,7 @@ from moec.compiler.ir.interpreter import ProgramRunner
 from moec.compiler.ir.program import Program
 from moec.compiler.ir.weights import LazyTensor
 from moec.compiler.text.perplexity import log_softmax
-from moec.quantize.formats import FP16, Format, IntegerFormat, parse_format
+from moec.quantize.formats import FP16, Format, IntegerFormat, TableFormat, parse_format
 from moec.quantize.lazy import quantized
 from moec.quantize.methods.rounding import RoundingResult, round_to_nearest
 from moec.quantize.methods.scales import NO_CLIPPING, ClipSearch
@@ -202,7 +202,7 @@ def error_of(program: Program, part: Part, fmt: Format, clip: ClipSearch) -> flo
     return math.fsum(errors) / len(errors)
 
 
-def size_of(program: Program, names: Sequence[str], fmt: Format | None) -> int:
+def size_of(program: Program, names: Sequence[str], fmt: Format | TableFormat | None) -> int:
     """Bytes of these tensors in a format; None: in the dtype of the Program."""
     total = 0
     for name in names:

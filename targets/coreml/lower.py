@@ -229,6 +229,7 @@ def runner_notes(built: Built, shape: Shape, renamed: Mapping[str, Mapping[str, 
         "context": shape.context,
         "chunk": shape.chunk,
         "experts": built.expert_tensors,
+        "coded": built.pool.coded,
         "layers": layers,
         "inputs": built.extra,
     }

@@ -8,7 +8,6 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import numpy as np
 from pydantic import Field, field_validator, model_validator
 
 from moec.compiler.common.model_config import cache_length
@@ -19,23 +18,25 @@ from moec.targets.base import (
     BY_ROW,
     SYMMETRIC,
     Capabilities,
-    ExpertReader,
     ExpertsRunner,
     Lowered,
     Phase,
     Runner,
     Target,
     TargetOptions,
+    with_scales,
 )
 from moec.targets.coreml.flavors import Flavor
 
 if TYPE_CHECKING:
     from moec.compiler.ir.program import Program
-    from moec.targets.coreml.executor import MilModel
+    from moec.targets.stored_weights import StoredWeight
 
 DEFAULT_CONTEXT = 2048
 LEAST_RANGE = 4
 """swift-transformers stops the app unless the number of tokens of a call is a range of some width."""
+TABLES = ("table4:32", "table4:16")
+"""Forms of MXFP4 and NVFP4."""
 INSTALL = "pip install 'moec[coreml]'"
 
 
@@ -101,7 +102,7 @@ class CoremlTarget(Target):
     modules: ClassVar[tuple[str, ...]] = ("coremltools",)
     tools: ClassVar[tuple[str, ...]] = ("coremltools",)
     default_dtype: ClassVar[Literal["fp32", "fp16"]] = "fp16"
-    weight_formats: ClassVar[frozenset[str]] = frozenset({"int8", "int4", "palettize4"})
+    weight_formats: ClassVar[frozenset[str]] = frozenset({"int8", "int4", "palettize4", "table4"})
     state_kinds: ClassVar[frozenset[str]] = frozenset({"key", "value", "conv"})
 
     def capabilities(self, options: TargetOptions, phase: Phase) -> Capabilities:
@@ -137,9 +138,10 @@ class CoremlTarget(Target):
         """Blocks with an offset or without."""
         return SYMMETRIC + ASYMMETRIC
 
-    def kept_formats(self, options: TargetOptions, tensor_class: str) -> tuple[str, ...]:
-        """One scale for a row too."""
-        return (*self.auto_formats(options, tensor_class), *BY_ROW, "int4:channel:asym")
+    def kept_formats(self, options: TargetOptions, tensor_class: str, dtype: str) -> tuple[str, ...]:
+        """One scale for a row too, and a table with scales for blocks; scales have the precision of the program."""
+        formats = (*self.auto_formats(options, tensor_class), *BY_ROW, "int4:channel:asym", *TABLES)
+        return with_scales(dtype, formats)
 
     def lower(self, program: Program, options: TargetOptions, directory: Path, progress: Progress) -> Lowered:
         """Write `model.mlpackage`."""
@@ -185,14 +187,11 @@ class CoremlTarget(Target):
 
         return open_experts(directory)
 
-    def expert_tensors(self, directory: Path) -> Mapping[str, ExpertReader]:
-        """Read the experts back from the package, codes expanded, in the layout of the Program."""
-        from moec.targets.coreml.executor import MilModel
-        from moec.targets.coreml.package import PACKAGE
-        from moec.targets.coreml.runner import runner_notes
+    def stored_weights(self, directory: Path) -> Mapping[str, StoredWeight]:
+        """Read back from the constants of the package."""
+        from moec.targets.coreml.stored import stored_weights
 
-        model = MilModel.open(directory / PACKAGE)
-        return {name: _reader(model, label) for name, label in runner_notes(directory)["experts"].items()}
+        return stored_weights(directory)
 
     def doctor(self) -> Mapping[str, str]:
         """Building and running work anywhere; only a Mac can measure."""
@@ -210,15 +209,6 @@ class CoremlTarget(Target):
             "measure": "yes" if mac else "no: needs macOS",
             "install": "",
         }
-
-
-def _reader(model: MilModel, label: str) -> ExpertReader:
-    def read(index: int) -> np.ndarray:
-        constant = model.constants()[label.format(index)]
-        # What codes and scales say, before it is rounded to what the program computes in.
-        return (constant.exact or constant.load)()
-
-    return read
 
 
 def metadata_texts(config: Mapping[str, object], options: CoremlOptions) -> Mapping[str, str]:

@@ -26,11 +26,16 @@ class WeightPool:
 
     The functions of a model share the entry of a weight in the weight file if their constants have one `weight_id`,
     so each array is made once and its name is that id.
+
+    Attributes:
+        stored_bytes: Name of an array -> bytes that it takes in the weight file.
+        coded: Name of a weight that is stored as codes as a whole -> name of the constant that it is.
     """
 
     def __init__(self) -> None:
         self._arrays: dict[str, np.ndarray] = {}
         self.stored_bytes: dict[str, int] = {}
+        self.coded: dict[str, str] = {}
         self._types = coremltools_module("coremltools.converters.mil.mil").types
         # int8 to numpy, with a mark that tells the builder that four bits of each are stored.
         self._int4 = self._types.nptype_from_builtin(self._types.int4)
@@ -70,6 +75,8 @@ class WeightPool:
         Raises:
             UsageError: The scales have another type than the program computes in.
         """
+        if hasattr(tensor, "format"):
+            self.coded[name] = identifier(name)
         return self._stored(mb, name, tensor, type_name, None, identifier(name))
 
     def row(self, mb: Any, name: str, tensor: LazyTensor, type_name: str, index: int, label: str) -> Any:
@@ -99,11 +106,7 @@ class WeightPool:
                     value = np.ascontiguousarray((part if row is None else part[0]).numpy())
                     packed = name != scales and tensor.format.bits == 4
                     self._arrays[name] = value.view(self._int4) if packed else value
-        if self._arrays[scales].dtype != np.dtype(_NUMPY[type_name]):
-            raise UsageError(
-                f"{own}: its scales are {self._arrays[scales].dtype} and the program computes in {type_name}",
-                hint="build with --dtype fp16, or quantize with scales in fp32, such as int4:fp32",
-            )
+        self._arrays[scales] = self._scales(own, self._arrays[scales], type_name)
         names = {"data": codes, "scale": scales, "offset": points}
         operands = {
             key: self.const(mb, name, self._arrays[name], f"{label}_{key}")
@@ -112,12 +115,23 @@ class WeightPool:
         }
         return mb.constexpr_blockwise_shift_scale(**operands, name=label)
 
+    def _scales(self, own: str, scales: np.ndarray, type_name: str) -> np.ndarray:
+        """Scales in the type of the result, which is theirs."""
+        wanted = np.dtype(_NUMPY[type_name])
+        if scales.dtype.itemsize > wanted.itemsize:
+            raise UsageError(
+                f"{own}: its scales are {scales.dtype} and the program computes in {type_name}",
+                hint="build with --dtype fp32, or quantize with scales in fp16, such as int4",
+            )
+        return scales.astype(wanted, copy=False)
+
     def _palettized(self, mb: Any, own: str, tensor: Any, type_name: str, row: int | None, label: str) -> Any:
         """`constexpr_lut_to_dense`: unsigned codes, and a table of values [groups, 1, entries, 1] for groups of rows.
 
-        The type of the table is the type of the result; its values are the same in fp16 and fp32.
+        The type of the table is the type of the result; its values are the same in fp16 and fp32. Where there are
+        scales, `constexpr_blockwise_shift_scale` multiplies what the table gives by one for each block.
         """
-        codes, palettes = f"{own}.codes", f"{own}.palettes"
+        codes, palettes, scales = f"{own}.codes", f"{own}.palettes", f"{own}.scales"
         if codes not in self._arrays:
             first, last = (0, tensor.shape[0]) if row is None else (row, row + 1)
             made = tensor.palettized_rows(first, last)
@@ -125,9 +139,15 @@ class WeightPool:
             table = made.palettes.numpy().astype(_NUMPY[type_name])
             self._arrays[codes] = np.ascontiguousarray(made.codes.numpy()).view(self._uint4)
             self._arrays[palettes] = np.ascontiguousarray(table[:, None, :, None])
+            if made.scales is not None:
+                self._arrays[scales] = self._scales(own, np.ascontiguousarray(made.scales.numpy()), type_name)
         indices = self.const(mb, codes, self._arrays[codes], f"{label}_indices")
         lut = self.const(mb, palettes, self._arrays[palettes], f"{label}_lut")
-        return mb.constexpr_lut_to_dense(indices=indices, lut=lut, name=label)
+        if scales not in self._arrays:
+            return mb.constexpr_lut_to_dense(indices=indices, lut=lut, name=label)
+        values = mb.constexpr_lut_to_dense(indices=indices, lut=lut, name=f"{label}_values")
+        scale = self.const(mb, scales, self._arrays[scales], f"{label}_scale")
+        return mb.constexpr_blockwise_shift_scale(data=values, scale=scale, name=label)
 
 
 _HALF_BYTES = ("int4", "uint4")

@@ -83,7 +83,9 @@ class Context:
         self.origins: dict[str, str] = {}
         self.nodes: list[ir.Node] = []
         self.initializers: dict[str, tuple[ir.Value, LazyTensor]] = {}
+        # Where experts, and other weights with codes, are in the file: entries of `moec.targets.onnx.stored.TABLE`.
         self.experts: dict[str, dict[str, Any]] = {}
+        self.coded: dict[str, dict[str, Any]] = {}
         # Of each experts node: role -> value and dtype. Who lowers it may put other values in place of its operands.
         self.layers: list[dict[str, tuple[ir.Value, torch.dtype]]] = []
         self.rejections: list[Rejection] = []

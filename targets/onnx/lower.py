@@ -20,6 +20,7 @@ from moec.targets.onnx.context import AXIS_NAMES, DTYPES, MS, Context, Dialect
 from moec.targets.onnx.experts import LAYERS
 from moec.targets.onnx.lowerings.group_query import share_lengths
 from moec.targets.onnx.lowerings.linear import untransposed_weights
+from moec.targets.onnx.stored import TABLE
 
 IR_VERSION = 11
 SYNTHESISED = ("cache_position",)
@@ -63,7 +64,7 @@ def build(program: Program, dialect: Dialect) -> tuple[ir.Model, Context]:
     )
     model = ir.Model(graph, ir_version=IR_VERSION, producer_name="moec")
     model.metadata_props["moec.attention"] = "GroupQueryAttention" if dialect.shared_buffer else "Attention"
-    model.metadata_props["moec.experts"] = json.dumps(ctx.experts, sort_keys=True)
+    model.metadata_props[TABLE] = json.dumps({**ctx.coded, **ctx.experts}, sort_keys=True)
     layers = [
         {role: [value.name, int(DTYPES[dtype])] for role, (value, dtype) in entry.items()} for entry in ctx.layers
     ]

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-import numpy as np
 from pydantic import Field
 
 from moec.compiler.common.errors import LoweringError
@@ -19,18 +17,19 @@ from moec.targets.base import (
     BY_ROW,
     SYMMETRIC,
     Capabilities,
-    ExpertReader,
     ExpertsRunner,
     Lowered,
     Phase,
     Runner,
     Target,
     TargetOptions,
+    with_scales,
 )
 
 if TYPE_CHECKING:
     from moec.compiler.ir.program import Program
     from moec.targets.onnx.context import Dialect
+    from moec.targets.stored_weights import StoredWeight
 
 
 class Flavor(StrEnum):
@@ -120,11 +119,14 @@ class OnnxTarget(Target):
             return SYMMETRIC + ASYMMETRIC
         return () if tensor_class in EXPERT_CLASSES else SYMMETRIC
 
-    def kept_formats(self, options: TargetOptions, tensor_class: str) -> tuple[str, ...]:
-        """One scale for a row is written as blocks of equal scales."""
+    def kept_formats(self, options: TargetOptions, tensor_class: str, dtype: str) -> tuple[str, ...]:
+        """One scale for a row is written as blocks of equal scales; linears store theirs in the dtype of the graph."""
         formats = self.auto_formats(options, tensor_class)
+        if not formats:
+            return ()
         asymmetric = tuple(f"{form}:asym" for form in BY_ROW if form.startswith("int4") and ASYMMETRIC[0] in formats)
-        return (*formats, *BY_ROW, *asymmetric)
+        stored = "fp32" if tensor_class in EXPERT_CLASSES else dtype
+        return with_scales(stored, (*formats, *BY_ROW, *asymmetric))
 
     def lower(self, program: Program, options: TargetOptions, directory: Path, progress: Progress) -> Lowered:
         """Write `model.onnx`, `model.onnx_data` and, for onnxruntime-genai, `genai_config.json`."""
@@ -175,13 +177,11 @@ class OnnxTarget(Target):
 
         return {MODEL: OnnxExperts(directory, threads=threads)}
 
-    def expert_tensors(self, directory: Path) -> Mapping[str, ExpertReader]:
-        """Read the experts back from the files, in the layout of the Program."""
-        import onnx_ir as ir
+    def stored_weights(self, directory: Path) -> Mapping[str, StoredWeight]:
+        """Read back by the table in the model's metadata."""
+        from moec.targets.onnx.stored import stored_weights
 
-        model = ir.load(directory / "model.onnx")
-        table = json.loads(model.metadata_props["moec.experts"])
-        return {name: _reader(model.graph.initializers, entry) for name, entry in table.items()}
+        return stored_weights(directory)
 
 
 def _dialect(program: Program, options: OnnxOptions) -> Dialect:
@@ -197,42 +197,3 @@ def _grouped(program: Program, options: OnnxOptions) -> bool:
     if options.experts is Experts.AUTO:
         return program.dtype is torch.float32 and sum(layer.num_experts for layer in program.layers) <= MOST_GROUPED
     return options.experts is Experts.GROUPED
-
-
-def _reader(initializers: Mapping[str, object], entry: Mapping[str, object]) -> ExpertReader:
-    def values(name: str) -> np.ndarray:
-        return initializers[name].const_value.numpy()  # type: ignore[attr-defined, no-any-return]
-
-    def read(index: int) -> np.ndarray:
-        if "quantized" in entry:
-            value = _dequantized(values, entry, index)
-            if entry["interleaved"]:
-                value = np.concatenate([value[0::2], value[1::2]])
-        elif "per_expert" in entry:
-            value = values(str(entry["per_expert"]).format(index))
-        else:
-            value = values(str(entry["initializer"]))[index]
-            if entry["interleaved"]:
-                value = np.concatenate([value[0::2], value[1::2]])
-        return np.ascontiguousarray(value.T) if entry["transposed"] else np.asarray(value)
-
-    return read
-
-
-def _dequantized(values: Callable[[str], np.ndarray], entry: Mapping[str, object], index: int) -> np.ndarray:
-    """One expert [N, K] float32 from its packed codes, scales and zero points."""
-    name, bits, signed = str(entry["quantized"]), int(str(entry["bits"])), bool(entry.get("signed"))
-    codes, scales = values(f"{name}.codes")[index], values(f"{name}.scales")[index].astype(np.float32)
-    if bits == 4 and not signed:
-        codes = np.stack([codes & 15, codes >> 4], axis=-1).reshape(len(codes), -1)
-    points = np.full(scales.shape, 0 if signed else 1 << (bits - 1), np.float32)
-    if not entry["symmetric"]:
-        packed = values(f"{name}.zero_points")[index]
-        points = np.stack([packed & 15, packed >> 4], axis=-1).reshape(len(packed), -1)[:, : scales.shape[1]]
-    rows, columns = codes.shape
-    block = int(str(entry.get("block", columns // scales.shape[1])))
-    # The last block of a row may be short.
-    whole = np.pad(codes.astype(np.float32), ((0, 0), (0, scales.shape[1] * block - columns)))
-    groups = whole.reshape(rows, -1, block) - points[:, :, None]
-    result: np.ndarray = (groups * scales[:, :, None]).reshape(rows, -1)[:, :columns]
-    return result

@@ -18,7 +18,6 @@ from moec.compiler.common.progress import Progress
 from moec.compiler.common.rejections import Rejection
 from moec.targets.base import (
     Capabilities,
-    ExpertReader,
     ExpertsRunner,
     Lowered,
     Phase,
@@ -26,6 +25,7 @@ from moec.targets.base import (
     Target,
     TargetGate,
     TargetOptions,
+    with_scales,
 )
 from moec.targets.tensorrt import builder
 from moec.targets.tensorrt.capability import DEFAULT, parse
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
     from moec.compiler.ir.program import Program
     from moec.targets.onnx.context import Context
+    from moec.targets.stored_weights import StoredWeight
     from moec.targets.tensorrt.build import Built
 
 DEFAULT_CONTEXT = 1024
@@ -115,6 +116,10 @@ class TensorrtTarget(Target):
             module_name(options.library)
         _sizes(config, options)
 
+    def kept_formats(self, options: TargetOptions, tensor_class: str, dtype: str) -> tuple[str, ...]:  # noqa: ARG002
+        """Scales are stored as they are, and cast in the graph."""
+        return with_scales("fp32", self.auto_formats(options, tensor_class))
+
     def lint(self, program: Program, options: TargetOptions) -> tuple[Rejection, ...]:
         """Ops without a lowering, formats that TensorRT does not take, an opset that its parser does not read."""
         from moec.targets.tensorrt.lowerings.table import tensorrt_dialect
@@ -183,11 +188,11 @@ class TensorrtTarget(Target):
 
         return {MODEL: OnnxExperts(directory, threads=threads)}
 
-    def expert_tensors(self, directory: Path) -> Mapping[str, ExpertReader]:
-        """Read the experts back from the files, in the layout of the Program."""
-        from moec.targets.onnx.target import OnnxTarget
+    def stored_weights(self, directory: Path) -> Mapping[str, StoredWeight]:
+        """Read back from `model.onnx`, by the table in its metadata."""
+        from moec.targets.onnx.stored import stored_weights
 
-        return OnnxTarget().expert_tensors(directory)
+        return stored_weights(directory)
 
     def doctor(self) -> Mapping[str, str]:
         """Which library, driver and GPU there are, and what that allows."""

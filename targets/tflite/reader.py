@@ -1,4 +1,4 @@
-"""Reads the experts back from a `.tflite` file, as the integrity gate wants them. Imports no torch."""
+"""Reads weights back from a `.tflite` file. Imports no torch."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import mmap
 import struct
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from moec.compiler.common.errors import ArtifactError
-from moec.targets.base import ExpertReader
+from moec.targets.stored_weights import Codes, StoredWeight, stack
 from moec.targets.tflite.library import schema
 
 METADATA = "moec"
@@ -22,6 +23,7 @@ METADATA = "moec"
 OLDER = "tflite-runtime"
 """What the metadata calls the runtime of files that are built for it; others are for LiteRT."""
 
+_BITS = {"INT8": 8, "INT4": 4}
 _DTYPES = {"FLOAT32": "<f4", "FLOAT16": "<f2", "INT32": "<i4"}
 
 
@@ -74,25 +76,31 @@ class TfliteFile:
         data: np.ndarray = buffer.DataAsNumpy()
         return data
 
-    def read(self, name: str) -> np.ndarray:
-        """Values of a tensor, dequantized.
+    def read(self, name: str) -> np.ndarray | Codes:
+        """Values of a tensor, or its codes.
 
         Raises:
             ArtifactError: There is none of that name.
         """
+        tensor, graph = self._tensor(name)
+        shape, kind, data = tuple(tensor.ShapeAsNumpy()), self._kind(tensor), self.buffer(tensor.Buffer())
+        if kind not in _BITS:
+            return data.view(_DTYPES[kind]).reshape(shape)
+        codes = (data.view(np.int8) if kind == "INT8" else unpack_int4(data)).reshape(shape)
+        scales = self._scales(tensor, graph).reshape(*shape[:-1], -1)
+        return Codes(_BITS[kind], codes, scales, shape[-1] // scales.shape[-1])
+
+    def _tensor(self, name: str) -> tuple[Any, Any]:
         if name not in self._tensors:
             raise ArtifactError(f"{self._path}: it has no tensor {name}", hint="export it again")
-        tensor, graph = self._tensors[name]
-        shape = tuple(tensor.ShapeAsNumpy())
-        kinds = {value: key for key, value in vars(self._schema.TensorType).items() if not key.startswith("_")}
-        kind, data = kinds[tensor.Type()], self.buffer(tensor.Buffer())
-        if kind in _DTYPES:
-            return data.view(_DTYPES[kind]).reshape(shape)
-        codes = data.view(np.int8) if kind == "INT8" else unpack_int4(data)
-        scales = self._scales(tensor, graph).reshape(shape[0], -1)
-        blocks = codes.reshape(shape[0], scales.shape[1], -1).astype(np.float32)
-        values: np.ndarray = (blocks * scales[:, :, None].astype(np.float32)).reshape(shape)
-        return values
+        return self._tensors[name]
+
+    def _kind(self, tensor: Any) -> str:
+        """What the schema calls the type of a tensor."""
+        kinds: dict[int, str] = {
+            value: key for key, value in vars(self._schema.TensorType).items() if not key.startswith("_")
+        }
+        return kinds[tensor.Type()]
 
     def _scales(self, tensor: Any, graph: Any) -> np.ndarray:
         quantization = tensor.Quantization()
@@ -103,16 +111,37 @@ class TfliteFile:
         details.Init(quantization.Details().Bytes, quantization.Details().Pos)
         return self.buffer(graph.Tensors(details.Scales()).Buffer()).view("<f2")
 
-    def experts(self) -> Mapping[str, ExpertReader]:
-        """Every expert tensor by its Program name."""
-        return {name: partial(self._expert, name, entry) for name, entry in self.facts["experts"].items()}
+    def stored_weights(self) -> Mapping[str, StoredWeight]:
+        """Every tensor of experts, and every matrix that is stored as codes, by its Program name."""
+        entries: Mapping[str, Mapping[str, bool]] = self.facts["experts"]
+        found = {
+            name: StoredWeight(self._bits(f"{name}.0"), partial(self._experts, name, entry))
+            for name, entry in entries.items()
+        }
+        for name, (tensor, _) in self._tensors.items():
+            of_expert = name.rpartition(".")[0] in entries
+            if not of_expert and tensor.Quantization() is not None and (bits := self._bits(name)) is not None:
+                found[name] = StoredWeight(bits, partial(self._matrix, name))
+        return found
 
-    def _expert(self, name: str, entry: Mapping[str, bool], index: int) -> np.ndarray:
-        value = self.read(f"{name}.{index}")
-        if entry["interleaved"]:
-            halves = np.split(value, 2)
-            value = np.stack(halves, axis=1).reshape(value.shape)
-        return np.ascontiguousarray(value.T) if entry["transposed"] else value
+    def _bits(self, name: str) -> int | None:
+        return _BITS.get(self._kind(self._tensor(name)[0]))
+
+    def _matrix(self, name: str, start: int, stop: int) -> Codes | np.ndarray:
+        found = self.read(name)
+        return found.cut(start, stop) if isinstance(found, Codes) else found[start:stop]
+
+    def _experts(self, name: str, entry: Mapping[str, bool], start: int, stop: int) -> Codes | np.ndarray:
+        return stack([_in_program(entry, self.read(f"{name}.{index}")) for index in range(start, stop)])
+
+
+def _in_program(entry: Mapping[str, bool], value: Any) -> Any:
+    """The tensor of an expert, [N, ...], in the layout of the Program."""
+    if isinstance(value, Codes):
+        return replace(value, codes=_in_program(entry, value.codes), scales=_in_program(entry, value.scales))
+    if entry["interleaved"]:
+        value = np.stack(np.split(value, 2), axis=1).reshape(value.shape)
+    return np.ascontiguousarray(value.T) if entry["transposed"] else value
 
 
 def unpack_int4(data: np.ndarray) -> np.ndarray:

@@ -15,7 +15,6 @@ from moec.compiler.common.progress import Progress
 from moec.compiler.common.rejections import Rejection
 from moec.targets.base import (
     Capabilities,
-    ExpertReader,
     ExpertsRunner,
     Lowered,
     Phase,
@@ -26,6 +25,7 @@ from moec.targets.base import (
 
 if TYPE_CHECKING:
     from moec.compiler.ir.program import Program
+    from moec.targets.stored_weights import StoredWeight
     from moec.targets.tflite.model import Weight
 
 MODEL = "model.tflite"
@@ -35,6 +35,7 @@ DEFAULT_CONTEXT = 1024
 QUANTIZED = ("experts_gate_up", "experts_down", "shared_expert", "attention", "embedding", "lm_head")
 """Tensor classes that the presets quantize."""
 
+_INT4_ROWS = "int4:channel:fp32:int8-dynamic"
 _ROWS, _BLOCKS = "int8:channel:fp32:int8-dynamic", "int4:32:fp16:int8-dynamic"
 
 
@@ -97,9 +98,10 @@ class TfliteTarget(Target):
             return (_ROWS,)
         return (*(_BLOCKS.replace(":32:", f":{size}:") for size in (128, 64, 32)), _ROWS)
 
-    def kept_formats(self, options: TargetOptions, tensor_class: str) -> tuple[str, ...]:
+    def kept_formats(self, options: TargetOptions, tensor_class: str, dtype: str) -> tuple[str, ...]:  # noqa: ARG002
         """Codes of 4 bits: the int8 kernels do not take -128, which codes of other tools hold."""
-        return tuple(form for form in self.auto_formats(options, tensor_class) if form.startswith("int4"))
+        blocks = tuple(form for form in self.auto_formats(options, tensor_class) if form.startswith("int4"))
+        return (*blocks, _INT4_ROWS) if blocks else ()
 
     def capabilities(self, options: TargetOptions, phase: Phase) -> Capabilities:
         """Decode skips every expert that its token does not need, prefill those that no token of the piece needs."""
@@ -180,11 +182,11 @@ class TfliteTarget(Target):
 
         return open_experts(directory / MODEL, threads)
 
-    def expert_tensors(self, directory: Path) -> Mapping[str, ExpertReader]:
-        """Read the experts back from the file, in the layout of the Program."""
+    def stored_weights(self, directory: Path) -> Mapping[str, StoredWeight]:
+        """Read back from the tensors of the file, which bear the names of the Program."""
         from moec.targets.tflite.reader import TfliteFile
 
-        return TfliteFile(directory / MODEL).experts()
+        return TfliteFile(directory / MODEL).stored_weights()
 
     def doctor(self) -> Mapping[str, str]:
         """Everything works where LiteRT is installed.

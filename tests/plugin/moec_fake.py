@@ -13,7 +13,8 @@ from pydantic import Field
 
 from moec.compiler.common.progress import Progress
 from moec.compiler.common.rejections import Rejection
-from moec.targets.base import Capabilities, ExpertReader, Lowered, Phase, Runner, Target, TargetOptions
+from moec.targets.base import Capabilities, Lowered, Phase, Runner, Target, TargetOptions
+from moec.targets.stored_weights import StoredWeight
 
 
 class FakeOptions(TargetOptions):
@@ -58,7 +59,7 @@ class FakeTarget(Target):
     def open(self, directory: Path, *, threads: int = 0) -> Runner:
         return FakeRunner(json.loads((directory / "config.json").read_text())["vocab_size"])
 
-    def expert_tensors(self, directory: Path) -> Mapping[str, ExpertReader]:
+    def stored_weights(self, directory: Path) -> Mapping[str, StoredWeight]:
         return {}
 
 

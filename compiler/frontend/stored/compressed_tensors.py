@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moec.compiler.frontend.stored.base import Parts, Rule, Settings, StoredFormat, signed, unpack
 from moec.compiler.frontend.stored.fp8 import FLOATS, blocks_of
-from moec.compiler.frontend.stored.mxfp4 import BLOCK, e2m1, exponents
+from moec.compiler.frontend.stored.mxfp4 import BLOCK, encoded, exponents
 from moec.compiler.ir.encoded_weights import Encoded, Made, Spread
 from moec.compiler.ir.weights import LazyTensor
 
@@ -82,15 +82,14 @@ def _decode_plain(parts: Parts) -> LazyTensor:
 
 
 def _decode_floats(parts: Parts) -> LazyTensor:
-    """Two E2M1 values in a byte; `e2m1` doubles them, so scales are halved."""
+    """Two E2M1 values in a byte; `encoded` doubles them, so scales are halved."""
     packed, scale = parts["weight_packed"], parts["weight_scale"]
     shape = (*packed.shape[:-1], packed.shape[-1] * 2)
-    codes = Made(shape, torch.int8, lambda start, stop: e2m1(packed.rows(start, stop)))
     if scale.dtype == torch.uint8:
         if scale.shape != (*shape[:-1], shape[-1] // BLOCK):
             raise parts.misfit("weight_scale")
         factors = Made(scale.shape, torch.float32, lambda a, b: exponents(parts, "weight_scale", a, b))
-        return Encoded("mxfp4", 4, False, codes, Spread(factors, shape, (1, BLOCK)))
+        return encoded("mxfp4", packed.rows, Spread(factors, shape, (1, BLOCK)))
     whole = parts["weight_global_scale"]
     if torch.Size(whole.shape).numel() != 1 or scale.shape[:-1] != shape[:-1] or shape[-1] % scale.shape[-1]:
         raise parts.misfit("weight_scale")
@@ -99,7 +98,7 @@ def _decode_floats(parts: Parts) -> LazyTensor:
         return scale.rows(start, stop).to(torch.float32) / (2 * whole.read().to(torch.float32).reshape(()))
 
     factors = Made(scale.shape, torch.float32, divided)
-    return Encoded("nvfp4", 4, False, codes, Spread(factors, shape, (1, shape[-1] // scale.shape[-1])))
+    return encoded("nvfp4", packed.rows, Spread(factors, shape, (1, shape[-1] // scale.shape[-1])))
 
 
 def _structure(settings: Settings) -> tuple[int, int] | None:

@@ -6,6 +6,8 @@ holds exponents with bias 127. The weight NAME is [E, K, N], as transformers has
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -20,7 +22,10 @@ E2M1 = torch.tensor([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], d
 HALF_SCALES = torch.tensor([2.0 ** (exponent - 128) for exponent in range(256)])
 """Half the scale of each exponent, exact in float32."""
 
-_PAIRS = E2M1[torch.tensor([[byte & 15, byte >> 4] for byte in range(256)])].view(torch.int16).flatten()
+_HALVES = torch.tensor([[byte & 15, byte >> 4] for byte in range(256)], dtype=torch.uint8)
+"""Both codes of each byte."""
+
+_PAIRS = E2M1[_HALVES.to(torch.int32)].view(torch.int16).flatten()
 """Both values of each byte in one number."""
 
 BLOCK = 32
@@ -29,6 +34,25 @@ BLOCK = 32
 def e2m1(data: Tensor) -> Tensor:
     """Twice the values of packed codes: uint8 [..., W] -> int8 [..., 2 W]."""
     return _PAIRS[data.to(torch.int32)].view(torch.int8)
+
+
+def encoded(kind: str, packed: Callable[[int, int], Tensor], scales: Spread) -> Encoded:
+    """A weight of E2M1 values.
+
+    Args:
+        kind: What a report calls its form.
+        packed: Start and stop along axis 0 -> bytes of these rows, uint8 [..., K / 2].
+        scales: Half the scale of each value.
+    """
+    return Encoded(
+        kind,
+        4,
+        False,
+        Made(scales.shape, torch.int8, lambda start, stop: e2m1(packed(start, stop))),
+        scales,
+        indices=Made(scales.shape, torch.uint8, lambda a, b: _HALVES[packed(a, b).to(torch.int32)].flatten(-2)),
+        table=E2M1,
+    )
 
 
 def exponents(parts: Parts, rest: str, start: int, stop: int) -> Tensor:
@@ -52,10 +76,9 @@ def _decode(parts: Parts) -> LazyTensor:
         raise parts.misfit("_blocks")
     experts, rows, groups, _ = blocks.shape
     scales = parts.expect("_scales", (experts, rows, groups), dtypes=(torch.uint8,))
-    shape = (experts, rows, groups * BLOCK)
-    codes = Made(shape, torch.int8, lambda start, stop: e2m1(blocks.rows(start, stop).flatten(-2)))
     factors = Made(scales.shape, torch.float32, lambda start, stop: exponents(parts, "_scales", start, stop))
-    return swap_last(Encoded("mxfp4", 4, False, codes, Spread(factors, shape, (1, BLOCK))))
+    spread = Spread(factors, (experts, rows, groups * BLOCK), (1, BLOCK))
+    return swap_last(encoded("mxfp4", lambda start, stop: blocks.rows(start, stop).flatten(-2), spread))
 
 
 MXFP4 = StoredFormat((Rule("_blocks", ("_scales",), "", _decode),))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable
+    from collections.abc import Callable, Hashable, Mapping
 
     from moec.targets.coreml.executor.dtypes import Array, TensorType
 
@@ -27,6 +27,7 @@ class Constant:
         load: Produces the value.
         keep: Whether producing it again costs enough for the cache to hold it.
         exact: Produces it before it is rounded to its type, where it is computed from stored parts.
+        parts: Those parts by the names that the op has for them.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Constant:
     load: Callable[[], Array] = field(repr=False)
     keep: bool
     exact: Callable[[], Array] | None = field(default=None, repr=False)
+    parts: Mapping[str, Constant] = field(default_factory=dict, repr=False)
 
 
 class ConstantCache:

@@ -254,6 +254,7 @@ def _derived(operation: Operation, kernel: Kernel, inputs: Mapping[str, tuple[Co
         load=load,
         keep=True,
         exact=exact,
+        parts=dict(items),
     )
 
 

@@ -95,6 +95,22 @@ def kernel_groups(weight: Quantized, block: int) -> int:
     return -(-weight.shape[-1] // block)
 
 
+def stored_entry(weight: Quantized, block: int, *, base: str, first: int = 0, **others: Any) -> dict[str, Any]:
+    """What `moec.targets.onnx.stored` has to know of a weight whose initializers are called `base.codes` and so on."""
+    return {
+        "codes": f"{base}.codes",
+        "scales": f"{base}.scales",
+        "zero_points": None if weight.format.symmetric else f"{base}.zero_points",
+        "first": first,
+        "shape": list(weight.shape),
+        "bits": weight.format.bits,
+        "block": block,
+        "signed": False,
+        "interleaved": False,
+        **others,
+    }
+
+
 # Linear ---------------------------------------------------------------------------------------------------------
 
 
@@ -122,6 +138,10 @@ def packed_product(ctx: Context, x: ir.Value, weights: Mapping[str, Quantized], 
         whole = torch.nn.functional.pad(part.unsigned_codes(), (0, groups * block - columns))
         return pack(whole, bits).reshape(len(part.codes), groups, -1)
 
+    first = 0
+    for own_name, own in weights.items():
+        ctx.coded[own_name] = stored_entry(own, block, first=first, base=name)
+        first += own.shape[0]
     codes: list[LazyTensor] = [
         Packed(own, packed, (own.shape[0], groups, block * bits // 8), torch.uint8, identity=f"{own.name}.codes")
         for own in stores
@@ -187,6 +207,7 @@ def embedding(ctx: Context, node: fx.Node, indices: ir.Value, name: str, weight:
         torch.uint8,
         identity=f"{weight.name}.codes",
     )
+    ctx.coded[name] = {**stored_entry(weight, block, base=name), "codes": f"{name}.table"}
     points = None
     if not weight.format.symmetric:
         points = ctx.initializer(f"{name}.zero_points", _points(weight, groups))
@@ -224,14 +245,7 @@ def experts(ctx: Context, node: fx.Node, gate: Gate, dense: ir.Value, attributes
         operands += [ctx.initializer(f"{name}.codes", codes), ctx.initializer(f"{name}.scales", scales)]
         operands.append(None if bias is None else _bias(ctx, bias, interleaved))
         points.append(None if zero_points is None else ctx.initializer(f"{name}.zero_points", zero_points))
-        ctx.experts[name] = {
-            "quantized": name,
-            "bits": tensor.format.bits,
-            "block": block,
-            "symmetric": tensor.format.symmetric,
-            "interleaved": interleaved,
-            "transposed": False,
-        }
+        ctx.experts[name] = stored_entry(tensor, block, base=name, interleaved=interleaved)
     bits = [tensor.format.bits for _, tensor in tensors]
     return ctx.op(
         "QMoE",
@@ -321,6 +335,7 @@ def dequantize(ctx: Context, node: fx.Node, name: str, weight: Quantized) -> ir.
     codes = Packed(weight, lambda part: part.codes, (rows, columns), torch.int8)
     if not weight.format.symmetric:
         raise ctx.refuse(node, "asymmetric weights have no standard form here", hint="use a symmetric format")
+    ctx.coded[name] = stored_entry(weight, block, base=name, bits=8, signed=True)
     return ctx.shared(
         ("dequantized", name),
         lambda: ctx.op(

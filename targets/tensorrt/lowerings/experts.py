@@ -29,13 +29,13 @@ def _stack(ctx: Context, argument: Any) -> ir.Value:
     """The stacked weights or biases of a layer, [E, ...], as the Program has them."""
     name = ctx.program.weights.resolve(str(argument.target))
     own, dtype = ctx.program.weights[name], argument.meta["val"].dtype
-    plain = {"interleaved": False, "transposed": False}
     if isinstance(own, Quantized):
-        ctx.experts[name] = {**plain, "quantized": name, "bits": own.format.bits, "symmetric": True, "signed": True}
-        return dequantized(ctx, name, own, dtype)
+        value = dequantized(ctx, name, own, dtype)
+        ctx.experts[name] = ctx.coded[name]
+        return value
     half = ctx.stored_half(name)
     stored = f"{name}.stack.fp16" if half and dtype is torch.float32 else f"{name}.stack"
-    ctx.experts[name] = {**plain, "initializer": stored}
+    ctx.experts[name] = {"initializer": stored, "interleaved": False, "transposed": False}
     return ctx.initializer(f"{name}.stack", ctx.lazy(argument), half=half)
 
 

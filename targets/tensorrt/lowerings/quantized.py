@@ -9,7 +9,7 @@ from moec.compiler.common.errors import LoweringError
 from moec.quantize.formats import Activations, IntegerFormat
 from moec.quantize.lazy import Quantized
 from moec.targets.onnx.context import DTYPES, Context
-from moec.targets.onnx.lowerings.quantized import Packed, expand_scales, pack
+from moec.targets.onnx.lowerings.quantized import Packed, expand_scales, pack, stored_entry
 
 HINT = (
     "TensorRT takes int8 per channel or in blocks and int4 in blocks, symmetric, with float activations: int8, int4:64"
@@ -47,6 +47,7 @@ def dequantized(ctx: Context, name: str, weight: Quantized, dtype: torch.dtype) 
         raise LoweringError(f"{name}: the TensorRT target has no form for {weight.format}: {reason}", hint=HINT)
     block = stored_block(weight)
     groups = weight.shape[-1] // block
+    ctx.coded[name] = stored_entry(weight, block, base=name, signed=True)
 
     def make() -> ir.Value:
         return ctx.op(

@@ -1,8 +1,7 @@
 """Integrity reads every expert back and believes no figure that it was not given."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -16,21 +15,30 @@ from moec.compiler.gates.tolerance import Precision, precision_of
 from moec.compiler.ir.program import EXPERTS, Program
 from moec.compiler.ir.weights import LazyTensor
 from moec.quantize.formats import IntegerFormat
-from moec.targets.base import ExpertReader
+from moec.targets.stored_weights import StoredWeight
 
 Captured = tuple[Checkpoint, Program]
 
 
-def _readers(program: Program) -> dict[str, ExpertReader]:
-    def reader(name: str) -> ExpertReader:
-        return lambda index: program.weights[name].rows(index, index + 1)[0].numpy()
+def _stored(program: Program, bits: int | None = None) -> dict[str, StoredWeight]:
+    def stored(name: str) -> StoredWeight:
+        return StoredWeight(bits, lambda start, stop: program.weights[name].rows(start, stop).numpy())
 
-    return {name: reader(name) for name in expert_weights(program)}
+    return {name: stored(name) for name in expert_weights(program)}
+
+
+def _of_each(change: Callable[[int, np.ndarray], np.ndarray], right: StoredWeight) -> StoredWeight:
+    """A weight with what `change` makes of each expert."""
+
+    def rows(start: int, stop: int) -> np.ndarray:
+        return np.stack([change(index, right.values(index, index + 1)[0]) for index in range(start, stop)])
+
+    return replace(right, rows=rows)
 
 
 def test_every_expert_is_compared(gpt_oss: Captured) -> None:
     program = gpt_oss[1]
-    verdict = check_integrity(program, _readers(program))
+    verdict = check_integrity(program, _stored(program))
     assert verdict.status is Status.PASS
     biases = sum("bias" in tensor["name"] for tensor in verdict.figures["tensors"])
     assert biases == 2 * len(program.layers)
@@ -40,17 +48,16 @@ def test_every_expert_is_compared(gpt_oss: Captured) -> None:
 @pytest.mark.parametrize("value", [np.nan, 1e-3])
 def test_one_changed_value_of_one_expert_is_found(mixtral: Captured, value: float) -> None:
     program = mixtral[1]
-    readers = _readers(program)
+    stored = _stored(program)
     name = program.layers[1].down_proj
-    right = readers[name]
+    right = stored[name]
 
-    def wrong(index: int) -> np.ndarray:
-        values = right(index).copy()
+    def wrong(index: int, values: np.ndarray) -> np.ndarray:
         if index == 6:
             values[-1, -1] += value
         return values
 
-    verdict = check_integrity(program, {**readers, name: wrong})
+    verdict = check_integrity(program, {**stored, name: _of_each(wrong, right)})
     assert verdict.status is Status.FAIL
     assert verdict.exit_code == 5
     assert f"{name} experts 6" in verdict.summary
@@ -58,15 +65,16 @@ def test_one_changed_value_of_one_expert_is_found(mixtral: Captured, value: floa
 
 def test_swapped_experts_wrong_shapes_and_missing_tensors_are_found(mixtral: Captured) -> None:
     program = mixtral[1]
-    readers = _readers(program)
+    stored = _stored(program)
     name = program.layers[0].gate_up_proj
-    right = readers[name]
-    swapped = {**readers, name: lambda index: right((1, 0, *range(2, 8))[index])}
+    right = stored[name]
+    order = (1, 0, *range(2, 8))
+    swapped = {**stored, name: _of_each(lambda index, _: right.values(order[index], order[index] + 1)[0], right)}
     assert "experts 0, 1" in check_integrity(program, swapped).summary
-    turned = {**readers, name: lambda index: right(index).T}
+    turned = {**stored, name: _of_each(lambda _, value: value.T, right)}
     assert check_integrity(program, turned).status is Status.FAIL
-    readers.pop(name)
-    verdict = check_integrity(program, readers)
+    stored.pop(name)
+    verdict = check_integrity(program, stored)
     assert verdict.status is Status.FAIL
     assert f"missing from the artifact: {name}" in verdict.summary
 
@@ -99,31 +107,30 @@ class _Planned(LazyTensor):
         return self.source.rows(start, stop)
 
 
-def _quantized(program: Program) -> tuple[Program, Mapping[str, Any]]:
+def _quantized(program: Program) -> Program:
     planned = {name: _Planned(program.weights[name], IntegerFormat(4, "channel")) for name in expert_weights(program)}
-    bytes_ = {name: tensor.format.planned_bytes(tensor.shape) for name, tensor in planned.items()}
-    return program.replace(weights=program.weights.with_tensors(planned)), bytes_
+    return program.replace(weights=program.weights.with_tensors(planned))
 
 
-def test_quantized_experts_must_be_small_and_say_so(mixtral: Captured) -> None:
-    program, planned = _quantized(mixtral[1])
+def test_quantized_experts_must_be_stored_as_codes_of_the_planned_width(mixtral: Captured) -> None:
+    program = _quantized(mixtral[1])
     assert precision_of(program) is Precision.INT4
-    readers = _readers(program)
-    assert check_integrity(program, readers, tensor_bytes=planned).status is Status.PASS
-    assert check_integrity(program, readers).status is Status.NOT_RUN
+    stored = _stored(program, bits=4)
+    assert check_integrity(program, stored).status is Status.PASS
     name = program.layers[0].down_proj
-    left_float = {**planned, name: program.weights[name].nbytes}
-    verdict = check_integrity(program, readers, tensor_bytes=left_float)
-    assert verdict.status is Status.FAIL
-    assert f"larger than its format: {name}" in verdict.summary
+    for bits, said in ((None, "floats"), (8, "8 bits")):
+        verdict = check_integrity(program, {**stored, name: replace(stored[name], bits=bits)})
+        assert verdict.status is Status.FAIL
+        assert f"in another format than planned: {name} ({said})" in verdict.summary
 
 
 def test_rounding_is_allowed_to_quantized_experts_alone(mixtral: Captured) -> None:
-    program, planned = _quantized(mixtral[1])
-    rounded = {name: _rounded(reader) for name, reader in _readers(program).items()}
-    assert check_integrity(program, rounded, tensor_bytes=planned).status is Status.PASS
+    program = _quantized(mixtral[1])
+    rounded = {name: _of_each(_next, weight) for name, weight in _stored(program, bits=4).items()}
+    assert check_integrity(program, rounded).status is Status.PASS
     assert check_integrity(mixtral[1], rounded).status is Status.FAIL
 
 
-def _rounded(reader: ExpertReader) -> ExpertReader:
-    return lambda index: np.nextafter(reader(index), np.float32(np.inf))
+def _next(_: int, value: np.ndarray) -> np.ndarray:
+    found: np.ndarray = np.nextafter(value, np.float32(np.inf))
+    return found

@@ -21,7 +21,6 @@ from moec.compiler.ir.interpreter import ProgramRunner
 from moec.compiler.ir.program import Program
 from moec.targets.base import (
     Capabilities,
-    ExpertReader,
     ExpertsRunner,
     Lowered,
     Phase,
@@ -29,6 +28,7 @@ from moec.targets.base import (
     Target,
     TargetOptions,
 )
+from moec.targets.stored_weights import StoredWeight
 
 from .conftest import OPTIONS, program_experts, zero_4kb  # noqa: TID252 - tests are no package with a name of its own
 
@@ -55,11 +55,11 @@ class InterpreterTarget(Target):
     def open_experts(self, directory: Path, *, threads: int = 0) -> Mapping[str, ExpertsRunner]:
         return {"the Program": program_experts(self.program)}
 
-    def expert_tensors(self, directory: Path) -> Mapping[str, ExpertReader]:
-        def reader(name: str) -> ExpertReader:
-            return lambda index: self.program.weights[name].rows(index, index + 1)[0].numpy()
+    def stored_weights(self, directory: Path) -> Mapping[str, StoredWeight]:
+        def stored(name: str) -> StoredWeight:
+            return StoredWeight(None, lambda start, stop: self.program.weights[name].rows(start, stop).numpy())
 
-        return {name: reader(name) for name in expert_weights(self.program)}
+        return {name: stored(name) for name in expert_weights(self.program)}
 
 
 class BrokenTarget(InterpreterTarget):

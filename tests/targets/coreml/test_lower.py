@@ -89,8 +89,7 @@ def test_quantized_experts(golden: Golden, lower: Any, text: str) -> None:
     planned = planned_bytes(program)
     assert planned <= lowered.nbytes <= 1.05 * planned
     check_against_interpreter(lowered, 2e-2)
-    readers = CoremlTarget().expert_tensors(lowered.directory)
-    verdict = check_integrity(program, readers, tensor_bytes=lowered.facts["expert_tensor_bytes"])
+    verdict = check_integrity(program, CoremlTarget().stored_weights(lowered.directory))
     assert verdict.status is Status.PASS, verdict.summary
 
 
@@ -132,8 +131,7 @@ def test_palettes(tiny_checkpoint: Any, program_of: Any, lower: Any, dtype: torc
     program = Quantize(plan).run(program).program
     lowered = lower(program, context=32)
     check_against_interpreter(lowered, limit)
-    readers = CoremlTarget().expert_tensors(lowered.directory)
-    verdict = check_integrity(program, readers, tensor_bytes=lowered.facts["expert_tensor_bytes"])
+    verdict = check_integrity(program, CoremlTarget().stored_weights(lowered.directory))
     assert verdict.status is Status.PASS, verdict.summary
     assert lowered.facts["ops"]["decode"]["constexpr_lut_to_dense"] == sum(
         2 * layer.num_experts + 4 for layer in program.layers
@@ -144,13 +142,16 @@ def test_palettes(tiny_checkpoint: Any, program_of: Any, lower: Any, dtype: torc
     assert row.stored_bytes == math.prod(shape) // 2 + shape[0] // 8 * 16 * np.dtype(f"f{dtype.itemsize}").itemsize
 
 
-def test_scales_of_another_type_are_refused(tiny_checkpoint: Any, program_of: Any, lower: Any) -> None:
-    program = quantized(program_of(tiny_checkpoint("olmoe"), torch.float32), "int8:channel")
-    with pytest.raises(UsageError, match="its scales are float16 and the program computes in fp32") as raised:
-        lower(program, context=32)
-    assert "--dtype fp16" in raised.value.hint
-    fitting = quantized(program_of(tiny_checkpoint("olmoe"), torch.float32), "int8:channel:fp32")
-    check_against_interpreter(lower(fitting, context=32), 1e-4)
+def test_scales_are_widened_and_never_narrowed(tiny_checkpoint: Any, program_of: Any, lower: Any) -> None:
+    checkpoint = tiny_checkpoint("olmoe")
+    narrow = quantized(program_of(checkpoint, torch.float32), "int8:channel")
+    lowered = lower(narrow, context=32)
+    check_against_interpreter(lowered, 1e-4)
+    assert check_integrity(narrow, CoremlTarget().stored_weights(lowered.directory)).status is Status.PASS
+    wide = quantized(program_of(checkpoint, torch.float16), "int8:channel:fp32")
+    with pytest.raises(UsageError, match="its scales are float32 and the program computes in fp16") as raised:
+        lower(wide, context=32)
+    assert "--dtype fp32" in raised.value.hint
 
 
 def digests(directory: Path) -> dict[str, str]:
@@ -256,7 +257,7 @@ def test_a_dropped_expert_contributes_nothing_even_if_it_yields_nan(
 def test_a_flipped_block_of_any_one_expert_is_caught(tiny_checkpoint: Any, program_of: Any, lower: Any) -> None:
     program = program_of(tiny_checkpoint("olmoe"), torch.float16)
     lowered, target = lower(program, context=64), CoremlTarget()
-    assert check_integrity(program, target.expert_tensors(lowered.directory)).status is Status.PASS
+    assert check_integrity(program, target.stored_weights(lowered.directory)).status is Status.PASS
     file, ids = lowered.directory / PACKAGE / WEIGHT_FILE, prompt(program, 48)
     content, want = file.read_bytes(), ProgramRunner(program).prefill(ids)
     for layer in program.layers:
@@ -265,7 +266,7 @@ def test_a_flipped_block_of_any_one_expert_is_caught(tiny_checkpoint: Any, progr
             assert content.count(row) == 1
             start = content.index(row)
             file.write_bytes(content[:start] + bytes(64) + content[start + 64 :])
-            verdict = check_integrity(program, target.expert_tensors(lowered.directory))
+            verdict = check_integrity(program, target.stored_weights(lowered.directory))
             assert verdict.status is Status.FAIL
             assert f"{layer.down_proj} experts {expert}" in verdict.summary
     # The prompt reaches the last of them, and parity sees it too.

@@ -150,14 +150,14 @@ def test_experts_are_read_back(tiny_checkpoint: Any, lower_checkpoint: Any) -> N
 
     for family, experts in (("olmoe", "kernel"), ("gpt_oss", "kernel"), ("gpt_oss", "grouped")):
         model = lower_checkpoint(tiny_checkpoint(family), experts=experts)
-        readers = OnnxTarget().expert_tensors(model.directory)
+        stored = OnnxTarget().stored_weights(model.directory)
         nodes = [node for node in model.program.graph.nodes if node.name in {x.node for x in model.program.layers}]
         names = {argument.target for node in nodes for argument in node.args[3:] if isinstance(argument, torch.fx.Node)}
-        assert set(readers) == names
-        for name, read in readers.items():
+        assert set(stored) == names
+        for name, weight in stored.items():
             want = model.program.weights.read(name)
             for index in range(want.shape[0]):
-                np.testing.assert_array_equal(read(index), want[index].numpy())
+                np.testing.assert_array_equal(weight.values(index, index + 1)[0], want[index].numpy())
 
 
 def test_reference_of_the_contract() -> None:

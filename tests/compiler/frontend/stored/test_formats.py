@@ -14,6 +14,7 @@ from moec.compiler.frontend.stored import FORMATS, float_tensors
 from moec.compiler.ir.encoded_weights import Encoded
 from moec.compiler.ir.safetensors_file import WeightFile
 from moec.compiler.ir.weights import LazyTensor
+from moec.quantize.keep import grid_of, kept
 
 FIXTURES = sorted((Path(__file__).parent / "fixtures").glob("*.safetensors"))
 
@@ -58,6 +59,35 @@ def test_codes_make_the_values(path: Path) -> None:
         half = 1 << (weight.bits - 1)
         assert float(codes.min()) >= -half
         assert float(codes.max()) < half
+
+
+GRIDS = {
+    "awq": "int4:32:asym",
+    "gptq-4-asym-act-order": "int4:32:asym",
+    "gptq-4-sym": "int4:32",
+    "gptq-v2-4-asym": "int4:32:asym",
+    "int8-channel": "int8:channel",
+    "llm-int8": "int8:channel:fp32",
+    "mxfp4-packed": "table4:32",
+    "naive-int8-group": "int8:32",
+    "nvfp4-packed": "table4:16:fp32",
+    "pack-int4-group": "int4:32",
+    "pack-int4-group-asym": "int4:32:asym",
+    "pack-int8-channel": "int8:channel",
+}
+
+
+@pytest.mark.parametrize("path", FIXTURES, ids=lambda path: path.stem)
+def test_codes_that_can_be_kept_are_the_weight(path: Path) -> None:
+    weight, _ = opened(path)
+    grid = grid_of(weight)
+    assert grid is not None
+    assert (None if grid.format is None else str(grid.format)) == GRIDS.get(path.stem)
+    for fmt, rounded in grid.forms():
+        found = kept("layer.weight", weight, fmt, exact=not rounded)
+        values, stored = torch.cat([found.rows(0, 5), found.rows(5, weight.shape[0])]), weight.read().float()
+        torch.testing.assert_close(values, stored, rtol=2.0**-11 if rounded else 0, atol=0)
+        assert all(error < 2.0**-22 for error in found.errors())
 
 
 def test_every_format_has_a_fixture() -> None:

@@ -1,0 +1,70 @@
+"""Reads weights back from the constants of a package."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from moec.targets.coreml.executor import MilModel
+from moec.targets.coreml.package import PACKAGE
+from moec.targets.coreml.runner import runner_notes
+from moec.targets.stored_weights import Codes, StoredWeight, stack
+
+if TYPE_CHECKING:
+    from moec.targets.coreml.executor.constants import Constant
+
+Find = Callable[[str], "Constant"]
+"""Name of a constant -> the constant."""
+
+
+def stored_weights(directory: Path) -> Mapping[str, StoredWeight]:
+    """The tensors of experts, and the matrices with codes, that the notes in the model's metadata name."""
+    model, notes = MilModel.open(directory / PACKAGE), runner_notes(directory)
+
+    def find(label: str) -> Constant:
+        return model.constants()[label]
+
+    experts = {name: _experts(find, pattern) for name, pattern in notes["experts"].items()}
+    return {name: _matrix(find(label)) for name, label in notes["coded"].items()} | experts
+
+
+def _experts(find: Find, pattern: str) -> StoredWeight:
+    def rows(start: int, stop: int) -> Codes | np.ndarray:
+        return stack([_stored(find(pattern.format(index))) for index in range(start, stop)])
+
+    return StoredWeight(_bits(find(pattern.format(0))), rows)
+
+
+def _matrix(constant: Constant) -> StoredWeight:
+    def rows(start: int, stop: int) -> Codes | np.ndarray:
+        found = _stored(constant)
+        return found.cut(start, stop) if isinstance(found, Codes) else found[start:stop]
+
+    return StoredWeight(_bits(constant), rows)
+
+
+def _bits(constant: Constant) -> int | None:
+    return _codes_of(constant).type.element.bits if constant.parts else None
+
+
+def _codes_of(constant: Constant) -> Constant:
+    """The constant that holds the codes of another."""
+    inner = constant.parts.get("data", constant)
+    return inner.parts.get("indices", inner)
+
+
+def _stored(constant: Constant) -> Codes | np.ndarray:
+    """What the file holds of a constant: a table may come before the scales, and take their place."""
+    parts, bits = constant.parts, _bits(constant)
+    if bits is None:
+        return constant.load()
+    inner = parts.get("data", constant)
+    codes, offset, scale = _codes_of(constant).load(), parts.get("offset"), parts.get("scale")
+    table = inner.parts["lut"].load()[:, 0, :, 0] if inner.parts else None
+    if scale is None:
+        return Codes(bits, codes, table=table)
+    scales, points = scale.load(), None if offset is None else offset.load()
+    return Codes(bits, codes, scales, codes.shape[-1] // scales.shape[-1], points, table)

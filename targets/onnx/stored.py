@@ -1,0 +1,95 @@
+"""Reads weights back from `model.onnx` and its data file, by the table that lowering left in the metadata."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from moec.targets.stored_weights import Codes, StoredWeight
+
+TABLE = "moec.weights"
+"""Key of the model's metadata: name of a weight in the Program -> where its values, or its codes, are.
+
+Floats: `initializer`, or `per_expert` with `{}` for the index of the expert; `transposed` and `interleaved` say what
+became of the layout. Codes: the initializers that hold `codes`, `scales` and `zero_points` (or null), `first`, which of
+their rows the weight begins with, its `shape`, `bits` and `block`, whether codes are `signed`, and `interleaved`.
+"""
+
+
+def stored_weights(directory: Path) -> Mapping[str, StoredWeight]:
+    """The weights that the table of a model names."""
+    model = ir.load(directory / "model.onnx")
+    read = partial(_rows, model.graph.initializers)
+    table: dict[str, dict[str, Any]] = json.loads(model.metadata_props[TABLE])
+    return {name: (_coded if "codes" in entry else _float)(read, entry) for name, entry in table.items()}
+
+
+def _rows(initializers: Mapping[str, ir.Value], name: str, start: int, stop: int) -> np.ndarray:
+    """Rows of an initializer, of which only these are read; two codes of four bits are one byte."""
+    tensor = initializers[name].const_value
+    assert tensor is not None
+    shape = [int(size) for size in tensor.shape.numpy()]
+    if not isinstance(tensor, ir.ExternalTensor):
+        found: np.ndarray = tensor.numpy()[start:stop]
+        return found
+    kind = tensor.dtype
+    dtype, width = (np.dtype(np.uint8), shape[-1] // 2) if kind is ir.DataType.INT4 else (kind.numpy(), shape[-1])
+    data = np.memmap(tensor.path, dtype, "r", offset=tensor.offset or 0, shape=(*shape[:-1], width))
+    return np.asarray(data[start:stop])
+
+
+Read = Callable[[str, int, int], np.ndarray]
+"""Name of an initializer, start and stop -> its rows."""
+
+
+def _float(read: Read, entry: Mapping[str, Any]) -> StoredWeight:
+    def rows(start: int, stop: int) -> np.ndarray:
+        if "per_expert" in entry:
+            value = np.stack([_whole(read, entry["per_expert"].format(index)) for index in range(start, stop)])
+        else:
+            value = read(entry["initializer"], start, stop)
+        value = _in_order(value) if entry.get("interleaved") else value
+        return np.ascontiguousarray(value.swapaxes(-1, -2)) if entry["transposed"] else value
+
+    return StoredWeight(None, rows)
+
+
+def _whole(read: Read, name: str) -> np.ndarray:
+    return read(name, 0, np.iinfo(np.int64).max)
+
+
+def _in_order(value: np.ndarray) -> np.ndarray:
+    """[n, 2I, ...] with gate and up in turns -> all of gate, then all of up."""
+    return np.concatenate([value[:, 0::2], value[:, 1::2]], axis=1)
+
+
+def _coded(read: Read, entry: Mapping[str, Any]) -> StoredWeight:
+    first, shape, bits, block = entry["first"], entry["shape"], entry["bits"], entry["block"]
+
+    def part(name: str, start: int, stop: int) -> np.ndarray:
+        value = read(entry[name], first + start, first + stop).reshape(stop - start, *shape[1:-1], -1)
+        return _in_order(value) if entry["interleaved"] else value
+
+    def numbers(name: str, start: int, stop: int, width: int) -> np.ndarray:
+        return _unpacked(part(name, start, stop), bits, entry["signed"])[..., :width]
+
+    def rows(start: int, stop: int) -> Codes:
+        groups = -(-shape[-1] // block)
+        points = None if entry["zero_points"] is None else numbers("zero_points", start, stop, groups)
+        return Codes(bits, numbers("codes", start, stop, shape[-1]), part("scales", start, stop), block, points)
+
+    return StoredWeight(bits, rows)
+
+
+def _unpacked(value: np.ndarray, bits: int, signed: bool) -> np.ndarray:
+    """Signed codes int8; two of four bits lie in a byte, the lower half first."""
+    if bits == 4 and value.dtype == np.uint8:
+        value = np.stack([value & 15, value >> 4], axis=-1).reshape(*value.shape[:-1], -1)
+        return (((value ^ 8) - 8) if signed else (value - 8)).view(np.int8)
+    return value.view(np.int8) if signed else (value - 128).view(np.int8)
