@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from moec.compiler.common.errors import ArtifactError
 from moec.compiler.common.progress import Progress
@@ -61,6 +62,64 @@ def expert_weights(program: Program) -> dict[str, torch.dtype]:
     return found
 
 
+class Comparisons:
+    """Compares every expert of every tensor with the artifact's, each when somebody makes its values.
+
+    To make them takes longer than anything else here. The gate of coverage makes those of every expert, and hands them
+    to `compare` while it has them; `judge` makes what is missing.
+
+    Args:
+        program: The final Program.
+        readers: `Target.expert_tensors` of the artifact.
+
+    Raises:
+        ArtifactError: A weight is computed in the graph.
+    """
+
+    def __init__(self, program: Program, readers: Mapping[str, ExpertReader]) -> None:
+        self._program, self._readers = program, readers
+        self._names = expert_weights(program)
+        self._errors: dict[str, dict[int, float]] = {name: {} for name in self._names if name in readers}
+
+    def compare(self, name: str, index: int, values: Tensor) -> None:
+        """Compare one expert of the tensor `name`.
+
+        Args:
+            name: Where it is no tensor of experts, nothing happens.
+            index: The expert.
+            values: Its values as the Program has them: one index of the tensor along axis 0.
+        """
+        if name in self._errors:
+            # Codes times scales is computed in float32, whatever the graph computes in.
+            dtype = self._names[name] if _format(self._program, name) is None else torch.float32
+            want = values.to(dtype).float().numpy()
+            self._errors[name][index] = _error(np.asarray(self._readers[name](index)), want)
+
+    def judge(self, tensor_bytes: Mapping[str, int] | None = None, progress: Progress = lambda *_: None) -> Verdict:
+        """Compare what has not been compared yet, one expert at a time, and say what was found.
+
+        Args:
+            tensor_bytes: Name of an expert tensor -> the bytes that the artifact spends on it, codes, scales and zero
+                points together; a target states it in its facts. Needed where the plan quantizes.
+            progress: Told about every tensor.
+        """
+        for done, (name, errors) in enumerate(self._errors.items()):
+            progress(GATE, done, len(self._errors))
+            tensor = self._program.weights[name]
+            for index in range(tensor.shape[0]):
+                if index not in errors:
+                    self.compare(name, index, tensor.rows(index, index + 1)[0])
+        progress(GATE, len(self._errors), len(self._errors))
+        missing = [name for name in self._names if name not in self._errors]
+        found = [self._comparison(name, errors) for name, errors in self._errors.items()]
+        return _judge(found, missing, *_left_float(self._program, self._names, tensor_bytes or {}))
+
+    def _comparison(self, name: str, errors: Mapping[int, float]) -> Comparison:
+        limit = 0.0 if _format(self._program, name) is None else ROUNDING
+        wrong = sorted(index for index, error in errors.items() if not error <= limit)
+        return Comparison(name, len(errors), tuple(wrong), max(errors.values(), default=0.0))
+
+
 def check_integrity(
     program: Program,
     readers: Mapping[str, ExpertReader],
@@ -68,28 +127,16 @@ def check_integrity(
     tensor_bytes: Mapping[str, int] | None = None,
     progress: Progress = lambda *_: None,
 ) -> Verdict:
-    """Compare every expert of every tensor, one at a time.
-
-    Args:
-        program: The final Program.
-        readers: `Target.expert_tensors` of the artifact.
-        tensor_bytes: Name of an expert tensor -> the bytes that the artifact spends on it, codes, scales and zero
-            points together; a target states it in its facts. Needed where the plan quantizes.
-        progress: Told about every tensor.
+    """Compare every expert of every tensor, one at a time; see `Comparisons`.
 
     Raises:
         ArtifactError: A weight is computed in the graph.
     """
-    names = expert_weights(program)
-    missing = [name for name in names if name not in readers]
-    comparisons = []
-    for index, (name, dtype) in enumerate(names.items()):
-        progress(GATE, index, len(names))
-        if name in readers:
-            comparisons.append(_compare(program, name, dtype, readers[name]))
-    progress(GATE, len(names), len(names))
+    return Comparisons(program, readers).judge(tensor_bytes, progress)
+
+
+def _judge(comparisons: list[Comparison], missing: list[str], left_float: list[str], unknown: list[str]) -> Verdict:
     wrong = [item for item in comparisons if item.wrong]
-    left_float, unknown = _left_float(program, names, tensor_bytes or {})
     problems = [
         *_listed("missing from the artifact", missing),
         *_listed("different", [f"{item.name} experts {_numbers(item.wrong)}" for item in wrong]),
@@ -106,24 +153,12 @@ def check_integrity(
     return Verdict(GATE, Status.PASS, summary, EXIT_CODE, figures)
 
 
-def _compare(program: Program, name: str, dtype: torch.dtype, reader: ExpertReader) -> Comparison:
-    tensor = program.weights[name]
-    exact = _format(program, name) is None
-    wrong, worst = [], 0.0
-    for index in range(tensor.shape[0]):
-        # Codes times scales is computed in float32, whatever the graph computes in.
-        want = tensor.rows(index, index + 1)[0].to(dtype if exact else torch.float32).float().numpy()
-        error = _error(np.asarray(reader(index)), want)
-        worst = max(worst, error)
-        if not error <= (0.0 if exact else ROUNDING):
-            wrong.append(index)
-    return Comparison(name, tensor.shape[0], tuple(wrong), worst)
-
-
 def _error(got: np.ndarray, want: np.ndarray) -> float:
     """Largest difference relative to the largest value; infinite for another shape or NaN."""
     if got.shape != want.shape:
         return float("inf")
+    if np.array_equal(got, want):
+        return 0.0
     error = float(np.abs(got.astype(np.float32) - want).max(initial=0.0)) / max(
         float(np.abs(want).max(initial=0.0)), float(np.finfo(np.float32).tiny)
     )

@@ -219,20 +219,25 @@ def _reader(initializers: Mapping[str, object], entry: Mapping[str, object]) -> 
     return read
 
 
+_PAIRS = np.stack([np.arange(256) & 15, np.arange(256) >> 4], axis=-1).astype(np.float32)
+"""The two codes of four bits that a byte holds, [256, 2]."""
+
+
 def _dequantized(values: Callable[[str], np.ndarray], entry: Mapping[str, object], index: int) -> np.ndarray:
     """One expert [N, K] float32 from its packed codes, scales and zero points."""
     name, bits, signed = str(entry["quantized"]), int(str(entry["bits"])), bool(entry.get("signed"))
     codes, scales = values(f"{name}.codes")[index], values(f"{name}.scales")[index].astype(np.float32)
-    if bits == 4 and not signed:
-        codes = np.stack([codes & 15, codes >> 4], axis=-1).reshape(len(codes), -1)
+    packed = bits == 4 and not signed
+    steps = _PAIRS.take(codes, axis=0).reshape(len(codes), -1) if packed else codes.astype(np.float32)
     points = np.full(scales.shape, 0 if signed else 1 << (bits - 1), np.float32)
     if not entry["symmetric"]:
-        packed = values(f"{name}.zero_points")[index]
-        points = np.stack([packed & 15, packed >> 4], axis=-1).reshape(len(packed), -1)[:, : scales.shape[1]]
-    rows, columns = codes.shape
+        points = _PAIRS[values(f"{name}.zero_points")[index]].reshape(len(scales), -1)[:, : scales.shape[1]]
+    rows, columns = steps.shape
     block = int(str(entry.get("block", columns // scales.shape[1])))
-    # The last block of a row may be short.
-    whole = np.pad(codes.astype(np.float32), ((0, 0), (0, scales.shape[1] * block - columns)))
-    groups = whole.reshape(rows, -1, block) - points[:, :, None]
-    result: np.ndarray = (groups * scales[:, :, None]).reshape(rows, -1)[:, :columns]
+    if short := scales.shape[1] * block - columns:  # the last block of a row
+        steps = np.pad(steps, ((0, 0), (0, short)))
+    groups = steps.reshape(rows, -1, block)
+    groups -= points[:, :, None]
+    groups *= scales[:, :, None]
+    result: np.ndarray = groups.reshape(rows, -1)[:, :columns]
     return result

@@ -10,11 +10,12 @@ import torch
 from moec.compiler.frontend.capture import capture
 from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.gates.cases import Prompts
+from moec.compiler.gates.integrity import expert_weights
 from moec.compiler.gates.parity import ParityOptions
 from moec.compiler.ir.interpreter import Interpreter, ProgramRunner
 from moec.compiler.ir.program import EXPERTS, Program
 from moec.compiler.ir.weights import Constant
-from moec.targets.base import ExpertsRunner
+from moec.targets.base import ExpertReader, ExpertsRunner
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -72,6 +73,15 @@ def program_experts(program: Program) -> ExpertsRunner:
         return result
 
     return run
+
+
+def program_readers(program: Program) -> dict[str, ExpertReader]:
+    """The expert tensors of a Program, as if it were an artifact."""
+
+    def reader(name: str) -> ExpertReader:
+        return lambda index: program.weights[name].rows(index, index + 1)[0].numpy()
+
+    return {name: reader(name) for name in expert_weights(program)}
 
 
 class Wrapped:

@@ -11,36 +11,54 @@ import torch
 from moec.compiler.common.errors import ArtifactError
 from moec.compiler.common.verdict import Status
 from moec.compiler.frontend.checkpoint import Checkpoint
-from moec.compiler.gates.integrity import check_integrity, expert_weights
+from moec.compiler.gates.integrity import Comparisons, check_integrity, expert_weights
 from moec.compiler.gates.tolerance import Precision, precision_of
 from moec.compiler.ir.program import EXPERTS, Program
 from moec.compiler.ir.weights import LazyTensor
 from moec.quantize.formats import IntegerFormat
 from moec.targets.base import ExpertReader
 
+from .conftest import program_readers  # noqa: TID252 - tests are no package with a name
+
 Captured = tuple[Checkpoint, Program]
-
-
-def _readers(program: Program) -> dict[str, ExpertReader]:
-    def reader(name: str) -> ExpertReader:
-        return lambda index: program.weights[name].rows(index, index + 1)[0].numpy()
-
-    return {name: reader(name) for name in expert_weights(program)}
 
 
 def test_every_expert_is_compared(gpt_oss: Captured) -> None:
     program = gpt_oss[1]
-    verdict = check_integrity(program, _readers(program))
+    verdict = check_integrity(program, program_readers(program))
     assert verdict.status is Status.PASS
     biases = sum("bias" in tensor["name"] for tensor in verdict.figures["tensors"])
     assert biases == 2 * len(program.layers)
     assert all(tensor["experts"] == 8 for tensor in verdict.figures["tensors"])
 
 
+def test_what_was_compared_is_not_made_again(mixtral: Captured) -> None:
+    program = mixtral[1]
+    name = program.layers[0].down_proj
+    reads: list[int] = []
+
+    class Counted(LazyTensor):
+        shape, dtype = program.weights[name].shape, program.weights[name].dtype
+
+        def rows(self, start: int, stop: int) -> torch.Tensor:
+            reads.append(start)
+            return program.weights[name].rows(start, stop)
+
+    counted = program.replace(weights=program.weights.with_tensors({name: Counted()}))
+    comparisons = Comparisons(counted, program_readers(program))
+    for index in (2, 5):
+        comparisons.compare(name, index, program.weights[name].rows(index, index + 1)[0] + (index == 5))
+    comparisons.compare("lm_head.weight", 0, torch.zeros(1))
+    verdict = comparisons.judge()
+    assert reads == [0, 1, 3, 4, 6, 7]
+    assert f"different: {name} experts 5" in verdict.summary
+    assert verdict.figures["tensors"][1]["experts"] == 8
+
+
 @pytest.mark.parametrize("value", [np.nan, 1e-3])
 def test_one_changed_value_of_one_expert_is_found(mixtral: Captured, value: float) -> None:
     program = mixtral[1]
-    readers = _readers(program)
+    readers = program_readers(program)
     name = program.layers[1].down_proj
     right = readers[name]
 
@@ -58,7 +76,7 @@ def test_one_changed_value_of_one_expert_is_found(mixtral: Captured, value: floa
 
 def test_swapped_experts_wrong_shapes_and_missing_tensors_are_found(mixtral: Captured) -> None:
     program = mixtral[1]
-    readers = _readers(program)
+    readers = program_readers(program)
     name = program.layers[0].gate_up_proj
     right = readers[name]
     swapped = {**readers, name: lambda index: right((1, 0, *range(2, 8))[index])}
@@ -108,7 +126,7 @@ def _quantized(program: Program) -> tuple[Program, Mapping[str, Any]]:
 def test_quantized_experts_must_be_small_and_say_so(mixtral: Captured) -> None:
     program, planned = _quantized(mixtral[1])
     assert precision_of(program) is Precision.INT4
-    readers = _readers(program)
+    readers = program_readers(program)
     assert check_integrity(program, readers, tensor_bytes=planned).status is Status.PASS
     assert check_integrity(program, readers).status is Status.NOT_RUN
     name = program.layers[0].down_proj
@@ -120,7 +138,7 @@ def test_quantized_experts_must_be_small_and_say_so(mixtral: Captured) -> None:
 
 def test_rounding_is_allowed_to_quantized_experts_alone(mixtral: Captured) -> None:
     program, planned = _quantized(mixtral[1])
-    rounded = {name: _rounded(reader) for name, reader in _readers(program).items()}
+    rounded = {name: _rounded(reader) for name, reader in program_readers(program).items()}
     assert check_integrity(program, rounded, tensor_bytes=planned).status is Status.PASS
     assert check_integrity(mixtral[1], rounded).status is Status.FAIL
 
