@@ -15,7 +15,8 @@ from moec.compiler.common.progress import Progress
 from moec.compiler.common.rejections import Rejection
 from moec.compiler.ir.program import Program, module_of
 from moec.compiler.ir.stages import CORE
-from moec.targets.base import Capabilities, ExpertReader, Lowered, Phase, Runner, Target, TargetOptions
+from moec.targets.base import Capabilities, Lowered, Phase, Runner, Target, TargetOptions
+from moec.targets.stored_weights import StoredWeight
 
 FILE = "model.pt"
 OPS = {str(op): op for op in CORE}
@@ -62,10 +63,13 @@ class ToyTarget(Target):
     def open(self, directory: Path, *, threads: int = 0) -> Runner:  # noqa: ARG002
         return ToyRunner(torch.load(directory / FILE, weights_only=False))
 
-    def expert_tensors(self, directory: Path) -> Mapping[str, ExpertReader]:
+    def stored_weights(self, directory: Path) -> Mapping[str, StoredWeight]:
         content = torch.load(directory / FILE, weights_only=False)
-        stacks = {content["names"][name]: value for name, value in content["weights"].items() if value.ndim == 3}
-        return {name: lambda index, value=value: value[index].float().numpy() for name, value in stacks.items()}
+
+        def stored(value: Tensor) -> StoredWeight:
+            return StoredWeight(None, lambda start, stop: value[start:stop].float().numpy())
+
+        return {content["names"][name]: stored(value) for name, value in content["weights"].items() if value.ndim == 3}
 
 
 class ToyRunner:
