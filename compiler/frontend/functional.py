@@ -21,7 +21,10 @@ from moec.compiler.ir.invariants import SIZE_OPERATORS
 
 aten = torch.ops.aten
 
-_SCATTERS = {aten.slice.Tensor: aten.slice_scatter.default, aten.select.int: aten.select_scatter.default}
+_SCATTERS: Mapping[Any, OpOverload] = {
+    aten.slice.Tensor: aten.slice_scatter.default,
+    aten.select.int: aten.select_scatter.default,
+}
 """View -> the op that puts it back into what it is a view of."""
 
 _UNMARKED = frozenset({aten.dropout.default, aten.type_as.default})
@@ -123,7 +126,7 @@ class _Copy:
             raise _UnclearError
         root = self._root[operand]
         self._check_others(node, operand, root)
-        args, kwargs = (fx.map_arg(part, self.value) for part in (node.args, node.kwargs))
+        args, kwargs = fx.map_arg(node.args, self.value), fx.map_arg(node.kwargs, self.value)
         value = self.call(node, _not_in_place(target), *args, **kwargs)
         if _form(value) != _form(operand):
             raise _UnclearError
@@ -190,9 +193,11 @@ def _dropout(copy: _Copy, node: fx.Node) -> fx.Node:
 
 def _flatten(copy: _Copy, node: fx.Node) -> fx.Node:
     source = _operand(node)
-    start, end = (*node.args[1:], *(0, -1)[len(node.args) - 1 :])
     sizes = _sizes(copy, node, source)
-    first, last = (int(axis) % len(sizes) for axis in (start, end))  # type: ignore[call-overload]
+    if not sizes:
+        raise _UnclearError
+    given: Any = (*node.args[1:], *(0, -1)[len(node.args) - 1 :])
+    first, last = (axis % len(sizes) for axis in given)
     merged = [size for size in sizes[first : last + 1] if isinstance(size, int)]
     joined = math.prod(merged) if len(merged) == last + 1 - first else -1
     return copy.call(node, aten.reshape.default, copy.value(source), [*sizes[:first], joined, *sizes[last + 1 :]])
