@@ -126,13 +126,15 @@ class _Copy:
             raise _UnclearError
         root = self._root[operand]
         self._check_others(node, operand, root)
-        args, kwargs = fx.map_arg(node.args, self.value), fx.map_arg(node.kwargs, self.value)
+        args: Any = fx.map_arg(node.args, self.value)
+        kwargs: Any = fx.map_arg(node.kwargs, self.value)
         value = self.call(node, _not_in_place(target), *args, **kwargs)
         if _form(value) != _form(operand):
             raise _UnclearError
         if operand is not root:
             rest = fx.map_arg(operand.args[1:], self.value)
-            self.now[root] = self.call(node, _SCATTERS[operand.target], self.value(root), value, *rest)
+            view: Any = operand.target
+            self.now[root] = self.call(node, _SCATTERS[view], self.value(root), value, *rest)
         self.now[operand] = value
         self.same[node] = operand
         return value
@@ -193,11 +195,11 @@ def _dropout(copy: _Copy, node: fx.Node) -> fx.Node:
 
 def _flatten(copy: _Copy, node: fx.Node) -> fx.Node:
     source = _operand(node)
+    bounds: list[Any] = [*node.args[1:], *(0, -1)[len(node.args) - 1 :]]
     sizes = _sizes(copy, node, source)
     if not sizes:
         raise _UnclearError
-    given: Any = (*node.args[1:], *(0, -1)[len(node.args) - 1 :])
-    first, last = (axis % len(sizes) for axis in given)
+    first, last = (axis % len(sizes) for axis in bounds)
     merged = [size for size in sizes[first : last + 1] if isinstance(size, int)]
     joined = math.prod(merged) if len(merged) == last + 1 - first else -1
     return copy.call(node, aten.reshape.default, copy.value(source), [*sizes[:first], joined, *sizes[last + 1 :]])
