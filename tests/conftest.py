@@ -4,7 +4,7 @@ import importlib.util
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +48,11 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str],
 
 
 @pytest.fixture(scope="session")
-def capture_of(tiny_checkpoint: Callable[[str], Path]) -> Iterator[Callable[..., Any]]:
-    """The Program of a tiny checkpoint in a dtype, float32 by default, as captured; traced once per session.
+def capture_of(golden_model: Path, tiny_checkpoint: Callable[[str], Path]) -> Iterator[Callable[..., Any]]:
+    """The Program of a checkpoint as captured in a dtype (float32): a directory, "golden", or for `tiny_checkpoint`.
 
-    Whatever tests did with it, it must be as it was at their end: no pass, target or gate changes a Program.
+    It is traced once per session. Whatever tests do with it, it must be as it was at their end: no pass, target or gate
+    changes a Program.
     """
     import torch
 
@@ -59,17 +60,42 @@ def capture_of(tiny_checkpoint: Callable[[str], Path]) -> Iterator[Callable[...,
     from moec.compiler.frontend.checkpoint import Checkpoint
     from moec.compiler.ir.printing import format_graph
 
-    held: dict[tuple[str, torch.dtype], tuple[Any, str]] = {}
+    held: dict[tuple[Path, torch.dtype], tuple[Any, str]] = {}
 
-    def captured(family: str, dtype: torch.dtype = torch.float32) -> Any:
-        if (family, dtype) not in held:
-            program = capture(Checkpoint.open(tiny_checkpoint(family)), dtype=dtype)
-            held[family, dtype] = program, format_graph(program)
-        return held[family, dtype][0]
+    def captured(checkpoint: str | Path, dtype: torch.dtype = torch.float32) -> Any:
+        if isinstance(checkpoint, Path):
+            directory = checkpoint
+        else:
+            directory = golden_model if checkpoint == "golden" else tiny_checkpoint(checkpoint)
+        if (directory, dtype) not in held:
+            program = capture(Checkpoint.open(directory), dtype=dtype)
+            held[directory, dtype] = program, format_graph(program)
+        return held[directory, dtype][0]
 
     yield captured
     for key, (program, text) in held.items():
         assert format_graph(program) == text, f"a test changed the Program of {key}"
+
+
+@pytest.fixture(scope="session")
+def program_of(capture_of: Callable[..., Any]) -> Callable[..., Any]:
+    """The Program of a checkpoint, given as to `capture_of`, after the passes that every target starts from.
+
+    `later`: Passes to run after them.
+    """
+    from moec import passes
+
+    common = passes.default_passes()
+    held: dict[int, Any] = {}
+
+    def prepared(*checkpoint: Any, later: Sequence[Any] = (), **dtype: Any) -> Any:
+        captured = capture_of(*checkpoint, **dtype)
+        if id(captured) not in held:
+            held[id(captured)] = passes.run_passes(captured, common)[0]
+        program = held[id(captured)]
+        return passes.run_passes(program, later, completed=[item.name for item in common])[0] if later else program
+
+    return prepared
 
 
 @pytest.fixture

@@ -1,4 +1,3 @@
-import functools
 import json
 import os
 import subprocess
@@ -13,9 +12,9 @@ import moec
 from moec import cli, targets
 from moec.compiler.common.errors import MoecError, UsageError
 from moec.compiler.common.verdict import Status, Verdict
-from moec.compiler.frontend import capture
 from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.ir.program import Program
+from moec.compiler.pipeline import captures
 from moec.compiler.pipeline import export as pipeline
 from moec.compiler.pipeline import gates as proof
 
@@ -24,19 +23,14 @@ PROGRAM = [sys.executable, "-c", "from moec.cli import main; main()"]
 pytestmark = pytest.mark.usefixtures("fake_target", "captured_once")
 
 
-@functools.cache
-def _capture(directory: Path, dtype: torch.dtype) -> Program:
-    return capture.capture(Checkpoint.open(directory), dtype=dtype)
-
-
 @pytest.fixture
-def captured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def captured_once(monkeypatch: pytest.MonkeyPatch, capture_of: Callable[..., Program]) -> None:
     """A capture takes seconds, and what these tests are about comes after it."""
 
-    def cached(checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32) -> Program:
-        return _capture(checkpoint.directory, dtype)
+    def cached(checkpoint: Checkpoint, *, dtype: torch.dtype) -> Program:
+        return capture_of(checkpoint.directory, dtype)
 
-    monkeypatch.setattr(pipeline, "capture", cached)
+    monkeypatch.setattr(captures, "capture", cached)
 
 
 @pytest.fixture

@@ -21,7 +21,10 @@ from moec.compiler.ir.invariants import SIZE_OPERATORS
 
 aten = torch.ops.aten
 
-_SCATTERS = {aten.slice.Tensor: aten.slice_scatter.default, aten.select.int: aten.select_scatter.default}
+_SCATTERS: Mapping[Any, OpOverload] = {
+    aten.slice.Tensor: aten.slice_scatter.default,
+    aten.select.int: aten.select_scatter.default,
+}
 """View -> the op that puts it back into what it is a view of."""
 
 _UNMARKED = frozenset({aten.dropout.default, aten.type_as.default})
@@ -194,7 +197,9 @@ def _flatten(copy: _Copy, node: fx.Node) -> fx.Node:
     source = _operand(node)
     bounds: list[Any] = [*node.args[1:], *(0, -1)[len(node.args) - 1 :]]
     sizes = _sizes(copy, node, source)
-    first, last = (int(axis) % len(sizes) for axis in bounds)
+    if not sizes:
+        raise _UnclearError
+    first, last = (axis % len(sizes) for axis in bounds)
     merged = [size for size in sizes[first : last + 1] if isinstance(size, int)]
     joined = math.prod(merged) if len(merged) == last + 1 - first else -1
     return copy.call(node, aten.reshape.default, copy.value(source), [*sizes[:first], joined, *sizes[last + 1 :]])

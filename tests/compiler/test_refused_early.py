@@ -9,7 +9,7 @@ import pytest
 
 from moec import cli
 from moec.compiler.frontend.checkpoint import Checkpoint
-from moec.compiler.pipeline import export as pipeline
+from moec.compiler.pipeline import captures
 
 CASES = {
     "a cache beyond the context, CoreML": (["-t", "coreml", "--context", "99999"], 2, "made for 512 tokens"),
@@ -45,7 +45,7 @@ def nothing_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     def capture(checkpoint: Checkpoint, **_: object) -> NoReturn:
         raise AssertionError(f"{checkpoint.directory} is captured before the command line is checked")
 
-    monkeypatch.setattr(pipeline, "capture", capture)
+    monkeypatch.setattr(captures, "capture", capture)
 
 
 @pytest.mark.usefixtures("nothing_is_captured")

@@ -14,15 +14,12 @@ from safetensors.torch import load_file, save_file
 
 import moec
 from moec.compiler.common.verdict import Status
-from moec.compiler.frontend.capture import capture
-from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.gates.cases import Prompts
 from moec.compiler.gates.coverage import judge_coverage, run_experts_by_force
 from moec.compiler.gates.parity import ParityOptions, gather_artifact, judge_parity
 from moec.compiler.gates.tolerance import precision_of
 from moec.compiler.ir.interpreter import ProgramRunner, observe
 from moec.compiler.ir.program import EXPERTS, Program
-from moec.passes import default_passes, run_passes
 from moec.targets import get_target
 from moec.targets.base import Target
 
@@ -31,6 +28,7 @@ RARE = ((1, 5), (2, 11), (3, 0))
 UNMEASURED = {"quality", "latency", "repeatability", "engine: execution"}
 """Gates that do not run here: nothing is demanded, or the runtime of users is not on this machine."""
 DTYPES = {"coreml": torch.float16}
+Programs = Callable[..., Program]
 
 
 def turned(states: torch.Tensor) -> torch.Tensor:
@@ -39,11 +37,11 @@ def turned(states: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def rare_model(golden_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def rare_model(golden_model: Path, capture_of: Programs, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The trained model with three rows of its routers turned away from every hidden state that text makes."""
     directory = tmp_path_factory.mktemp("rare") / "model"
     shutil.copytree(golden_model, directory)
-    program = capture(Checkpoint.open(golden_model))
+    program = capture_of(golden_model)
     layers = {node: layer for layer, node in enumerate(program.nodes(EXPERTS))}
     states: dict[int, list[torch.Tensor]] = {layer: [] for layer in layers.values()}
     watch = observe([EXPERTS], lambda node, args, _: states[layers[node]].append(args[0]))
@@ -77,12 +75,11 @@ def reverse_sign(directory: Path, value: np.ndarray) -> None:
 class Artifact:
     """The rare model on one target, its Program, and what the reference met."""
 
-    def __init__(self, model: Path, name: str, directory: Path) -> None:
+    def __init__(self, model: Path, name: str, directory: Path, program_of: Programs) -> None:
         self.target: Target = get_target(name)
         self.result = moec.export(model, target=name, output=directory)
         self.directory = directory
-        captured = capture(Checkpoint.open(model), dtype=DTYPES.get(name, torch.float32))
-        self.program: Program = run_passes(captured, default_passes())[0]
+        self.program: Program = program_of(model, DTYPES.get(name, torch.float32))
         self._prompts: Callable[[], Prompts] = lambda: Prompts.of(model, self.program.vocab_size)
 
     def judge(self) -> tuple[Any, Any]:
@@ -114,9 +111,9 @@ def check(artifact: Artifact) -> None:
 
 
 @pytest.fixture(scope="module")
-def onnx_artifact(rare_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+def onnx_artifact(rare_model: Path, program_of: Programs, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     """The rare model as ONNX."""
-    return Artifact(rare_model, "onnx", tmp_path_factory.mktemp("rare") / "artifact")
+    return Artifact(rare_model, "onnx", tmp_path_factory.mktemp("rare") / "artifact", program_of)
 
 
 def test_rare_experts_pass_and_a_wrong_one_fails(onnx_artifact: Artifact) -> None:
@@ -125,8 +122,8 @@ def test_rare_experts_pass_and_a_wrong_one_fails(onnx_artifact: Artifact) -> Non
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["tflite", "coreml", "tensorrt"])
-def test_rare_experts_on_other_targets(name: str, rare_model: Path, tmp_path: Path) -> None:
-    check(Artifact(rare_model, name, tmp_path / "artifact"))
+def test_rare_experts_on_other_targets(name: str, rare_model: Path, program_of: Programs, tmp_path: Path) -> None:
+    check(Artifact(rare_model, name, tmp_path / "artifact", program_of))
 
 
 def test_a_graph_that_mixes_up_experts_fails_though_every_weight_is_right(onnx_artifact: Artifact) -> None:

@@ -5,9 +5,7 @@ from typing import Any
 
 import pytest
 
-from moec import cli, passes
-from moec.compiler.frontend.capture import capture
-from moec.compiler.frontend.checkpoint import Checkpoint
+from moec import cli
 from moec.targets import get_target
 from moec.targets.tflite.target import TfliteTarget
 
@@ -15,9 +13,8 @@ NAMES = ["onnx", "tflite", "tensorrt", "coreml"]
 
 
 @pytest.fixture(scope="module")
-def hybrid(tiny_checkpoint: Any) -> Any:
-    captured = capture(Checkpoint.open(tiny_checkpoint("lfm2_moe")))
-    return passes.run_passes(captured, passes.default_passes())[0]
+def hybrid(program_of: Any) -> Any:
+    return program_of("lfm2_moe")
 
 
 @pytest.mark.parametrize("name", NAMES)

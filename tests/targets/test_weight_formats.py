@@ -32,9 +32,8 @@ from moec.targets.stored_weights import StoredWeight
 
 
 @pytest.mark.parametrize("name", ["onnx", "tflite", "tensorrt", "coreml"])
-def test_only_coreml_takes_palettes(name: str, tiny_checkpoint: Any) -> None:
-    program, _ = passes.run_passes(capture(Checkpoint.open(tiny_checkpoint("olmoe"))), passes.default_passes())
-    palettes = Quantize(requested("palettize4")).run(program).program
+def test_only_coreml_takes_palettes(name: str, program_of: Any) -> None:
+    palettes = Quantize(requested("palettize4")).run(program_of("olmoe")).program
     target = get_target(name)
     refused = [item for item in target.refusals(palettes, target.Options()) if "palettize4" in item.reason]
     assert bool(refused) == (name != "coreml")

@@ -1,6 +1,5 @@
 """Matrices of builds: cells, cache, failures, executors, and what survives a kill."""
 
-import functools
 import json
 import os
 import re
@@ -24,10 +23,10 @@ from moec.compiler.build.worker import Outcome, Task
 from moec.compiler.common.artifact import read_manifest, verify, write_manifest
 from moec.compiler.common.errors import MissingExtraError, UsageError
 from moec.compiler.common.verdict import Status, Verdict
-from moec.compiler.frontend import capture
 from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.frontend.source import Digests
 from moec.compiler.ir.program import Program
+from moec.compiler.pipeline import captures
 from moec.compiler.pipeline import export as pipeline
 from moec.compiler.pipeline.recipe import make_recipe, read_recipe
 
@@ -88,19 +87,17 @@ def test_what_is_wrong_with_a_matrix_is_said(tmp_path: Path, text: str, complain
         matrix(tmp_path, text)
 
 
-@functools.cache
-def _capture(directory: Path, dtype: torch.dtype) -> Program:
-    return capture.capture(Checkpoint.open(directory), dtype=dtype)
-
-
 @pytest.fixture
 def built(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> list[str]:
     """Build in this process, without gates that pass nothing of a fake target; collects the cells that were built."""
     request.getfixturevalue("fake_target")
     names: list[str] = []
 
-    def captured_once(checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32) -> Program:
-        return _capture(checkpoint.directory, dtype)
+    capture_of = request.getfixturevalue("capture_of")
+
+    def captured_once(checkpoint: Checkpoint, *, dtype: torch.dtype) -> Program:
+        program: Program = capture_of(checkpoint.directory, dtype)
+        return program
 
     def inline(tasks: Sequence[Task], _jobs: int) -> Iterator[Outcome]:
         for task in tasks:
@@ -109,7 +106,7 @@ def built(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> li
 
     monkeypatch.setitem(executors.EXECUTORS, "process", inline)  # type: ignore[arg-type]
     monkeypatch.setattr(pipeline, "prove", lambda *_: PASSED)
-    monkeypatch.setattr(pipeline, "capture", captured_once)
+    monkeypatch.setattr(captures, "capture", captured_once)
     return names
 
 

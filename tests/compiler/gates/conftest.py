@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-from moec.compiler.frontend.capture import capture
 from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.gates.cases import Prompts
 from moec.compiler.gates.parity import ParityOptions
@@ -30,16 +29,14 @@ OPTIONS = ParityOptions(greedy_tokens=12, long_prompt=130)
 
 
 @pytest.fixture(scope="session")
-def mixtral(tiny_checkpoint: Callable[[str], Path]) -> tuple[Checkpoint, Program]:
-    checkpoint = Checkpoint.open(tiny_checkpoint("mixtral"))
-    return checkpoint, capture(checkpoint)
+def mixtral(tiny_checkpoint: Callable[[str], Path], capture_of: Callable[[str], Program]) -> tuple[Checkpoint, Program]:
+    return Checkpoint.open(tiny_checkpoint("mixtral")), capture_of("mixtral")
 
 
 @pytest.fixture(scope="session")
-def gpt_oss(tiny_checkpoint: Callable[[str], Path]) -> tuple[Checkpoint, Program]:
+def gpt_oss(tiny_checkpoint: Callable[[str], Path], capture_of: Callable[[str], Program]) -> tuple[Checkpoint, Program]:
     """Alternating sliding windows, sinks and biases."""
-    checkpoint = Checkpoint.open(tiny_checkpoint("gpt_oss"))
-    return checkpoint, capture(checkpoint)
+    return Checkpoint.open(tiny_checkpoint("gpt_oss")), capture_of("gpt_oss")
 
 
 def prompts(program: Program) -> Prompts:

@@ -1,6 +1,7 @@
 """Calibration, its file, the search, accounting and exports with routing, on the golden model with little text."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from moec import passes
 from moec.compiler.commands.token_view import coloured, experts_by_token
 from moec.compiler.common.artifact import read_manifest
 from moec.compiler.common.errors import CheckpointError, LoweringError, OutputError, UsageError
-from moec.compiler.frontend.capture import capture
 from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.ir.program import Program
 from moec.compiler.measure.accounting import account, token_view
@@ -38,8 +37,8 @@ def checkpoint(golden_model: Path) -> Checkpoint:
 
 
 @pytest.fixture(scope="module")
-def program(checkpoint: Checkpoint) -> Program:
-    return passes.run_passes(capture(checkpoint), passes.default_passes())[0]
+def program(program_of: Callable[[str], Program]) -> Program:
+    return program_of("golden")
 
 
 def plan(checkpoint: Checkpoint, program: Program, **fields: Any) -> routing.RoutingPlan:

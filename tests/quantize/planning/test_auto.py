@@ -1,6 +1,7 @@
 """`auto`: sensitivities of the golden model, and what is made of them."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -43,8 +44,8 @@ def blocks(tensor_class: TensorClass) -> tuple[str, ...]:
 
 
 @pytest.fixture(scope="module")
-def program(golden_model: Path) -> Program:
-    return passes.run_passes(capture(Checkpoint.open(str(golden_model))), passes.default_passes())[0]
+def program(program_of: Callable[[str], Program]) -> Program:
+    return program_of("golden")
 
 
 @pytest.fixture(scope="module")

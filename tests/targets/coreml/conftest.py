@@ -14,9 +14,6 @@ import numpy as np
 import pytest
 import torch
 
-from moec import passes
-from moec.compiler.frontend.capture import capture
-from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.ir.program import Program
 from moec.targets.coreml.executor import MilModel
 from moec.targets.coreml.library import coremltools_module, quiet
@@ -166,23 +163,11 @@ class Lowered:
         return sum(path.stat().st_size for path in self.directory.rglob("*") if path.is_file())
 
 
-@functools.cache
-def program_of(checkpoint: Path, dtype: torch.dtype) -> Program:
-    program, _ = passes.run_passes(capture(Checkpoint.open(checkpoint), dtype=dtype), passes.default_passes())
-    return program
-
-
 def lower_program(program: Program, directory: Path, **options: Any) -> Lowered:
     directory.mkdir()
     target = CoremlTarget()
     lowered = target.lower(program, CoremlOptions(**options), directory, lambda *_: None)
     return Lowered(program, lowered.facts, directory)
-
-
-@pytest.fixture(scope="session", name="program_of")
-def program_of_fixture() -> Callable[..., Program]:
-    """Checkpoint directory, dtype -> Program after the default passes."""
-    return program_of
 
 
 @pytest.fixture(scope="session", name="lower")
@@ -196,12 +181,12 @@ def lower_fixture(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Low
 
 
 @pytest.fixture(scope="session")
-def golden(golden_model: Path, lower: Callable[..., Lowered]) -> Callable[[str], Lowered]:
+def golden(program_of: Callable[..., Program], lower: Callable[..., Lowered]) -> Callable[[str], Lowered]:
     """The trained checkpoint as it is lowered to a precision, once per session."""
     dtypes = {"fp32": torch.float32, "fp16": torch.float16}
 
     @functools.cache
     def lowered(precision: str) -> Lowered:
-        return lower(program_of(golden_model, dtypes[precision]), context=128, prefill_chunk=32)
+        return lower(program_of("golden", dtypes[precision]), context=128, prefill_chunk=32)
 
     return lowered

@@ -12,9 +12,6 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from moec import passes
-from moec.compiler.frontend.capture import capture
-from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.ir.program import Program
 from moec.targets.base import Lowered, Runner
 from moec.targets.onnx import lower
@@ -73,13 +70,8 @@ class Model:
 Lower = Callable[..., Model]
 
 
-def program_of(checkpoint: Path, dtype: torch.dtype) -> Program:
-    program, _ = passes.run_passes(capture(Checkpoint.open(checkpoint), dtype=dtype), passes.default_passes())
-    return program
-
-
 @pytest.fixture
-def lower_checkpoint(tmp_path: Path) -> Lower:
+def lower_checkpoint(tmp_path: Path, program_of: Callable[..., Program]) -> Lower:
     """Checkpoint directory -> Model."""
 
     def run(checkpoint: Path, *, dtype: torch.dtype = torch.float32, **options: str) -> Model:
@@ -100,9 +92,3 @@ def lower_program(program: Program, directory: Path, **options: str) -> Model:
 def one_op() -> type[OneOp]:
     """A Program of one op."""
     return OneOp
-
-
-@pytest.fixture(name="program_of")
-def program_of_fixture() -> Callable[..., Program]:
-    """Checkpoint directory -> Program after the default passes."""
-    return lambda checkpoint, dtype=torch.float32: program_of(checkpoint, dtype)

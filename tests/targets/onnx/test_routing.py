@@ -8,8 +8,6 @@ import pytest
 
 import moec
 from moec import passes
-from moec.compiler.frontend.capture import capture
-from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.ir.interpreter import ProgramRunner
 from moec.compiler.ir.program import Program
 from moec.passes.canonical.common_subexpressions import CommonSubexpressions
@@ -22,11 +20,11 @@ from moec.targets.onnx.runner import OnnxRunner
 from moec.targets.onnx.target import Experts, Flavor, OnnxOptions, OnnxTarget
 
 Tiny = Callable[[str], Path]
+Programs = Callable[[str], Program]
 
 
-def programs(checkpoint: Path, policy: Policy, *, runtime: bool = False) -> tuple[Program, Program]:
+def programs(program: Program, policy: Policy, *, runtime: bool = False) -> tuple[Program, Program]:
     """Without and with routing."""
-    program, _ = passes.run_passes(capture(Checkpoint.open(checkpoint)), passes.default_passes())
     routing = (DynamicRouting(policy, runtime), CommonSubexpressions(), DeadCode())
     return program, passes.run_passes(program, routing)[0]
 
@@ -52,17 +50,17 @@ def assert_same(runner: OnnxRunner, program: Program, seed: int = 5) -> None:
 @pytest.mark.parametrize("flavor", [Flavor.DEFAULT, Flavor.PORTABLE])
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
 def test_parity_with_sorted_and_unsorted_slots(
-    family: str, flavor: Flavor, tiny_checkpoint: Tiny, tmp_path: Path
+    family: str, flavor: Flavor, program_of: Programs, tmp_path: Path
 ) -> None:
-    off, on = programs(tiny_checkpoint(family), TopP(mass=0.6))
+    off, on = programs(program_of(family), TopP(mass=0.6))
     runner, _ = lowered(on, tmp_path / "on", flavor)
     assert_same(runner, on)
     ids = np.arange(3, 20)[None]
     assert np.abs(runner.prefill(ids) - ProgramRunner(off).prefill(ids)).max() > 1e-3
 
 
-def test_four_nodes_a_layer_where_the_kernel_normalises(golden_model: Path, tmp_path: Path) -> None:
-    off, on = programs(golden_model, TopP(mass=0.8))
+def test_four_nodes_a_layer_where_the_kernel_normalises(program_of: Programs, tmp_path: Path) -> None:
+    off, on = programs(program_of("golden"), TopP(mass=0.8))
     (_, before), (runner, after) = (
         lowered(program, tmp_path / name, experts=Experts.KERNEL) for name, program in (("off", off), ("on", on))
     )
@@ -71,8 +69,8 @@ def test_four_nodes_a_layer_where_the_kernel_normalises(golden_model: Path, tmp_
     assert_same(runner, on)
 
 
-def test_the_threshold_can_be_fed_and_need_not_be(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
-    off, on = programs(tiny_checkpoint("mixtral"), Ratio(beta=0.9), runtime=True)
+def test_the_threshold_can_be_fed_and_need_not_be(program_of: Programs, tmp_path: Path) -> None:
+    off, on = programs(program_of("mixtral"), Ratio(beta=0.9), runtime=True)
     runner, _ = lowered(on, tmp_path / "on")
     assert_same(runner, on)
     assert [item.name for item in runner.session.get_overridable_initializers()] == [BUDGET_INPUT]

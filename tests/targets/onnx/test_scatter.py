@@ -13,12 +13,9 @@ import pytest
 import torch
 
 from moec.compiler.common.verdict import Status
-from moec.compiler.frontend.capture import capture
-from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.gates.repeatability import GATE, RepeatabilityOptions, judge_repeatability
 from moec.compiler.gates.tolerance import Precision
 from moec.compiler.ir.program import EXPERTS, Program
-from moec.passes import default_passes, run_passes
 from moec.targets.onnx import lower
 from moec.targets.onnx.lowerings.table import onnx_dialect
 from moec.targets.onnx.target import OnnxTarget
@@ -46,11 +43,9 @@ def adding(model: Any) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def programs(tiny_checkpoint: Any) -> dict[torch.dtype, Program]:
+def programs(program_of: Any) -> dict[torch.dtype, Program]:
     """gpt-oss: biases, a window, sinks and scatters of the router, in both precisions."""
-    checkpoint = Checkpoint.open(tiny_checkpoint("gpt_oss"))
-    both = (torch.float32, torch.float16)
-    return {dtype: run_passes(capture(checkpoint, dtype=dtype), default_passes())[0] for dtype in both}
+    return {dtype: program_of("gpt_oss", dtype) for dtype in (torch.float32, torch.float16)}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])

@@ -10,11 +10,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
-import torch
 
-from moec import passes
-from moec.compiler.frontend.capture import capture
-from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.ir.interpreter import ProgramRunner
 from moec.compiler.ir.program import Program
 from moec.targets.base import Lowered, Runner
@@ -37,12 +33,6 @@ class Model:
 Lower = Callable[..., Model]
 
 
-def program_of(checkpoint: Path, dtype: torch.dtype = torch.float32, later: tuple[Any, ...] = ()) -> Program:
-    common = passes.default_passes()
-    program, _ = passes.run_passes(capture(Checkpoint.open(checkpoint), dtype=dtype), common)
-    return passes.run_passes(program, later, completed=[item.name for item in common])[0] if later else program
-
-
 def lower_program(program: Program, directory: Path, **options: Any) -> Model:
     directory.mkdir()
     target = TensorrtTarget()
@@ -50,12 +40,6 @@ def lower_program(program: Program, directory: Path, **options: Any) -> Model:
     assert not target.lint(program, chosen)
     lowered = target.lower(program, chosen, directory, lambda *_: None)
     return Model(program, lowered, target.open(directory, threads=1), directory)
-
-
-@pytest.fixture(name="program_of")
-def program_of_fixture() -> Callable[..., Program]:
-    """Checkpoint directory, dtype and later passes -> Program."""
-    return program_of
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +14,6 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from moec import passes
-from moec.compiler.frontend.capture import capture
-from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.ir.program import Program
 from moec.compiler.ir.weights import Constant, LazyTensor, WeightStore
 from moec.passes.decompose.decompose import decompose
@@ -172,18 +168,6 @@ def lower_graph(
 @pytest.fixture
 def build(tmp_path: Path) -> Build:
     return Build(tmp_path)
-
-
-@pytest.fixture(scope="session")
-def program_of(golden_model: Path, tiny_checkpoint: Callable[[str], Path]) -> Callable[[str], Program]:
-    """The Program of "golden" or of a tiny model of a family, with the common passes run; captured once."""
-
-    @functools.cache
-    def program(name: str) -> Program:
-        checkpoint = Checkpoint.open(str(golden_model if name == "golden" else tiny_checkpoint(name)))
-        return passes.run_passes(capture(checkpoint), passes.default_passes())[0]
-
-    return program
 
 
 @pytest.fixture(scope="session")
