@@ -41,7 +41,8 @@ def export(
         GateError: A gate failed. The artifact is at `output` all the same; `error.result` has the verdicts.
         MoecError: Anything else that stops an export; see `moec.compiler.common.errors`.
     """
-    from moec.compiler.pipeline.export import GateError, compile_recipe, silent
+    from moec.compiler.pipeline.export import GateError, compile_recipe
+    from moec.compiler.pipeline.stages import silent
 
     common = {"checkpoint": None if checkpoint is None else str(checkpoint), "target": target}
     wanted = merge(None if recipe is None else Path(recipe), {**common, **options})

@@ -20,6 +20,7 @@ from moec.passes.canonical.normalize import Normalize
 from moec.passes.canonical.real_rotary import RealRotary
 from moec.passes.canonical.slice_writes import SliceWrites
 from moec.passes.canonical.unify_sizes import UnifySizes
+from moec.passes.decompose.decompose import Decompose
 from moec.passes.experts.canonical_experts import CanonicalExperts
 from moec.passes.fuse.rms_norm import RmsNorm
 from moec.passes.fuse.rotary import Rotary
@@ -59,6 +60,7 @@ def default_passes(extra: Iterable[EntryPoint] | None = None) -> tuple[Pass, ...
         Rotary(),
         # What the last two leave: transpositions that meet, and tables that several layers derive alike.
         Normalize(),
+        Decompose(),
         CommonSubexpressions(),
         DeadCode(),
     )

@@ -80,7 +80,9 @@ def skip_casts(node: fx.Node) -> fx.Node:
 
 
 def number(argument: Any) -> float | None:
-    """A Python number as float; None for anything else."""
+    """A Python number, or a `full` of no axes, as float; None for anything else."""
+    if is_call(argument, aten.full.default) and argument.args[0] in ([], ()):
+        argument = argument.args[1]
     if isinstance(argument, int | float) and not isinstance(argument, bool):
         return float(argument)
     return None

@@ -9,6 +9,8 @@ import torch
 from torch import fx
 
 from moec.compiler.common.errors import UsageError
+from moec.compiler.ir.analysis import ancestors, is_mixer, layer_of, router_nodes
+from moec.compiler.ir.operands import Experts
 from moec.compiler.ir.program import ATTENTION, EXPERTS, Program, module_of
 from moec.compiler.ir.weights import LazyTensor
 from moec.quantize.formats import Format
@@ -22,7 +24,7 @@ MINIMUM_ROWS = 16
 
 @dataclass(frozen=True, slots=True)
 class Role:
-    """Class of a weight and the index of the layer it belongs to (attention layers count; -1 outside of all)."""
+    """Class of a weight and the number of the layer it belongs to; see `layer_of`."""
 
     tensor_class: TensorClass
     layer: int
@@ -34,8 +36,7 @@ def weight_roles(program: Program) -> Mapping[str, Role]:
     A tied weight has the role of the head, which is the more sensitive of its two.
     """
     roles: dict[str, Role] = {}
-    layers = _layers(program)
-    routers = _routers(program)
+    routers = {node for experts in program.nodes(EXPERTS) for node in router_nodes(experts) if node.target is LINEAR}
     head = _head(program)
     attention = {module_of(node) for node in program.nodes(ATTENTION)}
     resolve = program.weights.resolve
@@ -44,12 +45,12 @@ def weight_roles(program: Program) -> Mapping[str, Role]:
         if isinstance(argument, fx.Node) and argument.op == "get_attr":
             name = resolve(str(argument.target))
             if tensor_class is TensorClass.LM_HEAD or name not in roles:
-                roles[name] = Role(tensor_class, layers[node])
+                roles[name] = Role(tensor_class, layer_of(node))
 
     for node in program.graph.nodes:
         if node.target is EXPERTS:
-            assign(node.args[3], TensorClass.EXPERTS_GATE_UP, node)
-            assign(node.args[5], TensorClass.EXPERTS_DOWN, node)
+            assign(Experts.of(node).gate_up_proj, TensorClass.EXPERTS_GATE_UP, node)
+            assign(Experts.of(node).down_proj, TensorClass.EXPERTS_DOWN, node)
         elif node.target is EMBEDDING:
             assign(node.args[0], TensorClass.EMBEDDING, node)
         elif node.target is LINEAR:
@@ -72,66 +73,11 @@ def _linear_class(node: fx.Node, routers: set[fx.Node], head: fx.Node | None, at
     return TensorClass.SHARED_EXPERT
 
 
-def _layers(program: Program) -> dict[fx.Node, int]:
-    """Node -> how many attention nodes lie before it, minus one where it is not part of their module."""
-    index, seen = {}, -1
-    owners = [module_of(node) for node in program.nodes(ATTENTION)]
-    for node in program.graph.nodes:
-        following = owners[seen + 1] if seen + 1 < len(owners) else None
-        if following is not None and module_of(node).startswith(following):
-            index[node] = seen + 1
-        else:
-            index[node] = seen
-        if node.target is ATTENTION:
-            seen += 1
-    return index
-
-
-def _routers(program: Program) -> set[fx.Node]:
-    """Linears between the hidden states of a layer and its routing: they lead to indices or weights alone."""
-    routers: set[fx.Node] = set()
-    for node in program.nodes(EXPERTS):
-        hidden, *routing = (argument for argument in node.args[:3] if isinstance(argument, fx.Node))
-        waiting, done = list(routing), _before(hidden)
-        while waiting:
-            current = waiting.pop()
-            if current in done:
-                continue
-            done.add(current)
-            if current.target is LINEAR:
-                routers.add(current)
-            waiting += current.all_input_nodes
-    return routers
-
-
-def _before(hidden: fx.Node) -> set[fx.Node]:
-    """`hidden` and what it is made of, as far as the last attention or experts node."""
-    found: set[fx.Node] = set()
-    waiting = [hidden]
-    while waiting:
-        node = waiting.pop()
-        if node not in found:
-            found.add(node)
-            if node.target not in (ATTENTION, EXPERTS):
-                waiting += node.all_input_nodes
-    return found
-
-
 def _head(program: Program) -> fx.Node | None:
     """The last linear before the logits."""
-    waiting = [program.outputs()["logits"]]
-    seen: set[fx.Node] = set()
-    while waiting:
-        node = waiting.pop(0)
-        if node in seen:
-            continue
-        seen.add(node)
-        if node.target is LINEAR:
-            return node
-        if node.target in (ATTENTION, EXPERTS):
-            return None
-        waiting += node.all_input_nodes
-    return None
+    made_of = ancestors([program.outputs()["logits"]], lambda node: is_mixer(node) or node.target is LINEAR)
+    found = next((node for node in made_of if node.target is LINEAR or is_mixer(node)), None)
+    return found if found is not None and found.target is LINEAR else None
 
 
 def format_of(plan: QuantizationPlan, name: str, role: Role, tensor: LazyTensor) -> Format:

@@ -6,6 +6,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -44,6 +45,31 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str],
         return written[family]
 
     return checkpoint
+
+
+@pytest.fixture(scope="session")
+def capture_of(tiny_checkpoint: Callable[[str], Path]) -> Iterator[Callable[..., Any]]:
+    """The Program of a tiny checkpoint in a dtype, float32 by default, as captured; traced once per session.
+
+    Whatever tests did with it, it must be as it was at their end: no pass, target or gate changes a Program.
+    """
+    import torch
+
+    from moec.compiler.frontend.capture import capture
+    from moec.compiler.frontend.checkpoint import Checkpoint
+    from moec.compiler.ir.printing import format_graph
+
+    held: dict[tuple[str, torch.dtype], tuple[Any, str]] = {}
+
+    def captured(family: str, dtype: torch.dtype = torch.float32) -> Any:
+        if (family, dtype) not in held:
+            program = capture(Checkpoint.open(tiny_checkpoint(family)), dtype=dtype)
+            held[family, dtype] = program, format_graph(program)
+        return held[family, dtype][0]
+
+    yield captured
+    for key, (program, text) in held.items():
+        assert format_graph(program) == text, f"a test changed the Program of {key}"
 
 
 @pytest.fixture

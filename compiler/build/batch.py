@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moec.compiler.build.cache import Cache
-from moec.compiler.common.errors import ArtifactError, CheckpointError, OutputError, UsageError
 from moec.compiler.build.executors import EXECUTORS
 from moec.compiler.build.matrix import Cell
+from moec.compiler.build.worker import Outcome, Task, size
+from moec.compiler.common.errors import ArtifactError, CheckpointError, OutputError, UsageError
 from moec.compiler.common.validation import unknown
 from moec.compiler.pipeline.recipe import make_recipe
 from moec.compiler.report.schema import read_report
-from moec.compiler.build.worker import Outcome, Task, size
 
 if TYPE_CHECKING:
     from moec.compiler.common.progress import Progress

@@ -20,10 +20,10 @@ from typing import Any
 import moec
 from moec.compiler.common.artifact import REPORTS, is_artifact, read_manifest
 from moec.compiler.common.errors import OutputError
+from moec.compiler.common.staging import staged
 from moec.compiler.frontend.source import Digests, resolve
 from moec.compiler.pipeline.recipe import SECTIONS, Recipe
 from moec.compiler.report.schema import JSON
-from moec.compiler.common.staging import staged
 
 INDEX = "index.json"
 _TEXTS = ("calibration", "text")

@@ -9,18 +9,18 @@ from typing import Any
 import psutil
 
 import moec
-from moec.compiler.common.errors import UsageError
 from moec.compiler.build.estimate_calibration import speeds
+from moec.compiler.common.errors import UsageError
+from moec.compiler.common.machine import machine
+from moec.compiler.common.progress import Progress
+from moec.compiler.common.validation import validate
 from moec.compiler.measure.estimate.counting import Counts, count, formats
 from moec.compiler.measure.estimate.devices import Device, load_device
 from moec.compiler.measure.estimate.speeds import bandwidth, cached
 from moec.compiler.pipeline.export import build_program
-from moec.compiler.common.validation import validate
 from moec.compiler.pipeline.recipe import make_recipe
-from moec.compiler.common.machine import machine
 from moec.passes.routing.policies.table import policy_type
 from moec.targets import get_target
-from moec.compiler.common.progress import Progress
 from moec.targets.base import Phase, cannot_measure
 
 HERE = "this machine, one thread"

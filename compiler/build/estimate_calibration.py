@@ -8,14 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from moec.compiler.common.progress import Progress
 from moec.compiler.measure.estimate.counting import Counts, count
 from moec.compiler.measure.estimate.speeds import Speeds, fit, known_speeds
 from moec.compiler.measure.latency import process
 from moec.compiler.measure.latency.timings import BUSY, CANDIDATE, Series
 from moec.compiler.pipeline.export import build_program, compile_recipe
 from moec.compiler.pipeline.recipe import make_recipe
-from moec.targets import get_target
-from moec.compiler.common.progress import Progress
 
 CONTEXTS = (32, 256)
 SECONDS = 8.0

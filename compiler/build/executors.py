@@ -13,8 +13,8 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict
 from typing import Any
 
-from moec.compiler.common.errors import MissingExtraError
 from moec.compiler.build.worker import INTERNAL, Outcome, Task, build, failed
+from moec.compiler.common.errors import MissingExtraError
 
 Executor = Callable[[Sequence[Task], int], Iterator[Outcome]]
 

@@ -22,9 +22,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from moec.compiler.common.artifact import leads_out, read_manifest, verify
 from moec.compiler.common.errors import ArtifactError, MissingExtraError, OutputError, UsageError, first_line
 from moec.compiler.common.files import read_json
+from moec.compiler.common.staging import staged
 from moec.compiler.common.validation import unknown
 from moec.compiler.report.schema import Report, read_report
-from moec.compiler.common.staging import staged
 
 INDEX = "index.json"
 

@@ -1,7 +1,7 @@
 """One cell of a matrix, built in a process of its own: what one build does to memory or crashes concerns no other.
 
-`python -m moec.compiler.build.worker` reads the cell as one line of JSON and prints what came of it as one line. It ends
-when its standard input does, so that nothing is left running when the process that started it is killed.
+`python -m moec.compiler.build.worker` reads the cell as one line of JSON and prints what came of it as one line. It
+ends when its standard input does, so that nothing is left running when the process that started it is killed.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moec.compiler.common.artifact import is_artifact
 from moec.compiler.build.cache import Cache
+from moec.compiler.common.artifact import is_artifact
 from moec.compiler.common.errors import MoecError, first_line
 from moec.compiler.pipeline.recipe import make_recipe
 

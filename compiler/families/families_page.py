@@ -20,6 +20,7 @@ from moec.compiler.pipeline.recipe import make_recipe
 if TYPE_CHECKING:
     from moec.compiler.common.progress import Progress
     from moec.compiler.common.verdict import Verdict
+    from moec.compiler.pipeline.captures import Captures
 
 YES, IN_PART, NO = "yes", "in part", "no"
 
@@ -100,20 +101,23 @@ def check(names: Iterable[str], recipes: Mapping[str, Mapping[str, Any]], *, pro
 
 
 def _check(name: str, recipes: Mapping[str, Mapping[str, Any]], folder: Path) -> FamilyRow:
+    import torch
+
     from moec.compiler.common.verdict import Status
-    from moec.compiler.frontend.capture import capture
     from moec.compiler.frontend.checkpoint import Checkpoint
     from moec.compiler.gates.cases import Prompts
     from moec.compiler.gates.parity import check_capture
+    from moec.compiler.pipeline.captures import Captures
 
     checkpoint = Checkpoint.open(write_tiny_checkpoint(name, folder / "checkpoint", tokenizer=True))
+    captures = Captures()
     try:
-        program = capture(checkpoint)
+        program = captures.of(checkpoint, torch.float32)
     except MoecError as error:
         return FamilyRow(name, False, False, dict.fromkeys(recipes, NO), error.message)
     verdict = check_capture(checkpoint, program, Prompts.of(checkpoint.directory, program.vocab_size))
     built = {
-        title: build({**fields, "checkpoint": str(checkpoint.directory)}, folder / str(number))
+        title: build({**fields, "checkpoint": str(checkpoint.directory)}, folder / str(number), captures)
         for number, (title, fields) in enumerate(recipes.items())
     }
     reasons = [_summary([verdict]), *(f"{title}: {reason}" for title, (_, reason) in built.items())]
@@ -121,14 +125,14 @@ def _check(name: str, recipes: Mapping[str, Mapping[str, Any]], folder: Path) ->
     return FamilyRow(name, True, verdict.status is Status.PASS, artifacts, "; ".join(reasons))
 
 
-def build(fields: Mapping[str, Any], output: Path) -> tuple[str, str]:
-    """Whether the artifact passed its gates, and what they said."""
+def build(fields: Mapping[str, Any], output: Path, captures: Captures) -> tuple[str, str]:
+    """Whether the artifact passed its gates, and what they said. Builds of one checkpoint share `captures`."""
     from moec.compiler.common.verdict import Status
     from moec.compiler.gates.parity import EXIT_CODE
     from moec.compiler.pipeline.export import compile_recipe
 
     try:
-        result = compile_recipe(make_recipe(fields, where="recipe"), output)
+        result = compile_recipe(make_recipe(fields, where="recipe"), output, captures=captures)
     except MoecError as error:
         return NO, error.message
     # Quality and latency ask for limits, which tiny random models have none of; the proof must be whole.

@@ -113,10 +113,12 @@ def check(
 
 
 class _Checkpoints:
-    """The checkpoint of the model that is being built, written once."""
+    """The checkpoint of the model that is being built, written once, and captured once in each dtype."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        from moec.compiler.pipeline.captures import Captures
+
+        self.folder, self.captures = folder, Captures()
         self._name = ""
 
     def of(self, name: str) -> Path:
@@ -138,7 +140,7 @@ def _check(name: str, target: str, form: str, written: _Checkpoints) -> Cell:
         return Cell(name, target, form, NO, error.message.replace(f"{written.folder / 'checkpoint'}: ", ""))
     with tempfile.TemporaryDirectory() as output:
         fields = {"checkpoint": str(checkpoint), "target": target, **FORMS[form]}
-        found, reason = build(fields, Path(output) / "out")
+        found, reason = build(fields, Path(output) / "out", written.captures)
     return Cell(name, target, form, found, reason)
 
 

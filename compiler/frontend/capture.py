@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +24,7 @@ from moec.compiler.frontend.adapters.base import adapt
 from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.frontend.conversion import open_weights
 from moec.compiler.frontend.frames import roomy
+from moec.compiler.frontend.functional import functional
 from moec.compiler.frontend.masks import MaskUseError
 from moec.compiler.frontend.rope import decide_by_tensors
 from moec.compiler.ir.program import CACHE_KINDS, Dim, Program, StateSpec, TensorSpec, moe_layers, state_spec
@@ -55,7 +56,7 @@ def capture(checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32) -> Pr
         CheckpointError: Config and weights disagree.
     """
     hooks.register()
-    model = _meta_model(checkpoint, dtype)
+    model, tables = _meta_model(checkpoint, dtype)
     opened = open_weights(checkpoint, model)
     names = {module: name for name, module in model.named_modules()}
     decoder = architecture.text_decoder(model)
@@ -67,8 +68,8 @@ def capture(checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32) -> Pr
         _fake_parameters(model, mode)
         states = _states(decoder, names, max_length, mode, dtype)
         step = _Step(model, decoder, names, max_length, states)
-        exported = _export(step, states, mode)
-    graph, constants, dims = _own_graph(exported, states)
+        exported, traced = _export(step, states, mode)
+    graph, constants, dims = _own_graph(exported, traced, states, tables)
     inputs = tuple(TensorSpec(name, _INPUT_SHAPES[name], torch.int64) for name in INPUTS)
     layers = moe_layers(graph)
     _check_layers(model, layers, step.traced.record)
@@ -101,7 +102,8 @@ _INPUT_SHAPES: dict[str, tuple[Dim, ...]] = {
 }
 
 
-def _meta_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
+def _meta_model(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple[PreTrainedModel, dict[str, Tensor]]:
+    """The model without weights, and its non-persistent buffers before they are rounded to `dtype`."""
     config = checkpoint.config
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(
@@ -114,20 +116,30 @@ def _meta_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
         )
     architecture.set_experts(model, hooks.NAME)
     model.eval()  # type: ignore[no-untyped-call]
-    _real_buffers(model)
-    return model
+    return model, _real_buffers(model)
 
 
-def _real_buffers(model: PreTrainedModel) -> None:
-    """Give the non-persistent buffers their values: they are in no checkpoint. The way of from_pretrained itself."""
-    owners = set()
+def _real_buffers(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Give the non-persistent buffers their values: they are in no checkpoint. The way of from_pretrained itself.
+
+    Returns:
+        Those values, in float32 where the model rounds them to half precision.
+    """
+    owners: dict[str, nn.Module] = {}
+    dtypes: dict[str, torch.dtype] = {}
     for name, buffer in list(model.named_non_persistent_buffers()):
         owner, _, attribute = name.rpartition(".")
-        module = model.get_submodule(owner)
-        setattr(module, attribute, nn.Buffer(torch.empty_like(buffer, device="cpu"), persistent=False))
-        owners.add(owner)
-    for owner in sorted(owners):
-        model._init_weights(model.get_submodule(owner))  # type: ignore[no-untyped-call]
+        owners[owner], dtypes[name] = model.get_submodule(owner), buffer.dtype
+        exact = torch.float32 if buffer.dtype == torch.float16 else buffer.dtype
+        real = torch.empty_like(buffer, device="cpu", dtype=exact)
+        setattr(owners[owner], attribute, nn.Buffer(real, persistent=False))
+    for _, module in sorted(owners.items()):
+        model._init_weights(module)  # type: ignore[no-untyped-call]
+    values = {name: model.get_buffer(name) for name in dtypes}
+    for name, value in values.items():
+        owner, _, attribute = name.rpartition(".")
+        setattr(owners[owner], attribute, nn.Buffer(value.to(dtypes[name]), persistent=False))
+    return values
 
 
 def _fake_parameters(model: nn.Module, mode: FakeTensorMode) -> None:
@@ -270,7 +282,10 @@ class _Step(nn.Module):
         return out.logits, [record.present[state] for state in self.states]
 
 
-def _export(step: _Step, states: Sequence[StateSpec], mode: FakeTensorMode) -> torch.export.ExportedProgram:
+def _export(
+    step: _Step, states: Sequence[StateSpec], mode: FakeTensorMode
+) -> tuple[torch.export.ExportedProgram, fx.Graph]:
+    """Trace a step: the program of torch.export, and its graph without writes."""
     batch, sequence, _, total = (SAMPLE[axis] for axis in AXES)
     auto = torch.export.Dim.DYNAMIC
     with mode:
@@ -293,7 +308,10 @@ def _export(step: _Step, states: Sequence[StateSpec], mode: FakeTensorMode) -> t
     dynamic = (token, dict(token), dict(token), {0: auto}, past)
     try:
         exported = torch.export.export(step, args, dynamic_shapes=dynamic, strict=False)
-        core_program: torch.export.ExportedProgram = exported.run_decompositions({})
+        graph = functional(exported.graph)
+        if graph is None:
+            exported = exported.run_decompositions({})
+            graph = exported.graph
     except MoecError:
         raise
     except Exception as error:
@@ -301,11 +319,11 @@ def _export(step: _Step, states: Sequence[StateSpec], mode: FakeTensorMode) -> t
             f"{type(step.model).__name__} cannot be exported: {_reason(error)}",
             hint="data-dependent Python in a module stops the trace; moec families lists what works",
         ) from error
-    return core_program
+    return exported, graph
 
 
 def _own_graph(
-    exported: torch.export.ExportedProgram, states: Sequence[StateSpec]
+    exported: torch.export.ExportedProgram, traced: fx.Graph, states: Sequence[StateSpec], tables: Mapping[str, Tensor]
 ) -> tuple[fx.Graph, dict[str, LazyTensor], dict[str, Any]]:
     """Turn parameter placeholders into `get_attr` nodes and name what is left."""
     prefix = "model."
@@ -313,13 +331,13 @@ def _own_graph(
     constants: dict[str, LazyTensor] = {}
     graph, mapping = fx.Graph(), dict[fx.Node, fx.Node]()
     users: list[fx.Node] = []
-    for node in exported.graph.nodes:
+    for node in traced.nodes:
         spec = kinds.get(node.name) if node.op == "placeholder" else None
         if spec is not None and spec.kind is not InputKind.USER_INPUT:
             name = str(spec.target).removeprefix(prefix)
             value = _constant(exported, str(spec.target))
             if value is not None:
-                constants[name] = Constant(value)
+                constants[name] = Constant(tables.get(name, value))
             mapping[node] = graph.create_node("get_attr", name)
         elif node.op == "output":
             results = node.args[0]
@@ -332,9 +350,7 @@ def _own_graph(
             users.append(mapping[node])
     dims = _name_inputs(users, states)
     # Parameters that no step uses, such as those of a vision tower, are inputs of the trace all the same.
-    for node in graph.find_nodes(op="get_attr"):
-        if not node.users:
-            graph.erase_node(node)
+    graph.eliminate_dead_code()
     return graph, constants, dims
 
 

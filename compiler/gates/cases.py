@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moec.compiler.common.model_config import context_length
+from moec.compiler.ir.operands import Attention
 from moec.compiler.ir.program import ATTENTION
 from moec.compiler.text.tokenizer import open_tokenizer
 from moec.targets.base import RunnerLimits
 
 if TYPE_CHECKING:
-    from moec.compiler.ir.program import Program
+    from moec.compiler.ir.operands import Attention
+from moec.compiler.ir.program import Program
 
 SHAPES = ((1, 1, 9), (2, 5, 0), (2, 5, 7))
 """Batch, new tokens, past: single and several, odd, without and with a past."""
@@ -143,7 +145,7 @@ def base_cases(
 
 def attention_windows(program: Program) -> list[tuple[str, int]]:
     """Kind and size of every attention window or chunk in `program`, each once."""
-    found = {(str(node.args[9]), int(node.args[10])) for node in program.nodes(ATTENTION)}  # type: ignore[arg-type]
+    found = {(own.kind, own.window) for own in map(Attention.of, program.nodes(ATTENTION))}
     return sorted((kind, window) for kind, window in found if kind != "causal")
 
 

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, fx
 
 from moec.compiler.common.errors import UnsupportedModelError
-from moec.compiler.ir.program import ATTENTION, EXPERTS, Program
+from moec.compiler.ir.analysis import ancestors, is_mixer
+from moec.compiler.ir.operands import Experts
+from moec.compiler.ir.program import EXPERTS, Program
 
 aten = torch.ops.aten
 
@@ -82,13 +84,9 @@ _VALUES_AND_INDICES = frozenset({aten.topk.default, aten.max.dim})
 
 def decision_nodes(graph: fx.Graph) -> frozenset[fx.Node]:
     """The nodes of `graph` at which a small change of a router's scores changes the experts."""
-    pending = [argument for node in graph.find_nodes(op="call_function", target=EXPERTS) for argument in node.args[:3]]
-    seen: set[fx.Node] = set()
-    while pending:
-        node = pending.pop()
-        if isinstance(node, fx.Node) and node not in seen and node.target not in (EXPERTS, ATTENTION):
-            seen.add(node)
-            pending.extend(node.all_input_nodes)
+    operands = (Experts.of(node) for node in graph.find_nodes(op="call_function", target=EXPERTS))
+    start = [item for own in operands for item in (own.hidden_states, own.indices, own.weights)]
+    seen = [node for node in ancestors(start, is_mixer) if not is_mixer(node)]
     return frozenset(node for node in seen if node.target in _GAPS and _decides(node))
 
 
@@ -111,19 +109,7 @@ def _independent(node: fx.Node) -> bool:
     sides = node.args[:2]
     if node.target in _VALUES_AND_INDICES or not all(isinstance(side, fx.Node) for side in sides):
         return False
-    return not any(_leads_to(side, other) for side, other in (sides, sides[::-1]))
-
-
-def _leads_to(source: Any, end: Any) -> bool:
-    pending, seen = [end], set[fx.Node]()
-    while pending:
-        node = pending.pop()
-        if node is source:
-            return True
-        if node not in seen and node.target not in (EXPERTS, ATTENTION):
-            seen.add(node)
-            pending.extend(node.all_input_nodes)
-    return False
+    return not any(side in ancestors([other], is_mixer) for side, other in (sides, sides[::-1]))
 
 
 class RouterWatch:

@@ -18,6 +18,12 @@ def fake_mode(graph: fx.Graph) -> FakeTensorMode:
     return next(value.fake_mode for value in values if isinstance(value, FakeTensor))
 
 
+def settled_axes(graph: fx.Graph) -> int:
+    """How many symbols of dynamic axes are known to be numbers or other symbols; more than before if one was fixed."""
+    environment = fake_mode(graph).shape_env
+    return len(environment.replacements) if environment is not None else 0
+
+
 def infer(target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], mode: FakeTensorMode) -> Any:
     """The fake value of calling `target`.
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, fx
 
 from moec.compiler.common.errors import UsageError
-from moec.compiler.ir.ops import ExpertCall, ExpertWeights, Gate, run_experts
+from moec.compiler.ir.operands import Experts
+from moec.compiler.ir.ops import ExpertCall, ExpertWeights, run_experts
 from moec.compiler.ir.program import EXPERTS, Program
 from moec.compiler.ir.weights import LazyTensor
 
@@ -147,9 +148,7 @@ class Interpreter:
     def _experts(
         self, node: fx.Node, values: dict[fx.Node, Any], hidden: Tensor, indices: Tensor, weights: Tensor
     ) -> Tensor:
-        gate_up, gate_up_bias, down, down_bias = node.args[3:7]
-        activation, gated, interleaved, transposed, alpha, limit, up_offset = node.args[7:14]
-        gate = Gate(activation, gated, interleaved, alpha, limit, up_offset)  # type: ignore[arg-type]
+        own = Experts.of(node)
 
         def row(argument: Any, index: int) -> Tensor | None:
             if argument is None:
@@ -160,18 +159,18 @@ class Interpreter:
             return computed
 
         def expert(index: int) -> ExpertWeights:
-            up, own_down = row(gate_up, index), row(down, index)
+            up, down = row(own.gate_up_proj, index), row(own.down_proj, index)
             assert up is not None
-            assert own_down is not None
+            assert down is not None
             return ExpertWeights(
-                up.T if transposed else up,
-                own_down.T if transposed else own_down,
-                row(gate_up_bias, index),
-                row(down_bias, index),
+                up.T if own.transposed else up,
+                down.T if own.transposed else down,
+                row(own.gate_up_bias, index),
+                row(own.down_bias, index),
             )
 
         watch = None if self.expert_observer is None else partial(self.expert_observer, node)
-        return run_experts(hidden, indices, weights, gate, expert, watch)
+        return run_experts(hidden, indices, weights, own.gate, expert, watch)
 
 
 def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:

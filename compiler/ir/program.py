@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from moec.compiler.common.rejections import Rejection
+from moec.compiler.ir.operands import Experts
 from moec.compiler.ir.ops import ATTENTION, EXPERTS, RMS_NORM, ROTARY, SELECT
 from moec.compiler.ir.weights import WeightStore
 
@@ -35,7 +36,7 @@ __all__ = [
     "module_of",
     "moe_layers",
     "state_spec",
-    "weight_argument",
+    "weight_name",
 ]
 
 Dim = int | str
@@ -182,9 +183,8 @@ def module_of(node: fx.Node) -> str:
     return str(node.meta.get("module", "")) or "the model"
 
 
-def weight_argument(node: fx.Node, position: int) -> str | None:
-    """Name of the weight at argument `position` of `node`, or None where it is absent."""
-    argument = node.args[position]
+def weight_name(argument: object) -> str | None:
+    """Name of the weight that an operand is, or None where it is none."""
     return str(argument.target) if isinstance(argument, fx.Node) and argument.op == "get_attr" else None
 
 
@@ -195,16 +195,15 @@ def moe_layers(graph: fx.Graph) -> tuple[MoeLayer, ...]:
 
 def _rows(graph: fx.Graph) -> Iterator[MoeLayer]:
     for index, node in enumerate(graph.find_nodes(op="call_function", target=EXPERTS)):
-        hidden, indices, gate_up, down = (node.args[position].meta["val"] for position in (0, 1, 3, 5))
-        transposed = bool(node.args[10])
+        own = Experts.of(node)
         yield MoeLayer(
             index=index,
             module=module_of(node),
             node=node.name,
-            num_experts=int(gate_up.shape[0]),
-            top_k=int(indices.shape[1]),
-            hidden_size=int(hidden.shape[1]),
-            intermediate_size=int(down.shape[1 if transposed else 2]),
-            gate_up_proj=weight_argument(node, 3) or "",
-            down_proj=weight_argument(node, 5) or "",
+            num_experts=own.num_experts,
+            top_k=own.top_k,
+            hidden_size=own.hidden_size,
+            intermediate_size=own.intermediate_size,
+            gate_up_proj=weight_name(own.gate_up_proj) or "",
+            down_proj=weight_name(own.down_proj) or "",
         )

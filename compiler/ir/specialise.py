@@ -11,18 +11,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moec.compiler.common.errors import UnsupportedModelError, UsageError
 from moec.compiler.ir.fake_values import fake_mode, infer
+from moec.compiler.ir.operands import Attention
 from moec.compiler.ir.program import ATTENTION, Dim, Program, StateSpec, TensorSpec, module_of, moe_layers
-
-_MASK_ARGUMENT = 6
-"""Position of `attention_mask` among the arguments of `moec::attention`."""
 
 _LENGTHS = ("sequence", "past_sequence", "total_sequence")
 
 aten = torch.ops.aten
 _MOVES = frozenset(
     {
-        *(aten.slice.Tensor, aten.unsqueeze.default, aten.expand.default, aten.view.default, aten.reshape.default),
-        *(aten._to_copy.default, aten.to.dtype, aten.transpose.int, aten.clone.default),
+        *(aten.slice.Tensor, aten.unsqueeze.default, aten.expand.default, aten.reshape.default),
+        *(aten._to_copy.default, aten.permute.default),
     }
 )
 """What makes ones of ones."""
@@ -183,7 +181,8 @@ def without_padding(program: Program) -> Program:
 def _without_ones(node: fx.Node, ones: set[fx.Node]) -> None:
     """Make `node` independent of what is all ones, or add it to `ones`."""
     if node.target is ATTENTION:
-        node.update_arg(_MASK_ARGUMENT, None)
+        mask = Attention.of(node).attention_mask
+        node.args = tuple(None if argument is mask else argument for argument in node.args)
     elif node.target in _MOVES:
         ones.add(node)
     elif node.target is aten.mul.Tensor and (kept := _unchanged(node, ones)) is not None:

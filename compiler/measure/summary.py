@@ -5,13 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from torch import fx
-
 from moec.compiler.common.model_config import context_length, text_config
+from moec.compiler.ir.operands import Experts
 from moec.compiler.ir.program import EXPERTS, MoeLayer, Program, StateSpec
 from moec.compiler.ir.weights import Constant
-
-_EXPERT_ARGUMENTS = (3, 4, 5, 6)
 
 
 def model_summary(program: Program) -> dict[str, Any]:
@@ -43,8 +40,7 @@ def _parameters(program: Program) -> tuple[int, int]:
     total = sum(sizes.values())
     idle = 0
     for node, layer in zip(program.nodes(EXPERTS), program.layers, strict=True):
-        stacks = [node.args[position] for position in _EXPERT_ARGUMENTS]
-        held = sum(math.prod(stack.meta["val"].shape) for stack in stacks if isinstance(stack, fx.Node))
+        held = sum(math.prod(stack.meta["val"].shape) for stack in Experts.of(node).stacks.values())
         idle += held // layer.num_experts * (layer.num_experts - layer.top_k)
     return total, total - idle
 

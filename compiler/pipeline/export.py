@@ -6,9 +6,8 @@ import contextlib
 import functools
 import importlib.metadata
 import shutil
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +22,22 @@ from moec.compiler.common.rejections import Rejection
 from moec.compiler.common.staging import check_output, staged
 from moec.compiler.common.validation import validate
 from moec.compiler.common.verdict import Verdict
-from moec.compiler.frontend.capture import capture
 from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.gates.run import GateInputs, exit_code
 from moec.compiler.ir.program import Program
+from moec.compiler.ir.widen import widened
 from moec.compiler.measure.summary import model_summary
+from moec.compiler.pipeline.captures import Captures
 from moec.compiler.pipeline.gates import not_proven, prove
 from moec.compiler.pipeline.input_checks import check_demands, check_inputs
 from moec.compiler.pipeline.quantization import Quantization, manifest_facts, plan_quantization, tensor_bytes
 from moec.compiler.pipeline.recipe import Recipe, make_recipe
 from moec.compiler.pipeline.recorded_codes import recorded_codes
 from moec.compiler.pipeline.routing import RoutingPlan, measure_savings, plan_routing
+from moec.compiler.pipeline.stages import Stages, silent
 from moec.compiler.report import write as report
 from moec.compiler.text.tokenizer import make_loadable
+from moec.passes.base import Pass
 from moec.passes.inputs_embeds import InputsEmbeds
 from moec.quantize.keep import Held
 from moec.quantize.recorded import RecordedCodes
@@ -97,32 +99,14 @@ class _Built:
     quantization: Quantization
 
 
-@dataclass
-class _Stages:
-    """Times each stage, tells progress, and notes on an exception in which stage it came up."""
-
-    progress: Progress
-    timings: dict[str, float] = field(default_factory=dict)
-
-    @contextlib.contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        self.progress(name, 0, 1)
-        try:
-            yield
-        except Exception as error:
-            error.add_note(f"stage: {name}")
-            raise
-        self.timings[name] = time.perf_counter() - start
-        self.progress(name, 1, 1)
-
-
-def silent(name: str, done: int, total: int) -> None:
-    """A Progress that shows nothing."""
-
-
 def compile_recipe(
-    recipe: Recipe, output: Path, *, overwrite: bool = False, gates: bool = True, progress: Progress = silent
+    recipe: Recipe,
+    output: Path,
+    *,
+    overwrite: bool = False,
+    gates: bool = True,
+    progress: Progress = silent,
+    captures: Captures | None = None,
 ) -> Result:
     """Build the artifact of `recipe` at `output`.
 
@@ -132,6 +116,7 @@ def compile_recipe(
         overwrite: Replace the artifact at `output`.
         gates: Prove the artifact. Without, the report says "not run" for every gate.
         progress: Told about every stage.
+        captures: Shared by builds of one checkpoint, which is then captured once.
 
     Returns:
         The result; a gate that failed is in it and no exception.
@@ -148,8 +133,8 @@ def compile_recipe(
             f"an artifact for {target.name} has no optional input of embeddings", hint="export without --inputs-embeds"
         )
     check_output(output.expanduser().resolve(), overwrite=overwrite)
-    stages = _Stages(progress)
-    built = _build(recipe, target, options, stages)
+    stages = Stages(progress)
+    built = _build(recipe, target, options, stages, captures or Captures())
     with staged(output, overwrite=overwrite) as directory:
         with stages("lower"):
             refused = target.refusals(built.program, options)
@@ -206,7 +191,7 @@ def validate_artifact(
         ArtifactError: The artifact is damaged.
         CheckpointError: `against` is another checkpoint.
     """
-    stages = _Stages(progress)
+    stages = Stages(progress)
     with stages("verify"):
         verify(directory)
         manifest = read_manifest(directory)
@@ -222,7 +207,7 @@ def validate_artifact(
         checkpoint = Checkpoint.open(against, revision=revision, trust_remote_code=trust_remote_code)
         _check_source(directory, manifest, checkpoint)
         codes = recorded_codes(target, directory, manifest)
-    built = _build(recipe, target, options, stages, codes)
+    built = _build(recipe, target, options, stages, Captures(), codes)
     with stages("gates"):
         verdicts = prove(_gate_inputs(built, target, directory, manifest), recipe, manifest, progress)
     report.write(directory, manifest, verdicts, stages.timings)
@@ -232,7 +217,7 @@ def validate_artifact(
 def build_program(recipe: Recipe, *, progress: Progress = silent) -> Program:
     """The Program that an export of `recipe` would lower: captured and with every pass run."""
     target, options = _target(recipe)
-    return _build(_completed(recipe, target), target, options, _Stages(progress)).program
+    return _build(_completed(recipe, target), target, options, Stages(progress), Captures()).program
 
 
 def _completed(recipe: Recipe, target: Target) -> Recipe:
@@ -254,7 +239,8 @@ def _build(
     recipe: Recipe,
     target: Target,
     options: TargetOptions,
-    stages: _Stages,
+    stages: Stages,
+    captures: Captures,
     codes: Mapping[str, RecordedCodes] | None = None,
 ) -> _Built:
     """Make the final Program.
@@ -264,6 +250,7 @@ def _build(
         target: Its target.
         options: Its options.
         stages: Told about each stage.
+        captures: What was captured already.
         codes: Calibrated codes of the artifact that was built from the recipe; None where there is no artifact yet.
     """
     with stages("capture"):
@@ -271,18 +258,14 @@ def _build(
             recipe.checkpoint, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code
         )
         target.check(options, checkpoint.raw_config)
-        captured = capture(checkpoint, dtype=_DTYPES[recipe.dtype or target.default_dtype])
+        captured = captures.of(checkpoint, _DTYPES[recipe.dtype or target.default_dtype])
+    with stages("passes"):
+        common = (*((InputsEmbeds(),) if recipe.inputs_embeds else ()), *passes.default_passes())
+        program, log = captures.after(captured, common, stages.ran)
     settings = None if recipe.routing is None or recipe.routing.does_nothing else recipe.routing
     with stages("routing") if settings else contextlib.nullcontext():
-        routing = plan_routing(settings, checkpoint, captured, stages.progress)
-
-    def told(record: passes.PassRecord) -> None:
-        stages.progress(f"pass {record.name}", 1, 1)
-
-    with stages("passes"):
-        embeds = (InputsEmbeds(),) if recipe.inputs_embeds else ()
-        common = (*embeds, *passes.default_passes(), *routing.passes)
-        program, log = passes.run_passes(captured, common, told)
+        routing = plan_routing(settings, checkpoint, program, stages.progress)
+        program, log = _run(routing.passes, program, log, stages)
     if settings and codes is None:
         with stages("accounting"):
             capabilities = {phase: target.capabilities(options, phase) for phase in Phase}
@@ -292,7 +275,7 @@ def _build(
     def in_float32() -> Program:
         if captured.dtype == torch.float32:
             return program
-        return passes.run_passes(capture(checkpoint, dtype=torch.float32), common)[0]
+        return passes.run_passes(widened(captured), (*common, *routing.passes))[0]
 
     weights = None if recipe.quantize is None or recipe.quantize.does_nothing else recipe.quantize
     with stages("quantize") if weights else contextlib.nullcontext():
@@ -302,22 +285,32 @@ def _build(
         quantization = plan_quantization(
             weights, checkpoint, program, in_float32, offered, held, codes, stages.progress
         )
-        later = (*quantization.passes, *target.passes(options))
-        final, more = passes.run_passes(program, later, told, completed=[record.name for record in log])
-    # Without the times: moec.json is the same on every rebuild.
-    kept = [
-        {"name": record.name, "modified": record.modified, "rejections": [asdict(item) for item in record.rejections]}
-        for record in (*log, *more)
-    ]
+        final, log = _run((*quantization.passes, *target.passes(options)), program, log, stages)
     return _Built(
         checkpoint,
         captured,
         final,
         _described(captured, final, (routing.recorded or {}).get("removed")),
-        kept,
+        _pass_log(log),
         routing,
         quantization,
     )
+
+
+def _run(
+    more: Sequence[Pass], program: Program, log: Sequence[passes.PassRecord], stages: Stages
+) -> tuple[Program, tuple[passes.PassRecord, ...]]:
+    """Run `more` passes on a program that has had those of `log`."""
+    program, new = passes.run_passes(program, more, stages.ran, completed=[record.name for record in log])
+    return program, (*log, *new)
+
+
+def _pass_log(log: Sequence[passes.PassRecord]) -> list[dict[str, Any]]:
+    """For moec.json: without the times, since it is the same on every rebuild."""
+    return [
+        {"name": record.name, "modified": record.modified, "rejections": [asdict(item) for item in record.rejections]}
+        for record in log
+    ]
 
 
 def _described(captured: Program, final: Program, removed: Sequence[Sequence[int]] | None) -> dict[str, Any]:

@@ -7,11 +7,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch
-
 from moec.compiler.common.progress import Progress
 from moec.compiler.common.verdict import Status, Verdict
-from moec.compiler.frontend.capture import capture
 from moec.compiler.gates import latency
 from moec.compiler.gates.coverage import GATE as COVERAGE_GATE
 from moec.compiler.gates.integrity import GATE as INTEGRITY_GATE
@@ -22,6 +19,7 @@ from moec.compiler.gates.quality import QualityOptions, judge_quality, not_run
 from moec.compiler.gates.repeatability import GATE as REPEATABILITY_GATE
 from moec.compiler.gates.run import Gate, GateInputs, run_gates
 from moec.compiler.ir.interpreter import ProgramRunner
+from moec.compiler.ir.widen import widened
 from moec.compiler.pipeline.recipe import Recipe
 from moec.targets.base import Target
 
@@ -66,12 +64,10 @@ def _quality(inputs: GateInputs, recipe: Recipe, progress: Progress) -> Verdict:
     if asked is None or asked.max_loss is None:
         return not_run()
     options = QualityOptions(asked.max_loss, asked.text, asked.windows, asked.window)
-    source = inputs.captured
-    if source.dtype != torch.float32:
-        # The source model is what the checkpoint holds, not what is left of it in half precision.
-        source = capture(inputs.checkpoint, dtype=torch.float32)
+    # The source model is what the checkpoint holds, not what is left of it in half precision.
+    source = ProgramRunner(widened(inputs.captured))
     runner = inputs.target.open_reference(inputs.directory, threads=0)
-    return judge_quality(inputs.captured, ProgramRunner(source), runner, inputs.checkpoint.directory, options, progress)
+    return judge_quality(inputs.captured, source, runner, inputs.checkpoint.directory, options, progress)
 
 
 def _latency(inputs: GateInputs, recipe: Recipe, manifest: Mapping[str, Any], progress: Progress) -> Verdict:

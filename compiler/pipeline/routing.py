@@ -210,9 +210,15 @@ def check_routing(settings: RoutingRecipe) -> None:
 
 
 def plan_routing(
-    settings: RoutingRecipe | None, checkpoint: Checkpoint, captured: Program, progress: Progress
+    settings: RoutingRecipe | None, checkpoint: Checkpoint, program: Program, progress: Progress
 ) -> RoutingPlan:
     """Decide a recipe's routing. Text is read and the model run only where parameters have to be found.
+
+    Args:
+        settings: The section of the recipe.
+        checkpoint: Where the tokenizer comes from.
+        program: It, captured and with the common passes run.
+        progress: Told how far it is.
 
     Raises:
         UsageError: The section makes no sense for this model.
@@ -221,7 +227,6 @@ def plan_routing(
     if settings is None:
         return RoutingPlan()
     check_routing(settings)
-    program, _ = passes.run_passes(captured, passes.default_passes())
     added: list[Pass] = []
     facts: dict[str, Any] = {}
     removed: Sequence[Sequence[int]] | None = settings.removed

@@ -103,6 +103,8 @@ class _Folding:
             return False
         if not all(isinstance(size, int) for size in value.shape):
             return False
+        if target is aten.full.default and value.ndim == 0:
+            return False  # a number, which is worth more where it can be seen
         return all(source in self.folded for source in node.all_input_nodes)
 
     def _structured(self, node: fx.Node) -> LazyTensor | None:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from torch import fx
 
+from moec.compiler.ir.operands import Experts
 from moec.compiler.ir.program import EXPERTS, Program
 from moec.compiler.ir.weights import LazyTensor, swap_last
 from moec.passes.base import Pass, PassResult
 from moec.passes.rewriting import rewritten
-
-TRANSPOSED = 10
-"""Position of `transposed` among the arguments of `moec::experts`."""
 
 
 @dataclass(frozen=True)
@@ -35,24 +33,20 @@ class CanonicalExperts(Pass):
         graph = program.copy_graph()
         added: dict[str, LazyTensor] = {}
         for node in graph.find_nodes(op="call_function", target=EXPERTS):
-            if node.args[TRANSPOSED]:
-                arguments = list(node.args)
-                for position in (3, 5):
-                    arguments[position] = _swapped(program, graph, node, position, added)
-                arguments[TRANSPOSED] = False
-                node.args = tuple(arguments)
+            own = Experts.of(node)
+            if own.transposed:
+                up, down = (_swapped(program, node, stack, added) for stack in (own.gate_up_proj, own.down_proj))
+                node.args = replace(own, gate_up_proj=up, down_proj=down, transposed=False).args
         if not added:
             return PassResult(program, modified=False)
         changed = program.replace(graph=graph, weights=program.weights.with_tensors(added))
         return PassResult(rewritten(changed, graph, changed.weights), modified=True)
 
 
-def _swapped(program: Program, graph: fx.Graph, node: fx.Node, position: int, added: dict[str, LazyTensor]) -> fx.Node:
-    old = node.args[position]
-    assert isinstance(old, fx.Node)
+def _swapped(program: Program, node: fx.Node, old: fx.Node, added: dict[str, LazyTensor]) -> fx.Node:
     name = f"{program.weights.resolve(str(old.target))}.linear"
     added[name] = swap_last(program.weights[str(old.target)])
-    with graph.inserting_before(node):
-        new = graph.create_node("get_attr", name)
+    with node.graph.inserting_before(node):
+        new = node.graph.create_node("get_attr", name)
     new.meta = {"val": old.meta["val"].transpose(1, 2), "module": old.meta.get("module", "")}
     return new

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, fx
 
 from moec.compiler.common.errors import UsageError
 from moec.compiler.common.rejections import Rejection
+from moec.compiler.ir.analysis import router_nodes
 from moec.compiler.ir.fake_values import fake_mode, infer
+from moec.compiler.ir.operands import Experts, operands
 from moec.compiler.ir.program import EXPERTS, Program, module_of
 from moec.compiler.ir.weights import LazyTensor, Leaf
 from moec.passes.base import Pass, PassResult
@@ -19,7 +21,6 @@ from moec.passes.experts.saliency import reap_saliency, super_experts
 from moec.passes.rewriting import aten, last_axis, rewritten
 from moec.passes.routing.calibrate.traces import RoutingTrace
 
-_STACKS = (3, 4, 5, 6)
 _LINEAR = (aten.linear.default,)
 _PER_ELEMENT = (
     aten.add.Tensor,
@@ -33,9 +34,11 @@ _PER_ELEMENT = (
     aten.exp.default,
     aten.tanh.default,
     aten.clamp.default,
+    aten.neg.default,
+    aten.log.default,
     aten._to_copy.default,
 )
-_ALONG_EXPERTS = (aten.softmax.int, aten._softmax.default)
+_ALONG_EXPERTS = (aten._softmax.default,)
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,7 @@ class PruneExperts(Pass):
     """
 
     name: ClassVar[str] = "prune-experts"
+    requires: ClassVar[tuple[str, ...]] = ("decompose",)
 
     removed: tuple[tuple[int, ...], ...]
 
@@ -141,17 +145,9 @@ class _Router:
 
     def __init__(self, experts: fx.Node, count: int) -> None:
         self.experts, self.count = experts, count
-        hidden, indices, weights = experts.args[:3]
-        assert isinstance(hidden, fx.Node)
-        before = _ancestors([hidden])
-        wanted = _ancestors([indices, weights]) - before
-        self.nodes = [node for node in experts.graph.nodes if node in wanted]
+        self.nodes = router_nodes(experts)
         self._wide: set[fx.Node] = set()
-        self.per_expert: list[fx.Node] = []
-        for position in _STACKS:
-            stack = experts.args[position]
-            if isinstance(stack, fx.Node):
-                self.per_expert.append(stack)
+        self.per_expert = list(Experts.of(experts).stacks.values())
 
     def refusal(self) -> str:
         """Why the router cannot be pruned, or nothing; fills `per_expert`."""
@@ -182,10 +178,11 @@ class _Router:
         if node.target in _PER_ELEMENT:
             self._wide.add(node)
             return self._vectors(weights)
-        if node.target in _ALONG_EXPERTS and last_axis(wide[0], node.args[1]):
+        axis = operands(node).get("dim") if isinstance(node.target, torch._ops.OpOverload) else None
+        if node.target in _ALONG_EXPERTS and last_axis(wide[0], axis):
             self._wide.add(node)
             return ""
-        if node.target is aten.topk.default and last_axis(wide[0], (*node.args, -1)[2]):
+        if node.target is aten.topk.default and last_axis(wide[0], axis):
             return ""
         if node.target is aten.gather.default and node.args[0] in self._wide and node.args[2] not in self._wide:
             return ""
@@ -218,17 +215,6 @@ class _Router:
                     return f"{source.target} is no vector over the experts"
                 self.per_expert.append(source)
         return ""
-
-
-def _ancestors(start: Sequence[Any]) -> set[fx.Node]:
-    seen: set[fx.Node] = set()
-    pending = [node for node in start if isinstance(node, fx.Node)]
-    while pending:
-        node = pending.pop()
-        if node not in seen:
-            seen.add(node)
-            pending.extend(node.all_input_nodes)
-    return seen
 
 
 def _infer_again(router: _Router, count: int) -> None:

@@ -15,9 +15,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from moec.compiler.common.errors import UsageError
 from moec.compiler.common.rejections import Rejection
 from moec.compiler.ir.fake_values import fake_mode, infer
+from moec.compiler.ir.operands import Experts
 from moec.compiler.ir.program import EXPERTS, SELECT, Program, TensorSpec, module_of
 from moec.compiler.ir.weights import Constant, LazyTensor
 from moec.passes.base import Pass, PassResult
+from moec.passes.decompose.decompose import decompose
 from moec.passes.rewriting import aten, rewritten
 from moec.passes.routing.policies.base import Policy, Slots, selection
 from moec.passes.routing.routing_weights import descending, non_negative
@@ -54,6 +56,7 @@ class DynamicRouting(Pass):
     """
 
     name: ClassVar[str] = "dynamic-routing"
+    requires: ClassVar[tuple[str, ...]] = ("decompose",)
 
     policy: Policy
     runtime_budget: bool = False
@@ -74,6 +77,7 @@ class DynamicRouting(Pass):
                 rejections.append(Rejection(self.name, module_of(experts), reason))
         if not adding.modified:
             return PassResult(program, modified=False, rejections=tuple(rejections))
+        decompose(adding.added)
         changed = rewritten(program, graph, program.weights.with_tensors(adding.constants))
         notes: dict[str, Any] = {**program.notes, self.name: self.policy}
         if budget is not None:
@@ -99,10 +103,8 @@ class DynamicRouting(Pass):
 
     def _insert(self, adding: _Adding, layer: int, experts: fx.Node, budget: fx.Node | None) -> str:
         """Route one layer; return why it was left alone, or nothing."""
-        hidden, indices, weights = experts.args[:3]
-        assert isinstance(hidden, fx.Node)
-        assert isinstance(indices, fx.Node)
-        assert isinstance(weights, fx.Node)
+        own = Experts.of(experts)
+        hidden, indices, weights = own.hidden_states, own.indices, own.weights
         if int(weights.meta["val"].shape[1]) == 1:
             return "its tokens have one expert each, which always stays"
         rule = _trace(self.policy, layer, [hidden, indices, weights], budget)
@@ -149,6 +151,7 @@ class _Adding:
         self.program, self.graph, self.mode = program, graph, fake_mode(graph)
         self.constants: dict[str, LazyTensor] = {}
         self.modified = False
+        self.added: list[fx.Node] = []
         self._nodes: dict[str, fx.Node] = {}
         self._before: fx.Node = next(iter(graph.nodes))
         self._module = ""
@@ -163,6 +166,7 @@ class _Adding:
         with self.graph.inserting_before(self._before):
             node = self.graph.call_function(target, args, kwargs)
         node.meta = {"val": infer(target, args, kwargs, self.mode), "module": self._module}
+        self.added.append(node)
         return node
 
     def in_order(self, indices: fx.Node, weights: fx.Node) -> tuple[fx.Node, fx.Node]:

@@ -12,50 +12,41 @@ from typing import Any
 import torch
 from torch import fx
 
+from moec.compiler.ir.operands import operands
 from moec.passes.rewriting import aten, is_call, last_axis, number
 
-_COPIES = (
-    aten._to_copy.default,
-    aten.clone.default,
-    aten.alias.default,
-    aten.contiguous.default,
-    aten.detach.default,
-)
-_NON_NEGATIVE = (
-    aten.softmax.int,
-    aten._softmax.default,
-    aten.sigmoid.default,
-    aten.exp.default,
-    aten.relu.default,
-    aten.softplus.default,
-    aten.sqrt.default,
-    aten.abs.default,
-    aten.linalg_vector_norm.default,
+_NON_NEGATIVE = frozenset(
+    {
+        aten._softmax.default,
+        aten.sigmoid.default,
+        aten.exp.default,
+        aten.relu.default,
+        aten.softplus.default,
+        aten.sqrt.default,
+        aten.abs.default,
+    }
 )
 """Their results are not negative, whatever they are given."""
-_OF_NON_NEGATIVE = (
-    *_COPIES,
-    aten.mul.Tensor,
-    aten.mul.Scalar,
-    aten.div.Tensor,
-    aten.div.Scalar,
-    aten.add.Tensor,
-    aten.add.Scalar,
-    aten.sum.dim_IntList,
-    aten.amax.default,
-    aten.gather.default,
-    aten.topk.default,
-    aten.reshape.default,
-    aten.view.default,
-    aten.unsqueeze.default,
-    aten.squeeze.dim,
-    aten.slice.Tensor,
-    aten.index.Tensor,
-    aten.cat.default,
-    operator.getitem,
+_OF_NON_NEGATIVE = frozenset(
+    {
+        aten._to_copy.default,
+        aten.mul.Tensor,
+        aten.div.Tensor,
+        aten.add.Tensor,
+        aten.sum.dim_IntList,
+        aten.amax.default,
+        aten.gather.default,
+        aten.topk.default,
+        aten.reshape.default,
+        aten.unsqueeze.default,
+        aten.squeeze.dims,
+        aten.slice.Tensor,
+        aten.index.Tensor,
+        aten.cat.default,
+        operator.getitem,
+    }
 )
 """Their results are not negative if no tensor and no factor that they are given is."""
-_ALONG_LAST = (aten.softmax.int, aten._softmax.default)
 _INCREASING = (aten.sigmoid.default, aten.exp.default, aten.relu.default, aten.softplus.default, aten.sqrt.default)
 
 
@@ -80,14 +71,15 @@ def _result_non_negative(node: fx.Node, seen: dict[fx.Node, bool]) -> bool:
         return False
     if node.target in _NON_NEGATIVE:
         return True
-    if node.target in (aten.clamp.default, aten.clamp_min.default) and (number(_argument(node, 1)) or -1.0) >= 0:
+    own = operands(node) if isinstance(node.target, torch._ops.OpOverload) else {}
+    if node.target is aten.clamp.default and own["min"] is not None and own["min"] >= 0:
         return True
-    if node.target in (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar, aten.add.Tensor):
-        return all(_non_negative(argument, seen) for argument in node.args[:2])
-    if node.target in (aten.masked_fill.Scalar, aten.where.ScalarOther):
-        return _non_negative(node.args[0 if node.target is aten.masked_fill.Scalar else 1], seen) and _non_negative(
-            node.args[2], seen
-        )
+    if node.target is aten.full.default:
+        return _non_negative(own["fill_value"], seen)
+    if node.target is aten.mul.Tensor and own["self"] is own["other"]:
+        return True
+    if node.target in (aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.where.self):
+        return all(_non_negative(own[name], seen) for name in ("self", "other"))
     if node.target is operator.getitem and node.args[1] != 0:
         return False
     return node.target in _OF_NON_NEGATIVE and _non_negative(node.args[0], seen)
@@ -111,8 +103,8 @@ def descending(weights: fx.Node) -> bool:
 def _sorts(node: Any) -> bool:
     if not is_call(node, aten.topk.default):
         return False
-    _, _, axis, largest, ordered = [*node.args, *(-1, True, True)[len(node.args) - 2 :]][:5]
-    return bool(largest) and bool(ordered) and last_axis(node.args[0], axis)
+    own = operands(node)
+    return own["largest"] and own["sorted"] and last_axis(own["self"], own["dim"])
 
 
 def _before_increasing(value: Any) -> Any:
@@ -149,15 +141,12 @@ def _adds_number(node: fx.Node) -> bool:
 
 
 _STEPS: Mapping[Any, Callable[[fx.Node], bool]] = {
-    **dict.fromkeys((*_COPIES, *_INCREASING), _always),
-    **dict.fromkeys(_ALONG_LAST, _over_last_axis),
-    **dict.fromkeys((aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar), _scales_rows),
-    **dict.fromkeys((aten.add.Tensor, aten.add.Scalar), _adds_number),
+    **dict.fromkeys((aten._to_copy.default, *_INCREASING), _always),
+    aten._softmax.default: _over_last_axis,
+    aten.mul.Tensor: _scales_rows,
+    aten.div.Tensor: _scales_rows,
+    aten.add.Tensor: _adds_number,
 }
-
-
-def _argument(node: fx.Node, position: int) -> Any:
-    return node.args[position] if len(node.args) > position else None
 
 
 def same_dtype(node: fx.Node, dtype: torch.dtype) -> bool:

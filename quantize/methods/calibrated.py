@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from moec.compiler.ir.interpreter import ProgramRunner
+from moec.compiler.ir.operands import Experts
 from moec.compiler.ir.ops import ExpertCall
 from moec.compiler.ir.program import Program
 from moec.compiler.ir.weights import LazyTensor
@@ -177,11 +178,9 @@ def _collect(program: Program, group: tuple[str, ...], windows: np.ndarray, prog
             hessians.see_linear(resolve(str(weight.target)), args[0])
 
     def on_expert(node: fx.Node, call: ExpertCall) -> None:
-        first, second = (node.args[3], node.args[5])
-        assert isinstance(first, fx.Node)
-        assert isinstance(second, fx.Node)
-        hessians.see_expert(resolve(str(first.target)), call.expert, call.inputs, call.weights)
-        hessians.see_expert(resolve(str(second.target)), call.expert, call.inner, call.weights)
+        own = Experts.of(node)
+        hessians.see_expert(resolve(str(own.gate_up_proj.target)), call.expert, call.inputs, call.weights)
+        hessians.see_expert(resolve(str(own.down_proj.target)), call.expert, call.inner, call.weights)
 
     runner = ProgramRunner(program, observer=on_node, expert_observer=on_expert)
     for index in range(0, len(windows), 4):

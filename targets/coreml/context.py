@@ -187,6 +187,11 @@ class Context:
         return LoweringError(f"{module_of(node)}: {node.target}: {reason}", hint=hint)
 
 
+def is_tensor(argument: Any) -> bool:
+    """Whether an argument of an fx node is a tensor, and no number and no size."""
+    return isinstance(argument, fx.Node) and isinstance(argument.meta.get("val"), torch.Tensor)
+
+
 def number(value: Any, dtype: torch.dtype) -> Any:
     """A Python number or list as numpy, clipped to what int32 holds: MIL has no wider integers."""
     kind = NUMPY[MIL_NAMES[dtype]]

@@ -15,6 +15,7 @@ from torch import fx
 
 from moec.compiler.common.errors import LoweringError
 from moec.compiler.common.rejections import Rejection
+from moec.compiler.ir.operands import Experts
 from moec.compiler.ir.program import ATTENTION, EXPERTS, Program
 from moec.compiler.ir.specialise import specialise, without_padding
 from moec.targets.coreml.context import MIL_NAMES, NUMPY, Context, Var
@@ -144,7 +145,8 @@ class _Function:
             if node.op == "call_function":
                 ctx.set(node, lookup(node)(ctx, node))
             if node.target is EXPERTS:
-                values = [ctx.tensor(item) for item in (*node.args[:3], node)]
+                own = Experts.of(node)
+                values = [ctx.tensor(item) for item in (own.hidden_states, own.indices, own.weights, node)]
                 built.layers.setdefault(self._entry.name, []).append(values)
         outputs = program.outputs()
         kept.replace({state.input.name: ctx.tensor(outputs[state.output.name]) for state in program.replaced})

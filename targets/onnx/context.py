@@ -14,6 +14,7 @@ from torch import fx
 
 from moec.compiler.common.errors import LoweringError
 from moec.compiler.common.rejections import Rejection
+from moec.compiler.ir.operands import Experts
 from moec.compiler.ir.program import Program, module_of
 from moec.compiler.ir.weights import LazyTensor
 from moec.quantize.lazy import Float16
@@ -192,8 +193,9 @@ class Context:
 
     def begin_layer(self, node: fx.Node) -> None:
         """Note the operands of an experts node as they are now: at them the layer can be entered by itself."""
-        roles = dict(zip(("hidden_states", "indices", "weights"), node.args[:3], strict=True))
-        self.layers.append({role: (self.tensor(item), item.meta["val"].dtype) for role, item in roles.items()})  # type: ignore[union-attr]
+        own = Experts.of(node)
+        roles = {"hidden_states": own.hidden_states, "indices": own.indices, "weights": own.weights}
+        self.layers.append({role: (self.tensor(item), item.meta["val"].dtype) for role, item in roles.items()})
 
     # Constants and weights --------------------------------------------------------------------------------------
 
@@ -300,6 +302,11 @@ class Context:
     def refuse(self, node: fx.Node, reason: str, hint: str = "") -> LoweringError:
         """The error for a node that has no form here."""
         return LoweringError(f"{module_of(node)}: {node.target}: {reason}", hint=hint)
+
+
+def is_tensor(argument: Any) -> bool:
+    """Whether an argument of an fx node is a tensor, and no number and no size."""
+    return isinstance(argument, fx.Node) and isinstance(argument.meta.get("val"), torch.Tensor)
 
 
 def np_dtype(dtype: torch.dtype) -> Any:

@@ -12,6 +12,7 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
+from moec.compiler.ir.operands import Attention
 from moec.compiler.ir.program import ATTENTION, EXPERTS, Program, TensorSpec, module_of
 from moec.compiler.ir.weights import LazyTensor
 from moec.targets.onnx.context import AXIS_NAMES, DTYPES, MS, Context, Dialect
@@ -102,11 +103,8 @@ def _inputs(ctx: Context) -> list[ir.Value]:
 
 def _cache_position(ctx: Context, placeholders: list[fx.Node]) -> ir.Value:
     """The new tokens lie behind the past: P, P + 1, ..., P + S - 1."""
-    attention = ctx.program.nodes(ATTENTION)[0]
-    past_key, key = attention.args[3], placeholders[0]
-    assert isinstance(past_key, fx.Node)
-    past = ctx.axis_length(past_key, 2)
-    total = ctx.op("Add", past, ctx.axis_length(key, 1))
+    past = ctx.axis_length(Attention.of(ctx.program.nodes(ATTENTION)[0]).past_key, 2)
+    total = ctx.op("Add", past, ctx.axis_length(placeholders[0], 1))
     return ctx.op("Range", past, total, ctx.constant(np.int64(1)))
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from moec.compiler.common.errors import LoweringError
+from moec.compiler.ir.operands import Experts
 from moec.compiler.ir.program import ATTENTION, EXPERTS, Program
 from moec.compiler.ir.specialise import specialise, without_padding
 from moec.targets.tflite.context import TENSOR_TYPES, Context, Settings, Shared
@@ -84,7 +85,8 @@ def _signature(program: Program, shared: Shared, settings: Settings, name: str) 
         if node.op == "call_function":
             ctx.set(node, _constant(ctx, node) if _is_constant(ctx, node) else lookup(node)(ctx, node))
             if node.target is EXPERTS:
-                layers.append([ctx.tensor(item).index for item in (*node.args[:3], node)])
+                own = Experts.of(node)
+                layers.append([ctx.tensor(item).index for item in (own.hidden_states, own.indices, own.weights, node)])
     _outputs(ctx, program, count)
     return ctx.graph, layers
 

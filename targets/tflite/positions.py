@@ -15,7 +15,6 @@ from moec.compiler.common.errors import LoweringError
 from moec.compiler.ir.program import Program, module_of, moe_layers
 
 aten = torch.ops.aten
-_ADDITIONS = (aten.add.Tensor, aten.add.Scalar)
 
 
 def from_input(program: Program) -> Program:
@@ -27,7 +26,7 @@ def from_input(program: Program) -> Program:
     graph = program.copy_graph()
     position = next(node for node in graph.find_nodes(op="placeholder") if node.target == "cache_position")
     for node in list(graph.nodes):
-        if node.target in _ADDITIONS and _counts_from_past(program, node):
+        if node.target is aten.add.Tensor and _counts_from_past(program, node):
             node.replace_all_uses_with(position)
     graph.eliminate_dead_code()
     for node in graph.nodes:
@@ -42,12 +41,10 @@ def from_input(program: Program) -> Program:
 
 
 def _counts_from_past(program: Program, node: fx.Node) -> bool:
-    if node.kwargs.get("alpha", 1) != 1:
-        return False
     sequence, past = str(program.dims.get("sequence")), str(program.dims.get("past_sequence"))
     return any(
         _is_line(line, sequence) and isinstance(offset, fx.Node) and str(offset.meta.get("val")) == past
-        for line, offset in (node.args[:2], node.args[1::-1])
+        for line, offset in (node.args, node.args[::-1])
     )
 
 
@@ -55,7 +52,8 @@ def _is_line(argument: Any, sequence: str) -> bool:
     """Whether `argument` is 0, 1, ... one number for each new token."""
     return (
         isinstance(argument, fx.Node)
-        and argument.target is aten.arange.default
+        and argument.target is aten.arange.start_step
+        and (argument.args[0], argument.args[2]) == (0, 1)
         and argument.meta["val"].dtype is torch.int64
         and str(argument.meta["val"].shape[0]) == sequence
     )

@@ -94,14 +94,13 @@ class Weights:
             lambda key: _quantized(key, tensor, tensor.shape, lambda: _row_slices(tensor), name),
         )
 
-    def expert(self, name: str, index: int, dtype: torch.dtype, *, transposed: bool, interleaved: bool) -> Weight:
+    def expert(self, name: str, index: int, dtype: torch.dtype, *, interleaved: bool) -> Weight:
         """The matrix [N, K] (or bias [N]) of one expert of a stack.
 
         Args:
             name: The stack.
             index: The expert.
             dtype: Dtype in the graph.
-            transposed: Whether the stack holds [in, out].
             interleaved: Whether its rows alternate gate and up; in the file they follow one another.
 
         Raises:
@@ -110,23 +109,16 @@ class Weights:
         tensor, name = self._store[name], self._store.resolve(name)
 
         def order(value: Tensor) -> Tensor:
-            turned = value.T if transposed and value.ndim == 2 else value
-            return torch.cat([turned[0::2], turned[1::2]]) if interleaved else turned
+            return torch.cat([value[0::2], value[1::2]]) if interleaved else value
 
-        if (form := format_of(tensor)) is None:
+        if format_of(tensor) is None:
             stored = _stored_dtype(tensor, dtype)
 
             def chunks() -> Iterator[Chunk]:
                 yield _bytes(order(tensor.rows(index, index + 1)[0].to(stored))), None
 
             shape = tensor.shape[1:]
-            if transposed and len(shape) == 2:
-                shape = (shape[1], shape[0])
             return self._once((name, index), lambda _: Weight(f"{name}.{index}", shape, _kind(stored), chunks))
-        if transposed:
-            raise LoweringError(
-                f"{name}: {form} scales along the outputs of its experts, which LiteRT cannot express", hint=HINT
-            )
 
         def slices() -> Iterator[tuple[Tensor, Tensor]]:
             own = tensor.quantized_rows(index, index + 1)[0]  # type: ignore[attr-defined]

@@ -1,7 +1,6 @@
 """Small programs built by hand, and two families captured once, for the tests of passes."""
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,9 +9,6 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from moec.compiler.families.tiny_models import write_tiny_checkpoint
-from moec.compiler.frontend.capture import capture
-from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.ir.fake_values import infer
 from moec.compiler.ir.interpreter import Interpreter
 from moec.compiler.ir.program import Program, TensorSpec, moe_layers
@@ -73,10 +69,9 @@ FAMILIES = ("mixtral", "deepseek_v2")
 
 
 @pytest.fixture(scope="session")
-def captured(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Program]:
+def captured(capture_of: Callable[..., Program]) -> Mapping[str, Program]:
     """A plain family, and one with complex rotary tables, slice writes and group-limited routing."""
-    directory: Path = tmp_path_factory.mktemp("tiny")
-    return {family: capture(Checkpoint.open(write_tiny_checkpoint(family, directory / family))) for family in FAMILIES}
+    return {family: capture_of(family) for family in FAMILIES}
 
 
 @pytest.fixture(scope="session")

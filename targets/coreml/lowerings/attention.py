@@ -10,23 +10,24 @@ import numpy as np
 import torch
 from torch import fx
 
+from moec.compiler.ir.operands import Attention
 from moec.compiler.ir.program import ATTENTION
-from moec.targets.coreml.context import MIL_NAMES, Context, Var, integer, real
+from moec.targets.coreml.context import MIL_NAMES, Context, Var
 from moec.targets.coreml.lowerings.elementwise import Lowering, where
 from moec.targets.coreml.lowerings.shape import cut
 
 
 def _attention(ctx: Context, node: fx.Node) -> Sequence[Var | None]:
-    query, key, value, past_key, past_value, _position, _mask, sinks, _scale, _kind, _window, softcap = node.args
-    dtype = _fake(query).dtype
-    keys = ctx.settings["states"].update(ctx.settings["state_names"][past_key], ctx.tensor(key))
-    values = ctx.settings["states"].update(ctx.settings["state_names"][past_value], ctx.tensor(value))
-    heads, groups = int(_fake(query).shape[1]), int(_fake(key).shape[1])
+    own = Attention.of(node)
+    names, states = ctx.settings["state_names"], ctx.settings["states"]
+    keys = states.update(names[own.past_key], ctx.tensor(own.key))
+    values = states.update(names[own.past_value], ctx.tensor(own.value))
+    heads, groups = _heads(node)
     # Query heads that share keys lie one after the other, as further rows of queries: no copy of the keys.
-    rows = _grouped(ctx, query, groups, dtype)
-    form = _elementary if sinks is not None or softcap else _fused
+    rows = _grouped(ctx, own.query, groups)
+    form = _elementary if own.sinks is not None or own.softcap else _fused
     mixed = form(ctx, node, rows, keys, values)
-    width = int(_fake(value).shape[3])
+    width = int(own.value.meta["val"].shape[3])
     out = ctx.mb.reshape(x=mixed, shape=ctx.ints(1, heads, -1, width))
     out = ctx.mb.transpose(x=out, perm=ctx.ints(0, 2, 1, 3))
     # The present keys and values are the states; nothing but the output of the Program refers to them.
@@ -39,9 +40,15 @@ def result_dtype_of(node: fx.Node) -> torch.dtype:
     return dtype
 
 
-def _grouped(ctx: Context, query: Any, groups: int, dtype: torch.dtype) -> Var:
+def _heads(node: fx.Node) -> tuple[int, int]:
+    """Number of heads of the queries and of the keys."""
+    own = Attention.of(node)
+    return int(own.query.meta["val"].shape[1]), int(own.key.meta["val"].shape[1])
+
+
+def _grouped(ctx: Context, query: fx.Node, groups: int) -> Var:
     """[1, Hq, S, D] -> [1, Hkv, Hq / Hkv * S, D]."""
-    value, shape = ctx.tensor(query, dtype), _fake(query).shape
+    value, shape = ctx.tensor(query), query.meta["val"].shape
     if int(shape[1]) == groups:
         return value
     return ctx.mb.reshape(x=value, shape=ctx.ints(1, groups, -1, int(shape[3])))
@@ -49,19 +56,20 @@ def _grouped(ctx: Context, query: Any, groups: int, dtype: torch.dtype) -> Var:
 
 def _fused(ctx: Context, node: fx.Node, rows: Var, keys: Var, values: Var) -> Var:
     """`scaled_dot_product_attention`, whose scale is always 1 / sqrt(width)."""
-    query, scale = node.args[0], real(node.args[8])
-    width = int(_fake(query).shape[3])
-    factor = scale * math.sqrt(width)
+    own = Attention.of(node)
+    fake = own.query.meta["val"]
+    factor = own.scale * math.sqrt(int(fake.shape[3]))
     if not math.isclose(factor, 1.0, rel_tol=1e-6):
-        rows = ctx.mb.mul(x=rows, y=ctx.tensor(factor, _fake(query).dtype))
+        rows = ctx.mb.mul(x=rows, y=ctx.tensor(factor, fake.dtype))
     return ctx.mb.scaled_dot_product_attention(query=rows, key=keys, value=values, attn_mask=_mask_rows(ctx, node))
 
 
 def _elementary(ctx: Context, node: fx.Node, rows: Var, keys: Var, values: Var) -> Var:
     """Attention with a soft cap, or with one more column per head in the softmax (gpt-oss)."""
-    mb, query, sinks, softcap = ctx.mb, node.args[0], node.args[7], real(node.args[11])
+    mb, own = ctx.mb, Attention.of(node)
+    sinks, softcap = own.sinks, own.softcap
     product = mb.matmul(x=rows, y=keys, transpose_y=ctx.constant(True))
-    logits = mb.mul(x=ctx.cast(product, "fp32"), y=ctx.tensor(real(node.args[8]), torch.float32))
+    logits = mb.mul(x=ctx.cast(product, "fp32"), y=ctx.tensor(own.scale, torch.float32))
     if softcap:
         capped = mb.tanh(x=mb.mul(x=logits, y=ctx.tensor(1 / softcap, torch.float32)))
         logits = mb.mul(x=capped, y=ctx.tensor(softcap, torch.float32))
@@ -72,14 +80,15 @@ def _elementary(ctx: Context, node: fx.Node, rows: Var, keys: Var, values: Var) 
     probabilities = mb.softmax(x=logits, axis=-1)
     if sinks is not None:
         probabilities = cut(ctx, probabilities, 3, 0, ctx.settings["context"])
-    return mb.matmul(x=ctx.cast(probabilities, MIL_NAMES[_fake(query).dtype]), y=values)
+    return mb.matmul(x=ctx.cast(probabilities, MIL_NAMES[own.query.meta["val"].dtype]), y=values)
 
 
 def _sink_column(ctx: Context, node: fx.Node, logits: Var) -> Var:
     """The sink of each row's head: [1, Hkv, G * S, 1] float32."""
-    heads = int(_fake(node.args[0]).shape[1])
-    groups = int(_fake(node.args[1]).shape[1])
-    sinks = ctx.mb.reshape(x=ctx.tensor(node.args[7], torch.float32), shape=ctx.ints(1, groups, heads // groups, 1))
+    heads, groups = _heads(node)
+    sinks = ctx.mb.reshape(
+        x=ctx.tensor(Attention.of(node).sinks, torch.float32), shape=ctx.ints(1, groups, heads // groups, 1)
+    )
     first = ctx.mb.mul(x=cut(ctx, logits, 3, 0, 1), y=ctx.tensor(0.0, torch.float32))
     # The masked minimum times 0 is 0, never NaN: it is finite.
     spread = ctx.mb.reshape(x=first, shape=ctx.ints(1, groups, heads // groups, -1))
@@ -88,7 +97,8 @@ def _sink_column(ctx: Context, node: fx.Node, logits: Var) -> Var:
 
 def _mask_rows(ctx: Context, node: fx.Node) -> Var:
     """The mask for grouped rows: [1, 1, G * S, context] bool, made once for all layers that share it."""
-    times = int(_fake(node.args[0]).shape[1]) // int(_fake(node.args[1]).shape[1])
+    heads, groups = _heads(node)
+    times = heads // groups
     mask = visible(ctx, node)
     if times == 1:
         return mask
@@ -100,8 +110,9 @@ def _mask_rows(ctx: Context, node: fx.Node) -> Var:
     return ctx.shared(("mask rows", *_mask_key(node), times), make)
 
 
-def _mask_key(node: fx.Node) -> tuple[Any, ...]:
-    return node.args[5], node.args[9], node.args[10]
+def _mask_key(node: fx.Node) -> tuple[fx.Node, str, int]:
+    own = Attention.of(node)
+    return own.cache_position, own.kind, own.window
 
 
 def visible(ctx: Context, node: fx.Node) -> Var:
@@ -119,10 +130,10 @@ def visible(ctx: Context, node: fx.Node) -> Var:
         if ctx.settings["first_slot"] is not None:
             allowed = mb.logical_and(x=allowed, y=mb.greater_equal(x=slots, y=ctx.constant(np.int32(0))))
         if kind == "sliding":
-            low = mb.sub(x=query, y=ctx.constant(np.int32(integer(window))))
+            low = mb.sub(x=query, y=ctx.constant(np.int32(window)))
             allowed = mb.logical_and(x=allowed, y=mb.greater(x=slots, y=low))
         if kind == "chunked":
-            size = ctx.constant(np.int32(integer(window)))
+            size = ctx.constant(np.int32(window))
             same = mb.equal(x=mb.floor_div(x=slots, y=size), y=mb.floor_div(x=query, y=size))
             allowed = mb.logical_and(x=allowed, y=same)
         return allowed
@@ -135,13 +146,6 @@ def _slot_positions(ctx: Context) -> Var:
     slots = ctx.constant(np.arange(ctx.settings["context"], dtype=np.int32)[None, None, None])
     first = ctx.settings["first_slot"]
     return slots if first is None else ctx.shared("slot positions", lambda: ctx.mb.sub(x=slots, y=first))
-
-
-def _fake(argument: Any) -> torch.Tensor:
-    assert isinstance(argument, fx.Node)
-    value = argument.meta["val"]
-    assert isinstance(value, torch.Tensor)
-    return value
 
 
 TABLE: Mapping[Any, Lowering] = {ATTENTION: _attention}

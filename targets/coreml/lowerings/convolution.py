@@ -17,9 +17,7 @@ aten = torch.ops.aten
 
 def _conv1d(ctx: Context, node: fx.Node) -> Var:
     """[1, C, S] with a weight [C', C / groups, K] -> [1, C', S']; padding is the same on both sides."""
-    defaults: list[Any] = [None, [1], [0], [1], 1]
-    arguments: list[Any] = [*node.args, *defaults[len(node.args) - 2 :]]
-    x, weight, bias, stride, padding, dilation, groups = arguments
+    x, weight, bias, stride, padding, dilation, groups = node.args
     dtype = result_dtype(node)
     given = {} if bias is None else {"bias": ctx.tensor(bias, dtype)}
     return ctx.mb.conv(

@@ -20,46 +20,40 @@ import numpy as np
 import torch
 from torch import fx
 
+from moec.compiler.ir.operands import Experts, Select
 from moec.compiler.ir.ops import Gate
 from moec.compiler.ir.program import EXPERTS, SELECT
 from moec.targets.coreml.context import MIL_NAMES, NUMPY, Context, Var, result_dtype
-from moec.targets.coreml.lowerings.elementwise import Lowering, where
+from moec.targets.coreml.lowerings.elementwise import Lowering
 from moec.targets.coreml.lowerings.shape import cut
 from moec.targets.coreml.package import EXPERT_SCOPE
 
 
-def gate_of(node: fx.Node) -> Gate:
-    """The activation of an experts node."""
-    activation, gated, interleaved, _transposed, alpha, limit, up_offset = node.args[7:14]
-    return Gate(activation, gated, interleaved, alpha, limit, up_offset)  # type: ignore[arg-type]
-
-
 def dense_weights(ctx: Context, node: fx.Node) -> Var:
     """Routing weights as [T, E] float32: 0 for every expert that a token does not use."""
-    indices, weights, gate_up = node.args[1:4]
-    mb, count = ctx.mb, int(gate_up.meta["val"].shape[0])  # type: ignore[union-attr]
-    experts = ctx.constant(np.arange(count, dtype=np.int32)[None, None])
-    picked = mb.expand_dims(x=ctx.tensor(indices, torch.int32), axes=ctx.ints(2))
+    own, mb = Experts.of(node), ctx.mb
+    experts = ctx.constant(np.arange(own.num_experts, dtype=np.int32)[None, None])
+    picked = mb.expand_dims(x=ctx.tensor(own.indices, torch.int32), axes=ctx.ints(2))
     hot = ctx.cast(mb.equal(x=picked, y=experts), "fp32")
-    spread = mb.mul(x=hot, y=mb.expand_dims(x=ctx.tensor(weights, torch.float32), axes=ctx.ints(2)))
+    spread = mb.mul(x=hot, y=mb.expand_dims(x=ctx.tensor(own.weights, torch.float32), axes=ctx.ints(2)))
     return mb.reduce_sum(x=spread, axes=ctx.ints(1), keep_dims=ctx.constant(False))
 
 
 def _experts(ctx: Context, node: fx.Node) -> Var:
-    hidden, gate_up = node.args[0], node.args[3]
-    if not all(item is None or (isinstance(item, fx.Node) and item.op == "get_attr") for item in node.args[3:7]):
+    own, dtype = Experts.of(node), result_dtype(node)
+    if not all(stack.op == "get_attr" for stack in own.stacks.values()):
         raise ctx.refuse(node, "the weights of the experts are computed in the graph", "run the common passes")
-    count, dtype = int(gate_up.meta["val"].shape[0]), result_dtype(node)  # type: ignore[union-attr]
-    x, dense = ctx.tensor(hidden, dtype), dense_weights(ctx, node)
+    x, dense = ctx.tensor(own.hidden_states, dtype), dense_weights(ctx, node)
     number = ctx.shared("experts layers", lambda: [0])
     # Made here once, for every branch to refer to: inside of a branch each would be made again.
     for shared in (2, len(x.shape) - 1):
         ctx.constant(np.int32(shared))
     ctx.text("fp32")
-    for weight, bias in (node.args[3:5], node.args[5:7]):
-        if bias is None and not node.args[10]:
-            ctx.zeros(int(weight.meta["val"].shape[1]), dtype)  # type: ignore[union-attr]
-    layer = Layer(dense, count, x, f"{EXPERT_SCOPE}{number[0]}", partial(_expert, ctx, node, x, number[0]))
+    for weight, bias in ((own.gate_up_proj, own.gate_up_bias), (own.down_proj, own.down_bias)):
+        if bias is None:
+            ctx.zeros(int(weight.meta["val"].shape[1]), dtype)
+    expert = partial(_expert, ctx, node, x, number[0])
+    layer = Layer(dense, own.num_experts, x, f"{EXPERT_SCOPE}{number[0]}", expert)
     number[0] += 1
     if not ctx.settings["skip_experts"]:
         total = _all(ctx, layer)
@@ -189,25 +183,29 @@ def _of_used(ctx: Context, used: Var, result: Var) -> Var:
 
 
 def _expert(ctx: Context, node: fx.Node, x: Var, layer: int, index: int) -> Var:
-    gate_up, gate_up_bias, down, down_bias = node.args[3:7]
-    projected = _project(ctx, node, x, (gate_up, gate_up_bias), index, (layer, "up"))
-    activated = _activate(ctx, projected, gate_of(node), result_dtype(node))
-    return _project(ctx, node, activated, (down, down_bias), index, (layer, "down"))
+    own, dtype = Experts.of(node), result_dtype(node)
+    projected = _project(ctx, x, (own.gate_up_proj, own.gate_up_bias), index, (layer, "up"), dtype)
+    activated = _activate(ctx, projected, own.gate, dtype)
+    return _project(ctx, activated, (own.down_proj, own.down_bias), index, (layer, "down"), dtype)
 
 
-def _project(ctx: Context, node: fx.Node, x: Var, tensors: tuple[Any, Any], index: int, place: tuple[int, str]) -> Var:
-    dtype, transposed, (layer, part) = result_dtype(node), bool(node.args[10]), place
+def _project(
+    ctx: Context,
+    x: Var,
+    tensors: tuple[fx.Node, fx.Node | None],
+    index: int,
+    place: tuple[int, str],
+    dtype: torch.dtype,
+) -> Var:
+    layer, part = place
     name = f"{EXPERT_SCOPE}{layer}_{index}_{part}"
     weight, bias = (
         None if item is None else _row(ctx, item, index, dtype, f"{letter}{layer}_{{}}_{part}")
         for item, letter in zip(tensors, "wb", strict=True)
     )
     assert weight is not None
-    if not transposed:
-        width = int(weight.shape[0])
-        return ctx.mb.linear(x=x, weight=weight, bias=ctx.zeros(width, dtype) if bias is None else bias, name=name)
-    product = ctx.mb.matmul(x=x, y=weight, name=name)
-    return product if bias is None else ctx.mb.add(x=product, y=bias)
+    bias = ctx.zeros(int(weight.shape[0]), dtype) if bias is None else bias
+    return ctx.mb.linear(x=x, weight=weight, bias=bias, name=name)
 
 
 def _row(ctx: Context, argument: fx.Node, index: int, dtype: torch.dtype, pattern: str) -> Var:
@@ -253,23 +251,16 @@ def _activation(ctx: Context, x: Var, gate: Gate, dtype: torch.dtype) -> Var:
 
 
 def _select(ctx: Context, node: fx.Node) -> Var:
-    """`moec::select`: zero what the policy drops, never the largest, and keep the sum of the row if asked."""
-    weights, keep, renormalize = node.args
-    mb, dtype = ctx.mb, result_dtype(node)
-    value, count = ctx.tensor(weights, dtype), int(node.meta["val"].shape[1])
-    best = mb.reduce_argmax(x=value, axis=1, keep_dims=True)
-    largest = mb.equal(x=ctx.constant(np.arange(count, dtype=np.int32)[None]), y=best)
-    zero, one = (ctx.constant(NUMPY[MIL_NAMES[dtype]](item)) for item in (0, 1))
-    wanted = mb.logical_or(x=ctx.tensor(keep, torch.bool), y=largest)
-    kept = mb.select(cond=wanted, a=value, b=zero)
-    if not renormalize:
+    """`moec::select`: zero what the policy drops and keep the sum of the row if asked."""
+    own, mb, dtype = Select.of(node), ctx.mb, result_dtype(node)
+    value = ctx.tensor(own.weights)
+    kept = mb.select(cond=ctx.tensor(own.keep), a=value, b=ctx.tensor(0.0, dtype))
+    if not own.renormalize:
         return kept
     before, after = (mb.reduce_sum(x=item, axes=ctx.ints(1), keep_dims=True) for item in (value, kept))
-    empty = mb.equal(x=after, y=zero)
-    shape = tuple(after.shape)
-    safe = where(ctx, empty, one, after, shape)
-    ratio = where(ctx, empty, one, mb.real_div(x=before, y=safe), shape)
-    return mb.mul(x=kept, y=ratio)
+    # A row of zeros stays one: its sum is divided by the smallest number that is not 0.
+    safe = mb.maximum(x=after, y=ctx.tensor(float(torch.finfo(dtype).tiny), dtype))
+    return mb.mul(x=kept, y=mb.real_div(x=before, y=safe))
 
 
 TABLE: Mapping[Any, Lowering] = {EXPERTS: _experts, SELECT: _select}

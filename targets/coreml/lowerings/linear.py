@@ -20,7 +20,7 @@ def project(ctx: Context, x: Var, weight: Var, bias: Var | None, dtype: torch.dt
 
 
 def _linear(ctx: Context, node: fx.Node) -> Var:
-    x, weight, bias = [*node.args, None][:3]
+    x, weight, bias = node.args
     assert isinstance(weight, fx.Node)
     dtype = result_dtype(node)
     value = ctx.tensor(x, dtype)
@@ -32,20 +32,11 @@ def _linear(ctx: Context, node: fx.Node) -> Var:
 
 
 def _matmul(ctx: Context, node: fx.Node) -> Var:
-    dtype = result_dtype(node)
-    return ctx.mb.matmul(x=ctx.tensor(node.args[0], dtype), y=ctx.tensor(node.args[1], dtype))
-
-
-def _addmm(ctx: Context, node: fx.Node) -> Var:
-    dtype = result_dtype(node)
-    bias, left, right = (ctx.tensor(argument, dtype) for argument in node.args[:3])
-    return ctx.mb.add(x=ctx.mb.matmul(x=left, y=right), y=bias)
+    left, right = node.args
+    return ctx.mb.matmul(x=ctx.tensor(left), y=ctx.tensor(right))
 
 
 TABLE: Mapping[Any, Lowering] = {
     aten.linear.default: _linear,
     aten.matmul.default: _matmul,
-    aten.mm.default: _matmul,
-    aten.bmm.default: _matmul,
-    aten.addmm.default: _addmm,
 }

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from moec.compiler.ir.operands import RmsNorm, Rotary
 from moec.compiler.ir.program import RMS_NORM, ROTARY
 from moec.targets.coreml.context import MIL_NAMES, Context, Var, integer, listed, rank, real, result_dtype
 from moec.targets.coreml.lowerings.elementwise import Lowering
@@ -16,18 +17,17 @@ aten = torch.ops.aten
 
 
 def _rms_norm(ctx: Context, node: fx.Node) -> Var:
-    x, weight, eps = node.args
-    mb, dtype = ctx.mb, result_dtype(node)
-    value = ctx.tensor(x, torch.float32)
+    own, mb, dtype = RmsNorm.of(node), ctx.mb, result_dtype(node)
+    value = ctx.tensor(own.hidden_states, torch.float32)
     mean = mb.reduce_mean(x=mb.mul(x=value, y=value), axes=ctx.ints(-1), keep_dims=ctx.constant(True))
-    shifted = mb.add(x=mean, y=ctx.tensor(real(eps), torch.float32))
+    shifted = mb.add(x=mean, y=ctx.tensor(own.eps, torch.float32))
     scaled = mb.mul(x=value, y=mb.rsqrt(x=shifted, epsilon=ctx.tensor(0.0, torch.float32)))
     normed = ctx.cast(scaled, MIL_NAMES[dtype])
-    return normed if weight is None else mb.mul(x=normed, y=ctx.tensor(weight, dtype))
+    return normed if own.weight is None else mb.mul(x=normed, y=ctx.tensor(own.weight, dtype))
 
 
 def _layer_norm(ctx: Context, node: fx.Node) -> Var:
-    x, sizes, weight, bias, eps = [*node.args, *(None, None, 1e-5)[len(node.args) - 2 :]][:5]
+    x, sizes, weight, bias, eps, _cudnn = node.args
     dtype, widths = result_dtype(node), listed(sizes)
     if len(widths) != 1:
         raise ctx.refuse(node, "a layer norm over several axes has no form")
@@ -46,14 +46,13 @@ def _layer_norm(ctx: Context, node: fx.Node) -> Var:
 
 def _rotary(ctx: Context, node: fx.Node) -> Var:
     """`x * cos + [-x2, x1] * sin`."""
-    x, cos, sin = node.args
-    mb, dtype, axis = ctx.mb, result_dtype(node), rank(node) - 1
-    value = ctx.tensor(x, dtype)
+    own, mb, dtype, axis = Rotary.of(node), ctx.mb, result_dtype(node), rank(node) - 1
+    value = ctx.tensor(own.x, dtype)
     if integer(int(node.meta["val"].shape[-1])) % 2:
         raise ctx.refuse(node, "a rotary embedding of odd width has no form")
     first, second = mb.split(x=value, num_splits=2, axis=axis)
     turned = mb.concat(values=[mb.mul(x=second, y=ctx.tensor(-1.0, dtype)), first], axis=axis)
-    return mb.add(x=mb.mul(x=value, y=ctx.tensor(cos, dtype)), y=mb.mul(x=turned, y=ctx.tensor(sin, dtype)))
+    return mb.add(x=mb.mul(x=value, y=ctx.tensor(own.cos, dtype)), y=mb.mul(x=turned, y=ctx.tensor(own.sin, dtype)))
 
 
 TABLE: Mapping[Any, Lowering] = {

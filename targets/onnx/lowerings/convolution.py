@@ -16,9 +16,7 @@ aten = torch.ops.aten
 
 def _conv1d(ctx: Context, node: fx.Node) -> ir.Value:
     """[B, C, S] with a weight [C', C / groups, K] -> [B, C', S']; padding is the same on both sides."""
-    defaults: list[Any] = [None, [1], [0], [1], 1]
-    arguments: list[Any] = [*node.args, *defaults[len(node.args) - 2 :]]
-    x, weight, bias, stride, padding, dilation, groups = arguments
+    x, weight, bias, stride, padding, dilation, groups = node.args
     dtype = result_dtype(node)
     return ctx.op(
         "Conv",

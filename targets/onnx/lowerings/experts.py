@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from moec.compiler.common.rejections import Rejection
+from moec.compiler.ir.operands import Experts, Select
 from moec.compiler.ir.ops import Gate
 from moec.compiler.ir.program import EXPERTS, SELECT, Program, module_of
 from moec.quantize.lazy import Quantized
@@ -27,12 +28,6 @@ from moec.targets.onnx.lowerings.layouts import kernel_layout
 aten = torch.ops.aten
 PLAIN_KERNELS = ("relu", "silu", "identity")
 """Activations without a gate that the `MoE` kernel computes as torch does (its gelu is another approximation)."""
-
-
-def gate_of(node: fx.Node) -> Gate:
-    """The activation of an experts node."""
-    activation, gated, interleaved, _transposed, alpha, limit, up_offset = node.args[7:14]
-    return Gate(activation, gated, interleaved, alpha, limit, up_offset)  # type: ignore[arg-type]
 
 
 def kernel_refusal(gate: Gate) -> str:
@@ -53,8 +48,9 @@ def refusals(program: Program, *, contrib: bool) -> tuple[Rejection, ...]:
     """
     found = []
     for node in program.nodes(EXPERTS):
-        form = next((form for position in (3, 5) if (form := _format(program, node.args[position]))), "")
-        reason = kernel_refusal(gate_of(node)) if contrib else "standard ONNX has no product of quantized experts"
+        own = Experts.of(node)
+        form = _format(program, own.gate_up_proj) or _format(program, own.down_proj)
+        reason = kernel_refusal(own.gate) if contrib else "standard ONNX has no product of quantized experts"
         if form and reason:
             found.append(Rejection("onnx", module_of(node), f"{reason}, so experts in {form} have no form here"))
     return tuple(found)
@@ -81,12 +77,12 @@ def kernel_attributes(gate: Gate) -> dict[str, Any]:
 
 def dense_weights(ctx: Context, node: fx.Node) -> ir.Value:
     """Routing weights as [T, E]: 0 for every expert that a token does not use."""
-    return _spread(ctx, node, ctx.tensor(node.args[2], result_dtype(node)))
+    return _spread(ctx, node, ctx.tensor(Experts.of(node).weights, result_dtype(node)))
 
 
-def is_select(weights: Any) -> bool:
+def is_select(weights: fx.Node) -> bool:
     """Whether routing weights come out of a policy's selection."""
-    return isinstance(weights, fx.Node) and weights.target is SELECT
+    return weights.target is SELECT
 
 
 def _spread(ctx: Context, node: fx.Node, slots: ir.Value) -> ir.Value:
@@ -95,22 +91,23 @@ def _spread(ctx: Context, node: fx.Node, slots: ir.Value) -> ir.Value:
     By comparison and a sum over k: a scatter would have to add, since a slot that was dropped may name the expert of
     another, and several threads that add lose updates in ONNX Runtime (microsoft/onnxruntime#18048, #23396).
     """
-    count, dtype = int(node.args[3].meta["val"].shape[0]), result_dtype(node)  # type: ignore[union-attr]
-    numbers = ctx.constant(np.arange(count, dtype=np.int64).reshape(1, 1, -1))
-    own = ctx.op("Equal", ctx.op("Unsqueeze", ctx.tensor(node.args[1], torch.int64), ctx.ints(2)), numbers)
+    operands, dtype = Experts.of(node), result_dtype(node)
+    numbers = ctx.constant(np.arange(operands.num_experts, dtype=np.int64).reshape(1, 1, -1))
+    own = ctx.op("Equal", ctx.op("Unsqueeze", ctx.tensor(operands.indices, torch.int64), ctx.ints(2)), numbers)
     zero = ctx.constant(np.asarray(0, np_dtype(dtype)))
     spread = ctx.op("Where", own, ctx.op("Unsqueeze", slots, ctx.ints(2)), zero)
     return ctx.op("ReduceSum", spread, ctx.ints(1), keepdims=0)
 
 
 def _experts(ctx: Context, node: fx.Node) -> ir.Value:
-    gate = gate_of(node)
+    own = Experts.of(node)
+    gate = own.gate
     refusal = kernel_refusal(gate) if ctx.dialect.contrib else ""
     if refusal:
         ctx.reject(node, f"{refusal}: experts run in standard ops, two products each")
     if refusal or not ctx.dialect.contrib:
         return grouped(ctx, node, gate)
-    if all(_is_quantized(ctx, node.args[position]) for position in (3, 5)):
+    if all(_is_quantized(ctx, stack) for stack in (own.gate_up_proj, own.down_proj)):
         return quantized.experts(ctx, node, gate, dense_weights(ctx, node), kernel_attributes(gate))
     if ctx.dialect.grouped:
         return grouped(ctx, node, gate)
@@ -122,38 +119,42 @@ def _is_quantized(ctx: Context, argument: Any) -> bool:
 
 
 def _kernel(ctx: Context, node: fx.Node, gate: Gate) -> ir.Value:
-    hidden, indices, weights, *tensors = node.args[:7]
-    transposed, dtype = bool(node.args[10]), result_dtype(node)
+    own, dtype = Experts.of(node), result_dtype(node)
+    weights = own.weights
     operands = [
-        None if tensor is None else _kernel_tensor(ctx, tensor, gate, transposed=transposed, first=position < 2)
-        for position, tensor in enumerate(tensors)
+        None if tensor is None else _kernel_tensor(ctx, tensor, gate, first=first)
+        for tensor, first in (
+            (own.gate_up_proj, True),
+            (own.gate_up_bias, True),
+            (own.down_proj, False),
+            (own.down_bias, False),
+        )
     ]
     # The kernel normalises its weights: what a policy keeps need not be scaled, and the sum is that of what it saw.
-    scaled = is_select(weights) and bool(weights.args[2])  # type: ignore[union-attr]
-    slots = _kept(ctx, weights) if scaled else ctx.tensor(weights, dtype)  # type: ignore[arg-type]
+    scaled = is_select(weights) and Select.of(weights).renormalize
+    slots = _kept(ctx, weights) if scaled else ctx.tensor(weights, dtype)
     dense = _spread(ctx, node, slots)
     out = ctx.op(
         "MoE",
-        ctx.tensor(hidden),
+        ctx.tensor(own.hidden_states),
         ctx.op("Log", dense),
         *operands,
         domain=MS,
-        k=int(indices.meta["val"].shape[1]),  # type: ignore[union-attr]
+        k=own.top_k,
         normalize_routing_weights=1,
         **kernel_attributes(gate),
     )
-    sums = _row_sum(ctx, weights.args[0] if scaled else weights, dtype)  # type: ignore[union-attr]
+    sums = _row_sum(ctx, Select.of(weights).weights if scaled else weights, dtype)
     if scaled:
         ctx.layers[-1] |= {"weights": (slots, dtype), "weight_sums": (sums, dtype)}
     return ctx.op("Mul", out, sums)
 
 
-def _kernel_tensor(ctx: Context, argument: Any, gate: Gate, *, transposed: bool, first: bool) -> ir.Value:
-    tensor = kernel_layout(ctx.lazy(argument), gate, transposed=transposed, first=first)
+def _kernel_tensor(ctx: Context, argument: fx.Node, gate: Gate, *, first: bool) -> ir.Value:
+    tensor = kernel_layout(ctx.lazy(argument), gate, first=first)
     name = ctx.program.weights.resolve(str(argument.target))
     interleaved = first and gate.gated and not gate.interleaved
-    swapped = transposed and len(tensor.shape) == 3
-    ctx.experts[name] = {"initializer": f"{name}.moe", "interleaved": interleaved, "transposed": swapped}
+    ctx.experts[name] = {"initializer": f"{name}.moe", "interleaved": interleaved, "transposed": False}
     half = ctx.stored_half(name)
     if half and tensor.dtype is torch.float32:
         ctx.experts[name]["initializer"] = f"{name}.moe.fp16"
@@ -162,32 +163,30 @@ def _kernel_tensor(ctx: Context, argument: Any, gate: Gate, *, transposed: bool,
 
 def _select(ctx: Context, node: fx.Node) -> ir.Value:
     """`moec::select`: zero what the policy drops and keep the sum of the row if asked."""
-    weights, _keep, renormalize = node.args
-    kept = _kept(ctx, node)
-    if not renormalize:
+    own, kept = Select.of(node), _kept(ctx, node)
+    if not own.renormalize:
         return kept
     dtype = result_dtype(node)
     tiny = ctx.constant(np.asarray(torch.finfo(dtype).tiny, np_dtype(dtype)))
     after = ctx.op("Max", ctx.op("ReduceSum", kept, ctx.ints(1), keepdims=1), tiny)
-    return ctx.op("Mul", kept, ctx.op("Div", _row_sum(ctx, weights, dtype), after))
+    return ctx.op("Mul", kept, ctx.op("Div", _row_sum(ctx, own.weights, dtype), after))
 
 
 def _kept(ctx: Context, node: fx.Node) -> ir.Value:
     """The weights of a select node that stay, not scaled yet: 0 in dropped slots."""
-    weights, keep, _renormalize = node.args
-    dtype = result_dtype(node)
+    own, dtype = Select.of(node), result_dtype(node)
     zero = ctx.constant(np.asarray(0, np_dtype(dtype)))
 
     def where() -> ir.Value:
-        return ctx.op("Where", ctx.tensor(keep), ctx.tensor(weights, dtype), zero)
+        return ctx.op("Where", ctx.tensor(own.keep), ctx.tensor(own.weights, dtype), zero)
 
     return ctx.shared(("kept", node.name), where)
 
 
-def _row_sum(ctx: Context, weights: Any, dtype: torch.dtype) -> ir.Value:
+def _row_sum(ctx: Context, weights: fx.Node, dtype: torch.dtype) -> ir.Value:
     """Sum of the routing weights of each token, [T, 1]; the policy may have computed it already."""
     for user in weights.users:
-        if user.target is aten.sum.dim_IntList and list(user.args[1:]) == [[-1], True] and user in ctx:
+        if user.target is aten.sum.dim_IntList and list(user.args[1:]) == [[1], True] and user in ctx:
             return ctx.tensor(user, dtype)
     return ctx.op("ReduceSum", ctx.tensor(weights, dtype), ctx.ints(1), keepdims=1)
 

@@ -29,7 +29,7 @@ def skip_norm(ctx: Context, x: fx.Node, scale: ir.Value, eps: float) -> ir.Value
     y, _, _, s = SkipSimplifiedLayerNormalization(a, b, scale)
     ```
     """
-    if x.target is not aten.add.Tensor or x.kwargs.get("alpha", 1) != 1 or len(x.meta["val"].shape) != 3:
+    if x.target is not aten.add.Tensor or len(x.meta["val"].shape) != 3:
         return None
     total = ctx.tensor(x)
     add = total.producer()

@@ -14,8 +14,9 @@ import torch
 from torch import fx
 
 from moec.compiler.common.rejections import Rejection
+from moec.compiler.ir.operands import Attention
 from moec.compiler.ir.program import ATTENTION, CACHE_KINDS, Program, StateSpec, module_of
-from moec.targets.onnx.context import MS, Context, integer, np_dtype, real, result_dtype
+from moec.targets.onnx.context import MS, Context, np_dtype, result_dtype
 
 HEAD_MULTIPLE = 8
 
@@ -37,30 +38,29 @@ def group_query_attention(ctx: Context, node: fx.Node, allowed: ir.Value) -> Seq
         node: A `moec::attention`.
         allowed: What each new token may attend to, [B, 1, S, T] bool.
     """
-    query, key, value, past_key, past_value, _position, _mask, sinks, scale, kind, window, softcap = node.args
-    assert isinstance(query, fx.Node)
-    assert isinstance(key, fx.Node)
+    own = Attention.of(node)
+    query, key, value = own.query, own.key, own.value
     dtype = result_dtype(query)
     heads, groups, width = (int(size) for size in (query.meta["val"].shape[1], *key.meta["val"].shape[1:4:2]))
-    attributes = {"local_window_size": integer(window)} if kind == "sliding" else {}
-    if softcap:
-        attributes["softcap"] = real(softcap)  # type: ignore[assignment]
+    attributes: dict[str, float] = {"local_window_size": own.window} if own.kind == "sliding" else {}
+    if own.softcap:
+        attributes["softcap"] = own.softcap
     out, present_key, present_value = ctx.ops(
         "GroupQueryAttention",
         *(_flat(ctx, item, count * width) for item, count in ((query, heads), (key, groups), (value, groups))),
-        ctx.tensor(past_key),
-        ctx.tensor(past_value),
+        ctx.tensor(own.past_key),
+        ctx.tensor(own.past_value),
         *_lengths(ctx, query),
         None,
         None,
         None,
         _bias(ctx, allowed, dtype),
-        None if sinks is None else ctx.tensor(sinks, dtype),
+        None if own.sinks is None else ctx.tensor(own.sinks, dtype),
         outputs=3,
         domain=MS,
         num_heads=heads,
         kv_num_heads=groups,
-        scale=real(scale),
+        scale=own.scale,
         do_rotary=0,
         **attributes,
     )
@@ -104,7 +104,8 @@ def refusals(program: Program) -> tuple[Rejection, ...]:
             reason = f"its state of kind {state.kind} is no cache, and moec describes caches alone to onnxruntime-genai"
             return (Rejection("onnx", f"layer {state.layer}", reason),)
     for node in program.nodes(ATTENTION):
-        key, value = (argument.meta["val"] for argument in node.args[1:3])  # type: ignore[union-attr]
+        own = Attention.of(node)
+        key, value = own.key.meta["val"], own.value.meta["val"]
         if key.shape[3] != value.shape[3]:
             reason = f"GroupQueryAttention needs keys and values of one width, not {key.shape[3]} and {value.shape[3]}"
             found.append(Rejection("onnx", module_of(node), reason))

@@ -21,13 +21,13 @@ Nothing is added by a scatter: several threads that add to one row lose updates 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import torch
 from torch import Tensor, fx
 
+from moec.compiler.ir.operands import Experts
 from moec.compiler.ir.ops import Gate
 from moec.compiler.ir.weights import LazyTensor, swap_last
 from moec.targets.onnx.context import DTYPES, Context, np_dtype, result_dtype
@@ -44,17 +44,17 @@ def grouped(ctx: Context, node: fx.Node, gate: Gate) -> ir.Value:
     Returns:
         [T, H] in the dtype of the node.
     """
-    hidden, (gate_up, gate_up_bias, down, down_bias) = node.args[0], node.args[3:7]
-    x, weights, dtype = ctx.tensor(hidden), ctx.tensor(node.args[2], result_dtype(node)), result_dtype(node)
+    own, dtype = Experts.of(node), result_dtype(node)
+    x, weights = ctx.tensor(own.hidden_states), ctx.tensor(own.weights, dtype)
     slots = _Slots.sort(ctx, node, weights)
     rows = ctx.op("Gather", x, slots.tokens(ctx, node), axis=0)
-    rows = ctx.op("Concat", *_products(ctx, node, rows, slots.counts, gate_up), axis=0)
-    if gate_up_bias is not None:
-        rows = ctx.op("Add", rows, _biases(ctx, gate_up_bias, slots))
-    products = _products(ctx, node, activate(ctx, rows, gate, dtype), slots.counts, down)
-    if down_bias is not None:
-        products = [ctx.op("Add", ctx.op("Concat", *products, axis=0), _biases(ctx, down_bias, slots))]
-    nothing = ctx.constant(np.zeros((1, int(hidden.meta["val"].shape[1])), np_dtype(dtype)))  # type: ignore[union-attr]
+    rows = ctx.op("Concat", *_products(ctx, rows, slots.counts, own.gate_up_proj), axis=0)
+    if own.gate_up_bias is not None:
+        rows = ctx.op("Add", rows, _biases(ctx, own.gate_up_bias, slots))
+    products = _products(ctx, activate(ctx, rows, gate, dtype), slots.counts, own.down_proj)
+    if own.down_bias is not None:
+        products = [ctx.op("Add", ctx.op("Concat", *products, axis=0), _biases(ctx, own.down_bias, slots))]
+    nothing = ctx.constant(np.zeros((1, own.hidden_size), np_dtype(dtype)))
     rows = ctx.op("Concat", nothing, *products, axis=0)
     return _mixed(ctx, rows, slots.places(ctx), weights, dtype)
 
@@ -81,11 +81,11 @@ class _Slots:
 
         A slot is dropped where its weight is 0, or where its index names no expert.
         """
-        count = int(node.args[3].meta["val"].shape[0])  # type: ignore[union-attr]
+        operands = Experts.of(node)
         used = ctx.op("Cast", weights, to=int(ir.DataType.BOOL))
-        indices = ctx.tensor(node.args[1], torch.int64)
+        indices = ctx.tensor(operands.indices, torch.int64)
         live = ctx.op("Reshape", ctx.op("Where", used, indices, ctx.constant(np.int64(-1))), ctx.ints(1, -1))
-        own = ctx.op("Equal", live, ctx.constant(np.arange(count, dtype=np.int64)[:, None]))
+        own = ctx.op("Equal", live, ctx.constant(np.arange(operands.num_experts, dtype=np.int64)[:, None]))
         counts = ctx.op("ReduceSum", ctx.op("Cast", own, to=int(ir.DataType.INT64)), ctx.ints(1), keepdims=0)
         places = ctx.op("NonZero", own)
         experts, order = (ctx.op("Gather", places, ctx.constant(np.int64(axis)), axis=0) for axis in (0, 1))
@@ -93,7 +93,7 @@ class _Slots:
 
     def tokens(self, ctx: Context, node: fx.Node) -> ir.Value:
         """Token of each kept slot, [N]."""
-        width = int(node.args[1].meta["val"].shape[1])  # type: ignore[union-attr]
+        width = Experts.of(node).top_k
         return self.order if width == 1 else ctx.op("Div", self.order, ctx.constant(np.int64(width)))
 
     def places(self, ctx: Context) -> ir.Value:
@@ -113,23 +113,23 @@ def _mixed(ctx: Context, rows: ir.Value, places: ir.Value, weights: ir.Value, dt
     return total if dtype == torch.float32 else ctx.op("Cast", total, to=int(DTYPES[dtype]))
 
 
-def _products(ctx: Context, node: fx.Node, rows: ir.Value, counts: ir.Value, stack: Any) -> list[ir.Value]:
+def _products(ctx: Context, rows: ir.Value, counts: ir.Value, stack: fx.Node) -> list[ir.Value]:
     """Each expert's rows times its matrix: [N, K] -> [n, M] for each expert, N = the sum of all n."""
-    tensor, transposed = ctx.lazy(stack), bool(node.args[10])
+    tensor = ctx.lazy(stack)
     name = ctx.program.weights.resolve(str(stack.target))
     half = ctx.stored_half(name) and tensor.dtype is torch.float32
-    ctx.experts[name] = {"per_expert": f"{name}.{{}}" + (".fp16" if half else ""), "transposed": not transposed}
+    ctx.experts[name] = {"per_expert": f"{name}.{{}}" + (".fp16" if half else ""), "transposed": True}
     matrices = []
     for index in range(tensor.shape[0]):
         row = _Row(tensor, index)
-        matrices.append(ctx.initializer(f"{name}.{index}", row if transposed else swap_last(row), half=half))
+        matrices.append(ctx.initializer(f"{name}.{index}", swap_last(row), half=half))
     if len(matrices) == 1:
         return [ctx.op("MatMul", rows, matrices[0])]
     parts = ctx.ops("Split", rows, counts, outputs=len(matrices), axis=0)
     return [ctx.op("MatMul", part, matrix) for part, matrix in zip(parts, matrices, strict=True)]
 
 
-def _biases(ctx: Context, stack: Any, slots: _Slots) -> ir.Value:
+def _biases(ctx: Context, stack: fx.Node, slots: _Slots) -> ir.Value:
     """The bias of each row's expert: [N, M]."""
     name = ctx.program.weights.resolve(str(stack.target))
     ctx.experts[name] = {"initializer": name, "interleaved": False, "transposed": False}

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moec.compiler.ir.ops import Gate
-from moec.compiler.ir.weights import LazyTensor, Mapped, swap_last
+from moec.compiler.ir.weights import LazyTensor, Mapped
 
 
 def interleave(value: Tensor) -> Tensor:
@@ -20,8 +20,6 @@ def interleaved_rows(tensor: LazyTensor) -> LazyTensor:
     return Mapped(tensor, interleave, tensor.shape, tensor.dtype)
 
 
-def kernel_layout(tensor: LazyTensor, gate: Gate, *, transposed: bool, first: bool) -> LazyTensor:
+def kernel_layout(tensor: LazyTensor, gate: Gate, *, first: bool) -> LazyTensor:
     """The layout that the kernels want: [E, out, in], gate and up interleaved."""
-    if transposed and len(tensor.shape) == 3:
-        tensor = swap_last(tensor)
     return interleaved_rows(tensor) if first and gate.gated and not gate.interleaved else tensor

@@ -20,7 +20,7 @@ aten = torch.ops.aten
 
 def _linear(ctx: Context, node: fx.Node) -> ir.Value:
     """`x @ weight.T + bias`; the weight is stored [in, out], as the kernels want it, unless others need it as it is."""
-    x, weight, bias = [*node.args, None][:3]
+    x, weight, bias = node.args
     assert isinstance(weight, fx.Node)
     dtype = result_dtype(node)
     product = _product(ctx, node, ctx.tensor(x, dtype), weight)
@@ -62,25 +62,11 @@ def untransposed_weights(graph: fx.Graph, resolve: Any) -> frozenset[str]:
 
 
 def _matmul(ctx: Context, node: fx.Node) -> ir.Value:
-    dtype = result_dtype(node)
-    return ctx.op("MatMul", ctx.tensor(node.args[0], dtype), ctx.tensor(node.args[1], dtype))
-
-
-def _addmm(ctx: Context, node: fx.Node) -> ir.Value:
-    dtype = result_dtype(node)
-    bias, left, right = (ctx.tensor(argument, dtype) for argument in node.args[:3])
-    product = ctx.op("MatMul", left, right)
-    if node.kwargs.get("alpha", 1) != 1:
-        product = ctx.op("Mul", product, ctx.tensor(node.kwargs["alpha"], dtype))
-    if node.kwargs.get("beta", 1) != 1:
-        bias = ctx.op("Mul", bias, ctx.tensor(node.kwargs["beta"], dtype))
-    return ctx.op("Add", product, bias)
+    left, right = node.args
+    return ctx.op("MatMul", ctx.tensor(left), ctx.tensor(right))
 
 
 TABLE: Mapping[Any, Lowering] = {
     aten.linear.default: _linear,
     aten.matmul.default: _matmul,
-    aten.mm.default: _matmul,
-    aten.bmm.default: _matmul,
-    aten.addmm.default: _addmm,
 }

@@ -10,6 +10,7 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
+from moec.compiler.ir.operands import RmsNorm, Rotary
 from moec.compiler.ir.program import RMS_NORM, ROTARY
 from moec.targets.onnx.context import Context, Lowering, integer, listed, np_dtype, rank, real, result_dtype
 from moec.targets.onnx.lowerings.fusions import skip_norm
@@ -18,9 +19,8 @@ aten = torch.ops.aten
 
 
 def _rms_norm(ctx: Context, node: fx.Node) -> ir.Value:
-    x, weight, eps = node.args
-    assert isinstance(x, fx.Node)
-    dtype = result_dtype(node)
+    own, dtype = RmsNorm.of(node), result_dtype(node)
+    x, weight, eps = own.hidden_states, own.weight, own.eps
     if weight is None:
         width = int(x.meta["val"].shape[-1])
         scale = ctx.constant(np.ones(width, dtype=np_dtype(dtype)))
@@ -28,15 +28,15 @@ def _rms_norm(ctx: Context, node: fx.Node) -> ir.Value:
         scale = ctx.tensor(weight, dtype)
     # ONNX Runtime's fused kernel predates the standard op and is the faster of the two on CPU.
     if ctx.dialect.contrib:
-        fused = skip_norm(ctx, x, scale, real(eps))
+        fused = skip_norm(ctx, x, scale, eps)
         if fused is not None:
             return fused
-        return ctx.op("SimplifiedLayerNormalization", ctx.tensor(x), scale, epsilon=real(eps), axis=-1, stash_type=1)
-    return ctx.op("RMSNormalization", ctx.tensor(x), scale, epsilon=real(eps), axis=-1, stash_type=1)
+        return ctx.op("SimplifiedLayerNormalization", ctx.tensor(x), scale, epsilon=eps, axis=-1, stash_type=1)
+    return ctx.op("RMSNormalization", ctx.tensor(x), scale, epsilon=eps, axis=-1, stash_type=1)
 
 
 def _layer_norm(ctx: Context, node: fx.Node) -> ir.Value:
-    x, sizes, weight, bias, eps = [*node.args, *(None, None, 1e-5)[len(node.args) - 2 :]][:5]
+    x, sizes, weight, bias, eps, _cudnn = node.args
     dtype = result_dtype(node)
     widths = listed(sizes)
     if len(widths) != 1:
@@ -49,8 +49,8 @@ def _layer_norm(ctx: Context, node: fx.Node) -> ir.Value:
 
 def _rotary(ctx: Context, node: fx.Node) -> ir.Value:
     """`RotaryEmbedding` takes one half of cos and sin as [B, S, D / 2]; the halves are made once for all layers."""
-    x, cos, sin = node.args
-    assert isinstance(x, fx.Node)
+    own = Rotary.of(node)
+    x, cos, sin = own.x, own.cos, own.sin
     dtype, width = result_dtype(node), int(x.meta["val"].shape[-1])
 
     def half(table: Any) -> ir.Value:
@@ -70,8 +70,8 @@ def _rotary(ctx: Context, node: fx.Node) -> ir.Value:
 
 def rotary_plain(ctx: Context, node: fx.Node) -> ir.Value:
     """The same in elementary ops, for tables whose layout the fused op does not take."""
-    x, cos, sin = node.args
-    assert isinstance(x, fx.Node)
+    own = Rotary.of(node)
+    x, cos, sin = own.x, own.cos, own.sin
     width, axis = int(x.meta["val"].shape[-1]), rank(x) - 1
     value, dtype = ctx.tensor(x), result_dtype(node)
     first = ctx.op("Slice", value, ctx.ints(0), ctx.ints(width // 2), ctx.ints(axis))
@@ -81,7 +81,8 @@ def rotary_plain(ctx: Context, node: fx.Node) -> ir.Value:
 
 
 def _rotary_any(ctx: Context, node: fx.Node) -> ir.Value:
-    tables = [argument for argument in node.args[1:] if isinstance(argument, fx.Node)]
+    own = Rotary.of(node)
+    tables = (own.cos, own.sin)
     fits = all(rank(table) == 4 and table.meta["val"].shape[1] == 1 for table in tables) and rank(node) == 4
     return _rotary(ctx, node) if fits else rotary_plain(ctx, node)
 

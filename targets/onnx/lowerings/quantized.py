@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from moec.compiler.common.rejections import Rejection
+from moec.compiler.ir.operands import Experts
 from moec.compiler.ir.ops import Gate
 from moec.compiler.ir.program import EXPERTS, Program, module_of
 from moec.compiler.ir.weights import LazyTensor, concatenate
@@ -231,12 +232,13 @@ def experts(ctx: Context, node: fx.Node, gate: Gate, dense: ir.Value, attributes
 
     The routing weights are both what it selects by and, unnormalised, what it mixes by.
     """
-    hidden, indices, _weights, gate_up, gate_up_bias, down, down_bias = node.args[:7]
-    tensors = [_quantized(ctx, argument) for argument in (gate_up, down)]
+    own = Experts.of(node)
+    tensors = [_quantized(ctx, argument) for argument in (own.gate_up_proj, own.down_proj)]
+    biases = (own.gate_up_bias, own.down_bias)
     block = kernel_block(*(tensor for _, tensor in tensors))
-    operands: list[ir.Value | None] = [ctx.tensor(hidden), dense]
+    operands: list[ir.Value | None] = [ctx.tensor(own.hidden_states), dense]
     points: list[ir.Value | None] = []
-    for (name, tensor), bias, first in zip(tensors, (gate_up_bias, down_bias), (True, False), strict=True):
+    for (name, tensor), bias, first in zip(tensors, biases, (True, False), strict=True):
         interleaved = first and gate.gated and not gate.interleaved
         codes, scales, zero_points = _stack(tensor, kernel_groups(tensor, block), interleaved)
         operands += [ctx.initializer(f"{name}.codes", codes), ctx.initializer(f"{name}.scales", scales)]
@@ -252,7 +254,7 @@ def experts(ctx: Context, node: fx.Node, gate: Gate, dense: ir.Value, attributes
         None,
         dense,
         domain=MS,
-        k=int(indices.meta["val"].shape[1]),  # type: ignore[union-attr]
+        k=own.top_k,
         normalize_routing_weights=0,
         expert_weight_bits=max(bits),
         fc1_expert_weight_bits=bits[0],

@@ -14,10 +14,9 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
-from moec.compiler.ir.ops import Gate
+from moec.compiler.ir.operands import Experts
 from moec.quantize.lazy import Quantized
 from moec.targets.onnx.context import DTYPES, Context, Lowering, np_dtype, result_dtype
-from moec.targets.onnx.lowerings.experts import gate_of
 from moec.targets.onnx.lowerings.grouped import activate
 from moec.targets.tensorrt.forms import Form
 from moec.targets.tensorrt.lowerings.quantized import dequantized
@@ -39,12 +38,10 @@ def _stack(ctx: Context, argument: Any) -> ir.Value:
     return ctx.initializer(f"{name}.stack", ctx.lazy(argument), half=half)
 
 
-def _project(ctx: Context, x: ir.Value, weight: ir.Value, rank: int, transposed: bool) -> ir.Value:
-    """`x @ weight.T` for weights [..., N, K] of `rank` axes, or `x @ weight` where they are stored [..., K, N]."""
-    if not transposed:
-        axes = list(range(rank))
-        weight = ctx.op("Transpose", weight, perm=[*axes[:-2], axes[-1], axes[-2]])
-    return ctx.op("MatMul", x, weight)
+def _project(ctx: Context, x: ir.Value, weight: ir.Value, rank: int) -> ir.Value:
+    """`x @ weight.T` for weights [..., N, K] of `rank` axes."""
+    axes = list(range(rank))
+    return ctx.op("MatMul", x, ctx.op("Transpose", weight, perm=[*axes[:-2], axes[-1], axes[-2]]))
 
 
 class _Layer:
@@ -52,13 +49,11 @@ class _Layer:
 
     def __init__(self, ctx: Context, node: fx.Node) -> None:
         self.ctx, self.dtype = ctx, result_dtype(node)
-        hidden, indices, weights, gate_up, gate_up_bias, down, down_bias = node.args[:7]
-        self.hidden, self.indices = ctx.tensor(hidden), ctx.tensor(indices, torch.int64)
-        self.weights = ctx.tensor(weights, self.dtype)
-        self.count = int(gate_up.meta["val"].shape[0])  # type: ignore[union-attr]
-        self.gate: Gate = gate_of(node)
-        self.transposed = bool(node.args[10])
-        self._stacks = gate_up, down, gate_up_bias, down_bias
+        own = Experts.of(node)
+        self.hidden, self.indices = ctx.tensor(own.hidden_states), ctx.tensor(own.indices, torch.int64)
+        self.weights = ctx.tensor(own.weights, self.dtype)
+        self.count, self.gate = own.num_experts, own.gate
+        self._stacks = own.gate_up_proj, own.down_proj, own.gate_up_bias, own.down_bias
 
     def stacks(self) -> tuple[ir.Value, ir.Value, list[ir.Value | None]]:
         """The weights of both projections and their biases."""
@@ -81,7 +76,7 @@ class _Layer:
         """The experts with these weights of `rank` axes on `x`."""
         ctx = self.ctx
         for position, weight in enumerate((first, second)):
-            x = _project(ctx, x, weight, rank, self.transposed)
+            x = _project(ctx, x, weight, rank)
             bias = biases[position]
             x = x if bias is None else ctx.op("Add", x, bias)
             x = activate(ctx, x, self.gate, self.dtype) if position == 0 else x

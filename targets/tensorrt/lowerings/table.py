@@ -7,9 +7,10 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
+from moec.compiler.ir.operands import RmsNorm
 from moec.compiler.ir.program import ATTENTION, EXPERTS, RMS_NORM, ROTARY
 from moec.quantize.lazy import Quantized
-from moec.targets.onnx.context import DTYPES, Context, Dialect, Lowering, np_dtype, real, result_dtype
+from moec.targets.onnx.context import DTYPES, Context, Dialect, Lowering, np_dtype, result_dtype
 from moec.targets.onnx.lowerings.norm import rotary_plain
 from moec.targets.onnx.lowerings.table import TABLE
 from moec.targets.tensorrt.forms import Form
@@ -45,7 +46,7 @@ def _quantized(ctx: Context, argument: object) -> tuple[str, Quantized] | None:
 
 
 def _linear(ctx: Context, node: fx.Node) -> ir.Value:
-    x, weight, bias = [*node.args, None][:3]
+    x, weight, bias = node.args
     found = _quantized(ctx, weight)
     if found is None:
         value: ir.Value = TABLE[aten.linear.default](ctx, node)
@@ -66,11 +67,11 @@ def _embedding(ctx: Context, node: fx.Node) -> ir.Value:
 
 def _rms_norm(ctx: Context, node: fx.Node) -> ir.Value:
     """The norm in elementary ops, in float32 as in the reference."""
-    x, weight, eps = node.args
-    dtype = result_dtype(node)
+    own, dtype = RmsNorm.of(node), result_dtype(node)
+    x, weight, eps = own.hidden_states, own.weight, own.eps
     wide = ctx.tensor(x, torch.float32)
     mean = ctx.op("ReduceMean", ctx.op("Mul", wide, wide), ctx.ints(-1), keepdims=1)
-    root = ctx.op("Sqrt", ctx.op("Add", mean, ctx.constant(np.asarray(real(eps), np_dtype(torch.float32)))))
+    root = ctx.op("Sqrt", ctx.op("Add", mean, ctx.constant(np.asarray(eps, np_dtype(torch.float32)))))
     normed = ctx.op("Div", wide, root)
     normed = normed if dtype == torch.float32 else ctx.op("Cast", normed, to=int(DTYPES[dtype]))
     return normed if weight is None else ctx.op("Mul", normed, ctx.tensor(weight, dtype))

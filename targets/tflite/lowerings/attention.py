@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import fx
 
+from moec.compiler.ir.operands import Attention
 from moec.compiler.ir.program import ATTENTION
-from moec.targets.tflite.context import Context, integer, shape_of
+from moec.targets.tflite.context import Context, shape_of
 from moec.targets.tflite.lowerings.elementwise import Lowering, choose
 from moec.targets.tflite.lowerings.linear import batch_matmul
 from moec.targets.tflite.model import Value
@@ -23,27 +24,28 @@ MASKED = -1e9
 
 
 def _attention(ctx: Context, node: fx.Node) -> Sequence[Value]:
-    query, _key, _value, _past_key, _past_value, position, padding, sinks, scale, _kind, _window, softcap = node.args
-    if padding is not None:
+    own = Attention.of(node)
+    if own.attention_mask is not None:
         raise ctx.refuse(node, "attention with a padding mask has no form")
-    keys, values = (_updated(ctx, node.args[past], node.args[new], position) for past, new in ((3, 1), (4, 2)))
-    heads, length, depth = shape_of(query)[1:]
+    keys = _updated(ctx, own.past_key, own.key, own.cache_position)
+    values = _updated(ctx, own.past_value, own.value, own.cache_position)
+    heads, length, depth = shape_of(own.query)[1:]
     groups, capacity, width = keys.shape[1], ctx.settings.capacity, values.shape[3]
     # Query heads of one group lie behind one another: one product per key head, without a copy of the keys.
-    scaled = ctx.op("MUL", ctx.tensor(query), ctx.scalar(float(scale)))  # type: ignore[arg-type]
+    scaled = ctx.op("MUL", ctx.tensor(own.query), ctx.scalar(own.scale))
     grouped = ctx.reshape(scaled, (1, groups, heads // groups * length, depth))
     logits = ctx.reshape(batch_matmul(ctx, grouped, keys, turned=True), (1, heads, length, capacity))
-    if softcap:
-        cap = float(softcap)  # type: ignore[arg-type]
+    if own.softcap:
+        cap = own.softcap
         logits = ctx.op("MUL", ctx.op("TANH", ctx.op("MUL", logits, ctx.scalar(1 / cap))), ctx.scalar(cap))
     logits = ctx.op("ADD", logits, _mask(ctx, node))
-    probabilities = _softmax(ctx, logits, None if sinks is None else ctx.tensor(sinks, torch.float32))
+    probabilities = _softmax(ctx, logits, None if own.sinks is None else ctx.tensor(own.sinks, torch.float32))
     mixed = batch_matmul(ctx, ctx.reshape(probabilities, (1, groups, heads // groups * length, capacity)), values)
     out = ctx.transpose(ctx.reshape(mixed, (1, heads, length, width)), (0, 2, 1, 3))
     return out, keys, values
 
 
-def _updated(ctx: Context, past: Any, new: Any, position: Any) -> Value:
+def _updated(ctx: Context, past: fx.Node, new: fx.Node, position: fx.Node) -> Value:
     """The cache [1, heads, capacity, D] with the new tokens at their slots."""
 
     def start() -> Value:
@@ -57,19 +59,20 @@ def _updated(ctx: Context, past: Any, new: Any, position: Any) -> Value:
 
 def _mask(ctx: Context, node: fx.Node) -> Value:
     """What is added to the logits, [1, 1, S, capacity]: 0 where a token is visible; one for all layers alike."""
-    position, kind, window = node.args[5], node.args[9], node.args[10]
+    own = Attention.of(node)
+    position, kind, window = own.cache_position, own.kind, own.window
 
     def make() -> Value:
         slots = np.arange(ctx.settings.capacity)
         query = ctx.reshape(ctx.tensor(position, torch.int64), (shape_of(position)[0], 1))
         line = ctx.constant(slots[None], torch.int32)
         allowed = ctx.op("LESS_EQUAL", line, query, dtype="BOOL")
-        size = ctx.constant(np.int32(integer(window)), torch.int32)
+        size = ctx.constant(np.int32(window), torch.int32)
         if kind == "sliding":
             near = ctx.op("GREATER", line, ctx.op("SUB", query, size), dtype="BOOL")
             allowed = ctx.op("LOGICAL_AND", allowed, near)
         elif kind == "chunked":
-            chunk = ctx.constant(slots[None] // integer(window), torch.int32)
+            chunk = ctx.constant(slots[None] // window, torch.int32)
             same = ctx.op("EQUAL", chunk, ctx.op("FLOOR_DIV", query, size), dtype="BOOL")
             allowed = ctx.op("LOGICAL_AND", allowed, same)
         added = choose(ctx, allowed, ctx.scalar(0.0), ctx.scalar(MASKED))

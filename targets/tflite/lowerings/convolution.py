@@ -19,8 +19,7 @@ aten = torch.ops.aten
 
 def _conv1d(ctx: Context, node: fx.Node) -> Value:
     """[B, C, S] with a weight [C', C / groups, K] -> [B, C', S']; padding is the same on both sides."""
-    defaults: list[Any] = [None, [1], [0], [1], 1]
-    arguments: list[Any] = [*node.args, *defaults[len(node.args) - 2 :]]
+    arguments: list[Any] = list(node.args)
     x, weight, bias, stride, padding, dilation, groups = arguments
     (step,), (pad,), (gap,) = listed(stride), listed(padding), listed(dilation)
     batch, channels, results = shape_of(node)

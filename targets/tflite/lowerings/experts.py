@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch import fx
 
+from moec.compiler.ir.operands import Experts, Select
 from moec.compiler.ir.ops import Gate
 from moec.compiler.ir.program import EXPERTS, SELECT
-from moec.targets.tflite.context import Context, node_of, result_dtype, shape_of
+from moec.targets.tflite.context import Context, result_dtype
 from moec.targets.tflite.lowerings.elementwise import Lowering, choose
 from moec.targets.tflite.lowerings.linear import fully_connected
 from moec.targets.tflite.lowerings.shape import one_hot, split
@@ -23,9 +24,9 @@ from moec.targets.tflite.model import Graph, Value
 
 
 def _experts(ctx: Context, node: fx.Node) -> Value:
-    x = ctx.tensor(node.args[0], result_dtype(node))
-    count = shape_of(node.args[3])[0]
-    dense = _dense_weights(ctx, node, count)
+    own = Experts.of(node)
+    x, count = ctx.tensor(own.hidden_states, result_dtype(node)), own.num_experts
+    dense = _dense_weights(ctx, own)
     columns = _unpack(ctx, ctx.reshape(ctx.transpose(dense, (1, 0)), (count, x.shape[0], 1)))
     total = ctx.constant(np.zeros(x.shape, np.float32))
     if not ctx.settings.branches:
@@ -40,11 +41,11 @@ def _experts(ctx: Context, node: fx.Node) -> Value:
     return total
 
 
-def _dense_weights(ctx: Context, node: fx.Node, count: int) -> Value:
+def _dense_weights(ctx: Context, own: Experts) -> Value:
     """Routing weights [T, E]: those of the slots at their experts, 0 elsewhere."""
-    indices, weights = ctx.tensor(node.args[1], torch.int64), ctx.tensor(node.args[2], torch.float32)
-    column = ctx.reshape(weights, (*weights.shape, 1))
-    return ctx.reduce("SUM", choose(ctx, one_hot(ctx, indices, count), column, ctx.scalar(0.0)), [1], keep=False)
+    indices, weights = ctx.tensor(own.indices, torch.int64), ctx.tensor(own.weights, torch.float32)
+    column, hot = ctx.reshape(weights, (*weights.shape, 1)), one_hot(ctx, indices, own.num_experts)
+    return ctx.reduce("SUM", choose(ctx, hot, column, ctx.scalar(0.0)), [1], keep=False)
 
 
 def _unpack(ctx: Context, value: Value) -> list[Value]:
@@ -75,10 +76,11 @@ def _idle(ctx: Context, x: Value) -> Graph:
 
 def _expert(ctx: Context, node: fx.Node, index: int, x: Value, weight: Value, total: Value) -> Value:
     """`total + weight * expert(x)`; tokens of weight 0 keep their total even if the expert yields NaN for them."""
-    activation, gated, interleaved, _transposed, alpha, limit, up_offset = node.args[7:14]
-    gate = Gate(activation, gated, interleaved, alpha, limit, up_offset)  # type: ignore[arg-type]
-    projected = _project(ctx, node, index, x, 3)
-    result = _project(ctx, node, index, activate(ctx, projected, gate), 5)
+    own = Experts.of(node)
+    first = own.gated and own.interleaved
+    projected = _project(ctx, node, index, x, (own.gate_up_proj, own.gate_up_bias), interleaved=first)
+    activated = activate(ctx, projected, own.gate)
+    result = _project(ctx, node, index, activated, (own.down_proj, own.down_bias), interleaved=False)
     added = ctx.op("ADD", total, ctx.op("MUL", result, weight))
     if ctx.settings.branches and x.shape[0] == 1:
         return added
@@ -86,21 +88,25 @@ def _expert(ctx: Context, node: fx.Node, index: int, x: Value, weight: Value, to
     return choose(ctx, used, added, total)
 
 
-def _project(ctx: Context, node: fx.Node, index: int, x: Value, position: int) -> Value:
-    """One of the two projections; its bias follows the weight among the arguments."""
-    interleaved = bool(node.args[8]) and bool(node.args[9]) and position == 3
-    transposed, weights = bool(node.args[10]), ctx.shared.weights
+def _project(
+    ctx: Context,
+    node: fx.Node,
+    index: int,
+    x: Value,
+    stacks: tuple[fx.Node, fx.Node | None],
+    *,
+    interleaved: bool,
+) -> Value:
+    """One of the two projections, with the stack of its matrices and that of its biases, if it has any."""
     made = []
-    for argument in node.args[position : position + 2]:
-        if argument is None:
+    for source in stacks:
+        if source is None:
             continue
-        source = node_of(argument)
         if source.op != "get_attr":
             raise ctx.refuse(node, "experts whose weights are computed in the graph have no form")
         name, dtype = str(source.target), source.meta["val"].dtype
-        matrix = len(source.meta["val"].shape) == 3
-        made.append(weights.expert(name, index, dtype, transposed=transposed and matrix, interleaved=interleaved))
-        entry = {"transposed": transposed and matrix, "interleaved": interleaved}
+        made.append(ctx.shared.weights.expert(name, index, dtype, interleaved=interleaved))
+        entry = {"transposed": False, "interleaved": interleaved}
         ctx.shared.experts[ctx.shared.program.weights.resolve(name)] = entry
     bias = ctx.float32(ctx.graph.weight(made[1])) if len(made) > 1 else None
     return fully_connected(ctx, x, made[0], bias)
@@ -138,10 +144,10 @@ def _activation(ctx: Context, x: Value, gate: Gate) -> Value:
 
 def _select(ctx: Context, node: fx.Node) -> Value:
     """`moec::select`: zero what the policy drops and keep the sum of the row if asked."""
-    weights, keep, renormalize = node.args
-    value = ctx.tensor(weights, torch.float32)
-    kept = choose(ctx, ctx.tensor(keep, torch.bool), value, ctx.scalar(0.0))
-    if not renormalize:
+    own = Select.of(node)
+    value = ctx.tensor(own.weights, torch.float32)
+    kept = choose(ctx, ctx.tensor(own.keep, torch.bool), value, ctx.scalar(0.0))
+    if not own.renormalize:
         return kept
     before, after = (ctx.reduce("SUM", item, [1], keep=True) for item in (value, kept))
     safe = ctx.op("MAXIMUM", after, ctx.scalar(torch.finfo(torch.float32).tiny))

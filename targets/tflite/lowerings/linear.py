@@ -27,7 +27,7 @@ def fully_connected(ctx: Context, x: Value, weight: Weight | Value, bias: Value 
 
 
 def _linear(ctx: Context, node: fx.Node) -> Value:
-    x, weight, bias = [*node.args, None][:3]
+    x, weight, bias = node.args
     dtype = result_dtype(node)
     own = None if bias is None else ctx.tensor(bias, dtype)
     source = node_of(weight)
@@ -47,26 +47,8 @@ def _broadcast(left: tuple[int, ...], right: tuple[int, ...]) -> tuple[int, ...]
 
 
 def _matmul(ctx: Context, node: fx.Node) -> Value:
-    dtype = result_dtype(node)
-    left, right = (ctx.tensor(argument, dtype) for argument in node.args[:2])
-    return ctx.reshape(_product(ctx, left, right), tuple(node.meta["val"].shape))
-
-
-def _product(ctx: Context, left: Value, right: Value) -> Value:
-    """A product of torch's `matmul` kinds; vectors get an axis, which the caller's reshape takes away."""
-    if left.rank == 1:
-        left = ctx.reshape(left, (1, *left.shape))
-    if right.rank == 1:
-        right = ctx.reshape(right, (*right.shape, 1))
-    return batch_matmul(ctx, left, right)
-
-
-def _addmm(ctx: Context, node: fx.Node) -> Value:
-    dtype = result_dtype(node)
-    if node.kwargs.get("alpha", 1) != 1 or node.kwargs.get("beta", 1) != 1:
-        raise ctx.refuse(node, "addmm with factors has no form")
-    bias, left, right = (ctx.tensor(argument, dtype) for argument in node.args[:3])
-    return ctx.op("ADD", batch_matmul(ctx, left, right), bias)
+    left, right = node.args
+    return batch_matmul(ctx, ctx.tensor(left), ctx.tensor(right))
 
 
 def _embedding(ctx: Context, node: fx.Node) -> Value:
@@ -97,8 +79,5 @@ def _size(shape: tuple[int, ...]) -> int:
 TABLE: Mapping[Any, Lowering] = {
     aten.linear.default: _linear,
     aten.matmul.default: _matmul,
-    aten.mm.default: _matmul,
-    aten.bmm.default: _matmul,
-    aten.addmm.default: _addmm,
     aten.embedding.default: _embedding,
 }

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from moec.compiler.ir.operands import RmsNorm, Rotary
 from moec.compiler.ir.program import RMS_NORM, ROTARY
 from moec.targets.tflite.context import Context, listed, result_dtype
 from moec.targets.tflite.lowerings.elementwise import Lowering
@@ -17,10 +18,10 @@ aten = torch.ops.aten
 
 
 def _rms_norm(ctx: Context, node: fx.Node) -> Value:
-    x, weight, eps = node.args
-    value = ctx.tensor(x)
-    normed = _scaled_by_variance(ctx, value, value, float(eps))  # type: ignore[arg-type]
-    return normed if weight is None else ctx.op("MUL", normed, ctx.tensor(weight, result_dtype(node)))
+    own = RmsNorm.of(node)
+    value = ctx.tensor(own.hidden_states)
+    normed = _scaled_by_variance(ctx, value, value, own.eps)
+    return normed if own.weight is None else ctx.op("MUL", normed, ctx.tensor(own.weight, result_dtype(node)))
 
 
 def _scaled_by_variance(ctx: Context, value: Value, centred: Value, eps: float) -> Value:
@@ -30,7 +31,7 @@ def _scaled_by_variance(ctx: Context, value: Value, centred: Value, eps: float) 
 
 
 def _layer_norm(ctx: Context, node: fx.Node) -> Value:
-    x, sizes, weight, bias, eps = [*node.args, *(None, None, 1e-5)[len(node.args) - 2 :]][:5]
+    x, sizes, weight, bias, eps, _cudnn = node.args
     dtype = result_dtype(node)
     if len(listed(sizes)) != 1:
         raise ctx.refuse(node, "a layer norm over several axes has no form")
@@ -43,7 +44,8 @@ def _layer_norm(ctx: Context, node: fx.Node) -> Value:
 
 
 def _rotary(ctx: Context, node: fx.Node) -> Value:
-    x, cos, sin = (ctx.tensor(argument) for argument in node.args)
+    own = Rotary.of(node)
+    x, cos, sin = (ctx.tensor(operand) for operand in (own.x, own.cos, own.sin))
     half, axis = x.shape[-1] // 2, x.rank - 1
     turned = ctx.concat([ctx.op("NEG", ctx.slice(x, axis, half, half)), ctx.slice(x, axis, 0, half)], axis)
     return ctx.op("ADD", ctx.op("MUL", x, cos), ctx.op("MUL", turned, sin))

@@ -18,18 +18,18 @@ import yaml
 
 from moec import cli
 from moec.compiler.build import batch, executors, worker
-from moec.compiler.pipeline import export as pipeline
-from moec.compiler.common.artifact import read_manifest, verify, write_manifest
 from moec.compiler.build.cache import Cache
+from moec.compiler.build.matrix import Cell, read_matrix
+from moec.compiler.build.worker import Outcome, Task
+from moec.compiler.common.artifact import read_manifest, verify, write_manifest
 from moec.compiler.common.errors import MissingExtraError, UsageError
+from moec.compiler.common.verdict import Status, Verdict
 from moec.compiler.frontend import capture
 from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.frontend.source import Digests
-from moec.compiler.common.verdict import Status, Verdict
-from moec.compiler.build.matrix import Cell, read_matrix
 from moec.compiler.ir.program import Program
+from moec.compiler.pipeline import export as pipeline
 from moec.compiler.pipeline.recipe import make_recipe, read_recipe
-from moec.compiler.build.worker import Outcome, Task
 
 Tiny = Callable[[str], Path]
 PASSED = (Verdict("parity: artifact", Status.PASS, "equal", 5),)

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
+from moec.compiler.build.estimate import Wanted, describe, estimate, predict
 from moec.compiler.common.errors import UsageError
+from moec.compiler.ir.program import Program
 from moec.compiler.measure.estimate import error as error_module
 from moec.compiler.measure.estimate.counting import count, formats
 from moec.compiler.measure.estimate.devices import device_names, load_device
-from moec.compiler.build.estimate import Wanted, describe, estimate, predict
 from moec.compiler.measure.estimate.speeds import Speeds
 from moec.compiler.pipeline.export import build_program
-from moec.compiler.ir.program import Program
 from moec.compiler.pipeline.recipe import make_recipe
 from moec.quantize.formats import parse_format
 

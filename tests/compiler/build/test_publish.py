@@ -12,11 +12,11 @@ import pytest
 
 from moec import cli
 from moec.compiler.build import publish, signature
-from moec.compiler.report import write as report
 from moec.compiler.common.artifact import verify, write_manifest
-from moec.compiler.report.diff import diff
 from moec.compiler.common.errors import ArtifactError, MissingExtraError, OutputError, UsageError
 from moec.compiler.common.verdict import Status, Verdict
+from moec.compiler.report import write as report
+from moec.compiler.report.diff import diff
 
 PASSED = Verdict("parity: artifact", Status.PASS, "equal", 5, {"max_error": 1e-6})
 FAILED = Verdict("quality", Status.FAIL, "worse", 7, {"increase": 0.03})

@@ -204,6 +204,16 @@ def test_the_garbage_collector_is_as_before(
     assert gc.get_threshold() == before
 
 
+def test_tables_are_kept_as_they_were_before_they_were_rounded(tmp_path: Path) -> None:
+    tiny_model("gemma4_text", hidden_size=80).save_pretrained(tmp_path)
+    model, tables = capture_module._meta_model(Checkpoint.open(tmp_path), torch.float16)
+    (name,) = (name for name in tables if name.endswith("embed_scale"))
+    rounded = model.get_buffer(name)
+    assert rounded.dtype == torch.float16
+    assert float(rounded) != float(tables[name]) == float(torch.tensor(80.0).sqrt())
+    assert all(value.dtype == torch.float32 for value in tables.values())
+
+
 def test_a_gated_relu_is_no_steep_silu() -> None:
     """`x * sigmoid(48 * x)` is ReLU but for values near 0, and 48 is a number that the module keeps: its width."""
     experts = tiny_model("mixtral", hidden_act="relu", intermediate_size=48).model.layers[0].mlp.experts

@@ -3,9 +3,6 @@ import operator
 import pytest
 import torch
 
-from moec.compiler.families.tiny_models import write_tiny_checkpoint
-from moec.compiler.frontend.capture import capture
-from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.ir.invariants import InvariantError, check_invariants
 from moec.compiler.ir.weights import Constant
 
@@ -13,8 +10,8 @@ aten = torch.ops.aten
 
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory):
-    return capture(Checkpoint.open(write_tiny_checkpoint("mixtral", tmp_path_factory.mktemp("tiny"))))
+def program(capture_of):
+    return capture_of("mixtral")
 
 
 def first(graph, target):

@@ -5,9 +5,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from moec.compiler.common.errors import MoecError, UnsupportedModelError, UsageError
-from moec.compiler.families.tiny_models import write_tiny_checkpoint
-from moec.compiler.frontend.capture import capture
-from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.ir.fake_values import infer
 from moec.compiler.ir.interpreter import Interpreter, empty_states
 from moec.compiler.ir.invariants import check_invariants
@@ -18,8 +15,8 @@ SIZES = {"batch": 1, "sequence": 4, "past_sequence": 6, "total_sequence": 10}
 
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory):
-    return capture(Checkpoint.open(write_tiny_checkpoint("deepseek_v2", tmp_path_factory.mktemp("tiny"))))
+def program(capture_of):
+    return capture_of("deepseek_v2")
 
 
 @pytest.fixture(scope="module")
@@ -92,9 +89,9 @@ def test_an_empty_past(program, feeds):
     assert torch.equal(Interpreter(fixed).run(values)["logits"], Interpreter(program).run(values)["logits"])
 
 
-def test_states_that_are_no_caches_keep_their_sizes(tmp_path):
+def test_states_that_are_no_caches_keep_their_sizes(capture_of):
     """The first state is that of a convolution: it says nothing of the past."""
-    program = capture(Checkpoint.open(write_tiny_checkpoint("lfm2_moe", tmp_path)))
+    program = capture_of("lfm2_moe")
     steps = specialise(specialise(program, past_sequence=6), batch=1, sequence=4)
     check_invariants(steps)
     assert [spec.shape for spec in steps.inputs][1] == (1, 10)
@@ -133,9 +130,9 @@ def test_without_padding(program, feeds, want):
     assert without_padding(bare) is bare
 
 
-def test_what_is_multiplied_by_the_mask_stays_as_it_is(tmp_path):
+def test_what_is_multiplied_by_the_mask_stays_as_it_is(capture_of):
     """Convolutions multiply their inputs by the mask, which is all ones where nothing is padding."""
-    program = capture(Checkpoint.open(write_tiny_checkpoint("lfm2_moe", tmp_path)))
+    program = capture_of("lfm2_moe")
     bare = without_padding(program)
     check_invariants(bare)
     assert [spec.name for spec in bare.inputs] == ["input_ids", "position_ids", "cache_position"]

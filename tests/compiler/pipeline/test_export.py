@@ -3,18 +3,25 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import moec
 from moec.compiler.common.artifact import verify
 from moec.compiler.common.errors import ArtifactError, CheckpointError, LoweringError, UsageError
 from moec.compiler.common.verdict import Status
 from moec.compiler.families.families_page import check, choose, markdown, write_page
+from moec.compiler.frontend.checkpoint import Checkpoint
+from moec.compiler.ir.printing import format_graph
+from moec.compiler.ir.program import Program
 from moec.compiler.pipeline import export as pipeline
-from moec.compiler.pipeline.export import Result, build_program, silent, validate_artifact
-from moec.compiler.pipeline.recipe import Recipe
+from moec.compiler.pipeline.captures import Captures
+from moec.compiler.pipeline.export import Result, build_program, validate_artifact
+from moec.compiler.pipeline.recipe import Recipe, make_recipe
+from moec.compiler.pipeline.stages import silent
 
 Tiny = Callable[[str], Path]
 REPORTS = {"report.json", "report.html", "report.xml"}
@@ -59,6 +66,24 @@ def test_a_rebuild_is_byte_identical(exported: Result, tiny_checkpoint: Tiny, tm
     again = moec.export(copy, target="onnx", output=tmp_path / "b", gates=False).directory
     first = {path.name: path.read_bytes() for path in exported.directory.iterdir() if path.name not in REPORTS}
     assert first == {path.name: path.read_bytes() for path in again.iterdir() if path.name not in REPORTS}
+
+
+def test_builds_that_share_captures_are_those_that_do_not(
+    exported: Result, tiny_checkpoint: Tiny, capture_of: Callable[[str], Program], tmp_path: Path
+) -> None:
+    captures, fields = Captures(), {"checkpoint": str(tiny_checkpoint("olmoe")), "target": "onnx"}
+    recipes: list[dict[str, Any]] = [
+        {"routing": {"policy": "top-p", "parameters": {"mass": 0.5}}, "quantize": {"format": "int4"}},
+        {},
+    ]
+    for index, more in enumerate(recipes):
+        recipe = make_recipe({**fields, **more}, where="test")
+        result = pipeline.compile_recipe(recipe, tmp_path / str(index), gates=False, captures=captures)
+    for path in exported.directory.iterdir():
+        if path.name not in REPORTS:
+            assert (result.directory / path.name).read_bytes() == path.read_bytes(), path.name
+    shared = captures.of(Checkpoint.open(tiny_checkpoint("olmoe")), torch.float32)
+    assert format_graph(shared) == format_graph(capture_of("olmoe"))
 
 
 def test_validate_finds_nothing_and_then_what_was_changed(

@@ -17,8 +17,9 @@ from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.ir.program import Program
 from moec.compiler.measure.accounting import account, token_view
 from moec.compiler.pipeline import routing
-from moec.compiler.pipeline.export import compile_recipe, silent, validate_artifact
+from moec.compiler.pipeline.export import compile_recipe, validate_artifact
 from moec.compiler.pipeline.recipe import RoutingRecipe, make_recipe
+from moec.compiler.pipeline.stages import silent
 from moec.passes.routing.calibrate.collect import collect, measure_sensitivities
 from moec.passes.routing.dynamic_routing import DynamicRouting
 from moec.passes.routing.policies.table import policy

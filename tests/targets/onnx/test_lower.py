@@ -56,22 +56,22 @@ def test_weights_are_not_read_before_they_are_written(one_op: Any) -> None:
     from moec.targets.onnx.lowerings.table import onnx_dialect
 
     one = one_op(aten.linear.default, lambda d: (torch.ones(d.b, 4), d.weight(torch.ones(3, 4))))
-    (name,) = one.program.weight_names()
-    broken = dataclasses.replace(one.program.weights[name], value=torch.full((3, 4), torch.nan))
-    program = one.program.replace(weights=one.program.weights.with_tensors({name: broken}))
+    (name,) = one.core.weight_names()
+    broken = dataclasses.replace(one.core.weights[name], value=torch.full((3, 4), torch.nan))
+    program = one.core.replace(weights=one.core.weights.with_tensors({name: broken}))
     model, context = lower.build(program, onnx_dialect(contrib=True))
     (entry,) = context.initializers
     assert model.graph.initializers[entry].const_value is None
 
 
 def test_op_without_lowering(one_op: Any, tmp_path: Path) -> None:
-    one = one_op(aten.log2.default, lambda d: (torch.ones(d.b, 4),))
+    one = one_op(aten.lgamma.default, lambda d: (torch.ones(d.b, 4),))
     with pytest.raises(LoweringError) as caught:
         OnnxTarget().lower(one.program, OnnxOptions(), tmp_path, lambda *_: None)
-    assert caught.value.message == "the.module: the ONNX target has no lowering for aten.log2.default"
+    assert caught.value.message == "the.module: the ONNX target has no lowering for aten.lgamma.default"
     assert "aten.log.default" in caught.value.hint
     assert [(item.where, item.reason) for item in OnnxTarget().lint(one.program, OnnxOptions())] == [
-        ("the.module", "no lowering for aten.log2.default")
+        ("the.module", "no lowering for aten.lgamma.default")
     ]
 
 
@@ -86,8 +86,8 @@ def test_forms_that_are_refused(one_op: Any) -> None:
         aten.layer_norm.default: lambda d: (torch.ones(d.b, 4, 4), [4, 4]),
     }
     for target, arguments in refused.items():
-        with pytest.raises(LoweringError, match=rf"the\.module: {target}: .* has no form"):
-            lower.build(one_op(target, arguments).program, onnx_dialect(contrib=True))
+        with pytest.raises(LoweringError, match=rf"the\.module: .*{target}"):
+            lower.build(one_op(target, arguments).core, onnx_dialect(contrib=True))
 
 
 def test_sizes_are_computed(check_op: Any) -> None:

@@ -41,14 +41,15 @@ def experts_arguments(d: Any) -> tuple[Any, ...]:
 
 
 def with_gate(*gate: Any, bias: bool = False) -> Callable[[Any], tuple[Any, ...]]:
-    """`experts_arguments` with (activation, gated, interleaved, transposed, alpha, limit, up_offset) and biases."""
+    """`experts_arguments` with (activation, gated, interleaved, transposed, alpha, limit, up_offset) and biases.
+
+    No stack is transposed any more when a target sees it.
+    """
 
     def arguments(d: Any) -> tuple[Any, ...]:
         values = list(experts_arguments(d))
         width = 2 * INNER if gate[1] else INNER
         up, down = random(EXPERT_COUNT, width, HIDDEN), random(EXPERT_COUNT, HIDDEN, INNER, seed=1)
-        if gate[3]:
-            up, down = (np.ascontiguousarray(value.swapaxes(1, 2)) for value in (up, down))
         values[3], values[5] = d.weight(torch.from_numpy(up)), d.weight(torch.from_numpy(down))
         if bias:
             values[4] = d.weight(torch.from_numpy(random(EXPERT_COUNT, width, seed=2)))
@@ -60,8 +61,8 @@ def with_gate(*gate: Any, bias: bool = False) -> Callable[[Any], tuple[Any, ...]
 
 GATES = {
     "silu": ("silu", True, False, False, 1.0, 0.0, 0.0),
-    "silu-interleaved-transposed": ("silu", True, True, True, 1.0, 0.0, 0.0),
-    "gpt-oss": ("silu", True, True, True, 1.702, 0.7, 1.0),
+    "silu-interleaved": ("silu", True, True, False, 1.0, 0.0, 0.0),
+    "gpt-oss": ("silu", True, True, False, 1.702, 0.7, 1.0),
     "limit-concatenated": ("silu", True, False, False, 1.0, 0.5, 0.0),
     "gelu": ("gelu", True, False, False, 1.0, 0.0, 0.0),
     "gelu-tanh": ("gelu_tanh", True, False, False, 1.0, 0.0, 0.0),
@@ -73,7 +74,7 @@ GATES = {
     "plain-tanh": ("tanh", False, False, False, 1.0, 0.0, 0.0),
     "plain-identity": ("identity", False, False, False, 1.0, 0.0, 0.0),
 }
-KERNEL = {"silu", "silu-interleaved-transposed", "gpt-oss", "limit-concatenated"}
+KERNEL = {"silu", "silu-interleaved", "gpt-oss", "limit-concatenated"}
 KERNEL |= {"plain-relu", "plain-silu", "plain-identity"}
 
 

@@ -13,12 +13,14 @@ import pytest
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from moec import passes
 from moec.compiler.frontend.capture import capture
 from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.ir.program import Program
 from moec.compiler.ir.weights import Constant, LazyTensor, WeightStore
+from moec.passes.decompose.decompose import decompose
 from moec.targets.tflite import lower
 from moec.targets.tflite.context import Context, Settings, Shared
 from moec.targets.tflite.library import module
@@ -27,6 +29,7 @@ from moec.targets.tflite.model import Graph, Model, Value
 from moec.targets.tflite.runner import TfliteRunner
 from moec.targets.tflite.weights import Weights
 from moec.targets.tflite.writer import write
+from tests.support.one_op import OneOp
 
 Operation = tuple[Any, ...]
 """An op, its arguments, and a mapping of keyword arguments if it has any; a LazyTensor argument is a weight."""
@@ -79,35 +82,58 @@ class Build:
             for index, result in enumerate(results):
                 ctx.graph.output(f"out{index}", result)
             model.signatures[name] = ctx.graph
+        return known | self._results(model, feeds)
+
+    def one_ops(self, cases: Mapping[str, OneOp], sizes: tuple[int, int]) -> dict[str, list[np.ndarray] | Exception]:
+        """Results of Programs of one op, of fixed sizes, all run as signatures of one file, or what went wrong."""
+        model, feeds, known = Model(), {}, dict[str, Any]()
+        for name, one in cases.items():
+            program = one.static(*sizes)
+            ctx = Context(Shared(program, Weights(program)), Settings(8, True), Graph(name))
+            feeds[name] = dict[str, np.ndarray]()
+            try:
+                (result,) = lower_graph(ctx, program.graph, one.feeds(*sizes), feeds[name])
+            except Exception as error:  # noqa: BLE001 - the case of this op fails, the others run
+                known[name] = error
+                continue
+            if isinstance(result, Tensor):
+                known[name] = [result.numpy()]
+                continue
+            ctx.graph.output("out0", result)
+            model.signatures[name] = ctx.graph
+        return known | self._results(model, feeds)
+
+    def _results(self, model: Model, feeds: Mapping[str, dict[str, np.ndarray]]) -> dict[str, Any]:
+        known = dict[str, Any]()
         interpreter = module("ai_edge_litert.interpreter").Interpreter(str(self.model(model)), num_threads=1)
         for name in model.signatures:
-            found = interpreter.get_signature_runner(name)(**feeds[name])
-            known[name] = [found[f"out{index}"] for index in range(len(found))]
+            try:
+                found = interpreter.get_signature_runner(name)(**feeds[name])
+                known[name] = [found[f"out{index}"] for index in range(len(found))]
+            except RuntimeError as error:
+                known[name] = error
         return known
 
 
 def _lower(ctx: Context, operation: Operation, feeds: dict[str, np.ndarray]) -> list[Value | Tensor]:
-    """Lower one call in the graph of `ctx`, with an input for every tensor among its arguments."""
+    """Lower one call in the graph of `ctx`, in core ops, with an input for every tensor among its arguments."""
     target, *arguments = operation
     kwargs = arguments.pop() if arguments and isinstance(arguments[-1], dict) else {}
-    graph, mode = fx.Graph(), FakeTensorMode(allow_non_fake_inputs=True)
+    graph, mode = fx.Graph(), FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+    values: dict[str, np.ndarray] = {}
 
     def argument(value: Any) -> Any:
         if isinstance(value, list):
             return [argument(item) for item in value]
         if isinstance(value, LazyTensor):
             node = graph.get_attr(f"weight{id(value)}")
-            node.meta["val"] = mode.from_tensor(value.read())
+            node.meta["val"] = mode.from_tensor(value.read(), static_shapes=True)
             return node
         if not isinstance(value, Tensor):
             return value
-        node = graph.placeholder(f"in{len(feeds)}")
-        node.meta["val"] = mode.from_tensor(value)
-        array = value.numpy()
-        feeds[node.name] = array.astype(np.int32) if array.dtype == np.int64 else array
-        fed = feeds[node.name]
-        kinds = {"float32": "FLOAT32", "int32": "INT32", "bool": "BOOL"}
-        ctx.bind(node, ctx.graph.input(node.name, fed.shape, kinds[fed.dtype.name]))
+        node = graph.placeholder(f"in{len(values)}")
+        node.meta["val"] = mode.from_tensor(value, static_shapes=True)
+        values[node.name] = value.numpy()
         return node
 
     args = [argument(value) for value in arguments]
@@ -116,9 +142,30 @@ def _lower(ctx: Context, operation: Operation, feeds: dict[str, np.ndarray]) -> 
         value = target(*fake[0], **fake[1])
     call = graph.call_function(target, tuple(args), kwargs)
     call.meta["val"] = value
-    result = lookup(call)(ctx, call)
-    ctx.set(call, result)
-    return list(result) if isinstance(result, list | tuple) else [result]
+    graph.output((call,))
+    decompose(graph.nodes)
+    return lower_graph(ctx, graph, values, feeds)
+
+
+KINDS = {"float32": "FLOAT32", "int32": "INT32", "bool": "BOOL"}
+
+
+def lower_graph(
+    ctx: Context, graph: fx.Graph, values: Mapping[str, np.ndarray], feeds: dict[str, np.ndarray]
+) -> list[Value | Tensor]:
+    """Lower a graph of static shapes, with an input for each placeholder; what is to be fed goes into `feeds`."""
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            array = values[node.name]
+            feeds[node.name] = fed = array.astype(np.int32) if array.dtype == np.int64 else array
+            ctx.bind(node, ctx.graph.input(node.name, fed.shape, KINDS[fed.dtype.name]))
+        elif node.op == "call_function":
+            constant = node.all_input_nodes and lower._is_constant(ctx, node)
+            constant = constant or node.target in (torch.ops.aten.full.default, torch.ops.aten.arange.start_step)
+            ctx.set(node, lower._constant(ctx, node) if constant else lookup(node)(ctx, node))
+    (results,) = graph.output_node().args
+    found = [ctx.get(result) for result in results]  # type: ignore[union-attr]
+    return [item for result in found for item in (result if isinstance(result, list | tuple) else [result])]
 
 
 @pytest.fixture

@@ -1,0 +1,162 @@
+"""The operands of calls by name: of any op of torch by its schema, of moec's own as frozen views."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, Self
+
+import torch
+from torch import fx
+
+from moec.compiler.ir.ops import ATTENTION, EXPERTS, RMS_NORM, ROTARY, SELECT, Gate
+
+_WITHOUT_MEANING = frozenset({"device", "layout", "pin_memory", "memory_format", "non_blocking", "requires_grad"})
+"""Keywords that say where and how a tensor lies in memory, which a graph of moec says nothing of."""
+
+
+def bound(node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call of an op of torch, complete and in the order of its schema.
+
+    Returns:
+        The arguments that may be given by position, with the defaults of the schema where none was given; and by name
+        those that are keywords alone and were given a value other than their default.
+    """
+    assert isinstance(node.target, torch._ops.OpOverload)
+    given = dict(node.kwargs)
+    positional: list[Any] = list(node.args)
+    keywords: dict[str, Any] = {}
+    for position, argument in enumerate(node.target._schema.arguments):
+        if argument.kwarg_only:
+            value = given.get(argument.name, argument.default_value)
+            if argument.name not in _WITHOUT_MEANING and value is not None and value != argument.default_value:
+                keywords[argument.name] = value
+        elif position >= len(positional):
+            positional.append(given.get(argument.name, argument.default_value))
+    return tuple(positional), keywords
+
+
+def operands(node: fx.Node) -> dict[str, Any]:
+    """The arguments of a call of an op of torch by the names of its schema, defaults included."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    positional, keywords = bound(node)
+    names = [argument.name for argument in node.target._schema.arguments if not argument.kwarg_only]
+    return {**dict(zip(names, positional, strict=True)), **keywords}
+
+
+class _View:
+    """A frozen view of the operands of one op; `of` makes it of a call."""
+
+    @classmethod
+    def of(cls, node: fx.Node) -> Self:
+        """The operands of `node`, which calls this op."""
+        return cls(**operands(node))
+
+    @property
+    def args(self) -> tuple[Any, ...]:
+        """The operands in the order of the op's schema, for `node.args`."""
+        return tuple(getattr(self, field.name) for field in fields(self))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, slots=True)
+class Experts(_View):
+    """Operands of `moec::experts`; shapes and meaning as there."""
+
+    hidden_states: fx.Node
+    indices: fx.Node
+    weights: fx.Node
+    gate_up_proj: fx.Node
+    gate_up_bias: fx.Node | None
+    down_proj: fx.Node
+    down_bias: fx.Node | None
+    activation: str
+    gated: bool
+    interleaved: bool
+    transposed: bool
+    alpha: float
+    limit: float
+    up_offset: float
+
+    @property
+    def gate(self) -> Gate:
+        """How the outputs of the first projection are combined."""
+        return Gate(self.activation, self.gated, self.interleaved, self.alpha, self.limit, self.up_offset)
+
+    @property
+    def stacks(self) -> dict[str, fx.Node]:
+        """The stacked weights and biases that are there, by the name of their operand."""
+        named = {
+            "gate_up_proj": self.gate_up_proj,
+            "gate_up_bias": self.gate_up_bias,
+            "down_proj": self.down_proj,
+            "down_bias": self.down_bias,
+        }
+        return {name: node for name, node in named.items() if node is not None}
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return int(self.gate_up_proj.meta["val"].shape[0])
+
+    @property
+    def top_k(self) -> int:
+        """Slots of each row of `indices` and `weights`."""
+        return int(self.indices.meta["val"].shape[1])
+
+    @property
+    def hidden_size(self) -> int:
+        """H."""
+        return int(self.hidden_states.meta["val"].shape[1])
+
+    @property
+    def intermediate_size(self) -> int:
+        """I."""
+        return int(self.down_proj.meta["val"].shape[1 if self.transposed else 2])
+
+
+@dataclass(frozen=True, slots=True)
+class Select(_View):
+    """Operands of `moec::select`; shapes and meaning as there."""
+
+    weights: fx.Node
+    keep: fx.Node
+    renormalize: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Attention(_View):
+    """Operands of `moec::attention`; shapes and meaning as there."""
+
+    query: fx.Node
+    key: fx.Node
+    value: fx.Node
+    past_key: fx.Node
+    past_value: fx.Node
+    cache_position: fx.Node
+    attention_mask: fx.Node | None
+    sinks: fx.Node | None
+    scale: float
+    kind: str
+    window: int
+    softcap: float
+
+
+@dataclass(frozen=True, slots=True)
+class RmsNorm(_View):
+    """Operands of `moec::rms_norm`; shapes and meaning as there."""
+
+    hidden_states: fx.Node
+    weight: fx.Node | None
+    eps: float
+
+
+@dataclass(frozen=True, slots=True)
+class Rotary(_View):
+    """Operands of `moec::rotary`; shapes and meaning as there."""
+
+    x: fx.Node
+    cos: fx.Node
+    sin: fx.Node
+
+
+VIEWS = {EXPERTS: Experts, SELECT: Select, ATTENTION: Attention, RMS_NORM: RmsNorm, ROTARY: Rotary}
+"""The view of each semantic op."""

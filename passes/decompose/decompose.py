@@ -1,0 +1,107 @@
+"""The pass that brings a graph to the stage CORE."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from moec.compiler.ir.operands import bound
+from moec.compiler.ir.program import Program
+from moec.passes.base import Pass, PassResult
+from moec.passes.decompose import activations, arithmetic, creation, indexing, products, reductions, shapes
+from moec.passes.decompose.builder import Builder, Rule
+from moec.passes.rewriting import rewritten, substitute
+
+RULES: Mapping[Any, Rule] = {
+    **activations.RULES,
+    **arithmetic.RULES,
+    **creation.RULES,
+    **indexing.RULES,
+    **products.RULES,
+    **reductions.RULES,
+    **shapes.RULES,
+}
+"""Every op that has a rule. One that has none and is no core op is refused when a target lowers it."""
+
+
+@dataclass(frozen=True)
+class Decompose(Pass):
+    """Write every op in the ops of `moec.compiler.ir.stages.CORE`, with all its arguments given.
+
+    ```
+    %a = softplus(%x, 0.5, 10); %b = rsub(%x, 3, 2); %c = transpose(%y, 0, -1)
+    ->
+    %s = mul(%x, 0.5); %a = where(gt(%s, full([], 10)), %x, div(softplus(%s, 1, 20), 0.5))
+    %b = sub(3, mul(%x, 2)); %c = permute(%y, [2, 1, 0])
+    ```
+    """
+
+    name: ClassVar[str] = "decompose"
+    requires: ClassVar[tuple[str, ...]] = ("normalize", "real-rotary", "rms-norm", "rotary")
+
+    def run(self, program: Program) -> PassResult:
+        """See the class."""
+        graph = program.copy_graph()
+        modified = decompose(graph.nodes)
+        return PassResult(rewritten(program, graph) if modified else program, modified)
+
+
+def decompose(nodes: Iterable[fx.Node]) -> bool:
+    """Bring calls of one graph to core ops, in place. For passes that add calls after `Decompose` has run.
+
+    Args:
+        nodes: The calls.
+
+    Returns:
+        Whether anything was changed.
+    """
+    modified = False
+    for node in list(nodes):
+        if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
+            modified |= _bind(node)
+            modified |= _decompose(node)
+    return modified
+
+
+def _bind(node: fx.Node) -> bool:
+    """Give the call all its arguments."""
+    args, kwargs = bound(node)
+    if args == node.args and kwargs == node.kwargs:
+        return False
+    node.args, node.kwargs = args, kwargs
+    return True
+
+
+def _decompose(node: fx.Node) -> bool:
+    rule = RULES.get(node.target)
+    if rule is None:
+        return False
+    with node.graph.inserting_before(node):
+        found = rule(Builder(node), *node.args, **node.kwargs)
+    if found is None:
+        return False
+    if isinstance(found, Sequence):
+        _replace_results(node, found)
+    elif found.target is node.target and found is node.prev:
+        # The same op with other arguments: it keeps its name.
+        node.args, node.kwargs = found.args, found.kwargs
+        node.graph.erase_node(found)
+    else:
+        substitute(node, found)
+    return True
+
+
+def _replace_results(node: fx.Node, found: Sequence[fx.Node | None]) -> None:
+    """Let those who take one of several results take what was made of it."""
+    for user in list(node.users):
+        assert user.target is operator.getitem, "a call of several results is read by getitem alone"
+        own = found[user.args[1]]  # type: ignore[index]
+        assert own is not None
+        user.replace_all_uses_with(own)
+        user.graph.erase_node(user)
+    node.graph.erase_node(node)
