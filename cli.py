@@ -26,6 +26,7 @@ from moec.compiler.commands.inspection import doctor, families, inspect
 from moec.compiler.commands.options import ArtifactDirectory, Debug, Json, Quiet, Revision, Trust
 from moec.compiler.commands.pipelines import build, diff, publish
 from moec.compiler.common.errors import MoecError, UsageError, out_of_memory
+from moec.compiler.common.memory import keep_freed_memory
 from moec.compiler.common.threads import wait_without_spinning
 
 
@@ -348,6 +349,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _terminate)
     any_character()
     wait_without_spinning()
+    keep_freed_memory()
     arguments = sys.argv[1:]
     if "--debug" not in arguments:
         # torch, torchao and transformers warn of matters that are theirs.

@@ -1,9 +1,10 @@
-"""CPU time and memory of the coverage gate on a random checkpoint of OLMoE-1B-7B's shape, as int4 ONNX.
+"""CPU time and memory of the gates of coverage and integrity on a random checkpoint of OLMoE-1B-7B's shape, as ONNX.
 
-    python benchmarks/forced_coverage.py DIRECTORY [--layers 16] [--format int4]
+    python benchmarks/forced_coverage.py DIRECTORY [--layers 16] [--format int4] [--coverage-alone]
 
 DIRECTORY receives the checkpoint (0.86 GB a layer in bfloat16, one file for each) and the artifact. Hidden states are
-drawn at random with the scale that a norm gives them: what they are does not change what the gate costs.
+drawn at random with the scale that a norm gives them: what they are does not change what the gates cost. One layer
+costs what the next one does.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ import psutil
 import torch
 from safetensors.torch import save_file
 
+from moec.compiler.common.memory import keep_freed_memory
 from moec.compiler.frontend.capture import capture
 from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.gates.coverage import judge_coverage, run_experts_by_force
+from moec.compiler.gates.integrity import Comparisons
 from moec.compiler.gates.reference import SAMPLED
 from moec.compiler.gates.tolerance import precision_of
 from moec.compiler.gates.usage import Usage
@@ -90,16 +93,17 @@ def main() -> None:
     parser.add_argument("directory", type=Path)
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--format", default="int4")
+    parser.add_argument("--coverage-alone", action="store_true")
     options = parser.parse_args()
+    keep_freed_memory()  # as the command `moec` does
     checkpoint = Checkpoint.open(write_checkpoint(options.directory / f"olmoe-{options.layers}", options.layers))
     program = run_passes(capture(checkpoint), default_passes())[0]
     program = Quantize(requested(options.format)).run(program).program
     target, artifact = OnnxTarget(), options.directory / f"onnx-{options.format}-{options.layers}"
-    if not (artifact / "model.onnx").is_file():
+    if not artifact.is_dir():
         artifact.mkdir(parents=True)
         target.lower(program, OnnxOptions(), artifact, lambda *_: None)
     hidden = {row.index: torch.randn(SAMPLED, row.hidden_size) for row in program.layers}
-    runners = target.open_experts(artifact)
     start, wall, most = time.process_time(), time.perf_counter(), 0
     process = psutil.Process()
 
@@ -108,10 +112,15 @@ def main() -> None:
         own = process.memory_info()
         most = max(most, own.rss - own.shared)
 
-    found = run_experts_by_force(program, runners, hidden, 1.0, progress)
+    runners = target.open_experts(artifact)
+    comparisons = Comparisons(program, {} if options.coverage_alone else target.stored_weights(artifact))
+    found = run_experts_by_force(program, runners, hidden, 1.0, progress, comparisons.compare)
+    verdicts = [judge_coverage(found, list(runners), precision_of(program), 1.0, Usage(program.layers))]
+    if not options.coverage_alone:
+        verdicts.append(comparisons.judge())
     seconds, elapsed = time.process_time() - start, time.perf_counter() - wall
-    verdict = judge_coverage(found, list(runners), precision_of(program), 1.0, Usage(program.layers))
-    print(f"{verdict.status}: {verdict.summary}")
+    for verdict in verdicts:
+        print(f"{verdict.gate}: {verdict.status}: {verdict.summary}")
     print(f"{seconds:.1f} s of CPU, {elapsed:.1f} s, {most / 1e9:.2f} GB of anonymous memory between layers")
 
 

@@ -7,7 +7,7 @@ is a `Quantized` (codes and scales) or a `Palettized` (codes and palettes); `kee
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from moec.compiler.ir.weights import LazyTensor
 from moec.quantize.formats import IntegerFormat, PaletteFormat, TableFormat, check_matrix
 from moec.quantize.methods.palettize import PalettizedTensor, choose_palettes, palettize
-from moec.quantize.methods.rounding import RoundingResult, check_weight, relative, round_to_nearest
+from moec.quantize.methods.rounding import RoundingResult, check_weight, nearest_values, relative, round_to_nearest
 from moec.quantize.methods.scales import NO_CLIPPING, ClipSearch
 from moec.quantize.methods.tensors import QuantizedTensor, join, stack
 
@@ -88,7 +88,11 @@ class Quantized(Coded):
 
     def rows(self, start: int, stop: int) -> Tensor:
         """The slice as the artifact will hold it: rounded and dequantized. Nothing of it is kept."""
-        return self._quantize(start, stop).dequantize(self.dtype)
+        if self.rounded:
+            return self._quantize(start, stop).dequantize(self.dtype)
+        pieces = [self.source.rows(first, last) for first, last in self._steps(start, stop)]
+        values = [nearest_values(piece, self.format, name=self.name, clip=self.clip) for piece in pieces]
+        return values[0] if len(values) == 1 else torch.cat(values)
 
     def quantized_rows(self, start: int, stop: int) -> QuantizedTensor:
         """Codes and scales of the slice [start, stop) along axis 0; the scales are kept for `scale_rows`."""
@@ -129,15 +133,18 @@ class Quantized(Coded):
 
     def _quantize(self, start: int, stop: int) -> QuantizedTensor:
         if not self.rounded:
-            # Matrix by matrix, or some rows of one at a time: codes are small, the floats that they stand for are not.
-            step = 1 if len(self.shape) == 3 else max(1, PIECE // self.shape[1])
-            pieces = [self._piece(first, min(first + step, stop)) for first in range(start, max(stop, start + 1), step)]
-            return join(pieces)
+            return join([self._piece(first, last) for first, last in self._steps(start, stop)])
         if len(self.shape) == 3:
             return stack(list(self.rounded[start:stop]))
         whole = self.rounded[0]
         points = None if whole.zero_points is None else whole.zero_points[start:stop]
         return QuantizedTensor(whole.format, whole.codes[start:stop], whole.scales[start:stop], points)
+
+    def _steps(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Matrix by matrix, or some rows of one at a time: codes are small, the floats that they stand for are not."""
+        step = 1 if len(self.shape) == 3 else max(1, PIECE // self.shape[1])
+        for first in range(start, max(stop, start + 1), step):
+            yield first, min(first + step, stop)
 
     def _piece(self, start: int, stop: int) -> QuantizedTensor:
         result = round_to_nearest(self.source.rows(start, stop), self.format, name=self.name, clip=self.clip)

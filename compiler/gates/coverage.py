@@ -3,7 +3,8 @@
 Routers leave some experts to one token in ten thousand. Whether such an expert computes what it should does not hang on
 a prompt that happens to reach it: the artifact is entered at the operands of a layer's experts, with hidden states
 that the reference met there and a routing that sends each of them to one expert. One pass goes over the experts: each
-is read once by the reference, and what is in memory is a batch of activations and one expert.
+is read once by the reference, and what is in memory is a batch of activations and one expert. The gate of integrity
+looks on (`watch`), so that it need not make the values of the experts a second time.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from moec.compiler.common.progress import Progress
 from moec.compiler.common.verdict import Status, Verdict
 from moec.compiler.gates.tolerance import EXPERT_LIMITS, Precision
 from moec.compiler.gates.usage import Usage
-from moec.compiler.ir.interpreter import Interpreter
+from moec.compiler.ir.interpreter import Interpreter, WeightObserver
 from moec.compiler.ir.program import EXPERTS, MoeLayer, Program
 from moec.targets.base import ExpertsRunner
 
@@ -59,6 +60,7 @@ def run_experts_by_force(
     hidden: Mapping[int, Tensor],
     share: float = 1.0,
     progress: Progress = lambda *_: None,
+    watch: WeightObserver | None = None,
 ) -> list[LayerResult]:
     """Run the experts of every layer and compare them with the reference.
 
@@ -68,11 +70,12 @@ def run_experts_by_force(
         hidden: MoE layer -> hidden states that it met, [n, H].
         share: Least share of the experts of a layer that are run; they are spread evenly.
         progress: Told about every layer.
+        watch: Told of the values of every expert that is read, once each.
 
     Raises:
         ArtifactError: A runner returned another shape than [T, H].
     """
-    reference, results = Interpreter(program, cache_bytes=0), []
+    reference, results = Interpreter(program, cache_bytes=0, weight_observer=watch), []
     for done, (row, node) in enumerate(zip(program.layers, program.nodes(EXPERTS), strict=True)):
         progress(GATE, done, len(program.layers))
         result = LayerResult(row)

@@ -11,17 +11,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from moec.compiler.common.errors import ArtifactError
 from moec.compiler.common.progress import Progress
 from moec.compiler.common.verdict import Status, Verdict
-from moec.compiler.gates.examination import examine
+from moec.compiler.gates.examination import Examined, examine
+from moec.compiler.ir.operands import Experts
 from moec.compiler.ir.program import EXPERTS, Program
 from moec.targets.stored_weights import StoredWeight
 
 GATE = "integrity"
 EXIT_CODE = 5
-EXPERT_ARGUMENTS = (3, 4, 5, 6)  # gate_up_proj, gate_up_bias, down_proj, down_bias of moec::experts
 LISTED = 4
 
 ROUNDING = 1e-6
@@ -46,46 +47,87 @@ def expert_weights(program: Program) -> dict[str, torch.dtype]:
     """
     found: dict[str, torch.dtype] = {}
     for node in program.nodes(EXPERTS):
-        for position in EXPERT_ARGUMENTS:
-            argument = node.args[position]
-            if argument is None:
-                continue
-            if not isinstance(argument, torch.fx.Node) or argument.op != "get_attr":
+        for operand, stack in Experts.of(node).stacks.items():
+            if stack.op != "get_attr":
                 raise ArtifactError(
-                    f"{node.name}: argument {position} of moec::experts is computed in the graph",
+                    f"{node.name}: {operand} of moec::experts is computed in the graph",
                     hint="constant folding turns it into a weight: run the common passes",
                 )
-            found[program.weights.resolve(str(argument.target))] = argument.meta["val"].dtype
+            found[program.weights.resolve(str(stack.target))] = stack.meta["val"].dtype
     return found
 
 
-def check_integrity(
-    program: Program,
-    stored: Mapping[str, StoredWeight],
-    *,
-    progress: Progress = lambda *_: None,
-) -> Verdict:
-    """Compare every expert of every tensor, one at a time.
+class Comparisons:
+    """Compares every expert of every tensor with the artifact's, each when somebody makes its values.
+
+    To make them takes longer than anything else here. The gate of coverage makes those of every expert, and hands them
+    to `compare` while it has them; `judge` makes what is missing.
 
     Args:
         program: The final Program.
         stored: `Target.stored_weights` of the artifact.
-        progress: Told about every tensor.
 
     Raises:
         ArtifactError: A weight is computed in the graph.
     """
-    names = expert_weights(program)
-    missing = [name for name in names if name not in stored]
-    comparisons = []
-    examined = examine(program, GATE, progress)
-    for index, (name, dtype) in enumerate(names.items()):
-        progress(GATE, index, len(names))
-        if name in stored and name not in examined.findings:
-            comparisons.append(_compare(program, name, dtype, stored[name]))
-    progress(GATE, len(names), len(names))
+
+    def __init__(self, program: Program, stored: Mapping[str, StoredWeight]) -> None:
+        self._program, self._stored = program, stored
+        self._names = expert_weights(program)
+        self._errors: dict[str, dict[int, float]] = {name: {} for name in self._names if name in stored}
+
+    def compare(self, name: str, index: int, values: Tensor) -> None:
+        """Compare one expert of the tensor `name`.
+
+        Args:
+            name: Where it is no tensor of experts, nothing happens.
+            index: The expert.
+            values: Its values as the Program has them: one index of the tensor along axis 0.
+        """
+        if name in self._errors:
+            # Codes times scales is computed in float32, whatever the graph computes in.
+            dtype = self._names[name] if _format(self._program, name) is None else torch.float32
+            want = values.to(dtype).float().numpy()
+            self._errors[name][index] = _error(self._stored[name].values(index, index + 1)[0], want)
+
+    def judge(self, progress: Progress = lambda *_: None) -> Verdict:
+        """Compare what has not been compared yet, one expert at a time, and say what was found.
+
+        Args:
+            progress: Told about every tensor.
+        """
+        examined = examine(self._program, GATE, progress)
+        compared = {name: errors for name, errors in self._errors.items() if name not in examined.findings}
+        for done, (name, errors) in enumerate(compared.items()):
+            progress(GATE, done, len(compared))
+            tensor = self._program.weights[name]
+            for index in range(tensor.shape[0]):
+                if index not in errors:
+                    self.compare(name, index, tensor.rows(index, index + 1)[0])
+        progress(GATE, len(compared), len(compared))
+        missing = [name for name in self._names if name not in self._stored]
+        found = [self._comparison(name, errors) for name, errors in compared.items()]
+        return _judge(found, missing, _in_other_formats(self._program, self._names, self._stored), examined)
+
+    def _comparison(self, name: str, errors: Mapping[int, float]) -> Comparison:
+        limit = 0.0 if _format(self._program, name) is None else ROUNDING
+        wrong = sorted(index for index, error in errors.items() if not error <= limit)
+        return Comparison(name, len(errors), tuple(wrong), max(errors.values(), default=0.0))
+
+
+def check_integrity(
+    program: Program, stored: Mapping[str, StoredWeight], *, progress: Progress = lambda *_: None
+) -> Verdict:
+    """Compare every expert of every tensor, one at a time; see `Comparisons`.
+
+    Raises:
+        ArtifactError: A weight is computed in the graph.
+    """
+    return Comparisons(program, stored).judge(progress)
+
+
+def _judge(comparisons: list[Comparison], missing: list[str], other: list[str], examined: Examined) -> Verdict:
     wrong = [item for item in comparisons if item.wrong]
-    other = _in_other_formats(program, names, stored)
     problems = [
         *_listed("missing from the artifact", missing),
         *_listed("different", [f"{item.name} experts {_numbers(item.wrong)}" for item in wrong]),
@@ -101,24 +143,12 @@ def check_integrity(
     return Verdict(GATE, Status.PASS, "; ".join(filter(None, (equal, examined.summary))), EXIT_CODE, figures)
 
 
-def _compare(program: Program, name: str, dtype: torch.dtype, stored: StoredWeight) -> Comparison:
-    tensor = program.weights[name]
-    exact = _format(program, name) is None
-    wrong, worst = [], 0.0
-    for index in range(tensor.shape[0]):
-        # Codes times scales is computed in float32, whatever the graph computes in.
-        want = tensor.rows(index, index + 1)[0].to(dtype if exact else torch.float32).float().numpy()
-        error = _error(stored.values(index, index + 1)[0], want)
-        worst = max(worst, error)
-        if not error <= (0.0 if exact else ROUNDING):
-            wrong.append(index)
-    return Comparison(name, tensor.shape[0], tuple(wrong), worst)
-
-
 def _error(got: np.ndarray, want: np.ndarray) -> float:
     """Largest difference relative to the largest value; infinite for another shape or NaN."""
     if got.shape != want.shape:
         return float("inf")
+    if np.array_equal(got, want):
+        return 0.0
     error = float(np.abs(got.astype(np.float32) - want).max(initial=0.0)) / max(
         float(np.abs(want).max(initial=0.0)), float(np.finfo(np.float32).tiny)
     )

@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.table import Table
 from rich.text import Text
+from torch import Tensor
 
 from moec.compiler.common.errors import MoecError, first_line
 from moec.compiler.common.progress import Progress
@@ -20,7 +21,7 @@ from moec.compiler.gates.cases import Prompts, bounds
 from moec.compiler.gates.coverage import GATE as COVERAGE_GATE
 from moec.compiler.gates.coverage import judge_coverage, run_experts_by_force
 from moec.compiler.gates.integrity import GATE as INTEGRITY_GATE
-from moec.compiler.gates.integrity import check_integrity
+from moec.compiler.gates.integrity import Comparisons
 from moec.compiler.gates.parity import (
     ARTIFACT_GATE,
     CAPTURE_GATE,
@@ -35,6 +36,7 @@ from moec.compiler.gates.repeatability import EXIT_CODE as REPEATABILITY_EXIT_CO
 from moec.compiler.gates.repeatability import GATE as REPEATABILITY_GATE
 from moec.compiler.gates.repeatability import RepeatabilityOptions, judge_repeatability
 from moec.compiler.gates.tolerance import precision_of
+from moec.compiler.ir.interpreter import WeightObserver
 from moec.compiler.ir.program import Program
 from moec.targets.base import GateSubject, Runner, Target, limits_of
 
@@ -113,11 +115,13 @@ def run_gates(
     def artifact() -> Verdict:
         return parity(ARTIFACT_GATE, reference())
 
+    experts = ExpertTensors(inputs)
+
     def coverage() -> Verdict:
-        return cover(inputs, evidence.get(ARTIFACT_GATE), options, progress)
+        return cover(inputs, evidence.get(ARTIFACT_GATE), options, progress, experts.watch)
 
     def integrity() -> Verdict:
-        return check_integrity(inputs.program, inputs.target.stored_weights(inputs.directory), progress=progress)
+        return experts.comparisons().judge(progress)
 
     def repeated() -> Verdict:
         return repeat(inputs, reference(), options.seed, repeatability or RepeatabilityOptions(), progress)
@@ -135,7 +139,44 @@ def run_gates(
     return tuple(run_gate(name, code, gate) for name, code, gate in gates)
 
 
-def cover(inputs: GateInputs, seen: Evidence | None, options: ParityOptions, progress: Progress) -> Verdict:
+class ExpertTensors:
+    """The expert tensors of an artifact, compared with the plan's while the gate of coverage runs.
+
+    What goes wrong there is the verdict of integrity, and none of coverage.
+
+    Args:
+        inputs: What to look at.
+    """
+
+    def __init__(self, inputs: GateInputs) -> None:
+        self._inputs = inputs
+        self._opened: Comparisons | None = None
+        self._broken: Exception | None = None
+
+    def comparisons(self) -> Comparisons:
+        """What has been compared so far.
+
+        Raises:
+            Exception: What came up while something was compared, or when the artifact was opened.
+        """
+        if self._broken is not None:
+            raise self._broken
+        if self._opened is None:
+            self._opened = Comparisons(self._inputs.program, self._inputs.target.stored_weights(self._inputs.directory))
+        return self._opened
+
+    def watch(self, name: str, index: int, values: Tensor) -> None:
+        """A WeightObserver: compare one expert."""
+        if self._broken is None:
+            try:
+                self.comparisons().compare(name, index, values)
+            except REPORTED as error:
+                self._broken = error
+
+
+def cover(
+    inputs: GateInputs, seen: Evidence | None, options: ParityOptions, progress: Progress, watch: WeightObserver
+) -> Verdict:
     """Run the experts by themselves, with hidden states that the reference met while the artifact was compared."""
     if seen is None:
         return Verdict(COVERAGE_GATE, Status.NOT_RUN, f"'{ARTIFACT_GATE}' did not finish", EXIT_CODE)
@@ -144,7 +185,7 @@ def cover(inputs: GateInputs, seen: Evidence | None, options: ParityOptions, pro
         reason = f"the target {inputs.target.name} does not run experts by themselves"
         figures = {"steps": {ARTIFACT_GATE: seen.usage.figures()}}
         return Verdict(COVERAGE_GATE, Status.NOT_RUN, reason, EXIT_CODE, figures)
-    found = run_experts_by_force(inputs.program, runners, seen.hidden, options.coverage_min, progress)
+    found = run_experts_by_force(inputs.program, runners, seen.hidden, options.coverage_min, progress, watch)
     return judge_coverage(found, list(runners), seen.precision, options.coverage_min, seen.usage)
 
 

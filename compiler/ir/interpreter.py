@@ -24,6 +24,9 @@ from moec.compiler.ir.weights import LazyTensor
 Observer = Callable[[fx.Node, tuple[Any, ...], Any], None]
 """Called after each node with the node, its evaluated arguments and its result."""
 
+WeightObserver = Callable[[str, int, Tensor], None]
+"""Called for every slice of a weight that is read: name, index along axis 0, and values as the store gives them."""
+
 ExpertObserver = Callable[[fx.Node, ExpertCall], None]
 """Called for every expert that a layer runs, with the experts node."""
 
@@ -33,10 +36,11 @@ class WeightReader:
 
     Args:
         cache_bytes: How much may be kept.
+        observer: See `WeightObserver`.
     """
 
-    def __init__(self, cache_bytes: int) -> None:
-        self._limit, self._used = cache_bytes, 0
+    def __init__(self, cache_bytes: int, observer: WeightObserver | None = None) -> None:
+        self._limit, self._used, self._observer = cache_bytes, 0, observer
         self._kept: OrderedDict[tuple[str, int | None, torch.dtype], Tensor] = OrderedDict()
 
     def read(self, name: str, tensor: LazyTensor, dtype: torch.dtype, row: int | None = None) -> Tensor:
@@ -46,6 +50,8 @@ class WeightReader:
             self._kept.move_to_end(key)
             return self._kept[key]
         value = tensor.read() if row is None else tensor.rows(row, row + 1)[0]
+        if self._observer is not None and row is not None:
+            self._observer(name, row, value)
         value = value.to(dtype)
         size = value.numel() * value.element_size()
         if size <= self._limit:
@@ -65,6 +71,7 @@ class Interpreter:
         cache_bytes: Memory for weights that may be kept between steps; 1 GiB by default.
         observer: See `Observer`.
         expert_observer: See `ExpertObserver`.
+        weight_observer: See `WeightObserver`; told of what is read, and not of what was kept.
     """
 
     def __init__(
@@ -74,9 +81,10 @@ class Interpreter:
         cache_bytes: int = 1 << 30,
         observer: Observer | None = None,
         expert_observer: ExpertObserver | None = None,
+        weight_observer: WeightObserver | None = None,
     ) -> None:
         self.program, self.observer, self.expert_observer = program, observer, expert_observer
-        self._reader = WeightReader(cache_bytes)
+        self._reader = WeightReader(cache_bytes, weight_observer)
         self._last_use = _last_uses(program.graph)
 
     @torch.no_grad()

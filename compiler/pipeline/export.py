@@ -250,7 +250,7 @@ def _build(
         target: Its target.
         options: Its options.
         stages: Told about each stage.
-        captures: What was captured already.
+        captures: Programs that were captured before.
         codes: Calibrated codes of the artifact that was built from the recipe; None where there is no artifact yet.
     """
     with stages("capture"):

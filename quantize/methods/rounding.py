@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -68,34 +69,78 @@ def round_to_nearest(
         UsageError: The block does not divide K, or the tensor is not a matrix or a stack of them.
         CheckpointError: The tensor holds NaN or infinity, or is too large for its scale dtype.
     """
-    check_weight(weight, name)
+    check_axes(weight, name)
     resolved = fmt.resolve(weight.shape[-1], name)
-    parts = [_round_matrix(matrix, resolved, clip) for matrix in matrices(weight)]
+    parts = [_round_matrix(matrix, resolved, clip, name) for matrix in matrices(weight)]
     tensor = assemble([(codes, scales, points) for codes, scales, points, _ in parts], resolved, weight.shape, name)
     return RoundingResult(tensor, tuple(MatrixReport(Method.RTN, 0, error) for *_, error in parts))
 
 
-def _round_matrix(matrix: Tensor, fmt: IntegerFormat, clip: ClipSearch) -> tuple[Tensor, Tensor, Tensor, float]:
+def nearest_values(weight: Tensor, fmt: IntegerFormat, *, name: str, clip: ClipSearch = NO_CLIPPING) -> Tensor:
+    """The values of the codes that `round_to_nearest` finds, without making the codes: half the work.
+
+    Arguments and errors are those of `round_to_nearest`.
+
+    Returns:
+        fp32 in the shape of `weight`, equal to `round_to_nearest(...).tensor.dequantize()`. A zero may be negative.
+    """
+    check_axes(weight, name)
+    resolved = fmt.resolve(weight.shape[-1], name)
+    block = resolved.block_length(weight.shape[-1])
+    values = torch.empty(weight.shape, dtype=torch.float32)
+    for matrix, own in zip(matrices(weight), matrices(values), strict=True):
+        held = grouped(own, block)
+        for part in _parts(matrix):
+            groups = held[part].copy_(grouped(matrix[part], block))
+            scales, points = _scales(groups, resolved, clip, name)
+            encode(groups, scales, points, resolved, out=groups)
+            if not resolved.symmetric:
+                groups.sub_(points)
+            groups.mul_(scales)
+    return values
+
+
+def _round_matrix(
+    matrix: Tensor, fmt: IntegerFormat, clip: ClipSearch, name: str
+) -> tuple[Tensor, Tensor, Tensor, float]:
     """Codes int8 [N, K], scales [N, G], zero points [N, G] and relative squared error of one matrix."""
     rows, columns = matrix.shape
     block = fmt.block_length(columns)
-    codes = torch.empty(rows, columns, dtype=torch.int8)
-    scales, points = torch.empty(rows, columns // block), torch.empty(rows, columns // block)
+    codes = torch.empty(rows, columns // block, block, dtype=torch.int8)
+    scales, points = torch.empty(2, rows, columns // block, 1)
     lost = norm = 0.0
-    step = max(1, CHUNK // columns)
-    for start in range(0, rows, step):
-        part = slice(start, start + step)
+    for part in _parts(matrix):
         groups = grouped(matrix[part].to(torch.float32), block)
-        scales[part], points[part] = choose_scales(groups, fmt, clip)
-        scale, point = scales[part].unsqueeze(-1), points[part].unsqueeze(-1)
+        scale, point = scales[part], points[part] = _scales(groups, fmt, clip, name)
         rounded = encode(groups, scale, point, fmt)
-        codes[part] = rounded.flatten(-2)
+        codes[part] = rounded
         if not fmt.symmetric:
             rounded.sub_(point)
         change = rounded.mul_(scale).sub_(groups).flatten()
         lost += float(torch.dot(change, change))
         norm += float(torch.dot(groups.flatten(), groups.flatten()))
-    return codes, scales, points, relative(lost, norm)
+    return codes.flatten(-2), scales.squeeze(-1), points.squeeze(-1), relative(lost, norm)
+
+
+def _parts(matrix: Tensor) -> Iterator[slice]:
+    """The rows of a matrix, as many at a time as stay in the cache."""
+    step = max(1, CHUNK // matrix.shape[1])
+    for start in range(0, matrix.shape[0], step):
+        yield slice(start, start + step)
+
+
+def _scales(groups: Tensor, fmt: IntegerFormat, clip: ClipSearch, name: str) -> tuple[Tensor, Tensor]:
+    """Scales and zero points, fp32 [n, G, 1], of groups [n, G, block].
+
+    Raises:
+        CheckpointError: The weights hold NaN or infinity, or are too large for the scale dtype.
+    """
+    scales, points = choose_scales(groups, fmt, clip)
+    if not bool(scales.isfinite().all()):
+        # Weights that are not finite give such a scale, so that looking for them needs no pass of its own.
+        check_finite(groups, name)
+        check_scales(scales, name)
+    return scales.unsqueeze(-1), points.unsqueeze(-1)
 
 
 def check_weight(weight: Tensor, name: str) -> None:
@@ -105,23 +150,33 @@ def check_weight(weight: Tensor, name: str) -> None:
         UsageError: Not a matrix or a stack of matrices.
         CheckpointError: NaN or infinity.
     """
+    check_axes(weight, name)
+    check_finite(weight, name)
+
+
+def check_axes(weight: Tensor, name: str) -> None:
+    """Refuse what is neither a matrix nor a stack of matrices.
+
+    Raises:
+        UsageError: It is not.
+    """
     if weight.dim() not in {2, 3}:
         raise UsageError(
             f"{name}: shape {tuple(weight.shape)} is neither a matrix nor a stack of matrices",
             hint="Leave this tensor float.",
         )
-    if not _finite(weight):
+
+
+def check_finite(weight: Tensor, name: str) -> None:
+    """Refuse NaN and infinity. The extremes carry every one of them, at a twentieth of the time of isfinite.
+
+    Raises:
+        CheckpointError: There are some.
+    """
+    if weight.numel() and not all(bool(value.isfinite()) for value in weight.aminmax()):
         raise CheckpointError(
             f"{name}: holds NaN or infinity", hint="The checkpoint is damaged or overflowed; download or save it again."
         )
-
-
-def _finite(weight: Tensor) -> bool:
-    """Whether no value is NaN or infinite; the extremes carry every one, at a twentieth of the time of isfinite."""
-    if not weight.numel():
-        return True
-    low, high = weight.aminmax()
-    return bool(low.isfinite() & high.isfinite())
 
 
 def matrices(weight: Tensor) -> list[Tensor]:

@@ -187,11 +187,6 @@ class Context:
         return LoweringError(f"{module_of(node)}: {node.target}: {reason}", hint=hint)
 
 
-def is_tensor(argument: Any) -> bool:
-    """Whether an argument of an fx node is a tensor, and no number and no size."""
-    return isinstance(argument, fx.Node) and isinstance(argument.meta.get("val"), torch.Tensor)
-
-
 def number(value: Any, dtype: torch.dtype) -> Any:
     """A Python number or list as numpy, clipped to what int32 holds: MIL has no wider integers."""
     kind = NUMPY[MIL_NAMES[dtype]]
@@ -199,39 +194,3 @@ def number(value: Any, dtype: torch.dtype) -> Any:
         limits = np.iinfo(np.int32)
         return np.clip(np.asarray(value, np.int64), limits.min, limits.max).astype(np.int32)
     return np.asarray(value, dtype=kind)
-
-
-def rank(node: fx.Node) -> int:
-    """Number of axes of a node's value."""
-    return len(node.meta["val"].shape)
-
-
-def result_dtype(node: fx.Node) -> torch.dtype:
-    """Dtype of a node's value."""
-    dtype: torch.dtype = node.meta["val"].dtype
-    return dtype
-
-
-def integer(argument: Any) -> int:
-    """An argument of an fx node that must be a whole number."""
-    assert isinstance(argument, int), argument
-    return argument
-
-
-def real(argument: Any) -> float:
-    """An argument of an fx node that must be a number."""
-    assert isinstance(argument, int | float), argument
-    return float(argument)
-
-
-def listed(argument: Any) -> list[Any]:
-    """An argument of an fx node that must be a list."""
-    assert isinstance(argument, list | tuple), argument
-    return list(argument)
-
-
-def source_of(node: fx.Node) -> fx.Node:
-    """The first argument of an fx node, which must be a node."""
-    source = node.args[0]
-    assert isinstance(source, fx.Node)
-    return source

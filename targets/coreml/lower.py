@@ -18,11 +18,12 @@ from moec.compiler.common.rejections import Rejection
 from moec.compiler.ir.operands import Experts
 from moec.compiler.ir.program import ATTENTION, EXPERTS, Program
 from moec.compiler.ir.specialise import specialise, without_padding
+from moec.targets.common.table import lookup
 from moec.targets.coreml.context import MIL_NAMES, NUMPY, Context, Var
 from moec.targets.coreml.flavors import Flavor
 from moec.targets.coreml.interface import INTERFACES, Entry, Interface, Shape, extra_inputs, refusals
 from moec.targets.coreml.library import coremltools_module
-from moec.targets.coreml.lowerings.table import lookup
+from moec.targets.coreml.lowerings.table import TABLE
 from moec.targets.coreml.package import METADATA_KEY
 from moec.targets.coreml.state import StateLayout, States, state_layout
 from moec.targets.coreml.weights import WeightPool, identifier
@@ -143,7 +144,7 @@ class _Function:
             self._bind(ctx, node, known.get(name))
         for node in program.graph.nodes:
             if node.op == "call_function":
-                ctx.set(node, lookup(node)(ctx, node))
+                ctx.set(node, lookup(TABLE, node, "coreml")(ctx, node))
             if node.target is EXPERTS:
                 own = Experts.of(node)
                 values = [ctx.tensor(item) for item in (own.hidden_states, own.indices, own.weights, node)]

@@ -304,40 +304,6 @@ class Context:
         return LoweringError(f"{module_of(node)}: {node.target}: {reason}", hint=hint)
 
 
-def is_tensor(argument: Any) -> bool:
-    """Whether an argument of an fx node is a tensor, and no number and no size."""
-    return isinstance(argument, fx.Node) and isinstance(argument.meta.get("val"), torch.Tensor)
-
-
 def np_dtype(dtype: torch.dtype) -> Any:
     """The numpy dtype of a torch dtype."""
     return torch.empty(0, dtype=dtype).numpy().dtype
-
-
-def rank(node: fx.Node) -> int:
-    """Number of axes of a node's value."""
-    return len(node.meta["val"].shape)
-
-
-def result_dtype(node: fx.Node) -> torch.dtype:
-    """Dtype of a node's value."""
-    dtype: torch.dtype = node.meta["val"].dtype
-    return dtype
-
-
-def integer(argument: Any) -> int:
-    """An argument of an fx node that must be a whole number."""
-    assert isinstance(argument, int), argument
-    return argument
-
-
-def real(argument: Any) -> float:
-    """An argument of an fx node that must be a number."""
-    assert isinstance(argument, int | float), argument
-    return float(argument)
-
-
-def listed(argument: Any) -> list[Any]:
-    """An argument of an fx node that must be a list."""
-    assert isinstance(argument, list | tuple), argument
-    return list(argument)

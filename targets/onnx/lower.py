@@ -15,11 +15,11 @@ from torch import fx
 from moec.compiler.ir.operands import Attention
 from moec.compiler.ir.program import ATTENTION, EXPERTS, Program, TensorSpec, module_of
 from moec.compiler.ir.weights import LazyTensor
+from moec.targets.common.table import lookup
 from moec.targets.onnx.context import AXIS_NAMES, DTYPES, MS, Context, Dialect
 from moec.targets.onnx.experts import LAYERS
 from moec.targets.onnx.lowerings.group_query import share_lengths
 from moec.targets.onnx.lowerings.linear import untransposed_weights
-from moec.targets.onnx.lowerings.table import lookup
 from moec.targets.onnx.stored import TABLE
 
 IR_VERSION = 11
@@ -47,7 +47,7 @@ def build(program: Program, dialect: Dialect) -> tuple[ir.Model, Context]:
             ctx.module = module_of(node)
             if node.target is EXPERTS:
                 ctx.begin_layer(node)
-            ctx.set(node, lookup(node, dialect)(ctx, node))
+            ctx.set(node, lookup(dialect.table, node, dialect.target)(ctx, node))
             if node.target is EXPERTS:
                 ctx.layers[-1]["output"] = (ctx.get(node), node.meta["val"].dtype)
     outputs = _outputs(ctx)

@@ -249,37 +249,3 @@ def _schema() -> Any:
     from moec.targets.tflite.library import schema
 
     return schema()
-
-
-def node_of(argument: Any) -> fx.Node:
-    """An argument that must be a node."""
-    assert isinstance(argument, fx.Node), argument
-    return argument
-
-
-def shape_of(argument: Any) -> tuple[int, ...]:
-    """Shape of an argument that must be a tensor."""
-    return tuple(node_of(argument).meta["val"].shape)
-
-
-def rank(argument: Any) -> int:
-    """Number of axes of an argument that must be a tensor."""
-    return len(shape_of(argument))
-
-
-def result_dtype(node: fx.Node) -> torch.dtype:
-    """Dtype of a node's value."""
-    dtype: torch.dtype = node.meta["val"].dtype
-    return dtype
-
-
-def integer(argument: Any) -> int:
-    """An argument that must be a whole number."""
-    assert isinstance(argument, int), argument
-    return argument
-
-
-def listed(argument: Any) -> list[Any]:
-    """An argument that must be a list."""
-    assert isinstance(argument, list | tuple), argument
-    return list(argument)

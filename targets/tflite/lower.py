@@ -13,8 +13,9 @@ from moec.compiler.common.errors import LoweringError
 from moec.compiler.ir.operands import Experts
 from moec.compiler.ir.program import ATTENTION, EXPERTS, Program
 from moec.compiler.ir.specialise import specialise, without_padding
+from moec.targets.common.table import lookup
 from moec.targets.tflite.context import TENSOR_TYPES, Context, Settings, Shared
-from moec.targets.tflite.lowerings.table import TABLE, lookup
+from moec.targets.tflite.lowerings.table import TABLE
 from moec.targets.tflite.model import Graph, Model, Value
 from moec.targets.tflite.positions import from_input
 from moec.targets.tflite.reader import METADATA, OLDER
@@ -83,7 +84,7 @@ def _signature(program: Program, shared: Shared, settings: Settings, name: str) 
     count = _inputs(ctx, program)
     for node in program.graph.nodes:
         if node.op == "call_function":
-            ctx.set(node, _constant(ctx, node) if _is_constant(ctx, node) else lookup(node)(ctx, node))
+            ctx.set(node, _constant(ctx, node) if _is_constant(ctx, node) else lookup(TABLE, node, "tflite")(ctx, node))
             if node.target is EXPERTS:
                 own = Experts.of(node)
                 layers.append([ctx.tensor(item).index for item in (own.hidden_states, own.indices, own.weights, node)])

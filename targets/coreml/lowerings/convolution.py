@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import fx
 
-from moec.targets.coreml.context import Context, Var, integer, listed, result_dtype
+from moec.targets.common.arguments import integer, listed, result_dtype
+from moec.targets.coreml.context import Context, Var
 from moec.targets.coreml.lowerings.elementwise import Lowering
 
 aten = torch.ops.aten

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import fx
 
-from moec.targets.coreml.context import MIL_NAMES, NUMPY, Context, Var, integer, is_tensor, result_dtype
+from moec.targets.common.arguments import integer, is_tensor, result_dtype
+from moec.targets.coreml.context import MIL_NAMES, NUMPY, Context, Var
 
 aten = torch.ops.aten
 Lowering = Callable[[Context, fx.Node], Any]

@@ -23,7 +23,8 @@ from torch import fx
 from moec.compiler.ir.operands import Experts, Select
 from moec.compiler.ir.ops import Gate
 from moec.compiler.ir.program import EXPERTS, SELECT
-from moec.targets.coreml.context import MIL_NAMES, NUMPY, Context, Var, result_dtype
+from moec.targets.common.arguments import result_dtype
+from moec.targets.coreml.context import MIL_NAMES, NUMPY, Context, Var
 from moec.targets.coreml.lowerings.elementwise import Lowering
 from moec.targets.coreml.lowerings.shape import cut
 from moec.targets.coreml.package import EXPERT_SCOPE

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import fx
 
-from moec.targets.coreml.context import MIL_NAMES, NUMPY, Context, Var, integer, listed, number, result_dtype, source_of
+from moec.targets.common.arguments import integer, listed, node_of, result_dtype
+from moec.targets.coreml.context import MIL_NAMES, NUMPY, Context, Var, number
 from moec.targets.coreml.lowerings.elementwise import Lowering
 
 aten = torch.ops.aten
@@ -27,7 +28,7 @@ def _index(ctx: Context, node: fx.Node) -> Var:
         raise ctx.refuse(node, "indexing by several tensors has no form")
     ((axis, index),) = used
     # Negative indices count from the end, and `gather` takes none.
-    places = ctx.mb.mod(x=ctx.tensor(index, torch.int32), y=ctx.axis_length(source_of(node), axis))
+    places = ctx.mb.mod(x=ctx.tensor(index, torch.int32), y=ctx.axis_length(node_of(node.args[0]), axis))
     return ctx.mb.gather(x=ctx.tensor(source), indices=places, axis=axis, validate_indices=ctx.constant(False))
 
 

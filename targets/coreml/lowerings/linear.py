@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from moec.targets.coreml.context import Context, Var, result_dtype
+from moec.targets.common.arguments import result_dtype
+from moec.targets.coreml.context import Context, Var
 from moec.targets.coreml.lowerings.elementwise import Lowering
 
 aten = torch.ops.aten

@@ -10,7 +10,8 @@ from torch import fx
 
 from moec.compiler.ir.operands import RmsNorm, Rotary
 from moec.compiler.ir.program import RMS_NORM, ROTARY
-from moec.targets.coreml.context import MIL_NAMES, Context, Var, integer, listed, rank, real, result_dtype
+from moec.targets.common.arguments import integer, listed, rank, real, result_dtype
+from moec.targets.coreml.context import MIL_NAMES, Context, Var
 from moec.targets.coreml.lowerings.elementwise import Lowering
 
 aten = torch.ops.aten

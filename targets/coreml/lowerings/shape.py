@@ -10,14 +10,15 @@ import numpy as np
 import torch
 from torch import fx
 
-from moec.targets.coreml.context import Context, Var, integer, listed, rank, result_dtype, source_of
+from moec.targets.common.arguments import integer, listed, node_of, rank, result_dtype
+from moec.targets.coreml.context import Context, Var
 from moec.targets.coreml.lowerings.elementwise import Lowering
 
 aten = torch.ops.aten
 
 
 def _reshape(ctx: Context, node: fx.Node) -> Var:
-    value, target = ctx.tensor(source_of(node)), list(node.meta["val"].shape)
+    value, target = ctx.tensor(node_of(node.args[0])), list(node.meta["val"].shape)
     fixed = [size if isinstance(size, int) else -1 for size in target]
     if fixed.count(-1) <= 1:
         return ctx.mb.reshape(x=value, shape=ctx.ints(*fixed))
@@ -46,7 +47,7 @@ def tile(ctx: Context, value: Var, reps: Sequence[Any]) -> Var:
 
 
 def _expand(ctx: Context, node: fx.Node) -> Var:
-    source, sizes = source_of(node), listed(node.args[1])
+    source, sizes = node_of(node.args[0]), listed(node.args[1])
     value, extra = ctx.tensor(source), len(sizes) - rank(source)
     if extra:
         value = ctx.mb.expand_dims(x=value, axes=ctx.ints(*range(extra)))
@@ -59,7 +60,7 @@ def _expand(ctx: Context, node: fx.Node) -> Var:
 
 
 def _repeat(ctx: Context, node: fx.Node) -> Var:
-    source, times = source_of(node), listed(node.args[1])
+    source, times = node_of(node.args[0]), listed(node.args[1])
     value, extra = ctx.tensor(source), len(times) - rank(source)
     if extra:
         value = ctx.mb.expand_dims(x=value, axes=ctx.ints(*range(extra)))
@@ -94,7 +95,7 @@ def _slice(ctx: Context, node: fx.Node) -> Var:
 
 def _select(ctx: Context, node: fx.Node) -> Var:
     """One index along an axis, which disappears."""
-    source, axis, index = source_of(node), integer(node.args[1]), integer(node.args[2])
+    source, axis, index = node_of(node.args[0]), integer(node.args[1]), integer(node.args[2])
     length = source.meta["val"].shape[axis]
     start = index + length if index < 0 and isinstance(length, int) else index
     part = cut(ctx, ctx.tensor(source), axis, start, None if start == -1 else start + 1)
@@ -120,7 +121,7 @@ def _getitem(ctx: Context, node: fx.Node) -> Any:
 
 
 def _pad(ctx: Context, node: fx.Node) -> Var:
-    source, pads = source_of(node), [integer(pad) for pad in listed(node.args[1])]
+    source, pads = node_of(node.args[0]), [integer(pad) for pad in listed(node.args[1])]
     axes = len(pads) // 2
     # torch counts axes from the last one, MIL from the first, over all axes.
     widths = [0, 0] * (rank(source) - axes) + [w for at in reversed(range(axes)) for w in pads[2 * at : 2 * at + 2]]

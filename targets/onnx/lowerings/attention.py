@@ -12,7 +12,8 @@ from torch import fx
 
 from moec.compiler.ir.operands import Attention
 from moec.compiler.ir.program import ATTENTION
-from moec.targets.onnx.context import DTYPES, Context, Lowering, np_dtype, result_dtype
+from moec.targets.common.arguments import result_dtype
+from moec.targets.onnx.context import DTYPES, Context, Lowering, np_dtype
 from moec.targets.onnx.lowerings.group_query import group_query_attention
 
 

@@ -20,7 +20,8 @@ from moec.compiler.ir.operands import Experts, Select
 from moec.compiler.ir.ops import Gate
 from moec.compiler.ir.program import EXPERTS, SELECT, Program, module_of
 from moec.quantize.lazy import Quantized
-from moec.targets.onnx.context import MS, Context, Lowering, np_dtype, result_dtype
+from moec.targets.common.arguments import result_dtype
+from moec.targets.onnx.context import MS, Context, Lowering, np_dtype
 from moec.targets.onnx.lowerings import quantized
 from moec.targets.onnx.lowerings.grouped import grouped
 from moec.targets.onnx.lowerings.layouts import kernel_layout

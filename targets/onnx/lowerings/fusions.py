@@ -14,7 +14,8 @@ from torch import fx
 
 from moec.compiler.ir.weights import concatenate, swap_last
 from moec.quantize.lazy import Quantized
-from moec.targets.onnx.context import MS, Context, result_dtype
+from moec.targets.common.arguments import result_dtype
+from moec.targets.onnx.context import MS, Context
 from moec.targets.onnx.lowerings.quantized import packed_product
 
 aten = torch.ops.aten

@@ -16,7 +16,8 @@ from torch import fx
 from moec.compiler.common.rejections import Rejection
 from moec.compiler.ir.operands import Attention
 from moec.compiler.ir.program import ATTENTION, CACHE_KINDS, Program, StateSpec, module_of
-from moec.targets.onnx.context import MS, Context, np_dtype, result_dtype
+from moec.targets.common.arguments import result_dtype
+from moec.targets.onnx.context import MS, Context, np_dtype
 
 HEAD_MULTIPLE = 8
 

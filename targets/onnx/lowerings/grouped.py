@@ -30,7 +30,8 @@ from torch import Tensor, fx
 from moec.compiler.ir.operands import Experts
 from moec.compiler.ir.ops import Gate
 from moec.compiler.ir.weights import LazyTensor, swap_last
-from moec.targets.onnx.context import DTYPES, Context, np_dtype, result_dtype
+from moec.targets.common.arguments import result_dtype
+from moec.targets.onnx.context import DTYPES, Context, np_dtype
 
 
 def grouped(ctx: Context, node: fx.Node, gate: Gate) -> ir.Value:

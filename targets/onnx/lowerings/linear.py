@@ -11,7 +11,8 @@ from torch import fx
 
 from moec.compiler.ir.weights import swap_last
 from moec.quantize.lazy import Quantized
-from moec.targets.onnx.context import MS, Context, Lowering, result_dtype
+from moec.targets.common.arguments import result_dtype
+from moec.targets.onnx.context import MS, Context, Lowering
 from moec.targets.onnx.lowerings import quantized
 from moec.targets.onnx.lowerings.fusions import joint_product
 

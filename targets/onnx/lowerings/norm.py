@@ -12,7 +12,8 @@ from torch import fx
 
 from moec.compiler.ir.operands import RmsNorm, Rotary
 from moec.compiler.ir.program import RMS_NORM, ROTARY
-from moec.targets.onnx.context import Context, Lowering, integer, listed, np_dtype, rank, real, result_dtype
+from moec.targets.common.arguments import integer, listed, rank, real, result_dtype
+from moec.targets.onnx.context import Context, Lowering, np_dtype
 from moec.targets.onnx.lowerings.fusions import skip_norm
 
 aten = torch.ops.aten

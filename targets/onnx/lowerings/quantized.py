@@ -18,7 +18,8 @@ from moec.compiler.ir.weights import LazyTensor, concatenate
 from moec.quantize.formats import Activations
 from moec.quantize.lazy import Quantized, Scales
 from moec.quantize.methods.tensors import QuantizedTensor
-from moec.targets.onnx.context import MS, Context, result_dtype
+from moec.targets.common.arguments import result_dtype
+from moec.targets.onnx.context import MS, Context
 from moec.targets.onnx.lowerings.layouts import interleave, interleaved_rows
 
 BLOCKS = (128, 64, 32, 16)

@@ -9,7 +9,8 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
-from moec.targets.onnx.context import Context, Lowering, integer, listed
+from moec.targets.common.arguments import integer, listed
+from moec.targets.onnx.context import Context, Lowering
 
 aten = torch.ops.aten
 

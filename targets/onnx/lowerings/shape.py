@@ -13,7 +13,8 @@ import torch
 from torch import fx
 
 from moec.quantize.lazy import Quantized
-from moec.targets.onnx.context import Context, Lowering, integer, listed, np_dtype, rank, result_dtype
+from moec.targets.common.arguments import integer, listed, rank, result_dtype
+from moec.targets.onnx.context import Context, Lowering, np_dtype
 from moec.targets.onnx.lowerings import quantized
 
 aten = torch.ops.aten

@@ -16,7 +16,8 @@ from torch import fx
 
 from moec.compiler.ir.operands import Experts
 from moec.quantize.lazy import Quantized
-from moec.targets.onnx.context import DTYPES, Context, Lowering, np_dtype, result_dtype
+from moec.targets.common.arguments import result_dtype
+from moec.targets.onnx.context import DTYPES, Context, Lowering, np_dtype
 from moec.targets.onnx.lowerings.grouped import activate
 from moec.targets.tensorrt.forms import Form
 from moec.targets.tensorrt.lowerings.quantized import dequantized

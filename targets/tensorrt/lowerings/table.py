@@ -10,7 +10,8 @@ from torch import fx
 from moec.compiler.ir.operands import RmsNorm
 from moec.compiler.ir.program import ATTENTION, EXPERTS, RMS_NORM, ROTARY
 from moec.quantize.lazy import Quantized
-from moec.targets.onnx.context import DTYPES, Context, Dialect, Lowering, np_dtype, result_dtype
+from moec.targets.common.arguments import result_dtype
+from moec.targets.onnx.context import DTYPES, Context, Dialect, Lowering, np_dtype
 from moec.targets.onnx.lowerings.norm import rotary_plain
 from moec.targets.onnx.lowerings.table import TABLE
 from moec.targets.tensorrt.forms import Form

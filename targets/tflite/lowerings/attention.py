@@ -15,7 +15,8 @@ from torch import fx
 
 from moec.compiler.ir.operands import Attention
 from moec.compiler.ir.program import ATTENTION
-from moec.targets.tflite.context import Context, shape_of
+from moec.targets.common.arguments import shape_of
+from moec.targets.tflite.context import Context
 from moec.targets.tflite.lowerings.elementwise import Lowering, choose
 from moec.targets.tflite.lowerings.linear import batch_matmul
 from moec.targets.tflite.model import Value

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from moec.targets.tflite.context import Context, result_dtype
+from moec.targets.common.arguments import result_dtype
+from moec.targets.tflite.context import Context
 from moec.targets.tflite.model import Value
 
 aten = torch.ops.aten

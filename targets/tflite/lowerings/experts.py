@@ -16,7 +16,8 @@ from torch import fx
 from moec.compiler.ir.operands import Experts, Select
 from moec.compiler.ir.ops import Gate
 from moec.compiler.ir.program import EXPERTS, SELECT
-from moec.targets.tflite.context import Context, result_dtype
+from moec.targets.common.arguments import result_dtype
+from moec.targets.tflite.context import Context
 from moec.targets.tflite.lowerings.elementwise import Lowering, choose
 from moec.targets.tflite.lowerings.linear import fully_connected
 from moec.targets.tflite.lowerings.shape import one_hot, split

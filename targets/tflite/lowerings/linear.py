@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import fx
 
-from moec.targets.tflite.context import Context, node_of, result_dtype
+from moec.targets.common.arguments import node_of, result_dtype
+from moec.targets.tflite.context import Context
 from moec.targets.tflite.lowerings.elementwise import Lowering
 from moec.targets.tflite.lowerings.shape import gather
 from moec.targets.tflite.model import Value, Weight

@@ -10,7 +10,8 @@ from torch import fx
 
 from moec.compiler.ir.operands import RmsNorm, Rotary
 from moec.compiler.ir.program import RMS_NORM, ROTARY
-from moec.targets.tflite.context import Context, listed, result_dtype
+from moec.targets.common.arguments import listed, result_dtype
+from moec.targets.tflite.context import Context
 from moec.targets.tflite.lowerings.elementwise import Lowering
 from moec.targets.tflite.model import Value
 

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import fx
 
-from moec.targets.tflite.context import Context, integer, listed
+from moec.targets.common.arguments import integer, listed
+from moec.targets.tflite.context import Context
 from moec.targets.tflite.library import schema
 from moec.targets.tflite.lowerings.elementwise import Lowering
 from moec.targets.tflite.model import Value

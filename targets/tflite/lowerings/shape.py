@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import fx
 
-from moec.targets.tflite.context import Context, integer, listed, node_of, result_dtype
+from moec.targets.common.arguments import integer, listed, node_of, result_dtype
+from moec.targets.tflite.context import Context
 from moec.targets.tflite.lowerings.elementwise import Lowering, choose
 from moec.targets.tflite.model import Value
 

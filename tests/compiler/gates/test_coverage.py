@@ -13,12 +13,14 @@ from moec.compiler.common.errors import ArtifactError
 from moec.compiler.common.verdict import Status, Verdict
 from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.gates.coverage import ROWS, LayerResult, judge_coverage, run_experts_by_force
+from moec.compiler.gates.integrity import Comparisons
 from moec.compiler.gates.reference import SAMPLED, HiddenStates, Trace
 from moec.compiler.gates.tolerance import Precision
 from moec.compiler.gates.usage import Usage
 from moec.compiler.ir.interpreter import ProgramRunner
 from moec.compiler.ir.program import EXPERTS, MoeLayer, Program
 from moec.compiler.ir.weights import LazyTensor
+from moec.targets.stored_weights import StoredWeight
 
 from .conftest import changed, program_experts, prompts, zero_4kb  # noqa: TID252 - tests are no package with a name
 
@@ -123,7 +125,9 @@ def test_a_share_of_the_experts_is_spread_over_all(
     assert more.status is Status.FAIL
 
 
-def test_every_expert_is_read_once_and_one_token_goes_to_one(mixtral: Captured, hidden: dict[int, Tensor]) -> None:
+def test_both_gates_read_every_expert_once_and_one_token_goes_to_one(
+    mixtral: Captured, hidden: dict[int, Tensor]
+) -> None:
     program, reads = mixtral[1], dict[tuple[str, int], int]()
 
     class Counted(LazyTensor):
@@ -147,7 +151,12 @@ def test_every_expert_is_read_once_and_one_token_goes_to_one(mixtral: Captured, 
         routes.append(indices[weights > 0])
         return program_experts(program)(layer, states, indices, weights)
 
-    run_experts_by_force(watched, {"": artifact}, hidden)
+    def stored(name: str) -> StoredWeight:
+        return StoredWeight(None, lambda start, stop: program.weights[name].rows(start, stop).numpy())
+
+    comparisons = Comparisons(watched, {name: stored(name) for name in names})
+    run_experts_by_force(watched, {"": artifact}, hidden, watch=comparisons.compare)
+    assert comparisons.judge().status is Status.PASS
     assert set(reads.values()) == {1}
     assert len(reads) == 2 * sum(row.num_experts for row in program.layers)
     counts = np.bincount(np.concatenate(routes))

@@ -10,7 +10,7 @@ import torch
 from moec.compiler.common.errors import ArtifactError
 from moec.compiler.common.verdict import Status
 from moec.compiler.frontend.checkpoint import Checkpoint
-from moec.compiler.gates.integrity import check_integrity, expert_weights
+from moec.compiler.gates.integrity import Comparisons, check_integrity, expert_weights
 from moec.compiler.gates.tolerance import Precision, precision_of
 from moec.compiler.ir.program import EXPERTS, Program
 from moec.compiler.ir.weights import LazyTensor
@@ -43,6 +43,29 @@ def test_every_expert_is_compared(gpt_oss: Captured) -> None:
     biases = sum("bias" in tensor["name"] for tensor in verdict.figures["tensors"])
     assert biases == 2 * len(program.layers)
     assert all(tensor["experts"] == 8 for tensor in verdict.figures["tensors"])
+
+
+def test_what_was_compared_is_not_made_again(mixtral: Captured) -> None:
+    program = mixtral[1]
+    name = program.layers[0].down_proj
+    reads: list[int] = []
+
+    class Counted(LazyTensor):
+        shape, dtype = program.weights[name].shape, program.weights[name].dtype
+
+        def rows(self, start: int, stop: int) -> torch.Tensor:
+            reads.append(start)
+            return program.weights[name].rows(start, stop)
+
+    counted = program.replace(weights=program.weights.with_tensors({name: Counted()}))
+    comparisons = Comparisons(counted, _stored(program))
+    for index in (2, 5):
+        comparisons.compare(name, index, program.weights[name].rows(index, index + 1)[0] + (index == 5))
+    comparisons.compare("lm_head.weight", 0, torch.zeros(1))
+    verdict = comparisons.judge()
+    assert reads == [0, 1, 3, 4, 6, 7]
+    assert f"different: {name} experts 5" in verdict.summary
+    assert verdict.figures["tensors"][1]["experts"] == 8
 
 
 @pytest.mark.parametrize("value", [np.nan, 1e-3])

@@ -4,9 +4,11 @@
 
 import io
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -16,7 +18,7 @@ from moec.compiler.common.verdict import Status, Verdict
 from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.gates.integrity import expert_weights
 from moec.compiler.gates.repeatability import RepeatabilityOptions
-from moec.compiler.gates.run import SEVERAL_FAILED, GateInputs, exit_code, run_gate, run_gates, table
+from moec.compiler.gates.run import SEVERAL_FAILED, ExpertTensors, GateInputs, exit_code, run_gate, run_gates, table
 from moec.compiler.ir.interpreter import ProgramRunner
 from moec.compiler.ir.program import Program
 from moec.targets.base import (
@@ -79,7 +81,16 @@ def _run(captured: Captured, target: Target, **more: Any) -> tuple[Verdict, ...]
 
 def test_a_right_artifact_passes_every_gate(mixtral: Captured) -> None:
     told: list[str] = []
-    verdicts = _run(mixtral, InterpreterTarget(mixtral[1]), progress=lambda what, done, total: told.append(what))
+    during: set[str] = set()
+
+    class Watched(InterpreterTarget):
+        def stored_weights(self, directory: Path) -> Mapping[str, StoredWeight]:
+            def noted(weight: StoredWeight) -> StoredWeight:
+                return replace(weight, rows=lambda *rows: during.add(told[-1]) or weight.rows(*rows))
+
+            return {name: noted(weight) for name, weight in super().stored_weights(directory).items()}
+
+    verdicts = _run(mixtral, Watched(mixtral[1]), progress=lambda what, done, total: told.append(what))
     proofs = ["parity: capture", "parity: artifact", "coverage", "integrity", "repeatability"]
     assert [verdict.gate for verdict in verdicts] == proofs
     assert {verdict.status for verdict in verdicts} == {Status.PASS}
@@ -87,6 +98,7 @@ def test_a_right_artifact_passes_every_gate(mixtral: Captured) -> None:
     assert all(verdict.figures["seconds"] >= 0 for verdict in verdicts)
     assert verdicts[1].figures["runner"]["runtime"] == "moec interpreter"
     assert "integrity" in told
+    assert during == {"coverage"}  # which makes the values of every expert
 
 
 def test_a_damaged_expert_fails_parity_coverage_and_integrity(mixtral: Captured) -> None:
@@ -103,6 +115,23 @@ def test_an_artifact_that_cannot_be_opened_fails_and_proves_no_coverage(mixtral:
     assert statuses["coverage"] is Status.NOT_RUN
     assert "truncated (build it again)" in verdicts[1].summary
     assert exit_code(verdicts) == 5
+
+
+def test_tensors_that_cannot_be_read_fail_integrity_and_not_coverage(mixtral: Captured) -> None:
+    program = mixtral[1]
+
+    def unreadable(start: int, _stop: int) -> np.ndarray:
+        raise KeyError(f"codes of expert {start}")
+
+    class Unreadable(InterpreterTarget):
+        def stored_weights(self, directory: Path) -> Mapping[str, StoredWeight]:
+            return dict.fromkeys(super().stored_weights(directory), StoredWeight(None, unreadable))
+
+    experts = ExpertTensors(GateInputs(mixtral[0], program, program, Unreadable(program), Path()))
+    for name, index in ((program.layers[0].down_proj, 3), (program.layers[0].down_proj, 4)):
+        experts.watch(name, index, program.weights[name].rows(index, index + 1)[0])
+    with pytest.raises(KeyError, match="codes of expert 3"):
+        experts.comparisons()
 
 
 class ClosedTarget(InterpreterTarget):

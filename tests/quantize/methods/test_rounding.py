@@ -4,8 +4,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moec.compiler.common.errors import CheckpointError, UsageError
+from moec.compiler.ir.weights import Constant
 from moec.quantize.formats import IntegerFormat, ScaleType
-from moec.quantize.methods.rounding import Method, round_to_nearest
+from moec.quantize.lazy import quantized
+from moec.quantize.methods.rounding import Method, nearest_values, round_to_nearest
 from moec.quantize.methods.scales import ClipSearch
 from moec.quantize.methods.tensors import QuantizedTensor, stack
 
@@ -80,12 +82,39 @@ def test_clipping_never_raises_the_squared_error_of_a_group(seed: int, chosen: I
         assert float(errors[1].sum()) < float(errors[0].sum())
 
 
+@given(
+    seed=SEEDS, chosen=st.sampled_from(FORMATS), magnitude=st.sampled_from([1e-7, 1.0]), steps=st.sampled_from([1, 4])
+)
+@settings(max_examples=60, deadline=None)
+def test_values_are_those_of_the_codes(seed: int, chosen: IntegerFormat, magnitude: float, steps: int) -> None:
+    weight, clip = (random_weight(seed, 2, 5, 128) * magnitude).to(torch.bfloat16), ClipSearch(steps)
+    before = weight.clone()
+    values = nearest_values(weight, chosen, name="w", clip=clip)
+    assert torch.equal(values, round_to_nearest(weight, chosen, name="w", clip=clip).tensor.dequantize())
+    assert values.dtype is torch.float32
+    assert torch.equal(nearest_values(weight.float(), chosen, name="w", clip=clip), values)
+    assert torch.equal(weight, before)
+
+
+@given(seed=SEEDS, chosen=st.sampled_from(FORMATS))
+@settings(max_examples=20, deadline=None)
+def test_a_lazy_tensor_reads_what_its_codes_say(seed: int, chosen: IntegerFormat) -> None:
+    for shape in ((3, 8, 128), (40, 128)):
+        tensor = quantized("w", Constant(random_weight(seed, *shape)), chosen)
+        assert tensor.errors() == []
+        for start, stop in ((0, shape[0]), (1, 3)):
+            values = tensor.rows(start, stop)
+            assert torch.equal(values, tensor.quantized_rows(start, stop).dequantize())
+            assert values.shape == (stop - start, *shape[1:])
+        assert tensor.errors()
+
+
 def test_more_weights_than_fit_a_chunk_are_searched_alike() -> None:
-    weight = random_weight(0, 1100, 128)
+    weight = random_weight(0, 4200, 128)
     whole = round_to_nearest(weight, IntegerFormat(4, 32), name="w", clip=ClipSearch()).tensor
-    tail = round_to_nearest(weight[1000:], IntegerFormat(4, 32), name="w", clip=ClipSearch()).tensor
-    assert torch.equal(whole.codes[1000:], tail.codes)
-    assert torch.equal(whole.scales[1000:], tail.scales)
+    tail = round_to_nearest(weight[4100:], IntegerFormat(4, 32), name="w", clip=ClipSearch()).tensor
+    assert torch.equal(whole.codes[4100:], tail.codes)
+    assert torch.equal(whole.scales[4100:], tail.scales)
 
 
 @pytest.mark.parametrize("chosen", FORMATS, ids=str)
@@ -119,10 +148,12 @@ def test_the_report_holds_the_relative_squared_error() -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_nan_and_infinity_are_refused(value: float) -> None:
-    weight = torch.zeros(2, 4, 32)
+    weight = torch.zeros(2, 4, 128)
     weight[1, 2, 3] = value
-    with pytest.raises(CheckpointError, match="layers\\.1\\.down_proj: holds NaN or infinity"):
-        round_to_nearest(weight, IntegerFormat(8), name="layers.1.down_proj")
+    for fmt in FORMATS:
+        for rounded in (round_to_nearest, nearest_values):
+            with pytest.raises(CheckpointError, match="layers\\.1\\.down_proj: holds NaN or infinity"):
+                rounded(weight, fmt, name="layers.1.down_proj", clip=ClipSearch(3))
 
 
 def test_weights_beyond_fp16_scales_are_refused_and_fp32_scales_hold_them() -> None:

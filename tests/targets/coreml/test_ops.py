@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from moec.compiler.ir.stages import CORE
+from moec.targets.common.table import lookup
 from moec.targets.coreml.context import Context
 from moec.targets.coreml.executor import MilModel
-from moec.targets.coreml.lowerings.table import TABLE, lookup
+from moec.targets.coreml.lowerings.table import TABLE
 from moec.targets.coreml.weights import WeightPool
 from tests.support.one_op import OneOp
 from tests.support.op_cases import cases
@@ -62,7 +63,7 @@ def _lowered(builder: Any, program: Any, name: str, variables: dict[str, Any]) -
             value = variables[f"{name}_{node.name}"]
             ctx.set(node, mb.cast(x=value, dtype="bool") if node.meta["val"].dtype is torch.bool else value)
         elif node.op == "call_function":
-            ctx.set(node, lookup(node)(ctx, node))
+            ctx.set(node, lookup(TABLE, node, "coreml")(ctx, node))
     (result,) = program.graph.output_node().args[0]
     value = ctx.tensor(result)
     kind = ctx.type_name(value)

@@ -68,7 +68,7 @@ def test_op_without_lowering(one_op: Any, tmp_path: Path) -> None:
     one = one_op(aten.lgamma.default, lambda d: (torch.ones(d.b, 4),))
     with pytest.raises(LoweringError) as caught:
         OnnxTarget().lower(one.program, OnnxOptions(), tmp_path, lambda *_: None)
-    assert caught.value.message == "the.module: the ONNX target has no lowering for aten.lgamma.default"
+    assert caught.value.message == "the.module: the target onnx has no lowering for aten.lgamma.default"
     assert "aten.log.default" in caught.value.hint
     assert [(item.where, item.reason) for item in OnnxTarget().lint(one.program, OnnxOptions())] == [
         ("the.module", "no lowering for aten.lgamma.default")

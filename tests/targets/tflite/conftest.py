@@ -21,10 +21,11 @@ from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.ir.program import Program
 from moec.compiler.ir.weights import Constant, LazyTensor, WeightStore
 from moec.passes.decompose.decompose import decompose
+from moec.targets.common.table import lookup
 from moec.targets.tflite import lower
 from moec.targets.tflite.context import Context, Settings, Shared
 from moec.targets.tflite.library import module
-from moec.targets.tflite.lowerings.table import lookup
+from moec.targets.tflite.lowerings.table import TABLE
 from moec.targets.tflite.model import Graph, Model, Value
 from moec.targets.tflite.runner import TfliteRunner
 from moec.targets.tflite.weights import Weights
@@ -162,7 +163,7 @@ def lower_graph(
         elif node.op == "call_function":
             constant = node.all_input_nodes and lower._is_constant(ctx, node)
             constant = constant or node.target in (torch.ops.aten.full.default, torch.ops.aten.arange.start_step)
-            ctx.set(node, lower._constant(ctx, node) if constant else lookup(node)(ctx, node))
+            ctx.set(node, lower._constant(ctx, node) if constant else lookup(TABLE, node, "tflite")(ctx, node))
     (results,) = graph.output_node().args
     found = [ctx.get(result) for result in results]  # type: ignore[union-attr]
     return [item for result in found for item in (result if isinstance(result, list | tuple) else [result])]

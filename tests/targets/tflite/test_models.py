@@ -106,7 +106,9 @@ def counting_from_past(program: Program, target: Any) -> Program:
             (graph.call_function(torch.ops.aten.sym_size.int, (inputs["input_ids"], 1)), sequence),
             (graph.call_function(torch.ops.aten.sym_size.int, (inputs["past_0_key"], 2)), past),
         ]
-        made.append((graph.call_function(torch.ops.aten.arange.default, (made[0][0],)), cache_position.meta["val"]))
+        made.append(
+            (graph.call_function(torch.ops.aten.arange.start_step, (0, made[0][0], 1)), cache_position.meta["val"])
+        )
         made.append((graph.call_function(target, (made[2][0], made[1][0])), cache_position.meta["val"]))
         row = graph.call_function(torch.ops.aten.unsqueeze.default, (made[3][0], 0))
     for node, value in (*made, (row, positions.meta["val"])):

@@ -1,0 +1,53 @@
+"""Reading the arguments of a node: what must be a number, a list or a tensor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+
+def is_tensor(argument: Any) -> bool:
+    """Whether an argument is a tensor, and no number and no size."""
+    return isinstance(argument, fx.Node) and isinstance(argument.meta.get("val"), torch.Tensor)
+
+
+def node_of(argument: Any) -> fx.Node:
+    """An argument that must be a node."""
+    assert isinstance(argument, fx.Node), argument
+    return argument
+
+
+def shape_of(argument: Any) -> tuple[Any, ...]:
+    """Shape of an argument that must be a tensor; a size may be a symbol."""
+    return tuple(node_of(argument).meta["val"].shape)
+
+
+def rank(argument: Any) -> int:
+    """Number of axes of an argument that must be a tensor."""
+    return len(shape_of(argument))
+
+
+def result_dtype(node: fx.Node) -> torch.dtype:
+    """Dtype of a node's value."""
+    dtype: torch.dtype = node.meta["val"].dtype
+    return dtype
+
+
+def integer(argument: Any) -> int:
+    """An argument that must be a whole number."""
+    assert isinstance(argument, int), argument
+    return argument
+
+
+def real(argument: Any) -> float:
+    """An argument that must be a number."""
+    assert isinstance(argument, int | float), argument
+    return float(argument)
+
+
+def listed(argument: Any) -> list[Any]:
+    """An argument that must be a list."""
+    assert isinstance(argument, list | tuple), argument
+    return list(argument)
