@@ -19,7 +19,7 @@ from moec.compiler.common.errors import CheckpointError
 from moec.compiler.ir.encoded_weights import Encoded, Made, Spread
 from moec.compiler.ir.weights import LazyTensor
 from moec.quantize.formats import BLOCK_SIZES, Activations, IntegerFormat, ScaleType, TableFormat, parse_held
-from moec.quantize.lazy import Coded, Quantized
+from moec.quantize.lazy import Coded, Given
 from moec.quantize.methods.palettize import PalettizedTensor
 from moec.quantize.methods.rounding import relative
 from moec.quantize.methods.tensors import QuantizedTensor
@@ -75,7 +75,7 @@ def _symmetric_forms(texts: Sequence[str]) -> list[IntegerFormat]:
 
 
 @dataclass(frozen=True)
-class Kept(Quantized):
+class Kept(Given):
     """A weight whose codes are those of the checkpoint. `source` is its float form.
 
     Attributes:

@@ -169,6 +169,19 @@ def quantized(
 
 
 @dataclass(frozen=True)
+class Given(Quantized):
+    """`source` with codes that were chosen elsewhere: subclasses read them in `_quantize`."""
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """The slice as the codes have it."""
+        return self._quantize(start, stop).dequantize(self.dtype)
+
+    @abstractmethod
+    def _quantize(self, start: int, stop: int) -> QuantizedTensor:
+        """The codes of the slice [start, stop) along axis 0."""
+
+
+@dataclass(frozen=True)
 class Palettized(Coded):
     """`source` [N, K] or [E, N, K] with a palette for each group of rows.
 

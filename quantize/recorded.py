@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from moec.quantize.formats import IntegerFormat
-from moec.quantize.lazy import Quantized
+from moec.quantize.lazy import Given
 from moec.quantize.methods.scales import CHUNK, NO_CLIPPING, choose_scales
 from moec.quantize.methods.tensors import QuantizedTensor, grouped
 
@@ -55,7 +55,7 @@ class RecordedCodes:
 
 
 @dataclass(frozen=True)
-class Recorded(Quantized):
+class Recorded(Given):
     """`source`, with the codes that `recorded` has for it."""
 
     recorded: RecordedCodes | None = None

@@ -17,7 +17,7 @@ class Codes:
         codes: Whole numbers, int8; with a table its indices, uint8: [..., N, K].
         scales: Positive numbers as the file has them, [..., N, G]; None where all are 1.
         block: Columns that share a scale; the last block of a row may be short. 0 without scales.
-        zero_points: int8 [..., N, G]; None where all are 0.
+        zero_points: int8 [..., N, G]; None where all are 0. There are none without scales.
         table: Values of the codes, [..., T, 2 ** bits], each row of it for N / T rows; None where codes are numbers.
     """
 
@@ -31,11 +31,16 @@ class Codes:
     def values(self) -> np.ndarray:
         """The matrices that the codes stand for, computed in float32."""
         values = self.codes.astype(np.float32) if self.table is None else self._looked_up(self.table)
+        if self.scales is None:
+            return values
+        columns, whole = values.shape[-1], self.scales.shape[-1] * self.block
+        if whole > columns:
+            values = np.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, whole - columns)])
+        groups = values.reshape(*values.shape[:-1], -1, self.block)
         if self.zero_points is not None:
-            values -= self._spread(self.zero_points)
-        if self.scales is not None:
-            values *= self._spread(self.scales)
-        return values
+            groups -= self.zero_points[..., None]
+        groups *= self.scales[..., None]
+        return groups.reshape(values.shape)[..., :columns]
 
     def cut(self, start: int, stop: int) -> Codes:
         """The same of the rows [start, stop) of one matrix."""
@@ -44,11 +49,6 @@ class Codes:
             table = np.repeat(table, len(self.codes) // len(table), axis=0)[rows]
         scales, points = (None if part is None else part[rows] for part in (self.scales, self.zero_points))
         return Codes(self.bits, self.codes[rows], scales, self.block, points, table)
-
-    def _spread(self, numbers: np.ndarray) -> np.ndarray:
-        """A number for each block as one for each column, float32."""
-        each = np.repeat(numbers.astype(np.float32), self.block, axis=-1)
-        return each[..., : self.codes.shape[-1]]
 
     def _looked_up(self, table: np.ndarray) -> np.ndarray:
         groups = self.codes.reshape(*table.shape[:-1], -1).astype(np.intp)

@@ -87,9 +87,16 @@ def _coded(read: Read, entry: Mapping[str, Any]) -> StoredWeight:
     return StoredWeight(bits, rows)
 
 
+_HALVES = np.stack([np.arange(256) & 15, np.arange(256) >> 4], axis=-1)
+_PAIRS = {
+    signed: np.ascontiguousarray(((_HALVES ^ 8) if signed else _HALVES) - 8, np.int8).view(np.int16)[:, 0]
+    for signed in (True, False)
+}
+"""Both codes of a byte, the lower half first, as one number, for codes in two's complement and for those plus 8."""
+
+
 def _unpacked(value: np.ndarray, bits: int, signed: bool) -> np.ndarray:
-    """Signed codes int8; two of four bits lie in a byte, the lower half first."""
+    """Signed codes, int8."""
     if bits == 4 and value.dtype == np.uint8:
-        value = np.stack([value & 15, value >> 4], axis=-1).reshape(*value.shape[:-1], -1)
-        return (((value ^ 8) - 8) if signed else (value - 8)).view(np.int8)
+        return _PAIRS[signed].take(value).view(np.int8)
     return value.view(np.int8) if signed else (value - 128).view(np.int8)
