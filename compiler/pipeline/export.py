@@ -17,7 +17,7 @@ import torch
 import moec
 from moec import passes
 from moec.compiler.common.artifact import read_manifest, verify, write_manifest
-from moec.compiler.common.errors import ArtifactError, CheckpointError, LoweringError, MoecError, UsageError
+from moec.compiler.common.errors import ArtifactError, CheckpointError, LoweringError, MoecError, UsageError, out_of_memory
 from moec.compiler.common.progress import Progress
 from moec.compiler.common.rejections import Rejection
 from moec.compiler.common.staging import check_output, staged
@@ -116,8 +116,9 @@ class _Stages:
         try:
             yield
         except Exception as error:
-            error.add_note(f"stage: {name}")
-            raise
+            told = out_of_memory(error) or error
+            told.add_note(f"stage: {name}")
+            raise told
         self.timings[name] = time.perf_counter() - start
         self.progress(name, 1, 1)
 
