@@ -260,13 +260,11 @@ def _guarded(command: Callable[..., int]) -> Callable[..., None]:
 def _guard(console: Console, call: Callable[[], int]) -> int:
     try:
         return call()
-    except MoecError as error:
-        return console.error(error)
     except KeyboardInterrupt:
         return console.interrupted()
     except Exception as error:  # noqa: BLE001 - the last stop: whatever was not foreseen is reported as a fault of moec
-        starved = out_of_memory(error)
-        return console.error(starved) if starved is not None else console.crash(error)
+        told = out_of_memory(error) or error
+        return console.error(told) if isinstance(told, MoecError) else console.crash(told)
 
 
 def _version(wanted: bool) -> None:

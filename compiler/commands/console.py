@@ -189,7 +189,7 @@ class Console:
         if self.log_json:
             self._log("error", message="interrupted; nothing was written", exit_code=INTERRUPTED)
         else:
-            self._err.print("interrupted; nothing was written")
+            self._tell("interrupted; nothing was written")
         self._json_error("interrupted", "", INTERRUPTED)
         return INTERRUPTED
 
@@ -197,12 +197,19 @@ class Console:
         if self.log_json:
             self._log("error", message=message, hint=hint, exit_code=code, notes=list(notes))
         else:
-            self._err.print(f"error: {message}", style="bold red", soft_wrap=True)
+            self._tell(f"error: {message}", "bold red")
             for note in notes:
-                self._err.print(note, style="dim", soft_wrap=True)
+                self._tell(note, "dim")
             if hint:
-                self._err.print(f"hint: {hint}", soft_wrap=True)
+                self._tell(f"hint: {hint}")
         self._json_error(message, hint, code)
+
+    def _tell(self, text: str, style: str = "") -> None:
+        """A line on stderr; without its style where there is too little memory left to load what prints it."""
+        try:
+            self._err.print(text, style=style, soft_wrap=True)
+        except (ImportError, MemoryError, SystemError):
+            print(text, file=sys.stderr)
 
     def _log(self, level: str, **fields: Any) -> None:
         """A line of JSON on stderr."""
@@ -316,16 +323,16 @@ def _rate(per_second: float | None) -> str:
 
 def _write_crash_log(error: Exception) -> str | None:
     """Write what a report needs into a file of its own; None if even that fails."""
-    lines = [
-        f"moec {moec.__version__}, Python {platform.python_version()}, {platform.platform()}",
-        f"command: {' '.join(sys.argv)}",
-        "",
-        *traceback.format_exception(error),
-    ]
     try:
+        lines = [
+            f"moec {moec.__version__}, Python {platform.python_version()}, {platform.platform()}",
+            f"command: {' '.join(sys.argv)}",
+            "",
+            *traceback.format_exception(error),
+        ]
         descriptor, path = tempfile.mkstemp(prefix="moec-", suffix=".log")
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write("\n".join(lines))
-    except OSError:
+    except (OSError, MemoryError):
         return None
     return path

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 
 class MoecError(Exception):
     """Base class: the CLI prints `message` and `hint` without a traceback.
@@ -55,22 +57,51 @@ class CheckpointError(MoecError):
     exit_code = 10
 
 
+class OutOfMemoryError(MoecError):
+    """Memory ran out; see `out_of_memory`."""
+
+    exit_code = 10
+
+
 class OutputError(MoecError):
     """The output directory cannot be written."""
 
     exit_code = 11
 
 
-def out_of_memory(error: BaseException) -> MoecError | None:
-    """What to tell the user where `error` says that memory ran out; None where it says something else."""
-    # torch has no class of its own for it.
-    if not isinstance(error, MemoryError) and not (isinstance(error, RuntimeError) and "allocate memory" in str(error)):
-        return None
-    return CheckpointError(
-        f"there is not enough memory: {first_line(error)}",
-        hint="free memory or raise the limit (ulimit -v, that of the container); an export takes about 1 GB and the "
-        "largest expert a few times",
-    )
+_STARVED = (
+    "allocate memory",  # torch, the C library
+    "alloc_cpu.cpp",  # torch
+    "bad_alloc",  # C++
+    "bad allocation",  # ONNX Runtime
+    "start new thread",  # its stack
+    "pthread_create",
+    "map segment from shared object",  # a library, which is loaded where it is first used
+    "without setting an exception",  # CPython, in an import
+)
+"""What others say where memory runs out, besides raising MemoryError or an OSError of that number."""
+
+
+def out_of_memory(error: BaseException) -> OutOfMemoryError | None:
+    """What to tell the user where memory ran out; None where `error`, and what it was raised from, say other things."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OutOfMemoryError):
+        if _starved(cause):
+            told = OutOfMemoryError(
+                f"there is not enough memory: {first_line(cause)}",
+                hint="free memory or raise the limit (ulimit -v, that of the container); an export takes about 1 GB and "
+                "the largest expert a few times",
+            )
+            told.__cause__ = error
+            return told
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
+    return cause
+
+
+def _starved(error: BaseException) -> bool:
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return True
+    return any(sign in str(error) for sign in _STARVED)
 
 
 def first_line(error: BaseException) -> str:

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from moec.compiler.common.errors import MoecError, first_line
+from moec.compiler.common.errors import MoecError, first_line, out_of_memory
 from moec.compiler.common.progress import Progress
 from moec.compiler.common.verdict import Status, Verdict
 from moec.compiler.frontend.checkpoint import Checkpoint
@@ -201,9 +201,12 @@ def run_gate(name: str, code: int, gate: Gate) -> Verdict:
     started = time.perf_counter()
     try:
         verdict = gate()
-    except REPORTED as error:
-        hint = getattr(error, "hint", "")
-        reason = f"{type(error).__name__}: {first_line(error)}" + (f" ({hint})" if hint else "")
+    except Exception as error:
+        told = out_of_memory(error) or error
+        if not isinstance(told, REPORTED):
+            raise
+        hint = getattr(told, "hint", "")
+        reason = f"{type(told).__name__}: {first_line(told)}" + (f" ({hint})" if hint else "")
         verdict = Verdict(name, Status.FAIL, reason, code)
     return replace(verdict, figures={**verdict.figures, "seconds": time.perf_counter() - started})
 

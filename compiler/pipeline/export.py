@@ -16,7 +16,13 @@ import torch
 import moec
 from moec import passes
 from moec.compiler.common.artifact import read_manifest, verify, write_manifest
-from moec.compiler.common.errors import ArtifactError, CheckpointError, LoweringError, MoecError, UsageError
+from moec.compiler.common.errors import (
+    ArtifactError,
+    CheckpointError,
+    LoweringError,
+    MoecError,
+    UsageError,
+)
 from moec.compiler.common.progress import Progress
 from moec.compiler.common.rejections import Rejection
 from moec.compiler.common.staging import check_output, staged

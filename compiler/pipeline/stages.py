@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from moec.compiler.common.errors import out_of_memory
 from moec.compiler.common.progress import Progress
 from moec.passes import PassRecord
 
@@ -26,8 +27,9 @@ class Stages:
         try:
             yield
         except Exception as error:
-            error.add_note(f"stage: {name}")
-            raise
+            told = out_of_memory(error) or error
+            told.add_note(f"stage: {name}")
+            raise told  # noqa: B904 - it is the error, or has it as its cause
         self.timings[name] = time.perf_counter() - start
         self.progress(name, 1, 1)
 
