@@ -89,8 +89,8 @@ def out_of_memory(error: BaseException) -> OutOfMemoryError | None:
         if _starved(cause):
             told = OutOfMemoryError(
                 f"there is not enough memory: {first_line(cause)}",
-                hint="free memory or raise the limit (ulimit -v, that of the container); an export takes about 1 GB and "
-                "the largest expert a few times",
+                hint="free memory or raise the limit (ulimit -v, that of the container); an export takes about 1 GB "
+                "and the largest expert a few times",
             )
             told.__cause__ = error
             return told

@@ -27,9 +27,11 @@ class Stages:
         try:
             yield
         except Exception as error:
-            told = out_of_memory(error) or error
-            told.add_note(f"stage: {name}")
-            raise told  # noqa: B904 - it is the error, or has it as its cause
+            starved = out_of_memory(error)
+            (starved or error).add_note(f"stage: {name}")
+            if starved is not None:
+                raise starved from error
+            raise
         self.timings[name] = time.perf_counter() - start
         self.progress(name, 1, 1)
 
