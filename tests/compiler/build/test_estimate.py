@@ -83,12 +83,12 @@ def test_the_error_of_the_estimate_is_known_where_the_machine_is_calibrated(
     }
     asked = []
 
-    def speeds(target: str, dtype: str, stored: dict[str, str], _: object, *, measure: bool) -> Speeds | None:
-        asked.append((target, dtype, stored, measure))
+    def known_speeds(target: str, dtype: str, stored: dict[str, str]) -> Speeds | None:
+        asked.append((target, dtype, stored))
         return known if target == "onnx" else None
 
-    monkeypatch.setattr(error_module, "speeds", speeds)
+    monkeypatch.setattr(error_module, "known_speeds", known_speeds)
     found = error_module.estimate_error(program, "onnx", "fp32", 1.0, workloads)
     assert found == {"decode128": pytest.approx({"estimated": nodes * 1e-6, "measured": nodes * 0.8e-6, "error": 0.25})}
     assert error_module.estimate_error(program, "tflite", "fp32", 1.0, workloads) == {}
-    assert asked == [("onnx", "fp32", {}, False), ("tflite", "fp32", {}, False)]
+    assert asked == [("onnx", "fp32", {}), ("tflite", "fp32", {})]
