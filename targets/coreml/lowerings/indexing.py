@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import fx
 
-from moec.targets.common.arguments import integer, listed, node_of, result_dtype
+from moec.targets.common.arguments import integer, listed, node_of, rank, result_dtype
 from moec.targets.coreml.context import MIL_NAMES, NUMPY, Context, Var, number
 from moec.targets.coreml.lowerings.elementwise import Lowering
+from moec.targets.coreml.lowerings.shape import cut, tile
 
 aten = torch.ops.aten
 
@@ -67,7 +68,31 @@ def _full(ctx: Context, node: fx.Node) -> Var:
     if all(isinstance(size, int) for size in sizes):
         return ctx.constant(np.broadcast_to(number(fill, result_dtype(node)), sizes).astype(NUMPY[name]))
     kind = "int32" if name == "bool" else name
-    return ctx.cast(ctx.mb.fill(shape=ctx.dims(sizes), value=NUMPY[kind](fill)), name)
+    filled = _like_a_tensor(ctx, sizes, NUMPY[kind](fill))
+    if filled is None:
+        filled = ctx.mb.fill(shape=ctx.dims(sizes), value=NUMPY[kind](fill))
+    return ctx.cast(filled, name)
+
+
+def _like_a_tensor(ctx: Context, sizes: list[Any], fill: Any) -> Var | None:
+    """`fill` in a shape of which one size is that of a tensor; None for others.
+
+    MIL gives each `fill` of an unknown size a size of its own, and then does not know that it is that of the tensor.
+    """
+    unknown = [axis for axis, size in enumerate(sizes) if isinstance(size, fx.Node)]
+    if len(unknown) != 1 or sizes[unknown[0]].target is not aten.sym_size.int:
+        return None
+    source, axis = sizes[unknown[0]].args
+    line = ctx.tensor(source)
+    line = ctx.cast(line, "int32") if ctx.type_name(line) == "bool" else line
+    others = [other for other in range(rank(source)) if other != axis]
+    for other in others:
+        line = cut(ctx, line, other, 0, 1)
+    line = ctx.mb.squeeze(x=line, axes=ctx.ints(*others)) if others else line
+    line = ctx.mb.fill_like(ref_tensor=line, value=fill)
+    added = [place for place in range(len(sizes)) if place not in unknown]
+    column = ctx.mb.expand_dims(x=line, axes=ctx.ints(*added)) if added else line
+    return tile(ctx, column, [1 if place in unknown else size for place, size in enumerate(sizes)])
 
 
 def _arange(ctx: Context, node: fx.Node) -> Var:
