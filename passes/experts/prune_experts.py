@@ -91,7 +91,6 @@ class PruneExperts(Pass):
     """
 
     name: ClassVar[str] = "prune-experts"
-    requires: ClassVar[tuple[str, ...]] = ("decompose",)
 
     removed: tuple[tuple[int, ...], ...]
 

@@ -56,7 +56,6 @@ class DynamicRouting(Pass):
     """
 
     name: ClassVar[str] = "dynamic-routing"
-    requires: ClassVar[tuple[str, ...]] = ("decompose",)
 
     policy: Policy
     runtime_budget: bool = False
