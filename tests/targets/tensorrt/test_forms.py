@@ -74,7 +74,7 @@ def test_a_slot_of_weight_zero_is_dropped_even_if_its_expert_yields_nan(
     with graph.inserting_before(experts):
         index = experts.args[1]
         weights = experts.args[2]
-        alive = graph.call_function(torch.ops.aten.ne.Scalar, (index, 0))
+        alive = graph.call_function(torch.ops.aten._to_copy.default, (index,), {"dtype": torch.bool})
         alive.meta = {"val": index.meta["val"].bool(), "module": "router"}
         kept = graph.call_function(torch.ops.moec.select.default, (weights, alive, False))
         kept.meta = {"val": weights.meta["val"], "module": "router"}

@@ -78,9 +78,9 @@ def opened(model: Any) -> tuple[EngineRunner, FakeSession]:
 
 
 @pytest.fixture(scope="module")
-def sliding(tiny_checkpoint: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def sliding(tiny_checkpoint: Any, program_of: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A model with windows, sinks and biases, for two sequences of 24 tokens in pieces of 8."""
-    from tests.targets.tensorrt.conftest import lower_program, program_of
+    from tests.targets.tensorrt.conftest import lower_program
 
     program = program_of(tiny_checkpoint("gpt_oss"))
     return lower_program(program, tmp_path_factory.mktemp("x") / "artifact", batch=2, context=24, piece=8)

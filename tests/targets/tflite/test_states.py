@@ -92,7 +92,7 @@ def test_reset_forgets_and_a_fork_has_states_of_its_own(build: Any, hybrid: Prog
 
 
 @pytest.mark.parametrize(
-    ("operation", "arguments"), [(aten.neg.default, ()), (aten.slice.Tensor, (2, 0, 3))], ids=["negative", "first"]
+    ("operation", "arguments"), [(aten.neg.default, ()), (aten.slice.Tensor, (2, 0, 3, 1))], ids=["negative", "first"]
 )
 def test_a_state_that_is_made_otherwise_is_refused(
     operation: Any, arguments: tuple[int, ...], build: Any, hybrid: Program
