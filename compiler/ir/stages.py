@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
-from enum import IntEnum
 from typing import Any
 
 import torch
@@ -29,16 +28,6 @@ from torch import fx
 from moec.compiler.ir.ops import ATTENTION, EXPERTS, RMS_NORM, ROTARY, SELECT
 
 aten = torch.ops.aten
-
-
-class Stage(IntEnum):
-    """How far a graph has come; see the module docstring."""
-
-    CAPTURED = 0
-    NORMAL = 1
-    CORE = 2
-    STATIC = 3
-
 
 ELEMENTWISE: Mapping[Any, str] = {
     aten.neg.default: "-x",

@@ -163,5 +163,5 @@ def _is_complex(node: fx.Node) -> bool:
 def _unsupported(node: fx.Node) -> UnsupportedModelError:
     return UnsupportedModelError(
         f"{module_of(node)}: {node.target} on complex tensors has no form in real numbers",
-        hint="RealRotary in moec/passes/real_rotary.py is the one place to add it",
+        hint="RealRotary in moec/passes/canonical/real_rotary.py is the one place to add it",
     )

@@ -147,9 +147,3 @@ _STEPS: Mapping[Any, Callable[[fx.Node], bool]] = {
     aten.div.Tensor: _scales_rows,
     aten.add.Tensor: _adds_number,
 }
-
-
-def same_dtype(node: fx.Node, dtype: torch.dtype) -> bool:
-    """Whether the value of `node` has the dtype."""
-    have: torch.dtype = node.meta["val"].dtype
-    return have == dtype
