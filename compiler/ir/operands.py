@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from moec.compiler.ir.ops import ATTENTION, EXPERTS, RMS_NORM, ROTARY, SELECT, Gate
+from moec.compiler.ir.recurrences import CAUSAL_CONV, LINEAR_ATTENTION
 
 _WITHOUT_MEANING = frozenset({"device", "layout", "pin_memory", "memory_format", "non_blocking", "requires_grad"})
 """Keywords that say where and how a tensor lies in memory, which a graph of moec says nothing of."""
@@ -158,5 +159,49 @@ class Rotary(_View):
     sin: fx.Node
 
 
-VIEWS = {EXPERTS: Experts, SELECT: Select, ATTENTION: Attention, RMS_NORM: RmsNorm, ROTARY: Rotary}
+@dataclass(frozen=True, slots=True)
+class LinearAttention(_View):
+    """Operands of `moec::linear_attention`; shapes and meaning as there."""
+
+    query: fx.Node
+    key: fx.Node
+    value: fx.Node
+    decay: fx.Node | None
+    beta: fx.Node | None
+    state: fx.Node
+    update_rule: str
+    scale: float
+
+    @property
+    def heads(self) -> tuple[int, int, int]:
+        """Hq, Hk and H."""
+        query, key, value = (int(node.meta["val"].shape[2]) for node in (self.query, self.key, self.value))
+        return query, key, value
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Dk and Dv."""
+        return int(self.key.meta["val"].shape[3]), int(self.value.meta["val"].shape[3])
+
+
+@dataclass(frozen=True, slots=True)
+class CausalConv(_View):
+    """Operands of `moec::causal_conv`; shapes and meaning as there."""
+
+    x: fx.Node
+    weight: fx.Node
+    bias: fx.Node | None
+    state: fx.Node
+    activation: str
+
+
+VIEWS = {
+    EXPERTS: Experts,
+    SELECT: Select,
+    ATTENTION: Attention,
+    LINEAR_ATTENTION: LinearAttention,
+    CAUSAL_CONV: CausalConv,
+    RMS_NORM: RmsNorm,
+    ROTARY: Rotary,
+}
 """The view of each semantic op."""

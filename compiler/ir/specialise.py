@@ -185,6 +185,8 @@ def _without_ones(node: fx.Node, ones: set[fx.Node]) -> None:
         node.args = tuple(None if argument is mask else argument for argument in node.args)
     elif node.target in _MOVES:
         ones.add(node)
+    elif node.target is aten.sym_size.int and (elsewhere := _elsewhere(node, ones)) is not None:
+        node.args = elsewhere
     elif node.target is aten.mul.Tensor and (kept := _unchanged(node, ones)) is not None:
         node.replace_all_uses_with(kept)
     elif node.users:
@@ -192,6 +194,15 @@ def _without_ones(node: fx.Node, ones: set[fx.Node]) -> None:
             f"{module_of(node)}: %{node.name} reads the attention mask, so that it cannot be left out",
             hint="build with a padding mask",
         )
+
+
+def _elsewhere(size: fx.Node, ones: set[fx.Node]) -> tuple[fx.Node, int] | None:
+    """Input and axis that have this size too."""
+    for node in size.graph.find_nodes(op="placeholder"):
+        for axis, other in enumerate(node.meta["val"].shape):
+            if node not in ones and str(other) == str(size.meta["val"]):
+                return node, axis
+    return None
 
 
 def _unchanged(product: fx.Node, ones: set[fx.Node]) -> fx.Node | None:
