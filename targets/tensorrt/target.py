@@ -97,7 +97,7 @@ class TensorrtTarget(Target):
     Options: ClassVar[type[TargetOptions]] = TensorrtOptions
     extra: ClassVar[str | None] = "tensorrt"
     tools: ClassVar[tuple[str, ...]] = ("tensorrt-rtx", "onnx-ir", "onnx", "onnxruntime")
-    state_kinds: ClassVar[frozenset[str]] = frozenset({"key", "value", "conv"})
+    state_kinds: ClassVar[frozenset[str]] = frozenset({"key", "value", "conv", "recurrent"})
 
     def capabilities(self, options: TargetOptions, phase: Phase) -> Capabilities:
         """`loop-if` skips the experts that no token of a step uses; the other forms skip nothing."""
