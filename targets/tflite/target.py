@@ -87,7 +87,7 @@ class TfliteTarget(Target):
         # LiteRT looks rows up in tables of one scale per row only, and the head is as sensitive.
         "int4": {name: _ROWS if name in {"embedding", "lm_head"} else _BLOCKS for name in QUANTIZED},
     }
-    state_kinds: ClassVar[frozenset[str]] = frozenset({"key", "value", "conv"})
+    state_kinds: ClassVar[frozenset[str]] = frozenset({"key", "value", "conv", "recurrent"})
 
     def auto_formats(self, options: TargetOptions, tensor_class: str) -> tuple[str, ...]:
         """What the presets have, and larger blocks; tflite-runtime multiplies with float activations alone."""
