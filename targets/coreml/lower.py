@@ -63,7 +63,7 @@ def build(program: Program, shape: Shape, flavor: Flavor = Flavor.DEFAULT) -> Bu
     if refused := refusals(program, flavor):
         raise LoweringError(f"{refused[0].where}: {refused[0].reason}", hint="take the default flavor")
     made, interface = coremltools_module("coremltools.converters.mil.mil").Program(), INTERFACES[flavor]
-    layout = state_layout(program, shape.context, split=program.dtype is torch.float32)
+    layout = state_layout(program, shape.context)
     built = Built(made, interface, layout, WeightPool(), extra=default_inputs(program))
     with _fresh_names():
         for entry in interface.entries:
@@ -186,6 +186,7 @@ _DESCRIPTIONS: Mapping[str, str] = {
     "keyCache": "Keys of the tokens so far.",
     "valueCache": "Values of the tokens so far.",
     "convState": "Last inputs of the short convolutions.",
+    "recurrentState": "States of the scans over the tokens.",
 }
 
 

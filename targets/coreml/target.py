@@ -103,7 +103,7 @@ class CoremlTarget(Target):
     tools: ClassVar[tuple[str, ...]] = ("coremltools",)
     default_dtype: ClassVar[Literal["fp32", "fp16"]] = "fp16"
     weight_formats: ClassVar[frozenset[str]] = frozenset({"int8", "int4", "palettize4", "table4"})
-    state_kinds: ClassVar[frozenset[str]] = frozenset({"key", "value", "conv"})
+    state_kinds: ClassVar[frozenset[str]] = frozenset({"key", "value", "conv", "recurrent"})
 
     def capabilities(self, options: TargetOptions, phase: Phase) -> Capabilities:
         """Decode skips by a `cond` around each expert; prefill computes every expert for every token."""
