@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.models.qwen3_next import modeling_qwen3_next as qwen
 
 from moec.compiler.common.errors import UnsupportedModelError
 from moec.compiler.common.verdict import Status
 from moec.compiler.families.tiny_models import tiny_config, tiny_model
-from moec.compiler.frontend import hooks
+from moec.compiler.frontend import hooks, scans
 from moec.compiler.frontend.capture import capture
 from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.frontend.scans import FUNCTIONS, scans_as_ops
@@ -104,6 +104,57 @@ def test_padding_reaches_no_state(family: str, capture_of: Any) -> None:
         assert state.layer > program.replaced[0].layer or torch.equal(value, states[1][name]), name
         torch.testing.assert_close(value, states[1][name], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(value[1:], alone._states[name], rtol=1e-4, atol=1e-5)
+
+
+def rand(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+SCANS: dict[str, tuple[Callable[..., Any], int, tuple[Tensor, ...], dict[str, Any], tuple[int, ...]]] = {
+    "delta": (
+        scans.gated_delta_rule,
+        1,
+        (rand(1, 5, 2, 8), rand(1, 5, 2, 8, seed=1), rand(1, 5, 2, 6), -rand(1, 5, 2).exp(), rand(1, 5, 2).sigmoid()),
+        {"use_qk_l2norm_in_kernel": True},
+        (2, 8, 6),
+    ),
+    "mamba2": (
+        scans.mamba2_scan,
+        1,
+        (rand(1, 5, 2, 6), rand(1, 5, 2), -rand(2).exp(), rand(1, 5, 1, 8), rand(1, 5, 1, 8, seed=1)),
+        {"dt_softplus": True, "return_final_states": True},
+        (2, 8, 6),
+    ),
+    "mamba": (
+        scans.mamba_scan,
+        2,
+        (rand(1, 6, 5), rand(1, 6, 5, seed=1), -rand(6, 8).exp(), rand(1, 8, 5), rand(1, 8, 5, seed=1)),
+        {"delta_softplus": True, "return_last_state": True},
+        (6, 8, 1),
+    ),
+}
+"""Function -> the axis of its 5 tokens, its arguments, and the axes of its state."""
+
+
+@pytest.mark.parametrize("kind", SCANS)
+def test_a_masked_token_leaves_the_state_alone_whatever_it_holds(kind: str) -> None:
+    """Behind the tokens too, where a target pads the end of a prompt's piece."""
+    scan, axis, arguments, settings, shape = SCANS[kind]
+    module = nn.Module()
+    module.layer_idx = 0
+
+    def last(length: int, used: int) -> Tensor:
+        mask = (torch.arange(length) < used).long()[None]
+        past = {(0, "recurrent"): rand(1, *shape, seed=9)}
+        record = hooks.Recording(64, {}, torch.arange(length), mask, past, running=[module])
+        with hooks.recording(record):
+            counted = [item.ndim > axis and item.shape[axis] == 5 for item in arguments]
+            cut = [item.narrow(axis, 0, length) if of else item for item, of in zip(arguments, counted, strict=True)]
+            scan(*cut, **settings)
+        return record.present[0, "recurrent"]
+
+    assert torch.equal(last(5, 3), last(3, 3))
+    assert not torch.equal(last(5, 5), last(3, 3))
 
 
 @pytest.mark.parametrize("family", STATES)
