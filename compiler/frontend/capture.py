@@ -28,6 +28,7 @@ from moec.compiler.frontend.functional import functional
 from moec.compiler.frontend.masks import MaskUseError
 from moec.compiler.frontend.rope import decide_by_tensors
 from moec.compiler.frontend.scans import scans_as_ops
+from moec.compiler.frontend.step_cache import cache_class, step_cache
 from moec.compiler.ir.program import CACHE_KINDS, Dim, Program, StateSpec, TensorSpec, moe_layers, state_spec
 from moec.compiler.ir.weights import Constant, LazyTensor
 
@@ -223,7 +224,7 @@ def _call(
             position_ids=position_ids,
             use_cache=True,
             return_dict=True,
-            **{architecture.cache_argument(model): hooks.step_cache(record, layers, length, hooks.cache_class(model))},
+            **{architecture.cache_argument(model): step_cache(record, layers, length, cache_class(model))},
         )
     except MoecError:
         raise

@@ -19,6 +19,7 @@ from moec.compiler.frontend import hooks, scans
 from moec.compiler.frontend.capture import capture
 from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.frontend.scans import FUNCTIONS, scans_as_ops
+from moec.compiler.frontend.step_cache import cache_class
 from moec.compiler.gates.cases import Prompts
 from moec.compiler.gates.parity import check_capture
 from moec.compiler.gates.reference import load_source
@@ -208,8 +209,8 @@ def test_the_functions_of_transformers_are_as_before() -> None:
 def test_a_cache_of_the_family_takes_the_place_of_the_common_one() -> None:
     from transformers.cache_utils import Cache
 
-    assert hooks.cache_class(tiny_model("minimax")).__name__ == "MiniMaxCache"
-    assert hooks.cache_class(tiny_model("qwen3_next")) is Cache
+    assert cache_class(tiny_model("minimax")).__name__ == "MiniMaxCache"
+    assert cache_class(tiny_model("qwen3_next")) is Cache
 
 
 def captured_with(changes: dict[str, Any], opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:
