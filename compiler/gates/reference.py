@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from moec.compiler.common.errors import CheckpointError
 from moec.compiler.common.progress_bars import no_bars
 from moec.compiler.frontend import architecture
+from moec.compiler.frontend.adapters.lightning_attention import settle_rates
 from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.gates.ties import RouterWatch
 from moec.compiler.ir.interpreter import ProgramRunner
@@ -188,6 +189,7 @@ def load_source(checkpoint: Checkpoint) -> Logits:
             hint="the reference would be random there; download the checkpoint again",
         )
     architecture.set_experts(model, "eager")
+    settle_rates(model)
     model.train(mode=False)
     decoder = architecture.text_decoder(model)
 

@@ -14,7 +14,7 @@ from transformers.models.qwen3_next import modeling_qwen3_next as qwen
 
 from moec.compiler.common.errors import UnsupportedModelError
 from moec.compiler.common.verdict import Status
-from moec.compiler.families.tiny_models import tiny_config, tiny_model
+from moec.compiler.families.tiny_models import tiny_config, tiny_model, write_tiny_checkpoint
 from moec.compiler.frontend import hooks, scans
 from moec.compiler.frontend.capture import capture
 from moec.compiler.frontend.checkpoint import Checkpoint
@@ -245,3 +245,11 @@ def test_tiny_lightning_attention_keeps_the_rates_of_its_class() -> None:
     attention = tiny_model("minimax").model.layers[0].self_attn
     assert torch.equal(attention.slope_rate, attention.get_slope_rate())
     assert tiny_config("minimax").layer_types[0] == "linear_attention"
+
+
+def test_rates_that_a_checkpoint_of_half_precision_rounds_apart(tmp_path: Path) -> None:
+    """A prompt in transformers goes by the rates, as the tokens after it do."""
+    checkpoint = Checkpoint.open(write_tiny_checkpoint("minimax", tmp_path, dtype="bfloat16"))
+    program = capture(checkpoint)
+    ids = tokens(program, 1, 60)
+    close(ProgramRunner(program).prefill(ids), load_source(checkpoint)(ids))
