@@ -253,3 +253,16 @@ def test_rates_that_a_checkpoint_of_half_precision_rounds_apart(tmp_path: Path) 
     program = capture(checkpoint)
     ids = tokens(program, 1, 60)
     close(ProgramRunner(program).prefill(ids), load_source(checkpoint)(ids))
+
+
+def test_the_reference_goes_from_token_to_token(opened: Any, capture_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In transformers a prompt in chunks is less exact, and the gate would take that for a fault of ours."""
+
+    def forbidden(*_: Any, **__: Any) -> None:
+        raise AssertionError("a prompt was scanned in chunks")
+
+    monkeypatch.setattr(qwen, "torch_chunk_gated_delta_rule", forbidden)
+    program = capture_of("qwen3_next")
+    ids = tokens(program, 1, 80)
+    close(ProgramRunner(program).prefill(ids), load_source(opened("qwen3_next"))(ids))
+    assert qwen.torch_chunk_gated_delta_rule is forbidden, "it is back in its place"
