@@ -19,6 +19,7 @@ from moec.compiler.common.rejections import Rejection
 
 if TYPE_CHECKING:
     from moec.compiler.common.verdict import Verdict
+    from moec.compiler.ir.interpreter import ActivationRounding
     from moec.compiler.ir.program import Program
     from moec.passes.base import Pass
     from moec.targets.stored_weights import StoredWeight
@@ -196,6 +197,7 @@ class Target(ABC):
     `presets` are the names that `--quantize` takes for this target alone, or means something else by: name -> format
     by tensor class, as in a recipe.
     `weight_formats` are the kinds of codes that its weights may have: first words of the text forms of formats.
+    `scale_types` are the dtypes that the scales of its weights may have: "fp16", "bf16", "fp32".
     `state_kinds` are the kinds of state that it carries from step to step, see `moec.compiler.ir.program.StateSpec`.
     Constructing a target imports nothing heavy: lowering modules are imported in the methods that need them.
     """
@@ -209,6 +211,7 @@ class Target(ABC):
     default_dtype: ClassVar[Literal["fp32", "fp16"]] = "fp32"
     presets: ClassVar[Mapping[str, Mapping[str, str]]] = {}
     weight_formats: ClassVar[frozenset[str]] = frozenset({"int8", "int4"})
+    scale_types: ClassVar[frozenset[str]] = frozenset({"fp16", "fp32"})
     state_kinds: ClassVar[frozenset[str]] = frozenset({"key", "value"})
 
     @abstractmethod
@@ -250,10 +253,13 @@ class Target(ABC):
             return unknown
         users: dict[str, list[str]] = {}
         for name in program.weight_names():
-            form = str(getattr(program.weights[name], "format", ""))
-            if form and form.partition(":")[0] not in self.weight_formats:
-                users.setdefault(form, []).append(name)
-        known = ", ".join(sorted(self.weight_formats))
+            form = getattr(program.weights[name], "format", None)
+            if form is None:
+                continue
+            kind, scales = str(form).partition(":")[0], getattr(form, "scale_type", "fp16")
+            if kind not in self.weight_formats or scales not in self.scale_types:
+                users.setdefault(str(form), []).append(name)
+        known = f"{', '.join(sorted(self.weight_formats))} with scales of {' or '.join(sorted(self.scale_types))}"
         formats = (
             Rejection(self.name, names[0], f"{form} ({len(names)} weights) has no form here; weights may be {known}")
             for form, names in users.items()
@@ -313,6 +319,14 @@ class Target(ABC):
     def gates(self) -> tuple[TargetGate, ...]:
         """Gates that only this target has, run after integrity."""
         return ()
+
+    def activation_rounding(self, directory: Path) -> ActivationRounding | None:  # noqa: ARG002
+        """How the kernels of an artifact round activations before they multiply them with a quantized weight.
+
+        The reference of the gates does the same, so that what they see is the rest. None where nothing is rounded, or
+        where nobody knows how: the tolerance for codes then covers it.
+        """
+        return None
 
     @abstractmethod
     def stored_weights(self, directory: Path) -> Mapping[str, StoredWeight]:

@@ -24,6 +24,7 @@ from moec.targets.base import (
 )
 
 if TYPE_CHECKING:
+    from moec.compiler.ir.interpreter import ActivationRounding
     from moec.compiler.ir.program import Program
     from moec.targets.stored_weights import StoredWeight
     from moec.targets.tflite.model import Weight
@@ -36,7 +37,8 @@ QUANTIZED = ("experts_gate_up", "experts_down", "shared_expert", "attention", "e
 """Tensor classes that the presets quantize."""
 
 _INT4_ROWS = "int4:channel:fp32:int8-dynamic"
-_ROWS, _BLOCKS = "int8:channel:fp32:int8-dynamic", "int4:32:fp16:int8-dynamic"
+_ROWS, _BLOCKS = "int8:channel:fp32:int8-dynamic", "int4:32:bf16:int8-dynamic"
+"""A file has scales of blocks in fp16, but XNNPACK rounds them to bf16, so scales are chosen that both hold."""
 
 
 class Flavor(StrEnum):
@@ -87,6 +89,7 @@ class TfliteTarget(Target):
         # LiteRT looks rows up in tables of one scale per row only, and the head is as sensitive.
         "int4": {name: _ROWS if name in {"embedding", "lm_head"} else _BLOCKS for name in QUANTIZED},
     }
+    scale_types: ClassVar[frozenset[str]] = frozenset({"fp16", "bf16", "fp32"})
     state_kinds: ClassVar[frozenset[str]] = frozenset({"key", "value", "conv"})
 
     def auto_formats(self, options: TargetOptions, tensor_class: str) -> tuple[str, ...]:
@@ -181,6 +184,12 @@ class TfliteTarget(Target):
         from moec.targets.tflite.experts import open_experts
 
         return open_experts(directory / MODEL, threads)
+
+    def activation_rounding(self, directory: Path) -> ActivationRounding:  # noqa: ARG002
+        """XNNPACK's: each row by its extremes."""
+        from moec.quantize.activations import asymmetric_rows
+
+        return asymmetric_rows
 
     def stored_weights(self, directory: Path) -> Mapping[str, StoredWeight]:
         """Read back from the tensors of the file, which bear the names of the Program."""

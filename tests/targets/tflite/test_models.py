@@ -19,10 +19,12 @@ from moec.compiler.common.errors import ArtifactError, LoweringError, MissingExt
 from moec.compiler.ir.interpreter import ProgramRunner
 from moec.compiler.ir.ops import ACTIVATIONS
 from moec.compiler.ir.program import EXPERTS, Program
+from moec.compiler.ir.weights import Constant
 from moec.passes.quantize import Quantize
 from moec.passes.routing.dynamic_routing import DynamicRouting
 from moec.passes.routing.policies.top_p import TopP
-from moec.quantize.formats import parse_format
+from moec.quantize.formats import IntegerFormat, parse_format
+from moec.quantize.lazy import quantized as lazily_quantized
 from moec.quantize.plan import QuantizationPlan, TensorClass
 from moec.targets import get_target
 from moec.targets.base import Phase, limits_of
@@ -253,6 +255,21 @@ def test_formats(build: Any, program_of: Programs, formats: dict[str, str], limi
     # Most positions: rounded activations may send a token of an undecided router elsewhere.
     errors = np.abs(got - want).max(-1)[0] / np.abs(want).max()
     assert np.median(errors) < limit
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("text", ["int4:32:bf16", "int4:64:bf16", "int4:channel:fp32", "int8:channel:fp32"])
+def test_activations_are_rounded_as_the_target_says(build: Any, text: str, rows: int) -> None:
+    generator = torch.Generator().manual_seed(2)
+    form = parse_format(f"{text}:{DYNAMIC}")
+    assert isinstance(form, IntegerFormat)
+    weight = lazily_quantized("w", Constant(torch.randn(48, 128, generator=generator)), form)
+    states = torch.randn(rows, 128, generator=generator) + 0.3
+    (got,) = build.calls({"linear": (torch.ops.aten.linear.default, states, weight, None)})["linear"]
+    rounding = TfliteTarget().activation_rounding(build.directory)
+    want, plain = (each @ weight.read().float().T for each in (rounding(weight, states), states))
+    assert difference(got, want.numpy()) < 1e-6
+    assert difference(plain.numpy(), want.numpy()) > 1e-4, "or rounding would not show"
 
 
 @pytest.mark.parametrize("text", ["none", "int8:channel", f"int4:channel:{DYNAMIC}", f"int4:32:{DYNAMIC}"])
