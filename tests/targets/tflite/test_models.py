@@ -16,6 +16,7 @@ from torch import Tensor
 import moec
 from moec import passes
 from moec.compiler.common.errors import ArtifactError, LoweringError, MissingExtraError, UsageError
+from moec.compiler.gates.coverage import run_experts_by_force
 from moec.compiler.ir.interpreter import ProgramRunner
 from moec.compiler.ir.ops import ACTIVATIONS
 from moec.compiler.ir.program import EXPERTS, Program
@@ -29,6 +30,7 @@ from moec.quantize.plan import QuantizationPlan, TensorClass
 from moec.targets import get_target
 from moec.targets.base import Phase, limits_of
 from moec.targets.tflite import library as extra
+from moec.targets.tflite.experts import open_experts
 from moec.targets.tflite.reader import TfliteFile
 from moec.targets.tflite.runner import TfliteRunner
 from moec.targets.tflite.target import TfliteOptions, TfliteTarget
@@ -255,6 +257,17 @@ def test_formats(build: Any, program_of: Programs, formats: dict[str, str], limi
     # Most positions: rounded activations may send a token of an undecided router elsewhere.
     errors = np.abs(got - want).max(-1)[0] / np.abs(want).max()
     assert np.median(errors) < limit
+
+
+@pytest.mark.parametrize("family", ["mixtral", "Llama-4-Maverick"], ids=["operands", "constant operands"])
+def test_experts_run_by_themselves(build: Any, program_of: Programs, family: str) -> None:
+    program = program_of(family)
+    runners = open_experts(build.file(program), threads=1)
+    hidden = {row.index: torch.randn(8, row.hidden_size) for row in program.layers}
+    results = run_experts_by_force(program, runners, hidden)
+    errors = [error for result in results for error in result.errors.values()]
+    assert len(errors) == sum(row.num_experts for row in program.layers)
+    assert max(errors) < 1e-5
 
 
 @pytest.mark.parametrize("rows", [1, 5])
