@@ -242,23 +242,22 @@ class Target(ABC):
         return ()
 
     def refusals(self, program: Program, options: TargetOptions) -> tuple[Rejection, ...]:
-        """States and formats of weights of kinds that this target does not know, and what `lint` finds.
+        """States and formats of weights of kinds that this target does not know, else what `lint` finds.
 
-        A state that is unknown stands alone: what `lint` says of such a program means nothing.
+        What is unknown stands alone: `lint` need not know it.
         """
-        if unknown := tuple(self._unknown_states(program)):
-            return unknown
+        return (*self._unknown_states(program), *self._unknown_formats(program)) or self.lint(program, options)
+
+    def _unknown_formats(self, program: Program) -> Iterator[Rejection]:
         users: dict[str, list[str]] = {}
         for name in program.weight_names():
             form = str(getattr(program.weights[name], "format", ""))
             if form and form.partition(":")[0] not in self.weight_formats:
                 users.setdefault(form, []).append(name)
         known = ", ".join(sorted(self.weight_formats))
-        formats = (
-            Rejection(self.name, names[0], f"{form} ({len(names)} weights) has no form here; weights may be {known}")
-            for form, names in users.items()
-        )
-        return (*formats, *self.lint(program, options))
+        for form, names in users.items():
+            reason = f"{form} ({len(names)} weights) has no form here; weights may be {known}"
+            yield Rejection(self.name, names[0], reason)
 
     def _unknown_states(self, program: Program) -> Iterator[Rejection]:
         carried = ", ".join(sorted(self.state_kinds))

@@ -17,6 +17,7 @@ from moec.targets.coreml.flavors import Flavor
 from moec.targets.coreml.library import coremltools_module
 from moec.targets.coreml.state import CACHES, state_layout
 
+DEFAULT_HINT = "take the default flavor"
 DERIVED = ("attention_mask", "position_ids", "cache_position")
 """Inputs of the Program that follow from where the new tokens are when there is one sequence without padding."""
 
@@ -184,18 +185,21 @@ def refusals(program: Program, flavor: Flavor) -> tuple[Rejection, ...]:
     if flavor is not Flavor.SWIFT:
         return ()
     found = [
-        Rejection("coreml", f"input {spec.name}", f"{flavor} feeds no such input: fix its value in the recipe")
+        Rejection("coreml", f"input {spec.name}", f"{flavor} feeds no such input", "fix its value, or " + DEFAULT_HINT)
         for spec in extra_inputs(program)
     ]
     known = " and ".join(CACHES.values())
     found += [
         Rejection(
-            "coreml", f"layer {state.layer}", f"its state of kind {state.kind} is no cache: {flavor} knows {known}"
+            "coreml",
+            f"layer {state.layer}",
+            f"its state of kind {state.kind} is no cache: {flavor} knows {known}",
+            DEFAULT_HINT,
         )
         for state in program.replaced[:1]
     ]
     states = list(state_layout(program.replace(states=program.caches), 1, split=False).states())
     if states != list(CACHES.values()):
         reason = f"layers whose caches differ in heads or width need {len(states)} states, but {flavor} knows {known}"
-        found.append(Rejection("coreml", f"states {', '.join(states[:3])}, ...", reason))
+        found.append(Rejection("coreml", f"states {', '.join(states[:3])}, ...", reason, DEFAULT_HINT))
     return tuple(found)

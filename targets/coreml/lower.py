@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import fx
 
-from moec.compiler.common.errors import LoweringError
 from moec.compiler.common.rejections import Rejection
 from moec.compiler.ir.operands import Experts
 from moec.compiler.ir.program import ATTENTION, EXPERTS, Program
 from moec.compiler.ir.specialise import specialise, without_padding
+from moec.targets.common.refusals import RefusedError, refuse
 from moec.targets.common.table import lookup
 from moec.targets.coreml.context import MIL_NAMES, NUMPY, Context, Var
 from moec.targets.coreml.flavors import Flavor
@@ -48,23 +48,24 @@ class Built:
     extra: dict[str, list[float]] = field(default_factory=dict)
 
 
-def build(program: Program, shape: Shape, flavor: Flavor = Flavor.DEFAULT) -> Built:
+def build(program: Program, shape: Shape, flavor: Flavor = Flavor.DEFAULT, *, blank: bool = False) -> Built:
     """Lower `program`.
 
     Args:
         program: Dynamic in batch, sequence and past.
         shape: Sizes of the model.
         flavor: How its functions are called.
+        blank: Read no weight, only to find out what is refused.
 
     Raises:
         LoweringError: An op has no form, or the model does not fit the flavor.
         UnsupportedModelError: The model needs a padding mask outside of attention.
     """
     if refused := refusals(program, flavor):
-        raise LoweringError(f"{refused[0].where}: {refused[0].reason}", hint="take the default flavor")
+        raise RefusedError(refused[0].where, refused[0].reason, hint=refused[0].hint)
     made, interface = coremltools_module("coremltools.converters.mil.mil").Program(), INTERFACES[flavor]
     layout = state_layout(program, shape.context, split=program.dtype is torch.float32)
-    built = Built(made, interface, layout, WeightPool(), extra=default_inputs(program))
+    built = Built(made, interface, layout, WeightPool(blank=blank), extra=default_inputs(program))
     with _fresh_names():
         for entry in interface.entries:
             fixed = specialise(program, batch=1, sequence=entry.tokens)
@@ -160,7 +161,7 @@ class _Function:
             # Core ML has no inputs without axes.
             ctx.set(node, value if node.meta["val"].ndim else ctx.mb.squeeze(x=value, axes=ctx.ints(0)))
         elif any(user.target not in (ATTENTION, torch.ops.aten.sym_size.int) for user in node.users):
-            raise ctx.refuse(node, "something other than attention reads the cache")
+            raise refuse(node, "something other than attention reads the cache")
 
 
 def count_ops(function: Any) -> dict[str, int]:

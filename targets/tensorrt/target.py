@@ -121,12 +121,14 @@ class TensorrtTarget(Target):
         return with_scales("fp32", self.auto_formats(options, tensor_class))
 
     def lint(self, program: Program, options: TargetOptions) -> tuple[Rejection, ...]:
-        """Ops without a lowering, formats that TensorRT does not take, an opset that its parser does not read."""
+        """An opset that the parser does not read, GPUs that lack a type, and whatever lowering refuses."""
+        from moec.targets.common.refusals import refused_by
         from moec.targets.tensorrt.lowerings.table import tensorrt_dialect
         from moec.targets.tensorrt.program_lint import check_program
 
         assert isinstance(options, TensorrtOptions)
-        return check_program(program, options, tensorrt_dialect(Form.LOOP_IF, options.opset).table)
+        found = check_program(program, options, tensorrt_dialect(Form.LOOP_IF, options.opset).table)
+        return found or refused_by(self.name, lambda: _build(program, options))
 
     def lower(self, program: Program, options: TargetOptions, directory: Path, progress: Progress) -> Lowered:
         """Write `model.onnx`, `tensorrt.json`, `build_engine.py` and the engine.
@@ -136,19 +138,10 @@ class TensorrtTarget(Target):
             MissingExtraError: TensorRT is not installed.
         """
         from moec.targets.onnx import lower
-        from moec.targets.tensorrt import build, lint
-        from moec.targets.tensorrt.lowerings.table import tensorrt_dialect
+        from moec.targets.tensorrt import build
 
         assert isinstance(options, TensorrtOptions)
-        form = choose_form(program, options)
-        fused = options.attention is AttentionForm.FUSED
-        model, ctx = lower.build(program, tensorrt_dialect(form, options.opset, fused=fused))
-        if broken := lint.check(model, ctx.origins):
-            raise LoweringError(f"{broken[0].where}: {broken[0].reason}", hint="docs/tensorrt.md lists the rules")
-        weights = sum(tensor.nbytes for _, tensor in ctx.initializers.values())
-        limit = build.memory_limit(options.memory_limit)
-        if options.engine:
-            build.check_memory(weights, limit)
+        model, ctx, form = _build(program, options)
         settings = make_settings(program, options, form)
         model.metadata_props["moec.input_defaults"] = json.dumps(settings["input_defaults"])
         lower.write(model, ctx, directory, progress)
@@ -156,6 +149,7 @@ class TensorrtTarget(Target):
         shutil.copyfile(builder.__file__, directory / build.SCRIPT)
         files = [lower.MODEL, lower.DATA, SETTINGS, build.SCRIPT]
         if options.engine:
+            limit = build.memory_limit(options.memory_limit)
             files.append(build_engine(directory, settings, options, ctx, limit, progress))
         return Lowered(
             tuple(files), lower.signature(program), tuple(ctx.rejections), _facts(model, ctx, settings, form)
@@ -199,6 +193,28 @@ class TensorrtTarget(Target):
         from moec.targets.tensorrt.doctor import findings
 
         return findings()
+
+
+def _build(program: Program, options: TensorrtOptions) -> tuple[ir.Model, Context, Form]:
+    """The model, whose weights nobody has read yet, and the form of its experts.
+
+    Raises:
+        LoweringError: A rule of the dialect refuses, or memory will not do for the engine.
+    """
+    from moec.targets.common.refusals import RefusedError
+    from moec.targets.onnx import lower
+    from moec.targets.tensorrt import build, lint
+    from moec.targets.tensorrt.lowerings.table import tensorrt_dialect
+
+    form = choose_form(program, options)
+    fused = options.attention is AttentionForm.FUSED
+    model, ctx = lower.build(program, tensorrt_dialect(form, options.opset, fused=fused))
+    if broken := lint.check(model, ctx.origins):
+        raise RefusedError(broken[0].where, broken[0].reason, hint="docs/tensorrt.md lists the rules")
+    if options.engine:
+        weights = sum(tensor.nbytes for _, tensor in ctx.initializers.values())
+        build.check_memory(weights, build.memory_limit(options.memory_limit))
+    return model, ctx, form
 
 
 def choose_form(program: Program, options: TensorrtOptions) -> Form:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from moec.compiler.common.errors import LoweringError
 from moec.compiler.ir.operands import Experts
 from moec.compiler.ir.program import ATTENTION, EXPERTS, Program
 from moec.compiler.ir.specialise import specialise, without_padding
+from moec.targets.common.refusals import RefusedError, listed, refuse
 from moec.targets.common.table import lookup
 from moec.targets.tflite.context import TENSOR_TYPES, Context, Settings, Shared
 from moec.targets.tflite.lowerings.table import TABLE
@@ -66,9 +66,10 @@ def build(
 def _refuse_dynamic(model: Model) -> None:
     wrong = [weight.name for weight in model.weights() if weight.dynamic]
     if wrong:
-        raise LoweringError(
-            f"{wrong[0]} and {len(wrong) - 1} more: tflite-runtime 2.14 gives zeros, silently, for products of int8 "
-            "weights that have a scale per row with activations that are rounded to int8",
+        raise RefusedError(
+            listed(wrong),
+            "tflite-runtime 2.14 gives zeros, silently, for products of int8 weights that have a scale per row with "
+            "activations that are rounded to int8",
             hint="--quantize fp16 and int8:channel, whose activations stay float, are right there; or --runtime litert",
         )
 
@@ -116,7 +117,7 @@ def _inputs(ctx: Context, program: Program) -> Value | None:
             shape = [int(size) for size in spec.shape]
             ctx.set(node, ctx.graph.input(spec.name, shape, TENSOR_TYPES[spec.dtype]))
         elif spec.name not in made:
-            raise ctx.refuse(node, f"the input {spec.name} has no place in LiteRT's signatures")
+            raise refuse(node, f"the input {spec.name} has no place in LiteRT's signatures")
         elif node.users:
             ctx.set(node, made[spec.name]())
     for node, state in zip(placeholders, program.states, strict=True):
@@ -137,7 +138,7 @@ def _outputs(ctx: Context, program: Program, count: Value | None) -> None:
     for name, node in program.outputs().items():
         value = ctx.tensor(node) if count is None or name not in kept else unpadded(ctx, node, kept[name], count)
         if value in taken:
-            raise ctx.refuse(node, "two outputs of one value have no form")
+            raise refuse(node, "two outputs of one value have no form")
         taken.add(value)
         ctx.graph.output(names.get(name, name), value)
 
@@ -156,19 +157,19 @@ def _constant(ctx: Context, node: fx.Node) -> Any:
     return node.target(*args, **{**kwargs, **({"device": "cpu"} if "device" in kwargs else {})})
 
 
-def unsupported(program: Program) -> list[fx.Node]:
-    """Calls that neither have a lowering nor are constant once the sizes are."""
+def computed(program: Program) -> list[fx.Node]:
+    """Calls that are not constant once the sizes are."""
     known: set[fx.Node] = set()
-    missing = []
+    found = []
     for node in program.graph.nodes:
         if node.op != "call_function":
             continue
         value = node.meta.get("val")
         if isinstance(value, torch.SymInt | int) or all(argument in known for argument in node.all_input_nodes):
             known.add(node)
-        elif node.target not in TABLE:
-            missing.append(node)
-    return missing
+        else:
+            found.append(node)
+    return found
 
 
 def signature(program: Program, model: Model) -> Mapping[str, Any]:
