@@ -106,7 +106,8 @@ class Runner(Protocol):
     """Runs an artifact. Gates, `moec run`, perplexity and benchmarks use nothing else. Arrays are numpy.
 
     A runner that does not take every shape has an attribute `limits`, a RunnerLimits: ask `limits_of`.
-    One whose artifact has inputs with defaults has a dict `overrides`: name -> float32 array that is fed instead.
+    One whose artifact has inputs with defaults has a dict `overrides`: name -> float32 array that is fed instead. Of an
+    input with a row for each token, such as `inputs_embeds`, it holds the rows of the tokens of the next call.
     One that can run several sequences side by side has a method `fork`: ask `fork`.
     """
 

@@ -104,6 +104,7 @@ class CoremlTarget(Target):
     modules: ClassVar[tuple[str, ...]] = ("coremltools",)
     tools: ClassVar[tuple[str, ...]] = ("coremltools",)
     default_dtype: ClassVar[Literal["fp32", "fp16"]] = "fp16"
+    takes_embeddings: ClassVar[bool] = True
     weight_formats: ClassVar[frozenset[str]] = frozenset({"int8", "int4", "palettize4", "table4"})
     state_kinds: ClassVar[frozenset[str]] = frozenset({"key", "value", "conv"})
 

@@ -27,12 +27,13 @@ from moec.targets.base import (
     TargetOptions,
     with_scales,
 )
+from moec.targets.common.added_inputs import default_values, row_widths
 from moec.targets.tensorrt import builder
 from moec.targets.tensorrt.capability import DEFAULT, parse
 from moec.targets.tensorrt.forms import ExpertShape, Form, choose
 from moec.targets.tensorrt.library import CLASSIC, RTX, Library, module_name, version
+from moec.targets.tensorrt.settings import ADDED_INPUTS, SCHEMA_VERSION, write_settings
 from moec.targets.tensorrt.settings import FILE as SETTINGS
-from moec.targets.tensorrt.settings import SCHEMA_VERSION, write_settings
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -97,6 +98,7 @@ class TensorrtTarget(Target):
     Options: ClassVar[type[TargetOptions]] = TensorrtOptions
     extra: ClassVar[str | None] = "tensorrt"
     tools: ClassVar[tuple[str, ...]] = ("tensorrt-rtx", "onnx-ir", "onnx", "onnxruntime")
+    takes_embeddings: ClassVar[bool] = True
     state_kinds: ClassVar[frozenset[str]] = frozenset({"key", "value", "conv"})
 
     def capabilities(self, options: TargetOptions, phase: Phase) -> Capabilities:
@@ -143,7 +145,8 @@ class TensorrtTarget(Target):
         assert isinstance(options, TensorrtOptions)
         model, ctx, form = _build(program, options)
         settings = make_settings(program, options, form)
-        model.metadata_props["moec.input_defaults"] = json.dumps(settings["input_defaults"])
+        added = {key: settings[key] for key in ("input_defaults", "token_inputs")}
+        model.metadata_props[ADDED_INPUTS] = json.dumps(added)
         lower.write(model, ctx, directory, progress)
         write_settings(directory, settings)
         shutil.copyfile(builder.__file__, directory / build.SCRIPT)
@@ -245,7 +248,6 @@ def make_settings(program: Program, options: TensorrtOptions, form: Form) -> dic
     sizes = _sizes(program.config, options)
     made = profiles(signature(program), sizes)
     module = module_name(options.library) if options.engine else RTX
-    defaults = program.notes.get("input_defaults", {})
     return {
         "schema_version": SCHEMA_VERSION,
         "onnx": MODEL,
@@ -259,7 +261,8 @@ def make_settings(program: Program, options: TensorrtOptions, form: Form) -> dic
         "piece": sizes.piece,
         "workspace_mib": options.workspace,
         "weight_streaming": options.weight_streaming,
-        "input_defaults": {name: value.tolist() for name, value in defaults.items()},
+        "input_defaults": default_values(program),
+        "token_inputs": row_widths(program),
         "profiles": made,
         "trtexec": trtexec(MODEL, builder.ENGINES[CLASSIC], made),
     }

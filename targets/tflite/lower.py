@@ -12,6 +12,7 @@ from torch import fx
 from moec.compiler.ir.operands import Experts
 from moec.compiler.ir.program import ATTENTION, EXPERTS, Program
 from moec.compiler.ir.specialise import specialise, without_padding
+from moec.targets.common.added_inputs import default_values, row_widths
 from moec.targets.common.refusals import RefusedError, listed, refuse
 from moec.targets.common.table import lookup
 from moec.targets.tflite.context import TENSOR_TYPES, Context, Settings, Shared
@@ -55,7 +56,8 @@ def build(
         "layers": layers,
         "prefill_lengths": [n for n in lengths if n > 1],
     }
-    facts["inputs"] = default_inputs(plain)
+    facts["inputs"] = default_values(plain)
+    facts["token_inputs"] = row_widths(plain)
     if older:
         facts["runtime"] = OLDER
         _refuse_dynamic(model)
@@ -109,7 +111,7 @@ def _inputs(ctx: Context, program: Program) -> Value | None:
         "cache_position": lambda: positions,
         "position_ids": lambda: ctx.reshape(positions, (1, length)),
     }
-    added = default_inputs(program)
+    added = program.notes.get("input_defaults", {})
     placeholders = iter(program.graph.find_nodes(op="placeholder"))
     for spec in program.inputs:
         node = next(placeholders)
@@ -123,12 +125,6 @@ def _inputs(ctx: Context, program: Program) -> Value | None:
     for node, state in zip(placeholders, program.states, strict=True):
         add_state(ctx, node, state)
     return add_token_count(ctx) if program.replaced and length > 1 else None
-
-
-def default_inputs(program: Program) -> dict[str, list[float]]:
-    """Values of the inputs that passes added, such as a routing budget, for runs that do not set them."""
-    defaults: Mapping[str, Any] = program.notes.get("input_defaults", {})
-    return {name: value.reshape(-1).tolist() for name, value in defaults.items()}
 
 
 def _outputs(ctx: Context, program: Program, count: Value | None) -> None:

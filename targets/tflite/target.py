@@ -83,6 +83,7 @@ class TfliteTarget(Target):
     extra: ClassVar[str | None] = "tflite"
     modules: ClassVar[tuple[str, ...]] = ("ai_edge_litert", "flatbuffers")
     tools: ClassVar[tuple[str, ...]] = ("ai-edge-litert", "flatbuffers", "litert-lm-builder")
+    takes_embeddings: ClassVar[bool] = True
     presets: ClassVar[Mapping[str, Mapping[str, str]]] = {
         "int8": dict.fromkeys(QUANTIZED, _ROWS),
         # LiteRT looks rows up in tables of one scale per row only, and the head is as sensitive.
@@ -137,6 +138,12 @@ class TfliteTarget(Target):
             state = program.replaced[0]
             reason = f"its state of kind {state.kind} is no cache: LiteRT-LM, which --bundle is for, keeps caches alone"
             found += (Rejection(self.name, f"layer {state.layer}", reason, "export without --bundle"),)
+        if options.bundle:
+            reason = "LiteRT-LM, which --bundle is for, feeds no such input"
+            added = program.notes.get("input_defaults", {})
+            found += tuple(
+                Rejection(self.name, f"input {name}", reason, "export without it or without --bundle") for name in added
+            )
         return found or refused_by(self.name, lambda: _build(program, options))
 
     def lower(self, program: Program, options: TargetOptions, directory: Path, progress: Progress) -> Lowered:
