@@ -107,7 +107,8 @@ class Runner(Protocol):
     """Runs an artifact. Gates, `moec run`, perplexity and benchmarks use nothing else. Arrays are numpy.
 
     A runner that does not take every shape has an attribute `limits`, a RunnerLimits: ask `limits_of`.
-    One whose artifact has inputs with defaults has a dict `overrides`: name -> float32 array that is fed instead.
+    One whose artifact has inputs with defaults has a dict `overrides`: name -> float32 array that is fed instead. Of an
+    input with a row for each token, such as `inputs_embeds`, it holds the rows of the tokens of the next call.
     One that can run several sequences side by side has a method `fork`: ask `fork`.
     """
 
@@ -245,12 +246,13 @@ class Target(ABC):
         return ()
 
     def refusals(self, program: Program, options: TargetOptions) -> tuple[Rejection, ...]:
-        """States and formats of weights of kinds that this target does not know, and what `lint` finds.
+        """States and formats of weights of kinds that this target does not know, else what `lint` finds.
 
-        A state that is unknown stands alone: what `lint` says of such a program means nothing.
+        What is unknown stands alone: `lint` need not know it.
         """
-        if unknown := tuple(self._unknown_states(program)):
-            return unknown
+        return (*self._unknown_states(program), *self._unknown_formats(program)) or self.lint(program, options)
+
+    def _unknown_formats(self, program: Program) -> Iterator[Rejection]:
         users: dict[str, list[str]] = {}
         for name in program.weight_names():
             form = getattr(program.weights[name], "format", None)
@@ -260,11 +262,9 @@ class Target(ABC):
             if kind not in self.weight_formats or scales not in self.scale_types:
                 users.setdefault(str(form), []).append(name)
         known = f"{', '.join(sorted(self.weight_formats))} with scales of {' or '.join(sorted(self.scale_types))}"
-        formats = (
-            Rejection(self.name, names[0], f"{form} ({len(names)} weights) has no form here; weights may be {known}")
-            for form, names in users.items()
-        )
-        return (*formats, *self.lint(program, options))
+        for form, names in users.items():
+            reason = f"{form} ({len(names)} weights) has no form here; weights may be {known}"
+            yield Rejection(self.name, names[0], reason)
 
     def _unknown_states(self, program: Program) -> Iterator[Rejection]:
         carried = ", ".join(sorted(self.state_kinds))

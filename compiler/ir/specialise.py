@@ -193,7 +193,7 @@ def _without_ones(node: fx.Node, ones: set[fx.Node]) -> None:
     elif node.users:
         raise UnsupportedModelError(
             f"{module_of(node)}: %{node.name} reads the attention mask, so that it cannot be left out",
-            hint="build with a padding mask",
+            hint="a target that takes padding can build it",
         )
 
 

@@ -11,6 +11,8 @@ from moec.compiler.common.errors import ArtifactError
 
 FILE = "tensorrt.json"
 SCHEMA_VERSION = 1
+ADDED_INPUTS = "moec.added_inputs"
+"""Metadata of model.onnx: `input_defaults` and `token_inputs` of this file. An engine has no inputs with defaults."""
 
 
 def write_settings(directory: Path, settings: Mapping[str, Any]) -> None:
