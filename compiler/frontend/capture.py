@@ -27,7 +27,16 @@ from moec.compiler.frontend.frames import roomy
 from moec.compiler.frontend.functional import functional
 from moec.compiler.frontend.masks import MaskUseError
 from moec.compiler.frontend.rope import decide_by_tensors
-from moec.compiler.ir.program import CACHE_KINDS, Dim, Program, StateSpec, TensorSpec, moe_layers, state_spec
+from moec.compiler.ir.program import (
+    CACHE_KINDS,
+    Dim,
+    Program,
+    Provenance,
+    StateSpec,
+    TensorSpec,
+    moe_layers,
+    state_spec,
+)
 from moec.compiler.ir.weights import Constant, LazyTensor
 
 if TYPE_CHECKING:
@@ -75,9 +84,11 @@ def capture(checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32) -> Pr
     _check_layers(model, layers, step.traced.record)
     store = opened.store.with_tensors(constants)
     program = Program(graph, store, inputs, states, layers, dtype, checkpoint.raw_config, dims)
-    left_out = opened.left_out(program.weight_names())
-    notes = {"checkpoint": list(checkpoint.notes), "left_out": left_out, "rotary_borders": sorted(borders)}
-    return program.replace(notes=notes, rejections=opened.rejections)
+    return program.replace(
+        rotary_borders=tuple(sorted(borders)),
+        provenance=Provenance(checkpoint.notes, opened.left_out(program.weight_names())),
+        rejections=opened.rejections,
+    )
 
 
 @contextlib.contextmanager

@@ -120,8 +120,8 @@ def plan_quantization(
 def _kept(settings: QuantizeRecipe, program: Program, held: Held) -> Quantization:
     keep = KeepCodes(held, Activations(settings.activations))
     # What becomes of each weight is known before one is written.
-    notes = keep.run(program).program.notes
-    return Quantization((keep,), settings.model_dump(mode="json"), {"plan": KEEP, "kept": notes["kept codes"]})
+    kept = keep.decide(program).outcomes
+    return Quantization((keep,), settings.model_dump(mode="json"), {"plan": KEEP, "kept": kept})
 
 
 def _choose(

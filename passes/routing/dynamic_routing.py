@@ -26,8 +26,6 @@ from moec.passes.routing.routing_weights import descending, non_negative
 
 BUDGET_INPUT = "routing_budget"
 """Name of the run-time input that replaces the policy's knob."""
-INPUT_DEFAULTS = "input_defaults"
-"""Key of `Program.notes`: input name -> tensor that stands for it where nobody feeds it."""
 
 
 @dataclass(frozen=True)
@@ -78,12 +76,13 @@ class DynamicRouting(Pass):
             return PassResult(program, modified=False, rejections=tuple(rejections))
         decompose(adding.added)
         changed = rewritten(program, graph, program.weights.with_tensors(adding.constants))
-        notes: dict[str, Any] = {**program.notes, self.name: self.policy}
         if budget is not None:
             default = torch.tensor(getattr(self.policy, self.policy.knob or ""), dtype=torch.float32)
-            notes[INPUT_DEFAULTS] = {**program.notes.get(INPUT_DEFAULTS, {}), BUDGET_INPUT: default}
-            changed = changed.replace(inputs=(*program.inputs, TensorSpec(BUDGET_INPUT, (), torch.float32)))
-        return PassResult(changed.replace(notes=notes), True, tuple(rejections))
+            changed = changed.replace(
+                inputs=(*program.inputs, TensorSpec(BUDGET_INPUT, (), torch.float32)),
+                input_defaults={**program.input_defaults, BUDGET_INPUT: default},
+            )
+        return PassResult(changed, True, tuple(rejections))
 
     def _budget(self, graph: fx.Graph, mode: Any) -> fx.Node:
         if self.policy.knob is None:

@@ -279,5 +279,7 @@ def model_files(package: Path) -> tuple[str, ...]:
 
 def default_inputs(program: Program) -> dict[str, list[float]]:
     """Values of the inputs that passes added, by the names that the model gives them."""
-    defaults: Mapping[str, Any] = program.notes.get("input_defaults", {})
-    return {identifier(name): np.asarray(value, NUMPY["fp32"]).reshape(-1).tolist() for name, value in defaults.items()}
+    return {
+        identifier(name): np.asarray(value, NUMPY["fp32"]).reshape(-1).tolist()
+        for name, value in program.input_defaults.items()
+    }

@@ -84,7 +84,7 @@ def _axes(spec: TensorSpec) -> list[int | str]:
 def _inputs(ctx: Context) -> list[ir.Value]:
     specs = [*ctx.program.inputs, *(state.input for state in ctx.program.states)]
     inputs: list[ir.Value] = []
-    defaults = ctx.program.notes.get("input_defaults", {})
+    defaults = ctx.program.input_defaults
     placeholders = ctx.program.graph.find_nodes(op="placeholder")
     for node, spec in zip(placeholders, specs, strict=True):
         if spec.name not in SYNTHESISED:

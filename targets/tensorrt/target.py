@@ -229,7 +229,6 @@ def make_settings(program: Program, options: TensorrtOptions, form: Form) -> dic
     sizes = _sizes(program.config, options)
     made = profiles(signature(program), sizes)
     module = module_name(options.library) if options.engine else RTX
-    defaults = program.notes.get("input_defaults", {})
     return {
         "schema_version": SCHEMA_VERSION,
         "onnx": MODEL,
@@ -243,7 +242,7 @@ def make_settings(program: Program, options: TensorrtOptions, form: Form) -> dic
         "piece": sizes.piece,
         "workspace_mib": options.workspace,
         "weight_streaming": options.weight_streaming,
-        "input_defaults": {name: value.tolist() for name, value in defaults.items()},
+        "input_defaults": {name: value.tolist() for name, value in program.input_defaults.items()},
         "profiles": made,
         "trtexec": trtexec(MODEL, builder.ENGINES[CLASSIC], made),
     }

@@ -126,8 +126,7 @@ def _inputs(ctx: Context, program: Program) -> Value | None:
 
 def default_inputs(program: Program) -> dict[str, list[float]]:
     """Values of the inputs that passes added, such as a routing budget, for runs that do not set them."""
-    defaults: Mapping[str, Any] = program.notes.get("input_defaults", {})
-    return {name: value.reshape(-1).tolist() for name, value in defaults.items()}
+    return {name: value.reshape(-1).tolist() for name, value in program.input_defaults.items()}
 
 
 def _outputs(ctx: Context, program: Program, count: Value | None) -> None:
