@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
@@ -105,9 +105,7 @@ class RunnerLimits:
 class Runner(Protocol):
     """Runs an artifact. Gates, `moec run`, perplexity and benchmarks use nothing else. Arrays are numpy.
 
-    A runner that does not take every shape has an attribute `limits`, a RunnerLimits: ask `limits_of`.
-    One whose artifact has inputs with defaults has a dict `overrides`: name -> float32 array that is fed instead.
-    One that can run several sequences side by side has a method `fork`: ask `fork`.
+    A runner may be more than this: a `LimitedRunner`, an `AdjustableRunner`, a `ForkableRunner`.
     """
 
     def reset(self) -> None:
@@ -123,26 +121,49 @@ class Runner(Protocol):
         """Runtime, version, threads and kernels, for the report."""
 
 
+@runtime_checkable
+class LimitedRunner(Protocol):
+    """A runner that does not take every shape: ask `limits_of`."""
+
+    limits: RunnerLimits
+
+
+@runtime_checkable
+class AdjustableRunner(Protocol):
+    """A runner whose artifact has inputs with defaults.
+
+    Attributes:
+        overrides: Name of such an input -> float32 array that is fed in place of its default.
+    """
+
+    overrides: dict[str, np.ndarray]
+
+
+@runtime_checkable
+class ForkableRunner(Protocol):
+    """A runner that can run several sequences side by side: ask `fork`."""
+
+    def fork(self) -> Runner:
+        """A runner of the same artifact with sequences of its own; it shares the weights."""
+
+
 def limits_of(runner: Runner) -> RunnerLimits:
     """Limits that `runner` states, or none."""
-    limits = getattr(runner, "limits", None)
-    return limits if isinstance(limits, RunnerLimits) else RunnerLimits()
+    return runner.limits if isinstance(runner, LimitedRunner) else RunnerLimits()
 
 
 def fork(runner: Runner) -> Runner:
     """A runner of the same artifact with sequences of its own; it shares the weights.
 
     Raises:
-        UsageError: `runner` has no method `fork`: its runtime keeps the states of one sequence.
+        UsageError: `runner` is not forkable: its runtime keeps the states of one sequence.
     """
-    own = getattr(runner, "fork", None)
-    if own is None:
+    if not isinstance(runner, ForkableRunner):
         raise UsageError(
             "another text is being generated, and the runner of this target keeps one sequence at a time",
             hint="finish or close the other generation first, or open the artifact again with moec.load",
         )
-    twin: Runner = own()
-    return twin
+    return runner.fork()
 
 
 def cannot_measure(target: Target) -> str:
@@ -246,11 +267,14 @@ class Target(ABC):
 
         A state that is unknown stands alone: what `lint` says of such a program means nothing.
         """
+        from moec.quantize.lazy import Coded
+
         if unknown := tuple(self._unknown_states(program)):
             return unknown
         users: dict[str, list[str]] = {}
         for name in program.weight_names():
-            form = str(getattr(program.weights[name], "format", ""))
+            tensor = program.weights[name]
+            form = str(tensor.format) if isinstance(tensor, Coded) else ""
             if form and form.partition(":")[0] not in self.weight_formats:
                 users.setdefault(form, []).append(name)
         known = ", ".join(sorted(self.weight_formats))

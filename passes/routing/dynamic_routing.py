@@ -77,7 +77,7 @@ class DynamicRouting(Pass):
         decompose(adding.added)
         changed = rewritten(program, graph, program.weights.with_tensors(adding.constants))
         if budget is not None:
-            default = torch.tensor(getattr(self.policy, self.policy.knob or ""), dtype=torch.float32)
+            default = torch.tensor(self.policy.knob_value, dtype=torch.float32)
             changed = changed.replace(
                 inputs=(*program.inputs, TensorSpec(BUDGET_INPUT, (), torch.float32)),
                 input_defaults={**program.input_defaults, BUDGET_INPUT: default},
