@@ -19,6 +19,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, S
 
 from moec.compiler.common.errors import MoecError, UnsupportedModelError, first_line
 from moec.compiler.common.memory import rare_collections
+from moec.compiler.common.model_config import DEFAULT_CONTEXT, context_length
 from moec.compiler.frontend import architecture, hooks
 from moec.compiler.frontend.adapters.base import adapt
 from moec.compiler.frontend.checkpoint import Checkpoint
@@ -78,7 +79,7 @@ def _capture(checkpoint: Checkpoint, dtype: torch.dtype) -> Program:
     opened = open_weights(checkpoint, model)
     names = {module: name for name, module in model.named_modules()}
     decoder = architecture.text_decoder(model)
-    max_length = int(getattr(decoder.config.get_text_config(), "max_position_embeddings", None) or 4096)
+    max_length = context_length(decoder.config.get_text_config().to_dict()) or DEFAULT_CONTEXT
     adapt(model)
     borders = decide_by_tensors(model)
     with torch.no_grad(), rare_collections():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from moec.compiler.common.digest import sha256_of_bytes
 from moec.compiler.common.errors import UsageError
 from moec.compiler.common.rejections import Rejection
 from moec.compiler.ir.fake_values import fake_mode, infer
@@ -202,7 +202,7 @@ class _Adding:
         if isinstance(value, fx.Node):
             return value
         value = value.contiguous()
-        digest = hashlib.sha256(str((value.dtype, tuple(value.shape))).encode() + value.numpy().tobytes()).hexdigest()
+        digest = sha256_of_bytes(str((value.dtype, tuple(value.shape))).encode() + value.numpy().tobytes())
         name = f"routing.{digest[:12]}"
         if name not in self._nodes:
             self.constants[name] = Constant(value)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import fx
 
 from moec.compiler.common.errors import LoweringError
+from moec.compiler.common.validation import nearest
 from moec.compiler.ir.program import module_of
 
 
@@ -26,8 +26,8 @@ def lookup(table: Mapping[Any, Callable[..., Any]], node: fx.Node, target: str) 
     found = table.get(node.target)
     if found is not None:
         return found
-    near = difflib.get_close_matches(str(node.target), [str(op) for op in table], n=1)
+    near = nearest(str(node.target), map(str, table))
     raise LoweringError(
         f"{module_of(node)}: the target {target} has no lowering for {node.target}",
-        hint=f"the nearest op that has one is {near[0]}" if near else "passes/decompose is the place for a rule",
+        hint=f"the nearest op that has one is {near}" if near else "passes/decompose is the place for a rule",
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 from torch import fx
 
+from moec.compiler.common.digest import sha256_of_text
 from moec.compiler.common.errors import LoweringError
 from moec.compiler.common.rejections import Rejection
 from moec.compiler.ir.program import Program, module_of
@@ -163,7 +163,7 @@ class Context:
         def make() -> Var:
             made = self.mb.const(val=scalar)
             # Functions with the same id share what goes to the weight file, as the positions of all slots do.
-            made.op.weight_id = f"constant {hashlib.sha256(repr(key).encode()).hexdigest()}"
+            made.op.weight_id = f"constant {sha256_of_text(repr(key))}"
             return made
 
         return self.shared(key, make)
