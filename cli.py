@@ -27,7 +27,7 @@ from moec.compiler.commands.options import ArtifactDirectory, Debug, Json, Quiet
 from moec.compiler.commands.pipelines import build, diff, publish
 from moec.compiler.common.errors import MoecError, UsageError, out_of_memory
 from moec.compiler.common.memory import keep_freed_memory
-from moec.compiler.common.threads import wait_without_spinning
+from moec.compiler.common.threads import WAIT_WITHOUT_SPINNING
 
 
 def _routing(metavar: str | None, text: str) -> Any:
@@ -346,7 +346,8 @@ def main() -> None:
     """Entry point of the `moec` command."""
     signal.signal(signal.SIGTERM, _terminate)
     any_character()
-    wait_without_spinning()
+    # Before torch is imported, and unless the user has said otherwise.
+    os.environ.update({**WAIT_WITHOUT_SPINNING, **os.environ})
     keep_freed_memory()
     arguments = sys.argv[1:]
     if "--debug" not in arguments:

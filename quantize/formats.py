@@ -16,7 +16,6 @@ palette; `auto` is the largest number up to 16 that divides them.
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -26,6 +25,7 @@ from typing import ClassVar, Literal, TypeAlias
 import torch
 
 from moec.compiler.common.errors import UsageError
+from moec.compiler.common.validation import unknown
 
 BLOCK_SIZES: tuple[Literal[128, 64, 32], ...] = (128, 64, 32)
 ROWS = 16
@@ -312,13 +312,13 @@ def parse_format(text: str) -> Format:
             raise UsageError(f"format {text!r}: {kind} takes no further words", hint=f"Write {kind}.")
         return FloatFormat(FloatKind(kind))
     if kind not in KINDS:
-        raise UsageError(f"unknown format {text!r}", hint=_suggest(kind, list(KINDS)))
+        raise unknown(text, KINDS, "unknown format", "the formats")
     if kind == "palettize4":
         return _parse_palette(text, words)
     fields: dict[str, object] = {}
     for word in words:
         if word not in _WORDS:
-            raise UsageError(f"format {text!r}: unknown word {word!r}", hint=_suggest(word, list(_WORDS)))
+            raise unknown(word, _WORDS, f"format {text!r}: unknown word", "the words")
         field, value = _WORDS[word]
         if field in fields:
             raise UsageError(f"format {text!r}: {word!r} contradicts an earlier word", hint="Keep one of them.")
@@ -355,8 +355,3 @@ def check_matrix(shape: Sequence[int], chosen: Format) -> None:
             f"a tensor of shape {tuple(shape)} cannot take the format {chosen}: only matrices are quantized",
             hint="Leave norms and biases float.",
         )
-
-
-def _suggest(word: str, valid: list[str]) -> str:
-    nearest = difflib.get_close_matches(word, valid, n=1, cutoff=0.5)
-    return f"Did you mean {nearest[0]!r}?" if nearest else f"Valid: {', '.join(valid)}."

@@ -24,10 +24,14 @@ PIECE = 1 << 22
 """Weights of a matrix that are rounded, or get their palettes, together."""
 
 
+CodedFormat = IntegerFormat | PaletteFormat | TableFormat
+"""What codes may be of."""
+
+
 class Coded(LazyTensor):
     """A tensor whose weights are stored as codes."""
 
-    format: IntegerFormat | PaletteFormat | TableFormat
+    format: CodedFormat
 
     @abstractmethod
     def errors(self) -> list[float]:

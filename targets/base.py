@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
@@ -106,10 +106,7 @@ class RunnerLimits:
 class Runner(Protocol):
     """Runs an artifact. Gates, `moec run`, perplexity and benchmarks use nothing else. Arrays are numpy.
 
-    A runner that does not take every shape has an attribute `limits`, a RunnerLimits: ask `limits_of`.
-    One whose artifact has inputs with defaults has a dict `overrides`: name -> float32 array that is fed instead. Of an
-    input with a row for each token, such as `inputs_embeds`, it holds the rows of the tokens of the next call.
-    One that can run several sequences side by side has a method `fork`: ask `fork`.
+    A runner may be more than this: a `LimitedRunner`, an `AdjustableRunner`, a `ForkableRunner`.
     """
 
     def reset(self) -> None:
@@ -125,26 +122,50 @@ class Runner(Protocol):
         """Runtime, version, threads and kernels, for the report."""
 
 
+@runtime_checkable
+class LimitedRunner(Protocol):
+    """A runner that does not take every shape: ask `limits_of`."""
+
+    limits: RunnerLimits
+
+
+@runtime_checkable
+class AdjustableRunner(Protocol):
+    """A runner whose artifact has inputs with defaults.
+
+    Attributes:
+        overrides: Name of such an input -> float32 array that is fed in place of its default. Of an input with a row
+            for each token, such as `inputs_embeds`, it holds the rows of the tokens of the next call.
+    """
+
+    overrides: dict[str, np.ndarray]
+
+
+@runtime_checkable
+class ForkableRunner(Protocol):
+    """A runner that can run several sequences side by side: ask `fork`."""
+
+    def fork(self) -> Runner:
+        """A runner of the same artifact with sequences of its own; it shares the weights."""
+
+
 def limits_of(runner: Runner) -> RunnerLimits:
     """Limits that `runner` states, or none."""
-    limits = getattr(runner, "limits", None)
-    return limits if isinstance(limits, RunnerLimits) else RunnerLimits()
+    return runner.limits if isinstance(runner, LimitedRunner) else RunnerLimits()
 
 
 def fork(runner: Runner) -> Runner:
     """A runner of the same artifact with sequences of its own; it shares the weights.
 
     Raises:
-        UsageError: `runner` has no method `fork`: its runtime keeps the states of one sequence.
+        UsageError: `runner` is not forkable: its runtime keeps the states of one sequence.
     """
-    own = getattr(runner, "fork", None)
-    if own is None:
+    if not isinstance(runner, ForkableRunner):
         raise UsageError(
             "another text is being generated, and the runner of this target keeps one sequence at a time",
             hint="finish or close the other generation first, or open the artifact again with moec.load",
         )
-    twin: Runner = own()
-    return twin
+    return runner.fork()
 
 
 def cannot_measure(target: Target) -> str:
@@ -253,14 +274,16 @@ class Target(ABC):
         return (*self._unknown_states(program), *self._unknown_formats(program)) or self.lint(program, options)
 
     def _unknown_formats(self, program: Program) -> Iterator[Rejection]:
+        from moec.quantize.lazy import Coded
+
         users: dict[str, list[str]] = {}
         for name in program.weight_names():
-            form = getattr(program.weights[name], "format", None)
-            if form is None:
+            tensor = program.weights[name]
+            if not isinstance(tensor, Coded):
                 continue
-            kind, scales = str(form).partition(":")[0], getattr(form, "scale_type", "fp16")
+            kind, scales = str(tensor.format).partition(":")[0], getattr(tensor.format, "scale_type", "fp16")
             if kind not in self.weight_formats or scales not in self.scale_types:
-                users.setdefault(str(form), []).append(name)
+                users.setdefault(str(tensor.format), []).append(name)
         known = f"{', '.join(sorted(self.weight_formats))} with scales of {' or '.join(sorted(self.scale_types))}"
         for form, names in users.items():
             reason = f"{form} ({len(names)} weights) has no form here; weights may be {known}"

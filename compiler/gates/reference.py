@@ -94,7 +94,7 @@ class Oracle:
         self.hidden = HiddenStates(program)
         self._runner = ProgramRunner(program, observer=self._observe, rounding=rounding)
         self._logits = logits
-        self._by_steps = bool(program.notes.get("rotary_borders"))
+        self._by_steps = bool(program.rotary_borders)
 
     def _observe(self, node: fx.Node, args: tuple[Any, ...], result: Any) -> None:
         self._watch(node, args, result)

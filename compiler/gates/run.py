@@ -209,7 +209,7 @@ def run_gate(name: str, code: int, gate: Gate) -> Verdict:
         told = out_of_memory(error) or error
         if not isinstance(told, REPORTED):
             raise
-        hint = getattr(told, "hint", "")
+        hint = told.hint if isinstance(told, MoecError) else ""
         reason = f"{type(told).__name__}: {first_line(told)}" + (f" ({hint})" if hint else "")
         verdict = Verdict(name, Status.FAIL, reason, code)
     return replace(verdict, figures={**verdict.figures, "seconds": time.perf_counter() - started})

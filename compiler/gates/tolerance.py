@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from moec.compiler.common.errors import UsageError
+from moec.quantize.lazy import Coded
 
 if TYPE_CHECKING:
     from moec.compiler.ir.program import Program
@@ -114,11 +115,8 @@ def precision_of(program: Program) -> Precision:
     Raises:
         UsageError: There is no tolerance for its activation dtype.
     """
-    bits = []
-    for name in program.weight_names():
-        width = getattr(getattr(program.weights[name], "format", None), "bits", None)
-        if width is not None:
-            bits.append(int(width))
+    tensors = (program.weights[name] for name in program.weight_names())
+    bits = [tensor.format.bits for tensor in tensors if isinstance(tensor, Coded)]
     if bits:
         return Precision.INT4 if min(bits) <= 4 else Precision.INT8
     by_dtype = {torch.float32: Precision.FP32, torch.float16: Precision.FP16}

@@ -280,7 +280,7 @@ class ProgramRunner:
 
     def _extra(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Defaults of the inputs that passes added, such as a routing budget."""
-        defaults = self.program.notes.get("input_defaults", {})
+        defaults = self.program.input_defaults
         return {spec.name: defaults[spec.name] for spec in self.program.inputs if spec.name not in feeds}
 
     def facts(self) -> dict[str, Any]:

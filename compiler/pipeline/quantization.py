@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 
+from moec.compiler.common.digest import sha256_of_text
 from moec.compiler.common.errors import CheckpointError
 from moec.compiler.common.progress import Progress
 from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.ir.program import Program
 from moec.compiler.ir.weights import LazyTensor
 from moec.compiler.pipeline.recipe import QuantizeRecipe
-from moec.compiler.text.corpus import digest, read_text, spread, tokenize, windows
+from moec.compiler.text.corpus import read_text, spread, tokenize, windows
 from moec.passes.base import Pass
 from moec.passes.keep_codes import KeepCodes
 from moec.passes.quantize import Quantize
@@ -105,14 +106,14 @@ def plan_quantization(
         text, tokens = _calibration_windows(settings, checkpoint)
         found = calibrate(in_float32(), plan, tokens, progress=progress)
         facts["calibration"] = {
-            "sha256": digest(text),
+            "sha256": sha256_of_text(text),
             "windows": len(tokens),
             "length": settings.window,
             "tokens_per_expert": {name: list(counts) for name, counts in found.tokens.items()},
             "rounded_to_nearest": _fallbacks(found),
         }
         facts["codes"] = {name: sha256_of(matrices_of(item.tensor)) for name, item in sorted(found.rounded.items())}
-        recorded |= {"calibration_sha256": digest(text)}
+        recorded |= {"calibration_sha256": sha256_of_text(text)}
     if chosen is not None:
         facts["auto"] = dict(chosen.facts)
         # Once the formats are known there is nothing left to choose.
@@ -123,8 +124,8 @@ def plan_quantization(
 def _kept(settings: QuantizeRecipe, program: Program, held: Held) -> Quantization:
     keep = KeepCodes(held, Activations(settings.activations))
     # What becomes of each weight is known before one is written.
-    notes = keep.run(program).program.notes
-    return Quantization((keep,), settings.model_dump(mode="json"), {"plan": KEEP, "kept": notes["kept codes"]})
+    kept = keep.decide(program).outcomes
+    return Quantization((keep,), settings.model_dump(mode="json"), {"plan": KEEP, "kept": kept})
 
 
 def _choose(
@@ -174,7 +175,7 @@ def calibration_text(settings: QuantizeRecipe) -> str:
         CheckpointError: It is missing, empty or binary, or not the text that the recipe names the digest of.
     """
     text = read_text(settings.calibration)
-    if settings.calibration_sha256 not in {None, digest(text)}:
+    if settings.calibration_sha256 not in {None, sha256_of_text(text)}:
         raise CheckpointError(
             f"{settings.calibration or 'the calibration text of moec'}: not the text that the recipe was made with",
             hint=f"give the text with sha256 {settings.calibration_sha256} (--calibration)",

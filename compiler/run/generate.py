@@ -26,7 +26,7 @@ from moec.compiler.common.model_config import (
 from moec.compiler.text.sampling import Sampling, sampling_of
 from moec.compiler.text.tokenizer import open_tokenizer, stream_text
 from moec.targets import get_target
-from moec.targets.base import Runner, fork
+from moec.targets.base import AdjustableRunner, Runner, fork
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -91,7 +91,10 @@ class Generator:
             if name not in scalars:
                 known = f"it has {', '.join(scalars)}" if scalars else "export with --routing-input to get one"
                 raise UsageError(f"{self.directory}: no scalar input '{name}' that could be set", hint=known)
-            self.runner.overrides[name] = np.asarray(value, np.float32)  # type: ignore[attr-defined]
+            if not isinstance(self.runner, AdjustableRunner):
+                reason = f"{self.directory}: what runs it here feeds '{name}' its default and nothing else"
+                raise UsageError(reason, hint="export with another default: --expert-budget")
+            self.runner.overrides[name] = np.asarray(value, np.float32)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

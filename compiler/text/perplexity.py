@@ -65,6 +65,21 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return result
 
 
+def kl_divergence(expected: np.ndarray, found: np.ndarray) -> float:
+    """KL(P || Q), summed over positions: sum over t and v of P(v | t) * (log P(v | t) - log Q(v | t)).
+
+    Kullback and Leibler, "On Information and Sufficiency", 1951. Float32 values are summed in float64.
+
+    Args:
+        expected: Log probabilities under P, [..., V] float32.
+        found: Those under Q.
+
+    Returns:
+        Nats; divide by the number of positions for the mean.
+    """
+    return float((np.exp(expected) * (expected - found)).sum(dtype=np.float64))
+
+
 def losses(runner: LanguageModel, windows: np.ndarray, *, told: Told = lambda _done, _total: None) -> np.ndarray:
     """Mean negative log likelihood of each window, nats.
 
@@ -99,7 +114,7 @@ def compare(
         expected, found = (log_softmax(runner.prefill(window[None])[0, :-1]) for runner in (reference, candidate))
         for row, logs in enumerate((expected, found)):
             both[row, index] = -np.take_along_axis(logs, window[1:, None], axis=-1).mean(dtype=np.float64)
-        divergences[index] = (np.exp(expected) * (expected - found)).sum(dtype=np.float64) / len(expected)
+        divergences[index] = kl_divergence(expected, found) / len(expected)
         same += float((expected.argmax(-1) == found.argmax(-1)).sum())
         told(index + 1, len(windows))
     tokens = windows.size - len(windows)

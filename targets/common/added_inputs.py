@@ -7,7 +7,7 @@ A routing budget is one value for all tokens, with a default. An input with a ro
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -21,7 +21,7 @@ SEQUENCE = "sequence"
 
 def default_values(program: Program) -> dict[str, list[float]]:
     """Name -> elements of each input that is the same for all tokens."""
-    defaults: Mapping[str, Any] = program.notes.get("input_defaults", {})
+    defaults = program.input_defaults
     return {
         spec.name: defaults[spec.name].reshape(-1).tolist()
         for spec in program.inputs
@@ -31,7 +31,7 @@ def default_values(program: Program) -> dict[str, list[float]]:
 
 def row_widths(program: Program) -> dict[str, int]:
     """Name -> width of each input [batch, sequence, width] with a row for each token."""
-    added = program.notes.get("input_defaults", {})
+    added = program.input_defaults
     specs = (spec for spec in program.inputs if spec.name in added and SEQUENCE in spec.shape)
     return {spec.name: int(spec.shape[-1]) for spec in specs}
 

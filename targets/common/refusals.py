@@ -7,7 +7,6 @@ without lowering is listed as a whole first, for one message to name it all.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import fx
 
 from moec.compiler.common.errors import LoweringError, UnsupportedModelError
 from moec.compiler.common.rejections import Rejection
+from moec.compiler.common.validation import nearest
 from moec.compiler.ir.program import Program, module_of
 from moec.quantize.lazy import Coded
 
@@ -57,10 +57,10 @@ def refused_by(target: str, lowering: Callable[[], object]) -> tuple[Rejection, 
     return ()
 
 
-def nearest(table: Mapping[Any, Any], op: object) -> str:
+def hint_for(table: Mapping[Any, Any], op: object) -> str:
     """A hint for an op that `table` does not have."""
-    near = difflib.get_close_matches(str(op), [str(known) for known in table], n=1)
-    return f"the nearest op that has one is {near[0]}" if near else "passes/decompose is the place for a rule"
+    near = nearest(str(op), map(str, table))
+    return f"the nearest op that has one is {near}" if near else "passes/decompose is the place for a rule"
 
 
 def ops_without_form(target: str, table: Mapping[Any, Any], nodes: Iterable[fx.Node]) -> tuple[Rejection, ...]:
@@ -70,7 +70,8 @@ def ops_without_form(target: str, table: Mapping[Any, Any], nodes: Iterable[fx.N
         if node.op == "call_function" and node.target not in table:
             users.setdefault(node.target, []).append(module_of(node))
     return tuple(
-        Rejection(target, listed(modules), f"no lowering for {op}", nearest(table, op)) for op, modules in users.items()
+        Rejection(target, listed(modules), f"no lowering for {op}", hint_for(table, op))
+        for op, modules in users.items()
     )
 
 

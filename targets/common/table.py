@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx
 
 from moec.compiler.ir.program import module_of
-from moec.targets.common.refusals import RefusedError, nearest
+from moec.targets.common.refusals import RefusedError, hint_for
 
 
 def lookup(table: Mapping[Any, Callable[..., Any]], node: fx.Node, target: str) -> Callable[..., Any]:
@@ -26,4 +26,4 @@ def lookup(table: Mapping[Any, Callable[..., Any]], node: fx.Node, target: str) 
     if found is not None:
         return found
     reason = f"the target {target} has no lowering for {node.target}"
-    raise RefusedError(module_of(node), reason, hint=nearest(table, node.target))
+    raise RefusedError(module_of(node), reason, hint=hint_for(table, node.target))

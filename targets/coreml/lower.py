@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,12 +18,12 @@ from moec.compiler.ir.specialise import specialise, without_padding
 from moec.targets.common.added_inputs import default_values, row_widths
 from moec.targets.common.refusals import RefusedError, refuse
 from moec.targets.common.table import lookup
-from moec.targets.coreml.context import MIL_NAMES, Context, Var
+from moec.targets.coreml.context import MIL_NAMES, Cache, Context, Settings, Var
 from moec.targets.coreml.flavors import Flavor
 from moec.targets.coreml.interface import INTERFACES, Entry, Interface, Shape, added_shape, extra_inputs, refusals
 from moec.targets.coreml.library import coremltools_module
 from moec.targets.coreml.lowerings.table import TABLE
-from moec.targets.coreml.package import METADATA_KEY
+from moec.targets.coreml.metadata import METADATA_KEY, LayerValues, ModelMetadata
 from moec.targets.coreml.state import StateLayout, States, state_layout
 from moec.targets.coreml.weights import WeightPool, identifier
 
@@ -123,18 +122,12 @@ class _Function:
         specs = [*program.inputs, *(state.input for state in program.states)]
         placeholders = program.graph.find_nodes(op="placeholder")
         names = {node: spec.name for node, spec in zip(placeholders, specs, strict=True)}
-        settings: dict[str, Any] = {
-            "skip_experts": self._entry.skip_experts,
-            "context": self._shape.context,
-            "chunk": self._shape.chunk,
-            "state_names": names,
-            "expert_tensors": built.expert_tensors,
-        }
+        settings = Settings(self._shape.context, self._shape.chunk, self._entry.skip_experts)
         ctx = Context(program, mb, built.pool, settings)
         states = {name: inputs[name] for name in built.layout.states()}
         places = built.interface.places(ctx, inputs, built.layout.states())
-        settings["first_slot"] = places.first
-        kept = settings["states"] = States(ctx, built.layout, states, places.start, places.stop)
+        kept = States(ctx, built.layout, states, places.start, places.stop)
+        ctx.bind_cache(Cache(names, kept, places.first))
         if "past_sequence" in program.dims:
             # The tokens in the cache are those before the first new one, whatever length the states have.
             ctx.memo["size", str(program.dims["past_sequence"])] = mb.squeeze(x=places.past, axes=[0])
@@ -159,6 +152,7 @@ class _Function:
         kept.replace({state.input.name: ctx.tensor(outputs[state.output.name]) for state in program.replaced})
         logits = ctx.tensor(outputs["logits"])
         built.rejections += ctx.rejections
+        built.expert_tensors |= ctx.expert_tensors
         return mb.identity(x=logits, name="logits")
 
     def _bind(self, ctx: Context, node: fx.Node, value: Var | None) -> None:
@@ -223,25 +217,24 @@ def describe(
     metadata.shortDescription, metadata.versionString = texts["description"], texts["version"]
     if built.interface.flavor is Flavor.SWIFT:
         metadata.userDefined[NAME_KEY] = texts["name"]
-    metadata.userDefined[METADATA_KEY] = json.dumps(runner_notes(built, shape, renamed), sort_keys=True)
+    metadata.userDefined[METADATA_KEY] = model_metadata(built, shape, renamed).to_json()
 
 
-def runner_notes(built: Built, shape: Shape, renamed: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
-    """What moec's runner must know of the model."""
-    layers = {
-        function: [[renamed[function].get(value.name, value.name) for value in layer] for layer in found]
-        for function, found in built.layers.items()
-    }
-    return {
-        "flavor": str(built.interface.flavor),
-        "context": shape.context,
-        "chunk": shape.chunk,
-        "experts": built.expert_tensors,
-        "coded": built.pool.coded,
-        "layers": layers,
-        "inputs": built.defaults,
-        "token_inputs": built.row_widths,
-    }
+def model_metadata(built: Built, shape: Shape, renamed: Mapping[str, Mapping[str, str]]) -> ModelMetadata:
+    """What moec's runner must know of the model; for `renamed` see `describe`."""
+    return ModelMetadata(
+        flavor=built.interface.flavor,
+        context=shape.context,
+        chunk=shape.chunk,
+        experts=built.expert_tensors,
+        coded=built.pool.coded,
+        layers={
+            function: [LayerValues(*(renamed[function].get(item.name, item.name) for item in layer)) for layer in found]
+            for function, found in built.layers.items()
+        },
+        inputs=built.defaults,
+        token_inputs=built.row_widths,
+    )
 
 
 def expert_bytes(built: Built) -> dict[str, int]:

@@ -3,34 +3,19 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
-from moec.compiler.common.errors import ArtifactError, UsageError
+from moec.compiler.common.errors import UsageError
 from moec.targets.base import RunnerLimits
 from moec.targets.common.added_inputs import rows
-from moec.targets.coreml.executor.package import load_spec, model_file
-from moec.targets.coreml.flavors import Flavor, call, most_tokens
-from moec.targets.coreml.package import METADATA_KEY, PACKAGE
+from moec.targets.coreml.flavors import call, most_tokens
+from moec.targets.coreml.metadata import read_metadata
+from moec.targets.coreml.package import PACKAGE
 from moec.targets.coreml.predict import Backend, InterpreterBackend, open_backend
-
-
-def runner_notes(directory: Path) -> Mapping[str, Any]:
-    """What the export noted in the model's metadata for the runner.
-
-    Raises:
-        ArtifactError: There is no model, or another tool wrote it.
-    """
-    package = directory / PACKAGE
-    text = load_spec(model_file(package)).description.metadata.userDefined.get(METADATA_KEY, "")
-    if not text:
-        raise ArtifactError(f"{package}: moec did not write this model", hint="give a directory that moec exported")
-    notes: Mapping[str, Any] = json.loads(text)
-    return notes
 
 
 class CoremlRunner:
@@ -45,13 +30,13 @@ class CoremlRunner:
     """
 
     def __init__(self, directory: Path, *, backend: Callable[[Path], Backend] = open_backend) -> None:
-        notes = runner_notes(directory)
-        self._flavor = Flavor(notes.get("flavor", Flavor.DEFAULT))
-        self._context, self._chunk = most_tokens(self._flavor, int(notes["context"])), int(notes["chunk"])
-        self._defaults = {name: np.asarray(values, np.float32) for name, values in notes["inputs"].items()}
-        self._widths: Mapping[str, int] = notes.get("token_inputs", {})
+        metadata = read_metadata(directory)
+        self._flavor = metadata.flavor
+        self._context, self._chunk = most_tokens(metadata.flavor, metadata.context), metadata.chunk
+        self._defaults = {name: np.asarray(values, np.float32) for name, values in metadata.inputs.items()}
+        self._widths: Mapping[str, int] = metadata.token_inputs
         self.overrides: dict[str, np.ndarray] = {}
-        """See `moec.targets.base.Runner`."""
+        """See `moec.targets.base.AdjustableRunner`."""
         self._backend = backend(directory / PACKAGE)
         self._length = 0
         executor = isinstance(self._backend, InterpreterBackend)

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 
 from moec.compiler.ir.weights import LazyTensor
+from moec.quantize.keep import KeptTable
+from moec.quantize.lazy import Coded, Palettized, Quantized
 from moec.targets.common.refusals import RefusedError
 from moec.targets.coreml.library import coremltools_module
 
@@ -87,14 +89,14 @@ class WeightPool:
         Args:
             mb: The builder, with the block open that uses the weight.
             name: Name of the tensor.
-            tensor: The weight; one with `quantized_rows` is stored as codes and scales, one with `palettized_rows` as
+            tensor: The weight; a `Quantized` is stored as codes and scales, a `Palettized` or a `KeptTable` as
                 codes and palettes.
             type_name: MIL type of the result.
 
         Raises:
             RefusedError: The scales have another type than the program computes in.
         """
-        if hasattr(tensor, "format"):
+        if isinstance(tensor, Coded):
             self.coded[name] = identifier(name)
         return self._stored(mb, name, tensor, type_name, None, identifier(name))
 
@@ -103,15 +105,14 @@ class WeightPool:
         return self._stored(mb, f"{name}.{index}", tensor, type_name, index, label)
 
     def _stored(self, mb: Any, own: str, tensor: LazyTensor, type_name: str, row: int | None, label: str) -> Any:
-        form = getattr(tensor, "format", None)
-        if reason := inexpressible(form, type_name):
-            raise RefusedError(own, f"format {form}: {reason}", hint=HINT)
+        if isinstance(tensor, Coded) and (reason := inexpressible(tensor.format, type_name)):
+            raise RefusedError(own, f"format {tensor.format}: {reason}", hint=HINT)
         if self._blank:
             shape = tensor.shape if row is None else tensor.shape[1:]
             return self.const(mb, own, np.broadcast_to(np.zeros((), _NUMPY[type_name]), shape), label)
-        if hasattr(tensor, "quantized_rows"):
+        if isinstance(tensor, Quantized):
             return self._quantized(mb, own, tensor, type_name, row, label)
-        if hasattr(tensor, "palettized_rows"):
+        if isinstance(tensor, Palettized | KeptTable):
             return self._palettized(mb, own, tensor, type_name, row, label)
 
         def make() -> np.ndarray:
@@ -120,7 +121,7 @@ class WeightPool:
 
         return self.const(mb, own, self.array(own, make), label)
 
-    def _quantized(self, mb: Any, own: str, tensor: Any, type_name: str, row: int | None, label: str) -> Any:
+    def _quantized(self, mb: Any, own: str, tensor: Quantized, type_name: str, row: int | None, label: str) -> Any:
         """`constexpr_blockwise_shift_scale`: signed codes, one scale per block of the last axis, no offset or one."""
         codes, scales, points = f"{own}.codes", f"{own}.scales", f"{own}.zero_points"
         if codes not in self._arrays:
@@ -140,7 +141,9 @@ class WeightPool:
         }
         return mb.constexpr_blockwise_shift_scale(**operands, name=label)
 
-    def _palettized(self, mb: Any, own: str, tensor: Any, type_name: str, row: int | None, label: str) -> Any:
+    def _palettized(
+        self, mb: Any, own: str, tensor: Palettized | KeptTable, type_name: str, row: int | None, label: str
+    ) -> Any:
         """`constexpr_lut_to_dense`: unsigned codes, and a table of values [groups, 1, entries, 1] for groups of rows.
 
         The type of the table is the type of the result; its values are the same in fp16 and fp32. Where there are

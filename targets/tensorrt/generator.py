@@ -17,6 +17,7 @@ import numpy as np
 from moec.compiler.common.errors import UsageError
 from moec.targets.base import RunnerLimits
 from moec.targets.common.added_inputs import rows
+from moec.targets.tensorrt.settings import EngineSettings
 
 NUMPY: Mapping[str, Any] = {
     "float32": np.float32,
@@ -93,17 +94,17 @@ class EngineRunner:
         signature: The section of moec.json.
     """
 
-    def __init__(self, session: Session, settings: Mapping[str, Any], signature: Mapping[str, Any]) -> None:
-        self._session, self._context = session, int(settings["context"])
-        self._batch, self._piece = int(settings["batch"]), int(settings["piece"])
+    def __init__(self, session: Session, settings: EngineSettings, signature: Mapping[str, Any]) -> None:
+        self._session, self._context = session, settings.context
+        self._batch, self._piece = settings.batch, settings.piece
         self._states = [_state(row) for row in signature["states"]]
         self._inputs = {row["name"]: NUMPY[row["dtype"]] for row in signature["inputs"]}
         self._vocabulary = int(signature["outputs"][0]["shape"][-1])
         self._addresses = self._allocate(signature)
-        self._defaults: Mapping[str, list[float]] = settings["input_defaults"]
-        self._widths: Mapping[str, int] = settings.get("token_inputs", {})
+        self._defaults: Mapping[str, list[float]] = settings.input_defaults
+        self._widths: Mapping[str, int] = settings.token_inputs
         self.overrides: dict[str, np.ndarray] = {}
-        """See `moec.targets.base.Runner`."""
+        """See `moec.targets.base.AdjustableRunner`."""
         self._mask = np.zeros((0, 0), np.int64)
         self.limits = RunnerLimits(max_batch=self._batch, max_sequence=self._context, repeats_bits=False)
 

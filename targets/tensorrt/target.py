@@ -32,16 +32,18 @@ from moec.targets.tensorrt import builder
 from moec.targets.tensorrt.capability import DEFAULT, parse
 from moec.targets.tensorrt.forms import ExpertShape, Form, choose
 from moec.targets.tensorrt.library import CLASSIC, RTX, Library, module_name, version
-from moec.targets.tensorrt.settings import ADDED_INPUTS, SCHEMA_VERSION, write_settings
+from moec.targets.tensorrt.settings import ADDED_INPUTS, EngineSettings
 from moec.targets.tensorrt.settings import FILE as SETTINGS
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
     from moec.compiler.ir.program import Program
+    from moec.compiler.ir.weights import LazyTensor
     from moec.targets.onnx.context import Context
     from moec.targets.stored_weights import StoredWeight
-    from moec.targets.tensorrt.build import Built
+    from moec.targets.tensorrt.build import Failure
+    from moec.targets.tensorrt.profiles import Sizes
 
 DEFAULT_CONTEXT = 1024
 
@@ -145,15 +147,16 @@ class TensorrtTarget(Target):
         assert isinstance(options, TensorrtOptions)
         model, ctx, form = _build(program, options)
         settings = make_settings(program, options, form)
-        added = {key: settings[key] for key in ("input_defaults", "token_inputs")}
+        added = {"input_defaults": settings.input_defaults, "token_inputs": settings.token_inputs}
         model.metadata_props[ADDED_INPUTS] = json.dumps(added)
         lower.write(model, ctx, directory, progress)
-        write_settings(directory, settings)
+        settings.write(directory)
         shutil.copyfile(builder.__file__, directory / build.SCRIPT)
         files = [lower.MODEL, lower.DATA, SETTINGS, build.SCRIPT]
         if options.engine:
             limit = build.memory_limit(options.memory_limit)
-            files.append(build_engine(directory, settings, options, ctx, limit, progress))
+            settings = build_engine(directory, settings, options, ctx, limit, progress)
+            files.append(builder.ENGINES[settings.library])
         return Lowered(
             tuple(files), lower.signature(program), tuple(ctx.rejections), _facts(model, ctx, settings, form)
         )
@@ -161,9 +164,8 @@ class TensorrtTarget(Target):
     def open(self, directory: Path, *, threads: int = 0) -> Runner:
         """Open the engine where there is a GPU that it was built for, else model.onnx."""
         from moec.targets.tensorrt.engine import open_engine, why_not
-        from moec.targets.tensorrt.settings import read_settings
 
-        if why_not(read_settings(directory)):
+        if why_not(EngineSettings.read(directory)):
             return self.open_reference(directory, threads=threads)
         return open_engine(directory)
 
@@ -231,12 +233,13 @@ def choose_form(program: Program, options: TensorrtOptions) -> Form:
     return choose(options.experts, shapes, options.batch, options.prompt, dynamic=bool(program.nodes(SELECT)))
 
 
-def _bytes(tensor: Any) -> int:
-    planned = getattr(tensor, "format", None)
-    return int(tensor.nbytes if planned is None else planned.planned_bytes(tensor.shape))
+def _bytes(tensor: LazyTensor) -> int:
+    from moec.quantize.lazy import Coded
+
+    return tensor.format.planned_bytes(tensor.shape) if isinstance(tensor, Coded) else tensor.nbytes
 
 
-def make_settings(program: Program, options: TensorrtOptions, form: Form) -> dict[str, Any]:
+def make_settings(program: Program, options: TensorrtOptions, form: Form) -> EngineSettings:
     """What `tensorrt.json` says, from which `build_engine.py` builds.
 
     Raises:
@@ -248,27 +251,26 @@ def make_settings(program: Program, options: TensorrtOptions, form: Form) -> dic
     sizes = _sizes(program.config, options)
     made = profiles(signature(program), sizes)
     module = module_name(options.library) if options.engine else RTX
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "onnx": MODEL,
-        "library": module,
-        "library_version": version(module.replace("_", "-")) if options.engine else "",
-        "engine": builder.ENGINES[module] if options.engine else None,
-        "compute_capabilities": list(options.compute_capability),
-        "experts": form.value,
-        "batch": sizes.batch,
-        "context": sizes.context,
-        "piece": sizes.piece,
-        "workspace_mib": options.workspace,
-        "weight_streaming": options.weight_streaming,
-        "input_defaults": default_values(program),
-        "token_inputs": row_widths(program),
-        "profiles": made,
-        "trtexec": trtexec(MODEL, builder.ENGINES[CLASSIC], made),
-    }
+    return EngineSettings(
+        onnx=MODEL,
+        library=module,
+        library_version=version(module.replace("_", "-")) if options.engine else "",
+        engine=builder.ENGINES[module] if options.engine else None,
+        compute_capabilities=options.compute_capability,
+        experts=form.value,
+        batch=sizes.batch,
+        context=sizes.context,
+        piece=sizes.piece,
+        workspace_mib=options.workspace,
+        weight_streaming=options.weight_streaming,
+        input_defaults=default_values(program),
+        token_inputs=row_widths(program),
+        profiles=made,
+        trtexec=trtexec(MODEL, builder.ENGINES[CLASSIC], made),
+    )
 
 
-def _sizes(config: Mapping[str, Any], options: TensorrtOptions) -> Any:
+def _sizes(config: Mapping[str, Any], options: TensorrtOptions) -> Sizes:
     from moec.targets.tensorrt.profiles import Sizes
 
     context = cache_length(config, options.context, DEFAULT_CONTEXT)
@@ -277,30 +279,29 @@ def _sizes(config: Mapping[str, Any], options: TensorrtOptions) -> Any:
 
 
 def build_engine(
-    directory: Path, settings: dict[str, Any], options: TensorrtOptions, ctx: Context, limit: int, progress: Progress
-) -> str:
-    """Build the engine and add what is known of it to `settings` and its file; return the name of the engine.
+    directory: Path, settings: EngineSettings, options: TensorrtOptions, ctx: Context, limit: int, progress: Progress
+) -> EngineSettings:
+    """Build the engine; return `settings` with what is known of it, as the file now says too.
 
     Raises:
         LoweringError: Parser or builder refused; the message names the op and the module it came from.
     """
     from moec.targets.tensorrt import build
 
-    name: str = settings["engine"]
-    built = build.run(directory, settings["library"], name, limit=limit, cache=options.timing_cache, progress=progress)
-    if built.failure:
-        raise _refused(built, ctx)
-    settings["built"] = built.found
-    write_settings(directory, settings)
-    return name
+    name = builder.ENGINES[settings.library]
+    built = build.run(directory, settings.library, name, limit=limit, cache=options.timing_cache, progress=progress)
+    if built.failure is not None:
+        raise _refused(built.failure, ctx)
+    settings = settings.model_copy(update={"built": built.found})
+    settings.write(directory)
+    return settings
 
 
-def _refused(built: Built, ctx: Context) -> LoweringError:
-    failure = built.failure
-    where = ctx.origins.get(failure["node"], "")
-    op = f"{failure['operator']}: " if failure["operator"] else ""
-    reason = failure["message"].splitlines()[0] if failure["message"] else "no reason given"
-    stage = "parser" if failure["stage"] == "parse" else "builder"
+def _refused(failure: Failure, ctx: Context) -> LoweringError:
+    where = ctx.origins.get(failure.node, "")
+    op = f"{failure.operator}: " if failure.operator else ""
+    reason = failure.message.splitlines()[0] if failure.message else "no reason given"
+    stage = "parser" if failure.stage == "parse" else "builder"
     return LoweringError(
         f"{where + ': ' if where else ''}{op}the {stage} of TensorRT refuses it: {reason}",
         hint="--experts, --attention and --opset choose other forms; docs/tensorrt.md",
@@ -318,16 +319,16 @@ def _weights(ctx: Context) -> dict[str, int]:
     return counts
 
 
-def _facts(model: ir.Model, ctx: Context, settings: Mapping[str, Any], form: Form) -> dict[str, Any]:
+def _facts(model: ir.Model, ctx: Context, settings: EngineSettings, form: Form) -> dict[str, Any]:
     counts: dict[str, int] = {}
     for node in model.graph.all_nodes():
         counts[node.op_type] = counts.get(node.op_type, 0) + 1
     return {
         "opset": model.opset_imports[""],
         "experts": form.value,
-        "compute_capabilities": settings["compute_capabilities"],
+        "compute_capabilities": list(settings.compute_capabilities),
         "ops": dict(sorted(counts.items())),
         "expert_tensor_bytes": {name: ctx.bytes_of(name) for name in sorted(ctx.experts)},
         "weights": _weights(ctx),
-        **({"engine": settings["built"]} if "built" in settings else {}),
+        **({} if settings.built is None else {"engine": settings.built.to_json()}),
     }

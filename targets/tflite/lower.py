@@ -111,7 +111,7 @@ def _inputs(ctx: Context, program: Program) -> Value | None:
         "cache_position": lambda: positions,
         "position_ids": lambda: ctx.reshape(positions, (1, length)),
     }
-    added = program.notes.get("input_defaults", {})
+    added = program.input_defaults
     placeholders = iter(program.graph.find_nodes(op="placeholder"))
     for spec in program.inputs:
         node = next(placeholders)

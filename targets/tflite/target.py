@@ -143,7 +143,7 @@ class TfliteTarget(Target):
             found += (Rejection(self.name, f"layer {state.layer}", reason, "export without --bundle"),)
         if options.bundle:
             reason = "LiteRT-LM, which --bundle is for, feeds no such input"
-            added = program.notes.get("input_defaults", {})
+            added = program.input_defaults
             found += tuple(
                 Rejection(self.name, f"input {name}", reason, "export without it or without --bundle") for name in added
             )

@@ -21,7 +21,7 @@ from moec.compiler.pipeline.export import compile_recipe
 from moec.compiler.pipeline.recipe import make_recipe
 from moec.compiler.pipeline.refusals import check_target
 from moec.passes.inputs_embeds import NAME, InputsEmbeds
-from moec.passes.routing.dynamic_routing import BUDGET_INPUT, INPUT_DEFAULTS, DynamicRouting
+from moec.passes.routing.dynamic_routing import BUDGET_INPUT, DynamicRouting
 from moec.passes.routing.policies.ratio import Ratio
 from moec.targets import get_target
 from moec.targets.base import Runner
@@ -83,8 +83,7 @@ def feedable(capture_of: Any) -> Program:
 
 def fed(program: Program, rows: np.ndarray) -> ProgramRunner:
     """The reference, with embeddings for every token of its only call."""
-    defaults = {**program.notes[INPUT_DEFAULTS], NAME: torch.from_numpy(rows)}
-    return ProgramRunner(program.replace(notes={**program.notes, INPUT_DEFAULTS: defaults}))
+    return ProgramRunner(program.replace(input_defaults={**program.input_defaults, NAME: torch.from_numpy(rows)}))
 
 
 def lowered(name: str, program: Program, directory: Path) -> tuple[Runner, Any]:

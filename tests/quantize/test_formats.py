@@ -68,10 +68,10 @@ def test_the_defaults_are_not_printed() -> None:
 @pytest.mark.parametrize(
     ("text", "message", "hint"),
     [
-        ("int5", "unknown format 'int5'", "Did you mean 'int8'"),
-        ("", "unknown format ''", "Valid: none, fp16, int8, int4, palettize4."),
-        ("int4:33", "unknown word '33'", "Did you mean '32'"),
-        ("int4:chanel", "unknown word 'chanel'", "Did you mean 'channel'"),
+        ("int5", "unknown format 'int5'", "did you mean 'int8'"),
+        ("", "unknown format ''", "the formats: fp16, int4, int8, none, palettize4"),
+        ("int4:33", "unknown word '33'", "did you mean '32'"),
+        ("int4:chanel", "unknown word 'chanel'", "did you mean 'channel'"),
         ("int4:32:64", "'64' contradicts", "Keep one"),
         ("int4:sym:asym", "'asym' contradicts", "Keep one"),
         ("fp16:32", "takes no further words", "Write fp16."),

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import asdict, fields
-from difflib import get_close_matches
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
 from moec.compiler.common.errors import UsageError
+from moec.compiler.common.validation import unknown
 from moec.passes.routing.policies.activation_norm import ActivationNorm
 from moec.passes.routing.policies.base import Policy
 from moec.passes.routing.policies.capped import Capped
@@ -93,7 +93,7 @@ def policy_type(name: str) -> type[Policy]:
         )
     table = policies()
     if name not in table:
-        raise UsageError(f"unknown routing policy {name!r}", hint=_nearest(name, table))
+        raise unknown(name, table, "unknown routing policy", "the policies")
     return table[name]
 
 
@@ -107,7 +107,7 @@ def policy(name: str, **parameters: Any) -> Policy:
     known = [field.name for field in fields(chosen)]
     for key in parameters:
         if key not in known:
-            raise UsageError(f"policy {name} has no parameter {key!r}", hint=_nearest(key, known))
+            raise unknown(key, known, f"policy {name} has no parameter", "its parameters")
     values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in parameters.items()}
     return chosen(**values)
 
@@ -115,9 +115,3 @@ def policy(name: str, **parameters: Any) -> Policy:
 def parameters_of(chosen: Policy) -> dict[str, Any]:
     """The parameters of a policy, as `policy` takes them."""
     return asdict(chosen)
-
-
-def _nearest(word: str, valid: Iterable[str]) -> str:
-    names = list(valid)
-    close = get_close_matches(word, names, n=1, cutoff=0.5)
-    return (f"Did you mean {close[0]!r}? " if close else "") + f"Valid: {', '.join(names)}."

@@ -57,7 +57,7 @@ def _experts(ctx: Context, node: fx.Node) -> Var:
     expert = partial(_expert, ctx, node, x, number[0])
     layer = Layer(dense, own.num_experts, x, f"{EXPERT_SCOPE}{number[0]}", expert)
     number[0] += 1
-    if not ctx.settings["skip_experts"]:
+    if not ctx.settings.skip_experts:
         total = _all(ctx, layer)
     elif all(isinstance(size, int | np.integer) for size in x.shape):
         total = _needed(ctx, layer)
@@ -154,7 +154,7 @@ GROUP_ROWS = 1024
 
 def _all(ctx: Context, layer: Layer) -> Var:
     """The sum over all experts, each computed for every token; some results at a time, for fewer and larger ops."""
-    size = max(1, min(8, GROUP_ROWS // ctx.settings["chunk"]))
+    size = max(1, min(8, GROUP_ROWS // ctx.settings.chunk))
     sums = []
     for number, weights in enumerate(layer.split(ctx, size)):
         group = range(number * size, min((number + 1) * size, layer.count))
@@ -212,7 +212,7 @@ def _project(
 
 def _row(ctx: Context, argument: fx.Node, index: int, dtype: torch.dtype, pattern: str) -> Var:
     name = ctx.program.weights.resolve(str(argument.target))
-    ctx.settings["expert_tensors"][name] = pattern
+    ctx.expert_tensors[name] = pattern
     return ctx.pool.row(ctx.mb, name, ctx.lazy(argument), MIL_NAMES[dtype], index, pattern.format(index))
 
 

@@ -15,6 +15,7 @@ from moec.compiler.gates.tolerance import Precision, precision_of
 from moec.compiler.ir.program import EXPERTS, Program
 from moec.compiler.ir.weights import LazyTensor
 from moec.quantize.formats import IntegerFormat
+from moec.quantize.lazy import Coded
 from moec.targets.stored_weights import StoredWeight
 
 Captured = tuple[Checkpoint, Program]
@@ -114,7 +115,7 @@ def test_weights_computed_in_the_graph_are_an_error(mixtral: Captured) -> None:
 
 
 @dataclass(frozen=True)
-class _Planned(LazyTensor):
+class _Planned(Coded):
     source: LazyTensor
     format: IntegerFormat
 
@@ -128,6 +129,9 @@ class _Planned(LazyTensor):
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
         return self.source.rows(start, stop)
+
+    def errors(self) -> list[float]:
+        return []
 
 
 def _quantized(program: Program) -> Program:

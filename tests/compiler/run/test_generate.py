@@ -362,3 +362,11 @@ def test_only_scalar_inputs_of_the_artifact_can_be_set(make: Make, capsys: pytes
     assert "--routing-input" in error.value.hint
     assert cli.dispatch(["run", str(out), "--prompt", "a", "--input", "routing_budget=half"]) == 2
     assert "not NAME=NUMBER" in capsys.readouterr().err
+
+
+def test_a_runner_that_feeds_the_defaults_alone_says_so(make: Make) -> None:
+    out = make()
+    signature = {"inputs": [{"name": "routing_budget", "shape": [], "dtype": "float32"}]}
+    write_manifest(out, {"recipe": {"target": "fake"}, "signature": signature})
+    with pytest.raises(UsageError, match="feeds 'routing_budget' its default and nothing else"):
+        moec.load(out, inputs={"routing_budget": 0.5})

@@ -18,7 +18,7 @@ from moec.compiler.ir.interpreter import Interpreter, ProgramRunner
 from moec.compiler.ir.invariants import check_invariants
 from moec.compiler.ir.printing import format_graph
 from moec.compiler.ir.program import EXPERTS, SELECT, Program
-from moec.passes.routing.dynamic_routing import BUDGET_INPUT, INPUT_DEFAULTS, DynamicRouting
+from moec.passes.routing.dynamic_routing import BUDGET_INPUT, DynamicRouting
 from moec.passes.routing.policies.base import Policy, select
 from moec.passes.routing.policies.random_drop import RandomDrop
 from moec.passes.routing.policies.table import BUILT_IN, policy
@@ -219,11 +219,10 @@ def test_the_run_time_input_has_a_default(captured: Mapping[str, Program]) -> No
     program, _ = passes.run_passes(captured["mixtral"], passes.default_passes())
     fixed, fed = routed(program, TopP(mass=0.6)), routed(program, TopP(mass=0.6), runtime=True)
     assert [spec.name for spec in fed.inputs] == [*(spec.name for spec in program.inputs), BUDGET_INPUT]
-    assert float(fed.notes[INPUT_DEFAULTS][BUDGET_INPUT]) == pytest.approx(0.6)
+    assert float(fed.input_defaults[BUDGET_INPUT]) == pytest.approx(0.6)
     ids = np.arange(4, 14)[None]
     np.testing.assert_allclose(ProgramRunner(fed).prefill(ids), ProgramRunner(fixed).prefill(ids), atol=1e-5)
-    notes = {**fed.notes, INPUT_DEFAULTS: {BUDGET_INPUT: torch.tensor(1.0)}}
-    open_ = ProgramRunner(fed.replace(notes=notes)).prefill(ids)
+    open_ = ProgramRunner(fed.replace(input_defaults={BUDGET_INPUT: torch.tensor(1.0)})).prefill(ids)
     np.testing.assert_allclose(open_, ProgramRunner(program).prefill(ids), atol=1e-4)
 
 

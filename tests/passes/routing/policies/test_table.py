@@ -50,10 +50,10 @@ def test_policy_takes_lists_for_tuples() -> None:
 def test_unknown_names_get_the_nearest() -> None:
     with pytest.raises(UsageError, match="unknown routing policy 'topp'") as error:
         policy("topp")
-    assert "Did you mean 'top-p'?" in error.value.hint
+    assert "did you mean 'top-p'?" in error.value.hint
     with pytest.raises(UsageError, match="no parameter 'mas'") as error:
         policy("top-p", mas=0.5)
-    assert "Did you mean 'mass'?" in error.value.hint
+    assert "did you mean 'mass'?" in error.value.hint
 
 
 @pytest.mark.parametrize("name", ["oea", "sere", "sequence-topk", "batch-topk"])
