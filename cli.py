@@ -102,7 +102,7 @@ def export(
     latency_threads: LatencyThreads = None,
     latency_seconds: LatencySeconds = None,
     inputs_embeds: Annotated[
-        bool, typer.Option("--inputs-embeds", help="Add an optional input of embeddings, for images, say.")
+        bool, typer.Option("--inputs-embeds", help="Add an input of embeddings, for images, say.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an artifact at the output.")] = False,
     no_gates: Annotated[bool, typer.Option("--no-gates", help="Do not prove the artifact.")] = False,
