@@ -147,10 +147,6 @@ class IntegerFormat:
         granularity = self.resolve(dimension, name).granularity
         return granularity if isinstance(granularity, int) else dimension
 
-    def bytes_per_weight(self, dimension: int) -> float:
-        """Mean bytes of one weight with its share of scale and zero point."""
-        return self.planned_bytes((1, dimension)) / dimension
-
     def planned_bytes(self, shape: Sequence[int], *, source_itemsize: int = 2) -> int:
         """Bytes of the codes, scales and zero points of a tensor of `shape` [..., N, K].
 
