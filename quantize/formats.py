@@ -5,13 +5,13 @@ come in any order and are left out where they have their default:
 
     none                      the dtype of the checkpoint, unchanged
     fp16                      IEEE half precision
-    int8[:auto|channel|32|64|128][:fp16|fp32][:float|int8-dynamic]
-    int4[:auto|channel|32|64|128][:sym|asym][:fp16|fp32][:float|int8-dynamic]
+    int8[:auto|channel|32|64|128][:fp16|bf16|fp32][:float|int8-dynamic]
+    int4[:auto|channel|32|64|128][:sym|asym][:fp16|bf16|fp32][:float|int8-dynamic]
     palettize4[:auto|ROWS]
 
-`auto` is the largest of 128, 64 and 32 that divides the quantized dimension, else `channel`. `fp16` and `fp32` name the
-scales, `float` and `int8-dynamic` that of the activations. ROWS are the rows that share a palette; `auto` is the
-largest number up to 16 that divides them.
+`auto` is the largest of 128, 64 and 32 that divides the quantized dimension, else `channel`. `fp16`, `bf16` and `fp32`
+name the dtype of the scales, `float` and `int8-dynamic` that of the activations. ROWS are the rows that share a
+palette; `auto` is the largest number up to 16 that divides them.
 """
 
 from __future__ import annotations
@@ -42,15 +42,19 @@ class FloatKind(StrEnum):
 
 
 class ScaleType(StrEnum):
-    """The dtype of the scales."""
+    """The dtype of the scales.
+
+    Scales of BF16 are such that bfloat16 and IEEE half precision both hold them.
+    """
 
     FP16 = "fp16"
+    BF16 = "bf16"
     FP32 = "fp32"
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype as torch names it."""
-        return torch.float16 if self is ScaleType.FP16 else torch.float32
+        return {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[self.value]
 
 
 class Activations(StrEnum):

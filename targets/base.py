@@ -19,6 +19,7 @@ from moec.compiler.common.rejections import Rejection
 
 if TYPE_CHECKING:
     from moec.compiler.common.verdict import Verdict
+    from moec.compiler.ir.interpreter import ActivationRounding
     from moec.compiler.ir.program import Program
     from moec.passes.base import Pass
     from moec.targets.stored_weights import StoredWeight
@@ -133,7 +134,8 @@ class AdjustableRunner(Protocol):
     """A runner whose artifact has inputs with defaults.
 
     Attributes:
-        overrides: Name of such an input -> float32 array that is fed in place of its default.
+        overrides: Name of such an input -> float32 array that is fed in place of its default. Of an input with a row
+            for each token, such as `inputs_embeds`, it holds the rows of the tokens of the next call.
     """
 
     overrides: dict[str, np.ndarray]
@@ -217,6 +219,7 @@ class Target(ABC):
     `presets` are the names that `--quantize` takes for this target alone, or means something else by: name -> format
     by tensor class, as in a recipe.
     `weight_formats` are the kinds of codes that its weights may have: first words of the text forms of formats.
+    `scale_types` are the dtypes that the scales of its weights may have: "fp16", "bf16", "fp32".
     `state_kinds` are the kinds of state that it carries from step to step, see `moec.compiler.ir.program.StateSpec`.
     Constructing a target imports nothing heavy: lowering modules are imported in the methods that need them.
     """
@@ -230,6 +233,7 @@ class Target(ABC):
     default_dtype: ClassVar[Literal["fp32", "fp16"]] = "fp32"
     presets: ClassVar[Mapping[str, Mapping[str, str]]] = {}
     weight_formats: ClassVar[frozenset[str]] = frozenset({"int8", "int4"})
+    scale_types: ClassVar[frozenset[str]] = frozenset({"fp16", "fp32"})
     state_kinds: ClassVar[frozenset[str]] = frozenset({"key", "value"})
 
     @abstractmethod
@@ -263,26 +267,27 @@ class Target(ABC):
         return ()
 
     def refusals(self, program: Program, options: TargetOptions) -> tuple[Rejection, ...]:
-        """States and formats of weights of kinds that this target does not know, and what `lint` finds.
+        """States and formats of weights of kinds that this target does not know, else what `lint` finds.
 
-        A state that is unknown stands alone: what `lint` says of such a program means nothing.
+        What is unknown stands alone: `lint` need not know it.
         """
+        return (*self._unknown_states(program), *self._unknown_formats(program)) or self.lint(program, options)
+
+    def _unknown_formats(self, program: Program) -> Iterator[Rejection]:
         from moec.quantize.lazy import Coded
 
-        if unknown := tuple(self._unknown_states(program)):
-            return unknown
         users: dict[str, list[str]] = {}
         for name in program.weight_names():
             tensor = program.weights[name]
-            form = str(tensor.format) if isinstance(tensor, Coded) else ""
-            if form and form.partition(":")[0] not in self.weight_formats:
-                users.setdefault(form, []).append(name)
-        known = ", ".join(sorted(self.weight_formats))
-        formats = (
-            Rejection(self.name, names[0], f"{form} ({len(names)} weights) has no form here; weights may be {known}")
-            for form, names in users.items()
-        )
-        return (*formats, *self.lint(program, options))
+            if not isinstance(tensor, Coded):
+                continue
+            kind, scales = str(tensor.format).partition(":")[0], getattr(tensor.format, "scale_type", "fp16")
+            if kind not in self.weight_formats or scales not in self.scale_types:
+                users.setdefault(str(tensor.format), []).append(name)
+        known = f"{', '.join(sorted(self.weight_formats))} with scales of {' or '.join(sorted(self.scale_types))}"
+        for form, names in users.items():
+            reason = f"{form} ({len(names)} weights) has no form here; weights may be {known}"
+            yield Rejection(self.name, names[0], reason)
 
     def _unknown_states(self, program: Program) -> Iterator[Rejection]:
         carried = ", ".join(sorted(self.state_kinds))
@@ -337,6 +342,14 @@ class Target(ABC):
     def gates(self) -> tuple[TargetGate, ...]:
         """Gates that only this target has, run after integrity."""
         return ()
+
+    def activation_rounding(self, directory: Path) -> ActivationRounding | None:  # noqa: ARG002
+        """How the kernels of an artifact round activations before they multiply them with a quantized weight.
+
+        The reference of the gates does the same, so that what they see is the rest. None where nothing is rounded, or
+        where nobody knows how: the tolerance for codes then covers it.
+        """
+        return None
 
     @abstractmethod
     def stored_weights(self, directory: Path) -> Mapping[str, StoredWeight]:

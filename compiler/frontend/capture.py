@@ -368,7 +368,8 @@ def _constant(exported: torch.export.ExportedProgram, target: str) -> Tensor | N
 
 def _module_path(node: fx.Node, prefix: str) -> str:
     stack = node.meta.get("nn_module_stack") or {}
-    path = [str(entry[0]) for entry in stack.values()]
+    # torch.export gives nodes that its own passes make a stand-in (torch/_export/passes/_node_metadata_hook.py).
+    path = [str(entry[0]) for key, entry in stack.items() if not key.startswith("_empty_nn_module_stack")]
     return path[-1].removeprefix("L['self'].").removeprefix(prefix) if path else ""
 
 

@@ -104,7 +104,8 @@ def run_gates(
 
     def parity(name: str, runner: Runner) -> Verdict:
         prompts = Prompts.of(inputs.checkpoint.directory, inputs.program.vocab_size, seed=options.seed)
-        evidence[name] = gather_artifact(inputs.program, runner, prompts, options, progress)
+        rounding = inputs.target.activation_rounding(inputs.directory)
+        evidence[name] = gather_artifact(inputs.program, runner, prompts, options, progress, rounding)
         verdict = judge_parity(name, evidence[name], options)
         return replace(verdict, figures={**verdict.figures, "runner": dict(runner.facts())})
 
@@ -185,8 +186,11 @@ def cover(
         reason = f"the target {inputs.target.name} does not run experts by themselves"
         figures = {"steps": {ARTIFACT_GATE: seen.usage.figures()}}
         return Verdict(COVERAGE_GATE, Status.NOT_RUN, reason, EXIT_CODE, figures)
-    found = run_experts_by_force(inputs.program, runners, seen.hidden, options.coverage_min, progress, watch)
-    return judge_coverage(found, list(runners), seen.precision, options.coverage_min, seen.usage)
+    rounding = inputs.target.activation_rounding(inputs.directory)
+    share = options.coverage_min
+    found = run_experts_by_force(inputs.program, runners, seen.hidden, share, progress, watch, rounding)
+    known = rounding is not None
+    return judge_coverage(found, list(runners), seen.precision, share, seen.usage, rounding_known=known)
 
 
 def repeat(inputs: GateInputs, runner: Runner, seed: int, options: RepeatabilityOptions, progress: Progress) -> Verdict:

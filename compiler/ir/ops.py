@@ -77,6 +77,21 @@ class ExpertWeights:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertInputs:
+    """The inputs of an expert's two products as a kernel multiplies them: functions of [n, H] and of [n, I]."""
+
+    gate_up: Callable[[Tensor], Tensor]
+    down: Callable[[Tensor], Tensor]
+
+
+def _as_they_are(activations: Tensor) -> Tensor:
+    return activations
+
+
+NOT_ROUNDED = ExpertInputs(_as_they_are, _as_they_are)
+
+
+@dataclass(frozen=True, slots=True)
 class ExpertCall:
     """What one expert did in one layer, for calibration and accounting.
 
@@ -106,6 +121,7 @@ def run_experts(
     gate: Gate,
     expert: Callable[[int], ExpertWeights],
     watch: Callable[[ExpertCall], None] | None = None,
+    rounded: ExpertInputs = NOT_ROUNDED,
 ) -> Tensor:
     """Reference of `moec::experts` with the weights of each expert fetched when it is needed.
 
@@ -115,7 +131,8 @@ def run_experts(
         weights: Routing weight of each slot, [T, k]. A weight of exactly 0 drops the slot.
         gate: Activation of the experts.
         expert: Returns the weights of one expert; called once per expert that is used.
-        watch: Called after each expert.
+        watch: Called after each expert, with activations that are not rounded.
+        rounded: What kernels make of activations before they multiply them.
 
     Returns:
         [T, H] in the dtype of `hidden_states`, accumulated in float32 (float64 for float64 input).
@@ -127,8 +144,8 @@ def run_experts(
         token, slot = torch.where(live == index)
         own = expert(index)
         inputs, share = hidden_states[token], weights[token, slot]
-        inner = gate(F.linear(inputs, own.gate_up, own.gate_up_bias))
-        result = F.linear(inner, own.down, own.down_bias)
+        inner = gate(F.linear(rounded.gate_up(inputs), own.gate_up, own.gate_up_bias))
+        result = F.linear(rounded.down(inner), own.down, own.down_bias)
         out.index_add_(0, token, result.to(accumulate) * share[:, None].to(accumulate))
         if watch is not None:
             watch(ExpertCall(index, token, slot, share, inputs, inner, result))

@@ -7,7 +7,7 @@ import functools
 import importlib.metadata
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,6 @@ from moec.compiler.common.errors import (
     UsageError,
 )
 from moec.compiler.common.progress import Progress
-from moec.compiler.common.rejections import Rejection
 from moec.compiler.common.staging import check_output, staged
 from moec.compiler.common.validation import validate
 from moec.compiler.common.verdict import Verdict
@@ -39,6 +38,7 @@ from moec.compiler.pipeline.input_checks import check_demands, check_inputs
 from moec.compiler.pipeline.quantization import Quantization, manifest_facts, plan_quantization, tensor_bytes
 from moec.compiler.pipeline.recipe import Recipe, make_recipe
 from moec.compiler.pipeline.recorded_codes import recorded_codes
+from moec.compiler.pipeline.refusals import check_target
 from moec.compiler.pipeline.routing import RoutingPlan, measure_savings, plan_routing
 from moec.compiler.pipeline.stages import Stages, silent
 from moec.compiler.report import write as report
@@ -143,9 +143,7 @@ def compile_recipe(
     built = _build(recipe, target, options, stages, captures or Captures())
     with staged(output, overwrite=overwrite) as directory:
         with stages("lower"):
-            refused = target.refusals(built.program, options)
-            if refused:
-                raise _cannot_lower(target, refused)
+            check_target(target, built.program, options)
             lowered = target.lower(built.program, options, directory, progress)
         with stages("package"):
             for path in built.checkpoint.companions():
@@ -156,7 +154,7 @@ def compile_recipe(
                 "recipe": _recorded(recipe, options, built),
                 "model": built.model,
                 "passes": built.pass_log,
-                "rejections": [asdict(rejection) for rejection in (*built.captured.rejections, *lowered.rejections)],
+                "rejections": [rejection.record() for rejection in (*built.captured.rejections, *lowered.rejections)],
                 "signature": lowered.signature,
                 **({"routing": built.routing.facts} if built.routing.facts else {}),
                 **({"quantization": weights} if (weights := manifest_facts(built.quantization, built.program)) else {}),
@@ -269,6 +267,17 @@ def _build(
         common = (*((InputsEmbeds(),) if recipe.inputs_embeds else ()), *passes.default_passes())
         program, log = captures.after(captured, common, stages.ran)
     settings = None if recipe.routing is None or recipe.routing.does_nothing else recipe.routing
+    weights = None if recipe.quantize is None or recipe.quantize.does_nothing else recipe.quantize
+
+    def check(program: Program, *quantize: Pass) -> None:
+        """Calibration and search take minutes to hours: what the target refuses is refused before."""
+        if codes is None:
+            done = [record.name for record in log]
+            later = (*quantize, *target.passes(options))
+            check_target(target, passes.run_passes(program, later, completed=done)[0], options)
+
+    if settings or (weights and weights.format == "auto"):
+        check(program)
     with stages("routing") if settings else contextlib.nullcontext():
         routing = plan_routing(settings, checkpoint, program, stages.progress)
         program, log = _run(routing.passes, program, log, stages)
@@ -283,13 +292,12 @@ def _build(
             return program
         return passes.run_passes(widened(captured), (*common, *routing.passes))[0]
 
-    weights = None if recipe.quantize is None or recipe.quantize.does_nothing else recipe.quantize
     with stages("quantize") if weights else contextlib.nullcontext():
         offered = functools.partial(target.auto_formats, options)
         dtype = recipe.dtype or target.default_dtype
         held = Held(functools.partial(target.kept_formats, options, dtype=dtype), offered)
         quantization = plan_quantization(
-            weights, checkpoint, program, in_float32, offered, held, codes, stages.progress
+            weights, checkpoint, program, in_float32, offered, held, codes, check, stages.progress
         )
         final, log = _run((*quantization.passes, *target.passes(options)), program, log, stages)
     return _Built(
@@ -314,7 +322,7 @@ def _run(
 def _pass_log(log: Sequence[passes.PassRecord]) -> list[dict[str, Any]]:
     """For moec.json: without the times, since it is the same on every rebuild."""
     return [
-        {"name": record.name, "modified": record.modified, "rejections": [asdict(item) for item in record.rejections]}
+        {"name": record.name, "modified": record.modified, "rejections": [item.record() for item in record.rejections]}
         for record in log
     ]
 
@@ -348,15 +356,6 @@ def _recorded(recipe: Recipe, options: TargetOptions, built: _Built) -> dict[str
         "routing": built.routing.recorded,
         "quantize": built.quantization.recorded,
     }
-
-
-def _cannot_lower(target: Target, refused: Sequence[Rejection]) -> LoweringError:
-    lines = [f"{rejection.where}: {rejection.reason}" for rejection in refused[:5]]
-    more = f" (and {len(refused) - 5} more)" if len(refused) > 5 else ""
-    return LoweringError(
-        f"target {target.name} cannot build this model: {'; '.join(lines)}{more}",
-        hint=f"moec export --target {target.name} --help lists other forms",
-    )
 
 
 def _source(checkpoint: Checkpoint) -> dict[str, Any]:

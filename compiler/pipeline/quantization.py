@@ -62,6 +62,7 @@ def plan_quantization(
     offered: Offered,
     held: Held,
     recorded_codes: Mapping[str, RecordedCodes] | None,
+    check: Callable[[Program, Pass], None],
     progress: Progress,
 ) -> Quantization:
     """Decide a recipe's quantization. Text is read and the model run only where rounding or `auto` wants it.
@@ -75,10 +76,12 @@ def plan_quantization(
         held: What `keep` may leave as it is, and what it may round to.
         recorded_codes: Codes of an artifact of this recipe, which take the place of calibration; None where there is
             none yet.
+        check: Raises a LoweringError where the target has no form for the Program after a pass that quantizes it.
         progress: Told how far it is.
 
     Raises:
         UsageError: The plan is wrong, or a block size does not divide a dimension.
+        LoweringError: The target has no form for the formats of the plan.
         CheckpointError: There is no tokenizer, or the text does not serve.
     """
     if settings is None or settings.does_nothing:
@@ -98,6 +101,8 @@ def plan_quantization(
     facts: dict[str, Any] = {"plan": plan.to_dict(), "rounding": method.value}
     found = Calibration({}, {})
     if method is Method.GPTQ:
+        # Before anything is calibrated: a block may not divide, or a format have no form.
+        check(program, Quantize(plan))
         text, tokens = _calibration_windows(settings, checkpoint)
         found = calibrate(in_float32(), plan, tokens, progress=progress)
         facts["calibration"] = {
@@ -113,8 +118,6 @@ def plan_quantization(
         facts["auto"] = dict(chosen.facts)
         # Once the formats are known there is nothing left to choose.
         recorded |= {"max_size": None, "max_perplexity_increase": None}
-    # Fail before anything is rounded where a block does not divide.
-    Quantize(plan).run(program)
     return Quantization((Quantize(plan, found.rounded),), recorded, facts)
 
 

@@ -125,14 +125,19 @@ def _candidate(low: Tensor, high: Tensor, ratio: float, fmt: IntegerFormat) -> t
     return scale, (smallest - low / scale).round_().clamp_(smallest, largest)
 
 
+_STEPS = {ScaleType.FP16: 2.0**-24, ScaleType.BF16: 2.0**-22}
+"""What scales below the smallest normal number of fp16 are a multiple of: bfloat16 has eight binary digits."""
+
+
 def storable(scales: Tensor, scale_type: ScaleType) -> Tensor:
     """Round scales to what their dtype holds, as fp32; a scale of an all-zero group becomes 1, and NaN stays NaN.
 
     Below the smallest normal number fp16 is too coarse to round to nearest (a scale could become 0 or half of itself,
     and clip the group), so such scales are rounded up.
     """
-    if scale_type is ScaleType.FP16:
-        step = 2.0**-24
+    if scale_type is not ScaleType.FP32:
+        step = _STEPS[scale_type]
         tiny = scales < 2.0**-14
-        scales = torch.where(tiny, (scales / step).ceil() * step, scales.to(torch.float16).to(torch.float32))
+        normal = scales.to(scale_type.dtype).to(torch.float16).to(torch.float32)
+        scales = torch.where(tiny, (scales / step).ceil() * step, normal)
     return torch.where(scales == 0, torch.ones_like(scales), scales)

@@ -12,7 +12,6 @@ import torch
 from torch import fx
 
 from moec.compiler.common.digest import sha256_of_text
-from moec.compiler.common.errors import LoweringError
 from moec.compiler.common.rejections import Rejection
 from moec.compiler.ir.program import Program, module_of
 from moec.compiler.ir.weights import LazyTensor
@@ -230,10 +229,6 @@ class Context:
     def reject(self, node: fx.Node, reason: str) -> None:
         """Record that `node` took another form than the best one."""
         self.rejections.append(Rejection("coreml", module_of(node), reason))
-
-    def refuse(self, node: fx.Node, reason: str, hint: str = "") -> LoweringError:
-        """The error for a node that has no form here."""
-        return LoweringError(f"{module_of(node)}: {node.target}: {reason}", hint=hint)
 
 
 def number(value: Any, dtype: torch.dtype) -> Any:

@@ -37,6 +37,7 @@ class ModelMetadata(BaseModel):
         coded: Tensor that is stored as codes -> the name of its constant.
         layers: Function -> the experts of each layer; empty where an older moec wrote the package.
         inputs: Input that a pass added -> its value where nobody feeds it, flat.
+        token_inputs: Input that a pass added and that has a row for each token -> the width of its rows.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -48,6 +49,7 @@ class ModelMetadata(BaseModel):
     coded: dict[str, str] = {}
     layers: dict[str, list[LayerValues]] = {}
     inputs: dict[str, list[float]]
+    token_inputs: dict[str, int] = {}
 
     def to_json(self) -> str:
         """As the metadata holds it."""

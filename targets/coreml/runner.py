@@ -11,6 +11,7 @@ import numpy as np
 
 from moec.compiler.common.errors import UsageError
 from moec.targets.base import RunnerLimits
+from moec.targets.common.added_inputs import rows
 from moec.targets.coreml.flavors import call, most_tokens
 from moec.targets.coreml.metadata import read_metadata
 from moec.targets.coreml.package import PACKAGE
@@ -33,6 +34,9 @@ class CoremlRunner:
         self._flavor = metadata.flavor
         self._context, self._chunk = most_tokens(metadata.flavor, metadata.context), metadata.chunk
         self._defaults = {name: np.asarray(values, np.float32) for name, values in metadata.inputs.items()}
+        self._widths: Mapping[str, int] = metadata.token_inputs
+        self.overrides: dict[str, np.ndarray] = {}
+        """See `moec.targets.base.AdjustableRunner`."""
         self._backend = backend(directory / PACKAGE)
         self._length = 0
         executor = isinstance(self._backend, InterpreterBackend)
@@ -67,10 +71,12 @@ class CoremlRunner:
             UsageError: Several sequences, padding, or more tokens than the cache holds.
         """
         self._check(input_ids, attention_mask)
-        pieces = [
-            self._step(input_ids[:, start : start + self._chunk]) for start in range(0, input_ids.shape[1], self._chunk)
-        ]
-        return np.concatenate(pieces, axis=1)
+        given = rows(self._widths, self.overrides, *input_ids.shape)
+        logits = []
+        for start in range(0, input_ids.shape[1], self._chunk):
+            piece = slice(start, start + self._chunk)
+            logits.append(self._step(input_ids[:, piece], {name: array[:, piece] for name, array in given.items()}))
+        return np.concatenate(logits, axis=1)
 
     def _check(self, input_ids: np.ndarray, attention_mask: np.ndarray | None) -> None:
         batch, new = input_ids.shape
@@ -84,10 +90,11 @@ class CoremlRunner:
                 hint="export with a larger --context",
             )
 
-    def _step(self, ids: np.ndarray) -> np.ndarray:
+    def _step(self, ids: np.ndarray, given: Mapping[str, np.ndarray]) -> np.ndarray:
         """One call, as the flavor has it: by default, of a single token, of the function that skips experts."""
         function, feeds = call(self._flavor, ids, self._length)
-        logits = self._backend.predict(function, {**feeds, **self._defaults})["logits"]
+        once = {name: np.reshape(self.overrides.get(name, own), own.shape) for name, own in self._defaults.items()}
+        logits = self._backend.predict(function, {**feeds, **once, **given})["logits"]
         self._length += ids.shape[1]
         return np.asarray(logits).astype(np.float32, copy=False)
 

@@ -30,6 +30,8 @@ from moec.targets.coreml.flavors import Flavor
 
 if TYPE_CHECKING:
     from moec.compiler.ir.program import Program
+    from moec.targets.coreml.interface import Shape
+    from moec.targets.coreml.lower import Built
     from moec.targets.stored_weights import StoredWeight
 
 DEFAULT_CONTEXT = 2048
@@ -102,6 +104,7 @@ class CoremlTarget(Target):
     modules: ClassVar[tuple[str, ...]] = ("coremltools",)
     tools: ClassVar[tuple[str, ...]] = ("coremltools",)
     default_dtype: ClassVar[Literal["fp32", "fp16"]] = "fp16"
+    takes_embeddings: ClassVar[bool] = True
     weight_formats: ClassVar[frozenset[str]] = frozenset({"int8", "int4", "palettize4", "table4"})
     state_kinds: ClassVar[frozenset[str]] = frozenset({"key", "value", "conv"})
 
@@ -123,16 +126,21 @@ class CoremlTarget(Target):
         cache_length(config, options.context, DEFAULT_CONTEXT)
 
     def lint(self, program: Program, options: TargetOptions) -> tuple[Rejection, ...]:
-        """Ops that have no lowering, and what does not fit the flavor."""
+        """What does not fit the flavor, and whatever lowering refuses."""
+        from moec.targets.common.refusals import formats_without_form, ops_without_form, refused_by
+        from moec.targets.coreml.context import MIL_NAMES
         from moec.targets.coreml.interface import refusals
         from moec.targets.coreml.lowerings.table import TABLE
+        from moec.targets.coreml.weights import HINT, inexpressible
 
         assert isinstance(options, CoremlOptions)
-        return refusals(program, options.flavor) + tuple(
-            Rejection(self.name, str(node.meta.get("module", "")), f"no lowering for {node.target}")
-            for node in program.graph.nodes
-            if node.op == "call_function" and node.target not in TABLE
+        computes_in = MIL_NAMES[program.dtype]
+        found = (
+            *refusals(program, options.flavor),
+            *ops_without_form(self.name, TABLE, program.graph.nodes),
+            *formats_without_form(self.name, program, lambda own: inexpressible(own.format, computes_in), HINT),
         )
+        return found or refused_by(self.name, lambda: _build(program, options, blank=True))
 
     def auto_formats(self, options: TargetOptions, tensor_class: str) -> tuple[str, ...]:  # noqa: ARG002
         """Blocks with an offset or without."""
@@ -146,17 +154,13 @@ class CoremlTarget(Target):
     def lower(self, program: Program, options: TargetOptions, directory: Path, progress: Progress) -> Lowered:
         """Write `model.mlpackage`."""
         from moec.targets.coreml import lower
-        from moec.targets.coreml.interface import Shape
         from moec.targets.coreml.library import quiet
         from moec.targets.coreml.package import PACKAGE, write_package
 
         assert isinstance(options, CoremlOptions)
-        context = cache_length(program.config, options.context, DEFAULT_CONTEXT)
-        whole = options.flavor is Flavor.SWIFT
-        shape = Shape(context, context if whole else min(options.prefill_chunk, context))
-        texts = metadata_texts(program.config, options)
+        shape, texts = _shape(program.config, options), metadata_texts(program.config, options)
+        built = _build(program, options)
         with quiet():
-            built = lower.build(program, shape, options.flavor)
             progress("weights", 0, 1)
             spec = write_package(
                 built.program,
@@ -168,7 +172,7 @@ class CoremlTarget(Target):
         facts = {
             "flavor": str(options.flavor),
             "minimum": str(options.minimum),
-            "context": context,
+            "context": shape.context,
             "prefill_chunk": shape.chunk,
             "ops": built.ops,
             "expert_tensor_bytes": lower.expert_bytes(built),
@@ -209,6 +213,22 @@ class CoremlTarget(Target):
             "measure": "yes" if mac else "no: needs macOS",
             "install": "",
         }
+
+
+def _build(program: Program, options: CoremlOptions, *, blank: bool = False) -> Built:
+    """The MIL program; see `moec.targets.coreml.lower.build`."""
+    from moec.targets.coreml import lower
+    from moec.targets.coreml.library import quiet
+
+    with quiet():
+        return lower.build(program, _shape(program.config, options), options.flavor, blank=blank)
+
+
+def _shape(config: Mapping[str, Any], options: CoremlOptions) -> Shape:
+    from moec.targets.coreml.interface import Shape
+
+    context = cache_length(config, options.context, DEFAULT_CONTEXT)
+    return Shape(context, context if options.flavor is Flavor.SWIFT else min(options.prefill_chunk, context))
 
 
 def metadata_texts(config: Mapping[str, object], options: CoremlOptions) -> Mapping[str, str]:

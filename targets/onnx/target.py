@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from moec.compiler.common.errors import LoweringError
 from moec.compiler.common.progress import Progress
 from moec.compiler.common.rejections import Rejection
 from moec.targets.base import (
@@ -84,10 +83,8 @@ class OnnxTarget(Target):
         return Capabilities(skips_experts=True)
 
     def lint(self, program: Program, options: TargetOptions) -> tuple[Rejection, ...]:
-        """Ops that have no lowering, what the flavor cannot express, and whatever else lowering refuses.
-
-        The last is found by lowering itself, of which only the writing of weights takes time.
-        """
+        """Ops that have no lowering, what the flavor cannot express, and whatever else lowering refuses."""
+        from moec.targets.common.refusals import ops_without_form, refused_by
         from moec.targets.onnx import lower
         from moec.targets.onnx.lowerings import experts, group_query, quantized
         from moec.targets.onnx.lowerings.table import TABLE
@@ -98,19 +95,8 @@ class OnnxTarget(Target):
         refused += experts.refusals(program, contrib=not portable)
         if not portable:
             refused += quantized.refusals(program)
-        refused += tuple(
-            Rejection(self.name, str(node.meta.get("module", "")), f"no lowering for {node.target}")
-            for node in program.graph.nodes
-            if node.op == "call_function" and node.target not in TABLE
-        )
-        if refused:
-            return refused
-        try:
-            lower.build(program, _dialect(program, options))
-        except LoweringError as error:
-            where, _, reason = str(error).partition(": ")
-            return (Rejection(self.name, where, reason),)
-        return ()
+        refused += ops_without_form(self.name, TABLE, program.graph.nodes)
+        return refused or refused_by(self.name, lambda: lower.build(program, _dialect(program, options)))
 
     def auto_formats(self, options: TargetOptions, tensor_class: str) -> tuple[str, ...]:
         """ONNX Runtime's kernels take zero points; the standard form has none, and none for experts."""
@@ -130,13 +116,14 @@ class OnnxTarget(Target):
 
     def lower(self, program: Program, options: TargetOptions, directory: Path, progress: Progress) -> Lowered:
         """Write `model.onnx`, `model.onnx_data` and, for onnxruntime-genai, `genai_config.json`."""
+        from moec.targets.common.refusals import RefusedError
         from moec.targets.onnx import genai, lower
         from moec.targets.onnx.lowerings.group_query import refusals
 
         assert isinstance(options, OnnxOptions)
         shared = options.flavor is Flavor.GENAI
         if shared and (refused := refusals(program)):
-            raise LoweringError(f"{refused[0].where}: {refused[0].reason}", hint="take the default flavor")
+            raise RefusedError(refused[0].where, refused[0].reason, hint="take the default flavor")
         dialect = _dialect(program, options)
         model, ctx = lower.build(program, dialect)
         counts: dict[str, int] = {}

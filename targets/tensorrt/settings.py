@@ -14,6 +14,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from moec.compiler.common.errors import ArtifactError
 
 FILE = "tensorrt.json"
+ADDED_INPUTS = "moec.added_inputs"
+"""Metadata of model.onnx: `input_defaults` and `token_inputs` of this file. An engine has no inputs with defaults."""
 
 
 class Bounds(BaseModel):
@@ -79,7 +81,8 @@ class EngineSettings(BaseModel):
         piece: Most tokens of one prefill step.
         workspace_mib: Most scratch memory on the GPU; 0 leaves it to TensorRT.
         weight_streaming: Whether weights may stay in the memory of the host.
-        input_defaults: Input that a pass added -> its value where nobody feeds it, as nested lists.
+        input_defaults: Input that a pass added -> its value where nobody feeds it, flat.
+        token_inputs: Input that a pass added and that has a row for each token -> the width of its rows.
         profiles: The optimisation profiles.
         trtexec: The command that builds the same engine with classic TensorRT.
         built: What is known of the engine, once there is one.
@@ -99,7 +102,8 @@ class EngineSettings(BaseModel):
     piece: int
     workspace_mib: int
     weight_streaming: bool
-    input_defaults: dict[str, Any]
+    input_defaults: dict[str, list[float]]
+    token_inputs: dict[str, int] = {}
     profiles: tuple[Profile, ...]
     trtexec: str
     built: EngineFacts | None = None

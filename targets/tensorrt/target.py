@@ -27,12 +27,13 @@ from moec.targets.base import (
     TargetOptions,
     with_scales,
 )
+from moec.targets.common.added_inputs import default_values, row_widths
 from moec.targets.tensorrt import builder
 from moec.targets.tensorrt.capability import DEFAULT, parse
 from moec.targets.tensorrt.forms import ExpertShape, Form, choose
 from moec.targets.tensorrt.library import CLASSIC, RTX, Library, module_name, version
+from moec.targets.tensorrt.settings import ADDED_INPUTS, EngineSettings
 from moec.targets.tensorrt.settings import FILE as SETTINGS
-from moec.targets.tensorrt.settings import EngineSettings
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -99,6 +100,7 @@ class TensorrtTarget(Target):
     Options: ClassVar[type[TargetOptions]] = TensorrtOptions
     extra: ClassVar[str | None] = "tensorrt"
     tools: ClassVar[tuple[str, ...]] = ("tensorrt-rtx", "onnx-ir", "onnx", "onnxruntime")
+    takes_embeddings: ClassVar[bool] = True
     state_kinds: ClassVar[frozenset[str]] = frozenset({"key", "value", "conv"})
 
     def capabilities(self, options: TargetOptions, phase: Phase) -> Capabilities:
@@ -123,12 +125,14 @@ class TensorrtTarget(Target):
         return with_scales("fp32", self.auto_formats(options, tensor_class))
 
     def lint(self, program: Program, options: TargetOptions) -> tuple[Rejection, ...]:
-        """Ops without a lowering, formats that TensorRT does not take, an opset that its parser does not read."""
+        """An opset that the parser does not read, GPUs that lack a type, and whatever lowering refuses."""
+        from moec.targets.common.refusals import refused_by
         from moec.targets.tensorrt.lowerings.table import tensorrt_dialect
         from moec.targets.tensorrt.program_lint import check_program
 
         assert isinstance(options, TensorrtOptions)
-        return check_program(program, options, tensorrt_dialect(Form.LOOP_IF, options.opset).table)
+        found = check_program(program, options, tensorrt_dialect(Form.LOOP_IF, options.opset).table)
+        return found or refused_by(self.name, lambda: _build(program, options))
 
     def lower(self, program: Program, options: TargetOptions, directory: Path, progress: Progress) -> Lowered:
         """Write `model.onnx`, `tensorrt.json`, `build_engine.py` and the engine.
@@ -138,26 +142,19 @@ class TensorrtTarget(Target):
             MissingExtraError: TensorRT is not installed.
         """
         from moec.targets.onnx import lower
-        from moec.targets.tensorrt import build, lint
-        from moec.targets.tensorrt.lowerings.table import tensorrt_dialect
+        from moec.targets.tensorrt import build
 
         assert isinstance(options, TensorrtOptions)
-        form = choose_form(program, options)
-        fused = options.attention is AttentionForm.FUSED
-        model, ctx = lower.build(program, tensorrt_dialect(form, options.opset, fused=fused))
-        if broken := lint.check(model, ctx.origins):
-            raise LoweringError(f"{broken[0].where}: {broken[0].reason}", hint="docs/tensorrt.md lists the rules")
-        weights = sum(tensor.nbytes for _, tensor in ctx.initializers.values())
-        limit = build.memory_limit(options.memory_limit)
-        if options.engine:
-            build.check_memory(weights, limit)
+        model, ctx, form = _build(program, options)
         settings = make_settings(program, options, form)
-        model.metadata_props["moec.input_defaults"] = json.dumps(settings.input_defaults)
+        added = {"input_defaults": settings.input_defaults, "token_inputs": settings.token_inputs}
+        model.metadata_props[ADDED_INPUTS] = json.dumps(added)
         lower.write(model, ctx, directory, progress)
         settings.write(directory)
         shutil.copyfile(builder.__file__, directory / build.SCRIPT)
         files = [lower.MODEL, lower.DATA, SETTINGS, build.SCRIPT]
         if options.engine:
+            limit = build.memory_limit(options.memory_limit)
             settings = build_engine(directory, settings, options, ctx, limit, progress)
             files.append(builder.ENGINES[settings.library])
         return Lowered(
@@ -203,6 +200,28 @@ class TensorrtTarget(Target):
         return findings()
 
 
+def _build(program: Program, options: TensorrtOptions) -> tuple[ir.Model, Context, Form]:
+    """The model, whose weights nobody has read yet, and the form of its experts.
+
+    Raises:
+        LoweringError: A rule of the dialect refuses, or memory will not do for the engine.
+    """
+    from moec.targets.common.refusals import RefusedError
+    from moec.targets.onnx import lower
+    from moec.targets.tensorrt import build, lint
+    from moec.targets.tensorrt.lowerings.table import tensorrt_dialect
+
+    form = choose_form(program, options)
+    fused = options.attention is AttentionForm.FUSED
+    model, ctx = lower.build(program, tensorrt_dialect(form, options.opset, fused=fused))
+    if broken := lint.check(model, ctx.origins):
+        raise RefusedError(broken[0].where, broken[0].reason, hint="docs/tensorrt.md lists the rules")
+    if options.engine:
+        weights = sum(tensor.nbytes for _, tensor in ctx.initializers.values())
+        build.check_memory(weights, build.memory_limit(options.memory_limit))
+    return model, ctx, form
+
+
 def choose_form(program: Program, options: TensorrtOptions) -> Form:
     """The form of the experts: what the options say, or what moves the fewest bytes."""
     from moec.compiler.ir.program import SELECT
@@ -244,7 +263,8 @@ def make_settings(program: Program, options: TensorrtOptions, form: Form) -> Eng
         piece=sizes.piece,
         workspace_mib=options.workspace,
         weight_streaming=options.weight_streaming,
-        input_defaults={name: value.tolist() for name, value in program.input_defaults.items()},
+        input_defaults=default_values(program),
+        token_inputs=row_widths(program),
         profiles=made,
         trtexec=trtexec(MODEL, builder.ENGINES[CLASSIC], made),
     )

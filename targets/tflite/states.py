@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from moec.compiler.ir.program import CACHE_KINDS, StateSpec
+from moec.targets.common.refusals import refuse
 from moec.targets.tflite.context import Context
 from moec.targets.tflite.engine import CACHE_PREFIX, CONVOLUTION_PREFIX, TOKEN_COUNT
 from moec.targets.tflite.model import Value
@@ -50,7 +51,7 @@ def unpadded(ctx: Context, node: fx.Node, kept: int, count: Value) -> Value:
     """
     source = node.args[0] if node.target is aten.slice.Tensor else None
     if not isinstance(source, fx.Node) or source.target is not aten.cat.default or node.args[2] != -kept:
-        raise ctx.refuse(node, "a state that is not the last of what a convolution takes in has no form")
+        raise refuse(node, "a state that is not the last of what a convolution takes in has no form")
     joined = ctx.tensor(source)
     begin = ctx.shared_value(("end of state", count), lambda: ctx.concat([ctx.ints(0, 0), count], 0))
     shape = (*joined.shape[:2], kept)

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moec.compiler.common.errors import LoweringError
 from moec.compiler.ir.program import Program
 from moec.compiler.ir.weights import LazyTensor
-from moec.quantize.formats import Activations, IntegerFormat
+from moec.quantize.formats import Activations, IntegerFormat, PaletteFormat, TableFormat
 from moec.quantize.lazy import Quantized
+from moec.targets.common.refusals import RefusedError
 from moec.targets.tflite.model import Chunk, Weight
 
 CHUNK_BYTES = 1 << 25
@@ -31,13 +31,17 @@ def format_of(tensor: LazyTensor) -> IntegerFormat | None:
     return tensor.format if isinstance(tensor, Quantized) else None
 
 
-def inexpressible(form: IntegerFormat, width: int) -> str:
-    """Why an integer format has no form in LiteRT, for rows of `width`; empty where it has one."""
+def inexpressible(form: IntegerFormat | PaletteFormat | TableFormat, width: int) -> str:
+    """Why a format has no form in LiteRT, for rows of `width`; empty where it has one."""
+    if not isinstance(form, IntegerFormat):
+        return "LiteRT has no kernel for weights from a table"
     if not form.symmetric:
         return "LiteRT has no kernel for weights with zero points"
     if form.bits == 4 and form.activations is Activations.FLOAT:
         return "LiteRT multiplies int4 weights with activations rounded to int8 only (int8-dynamic)"
     block = form.block_length(width)
+    if form.bits == 4 and width % 2:
+        return f"rows of {width} int4 codes do not fill whole bytes"
     if block == width:
         return ""
     if form.bits == 8:
@@ -60,10 +64,8 @@ class Weights:
         """
         tensor = self._store[name]
         if (form := format_of(tensor)) is not None:
-            raise LoweringError(
-                f"{name} is quantized to {form}, but is used where LiteRT takes floats only",
-                hint="leave it float in the plan",
-            )
+            reason = f"quantized to {form}, but used where LiteRT takes floats only"
+            raise RefusedError(name, reason, hint="leave it float in the plan")
         return self._float(self._store.resolve(name), tensor, dtype)
 
     def turned(self, name: str, dtype: torch.dtype, axes: tuple[int, ...]) -> Weight:
@@ -161,9 +163,7 @@ def _quantized(
     name: str, form: IntegerFormat, shape: tuple[int, ...], slices: Callable[[], Iterator[Any]], of: str
 ) -> Weight:
     if reason := inexpressible(form, shape[-1]):
-        raise LoweringError(f"{of}: the TFLite target has no form for {form}: {reason}", hint=HINT)
-    if form.bits == 4 and shape[-1] % 2:
-        raise LoweringError(f"{of}: rows of {shape[-1]} int4 codes do not fill whole bytes", hint=HINT)
+        raise RefusedError(of, f"format {form}: {reason}", hint=HINT)
 
     def chunks() -> Iterator[Chunk]:
         for codes, scales in slices():

@@ -24,6 +24,7 @@ from moec.compiler.ir.operands import Experts, Select
 from moec.compiler.ir.ops import Gate
 from moec.compiler.ir.program import EXPERTS, SELECT
 from moec.targets.common.arguments import result_dtype
+from moec.targets.common.refusals import refuse
 from moec.targets.coreml.context import MIL_NAMES, NUMPY, Context, Var
 from moec.targets.coreml.lowerings.elementwise import Lowering
 from moec.targets.coreml.lowerings.shape import cut
@@ -43,7 +44,7 @@ def dense_weights(ctx: Context, node: fx.Node) -> Var:
 def _experts(ctx: Context, node: fx.Node) -> Var:
     own, dtype = Experts.of(node), result_dtype(node)
     if not all(stack.op == "get_attr" for stack in own.stacks.values()):
-        raise ctx.refuse(node, "the weights of the experts are computed in the graph", "run the common passes")
+        raise refuse(node, "the weights of the experts are computed in the graph", "run the common passes")
     x, dense = ctx.tensor(own.hidden_states, dtype), dense_weights(ctx, node)
     number = ctx.shared("experts layers", lambda: [0])
     # Made here once, for every branch to refer to: inside of a branch each would be made again.

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from moec.targets.common.arguments import integer, listed, node_of, rank, result_dtype
+from moec.targets.common.refusals import refuse
 from moec.targets.coreml.context import MIL_NAMES, NUMPY, Context, Var, number
 from moec.targets.coreml.lowerings.elementwise import Lowering
 from moec.targets.coreml.lowerings.shape import cut, tile
@@ -26,7 +27,7 @@ def _index(ctx: Context, node: fx.Node) -> Var:
     source, indices = node.args
     used = [(axis, index) for axis, index in enumerate(listed(indices)) if index is not None]
     if len(used) != 1:
-        raise ctx.refuse(node, "indexing by several tensors has no form")
+        raise refuse(node, "indexing by several tensors has no form")
     ((axis, index),) = used
     # Negative indices count from the end, and `gather` takes none.
     places = ctx.mb.mod(x=ctx.tensor(index, torch.int32), y=ctx.axis_length(node_of(node.args[0]), axis))

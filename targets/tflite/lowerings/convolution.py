@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from moec.targets.common.arguments import integer, listed, node_of, result_dtype, shape_of
+from moec.targets.common.refusals import refuse
 from moec.targets.tflite.context import Context
 from moec.targets.tflite.library import schema
 from moec.targets.tflite.lowerings.elementwise import Lowering
@@ -26,7 +27,7 @@ def _conv1d(ctx: Context, node: fx.Node) -> Value:
     batch, channels, results = shape_of(node)
     apart = integer(groups) > 1
     if apart and groups != shape_of(x)[1]:
-        raise ctx.refuse(node, "a convolution in groups of several channels has no form")
+        raise refuse(node, "a convolution in groups of several channels has no form")
     image = ctx.transpose(ctx.tensor(x, result_dtype(node)), (0, 2, 1))
     image = ctx.reshape(_padded(ctx, image, pad), (batch, 1, image.shape[1] + 2 * pad, image.shape[2]))
     zeros = ctx.constant(np.zeros(channels, np.float32))

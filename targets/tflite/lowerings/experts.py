@@ -17,6 +17,7 @@ from moec.compiler.ir.operands import Experts, Select
 from moec.compiler.ir.ops import Gate
 from moec.compiler.ir.program import EXPERTS, SELECT
 from moec.targets.common.arguments import result_dtype
+from moec.targets.common.refusals import refuse
 from moec.targets.tflite.context import Context
 from moec.targets.tflite.lowerings.elementwise import Lowering, choose
 from moec.targets.tflite.lowerings.linear import fully_connected
@@ -104,7 +105,7 @@ def _project(
         if source is None:
             continue
         if source.op != "get_attr":
-            raise ctx.refuse(node, "experts whose weights are computed in the graph have no form")
+            raise refuse(node, "experts whose weights are computed in the graph have no form")
         name, dtype = str(source.target), source.meta["val"].dtype
         made.append(ctx.shared.weights.expert(name, index, dtype, interleaved=interleaved))
         entry = {"transposed": False, "interleaved": interleaved}

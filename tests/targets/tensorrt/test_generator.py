@@ -10,10 +10,13 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 import pytest
+import torch
 
+from moec import passes
 from moec.compiler.common.errors import ArtifactError, MissingExtraError, UsageError
 from moec.compiler.ir.interpreter import ProgramRunner
-from moec.passes.routing.dynamic_routing import DynamicRouting
+from moec.passes.inputs_embeds import NAME, InputsEmbeds
+from moec.passes.routing.dynamic_routing import BUDGET_INPUT, DynamicRouting
 from moec.passes.routing.policies.ratio import Ratio
 from moec.targets.onnx.states import NUMPY
 from moec.targets.tensorrt import engine
@@ -97,6 +100,38 @@ def test_tokens_in_pieces_and_one_by_one(sliding: Any) -> None:
     assert profiles[:8] == ["prefill"] * 3 + ["decode"] * 5
     # Every decode step has the same shapes: that is what lets it be recorded.
     assert len({str(shapes) for profile, shapes in session.calls if profile == "decode"}) == 1
+
+
+def test_an_input_with_a_row_for_each_token(capture_of: Any, lower: Any) -> None:
+    """Embeddings of two sequences, in pieces of 8 and one by one, and zeros again where there are none."""
+    program, _ = passes.run_passes(capture_of("mixtral"), (InputsEmbeds(), *passes.default_passes()))
+    runner, _ = opened(lower(program, batch=2, context=24, piece=8))
+    random = np.random.default_rng(5)
+    ids = random.integers(3, program.vocab_size, (2, 19))
+    words = ProgramRunner(program).prefill(ids)
+    ids[:, [2, 9, 17, 18]] = -1
+    rows = random.standard_normal((2, 19, int(program.inputs[-1].shape[-1]))).astype(np.float32)
+    want = ProgramRunner(program.replace(input_defaults={NAME: torch.from_numpy(rows)})).prefill(ids)
+    got = []
+    runner.reset()
+    for first, last in ((0, 17), (17, 18), (18, 19)):
+        runner.overrides[NAME] = rows[:, first:last]
+        got.append(runner.decode(ids[:, first:last]))
+    np.testing.assert_allclose(np.concatenate(got, axis=1), want, atol=2e-5 * np.abs(want).max())
+    del runner.overrides[NAME]
+    ids[ids < 0] = 0
+    without = ProgramRunner(program).prefill(ids)
+    np.testing.assert_allclose(runner.prefill(ids), without, atol=2e-5 * np.abs(words).max())
+
+
+def test_a_budget_is_fed_or_its_default(program_of: Any, lower: Any) -> None:
+    program = DynamicRouting(Ratio(beta=0.9), runtime_budget=True).run(program_of("mixtral")).program
+    runner, _ = opened(lower(program, context=24))
+    ids = np.arange(3, 15)[None]
+    for override, reference in ((None, program), (0.0, program_of("mixtral")), (None, program)):
+        runner.overrides = {} if override is None else {BUDGET_INPUT: np.asarray(override, np.float32)}
+        want = ProgramRunner(reference).prefill(ids)
+        np.testing.assert_allclose(runner.prefill(ids), want, atol=2e-5 * np.abs(want).max())
 
 
 def test_left_padding(sliding: Any) -> None:
