@@ -179,6 +179,9 @@ class PaletteFormat:
         rows: Rows (output channels) of a matrix that share a palette, or "auto".
     """
 
+    scale_type: ClassVar[ScaleType] = ScaleType.FP16
+    """Type of the entries of a palette, which take the place of scales."""
+
     bits: Literal[4] = 4
     rows: int | Literal["auto"] = "auto"
 
