@@ -26,7 +26,7 @@ from moec.compiler.commands.inspection import doctor, families, inspect
 from moec.compiler.commands.options import ArtifactDirectory, Debug, Json, Quiet, Revision, Trust
 from moec.compiler.commands.pipelines import build, diff, publish
 from moec.compiler.common.errors import MoecError, UsageError, out_of_memory
-from moec.compiler.common.memory import keep_freed_memory
+from moec.compiler.common.memory import check_address_space, keep_freed_memory
 from moec.compiler.common.threads import WAIT_WITHOUT_SPINNING
 
 
@@ -102,7 +102,7 @@ def export(
     latency_threads: LatencyThreads = None,
     latency_seconds: LatencySeconds = None,
     inputs_embeds: Annotated[
-        bool, typer.Option("--inputs-embeds", help="Add an optional input of embeddings, for images, say.")
+        bool, typer.Option("--inputs-embeds", help="Add an input of embeddings, for images, say.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an artifact at the output.")] = False,
     no_gates: Annotated[bool, typer.Option("--no-gates", help="Do not prove the artifact.")] = False,
@@ -246,13 +246,23 @@ def validate(
     return console.verdicts(result)
 
 
-def _guarded(command: Callable[..., int]) -> Callable[..., None]:
-    """Turn what a command raises into a message and an exit code."""
+def _guarded(command: Callable[..., int], *, compiles: bool) -> Callable[..., None]:
+    """Turn what a command raises into a message and an exit code.
+
+    Args:
+        command: The command.
+        compiles: Whether it runs what takes the memory of an export.
+    """
 
     @functools.wraps(command)
     def guarded(**arguments: Any) -> None:
+        def call() -> int:
+            if compiles:
+                check_address_space()
+            return command(**arguments)
+
         console = Console(arguments.get("json_output", False), debug=arguments.get("debug", False))
-        raise typer.Exit(_guard(console, functools.partial(command, **arguments)))
+        raise typer.Exit(_guard(console, call))
 
     return guarded
 
@@ -288,9 +298,10 @@ def _application(arguments: list[str]) -> typer.Typer:
     ) -> None:
         """Compile mixture-of-experts checkpoints into deployment artifacts, with proof."""
 
-    app.command("export")(_guarded(_export_command(arguments)))
+    app.command("export")(_guarded(_export_command(arguments), compiles=True))
     for command in (build, calibrate, estimate, validate, verify, run, inspect, diff, publish, doctor, families):
-        app.command(command.__name__)(_guarded(command))
+        compiles = command in (build, calibrate, estimate, validate, families)
+        app.command(command.__name__)(_guarded(command, compiles=compiles))
     return app
 
 

@@ -1,4 +1,4 @@
-"""An optional input of embeddings, so that an app can put those of an image between those of words."""
+"""An input of embeddings, so that an app can put those of an image between those of words."""
 
 from __future__ import annotations
 

@@ -214,7 +214,7 @@ class Target(ABC):
     `name` is what `--target` takes; `Options` is a TargetOptions subclass; `extra` is the pip extra that it needs, if
     any; `tools` are the distributions, beyond torch, whose versions decide what it writes and so stand in moec.json.
     `modules` are the top-level modules of the extra, without which nothing can be built.
-    `takes_embeddings`: an artifact may have the optional input `inputs_embeds` (`moec.passes.inputs_embeds`).
+    `takes_embeddings`: an artifact may have the input `inputs_embeds` (`moec.passes.inputs_embeds`).
     `default_dtype` is the precision where a recipe names none: "fp32" or "fp16".
     `presets` are the names that `--quantize` takes for this target alone, or means something else by: name -> format
     by tensor class, as in a recipe.

@@ -1,4 +1,4 @@
-"""What becomes of memory that is freed, and how often Python looks for such. Imports nothing heavy."""
+"""Whether there is room to compile, and what becomes of memory that is freed. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -7,12 +7,38 @@ import ctypes
 import gc
 from collections.abc import Iterator
 
+from moec.compiler.common.errors import OutOfMemoryError
+
+ADDRESS_SPACE = 3 << 29
+"""What an export maps before it has read a weight, in bytes: torch, transformers and a runtime."""
+
 KEPT = 128 << 20
 """Most bytes that are kept."""
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _LARGEST_THRESHOLD = 32 << 20
 """The largest of glibc on 64 bits: DEFAULT_MMAP_THRESHOLD_MAX in malloc.c."""
+
+
+def check_address_space() -> None:
+    """Refuse to compile under a limit (`ulimit -v`, RLIMIT_AS) that the libraries alone exceed.
+
+    With too little the C library ends the process where a library's thread-local data finds no room, or an import
+    tries again and again: neither can be caught when it comes to that.
+
+    Raises:
+        OutOfMemoryError: The limit of this process is below `ADDRESS_SPACE`.
+    """
+    try:
+        import resource
+    except ImportError:  # no such limit on Windows
+        return
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY and limit < ADDRESS_SPACE:
+        raise OutOfMemoryError(
+            f"this process may map {limit / 2**30:.2f} GiB, and the libraries alone take {ADDRESS_SPACE / 2**30}",
+            hint="raise the limit (ulimit -v); the memory of a container is limited without it",
+        )
 
 
 def keep_freed_memory() -> None:

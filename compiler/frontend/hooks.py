@@ -316,6 +316,7 @@ def emit_experts(
         gate.alpha,
         gate.limit,
         gate.up_offset,
+        gate.limit_activated,
     )
     return out
 

@@ -75,11 +75,12 @@ class Experts(_View):
     alpha: float
     limit: float
     up_offset: float
+    limit_activated: bool
 
     @property
     def gate(self) -> Gate:
         """How the outputs of the first projection are combined."""
-        return Gate(self.activation, self.gated, self.interleaved, self.alpha, self.limit, self.up_offset)
+        return Gate(**{field.name: getattr(self, field.name) for field in fields(Gate)})
 
     @property
     def stacks(self) -> dict[str, fx.Node]:

@@ -35,7 +35,8 @@ class Gate:
     With `gated`, the projection holds gate and up, either concatenated or `interleaved` (gate0, up0, gate1, ...), and
     the result is `act(min(gate, limit)) * (clamp(up, -limit, limit) + up_offset)`. `act` is `activation`, or
     `x * sigmoid(alpha * x)` where `activation` is "silu" and `alpha` is not 1 (gpt-oss). Without it: `activation(x)`.
-    A `limit` of 0 clamps nothing.
+    A `limit` of 0 clamps nothing. With `limit_activated` it holds for what the activation yields and not for what it
+    takes in (Step 3.7): `min(act(gate), limit) * (clamp(up, -limit, limit) + up_offset)`.
     """
 
     activation: str
@@ -44,6 +45,7 @@ class Gate:
     alpha: float = 1.0
     limit: float = 0.0
     up_offset: float = 0.0
+    limit_activated: bool = False
 
     def split(self, projected: Tensor) -> tuple[Tensor, Tensor]:
         """Split `projected` [..., 2 * I] into gate and up, each [..., I]."""
@@ -58,11 +60,13 @@ class Gate:
             return ACTIVATIONS[self.activation](projected)
         gate, up = self.split(projected)
         if self.limit:
-            gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
+            gate, up = gate if self.limit_activated else gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
         if self.activation == "silu" and self.alpha != 1.0:
             activated = gate * torch.sigmoid(self.alpha * gate)
         else:
             activated = ACTIVATIONS[self.activation](gate)
+        if self.limit and self.limit_activated:
+            activated = activated.clamp(max=self.limit)
         return activated * (up + self.up_offset if self.up_offset else up)
 
 
@@ -156,7 +160,7 @@ torch.library.define(
     "moec::experts",
     "(Tensor hidden_states, Tensor indices, Tensor weights, Tensor gate_up_proj, Tensor? gate_up_bias, "
     "Tensor down_proj, Tensor? down_bias, str activation, bool gated, bool interleaved, bool transposed, "
-    "float alpha, float limit, float up_offset) -> Tensor",
+    "float alpha, float limit, float up_offset, bool limit_activated=False) -> Tensor",
 )
 
 
@@ -176,6 +180,7 @@ def experts(
     alpha: float,
     limit: float,
     up_offset: float,
+    limit_activated: bool = False,
 ) -> Tensor:
     """The feed-forward experts of one layer.
 
@@ -194,6 +199,7 @@ def experts(
         alpha: See `Gate`.
         limit: See `Gate`.
         up_offset: See `Gate`.
+        limit_activated: See `Gate`.
 
     Returns:
         [T, H].
@@ -208,7 +214,7 @@ def experts(
             None if down_bias is None else down_bias[index],
         )
 
-    gate = Gate(activation, gated, interleaved, alpha, limit, up_offset)
+    gate = Gate(activation, gated, interleaved, alpha, limit, up_offset, limit_activated)
     return run_experts(hidden_states, indices, weights, gate, expert)
 
 

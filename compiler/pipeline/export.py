@@ -136,7 +136,7 @@ def compile_recipe(
     check_inputs(recipe)
     if recipe.inputs_embeds and not target.takes_embeddings:
         raise UsageError(
-            f"an artifact for {target.name} has no optional input of embeddings", hint="export without --inputs-embeds"
+            f"an artifact for {target.name} has no input of embeddings", hint="export without --inputs-embeds"
         )
     check_output(output.expanduser().resolve(), overwrite=overwrite)
     stages = Stages(progress)

@@ -227,12 +227,14 @@ def _activate(ctx: Context, projected: Var, gate: Gate, dtype: torch.dtype) -> V
         first, up = mb.split(x=projected, num_splits=ctx.constant(np.int32(2)), axis=ctx.constant(np.int32(axis)))
     if gate.limit:
         high, low = ctx.tensor(gate.limit, dtype), ctx.tensor(-gate.limit, dtype)
-        first = mb.minimum(x=first, y=high)
+        first = first if gate.limit_activated else mb.minimum(x=first, y=high)
         up = mb.maximum(x=mb.minimum(x=up, y=high), y=low)
     if gate.activation == "silu" and gate.alpha != 1.0:
         activated = mb.mul(x=first, y=mb.sigmoid(x=mb.mul(x=first, y=ctx.tensor(gate.alpha, dtype))))
     else:
         activated = _activation(ctx, first, gate, dtype)
+    if gate.limit and gate.limit_activated:
+        activated = mb.minimum(x=activated, y=ctx.tensor(gate.limit, dtype))
     return mb.mul(x=activated, y=mb.add(x=up, y=ctx.tensor(gate.up_offset, dtype)) if gate.up_offset else up)
 
 

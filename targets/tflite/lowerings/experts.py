@@ -120,12 +120,14 @@ def activate(ctx: Context, projected: Value, gate: Gate) -> Value:
         return _activation(ctx, projected, gate)
     first, up = split(ctx, projected, [projected.shape[1] // 2] * 2, 1)
     if gate.limit:
-        first = ctx.op("MINIMUM", first, ctx.scalar(gate.limit))
+        first = first if gate.limit_activated else ctx.op("MINIMUM", first, ctx.scalar(gate.limit))
         up = ctx.op("MINIMUM", ctx.op("MAXIMUM", up, ctx.scalar(-gate.limit)), ctx.scalar(gate.limit))
     if gate.activation == "silu" and gate.alpha != 1.0:
         activated = ctx.op("MUL", first, ctx.op("LOGISTIC", ctx.op("MUL", first, ctx.scalar(gate.alpha))))
     else:
         activated = _activation(ctx, first, gate)
+    if gate.limit and gate.limit_activated:
+        activated = ctx.op("MINIMUM", activated, ctx.scalar(gate.limit))
     return ctx.op("MUL", activated, ctx.op("ADD", up, ctx.scalar(gate.up_offset)) if gate.up_offset else up)
 
 

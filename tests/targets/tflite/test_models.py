@@ -18,7 +18,7 @@ from moec import passes
 from moec.compiler.common.errors import ArtifactError, LoweringError, MissingExtraError, UsageError
 from moec.compiler.gates.coverage import run_experts_by_force
 from moec.compiler.ir.interpreter import ProgramRunner
-from moec.compiler.ir.ops import ACTIVATIONS
+from moec.compiler.ir.ops import ACTIVATIONS, Gate
 from moec.compiler.ir.program import EXPERTS, Program
 from moec.compiler.ir.weights import Constant
 from moec.passes.quantize import Quantize
@@ -170,39 +170,31 @@ def test_a_token_keeps_its_total_when_only_another_one_needs_the_expert(build: A
 
 
 @pytest.mark.parametrize(
-    ("activation", "gated", "interleaved", "alpha", "limit", "up_offset", "bias"),
+    ("gate", "bias"),
     [
-        ("silu", True, True, 1.702, 0.7, 1.0, True),
-        ("silu", True, False, 1.0, 0.0, 0.0, True),
-        *((name, False, False, 1.0, 0.0, 0.0, False) for name in ACTIVATIONS),
-        *((name, True, True, 1.0, 0.0, 0.0, False) for name in ACTIVATIONS),
+        (Gate("silu", interleaved=True, alpha=1.702, limit=0.7, up_offset=1.0), True),
+        (Gate("silu", limit=0.3, limit_activated=True), True),
+        (Gate("silu"), True),
+        *((Gate(name, gated=False), False) for name in ACTIVATIONS),
+        *((Gate(name, interleaved=True), False) for name in ACTIVATIONS),
     ],
 )
-def test_every_kind_of_expert(
-    build: Any,
-    weight: Any,
-    activation: str,
-    gated: bool,
-    interleaved: bool,
-    alpha: float,
-    limit: float,
-    up_offset: float,
-    bias: bool,
-) -> None:
+def test_every_kind_of_expert(build: Any, weight: Any, gate: Gate, bias: bool) -> None:
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
 
-    wide = 12 if gated else 6
+    wide = 12 if gate.gated else 6
     hidden, indices, weights = random(3, 8), torch.tensor([[0, 2], [1, 0], [3, 2]]), random(3, 2).abs()
     gate_up, down = random(4, wide, 8), random(4, 8, 6)
     biases = [random(4, wide), random(4, 8)] if bias else [None, None]
-    gate = (activation, gated, interleaved, False, alpha, limit, up_offset)
+    activation, gated, interleaved, *rest = dataclasses.astuple(gate)
+    own = (activation, gated, interleaved, False, *rest)
     held = [None if value is None else weight(value) for value in biases]
-    call = (EXPERTS, hidden, indices, weights, weight(gate_up), held[0], weight(down), held[1], *gate)
+    call = (EXPERTS, hidden, indices, weights, weight(gate_up), held[0], weight(down), held[1], *own)
     (got,) = build.calls({"call": call})["call"]
-    want = EXPERTS(hidden, indices, weights, gate_up, biases[0], down, biases[1], *gate)
+    want = EXPERTS(hidden, indices, weights, gate_up, biases[0], down, biases[1], *own)
     np.testing.assert_allclose(got, want, atol=2e-5)
 
 
