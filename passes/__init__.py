@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
@@ -34,7 +33,6 @@ class PassRecord:
 
     name: str
     modified: bool
-    seconds: float
     rejections: tuple[Rejection, ...]
 
 
@@ -131,10 +129,9 @@ def run_passes(
     check_invariants(program, completed)
     log: list[PassRecord] = []
     for item in passes:
-        start = time.perf_counter()
         result = _run(item, program, [*completed, *(record.name for record in log)])
         program = result.program
-        record = PassRecord(item.name, result.modified, time.perf_counter() - start, result.rejections)
+        record = PassRecord(item.name, result.modified, result.rejections)
         log.append(record)
         if on_pass is not None:
             on_pass(record)

@@ -151,10 +151,6 @@ class IntegerFormat:
         granularity = self.resolve(dimension, name).granularity
         return granularity if isinstance(granularity, int) else dimension
 
-    def bytes_per_weight(self, dimension: int) -> float:
-        """Mean bytes of one weight with its share of scale and zero point."""
-        return self.planned_bytes((1, dimension)) / dimension
-
     def planned_bytes(self, shape: Sequence[int], *, source_itemsize: int = 2) -> int:
         """Bytes of the codes, scales and zero points of a tensor of `shape` [..., N, K].
 
@@ -182,6 +178,9 @@ class PaletteFormat:
         bits: Bits of one code; a palette has 2^bits entries, each a half-precision number.
         rows: Rows (output channels) of a matrix that share a palette, or "auto".
     """
+
+    scale_type: ClassVar[ScaleType] = ScaleType.FP16
+    """Type of the entries of a palette, which take the place of scales."""
 
     bits: Literal[4] = 4
     rows: int | Literal["auto"] = "auto"

@@ -281,8 +281,8 @@ class Target(ABC):
             tensor = program.weights[name]
             if not isinstance(tensor, Coded):
                 continue
-            kind, scales = str(tensor.format).partition(":")[0], getattr(tensor.format, "scale_type", "fp16")
-            if kind not in self.weight_formats or scales not in self.scale_types:
+            kind = str(tensor.format).partition(":")[0]
+            if kind not in self.weight_formats or tensor.format.scale_type not in self.scale_types:
                 users.setdefault(str(tensor.format), []).append(name)
         known = f"{', '.join(sorted(self.weight_formats))} with scales of {' or '.join(sorted(self.scale_types))}"
         for form, names in users.items():

@@ -118,17 +118,6 @@ class Comparisons:
         return Comparison(name, len(errors), tuple(wrong), max(errors.values(), default=0.0))
 
 
-def check_integrity(
-    program: Program, stored: Mapping[str, StoredWeight], *, progress: Progress = lambda *_: None
-) -> Verdict:
-    """Compare every expert of every tensor, one at a time; see `Comparisons`.
-
-    Raises:
-        ArtifactError: A weight is computed in the graph.
-    """
-    return Comparisons(program, stored).judge(progress)
-
-
 def _judge(comparisons: list[Comparison], missing: list[str], other: list[str], examined: Examined) -> Verdict:
     wrong = [item for item in comparisons if item.wrong]
     problems = [

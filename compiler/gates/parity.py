@@ -171,18 +171,6 @@ def gather_artifact(
     return gather(ARTIFACT_GATE, program, runner, oracle, prompts, precision, options, progress)
 
 
-def check_artifact(
-    program: Program,
-    runner: Runner,
-    prompts: Prompts,
-    options: ParityOptions | None = None,
-    progress: Progress = lambda *_: None,
-) -> Verdict:
-    """Step (b) by itself: the artifact's `runner` against the final `program` by the interpreter."""
-    options = options or ParityOptions()
-    return judge_parity(ARTIFACT_GATE, gather_artifact(program, runner, prompts, options, progress), options)
-
-
 def gather_capture(
     checkpoint: Checkpoint,
     program: Program,

@@ -7,7 +7,7 @@ expert where experts are concerned, and not the model. A small cache keeps what 
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -286,14 +286,3 @@ class ProgramRunner:
     def facts(self) -> dict[str, Any]:
         """What ran, for the report."""
         return {"runtime": "moec interpreter", "torch": torch.__version__}
-
-
-def observe(targets: Sequence[Any], call: Callable[[fx.Node, tuple[Any, ...], Any], None]) -> Observer:
-    """An observer that is called for the nodes of `targets` alone."""
-    wanted = frozenset(targets)
-    return partial(_observe, wanted, call)
-
-
-def _observe(wanted: frozenset[Any], call: Observer, node: fx.Node, args: tuple[Any, ...], result: Any) -> None:
-    if node.target in wanted:
-        call(node, args, result)

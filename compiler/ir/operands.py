@@ -8,7 +8,7 @@ from typing import Any, Self
 import torch
 from torch import fx
 
-from moec.compiler.ir.ops import ATTENTION, EXPERTS, RMS_NORM, ROTARY, SELECT, Gate
+from moec.compiler.ir.ops import Gate
 
 _WITHOUT_MEANING = frozenset({"device", "layout", "pin_memory", "memory_format", "non_blocking", "requires_grad"})
 """Keywords that say where and how a tensor lies in memory, which a graph of moec says nothing of."""
@@ -157,7 +157,3 @@ class Rotary(_View):
     x: fx.Node
     cos: fx.Node
     sin: fx.Node
-
-
-VIEWS = {EXPERTS: Experts, SELECT: Select, ATTENTION: Attention, RMS_NORM: RmsNorm, ROTARY: Rotary}
-"""The view of each semantic op."""

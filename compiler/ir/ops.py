@@ -27,8 +27,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda x: x,
 }
 
-ATTENTION_KINDS = ("causal", "sliding", "chunked")
-
 
 @dataclass(frozen=True, slots=True)
 class Gate:
@@ -316,7 +314,7 @@ def attention(
         attention_mask: [B, P + S] integer or bool, 0 where the slot is padding; None where nothing is.
         sinks: Logit per head that joins the softmax and is then dropped, [Hq] (gpt-oss), or None.
         scale: Factor on the logits.
-        kind: One of `ATTENTION_KINDS`.
+        kind: "causal", "sliding" or "chunked"; see `visible`.
         window: See `visible`.
         softcap: `cap * tanh(logits / cap)` where it is not 0 (Gemma 2).
 

@@ -218,10 +218,10 @@ def validate_artifact(
     return Result(directory, manifest, verdicts, stages.timings)
 
 
-def build_program(recipe: Recipe, *, progress: Progress = silent) -> Program:
+def build_program(recipe: Recipe) -> Program:
     """The Program that an export of `recipe` would lower: captured and with every pass run."""
     target, options = _target(recipe)
-    return _build(_completed(recipe, target), target, options, Stages(progress), Captures()).program
+    return _build(_completed(recipe, target), target, options, Stages(silent), Captures()).program
 
 
 def _completed(recipe: Recipe, target: Target) -> Recipe:

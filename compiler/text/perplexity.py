@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 
 Told = Callable[[int, int], None]
-RESAMPLES = 2000
+RESAMPLES, LEVEL = 2000, 0.95
 
 
 class LanguageModel(Protocol):
@@ -48,12 +48,12 @@ class Comparison:
         """Relative increase of perplexity: 0.01 is 1 %."""
         return math.exp(float((self.candidate - self.reference).mean())) - 1
 
-    def interval(self, *, level: float = 0.95, seed: int = 0) -> tuple[float, float]:
-        """Paired bootstrap interval of `increase` over windows (percentile method, 2000 resamples)."""
+    def interval(self) -> tuple[float, float]:
+        """Paired bootstrap interval of `increase` over windows: 95 %, percentile method, 2000 resamples."""
         differences = self.candidate - self.reference
-        draws = np.random.default_rng(seed).integers(0, len(differences), (RESAMPLES, len(differences)))
+        draws = np.random.default_rng(0).integers(0, len(differences), (RESAMPLES, len(differences)))
         means = np.exp(differences[draws].mean(axis=1)) - 1
-        low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+        low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
         return float(low), float(high)
 
 

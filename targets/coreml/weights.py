@@ -11,7 +11,7 @@ import torch
 
 from moec.compiler.ir.weights import LazyTensor
 from moec.quantize.keep import KeptTable
-from moec.quantize.lazy import Coded, Palettized, Quantized
+from moec.quantize.lazy import Coded, CodedFormat, Palettized, Quantized
 from moec.targets.common.refusals import RefusedError
 from moec.targets.coreml.library import coremltools_module
 
@@ -27,13 +27,13 @@ _NUMPY: Mapping[str, Any] = {"fp32": np.float32, "fp16": np.float16, "int32": np
 HINT = "build with --dtype fp32, or quantize with scales in fp16, such as int4"
 
 
-def inexpressible(form: Any, type_name: str) -> str:
+def inexpressible(form: CodedFormat, type_name: str) -> str:
     """Why codes of `form` cannot be expanded to values of the MIL type `type_name`; empty where they can.
 
     The scales have the type of the result.
     """
-    stored = getattr(form, "scale_type", None)
-    if stored is None or stored.dtype.itemsize <= np.dtype(_NUMPY[type_name]).itemsize:
+    stored = form.scale_type
+    if stored.dtype.itemsize <= np.dtype(_NUMPY[type_name]).itemsize:
         return ""
     return f"its scales are {stored} and the program computes in {type_name}"
 

@@ -54,14 +54,12 @@ class Built:
 
     Attributes:
         found: What is known about the engine; None where there is none.
-        version: Of the library.
         seconds: Time of the build.
         peak_bytes: Most anonymous memory of the process.
         failure: Where the parser or the builder refused.
     """
 
     found: EngineFacts | None = None
-    version: str = ""
     seconds: float = 0.0
     peak_bytes: int = 0
     failure: Failure | None = None
@@ -162,7 +160,7 @@ def _hear(event: Mapping[str, Any], log: IO[str], built: Built, progress: Progre
             built.failure = Failure(event["stage"], event["message"], event["node"], event["operator"])
         case _:
             built.found = EngineFacts.model_validate(event["found"])
-            built.version, built.seconds = event["version"], event["seconds"]
+            built.seconds = event["seconds"]
 
 
 def _last_lines(path: Path) -> str:

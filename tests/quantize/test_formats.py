@@ -105,8 +105,8 @@ def test_a_block_that_does_not_divide_is_refused_with_one_that_does() -> None:
 
 
 def test_bytes() -> None:
-    assert IntegerFormat(4, 32).bytes_per_weight(256) == 4.5 / 8
-    assert IntegerFormat(8, 128).bytes_per_weight(256) == 8.125 / 8
+    assert IntegerFormat(4, 32).planned_bytes((1, 256)) == 256 * 4.5 / 8
+    assert IntegerFormat(8, 128).planned_bytes((1, 256)) == 256 * 8.125 / 8
     assert IntegerFormat(8, "channel", scale_type=ScaleType.FP32).planned_bytes((3, 10, 100)) == 30 * 104
     assert IntegerFormat(4, "channel").planned_bytes((10, 101)) == 10 * (51 + 2)
     assert IntegerFormat(4, 32, symmetric=False).planned_bytes((1, 96)) == 48 + 6 + 2

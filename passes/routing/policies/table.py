@@ -39,9 +39,6 @@ BUILT_IN: tuple[type[Policy], ...] = (
     RandomDrop,
 )
 
-CONTROLS = (UniformK.name, RandomDrop.name)
-"""Shown in every report beside the chosen policy."""
-
 REFUSED = {
     "oea": "lets tokens of a batch share the experts that others activate",
     "sere": "reroutes a token's experts to those that its batch activates",

@@ -10,7 +10,7 @@ from moec.compiler.common.errors import MoecError, UnsupportedModelError, UsageE
 from moec.compiler.families import released_page
 from moec.compiler.families.families_page import NO, YES
 from moec.compiler.families.released_models import released_config, released_names, write_released_checkpoint
-from moec.compiler.frontend.architecture import ALIASES, is_native
+from moec.compiler.frontend.architecture import ALIASES, is_native, notes, read_config
 from moec.compiler.frontend.capture import capture
 from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.measure.summary import model_summary
@@ -100,16 +100,29 @@ def leaves(value: Any, path: str = "") -> Any:
 
 
 def test_aliases_of_architectures_are_read_as_what_they_equal(tmp_path: Path) -> None:
-    for name, (known, _) in ALIASES.items():
+    for name, alias in ALIASES.items():
         assert not is_native({"model_type": f"{name}_"})
         assert is_native({"model_type": name})
-        assert is_native({"model_type": known})
+        assert is_native({"model_type": alias.known_as})
     checkpoint = Checkpoint.open(write_released_checkpoint("Kimi-K2-Instruct", tmp_path))
     assert checkpoint.config.model_type == "deepseek_v3"
     assert checkpoint.notes == (
         "config.json names code of its own (auto_map): not run, transformers has the model itself",
         "model_type kimi_k2 is read as deepseek_v3, which it equals",
     )
+
+
+def test_a_key_has_the_name_that_transformers_gives_it(tmp_path: Path) -> None:
+    raw = {"model_type": "hunyuan", "attention_head_dim": 24}
+    assert read_config(tmp_path, raw, trust_remote_code=False).head_dim == 24
+    both = read_config(tmp_path, {**raw, "head_dim": 40}, trust_remote_code=False)
+    assert both.head_dim == 40
+
+
+def test_a_model_type_that_is_no_name_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"no model of type \['olmoe'\]"):
+        read_config(tmp_path, {"model_type": ["olmoe"]}, trust_remote_code=False)
+    assert not notes({"model_type": ["olmoe"]})
 
 
 def test_what_belongs_to_the_vision_tower_is_left_out(tmp_path: Path) -> None:

@@ -149,7 +149,7 @@ def test_auto_chooses_among_what_the_target_computes_with(golden_model: Path, tm
     assert parts["experts.0"]["loss"].keys() == {
         "fp16",
         "int8:channel:fp32:int8-dynamic",
-        *(f"int4:{block}:int8-dynamic" for block in (32, 64, 128)),
+        *(f"int4:{block}:bf16:int8-dynamic" for block in (32, 64, 128)),
     }
 
 

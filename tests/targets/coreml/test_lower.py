@@ -29,10 +29,12 @@ from moec.targets.base import Phase
 from moec.targets.coreml.executor import MilModel
 from moec.targets.coreml.executor.package import load_spec, model_file
 from moec.targets.coreml.library import coremltools_module
-from moec.targets.coreml.package import PACKAGE, WEIGHT_FILE
+from moec.targets.coreml.package import PACKAGE, WEIGHTS
 from moec.targets.coreml.target import CoremlOptions, CoremlTarget
 
 Golden = Callable[[str], Any]
+
+WEIGHT_FILE = f"Data/{WEIGHTS}/weight.bin"
 
 
 def quantized(program: Program, text: str) -> Program:
