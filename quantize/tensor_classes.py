@@ -9,9 +9,9 @@ import torch
 from torch import fx
 
 from moec.compiler.common.errors import UsageError
-from moec.compiler.ir.analysis import ancestors, is_mixer, layer_of, router_nodes
-from moec.compiler.ir.operands import Experts
-from moec.compiler.ir.program import ATTENTION, EXPERTS, Program, module_of
+from moec.compiler.ir.analysis import TOKEN_MIXERS, ancestors, is_mixer, layer_of, router_nodes
+from moec.compiler.ir.operands import Experts, LinearAttention
+from moec.compiler.ir.program import ATTENTION, EXPERTS, LINEAR_ATTENTION, Program, module_of
 from moec.compiler.ir.weights import LazyTensor
 from moec.quantize.formats import Format
 from moec.quantize.plan import QuantizationPlan, TensorClass
@@ -38,7 +38,8 @@ def weight_roles(program: Program) -> Mapping[str, Role]:
     roles: dict[str, Role] = {}
     routers = {node for experts in program.nodes(EXPERTS) for node in router_nodes(experts) if node.target is LINEAR}
     head = _head(program)
-    attention = {module_of(node) for node in program.nodes(ATTENTION)}
+    attention = {module_of(node) for node in program.graph.nodes if node.target in TOKEN_MIXERS}
+    gates = _gates(program)
     resolve = program.weights.resolve
 
     def assign(argument: object, tensor_class: TensorClass, node: fx.Node) -> None:
@@ -54,23 +55,37 @@ def weight_roles(program: Program) -> Mapping[str, Role]:
         elif node.target is EMBEDDING:
             assign(node.args[0], TensorClass.EMBEDDING, node)
         elif node.target is LINEAR:
-            assign(node.args[1], _linear_class(node, routers, head, attention), node)
+            assign(node.args[1], _linear_class(node, routers, gates, head, attention), node)
     return roles
 
 
-def _linear_class(node: fx.Node, routers: set[fx.Node], head: fx.Node | None, attention: set[str]) -> TensorClass:
+def _linear_class(
+    node: fx.Node, routers: set[fx.Node], gates: set[fx.Node], head: fx.Node | None, attention: set[str]
+) -> TensorClass:
     weight = node.args[1]
     assert isinstance(weight, fx.Node)
     if node in routers:
         return TensorClass.ROUTER
     if node is head:
         return TensorClass.LM_HEAD
-    if weight.meta["val"].shape[0] < MINIMUM_ROWS:
+    if node in gates or weight.meta["val"].shape[0] < MINIMUM_ROWS:
         return TensorClass.OTHER
     module = module_of(node)
     if any(module == owner or module.startswith(f"{owner}.") for owner in attention):
         return TensorClass.ATTENTION
     return TensorClass.SHARED_EXPERT
+
+
+def _gates(program: Program) -> set[fx.Node]:
+    """Linears of which a scan takes its decay or update rate and nothing else: they are small, and errors add up."""
+
+    def linears(*operands: fx.Node | None) -> set[fx.Node]:
+        through = ancestors(operands, lambda node: node.target is LINEAR or node.target in (ATTENTION, EXPERTS))
+        return {node for node in through if node.target is LINEAR}
+
+    scans = [LinearAttention.of(node) for node in program.nodes(LINEAR_ATTENTION)]
+    gates = {node for own in scans for node in linears(own.decay, own.beta)}
+    return gates - {node for own in scans for node in linears(own.query, own.key, own.value)}
 
 
 def _head(program: Program) -> fx.Node | None:

@@ -84,6 +84,9 @@ def tiny_model(family: str, *, seed: int = 0, **overrides: Any) -> PreTrainedMod
         torch.manual_seed(seed)
         model: PreTrainedModel = auto_class.from_config(config, attn_implementation="eager").float().eval()
     randomise(model, torch.Generator().manual_seed(seed), expert_count(config))
+    for name, buffer in model.named_buffers():
+        if name.endswith("balancing_biases"):
+            buffer[-1] = -1.0  # transformers 5.24 sets it so whenever it loads a checkpoint
     return model
 
 
@@ -145,12 +148,13 @@ def randomise(model: PreTrainedModel, generator: torch.Generator, experts: int) 
     Freshly initialised models hide errors: biases and sinks are 0, norms are 1, and all experts are almost
     equally likely. Matrices get a gain of 1 (router weights 2, which makes routing decided: the logits of the
     experts spread by about 2), vectors keep their initial value plus noise, because whether a norm weight
-    belongs near 0 or near 1 is the family's choice.
+    belongs near 0 or near 1 is the family's choice. Tables that the class derives from each other, such as the rates of
+    lightning attention, stay as they are: they are buffers of three axes and more.
     """
     import torch
 
     embeddings = {module.weight.data_ptr() for module in model.modules() if isinstance(module, torch.nn.Embedding)}
-    seen: set[int] = set()
+    seen = {buffer.data_ptr() for buffer in model.buffers() if buffer.ndim > 2}
     for name, tensor in model.state_dict().items():
         if not tensor.is_floating_point() or tensor.data_ptr() in seen:
             continue

@@ -28,6 +28,7 @@ from moec.compiler.frontend.frames import roomy
 from moec.compiler.frontend.functional import functional
 from moec.compiler.frontend.masks import MaskUseError
 from moec.compiler.frontend.rope import decide_by_tensors
+from moec.compiler.frontend.scans import scans_as_ops
 from moec.compiler.ir.program import (
     CACHE_KINDS,
     Dim,
@@ -172,20 +173,22 @@ def _states(
     """The state table, from one fake forward pass."""
     record = hooks.Recording(max_length, names)
     layers = int(getattr(model.config.get_text_config(), "num_hidden_layers", 0))
-    with mode, hooks.recording(record), hooks.watching(record, model):
+    with mode, hooks.recording(record), hooks.watching(record, model), scans_as_ops(model):
         ids = torch.zeros(1, 3, dtype=torch.long)
         _call(model, ids, torch.ones(1, 3, dtype=torch.long), torch.arange(3)[None], record, layers, 0)
+    if record.conv_inputs:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: layer {min(record.conv_inputs)} convolves in a way of its own",
+            hint="moec families lists what works and why the rest does not",
+        )
     if not record.experts:
         _reject_without_experts(model, record)
-    for (layer, kind), shape in record.states.items():
-        if kind not in (*CACHE_KINDS, "conv") or 0 in shape:
-            raise UnsupportedModelError(
-                f"{type(model).__name__}: layer {layer} keeps more than the inputs of one convolution of known length",
-                hint="moec families lists what works and why the rest does not",
-            )
     if not record.attentions:
         raise UnsupportedModelError(f"{type(model).__name__}: none of its layers attends to earlier tokens")
-    return tuple(state_spec(*key, shape, dtype) for key, shape in sorted(record.states.items()))
+    return tuple(
+        state_spec(layer, kind, shape, dtype if kind in CACHE_KINDS else own)
+        for (layer, kind), (shape, own) in sorted(record.states.items())
+    )
 
 
 def _reject_without_experts(model: nn.Module, record: hooks.Recording) -> None:
@@ -227,7 +230,7 @@ def _call(
             position_ids=position_ids,
             use_cache=True,
             return_dict=True,
-            **{architecture.cache_argument(model): hooks.step_cache(record, layers, length)},
+            **{architecture.cache_argument(model): hooks.step_cache(record, layers, length, hooks.cache_class(model))},
         )
     except MoecError:
         raise
@@ -284,7 +287,7 @@ class _Step(nn.Module):
         length = next(state.shape[2] for (_, kind), state in by_state.items() if kind in CACHE_KINDS)
         (decoder,) = self.decoder
         layers = max(layers, int(decoder.config.get_text_config().num_hidden_layers))
-        with hooks.recording(record):
+        with hooks.recording(record), hooks.watching(record, decoder), scans_as_ops(decoder):
             out = _call(decoder, input_ids, attention_mask, position_ids, record, layers, length)
         return out.logits, [record.present[state] for state in self.states]
 

@@ -2,13 +2,14 @@
 
 Three registries of transformers are used under the name "moec": experts functions, attention functions and mask
 functions. A cache object hands the past to the attention function, so that appending to it is part of
-`moec::attention`, and to short convolutions, which join it to their new inputs. Nothing here knows a model.
+`moec::attention`; what recurrent layers call instead is in `moec.compiler.frontend.scans`. Nothing here knows a model.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
+import sys
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from contextvars import ContextVar
@@ -39,8 +40,8 @@ class Recording:
     """What one forward pass told us.
 
     `past` is None while the shapes of the states are still being found out. A state is what attention takes as keys and
-    values, which for multi-head latent attention is more than what the family puts into its cache, or what a short
-    convolution keeps of its inputs.
+    values, which for multi-head latent attention is more than what the family puts into its cache, what a short
+    convolution keeps of its inputs, or what a scan over the tokens carries on.
     """
 
     max_length: int
@@ -50,7 +51,8 @@ class Recording:
     past: Mapping[StateKey, Tensor] | None = None
     present: dict[StateKey, Tensor] = field(default_factory=dict)
     fresh: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    states: dict[StateKey, tuple[Dim, ...]] = field(default_factory=dict)
+    states: dict[StateKey, tuple[tuple[Dim, ...], torch.dtype]] = field(default_factory=dict)
+    conv_inputs: dict[int, int] = field(default_factory=dict)
     experts: list[str] = field(default_factory=list)
     attentions: list[str] = field(default_factory=list)
     running: list[nn.Module] = field(default_factory=list)
@@ -58,6 +60,36 @@ class Recording:
     def name(self, module: nn.Module) -> str:
         """Path of `module` in the model."""
         return self.names.get(module, type(module).__name__)
+
+    def layer(self) -> int:
+        """Index of the layer whose module runs.
+
+        Raises:
+            UnsupportedModelError: The module does not say.
+        """
+        index = getattr(self.running[-1], "layer_idx", None) if self.running else None
+        if not isinstance(index, int):
+            raise UnsupportedModelError(f"{self.where()} keeps a state and does not say which layer it belongs to")
+        return index
+
+    def state(self, layer: int, kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
+        """The state [B, *`shape`] that a layer starts from; None while the shapes are still being found out.
+
+        Raises:
+            UnsupportedModelError: The layer has had one of this kind already.
+        """
+        if self.past is not None:
+            return self.past[layer, kind]
+        if (layer, kind) in self.states:
+            raise UnsupportedModelError(f"{self.where()} keeps more than one state of the kind {kind}")
+        self.states[layer, kind] = ("batch", *shape), dtype
+        return None
+
+    def token_mask(self, like: Tensor) -> Tensor:
+        """1 where a token of this step is none of padding, in the dtype of `like`: [B, S]."""
+        if self.attention_mask is None or self.cache_position is None:  # while shapes are found out
+            return like.new_ones(like.shape[:2])
+        return self.attention_mask[:, -self.cache_position.shape[0] :].to(like.dtype)
 
     def where(self) -> str:
         """Path and class of the module that runs, or that an error stopped."""
@@ -109,8 +141,7 @@ def watching(record: Recording, model: nn.Module) -> Iterator[None]:
 class StepLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):  # type: ignore[no-untyped-call]
     """One layer of the cache: it hands over the new keys and values unchanged and remembers them.
 
-    A convolution is handed its past inputs, zeros at the start, with the new ones. No layer says that it has a
-    previous state, which is what leads convolutions into their form for one new token.
+    No layer says that it has a previous state, which is what leads recurrent layers into their form for one new token.
     """
 
     is_sliding = False
@@ -133,30 +164,32 @@ class StepLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):  # type: ignor
     def update_conv_state(
         self, conv_states: Tensor, state_idx: int = 0, conv_kernel_size: int | None = None, **_: Any
     ) -> Tensor:
-        """Join the past of a convolution to its new inputs [B, C, S], and remember the last `conv_kernel_size`.
-
-        The first pass records what a layer keeps: several convolutions, or one of no given length, are refused then.
-        """
-        if self.record.past is None:
-            kind = f"conv{state_idx or ''}"
-            self.record.states[self.index, kind] = ("batch", int(conv_states.shape[1]), conv_kernel_size or 0)
-            return conv_states
-        past = self.record.past[self.index, "conv"]
-        joined = torch.cat([past, conv_states], dim=-1)
-        self.record.present[self.index, "conv"] = joined[..., -past.shape[-1] :]
-        return joined
-
-    def update_recurrent_state(self, *_: Any, **__: Any) -> Tensor:
-        """Refuse: it needs a scan over the tokens.
+        """Hand the new inputs [B, C, S] of a convolution back: it joins them to the ones before by itself.
 
         Raises:
-            UnsupportedModelError: Always.
+            UnsupportedModelError: It is one of several, or of no given length.
         """
-        raise UnsupportedModelError(
-            f"{self.record.where()} keeps a recurrent state (state space or linear attention), which takes a scan over "
-            "the tokens, and moec cannot capture that yet",
-            hint="moec compiles layers that attend, or that convolve over the last few tokens",
-        )
+        if state_idx or conv_kernel_size is None:
+            raise UnsupportedModelError(
+                f"{self.record.where()} keeps more than the inputs of one convolution of known length",
+                hint="moec families lists what works and why the rest does not",
+            )
+        self.record.conv_inputs[self.index] = conv_kernel_size
+        return conv_states
+
+    def update_recurrent_state(self, recurrent_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        """Take note that the scan of a layer is over, whose state it has handed on already.
+
+        Raises:
+            UnsupportedModelError: It was none of those that moec knows.
+        """
+        record = self.record
+        if (self.index, "recurrent") not in (record.states if record.past is None else record.present):
+            raise UnsupportedModelError(
+                f"{record.where()} keeps a recurrent state that it makes in a way of its own",
+                hint="a scan that is none of those in moec/compiler/frontend/scans.py needs an adapter",
+            )
+        return recurrent_states
 
     def get_seq_length(self) -> Any:
         """Number of tokens in the past."""
@@ -171,9 +204,28 @@ class StepLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):  # type: ignor
         return -1
 
 
-def step_cache(record: Recording, layers: int, length: Any) -> Cache:
-    """A cache of `layers` StepLayers whose past has `length` tokens."""
-    return Cache(layers=[StepLayer(record, index, length) for index in range(layers)])
+def step_cache(record: Recording, layers: int, length: Any, kind: type[Cache] = Cache) -> Cache:
+    """A cache of `layers` StepLayers whose past has `length` tokens.
+
+    Args:
+        record: What the layers write to.
+        layers: How many.
+        length: Tokens in the past, a number or a symbol.
+        kind: Class of the cache, where a family takes none but its own.
+    """
+    own: list[Any] = [StepLayer(record, index, length) for index in range(layers)]
+    if kind is Cache:
+        return Cache(layers=own)
+    cache = kind()
+    cache.layers = own
+    return cache
+
+
+def cache_class(model: nn.Module) -> type[Cache]:
+    """The class of cache that the modeling file of `model` defines for it, or that of all others."""
+    scope = vars(sys.modules[type(model).__module__])
+    own = (item for item in scope.values() if isinstance(item, type) and issubclass(item, Cache))
+    return next((item for item in own if item.__module__ == type(model).__module__), Cache)
 
 
 def mask_hook(*_: Any, mask_function: Any, **__: Any) -> Mask:
@@ -224,9 +276,8 @@ def attention_hook(
     layer = _layer_of(record, module, key)
     if record.past is None:
         for kind, state in (("key", key), ("value", value)):
-            record.states.setdefault(
-                (layer, kind), ("batch", int(state.shape[1]), "past_sequence", int(state.shape[3]))
-            )
+            shape = ("batch", int(state.shape[1]), "past_sequence", int(state.shape[3]))
+            record.states.setdefault((layer, kind), (shape, state.dtype))
         return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
     pattern = attention_mask.pattern()
     out, present_key, present_value = torch.ops.moec.attention(

@@ -10,8 +10,11 @@ from torch import fx
 from moec.compiler.ir.operands import Experts
 from moec.compiler.ir.ops import ATTENTION, EXPERTS
 from moec.compiler.ir.program import module_of
+from moec.compiler.ir.recurrences import CAUSAL_CONV, LINEAR_ATTENTION
 
-MIXERS = frozenset({ATTENTION, EXPERTS})
+TOKEN_MIXERS = frozenset({ATTENTION, LINEAR_ATTENTION, CAUSAL_CONV})
+"""Ops through which tokens see each other."""
+MIXERS = TOKEN_MIXERS | {EXPERTS}
 """Ops that end a layer's router, and a walk from a later layer to an earlier one."""
 
 
@@ -33,15 +36,15 @@ def ancestors(start: Iterable[Any], stop: Callable[[fx.Node], bool] = lambda _: 
 
 
 def is_mixer(node: fx.Node) -> bool:
-    """Whether `node` is an attention or an experts node."""
+    """Whether `node` lets tokens see each other, or is an experts node."""
     return node.target in MIXERS
 
 
 def router_nodes(experts: fx.Node) -> list[fx.Node]:
     """The router of an experts node, in the order of the graph.
 
-    It is whatever the indices and weights are made of and the hidden states of the layer are not, up to the attention
-    or experts before.
+    It is whatever the indices and weights are made of and the hidden states of the layer are not, up to the mixer of
+    tokens or the experts before.
     """
     operands = Experts.of(experts)
     before = ancestors([operands.hidden_states], is_mixer)

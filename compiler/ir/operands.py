@@ -157,3 +157,39 @@ class Rotary(_View):
     x: fx.Node
     cos: fx.Node
     sin: fx.Node
+
+
+@dataclass(frozen=True, slots=True)
+class LinearAttention(_View):
+    """Operands of `moec::linear_attention`; shapes and meaning as there."""
+
+    query: fx.Node
+    key: fx.Node
+    value: fx.Node
+    decay: fx.Node | None
+    beta: fx.Node | None
+    state: fx.Node
+    update_rule: str
+    scale: float
+
+    @property
+    def heads(self) -> tuple[int, int, int]:
+        """Hq, Hk and H."""
+        query, key, value = (int(node.meta["val"].shape[2]) for node in (self.query, self.key, self.value))
+        return query, key, value
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Dk and Dv."""
+        return int(self.key.meta["val"].shape[3]), int(self.value.meta["val"].shape[3])
+
+
+@dataclass(frozen=True, slots=True)
+class CausalConv(_View):
+    """Operands of `moec::causal_conv`; shapes and meaning as there."""
+
+    x: fx.Node
+    weight: fx.Node
+    bias: fx.Node | None
+    state: fx.Node
+    activation: str

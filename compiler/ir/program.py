@@ -18,12 +18,15 @@ from torch import Tensor, fx
 from moec.compiler.common.rejections import Rejection
 from moec.compiler.ir.operands import Experts
 from moec.compiler.ir.ops import ATTENTION, EXPERTS, RMS_NORM, ROTARY, SELECT
+from moec.compiler.ir.recurrences import CAUSAL_CONV, LINEAR_ATTENTION
 from moec.compiler.ir.weights import WeightStore
 
 __all__ = [
     "ATTENTION",
     "CACHE_KINDS",
+    "CAUSAL_CONV",
     "EXPERTS",
+    "LINEAR_ATTENTION",
     "RMS_NORM",
     "ROTARY",
     "SELECT",

@@ -79,15 +79,15 @@ CASTS_AS = frozenset({aten.type_as.default, aten.to.dtype, aten.to.other, aten.t
 
 RESHAPES = frozenset({aten.view.default, aten._unsafe_view.default, aten.reshape.default})
 
+SQUEEZES = frozenset({aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims})
+
 SAME_IF_SHAPE = frozenset(
     {
         aten._to_copy.default,
         aten.expand.default,
         aten.repeat.default,
         aten.slice.Tensor,
-        aten.squeeze.default,
-        aten.squeeze.dim,
-        aten.squeeze.dims,
+        *SQUEEZES,
         *RESHAPES,
     }
 )
@@ -107,6 +107,7 @@ class Normalize(Pass):
 
     ```
     %a = view(%x, [-1, 64]); %b = view(%a, [-1, 64]); %c = mul(%b, 1.0); %d = transpose(transpose(%c, 0, 1), 0, 1)
+    %e = unsqueeze(squeeze(%d, 1), 1)
     ->
     %a = reshape(%x, [-1, 64])
     ```
@@ -168,6 +169,9 @@ def _source(node: fx.Node) -> fx.Node | None:
     if node.target is aten.permute.default:
         order = node.args[1]
         return argument if isinstance(order, list | tuple) and list(order) == list(range(len(order))) else None
+    if node.target is aten.unsqueeze.default and is_call(argument, *SQUEEZES):
+        source = argument.args[0]  # the order of the elements stays, so an equal shape is all that it takes
+        return source if isinstance(source, fx.Node) and _same_type(node, source) else None
     if _is_neutral(node) or node.target in SAME_IF_SHAPE:
         return argument if _same_type(node, argument) else None
     return None

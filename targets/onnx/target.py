@@ -75,7 +75,7 @@ class OnnxTarget(Target):
     name: ClassVar[str] = "onnx"
     Options: ClassVar[type[TargetOptions]] = OnnxOptions
     tools: ClassVar[tuple[str, ...]] = ("onnx-ir", "onnx", "onnxruntime")
-    state_kinds: ClassVar[frozenset[str]] = frozenset({"key", "value", "conv"})
+    state_kinds: ClassVar[frozenset[str]] = frozenset({"key", "value", "conv", "recurrent"})
     takes_embeddings: ClassVar[bool] = True
 
     def capabilities(self, options: TargetOptions, phase: Phase) -> Capabilities:  # noqa: ARG002

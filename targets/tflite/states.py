@@ -7,13 +7,17 @@ the state is cut there.
 
 from __future__ import annotations
 
+import operator
+from typing import Any
+
 import torch
 from torch import fx
 
-from moec.compiler.ir.program import CACHE_KINDS, StateSpec
+from moec.compiler.ir.program import CACHE_KINDS, CAUSAL_CONV, StateSpec
 from moec.targets.common.refusals import refuse
 from moec.targets.tflite.context import Context
 from moec.targets.tflite.engine import CACHE_PREFIX, CONVOLUTION_PREFIX, TOKEN_COUNT
+from moec.targets.tflite.lowerings.convolution import inputs_of
 from moec.targets.tflite.model import Value
 
 aten = torch.ops.aten
@@ -42,17 +46,20 @@ def unpadded(ctx: Context, node: fx.Node, kept: int, count: Value) -> Value:
 
     Args:
         ctx: The signature.
-        node: A slice of the last `kept` of [1, C, `kept` + S], as `moec.compiler.frontend.hooks.StepLayer` makes it.
+        node: The present state of a `moec::causal_conv`, or a slice of the last `kept` of [1, C, `kept` + S].
         kept: Inputs that the state holds.
         count: See `add_token_count`.
 
     Raises:
         LoweringError: The state is made in another way.
     """
-    source = node.args[0] if node.target is aten.slice.Tensor else None
-    if not isinstance(source, fx.Node) or source.target is not aten.cat.default or node.args[2] != -kept:
+    source: Any = node.args[0]
+    if node.target is operator.getitem and source.target is CAUSAL_CONV and node.args[1] == 1:
+        joined = inputs_of(ctx, source)
+    elif node.target is aten.slice.Tensor and source.target is aten.cat.default and node.args[2] == -kept:
+        joined = ctx.tensor(source)
+    else:
         raise refuse(node, "a state that is not the last of what a convolution takes in has no form")
-    joined = ctx.tensor(source)
     begin = ctx.shared_value(("end of state", count), lambda: ctx.concat([ctx.ints(0, 0), count], 0))
     shape = (*joined.shape[:2], kept)
     return ctx.op("SLICE", joined, begin, ctx.ints(*shape), shape=shape)

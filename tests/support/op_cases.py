@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from moec.compiler.ir.ops import RMS_NORM, ROTARY, SELECT
+from moec.compiler.ir.recurrences import CAUSAL_CONV, LINEAR_ATTENTION
 
 aten = torch.ops.aten
 
@@ -395,7 +396,36 @@ NORM = {
         lambda d: (x(d.b, 2, d.s, 8), table(d.s, 8, seed=1), table(d.s, 8, seed=2)),
     ],
 }
+
+
+def scan(d: Any, rule: str, *, heads: tuple[int, int, int] = (2, 2, 4), per_key: bool = False) -> tuple[Any, ...]:
+    """Arguments of a linear attention with Hq, Hk and H heads, keys of unit length and widths 8 and 6."""
+    queries, keys, own = heads
+    key = torch.nn.functional.normalize(x(d.b, d.s, keys, 8, seed=1), dim=-1)
+    decay = -positive(d.b, d.s, own, *((8,) if per_key else ())) if "gated" in rule else None
+    beta = x(d.b, d.s, own, seed=3).sigmoid() if "delta" in rule else None
+    return x(d.b, d.s, queries, 8), key, x(d.b, d.s, own, 6, seed=2), decay, beta, x(d.b, own, 8, 6), rule, 0.5
+
+
+RECURRENCES: dict[Any, list[Callable[[Any], tuple[Any, ...]]]] = {
+    LINEAR_ATTENTION: [
+        lambda d: scan(d, "linear"),
+        lambda d: scan(d, "gated"),
+        lambda d: scan(d, "delta"),
+        lambda d: scan(d, "gated_delta"),
+        lambda d: scan(d, "gated_delta", per_key=True),
+        lambda d: scan(d, "gated", heads=(1, 1, 6), per_key=True),
+        lambda d: scan(d, "gated_delta", heads=(4, 2, 2)),
+        lambda d: scan(d, "gated", heads=(4, 1, 4)),
+    ],
+    # The state holds more than the kernel needs, or just that; a step may be shorter than it.
+    CAUSAL_CONV: [
+        lambda d: (x(d.b, 6, d.s), d.weight(x(6, 1, 4)), d.weight(x(6)), x(d.b, 6, 4, seed=1), "silu"),
+        lambda d: (x(d.b, 6, d.s), d.weight(x(6, 1, 3)), None, x(d.b, 6, 2, seed=1), "identity"),
+    ],
+}
 SEVERAL = {
+    **RECURRENCES,
     aten.topk.default: [lambda d: (x(d.b, d.s, 8), 3), lambda d: (x(d.b, 8), 2, 1, False, True)],
     aten.sort.default: [lambda d: (x(d.b, d.s, 8),), lambda d: (x(d.b, 8, d.s), 1, True)],
     aten.min.dim: [lambda d: (x(d.b, d.s, 8), -1), lambda d: (x(d.b, d.s, 8), 1, True)],

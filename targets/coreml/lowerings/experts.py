@@ -187,7 +187,7 @@ def _of_used(ctx: Context, used: Var, result: Var) -> Var:
 def _expert(ctx: Context, node: fx.Node, x: Var, layer: int, index: int) -> Var:
     own, dtype = Experts.of(node), result_dtype(node)
     projected = _project(ctx, x, (own.gate_up_proj, own.gate_up_bias), index, (layer, "up"), dtype)
-    activated = _activate(ctx, projected, own.gate, dtype)
+    activated = activate(ctx, projected, own.gate, dtype)
     return _project(ctx, activated, (own.down_proj, own.down_bias), index, (layer, "down"), dtype)
 
 
@@ -216,7 +216,8 @@ def _row(ctx: Context, argument: fx.Node, index: int, dtype: torch.dtype, patter
     return ctx.pool.row(ctx.mb, name, ctx.lazy(argument), MIL_NAMES[dtype], index, pattern.format(index))
 
 
-def _activate(ctx: Context, projected: Var, gate: Gate, dtype: torch.dtype) -> Var:
+def activate(ctx: Context, projected: Var, gate: Gate, dtype: torch.dtype) -> Var:
+    """`gate` of `projected` [..., 2I] (or [..., I] without a gate)."""
     mb = ctx.mb
     if not gate.gated:
         return _activation(ctx, projected, gate, dtype)

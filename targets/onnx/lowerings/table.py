@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moec.targets.onnx.context import Dialect, Lowering
-from moec.targets.onnx.lowerings import attention, convolution, elementwise, linear, norm, reduce, shape
+from moec.targets.onnx.lowerings import attention, convolution, elementwise, linear, norm, recurrences, reduce, shape
 from moec.targets.onnx.lowerings.experts import TABLE as EXPERTS
 
 TABLE: Mapping[Any, Lowering] = {
@@ -17,6 +17,7 @@ TABLE: Mapping[Any, Lowering] = {
     **convolution.TABLE,
     **norm.TABLE,
     **attention.TABLE,
+    **recurrences.TABLE,
     **EXPERTS,
 }
 

@@ -95,11 +95,6 @@ def test_padding_does_not_reach_the_convolution_state(hybrid: Any) -> None:
 
 
 REASONS = {
-    "granitemoehybrid": r"^model\.layers\.0\.mamba: GraniteMoeHybridMambaLayer keeps a recurrent state",
-    "jamba": r"^model\.layers\.0\.mamba: JambaMambaMixer keeps a recurrent state",
-    "kimi_linear": r"^model\.layers\.0\.self_attn: KimiLinearDeltaAttention keeps a recurrent state",
-    "nemotron_h": r"^model\.layers\.0\.mixer: NemotronHMamba2Mixer keeps a recurrent state",
-    "qwen3_next": r"^model\.layers\.0\.linear_attn: Qwen3NextGatedDeltaNet keeps a recurrent state",
     "doge": r"^model\.layers\.0\.self_attn: DogeAttention of DogeForCausalLM .* computes on its attention mask",
     "nllb_moe": "^NllbMoeConfig describes an encoder-decoder",
     "switch_transformers": "^SwitchTransformersConfig describes an encoder-decoder",
@@ -146,11 +141,19 @@ MASKED = r"^model\.layers\.0: MixtralDecoderLayer of .* cannot be traced: it com
         (lambda hidden, *_: hidden.no_such_thing, "AttributeError: .* no attribute 'no_such_thing'"),
         (
             lambda hidden, _, cache: [cache.update_conv_state(hidden, 0, i, conv_kernel_size=4) for i in range(2)],
-            "layer 0 keeps more than the inputs of one convolution",
+            r"^model\.layers\.0: MixtralDecoderLayer keeps more than the inputs of one convolution",
         ),
         (
             lambda hidden, _, cache: cache.update_conv_state(hidden, 0),
-            "layer 0 keeps more than the inputs of one convolution of known length",
+            r"^model\.layers\.0: MixtralDecoderLayer keeps more than the inputs of one convolution of known length",
+        ),
+        (
+            lambda hidden, _, cache: cache.update_conv_state(hidden, 0, conv_kernel_size=4),
+            "MixtralForCausalLM: layer 0 convolves in a way of its own",
+        ),
+        (
+            lambda hidden, _, cache: cache.update_recurrent_state(hidden, 0),
+            r"^model\.layers\.0: MixtralDecoderLayer keeps a recurrent state that it makes in a way of its own",
         ),
     ],
 )

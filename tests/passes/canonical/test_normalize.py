@@ -39,6 +39,19 @@ def test_a_reshape_that_undoes_another_goes_with_it(build):
     assert relu.args[0].op == "placeholder"
 
 
+def test_an_axis_that_goes_and_comes_back_stays(build):
+    x = build.input("x", 6, 1, 4)
+    y = build.call(aten.unsqueeze.default, build.call(aten.squeeze.dim, x, 1), 1)
+    (relu,) = Normalize().run(build.program(build.call(aten.relu.default, y))).program.nodes(aten.relu.default)
+    assert relu.args[0].op == "placeholder"
+
+
+def test_an_axis_that_comes_back_elsewhere_does_not(build):
+    x = build.input("x", 6, 1, 4)
+    y = build.call(aten.unsqueeze.default, build.call(aten.squeeze.dim, x, 1), 2)
+    assert not Normalize().run(build.program(build.call(aten.relu.default, y))).modified
+
+
 def test_what_does_something_stays(build):
     x = build.input("x", 2, 3)
     y = build.call(aten.mul.Tensor, x, 2.0)

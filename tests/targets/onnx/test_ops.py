@@ -10,7 +10,7 @@ import torch
 from moec.compiler.ir.program import RMS_NORM, ROTARY
 from moec.compiler.ir.stages import CORE
 from moec.targets.onnx.lowerings.table import TABLE
-from tests.support.op_cases import ONE, cases, flags, whole, x
+from tests.support.op_cases import ONE, RECURRENCES, cases, flags, whole, x
 
 aten = torch.ops.aten
 STANDARD = (RMS_NORM, ROTARY, aten.linear.default)
@@ -40,6 +40,14 @@ def test_op_in_standard_ops_alone(op: Any, check_op: Any) -> None:
     for arguments in ONE[op]:
         session = check_op(op, arguments, contrib=False)
         assert "SimplifiedLayerNormalization" not in session.op_types
+
+
+@pytest.mark.parametrize("output", [0, 1])
+@pytest.mark.parametrize("op", RECURRENCES, ids=str)
+def test_recurrence_in_standard_ops_alone(op: Any, output: int, check_op: Any) -> None:
+    for arguments in RECURRENCES[op]:
+        session = check_op(op, arguments, output, contrib=False)
+        assert not {"LinearAttention", "CausalConvWithState"} & set(session.op_types)
 
 
 def test_the_table_holds_the_core_ops() -> None:

@@ -102,8 +102,9 @@ def test_a_state_that_is_made_otherwise_is_refused(
     output = graph.output_node()
     results: Any = list(output.args[0])  # type: ignore[arg-type]
     last = results[1]
+    inputs = last.args[0].args[0]
     with graph.inserting_before(output):
-        made = graph.call_function(operation, (last.args[0] if arguments else last, *arguments))
+        made = graph.call_function(operation, (inputs if arguments else last, *arguments))
     made.meta = dict(last.meta)
     output.args = ([results[0], made, *results[2:]],)
     with pytest.raises(LoweringError, match="not the last of what a convolution takes in"):

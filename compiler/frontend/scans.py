@@ -1,0 +1,260 @@
+"""What recurrent layers of transformers call for their scan and their convolution, as the ops of moec.
+
+The modeling files of transformers keep each scan in a function of its own, under one name wherever it occurs, so that
+kernels of other packages can take its place. While a model is traced, ours do. A layer hands over neither itself nor,
+in some families, the state that it starts from: both are those of the module that runs.
+
+```
+gated delta rule       S = exp(g) S;  S = S + b k (v - S' k)'     a decay per head         (arXiv 2412.06464)
+Kimi delta attention   the same                                   a decay per key channel  (arXiv 2510.26692)
+Mamba-2                S = exp(A dt) S + B (dt x)'                a decay per head         (arXiv 2405.21060)
+Mamba                  the same, a head for each channel          a decay per key channel  (arXiv 2312.00752)
+```
+
+A token of padding reaches no state: its log decay is 0, its update rate, or its value, is 0, and a convolution is
+handed zeros for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moec.compiler.common.errors import UnsupportedModelError
+from moec.compiler.frontend.hooks import Recording, activation_name, active_record
+from moec.compiler.ir.ops import ACTIVATIONS
+
+L2_EPS = 1e-6
+"""What flash-linear-attention and transformers add to the sum of squares of queries and keys."""
+
+
+@contextlib.contextmanager
+def scans_as_ops(model: nn.Module) -> Iterator[None]:
+    """Let the modeling files of `model` call ours in place of their own functions, inside the block."""
+    files = {type(module).__module__ for module in model.modules()}
+    places = [(vars(sys.modules[file]), name) for file in sorted(files & sys.modules.keys()) for name in FUNCTIONS]
+    kept = [(scope, name, scope[name]) for scope, name in places if name in scope]
+    for scope, name, _ in kept:
+        scope[name] = FUNCTIONS[name]
+    try:
+        yield
+    finally:
+        for scope, name, function in kept:
+            scope[name] = function
+
+
+def emit_scan(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    decay: Tensor | None,
+    beta: Tensor | None,
+    scale: float,
+    *,
+    delta: bool,
+) -> tuple[Tensor, Tensor]:
+    """Call `moec::linear_attention` for the layer that runs; adapters use this too.
+
+    Args:
+        query: [B, S, Hq, Dk].
+        key: [B, S, Hk, Dk].
+        value: [B, S, H, Dv].
+        decay: Log decay, [B, S, H] or [B, S, H, Dk].
+        beta: Update rate, [B, S, H], of the delta rules.
+        scale: Factor on the output.
+        delta: Whether the update rule is a delta rule.
+
+    Returns:
+        Output [B, S, max(H, Hq), Dv], and the new state [B, H, Dk, Dv] in float32.
+    """
+    record, layer = active_record(), active_record().layer()
+    shape = (value.shape[2], key.shape[3], value.shape[3])
+    state = record.state(layer, "recurrent", tuple(int(size) for size in shape), torch.float32)
+    if state is None:
+        heads = max(value.shape[2], query.shape[2])
+        out = value.new_empty(*value.shape[:2], heads, value.shape[3])
+        return out, value.new_empty(value.shape[0], *shape, dtype=torch.float32)
+    rule = ("gated_delta" if delta else "gated") if decay is not None else ("delta" if delta else "linear")
+    out, present = torch.ops.moec.linear_attention(query, key, value, decay, beta, state, rule, scale)
+    record.present[layer, "recurrent"] = present
+    return out, present
+
+
+def causal_conv(
+    hidden_states: Tensor, weight: Tensor, bias: Tensor | None = None, activation: Any = None, **_: Any
+) -> Tensor:
+    """`causal_conv1d_fn`: [B, C, S], weight [C, K] -> [B, C, S], after `update_conv_state` of the cache."""
+    record = active_record()
+    layer = record.layer()
+    kept = record.conv_inputs.pop(layer, None)
+    if kept is None:
+        raise UnsupportedModelError(f"{record.where()} convolves without keeping its last inputs in the cache")
+    state = record.state(layer, "conv", (int(hidden_states.shape[1]), kept), hidden_states.dtype)
+    if state is None:
+        return torch.empty_like(hidden_states)
+    masked = (hidden_states * record.token_mask(hidden_states)[:, None, :]).to(weight.dtype)
+    name = _activation(activation, record)
+    out, present = torch.ops.moec.causal_conv(masked, weight.unsqueeze(1), bias, state, name)
+    record.present[layer, "conv"] = present
+    result: Tensor = out.to(hidden_states.dtype)
+    return result
+
+
+def _activation(activation: Any, record: Recording) -> str:
+    """The name in `ACTIVATIONS` of what a convolution ends with: a name of transformers, a function, or None."""
+    if activation is None:
+        return "identity"
+    if isinstance(activation, str):
+        if activation in ACTIVATIONS:
+            return activation
+        from transformers.activations import ACT2FN
+
+        activation = ACT2FN[activation]
+    return activation_name(activation, record.where())
+
+
+def gated_delta_rule(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    *_: Any,
+    use_qk_l2norm_in_kernel: bool = False,
+    **__: Any,
+) -> tuple[Tensor, Tensor]:
+    """Gated delta networks and Kimi delta attention, whichever `g` has.
+
+    Args:
+        query: [B, S, Hk, Dk].
+        key: [B, S, Hk, Dk].
+        value: [B, S, H, Dv].
+        g: Log decay, [B, S, H] or [B, S, H, Dk].
+        beta: Update rate, [B, S, H].
+        use_qk_l2norm_in_kernel: Whether queries and keys are brought to unit length first.
+    """
+    width, dtype = key.shape[-1], value.dtype
+    scale = width**-0.5
+    query, key = query.float(), key.float()
+    if use_qk_l2norm_in_kernel:
+        # Unit length is a root mean square of 1 / sqrt(Dk): the scale of the queries goes to the output.
+        query, key = (torch.ops.moec.rms_norm(item, None, L2_EPS / width) for item in (query, key))
+        key, scale = key * width**-0.5, scale * width**-0.5
+    mask = active_record().token_mask(beta)[:, :, None].float()
+    decay = g.float() * (mask if g.ndim == 3 else mask[..., None])
+    out, state = emit_scan(query, key, value.float(), decay, beta.float() * mask, scale, delta=True)
+    return out.to(dtype), state
+
+
+def mamba2_scan(
+    hidden_states: Tensor,
+    dt: Tensor,
+    rate: Tensor,
+    key: Tensor,
+    query: Tensor,
+    *_: Any,
+    D: Tensor | None = None,  # noqa: N803 - it is given by this name
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, float("inf")),
+    return_final_states: bool = False,
+    **__: Any,
+) -> Any:
+    """`mamba2_chunk_scan`: keys are B, queries C, values the inputs times their time step.
+
+    Args:
+        hidden_states: x, [B, S, H, P].
+        dt: Time step, [B, S, H].
+        rate: A, the rate of the decay, negative, [H].
+        key: B, [B, S, groups, N].
+        query: C, [B, S, groups, N].
+        D: What goes past the scan, [H].
+        z: Gate, [B, S, H, P].
+        dt_bias: [H].
+        dt_softplus: Whether a softplus makes the time step positive.
+        dt_limit: Bounds of the time step.
+        return_final_states: Whether the state is returned too, as [B, H, P, N].
+    """
+    dt = _time_step(dt, dt_bias, dt_softplus, dt_limit) * active_record().token_mask(dt)[:, :, None].float()
+    x = hidden_states.float()
+    out, state = emit_scan(query.float(), key.float(), x * dt[..., None], dt * rate.float(), None, 1.0, delta=False)
+    if D is not None:
+        out = out + x * D.float()[:, None]
+    if z is not None:
+        out = out * F.silu(z.float())
+    return (out, state.transpose(2, 3)) if return_final_states else out
+
+
+def mamba_scan(
+    hidden_states: Tensor,
+    dt: Tensor,
+    rate: Tensor,
+    key: Tensor,
+    query: Tensor,
+    D: Tensor | None = None,  # noqa: N803 - it is given by this name
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+    **_: Any,
+) -> Any:
+    """`mamba_selective_scan`: a head for each channel, with values of width 1 and a decay for each key channel.
+
+    Args:
+        hidden_states: x, [B, E, S].
+        dt: Time step, [B, E, S].
+        rate: A, the rate of the decay, negative, [E, N].
+        key: B, [B, N, S].
+        query: C, [B, N, S].
+        D: What goes past the scan, [E].
+        z: Gate, [B, E, S].
+        delta_bias: [E].
+        delta_softplus: Whether a softplus makes the time step positive.
+        return_last_state: Whether the state is returned too, as [B, E, N].
+    """
+    step = _time_step(dt.transpose(1, 2), delta_bias, delta_softplus, (0.0, float("inf")))
+    step = step * active_record().token_mask(step)[:, :, None].float()
+    x = hidden_states.transpose(1, 2).float()
+    query, key = (item.transpose(1, 2)[:, :, None].float() for item in (query, key))
+    decay = step[..., None] * rate.float()
+    out, state = emit_scan(query, key, (x * step)[..., None], decay, None, 1.0, delta=False)
+    out = out[..., 0]
+    if D is not None:
+        out = out + x * D.float()
+    if z is not None:
+        out = out * F.silu(z.transpose(1, 2).float())
+    out = out.transpose(1, 2)
+    return (out, state[..., 0]) if return_last_state else out
+
+
+def _time_step(dt: Tensor, bias: Tensor | None, softplus: bool, limit: tuple[float, float]) -> Tensor:
+    """The time step in float32, from its projection."""
+    step = dt.float() if bias is None else dt.float() + bias.float()
+    step = F.softplus(step) if softplus else step
+    low, high = limit
+    if softplus and low <= 0 and high == float("inf"):
+        return step  # softplus is positive
+    return step.clamp(low, None if high == float("inf") else high)
+
+
+def _unmasked(hidden_states: Tensor, _: Tensor | None) -> Tensor:
+    """`apply_mask_to_padding_states`: padding is kept from the states where they are made, and nowhere else."""
+    return hidden_states
+
+
+FUNCTIONS: Mapping[str, Callable[..., Any]] = {
+    "apply_mask_to_padding_states": _unmasked,
+    "causal_conv1d_fn": causal_conv,
+    "torch_chunk_gated_delta_rule": gated_delta_rule,
+    "chunk_kimi_delta_attention": gated_delta_rule,
+    "mamba2_chunk_scan": mamba2_scan,
+    "mamba_selective_scan": mamba_scan,
+}
+"""Functions of the modeling files of transformers, by the names that they have there, and what takes their place."""
