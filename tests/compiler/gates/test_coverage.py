@@ -148,6 +148,9 @@ def test_both_gates_read_every_expert_once_and_one_token_goes_to_one(
         assert len(states) == len(indices) == len(weights)
         assert (np.sort(indices, axis=1)[:, 1:] != np.sort(indices, axis=1)[:, :-1]).all()
         assert ((weights > 0).sum(axis=1) == 1).all()
+        own = indices[weights > 0]
+        for expert in np.unique(own):
+            assert len(np.unique(states[own == expert], axis=0)) == ROWS, "each sees several hidden states"
         routes.append(indices[weights > 0])
         return program_experts(program)(layer, states, indices, weights)
 
