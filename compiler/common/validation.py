@@ -40,6 +40,18 @@ def unknown(name: str, known: Iterable[str], what: str, listing: str) -> UsageEr
     return UsageError(f"{what} '{name}'", hint=every if near is None else f"did you mean '{near}'? {every}")
 
 
+def chosen(names: Sequence[str], known: Sequence[str], what: str, listing: str) -> tuple[str, ...]:
+    """`names`, or all that are known if there are none; `what` and `listing` as for `unknown`.
+
+    Raises:
+        UsageError: One is unknown.
+    """
+    for name in names:
+        if name not in known:
+            raise unknown(name, known, what, listing)
+    return tuple(names) or tuple(known)
+
+
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """The one of `known` that `name` is most like, whatever the case and with `-` for `_`; None where none is near."""
     plain = {_plain(item): item for item in known}

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moec.compiler.common.errors import MoecError, OutputError
-from moec.compiler.common.validation import unknown
+from moec.compiler.common.validation import chosen
 from moec.compiler.families.tiny_models import family_names, write_tiny_checkpoint
 from moec.compiler.pipeline.recipe import make_recipe
 
@@ -69,11 +69,7 @@ def choose(names: Sequence[str]) -> tuple[str, ...]:
     Raises:
         UsageError: One is unknown.
     """
-    known = family_names()
-    for name in names:
-        if name not in known:
-            raise unknown(name, known, "unknown model family", "the families")
-    return tuple(names) or known
+    return chosen(names, family_names(), "unknown model family", "the families")
 
 
 def check(names: Iterable[str], recipes: Mapping[str, Mapping[str, Any]], *, progress: Progress) -> list[FamilyRow]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moec.compiler.common.errors import MoecError, OutputError, UsageError
-from moec.compiler.common.validation import unknown
+from moec.compiler.common.validation import chosen
 from moec.compiler.families.families_page import IN_PART, NO, YES, build
 from moec.compiler.families.released_models import released_names, write_released_checkpoint
 
@@ -69,11 +69,7 @@ def choose(names: Sequence[str]) -> tuple[str, ...]:
     Raises:
         UsageError: One is unknown.
     """
-    known = released_names()
-    for name in names:
-        if name not in known:
-            raise unknown(name, known, "unknown released model", "the models")
-    return tuple(names) or known
+    return chosen(names, released_names(), "unknown released model", "the models")
 
 
 def check(

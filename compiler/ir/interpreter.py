@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -228,24 +229,14 @@ def default_positions(attention_mask: Tensor, length: int) -> Tensor:
     return positions[:, -length:] if length else positions[:, :0]
 
 
-class ProgramRunner:
-    """Runs a Program as if it were an artifact: the Runner of `moec.targets.base` over the interpreter."""
+class ProgramRunner(Interpreter):
+    """Runs a Program as if it were an artifact: an interpreter that keeps the states from one step to the next.
 
-    def __init__(
-        self,
-        program: Program,
-        *,
-        cache_bytes: int = 1 << 30,
-        observer: Observer | None = None,
-        expert_observer: ExpertObserver | None = None,
-        rounding: ActivationRounding | None = None,
-    ) -> None:
-        self.program = program
-        self._interpreter = Interpreter(
-            program, cache_bytes=cache_bytes, observer=observer, expert_observer=expert_observer, rounding=rounding
-        )
-        self._states: dict[str, Tensor] = {}
-        self._length = 0
+    It is a Runner as `moec.targets.base` has it.
+    """
+
+    _states: Mapping[str, Tensor] = MappingProxyType({})
+    _length = 0
 
     def reset(self) -> None:
         """Forget the sequence."""
@@ -273,7 +264,7 @@ class ProgramRunner:
             "cache_position": torch.arange(past, total),
             **states,
         }
-        results = self._interpreter.run({**feeds, **self._extra(feeds)})
+        results = self.run({**feeds, **self._extra(feeds)})
         self._states = {state.input.name: results[state.output.name] for state in self.program.states}
         self._length = total
         return results["logits"].float().numpy()

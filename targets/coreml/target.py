@@ -13,19 +13,7 @@ from pydantic import Field, field_validator, model_validator
 from moec.compiler.common.model_config import cache_length
 from moec.compiler.common.progress import Progress
 from moec.compiler.common.rejections import Rejection
-from moec.targets.base import (
-    ASYMMETRIC,
-    BY_ROW,
-    SYMMETRIC,
-    Capabilities,
-    ExpertsRunner,
-    Lowered,
-    Phase,
-    Runner,
-    Target,
-    TargetOptions,
-    with_scales,
-)
+from moec.targets import base
 from moec.targets.coreml.flavors import Flavor
 
 if TYPE_CHECKING:
@@ -58,7 +46,7 @@ SPECIFICATION_VERSION = 9
 """Of the model format: that of iOS 18 and macOS 15."""
 
 
-class CoremlOptions(TargetOptions):
+class CoremlOptions(base.TargetOptions):
     """Options of the CoreML target."""
 
     minimum: Minimum = Field(Minimum.IOS18, description="oldest system to run on: ios18 or macos15")
@@ -95,11 +83,11 @@ class CoremlOptions(TargetOptions):
         return self
 
 
-class CoremlTarget(Target):
+class CoremlTarget(base.Target):
     """Lowers to a CoreML package."""
 
     name: ClassVar[str] = "coreml"
-    Options: ClassVar[type[TargetOptions]] = CoremlOptions
+    Options: ClassVar[type[base.TargetOptions]] = CoremlOptions
     extra: ClassVar[str | None] = "coreml"
     modules: ClassVar[tuple[str, ...]] = ("coremltools",)
     tools: ClassVar[tuple[str, ...]] = ("coremltools",)
@@ -108,24 +96,24 @@ class CoremlTarget(Target):
     weight_formats: ClassVar[frozenset[str]] = frozenset({"int8", "int4", "palettize4", "table4"})
     state_kinds: ClassVar[frozenset[str]] = frozenset({"key", "value", "conv"})
 
-    def capabilities(self, options: TargetOptions, phase: Phase) -> Capabilities:
+    def capabilities(self, options: base.TargetOptions, phase: base.Phase) -> base.Capabilities:
         """Decode skips by a `cond` around each expert; prefill computes every expert for every token."""
         assert isinstance(options, CoremlOptions)
-        if phase is Phase.DECODE:
-            return Capabilities(skips_experts=True)
+        if phase is base.Phase.DECODE:
+            return base.Capabilities(skips_experts=True)
         if options.flavor is Flavor.SWIFT:
-            return Capabilities(
+            return base.Capabilities(
                 skips_experts=False, reason="an expert is computed for all tokens of a call as soon as one needs it"
             )
-        return Capabilities(skips_experts=False, reason="prefill computes every expert for every token")
+        return base.Capabilities(skips_experts=False, reason="prefill computes every expert for every token")
 
-    def check(self, options: TargetOptions, config: Mapping[str, Any]) -> None:
+    def check(self, options: base.TargetOptions, config: Mapping[str, Any]) -> None:
         """A cache that is longer than the model's context; see `Target.check`."""
         assert isinstance(options, CoremlOptions)
         super().check(options, config)
         cache_length(config, options.context, DEFAULT_CONTEXT)
 
-    def lint(self, program: Program, options: TargetOptions) -> tuple[Rejection, ...]:
+    def lint(self, program: Program, options: base.TargetOptions) -> tuple[Rejection, ...]:
         """What does not fit the flavor, and whatever lowering refuses."""
         from moec.targets.common.refusals import formats_without_form, ops_without_form, refused_by
         from moec.targets.coreml.context import MIL_NAMES
@@ -142,16 +130,16 @@ class CoremlTarget(Target):
         )
         return found or refused_by(self.name, lambda: _build(program, options, blank=True))
 
-    def auto_formats(self, options: TargetOptions, tensor_class: str) -> tuple[str, ...]:  # noqa: ARG002
+    def auto_formats(self, options: base.TargetOptions, tensor_class: str) -> tuple[str, ...]:  # noqa: ARG002
         """Blocks with an offset or without."""
-        return SYMMETRIC + ASYMMETRIC
+        return base.SYMMETRIC + base.ASYMMETRIC
 
-    def kept_formats(self, options: TargetOptions, tensor_class: str, dtype: str) -> tuple[str, ...]:
+    def kept_formats(self, options: base.TargetOptions, tensor_class: str, dtype: str) -> tuple[str, ...]:
         """One scale for a row too, and a table with scales for blocks; scales have the precision of the program."""
-        formats = (*self.auto_formats(options, tensor_class), *BY_ROW, "int4:channel:asym", *TABLES)
-        return with_scales(dtype, formats)
+        formats = (*self.auto_formats(options, tensor_class), *base.BY_ROW, "int4:channel:asym", *TABLES)
+        return base.with_scales(dtype, formats)
 
-    def lower(self, program: Program, options: TargetOptions, directory: Path, progress: Progress) -> Lowered:
+    def lower(self, program: Program, options: base.TargetOptions, directory: Path, progress: Progress) -> base.Lowered:
         """Write `model.mlpackage`."""
         from moec.targets.coreml import lower
         from moec.targets.coreml.library import quiet
@@ -177,15 +165,17 @@ class CoremlTarget(Target):
             "ops": built.ops,
             "expert_tensor_bytes": lower.expert_bytes(built),
         }
-        return Lowered(lower.model_files(directory / PACKAGE), lower.signature(spec), tuple(built.rejections), facts)
+        return base.Lowered(
+            lower.model_files(directory / PACKAGE), lower.signature(spec), tuple(built.rejections), facts
+        )
 
-    def open(self, directory: Path, *, threads: int = 0) -> Runner:  # noqa: ARG002
+    def open(self, directory: Path, *, threads: int = 0) -> base.Runner:  # noqa: ARG002
         """Open with Core ML on macOS, elsewhere with moec's executor."""
         from moec.targets.coreml.runner import CoremlRunner
 
         return CoremlRunner(directory)
 
-    def open_experts(self, directory: Path, *, threads: int = 0) -> Mapping[str, ExpertsRunner]:  # noqa: ARG002
+    def open_experts(self, directory: Path, *, threads: int = 0) -> Mapping[str, base.ExpertsRunner]:  # noqa: ARG002
         """The operations of each function that compute a layer's experts, in moec's executor."""
         from moec.targets.coreml.experts import open_experts
 

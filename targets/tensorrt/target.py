@@ -16,17 +16,7 @@ from moec.compiler.common.errors import LoweringError
 from moec.compiler.common.model_config import cache_length
 from moec.compiler.common.progress import Progress
 from moec.compiler.common.rejections import Rejection
-from moec.targets.base import (
-    Capabilities,
-    ExpertsRunner,
-    Lowered,
-    Phase,
-    Runner,
-    Target,
-    TargetGate,
-    TargetOptions,
-    with_scales,
-)
+from moec.targets import base
 from moec.targets.common.added_inputs import default_values, row_widths
 from moec.targets.tensorrt import builder
 from moec.targets.tensorrt.capability import DEFAULT, parse
@@ -55,7 +45,7 @@ class AttentionForm(StrEnum):
     FUSED = "fused"
 
 
-class TensorrtOptions(TargetOptions):
+class TensorrtOptions(base.TargetOptions):
     """Options of the TensorRT target."""
 
     compute_capability: tuple[str, ...] = Field(
@@ -93,38 +83,38 @@ class TensorrtOptions(TargetOptions):
         return parse(wanted)
 
 
-class TensorrtTarget(Target):
+class TensorrtTarget(base.Target):
     """Lowers to an ONNX model and a TensorRT engine."""
 
     name: ClassVar[str] = "tensorrt"
-    Options: ClassVar[type[TargetOptions]] = TensorrtOptions
+    Options: ClassVar[type[base.TargetOptions]] = TensorrtOptions
     extra: ClassVar[str | None] = "tensorrt"
     tools: ClassVar[tuple[str, ...]] = ("tensorrt-rtx", "onnx-ir", "onnx", "onnxruntime")
     takes_embeddings: ClassVar[bool] = True
     state_kinds: ClassVar[frozenset[str]] = frozenset({"key", "value", "conv"})
 
-    def capabilities(self, options: TargetOptions, phase: Phase) -> Capabilities:
+    def capabilities(self, options: base.TargetOptions, phase: base.Phase) -> base.Capabilities:
         """`loop-if` skips the experts that no token of a step uses; the other forms skip nothing."""
         assert isinstance(options, TensorrtOptions)
         if options.experts in (Form.GATHER, Form.DENSE):
-            return Capabilities(skips_experts=False, reason=f"the form {options.experts} computes every slot")
-        if phase is Phase.PREFILL:
+            return base.Capabilities(skips_experts=False, reason=f"the form {options.experts} computes every slot")
+        if phase is base.Phase.PREFILL:
             reason = "an expert is computed for all tokens of a step as soon as one needs it"
-            return Capabilities(skips_experts=False, reason=reason)
-        return Capabilities(skips_experts=True)
+            return base.Capabilities(skips_experts=False, reason=reason)
+        return base.Capabilities(skips_experts=True)
 
-    def check(self, options: TargetOptions, config: Mapping[str, Any]) -> None:
+    def check(self, options: base.TargetOptions, config: Mapping[str, Any]) -> None:
         """A cache that is longer than the model's context, or no library to build with; see `Target.check`."""
         assert isinstance(options, TensorrtOptions)
         if options.engine:
             module_name(options.library)
         _sizes(config, options)
 
-    def kept_formats(self, options: TargetOptions, tensor_class: str, dtype: str) -> tuple[str, ...]:  # noqa: ARG002
+    def kept_formats(self, options: base.TargetOptions, tensor_class: str, dtype: str) -> tuple[str, ...]:  # noqa: ARG002
         """Scales are stored as they are, and cast in the graph."""
-        return with_scales("fp32", self.auto_formats(options, tensor_class))
+        return base.with_scales("fp32", self.auto_formats(options, tensor_class))
 
-    def lint(self, program: Program, options: TargetOptions) -> tuple[Rejection, ...]:
+    def lint(self, program: Program, options: base.TargetOptions) -> tuple[Rejection, ...]:
         """An opset that the parser does not read, GPUs that lack a type, and whatever lowering refuses."""
         from moec.targets.common.refusals import refused_by
         from moec.targets.tensorrt.lowerings.table import tensorrt_dialect
@@ -134,7 +124,7 @@ class TensorrtTarget(Target):
         found = check_program(program, options, tensorrt_dialect(Form.LOOP_IF, options.opset).table)
         return found or refused_by(self.name, lambda: _build(program, options))
 
-    def lower(self, program: Program, options: TargetOptions, directory: Path, progress: Progress) -> Lowered:
+    def lower(self, program: Program, options: base.TargetOptions, directory: Path, progress: Progress) -> base.Lowered:
         """Write `model.onnx`, `tensorrt.json`, `build_engine.py` and the engine.
 
         Raises:
@@ -157,11 +147,11 @@ class TensorrtTarget(Target):
             limit = build.memory_limit(options.memory_limit)
             settings = build_engine(directory, settings, options, ctx, limit, progress)
             files.append(builder.ENGINES[settings.library])
-        return Lowered(
+        return base.Lowered(
             tuple(files), lower.signature(program), tuple(ctx.rejections), _facts(model, ctx, settings, form)
         )
 
-    def open(self, directory: Path, *, threads: int = 0) -> Runner:
+    def open(self, directory: Path, *, threads: int = 0) -> base.Runner:
         """Open the engine where there is a GPU that it was built for, else model.onnx."""
         from moec.targets.tensorrt.engine import open_engine, why_not
 
@@ -169,19 +159,19 @@ class TensorrtTarget(Target):
             return self.open_reference(directory, threads=threads)
         return open_engine(directory)
 
-    def open_reference(self, directory: Path, *, threads: int = 0) -> Runner:
+    def open_reference(self, directory: Path, *, threads: int = 0) -> base.Runner:
         """Open model.onnx with ONNX Runtime on CPU."""
         from moec.targets.tensorrt.runner import TwinRunner
 
         return TwinRunner(directory, threads=threads)
 
-    def gates(self) -> tuple[TargetGate, ...]:
+    def gates(self) -> tuple[base.TargetGate, ...]:
         """The contents of the engine, and its execution."""
         from moec.targets.tensorrt.gates import GATES
 
         return GATES
 
-    def open_experts(self, directory: Path, *, threads: int = 0) -> Mapping[str, ExpertsRunner]:
+    def open_experts(self, directory: Path, *, threads: int = 0) -> Mapping[str, base.ExpertsRunner]:
         """A cut of `model.onnx`, from which the engine was built, at the operands of each layer's experts."""
         from moec.targets.onnx.experts import MODEL, OnnxExperts
 

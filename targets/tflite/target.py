@@ -13,15 +13,7 @@ from moec.compiler.common.errors import UsageError
 from moec.compiler.common.model_config import cache_length
 from moec.compiler.common.progress import Progress
 from moec.compiler.common.rejections import Rejection
-from moec.targets.base import (
-    Capabilities,
-    ExpertsRunner,
-    Lowered,
-    Phase,
-    Runner,
-    Target,
-    TargetOptions,
-)
+from moec.targets import base
 
 if TYPE_CHECKING:
     from moec.compiler.ir.interpreter import ActivationRounding
@@ -56,7 +48,7 @@ class Runtime(StrEnum):
     TFLITE_RUNTIME = "tflite-runtime"
 
 
-class TfliteOptions(TargetOptions):
+class TfliteOptions(base.TargetOptions):
     """Options of the TFLite target."""
 
     flavor: Flavor = Field(
@@ -77,11 +69,11 @@ class TfliteOptions(TargetOptions):
     )
 
 
-class TfliteTarget(Target):
+class TfliteTarget(base.Target):
     """Lowers to LiteRT."""
 
     name: ClassVar[str] = "tflite"
-    Options: ClassVar[type[TargetOptions]] = TfliteOptions
+    Options: ClassVar[type[base.TargetOptions]] = TfliteOptions
     extra: ClassVar[str | None] = "tflite"
     modules: ClassVar[tuple[str, ...]] = ("ai_edge_litert", "flatbuffers")
     tools: ClassVar[tuple[str, ...]] = ("ai-edge-litert", "flatbuffers", "litert-lm-builder")
@@ -94,7 +86,7 @@ class TfliteTarget(Target):
     scale_types: ClassVar[frozenset[str]] = frozenset({"fp16", "bf16", "fp32"})
     state_kinds: ClassVar[frozenset[str]] = frozenset({"key", "value", "conv"})
 
-    def auto_formats(self, options: TargetOptions, tensor_class: str) -> tuple[str, ...]:
+    def auto_formats(self, options: base.TargetOptions, tensor_class: str) -> tuple[str, ...]:
         """What the presets have, and larger blocks; tflite-runtime multiplies with float activations alone."""
         assert isinstance(options, TfliteOptions)
         if options.runtime is Runtime.TFLITE_RUNTIME:
@@ -103,29 +95,29 @@ class TfliteTarget(Target):
             return (_ROWS,)
         return (*(_BLOCKS.replace(":32:", f":{size}:") for size in (128, 64, 32)), _ROWS)
 
-    def kept_formats(self, options: TargetOptions, tensor_class: str, dtype: str) -> tuple[str, ...]:  # noqa: ARG002
+    def kept_formats(self, options: base.TargetOptions, tensor_class: str, dtype: str) -> tuple[str, ...]:  # noqa: ARG002
         """Codes of 4 bits: the int8 kernels do not take -128, which codes of other tools hold."""
         blocks = tuple(form for form in self.auto_formats(options, tensor_class) if form.startswith("int4"))
         return (*blocks, _INT4_ROWS) if blocks else ()
 
-    def capabilities(self, options: TargetOptions, phase: Phase) -> Capabilities:
+    def capabilities(self, options: base.TargetOptions, phase: base.Phase) -> base.Capabilities:
         """Decode skips every expert that its token does not need, prefill those that no token of the piece needs."""
         assert isinstance(options, TfliteOptions)
         if options.flavor is Flavor.NO_CONTROL_FLOW:
-            return Capabilities(skips_experts=False, reason="the flavor no-control-flow computes every expert")
-        if phase is Phase.PREFILL:
-            return Capabilities(
+            return base.Capabilities(skips_experts=False, reason="the flavor no-control-flow computes every expert")
+        if phase is base.Phase.PREFILL:
+            return base.Capabilities(
                 skips_experts=False, reason="an expert is computed for all tokens of a piece as soon as one needs it"
             )
-        return Capabilities(skips_experts=True)
+        return base.Capabilities(skips_experts=True)
 
-    def check(self, options: TargetOptions, config: Mapping[str, Any]) -> None:
+    def check(self, options: base.TargetOptions, config: Mapping[str, Any]) -> None:
         """A cache that is longer than the model's context, or shorter than a prompt; see `Target.check`."""
         assert isinstance(options, TfliteOptions)
         super().check(options, config)
         _capacity(config, options)
 
-    def lint(self, program: Program, options: TargetOptions) -> tuple[Rejection, ...]:
+    def lint(self, program: Program, options: base.TargetOptions) -> tuple[Rejection, ...]:
         """States that LiteRT-LM does not keep where it is to run the model, and whatever lowering refuses."""
         from moec.targets.common.refusals import formats_without_form, ops_without_form, refused_by
         from moec.targets.tflite.lower import computed
@@ -149,7 +141,7 @@ class TfliteTarget(Target):
             )
         return found or refused_by(self.name, lambda: _build(program, options))
 
-    def lower(self, program: Program, options: TargetOptions, directory: Path, progress: Progress) -> Lowered:
+    def lower(self, program: Program, options: base.TargetOptions, directory: Path, progress: Progress) -> base.Lowered:
         """Write `model.tflite`."""
         from moec.targets.tflite import lower
         from moec.targets.tflite.writer import write
@@ -168,9 +160,9 @@ class TfliteTarget(Target):
             "ops": dict(sorted(counts.items())),
             "expert_tensor_bytes": _expert_bytes(model.weights(), shared.experts),
         }
-        return Lowered((MODEL,), lower.signature(program, model), tuple(shared.rejections), facts)
+        return base.Lowered((MODEL,), lower.signature(program, model), tuple(shared.rejections), facts)
 
-    def package(self, options: TargetOptions, directory: Path) -> tuple[str, ...]:
+    def package(self, options: base.TargetOptions, directory: Path) -> tuple[str, ...]:
         """Write the bundle if one is wanted."""
         from moec.targets.tflite.bundle import write_bundle
         from moec.targets.tflite.reader import TfliteFile
@@ -180,13 +172,13 @@ class TfliteTarget(Target):
             return ()
         return (write_bundle(directory, MODEL, int(TfliteFile(directory / MODEL).facts["capacity"])),)
 
-    def open(self, directory: Path, *, threads: int = 0) -> Runner:
+    def open(self, directory: Path, *, threads: int = 0) -> base.Runner:
         """Open with the LiteRT interpreter on CPU."""
         from moec.targets.tflite.runner import TfliteRunner
 
         return TfliteRunner(directory / MODEL, threads=threads)
 
-    def open_experts(self, directory: Path, *, threads: int = 0) -> Mapping[str, ExpertsRunner]:
+    def open_experts(self, directory: Path, *, threads: int = 0) -> Mapping[str, base.ExpertsRunner]:
         """The part of each signature that computes a layer's experts, in LiteRT."""
         from moec.targets.tflite.experts import open_experts
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict, fields
-from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
 from moec.compiler.common.errors import UsageError
+from moec.compiler.common.plugins import third_party
 from moec.compiler.common.validation import unknown
 from moec.passes.routing.policies.activation_norm import ActivationNorm
 from moec.passes.routing.policies.base import Policy
@@ -60,20 +60,7 @@ def policies(extra: Iterable[EntryPoint] | None = None) -> dict[str, type[Policy
         UsageError: Two policies claim one name, or an entry point is no Policy.
     """
     table = {policy.name: policy for policy in BUILT_IN}
-    for entry in sorted(entry_points(group=GROUP) if extra is None else extra, key=lambda e: (e.name, e.value)):
-        if entry.name in table or entry.name in REFUSED:
-            raise UsageError(
-                f"the entry point {entry.name} = {entry.value} of group {GROUP} claims a name that is taken",
-                hint="Uninstall one of the packages, or rename the policy.",
-            )
-        loaded = entry.load()
-        if not (isinstance(loaded, type) and issubclass(loaded, Policy) and loaded.name == entry.name):
-            raise UsageError(
-                f"the entry point {entry.name} = {entry.value} of group {GROUP} is no Policy of that name",
-                hint="It must name a subclass of moec.passes.routing.policies.base.Policy whose `name` is the entry's.",
-            )
-        table[entry.name] = loaded
-    return table
+    return {**table, **third_party(GROUP, Policy, {*table, *REFUSED}, extra)}  # type: ignore[type-abstract]
 
 
 def policy_type(name: str) -> type[Policy]:

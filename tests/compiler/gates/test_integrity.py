@@ -119,14 +119,6 @@ class _Planned(Coded):
     source: LazyTensor
     format: IntegerFormat
 
-    @property
-    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
-        return self.source.shape
-
-    @property
-    def dtype(self) -> torch.dtype:  # type: ignore[override]
-        return self.source.dtype
-
     def rows(self, start: int, stop: int) -> torch.Tensor:
         return self.source.rows(start, stop)
 
