@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from moec.compiler.common.model_config import (
     text_config,
     token_ids,
 )
-from moec.compiler.ir.program import ATTENTION, Program
+from moec.compiler.ir.program import ATTENTION, CACHE_KINDS, Program, StateSpec
 from moec.compiler.text.sampling import Sampling, sampling_of
 from moec.targets.onnx.lowerings.group_query import heads_of, width_of
 
@@ -62,6 +63,18 @@ def genai_config(program: Program, filename: str) -> dict[str, Any]:
             "vocab_size": program.vocab_size,
         },
     }
+
+
+def with_its_names(program: Program) -> Program:
+    """`program` with states under the names by which onnxruntime-genai finds those of recurrent layers."""
+
+    def named(state: StateSpec) -> StateSpec:
+        if state.kind in CACHE_KINDS:
+            return state
+        past, present = (f"{end}.{state.layer}.{state.kind}_state" for end in ("past_key_values", "present"))
+        return replace(state, input=replace(state.input, name=past), output=replace(state.output, name=present))
+
+    return program.replace(states=tuple(map(named, program.states)))
 
 
 def complete(directory: Path) -> None:

@@ -55,6 +55,11 @@ def zeros(spec: Any, batch: int, length: int) -> np.ndarray:
     return np.zeros((batch, *sizes), NUMPY[spec.type])
 
 
+def is_fixed(spec: Any) -> bool:
+    """Whether the size of the state `spec` does not depend on the tokens so far."""
+    return all(isinstance(size, int) for size in spec.shape[1:])
+
+
 class Growing:
     """Every step returns its states anew, longer by the new tokens."""
 
@@ -81,16 +86,22 @@ class Growing:
 
 
 class Shared:
-    """Past and present of a layer are one buffer, longer than the sequence: a step writes its own tokens alone."""
+    """Past and present of a layer are one buffer, longer than the sequence: a step writes its own tokens alone.
+
+    A state that a step replaces as a whole has two, which change places: a kernel may still read the one that it reads.
+    """
 
     def __init__(self, session: Any) -> None:
         self.session, self.presents = session, presents(session)
-        self.specs = [spec for spec in session.get_inputs() if spec.name in self.presents]
+        states = [spec for spec in session.get_inputs() if spec.name in self.presents]
+        self.specs = [spec for spec in states if not is_fixed(spec)]
+        self.fixed = [spec for spec in states if is_fixed(spec)]
         self.reset()
 
     def reset(self) -> None:
         """Forget the sequences."""
         self.length, self.capacity, self.buffers = 0, 0, dict[str, np.ndarray]()
+        self.pairs = dict[str, tuple[Any, Any]]()
         self.binding = self.session.io_binding()
 
     def run(self, feeds: Mapping[str, Any], batch: int, new: int) -> np.ndarray:
@@ -99,11 +110,20 @@ class Shared:
             self._grow(batch, self.length + new)
         for name, value in feeds.items():
             self.binding.bind_ortvalue_input(name, value)
+        for spec in self.fixed:
+            read, written = self.pairs.get(spec.name) or self._pair(spec, batch)
+            self.binding.bind_ortvalue_input(spec.name, read)
+            self.binding.bind_ortvalue_output(self.presents[spec.name], written)
+            self.pairs[spec.name] = written, read
         self.binding.bind_output("logits")
         self.session.run_with_iobinding(self.binding)
         self.length += new
         logits: np.ndarray = self.binding.get_outputs()[-1].numpy()
         return logits
+
+    def _pair(self, spec: Any, batch: int) -> tuple[Any, Any]:
+        first, second = (ort.OrtValue.ortvalue_from_numpy(zeros(spec, batch, 0)) for _ in range(2))
+        return first, second
 
     def _grow(self, batch: int, length: int) -> None:
         self.capacity = max(LEAST, 2 * self.capacity, length)

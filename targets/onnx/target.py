@@ -114,6 +114,8 @@ class OnnxTarget(base.Target):
         shared = options.flavor is Flavor.GENAI
         if shared and (refused := refusals(program)):
             raise RefusedError(refused[0].where, refused[0].reason, hint="take the default flavor")
+        if shared:
+            program = genai.with_its_names(program)
         dialect = _dialect(program, options)
         model, ctx = lower.build(program, dialect)
         counts: dict[str, int] = {}

@@ -48,3 +48,36 @@ def test_text_and_padded_batch(export_golden: Callable[[str], Path]) -> None:
         return [list(generator.get_sequence(index))[-16:] for index in range(len(prompts))]
 
     assert answer(texts) == [answer([text])[0] for text in texts]
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "nemotron_h", "jamba"])
+def test_states_of_recurrent_layers(family: str, tmp_path: Path) -> None:
+    """It finds them by their names, whole and after a prompt in two pieces."""
+    import onnxruntime_genai as og
+
+    import moec
+    from moec.compiler.families.tiny_models import write_tiny_checkpoint
+    from moec.targets import get_target
+
+    checkpoint, directory = tmp_path / "checkpoint", tmp_path / "out"
+    write_tiny_checkpoint(family, checkpoint, tokenizer=True)
+    moec.export(str(checkpoint), target="onnx", output=directory, flavor="genai", gates=False)
+    prompt = np.random.default_rng(0).integers(3, 128, 21).astype(np.int32)
+    runner, want = get_target("onnx").open(directory), prompt.tolist()
+    logits = runner.prefill(prompt[None])
+    for _ in range(16):
+        want.append(int(logits[0, -1].argmax()))
+        logits = runner.decode(np.array([want[-1:]]))
+    model = og.Model(str(directory))
+    for cuts in ((21,), (8, 21)):
+        parameters = og.GeneratorParams(model)
+        parameters.set_search_options(max_length=len(want), do_sample=False)
+        generator, start = og.Generator(model, parameters), 0
+        for cut in cuts:
+            generator.append_tokens(prompt[start:cut])
+            start = cut
+        while not generator.is_done():
+            generator.generate_next_token()
+        got = list(generator.get_sequence(0))
+        assert got == want[: len(got)]
+        assert len(got) > len(prompt)

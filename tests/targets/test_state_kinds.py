@@ -50,7 +50,6 @@ def test_the_refusal_is_exit_code_4(
     [
         (["coreml", "--flavor", "swift-transformers"], "swift-transformers knows keyCache and valueCache"),
         (["tflite", "--bundle"], "LiteRT-LM, which --bundle is for, keeps caches alone"),
-        (["onnx", "--flavor", "genai"], "onnxruntime-genai"),
     ],
 )
 def test_forms_for_libraries_that_keep_caches_alone(

@@ -15,11 +15,12 @@ from torch import fx
 
 from moec.compiler.common.rejections import Rejection
 from moec.compiler.ir.operands import Attention
-from moec.compiler.ir.program import ATTENTION, CACHE_KINDS, Program, StateSpec, module_of
+from moec.compiler.ir.program import ATTENTION, Program, StateSpec, module_of
 from moec.targets.common.arguments import result_dtype
 from moec.targets.onnx.context import MS, Context, np_dtype
 
 HEAD_MULTIPLE = 8
+RECURRENT_KINDS = {"conv", "recurrent"}
 
 
 def share_lengths(ctx: Context) -> None:
@@ -99,11 +100,9 @@ def _bias(ctx: Context, allowed: ir.Value, dtype: torch.dtype) -> ir.Value:
 
 def refusals(program: Program) -> tuple[Rejection, ...]:
     """What onnxruntime-genai's one description of a cache cannot say about `program`."""
+    if lonely := _lonely_states(program):
+        return lonely
     found = []
-    for state in program.states:
-        if state.kind not in CACHE_KINDS:
-            reason = f"its state of kind {state.kind} is no cache, and moec describes caches alone to onnxruntime-genai"
-            return (Rejection("onnx", f"layer {state.layer}", reason),)
     for node in program.nodes(ATTENTION):
         own = Attention.of(node)
         key, value = own.key.meta["val"], own.value.meta["val"]
@@ -113,14 +112,27 @@ def refusals(program: Program) -> tuple[Rejection, ...]:
         elif int(key.shape[3]) % HEAD_MULTIPLE:
             reason = f"GroupQueryAttention on CPU needs heads of a multiple of {HEAD_MULTIPLE} wide, not {key.shape[3]}"
             found.append(Rejection("onnx", module_of(node), reason))
-    shapes = {(heads_of(state), width_of(state)) for state in program.states}
+    shapes = {(heads_of(state), width_of(state)) for state in program.caches}
     if not found and len(shapes) > 1:
         sizes = ", ".join(f"{heads} x {width}" for heads, width in sorted(shapes))
         found.append(Rejection("onnx", "the model", f"onnxruntime-genai wants caches of one shape, not {sizes}"))
     layers = sorted({state.layer for state in program.states})
-    if layers != list(range(len(layers))):
+    if not program.replaced and layers != list(range(len(layers))):
         found.append(Rejection("onnx", "the model", "onnxruntime-genai wants a cache in every layer"))
     return tuple(found)
+
+
+def _lonely_states(program: Program) -> tuple[Rejection, ...]:
+    """onnxruntime-genai finds the states of recurrent layers by their names, and each must keep one of either kind."""
+    for state in program.replaced:
+        kinds = {other.kind for other in program.replaced if other.layer == state.layer}
+        if kinds != RECURRENT_KINDS:
+            reason = (
+                f"it keeps a state of kind {state.kind} alone, and onnxruntime-genai wants that of a convolution and "
+                "that of a recurrence in every recurrent layer"
+            )
+            return (Rejection("onnx", f"layer {state.layer}", reason),)
+    return ()
 
 
 def heads_of(state: StateSpec) -> int:

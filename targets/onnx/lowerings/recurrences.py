@@ -13,7 +13,7 @@ from torch import fx
 from moec.compiler.ir.operands import CausalConv, LinearAttention
 from moec.compiler.ir.ops import Gate
 from moec.compiler.ir.recurrences import CAUSAL_CONV, LINEAR_ATTENTION
-from moec.targets.common.arguments import result_dtype
+from moec.targets.common.arguments import result_dtype, shape_of
 from moec.targets.onnx.context import DTYPES, MS, Context, Lowering
 from moec.targets.onnx.lowerings.grouped import activate
 
@@ -82,7 +82,7 @@ def _kernel(ctx: Context, own: LinearAttention) -> Sequence[ir.Value]:
     out, present = ctx.ops(
         "LinearAttention",
         ctx.op("Reshape", ctx.tensor(own.query, torch.float32), ctx.ints(0, 0, queries * key_width)),
-        ctx.op("Reshape", _repeated(ctx, key, keys, heads, key_width), ctx.ints(0, 0, heads * key_width)),
+        ctx.op("Reshape", _repeated(ctx, key, keys, heads), ctx.ints(0, 0, heads * key_width)),
         ctx.op("Reshape", ctx.tensor(own.value, torch.float32), ctx.ints(0, 0, heads * width)),
         *(ctx.tensor(own.state, torch.float32), decay, beta),
         outputs=2,
@@ -95,33 +95,30 @@ def _kernel(ctx: Context, own: LinearAttention) -> Sequence[ir.Value]:
     return ctx.op("Reshape", out, ctx.ints(0, 0, max(queries, heads), width)), present
 
 
-def _repeated(ctx: Context, value: ir.Value, have: int, wanted: int, width: int) -> ir.Value:
-    """Heads [B, S, `have`, D] each repeated: [B, S, `wanted`, D]."""
+def _repeated(ctx: Context, value: ir.Value, have: int, wanted: int) -> ir.Value:
+    """Heads [B, S, `have`, D] each repeated: [B, S, `wanted`, D]. TensorRT builds no Scan over what Expand made."""
     if have == wanted:
         return value
-    apart = ctx.op("Expand", ctx.op("Unsqueeze", value, ctx.ints(3)), ctx.ints(1, 1, 1, wanted // have, 1))
-    return ctx.op("Reshape", apart, ctx.ints(0, 0, wanted, width))
+    return ctx.op("Gather", value, ctx.ints(*(head * have // wanted for head in range(wanted))), axis=2)
 
 
 def _scan(ctx: Context, own: LinearAttention) -> Sequence[ir.Value]:
     """A Scan over the tokens, whose body is the definition of the op."""
     queries, keys, heads = own.heads
-    key_width, _ = own.widths
-    shared = max(queries, heads)
-    query, key, value = (ctx.tensor(item, torch.float32) for item in (own.query, own.key, own.value))
-    taken = {
-        "query": _repeated(ctx, query, queries, shared, key_width),
-        "key": _repeated(ctx, key, keys, heads, key_width),
-        "value": value,
-        **{name: ctx.tensor(item, torch.float32) for name, item in (("decay", own.decay), ("beta", own.beta)) if item},
-    }
-    state = ctx.tensor(own.state, torch.float32)
+    operands = {"query": own.query, "key": own.key, "value": own.value, "decay": own.decay, "beta": own.beta}
+    taken = {name: ctx.tensor(node, torch.float32) for name, node in operands.items() if node is not None}
+    taken["query"] = _repeated(ctx, taken["query"], queries, max(queries, heads))
+    taken["key"] = _repeated(ctx, taken["key"], keys, heads)
+    batch, *kept = shape_of(own.state)
+    sizes = {name: list(shape_of(node))[2:] for name, node in operands.items() if node is not None}
+    sizes["query"][0], sizes["key"][0] = max(queries, heads), heads
     with ctx.subgraph("token") as body:
-        step = {name: _body_input(body, name) for name in ("state", *taken)}
+        step = {"state": _body_input(ctx, body, "state", (batch, *kept))}
+        step |= {name: _body_input(ctx, body, name, (batch, *sizes[name])) for name in taken}
         body.outputs.extend(_token(ctx, own, step))
     present, out = ctx.ops(
         "Scan",
-        *(state, *taken.values()),
+        *(ctx.tensor(own.state, torch.float32), *taken.values()),
         outputs=2,
         body=body,
         num_scan_inputs=len(taken),
@@ -131,8 +128,8 @@ def _scan(ctx: Context, own: LinearAttention) -> Sequence[ir.Value]:
     return out, present
 
 
-def _body_input(body: ir.Graph, name: str) -> ir.Value:
-    value = ir.Value(name=f"token_{name}", type=ir.TensorType(ir.DataType.FLOAT))
+def _body_input(ctx: Context, body: ir.Graph, name: str, shape: Sequence[Any]) -> ir.Value:
+    value = ir.Value(name=f"token_{name}", type=ir.TensorType(ir.DataType.FLOAT), shape=ctx.shape_of(shape))
     body.inputs.append(value)
     return value
 
@@ -152,8 +149,7 @@ def _token(ctx: Context, own: LinearAttention, step: Mapping[str, ir.Value]) -> 
     state = ctx.op("Add", state, ctx.op("Mul", key, value))
     read = state
     if queries > heads:
-        apart = ctx.op("Expand", ctx.op("Unsqueeze", state, ctx.ints(2)), ctx.ints(1, 1, queries // heads, 1, 1))
-        read = ctx.op("Reshape", apart, ctx.ints(0, queries, *own.widths))
+        read = ctx.op("Gather", state, ctx.ints(*(head * heads // queries for head in range(queries))), axis=1)
     out = ctx.op("MatMul", ctx.op("Unsqueeze", step["query"], ctx.ints(2)), read)
     out = ctx.op("Mul", ctx.op("Squeeze", out, ctx.ints(2)), ctx.constant(np.float32(own.scale)))
     return state, out

@@ -76,9 +76,61 @@ def test_a_state_that_is_not_handed_on_is_noticed(hybrid: Any) -> None:
     assert np.abs(runner.decode(ids[:, 6:]) - want[:, 6:]).max() > 1e-2 * np.abs(want).max()
 
 
-def test_onnxruntime_genai_is_not_told_of_it(tiny_checkpoint: Any, program_of: Any, tmp_path: Any) -> None:
-    program, options = program_of(tiny_checkpoint("lfm2_moe")), OnnxOptions(flavor="genai")
+@pytest.mark.parametrize(("family", "kind"), [("lfm2_moe", "conv"), ("minimax", "recurrent")])
+def test_onnxruntime_genai_wants_both_states_of_a_recurrent_layer(
+    family: str, kind: str, tiny_checkpoint: Any, program_of: Any, tmp_path: Any
+) -> None:
+    program, options = program_of(tiny_checkpoint(family)), OnnxOptions(flavor="genai")
     (rejection,) = OnnxTarget().lint(program, options)
-    assert (rejection.where, "state of kind conv is no cache" in rejection.reason) == ("layer 0", True)
-    with pytest.raises(LoweringError, match="kind conv"):
+    assert (rejection.where, f"a state of kind {kind} alone" in rejection.reason) == ("layer 0", True)
+    with pytest.raises(LoweringError, match=f"kind {kind}"):
         OnnxTarget().lower(program, options, tmp_path, lambda *_: None)
+
+
+@pytest.fixture(params=["default", "portable", "genai"])
+def recurrent(request: pytest.FixtureRequest, tiny_checkpoint: Any, lower_checkpoint: Any) -> Any:
+    """Gated delta rule in layer 0, attention in layer 1."""
+    return lower_checkpoint(tiny_checkpoint("qwen3_next"), flavor=request.param)
+
+
+def test_a_recurrent_model_in_pieces_with_padding_and_after_a_reset(recurrent: Any) -> None:
+    ids, runner = tokens(recurrent, 2, 40), recurrent.runner
+    mask = np.ones((2, 40), np.int64)
+    mask[1, :3] = 0
+    alone = [ProgramRunner(recurrent.program).prefill(ids[row : row + 1, 3 * row :]) for row in (0, 1)]
+    for _ in range(2):
+        parts = [runner.prefill(ids[:, :9], mask[:, :9])]
+        for start, stop in ((9, 10), (10, 11), (11, 40)):
+            parts.append(runner.decode(ids[:, start:stop], mask[:, :stop]))
+        got = np.concatenate(parts, axis=1)
+        close(got[:1], alone[0])
+        close(got[1:, 3:], alone[1])
+    twin = runner.fork()
+    close(twin.prefill(ids[:1]), alone[0])
+    close(runner.prefill(ids[:1, :1]), alone[0][:, :1])
+
+
+def test_names_of_the_states_of_a_recurrent_layer(tiny_checkpoint: Any, lower_checkpoint: Any) -> None:
+    wanted = {
+        "default": ("past_conv.0", "present_conv.0", "past_recurrent.0", "present_recurrent.0"),
+        "genai": (
+            *("past_key_values.0.conv_state", "present.0.conv_state"),
+            *("past_key_values.0.recurrent_state", "present.0.recurrent_state"),
+        ),
+    }
+    for flavor, names in wanted.items():
+        model = lower_checkpoint(tiny_checkpoint("qwen3_next"), flavor=flavor)
+        graph = ir.load(model.directory / "model.onnx").graph
+        shapes = {value.name: [str(size) for size in value.shape] for value in (*graph.inputs, *graph.outputs)}
+        sizes = (["batch_size", "128", "4"], ["batch_size", "4", "16", "16"])
+        assert [shapes[name] for name in names] == [sizes[0], sizes[0], sizes[1], sizes[1]]
+
+
+def test_the_kernels_of_onnx_runtime_compute_a_recurrent_layer(tiny_checkpoint: Any, lower_checkpoint: Any) -> None:
+    found = {
+        flavor: lower_checkpoint(tiny_checkpoint("qwen3_next"), flavor=flavor).lowered.facts["ops"]
+        for flavor in ("default", "portable")
+    }
+    assert (found["default"]["LinearAttention"], found["default"]["CausalConvWithState"]) == (1, 1)
+    assert found["portable"]["Scan"] == 1
+    assert not {"LinearAttention", "CausalConvWithState"} & found["portable"].keys()

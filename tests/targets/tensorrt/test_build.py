@@ -60,6 +60,18 @@ def test_an_engine_and_its_gates(tiny_checkpoint: Callable[[str], Path], tmp_pat
     assert again.stat().st_size == built["engine_bytes"]
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_an_engine_of_recurrent_layers(dtype: str, program_of: Any, lower: Any, assert_same: Any) -> None:
+    """The parser reads a Scan, and the builder builds it, with key heads that serve several heads each."""
+    kinds = {"fp32": torch.float32, "fp16": torch.float16}
+    model = lower(program_of("qwen3_next", kinds[dtype]), engine=True, **SMALL)
+    built = model.lowered.facts["engine"]
+    assert built["inputs"]["past_recurrent.0"] == ["FLOAT", [-1, 4, 16, 16]]
+    assert built["inputs"]["past_conv.0"][1] == [-1, 128, 4]
+    assert "Scan" in {node.op_type for node in model.graph()}
+    assert_same(model, {"fp32": 1e-4, "fp16": 2e-2}[dtype])
+
+
 def test_contents_are_compared_with_the_plan(tiny_checkpoint: Any, program_of: Any, lower: Any) -> None:
     model = lower(program_of(tiny_checkpoint("mixtral")))
     subject = GateSubject(model.program, model.directory, model.lowered.facts, lambda *_: pytest.fail("not asked for"))
