@@ -19,9 +19,10 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 import moec
-from moec.compiler.commands.artifacts import run, verify
+from moec.compiler.commands.artifacts import verify
 from moec.compiler.commands.console import LOG_FORMAT, Console, any_character
 from moec.compiler.commands.estimation import estimate
+from moec.compiler.commands.generation import run
 from moec.compiler.commands.inspection import doctor, families, inspect
 from moec.compiler.commands.options import ArtifactDirectory, Debug, Json, Quiet, Revision, Trust
 from moec.compiler.commands.pipelines import build, diff, publish
