@@ -3,36 +3,28 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from moec.compiler.commands.console import Console
-from moec.compiler.commands.options import ArtifactDirectory, Debug, Json
+from moec.compiler.commands.options import (
+    ArtifactDirectory,
+    Debug,
+    Inputs,
+    Json,
+    MaxNewTokens,
+    MinP,
+    RepetitionPenalty,
+    Seed,
+    Stats,
+    Stop,
+    Temperature,
+    Threads,
+    TopK,
+    TopP,
+)
 from moec.compiler.common.errors import UsageError
-
-
-def _sampling(text: str) -> Any:
-    """A flag that goes over the model's own generation_config.json."""
-    return typer.Option(help=f"{text} (default: the model's own)", rich_help_panel="Sampling")
-
-
-MaxNewTokens = Annotated[int, typer.Option(min=1, help="At most so many new tokens.")]
-Temperature = Annotated[float | None, _sampling("Divides the logits; 0 takes the most likely token.")]
-TopK = Annotated[int | None, _sampling("Draw among the k most likely tokens; 0 means all.")]
-TopP = Annotated[float | None, _sampling("Draw among the likeliest tokens that together reach p.")]
-MinP = Annotated[float | None, _sampling("Leave out tokens below p times the likeliest one.")]
-RepetitionPenalty = Annotated[float | None, _sampling("Above 1, tokens that occurred become less likely.")]
-Seed = Annotated[int, typer.Option(help="Seed of the draws.", rich_help_panel="Sampling")]
-Stop = Annotated[
-    list[str] | None, typer.Option("--stop", metavar="TEXT", help="End before this text; may be repeated.")
-]
-Stats = Annotated[bool, typer.Option("--stats", help="Print counts and tokens per second on stderr.")]
-Threads = Annotated[int, typer.Option(help="Threads of the runtime; 0 leaves it to the runtime.")]
-Inputs = Annotated[
-    list[str] | None,
-    typer.Option("--input", metavar="NAME=VALUE", help="Set an input that has a default, such as routing_budget."),
-]
 
 
 def _one_prompt(argument: str | None, option: str | None) -> str:
@@ -44,10 +36,10 @@ def _one_prompt(argument: str | None, option: str | None) -> str:
     if (argument is None) == (option is None):
         reason = "no prompt is given" if argument is None else "the prompt is given twice: by itself and with --prompt"
         raise UsageError(reason, hint="moec run DIRECTORY \"PROMPT\"; '-' reads standard input")
-    return _text(argument, "the prompt") if argument is not None else _text(str(option), "--prompt")
+    return argument_text(argument, "the prompt") if argument is not None else argument_text(str(option), "--prompt")
 
 
-def _text(given: str, where: str) -> str:
+def argument_text(given: str, where: str) -> str:
     """A text of the command line; "-" reads standard input.
 
     Raises:

@@ -115,16 +115,25 @@ class Generator:
             UsageError: There is nothing to start from, or no chat template.
         """
         if chat:
-            from moec.compiler.run.chat import render_chat
-
-            text = render_chat(self.directory, [{"role": "user", "content": prompt}])
-            ids = self.tokenizer.encode(text, add_special_tokens=False).ids
-        else:
-            ids = self.tokenizer.encode(prompt).ids
-        ids = list(ids) or list(self._bos_token_ids[:1])
+            return self.encode_chat([{"role": "user", "content": prompt}])
+        ids = list(self.tokenizer.encode(prompt).ids) or list(self._bos_token_ids[:1])
         if not ids:
             raise UsageError("the prompt is empty, and the model has no token to start from", hint="give --prompt")
         return ids
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Token ids of a conversation in the model's chat template, up to where its answer begins.
+
+        Args:
+            messages: Mappings with "role" and "content".
+
+        Raises:
+            UsageError: The model has no chat template, or its template refuses the messages.
+        """
+        from moec.compiler.run.chat import render_chat
+
+        text = render_chat(self.directory, messages)
+        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
     def tokens(
         self, input_ids: Sequence[int], *, max_new_tokens: int = DEFAULT_NEW_TOKENS, sampling: Sampling | None = None
