@@ -19,9 +19,11 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 import moec
-from moec.compiler.commands.artifacts import run, verify
+from moec.compiler.commands.artifacts import verify
+from moec.compiler.commands.chat import chat
 from moec.compiler.commands.console import LOG_FORMAT, Console, any_character
 from moec.compiler.commands.estimation import estimate
+from moec.compiler.commands.generation import run
 from moec.compiler.commands.inspection import doctor, families, inspect
 from moec.compiler.commands.options import ArtifactDirectory, Debug, Json, Quiet, Revision, Trust
 from moec.compiler.commands.pipelines import build, diff, publish
@@ -299,7 +301,7 @@ def _application(arguments: list[str]) -> typer.Typer:
         """Compile mixture-of-experts checkpoints into deployment artifacts, with proof."""
 
     app.command("export")(_guarded(_export_command(arguments), compiles=True))
-    for command in (build, calibrate, estimate, validate, verify, run, inspect, diff, publish, doctor, families):
+    for command in (build, calibrate, estimate, validate, verify, run, chat, inspect, diff, publish, doctor, families):
         compiles = command in (build, calibrate, estimate, validate, families)
         app.command(command.__name__)(_guarded(command, compiles=compiles))
     return app
