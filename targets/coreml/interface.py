@@ -212,7 +212,8 @@ def refusals(program: Program, flavor: Flavor) -> tuple[Rejection, ...]:
         )
         for state in program.replaced[:1]
     ]
-    states = list(state_layout(program.replace(states=program.caches), 1, split=False).states())
+    slots = state_layout(program.replace(states=program.caches), 1).slots.values()
+    states = list(dict.fromkeys(slot.state for slot in slots))
     if states != list(CACHES.values()):
         reason = f"layers whose caches differ in heads or width need {len(states)} states, but {flavor} knows {known}"
         found.append(Rejection("coreml", f"states {', '.join(states[:3])}, ...", reason, DEFAULT_HINT))

@@ -65,7 +65,7 @@ def build(program: Program, shape: Shape, flavor: Flavor = Flavor.DEFAULT, *, bl
     if refused := refusals(program, flavor):
         raise RefusedError(refused[0].where, refused[0].reason, hint=refused[0].hint)
     made, interface = coremltools_module("coremltools.converters.mil.mil").Program(), INTERFACES[flavor]
-    layout = state_layout(program, shape.context, split=program.dtype is torch.float32)
+    layout = state_layout(program, shape.context)
     built = Built(made, interface, layout, WeightPool(blank=blank))
     built.defaults = {identifier(name): values for name, values in default_values(program).items()}
     built.row_widths = {identifier(name): width for name, width in row_widths(program).items()}
@@ -186,6 +186,7 @@ _DESCRIPTIONS: Mapping[str, str] = {
     "keyCache": "Keys of the tokens so far.",
     "valueCache": "Values of the tokens so far.",
     "convState": "Last inputs of the short convolutions.",
+    "recurrentState": "States of the scans over the tokens.",
     "inputs_embeds": "What stands in place of the embeddings of tokens whose id is negative, [1, tokens, hidden size]; "
     "zeros where there is none.",
 }

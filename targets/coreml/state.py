@@ -1,9 +1,10 @@
-"""What a step hands to the next one as Core ML states: key-value caches, and the last inputs of short convolutions.
+"""What a step hands to the next one as Core ML states: key-value caches, last inputs of convolutions, states of scans.
 
 A state is a tensor of fixed shape that outlives a prediction; Core ML takes fp16 alone. When all layers agree there are
-`keyCache` and `valueCache` [layers, heads, context, width], and `convState` [layers, channels, kernel size]; else each
-layer has its own. A program that computes in fp32 keeps each value as the sum of two: the value rounded to fp16, and
-what that left, scaled up so that it does not vanish. Together they hold 22 bits.
+`keyCache` and `valueCache` [layers, heads, context, width], `convState` [layers, channels, kernel size] and
+`recurrentState` [layers, heads, key width, value width]; else each layer has its own. A state that is fp32 in the
+Program, as all are where it computes in fp32 and those of scans always, is the sum of two: the value rounded to fp16,
+and what that left, scaled up so that it does not vanish. Together they hold 22 bits.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from moec.compiler.ir.program import Program, StateSpec
 from moec.targets.common.refusals import RefusedError
 from moec.targets.coreml.context import Context, Var
 
 CACHES: Mapping[str, str] = {"key": "keyCache", "value": "valueCache"}
-BASES: Mapping[str, str] = {**CACHES, "conv": "convState"}
+BASES: Mapping[str, str] = {**CACHES, "conv": "convState", "recurrent": "recurrentState"}
 """Names of the states by kind of state, see `moec.compiler.ir.program.StateSpec`."""
 REMAINDER = "Remainder"
 REMAINDER_SCALE = 2048.0
@@ -35,11 +37,13 @@ class Slot:
         state: Name of the state.
         shape: Shape of the state.
         index: Place of the layer along axis 0 of the state.
+        split: Whether each value is the sum of two states.
     """
 
     state: str
     shape: tuple[int, ...]
     index: int
+    split: bool
 
 
 @dataclass(frozen=True)
@@ -49,24 +53,22 @@ class StateLayout:
     Attributes:
         slots: Name of each input state of the Program -> its place.
         context: Tokens that the cache holds.
-        split: Whether each value is the sum of two states.
     """
 
     slots: Mapping[str, Slot]
     context: int
-    split: bool
 
     def states(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every state of the model, in the order of the layers."""
         found: dict[str, tuple[int, ...]] = {}
         for slot in self.slots.values():
             found[slot.state] = slot.shape
-            if self.split:
+            if slot.split:
                 found[slot.state + REMAINDER] = slot.shape
         return found
 
 
-def state_layout(program: Program, context: int, *, split: bool) -> StateLayout:
+def state_layout(program: Program, context: int) -> StateLayout:
     """Lay out the states of `program` for `context` tokens.
 
     Raises:
@@ -80,13 +82,13 @@ def state_layout(program: Program, context: int, *, split: bool) -> StateLayout:
     places: Counter[str] = Counter()
     slots: dict[str, Slot] = {}
     for state in program.states:
-        base, shape = BASES[state.kind], shapes[state.input.name]
+        base, shape, split = BASES[state.kind], shapes[state.input.name], state.input.dtype is torch.float32
         if state.kind in apart:
-            slots[state.input.name] = Slot(f"{base}{state.layer}", (1, *shape), 0)
+            slots[state.input.name] = Slot(f"{base}{state.layer}", (1, *shape), 0, split)
         else:
-            slots[state.input.name] = Slot(base, (counts[state.kind, shape], *shape), places[base])
+            slots[state.input.name] = Slot(base, (counts[state.kind, shape], *shape), places[base], split)
             places[base] += 1
-    return StateLayout(slots, context, split)
+    return StateLayout(slots, context)
 
 
 def _shape(state: StateSpec, context: int) -> tuple[int, ...]:
@@ -151,14 +153,14 @@ class States:
             mb.coreml_update_state(state=self._states[state], value=value)
 
     def _names(self, slot: Slot) -> tuple[str, ...]:
-        return (slot.state, slot.state + REMAINDER) if self._layout.split else (slot.state,)
+        return (slot.state, slot.state + REMAINDER) if slot.split else (slot.state,)
 
     def _parts(self, slot: Slot, new: Var) -> Iterator[tuple[str, Var]]:
         """The states that hold a value together, and what of it each is to hold."""
         ctx, mb = self._ctx, self._ctx.mb
         rounded = ctx.cast(new, "fp16")
         yield slot.state, rounded
-        if self._layout.split:
+        if slot.split:
             rest = mb.sub(x=new, y=ctx.cast(rounded, "fp32"))
             scaled = mb.mul(x=rest, y=ctx.constant(np.float32(REMAINDER_SCALE)))
             yield slot.state + REMAINDER, ctx.cast(scaled, "fp16")

@@ -14,11 +14,13 @@ from moec.compiler.common.errors import ArtifactError
 from moec.targets.tflite.library import module
 
 DECODE = "decode"
-CACHE_PREFIX, CONVOLUTION_PREFIX = "kv_cache_", "conv_state_"
-STATE_PREFIXES = (CACHE_PREFIX, CONVOLUTION_PREFIX)
+CACHE_PREFIX, CONVOLUTION_PREFIX, RECURRENCE_PREFIX = "kv_cache_", "conv_state_", "recurrent_state_"
+REPLACED_PREFIXES = (CONVOLUTION_PREFIX, RECURRENCE_PREFIX)
+"""What the names of states that a step replaces as a whole start with."""
+STATE_PREFIXES = (CACHE_PREFIX, *REPLACED_PREFIXES)
 """What the names of states start with, and of nothing else; `worker.py` has them too."""
 TOKEN_COUNT = "token_count"
-"""Input of the signatures for prompts of models with convolutions; see `moec.targets.tflite.states`."""
+"""Input of the signatures for prompts of models with states that are no caches; see `moec.targets.tflite.states`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,7 +46,11 @@ def main(file: str, threads: int, answers: BinaryIO) -> None:
     except (ValueError, RuntimeError, KeyError) as error:
         send(answers, {"error": np.array(str(error))})
         return
-    states = {name: item for name, item in details.items() if name.startswith(("kv_cache_", "conv_state_"))}
+    states = {
+        name: item
+        for name, item in details.items()
+        if name.startswith(("kv_cache_", "conv_state_", "recurrent_state_"))
+    }
     empty = {name: np.zeros(item["shape"], item["dtype"]) for name, item in states.items()}
     inputs = {f"input.{name}": np.zeros(item["shape"], item["dtype"]) for name, item in details.items()}
     version = runtime.__dict__.get("__version__") or _version()

@@ -16,6 +16,7 @@ from moec.targets.common.added_inputs import default_values, row_widths
 from moec.targets.common.refusals import RefusedError, listed, refuse
 from moec.targets.common.table import lookup
 from moec.targets.tflite.context import TENSOR_TYPES, Context, Settings, Shared
+from moec.targets.tflite.engine import TOKEN_COUNT
 from moec.targets.tflite.lowerings.table import TABLE
 from moec.targets.tflite.model import Graph, Model, Value
 from moec.targets.tflite.positions import from_input
@@ -124,15 +125,17 @@ def _inputs(ctx: Context, program: Program) -> Value | None:
             ctx.set(node, made[spec.name]())
     for node, state in zip(placeholders, program.states, strict=True):
         add_state(ctx, node, state)
-    return add_token_count(ctx) if program.replaced and length > 1 else None
+    if not program.replaced or length == 1:
+        return None
+    return ctx.shared_value(TOKEN_COUNT, lambda: add_token_count(ctx))
 
 
 def _outputs(ctx: Context, program: Program, count: Value | None) -> None:
     names = {state.output.name: state_name(state.kind, state.layer) for state in program.states}
-    kept = {state.output.name: int(state.output.shape[-1]) for state in program.replaced}
+    replaced = {state.output.name for state in program.replaced}
     taken: set[Value] = set()
     for name, node in program.outputs().items():
-        value = ctx.tensor(node) if count is None or name not in kept else unpadded(ctx, node, kept[name], count)
+        value = ctx.tensor(node) if count is None or name not in replaced else unpadded(ctx, node, count)
         if value in taken:
             raise refuse(node, "two outputs of one value have no form")
         taken.add(value)

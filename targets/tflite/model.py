@@ -97,7 +97,10 @@ class Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Operator:
-    """One operator; `inputs` hold -1 where an optional one is left out. `branches` are those of IF."""
+    """One operator; `inputs` hold -1 where an optional one is left out.
+
+    `branches` are the two subgraphs of IF, or test and body of WHILE.
+    """
 
     name: str
     inputs: tuple[int, ...]
@@ -168,7 +171,7 @@ class Graph:
             inputs: None where an optional one is left out.
             outputs: Shape and tensor type of each.
             options: Fields of its options table by the schema's names.
-            branches: The two subgraphs of IF.
+            branches: The two subgraphs of IF, or test and body of WHILE.
         """
         for value in inputs:
             assert value is None or value.graph is self, f"{name}: an operand of another subgraph"

@@ -11,7 +11,7 @@ import numpy as np
 from moec.compiler.common.errors import UsageError
 from moec.targets.base import RunnerLimits
 from moec.targets.common.added_inputs import rows
-from moec.targets.tflite.engine import CONVOLUTION_PREFIX, DECODE, TOKEN_COUNT, Engine, LitertEngine
+from moec.targets.tflite.engine import DECODE, REPLACED_PREFIXES, TOKEN_COUNT, Engine, LitertEngine
 from moec.targets.tflite.former_runtime import OlderEngine
 from moec.targets.tflite.reader import OLDER, TfliteFile
 
@@ -24,8 +24,8 @@ class TfliteRunner:
     """The Runner of the TFLite target.
 
     A prompt is cut into pieces of the lengths that there are signatures for. The last piece is padded: the logits of
-    the padding are dropped, its slots of the cache lie behind every token until one of them overwrites them, and the
-    states of convolutions are cut before it.
+    the padding are dropped, its slots of the cache lie behind every token until one of them overwrites them, and other
+    states are those before it.
 
     Args:
         file: The model.
@@ -49,7 +49,7 @@ class TfliteRunner:
         self.overrides: dict[str, np.ndarray] = {}
         """See `moec.targets.base.Runner`."""
         self.capacity = int(facts["capacity"])
-        self._counts = any(name.startswith(CONVOLUTION_PREFIX) for name in places)
+        self._counts = any(name.startswith(REPLACED_PREFIXES) for name in places)
         sizes = (int(n.removeprefix(_PREFIX)) for n in self._engine.signatures if n != DECODE)
         self.lengths = tuple(sorted(sizes, reverse=True))
         self.limits = RunnerLimits(

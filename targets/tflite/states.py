@@ -1,8 +1,8 @@
-"""The states of a signature: key-value caches of fixed capacity, and the last inputs of short convolutions.
+"""The states of a signature: key-value caches of fixed capacity, the last inputs of convolutions, and those of scans.
 
 The last piece of a prompt is padded at its end. In a cache the padding lies behind every token. A convolution's state
 ends with the newest token, so signatures for prompts have an input that tells how many tokens are none of padding, and
-the state is cut there.
+the state is cut there; a scan ends there.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from moec.compiler.ir.program import CACHE_KINDS, CAUSAL_CONV, StateSpec
+from moec.compiler.ir.program import CACHE_KINDS, CAUSAL_CONV, LINEAR_ATTENTION, StateSpec
 from moec.targets.common.refusals import refuse
 from moec.targets.tflite.context import Context
-from moec.targets.tflite.engine import CACHE_PREFIX, CONVOLUTION_PREFIX, TOKEN_COUNT
+from moec.targets.tflite.engine import CACHE_PREFIX, CONVOLUTION_PREFIX, RECURRENCE_PREFIX, TOKEN_COUNT
 from moec.targets.tflite.lowerings.convolution import inputs_of
 from moec.targets.tflite.model import Value
 
@@ -25,11 +25,12 @@ aten = torch.ops.aten
 
 def state_name(kind: str, layer: int) -> str:
     """Name of a state in the file; caches have the names that LiteRT's tools give them."""
-    return f"{CACHE_PREFIX}{kind[0]}_{layer}" if kind in CACHE_KINDS else f"{CONVOLUTION_PREFIX}{layer}"
+    prefixes = {"conv": CONVOLUTION_PREFIX, "recurrent": RECURRENCE_PREFIX}
+    return f"{CACHE_PREFIX}{kind[0]}_{layer}" if kind in CACHE_KINDS else f"{prefixes[kind]}{layer}"
 
 
 def add_state(ctx: Context, node: fx.Node, state: StateSpec) -> None:
-    """The input that `node` reads, float32 [1, heads, capacity, width] or [1, channels, kernel size]."""
+    """The input that `node` reads, float32: a cache is [1, heads, capacity, width]."""
     sizes = [1, *state.input.shape[1:]]
     if state.kind in CACHE_KINDS:
         sizes[2] = ctx.settings.capacity
@@ -41,25 +42,37 @@ def add_token_count(ctx: Context) -> Value:
     return ctx.graph.input(TOKEN_COUNT, (1,), "INT32")
 
 
-def unpadded(ctx: Context, node: fx.Node, kept: int, count: Value) -> Value:
-    """The state [1, C, `kept`] that `node` cuts off the end of its past inputs and all new ones, without padding.
+def unpadded(ctx: Context, node: fx.Node, count: Value) -> Value:
+    """The state that `node` makes of its past and all new tokens, without padding.
 
     Args:
         ctx: The signature.
-        node: The present state of a `moec::causal_conv`, or a slice of the last `kept` of [1, C, `kept` + S].
-        kept: Inputs that the state holds.
+        node: The present state of a `moec::causal_conv`, of a `moec::linear_attention`, which ends with the last token,
+            or the last entries along an axis of its past and what is new.
         count: See `add_token_count`.
 
     Raises:
         LoweringError: The state is made in another way.
     """
     source: Any = node.args[0]
+    if node.target is operator.getitem and source.target is LINEAR_ATTENTION and node.args[1] == 1:
+        return ctx.tensor(node)
     if node.target is operator.getitem and source.target is CAUSAL_CONV and node.args[1] == 1:
-        joined = inputs_of(ctx, source)
-    elif node.target is aten.slice.Tensor and source.target is aten.cat.default and node.args[2] == -kept:
-        joined = ctx.tensor(source)
+        joined, axis = inputs_of(ctx, source), 2
+    elif node.target is aten.slice.Tensor and source.target is aten.cat.default and _is_last(node, source):
+        joined, axis = ctx.tensor(source), int(node.args[1])  # type: ignore[arg-type]
     else:
         raise refuse(node, "a state that is not the last of what a convolution takes in has no form")
-    begin = ctx.shared_value(("end of state", count), lambda: ctx.concat([ctx.ints(0, 0), count], 0))
-    shape = (*joined.shape[:2], kept)
+    ends = [ctx.ints(*[0] * size) for size in (axis, joined.rank - axis - 1) if size]
+    ends.insert(1 if axis else 0, count)
+    begin = ctx.shared_value(("end of state", count, axis, joined.rank), lambda: ctx.concat(ends, 0))
+    shape = tuple(int(size) for size in node.meta["val"].shape)
     return ctx.op("SLICE", joined, begin, ctx.ints(*shape), shape=shape)
+
+
+def _is_last(node: fx.Node, source: fx.Node) -> bool:
+    """Whether a slice is the end, as long as the state is, of a state and what is joined to it."""
+    parts: Any = source.args[0]
+    axis = source.args[1]
+    kept = int(node.meta["val"].shape[axis])
+    return (node.args[1:3], parts[0].op) == ((axis, -kept), "placeholder")

@@ -61,8 +61,15 @@ OPTIONS = {
     "SUM": "ReducerOptions",
     "TRANSPOSE": "TransposeOptions",
     "UNPACK": "UnpackOptions",
+    "WHILE": "WhileOptions",
 }
 """Operator -> options table, for those that have one with fields."""
+
+_SUBGRAPHS = {
+    "IF": ("thenSubgraphIndex", "elseSubgraphIndex"),
+    "WHILE": ("condSubgraphIndex", "bodySubgraphIndex"),
+}
+"""Operator -> the fields that name the two subgraphs that it runs."""
 
 VERSIONS = {
     # The lowest version of each operator that has the types and options used here.
@@ -346,8 +353,8 @@ class _Packer:
     def _options(self, kind: str, operator: Operator) -> int:
         fields = dict(operator.options)
         if operator.branches is not None:
-            taken, otherwise = (self._graphs[branch] for branch in operator.branches)
-            fields |= {"thenSubgraphIndex": taken, "elseSubgraphIndex": otherwise}
+            names = _SUBGRAPHS[operator.name]
+            fields |= dict(zip(names, (self._graphs[branch] for branch in operator.branches), strict=True))
         key = (kind, tuple(sorted((name, str(value)) for name, value in fields.items())))
         return self._once(key, lambda: int(getattr(S, f"{kind}T")(**fields).Pack(self._builder)))
 

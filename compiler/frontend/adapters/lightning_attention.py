@@ -22,7 +22,7 @@ def _forward(self: Any, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tens
     mixed = self.act_fn(self.qkv_proj(hidden_states)).reshape(*shape, heads, 3 * width)
     query, key, value = mixed.float().split(width, dim=-1)
     mask = active_record().token_mask(value)[:, :, None]
-    decay = mask * -self.slope_rate.float().reshape(heads)
+    decay = -self.slope_rate.float().reshape(heads).expand(*shape, heads) * mask
     out, _state = emit_scan(query, key, value * mask[..., None], decay, None, 1.0, delta=False)
     normed = self.norm(out.reshape(*shape, heads * width).to(hidden_states.dtype))
     return self.out_proj(torch.sigmoid(self.output_gate(hidden_states)) * normed), None

@@ -13,6 +13,7 @@ from moec.targets.coreml.lowerings import (
     indexing,
     linear,
     norm,
+    recurrences,
     reduce,
     shape,
 )
@@ -27,5 +28,6 @@ TABLE: Mapping[Any, Lowering] = {
     **convolution.TABLE,
     **norm.TABLE,
     **attention.TABLE,
+    **recurrences.TABLE,
     **experts.TABLE,
 }

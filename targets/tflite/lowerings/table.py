@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from moec.targets.tflite.lowerings import attention, convolution, elementwise, experts, linear, norm, reduce, shape
+from moec.targets.tflite.lowerings import (
+    attention,
+    convolution,
+    elementwise,
+    experts,
+    linear,
+    norm,
+    recurrences,
+    reduce,
+    shape,
+)
 from moec.targets.tflite.lowerings.elementwise import Lowering
 
 TABLE: Mapping[Any, Lowering] = {
@@ -16,5 +26,6 @@ TABLE: Mapping[Any, Lowering] = {
     **convolution.TABLE,
     **norm.TABLE,
     **attention.TABLE,
+    **recurrences.TABLE,
     **experts.TABLE,
 }

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from moec.compiler.ir.program import LINEAR_ATTENTION
 from moec.compiler.ir.stages import CORE
 from moec.targets.common.table import lookup
 from moec.targets.coreml.context import Context, Settings
@@ -20,8 +19,6 @@ from tests.support.op_cases import cases
 
 aten = torch.ops.aten
 SIZES = (2, 5)
-CASES = [case for case in cases() if case.values[0] is not LINEAR_ATTENTION]
-"""All but scans over the tokens, which have no form here."""
 RICHER = {aten.erf.default}
 """Ops that this target lowers although they are no core ops."""
 PLAIN = {np.dtype("float32"), np.dtype("int32")}
@@ -30,7 +27,7 @@ PLAIN = {np.dtype("float32"), np.dtype("int32")}
 @pytest.fixture(scope="module")
 def results(builder: Any) -> dict[str, tuple[Any, np.ndarray]]:
     """Id of a case -> what the executor gives, or what went wrong, and what torch gives; one package for all."""
-    chosen = {f"c{index}": OneOp(*case.values) for index, case in enumerate(CASES)}
+    chosen = {f"c{index}": OneOp(*case.values) for index, case in enumerate(cases())}
     return {name: (found, chosen[name].expected(*SIZES).numpy()) for name, found in run(builder, chosen).items()}
 
 
@@ -73,7 +70,7 @@ def _lowered(builder: Any, program: Any, name: str, variables: dict[str, Any]) -
     return mb.cast(x=value, dtype="int32", name=name) if kind == "bool" else mb.identity(x=value, name=name)
 
 
-@pytest.mark.parametrize("case", [pytest.param(f"c{index}", id=str(case.id)) for index, case in enumerate(CASES)])
+@pytest.mark.parametrize("case", [pytest.param(f"c{index}", id=str(case.id)) for index, case in enumerate(cases())])
 def test_op(case: str, results: dict[str, tuple[Any, np.ndarray]]) -> None:
     got, want = results[case]
     if isinstance(got, Exception):
@@ -84,4 +81,4 @@ def test_op(case: str, results: dict[str, tuple[Any, np.ndarray]]) -> None:
 
 
 def test_the_table_holds_the_core_ops() -> None:
-    assert set(TABLE) - RICHER == set(CORE) - {LINEAR_ATTENTION}
+    assert set(TABLE) - RICHER == set(CORE)

@@ -84,3 +84,29 @@ def test_an_export_with_all_gates(
     assert code == 0, capsys.readouterr().err
     verdicts = {item["gate"]: item["status"] for item in json.loads((out / "report.json").read_text())["verdicts"]}
     assert {verdicts[gate] for gate in ("parity: artifact", "coverage", "integrity")} == {"pass"}
+
+
+@pytest.fixture(scope="module", params=["qwen3_next", "jamba"])
+def recurrent(request: pytest.FixtureRequest, tiny_checkpoint: Any, program_of: Any, lower: Any) -> Any:
+    """Gated delta rule, and Mamba in two layers."""
+    return lower(program_of(tiny_checkpoint(request.param)), context=48, prefill_chunk=16)
+
+
+@pytest.mark.parametrize("cut", [1, 7, 21])
+def test_a_recurrent_model_in_pieces_is_one_and_a_new_one_starts_from_nothing(recurrent: Any, cut: int) -> None:
+    ids, runner = prompt(recurrent), recurrent.runner()
+    want = ProgramRunner(recurrent.program).prefill(ids)
+    for _ in range(2):
+        parts = [runner.prefill(ids[:, :cut]), runner.decode(ids[:, cut : cut + 1]), runner.decode(ids[:, cut + 1 :])]
+        assert difference(np.concatenate(parts, axis=1), want) < 2e-5
+
+
+def test_states_of_scans_are_the_sum_of_two_in_half_precision_too(
+    tiny_checkpoint: Any, program_of: Any, lower: Any
+) -> None:
+    model = lower(program_of(tiny_checkpoint("qwen3_next"), torch.float16), context=48, prefill_chunk=16)
+    for function in load_spec(model_file(model.directory / PACKAGE)).description.functions:
+        states = {item.name: list(item.type.stateType.arrayType.shape) for item in function.state}
+        assert states["recurrentState"] == states["recurrentStateRemainder"] == [1, 4, 16, 16]
+        assert "convStateRemainder" not in states
+        assert all(item.shortDescription for item in function.state)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from moec.compiler.common.errors import LoweringError
-from moec.compiler.ir.program import ATTENTION, LINEAR_ATTENTION
+from moec.compiler.ir.program import ATTENTION
 from moec.compiler.ir.stages import CORE, SIZES
 from moec.targets.tflite.lowerings.table import TABLE
 from tests.support.one_op import OneOp
@@ -18,9 +18,8 @@ from tests.support.op_cases import cases, distinct, whole, x
 aten = torch.ops.aten
 MADE_WHILE_LOWERING = {aten.full.default, aten.arange.start_step, *SIZES} - set(TABLE)
 """Core ops of numbers alone, which are constants where all sizes are."""
-SCANS = {str(case.id) for case in cases() if case.values[0] is LINEAR_ATTENTION}
-REFUSED = {"aten.conv1d.default-2", *SCANS}
-"""Cases that have no form: see `test_what_has_no_form_is_refused`, and scans over the tokens."""
+REFUSED = {"aten.conv1d.default-2"}
+"""Cases that have no form: see `test_what_has_no_form_is_refused`."""
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +45,7 @@ def test_op(case: str, results: dict[str, tuple[Any, np.ndarray]]) -> None:
 
 
 def test_the_table_holds_the_core_ops() -> None:
-    assert set(TABLE) == set(CORE) - MADE_WHILE_LOWERING - {LINEAR_ATTENTION}
+    assert set(TABLE) == set(CORE) - MADE_WHILE_LOWERING
 
 
 @pytest.mark.parametrize(

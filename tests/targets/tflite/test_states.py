@@ -118,3 +118,31 @@ def test_an_export_with_all_gates(tiny_checkpoint: Any, tmp_path: Path, capsys: 
     assert code == 0, capsys.readouterr().err
     verdicts = {item["gate"]: item["status"] for item in json.loads((out / "report.json").read_text())["verdicts"]}
     assert {verdicts[gate] for gate in ("parity: artifact", "coverage", "integrity", "repeatability")} == {"pass"}
+
+
+@pytest.mark.parametrize("branches", [True, False])
+def test_a_scan_ends_before_the_padding(branches: bool, build: Any, program_of: Callable[[str], Program]) -> None:
+    """Gated delta rule in layer 0: a prompt in pieces is one, whatever stands behind the last token."""
+    program = program_of("qwen3_next")
+    runner, ids = build.runner(program, branches=branches), tokens(program)
+    want = ProgramRunner(program).prefill(ids)
+    for cut in (16, 5, 21, 1, 44):
+        last = in_pieces(runner, ids, cut) if cut < 44 else runner.prefill(ids)
+        assert difference(last, want) < 2e-5, cut
+
+
+@pytest.mark.parametrize("family", ["jamba", "minimax"])
+def test_scans_of_other_kinds(family: str, build: Any, program_of: Callable[[str], Program]) -> None:
+    program = program_of(family)
+    runner, ids = build.runner(program), tokens(program, 30)
+    assert difference(in_pieces(runner, ids, 5), ProgramRunner(program).prefill(ids)) < 2e-5
+
+
+def test_names_of_the_states_of_a_recurrent_layer(program_of: Callable[[str], Program]) -> None:
+    model, _ = lower.build(program_of("qwen3_next"), lengths=(1, 16), capacity=48, branches=True)
+    for graph in model.signatures.values():
+        inputs, outputs = ({key: value.shape for key, value in values} for values in (graph.inputs, graph.outputs))
+        assert inputs["recurrent_state_0"] == outputs["recurrent_state_0"] == (1, 4, 16, 16)
+        assert inputs["conv_state_0"] == outputs["conv_state_0"] == (1, 128, 4)
+    loops = {name: [op.name for op in graph.operators].count("WHILE") for name, graph in model.signatures.items()}
+    assert loops == {"decode": 0, "prefill_16": 1}, "one token takes no loop"
