@@ -13,7 +13,8 @@ from moec.compiler.measure.estimate.counting import Counts, count
 from moec.compiler.measure.estimate.speeds import Speeds, fit, known_speeds
 from moec.compiler.measure.latency import process
 from moec.compiler.measure.latency.timings import BUSY, CANDIDATE, Clock, Series
-from moec.compiler.pipeline.export import build_program, compile_recipe
+from moec.compiler.pipeline.export import compile_recipe
+from moec.compiler.pipeline.program import build_program
 from moec.compiler.pipeline.recipe import make_recipe
 
 CONTEXTS = (32, 256)

@@ -6,25 +6,22 @@ from typing import Annotated
 
 import typer
 
-from moec.compiler.commands.console import Console
-from moec.compiler.commands.options import ArtifactDirectory, Debug, Json
+from moec.compiler.commands.options import ArtifactDirectory, Shown
 
 
 def verify(
+    console: Shown,
     directory: ArtifactDirectory,
     public_key: Annotated[
         str | None,
         typer.Option(metavar="FILE|KEY", envvar="MOEC_PUBLIC_KEY", help="Demand a signature (minisign) by this key."),
     ] = None,
     ignore_signature: Annotated[bool, typer.Option("--ignore-signature", help="Check the digests alone.")] = False,
-    json_output: Json = False,
-    debug: Debug = False,
 ) -> int:
     """Check by digests, and by its signature if there is one, that the artifact is the one that was built."""
     from moec.compiler.build import signature
     from moec.compiler.common import artifact
 
-    console = Console(json_output, debug=debug)
     digests = artifact.verify(directory)
     signed = None
     if not ignore_signature and (public_key or signature.is_signed(directory)):

@@ -14,20 +14,7 @@ import typer
 
 from moec.compiler.commands.console import Console, write
 from moec.compiler.commands.generation import argument_text
-from moec.compiler.commands.options import (
-    ArtifactDirectory,
-    Debug,
-    Inputs,
-    MinP,
-    RepetitionPenalty,
-    Seed,
-    Stats,
-    Stop,
-    Temperature,
-    Threads,
-    TopK,
-    TopP,
-)
+from moec.compiler.commands.options import ArtifactDirectory, Generation, Sampling, Talk
 from moec.compiler.common.errors import MoecError, UsageError
 
 if TYPE_CHECKING:
@@ -43,53 +30,34 @@ A line that begins with // is a turn that begins with /."""
 
 
 def chat(
+    sampling: Sampling,
+    generation: Generation,
+    console: Annotated[Console, Talk],
     directory: ArtifactDirectory,
     system: Annotated[str, typer.Option(metavar="TEXT", help="What the model is told before everything else.")] = "",
     raw: Annotated[
         bool, typer.Option("--raw", help="No chat template and no history: continue each line by itself.")
     ] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 1024,
-    temperature: Temperature = None,
-    top_k: TopK = None,
-    top_p: TopP = None,
-    min_p: MinP = None,
-    repetition_penalty: RepetitionPenalty = None,
-    seed: Seed = 0,
-    stop: Stop = None,
-    stats: Stats = False,
-    threads: Threads = 0,
-    inputs: Inputs = None,
-    debug: Debug = False,
 ) -> int:
     """Talk with a model, from the artifact alone.
 
     Lines of a pipe are turns too: answers go to stdout, everything else to stderr.
     """
-    from moec.compiler.commands.flags import numbers
     from moec.compiler.run.conversation import Conversation
-    from moec.compiler.run.generate import Generator
 
-    console = Console(debug=debug)
-    generator = Generator(directory, threads=threads, inputs=numbers(inputs or (), "--input"))
-    sampling = generator.sampling(
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-    )
+    generator = generation.generator(directory)
     with generator.session() as session:
         conversation = Conversation(
             generator,
             session,
-            sampling=sampling,
+            sampling=generator.sampling(**vars(sampling)),
             max_new_tokens=max_new_tokens,
-            stop=stop or (),
+            stop=generation.stop or (),
             system=argument_text(system, "--system"),
             raw=raw,
         )
-        return _Chat(console, conversation, stats=stats, terminal=sys.stdin.isatty()).run()
+        return _Chat(console, conversation, stats=generation.stats, terminal=sys.stdin.isatty()).run()
 
 
 class _Chat:

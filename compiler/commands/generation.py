@@ -7,23 +7,7 @@ from typing import Annotated
 
 import typer
 
-from moec.compiler.commands.console import Console
-from moec.compiler.commands.options import (
-    ArtifactDirectory,
-    Debug,
-    Inputs,
-    Json,
-    MaxNewTokens,
-    MinP,
-    RepetitionPenalty,
-    Seed,
-    Stats,
-    Stop,
-    Temperature,
-    Threads,
-    TopK,
-    TopP,
-)
+from moec.compiler.commands.options import ArtifactDirectory, Generation, Sampling, Shown
 from moec.compiler.common.errors import UsageError
 
 
@@ -56,46 +40,27 @@ def argument_text(given: str, where: str) -> str:
 
 
 def run(
+    sampling: Sampling,
+    generation: Generation,
+    console: Shown,
     directory: ArtifactDirectory,
     text: Annotated[
         str | None, typer.Argument(metavar="[PROMPT]", help="The text to continue; '-' reads standard input.")
     ] = None,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="The same, as an option.")] = None,
-    max_new_tokens: MaxNewTokens = 128,
-    temperature: Temperature = None,
-    top_k: TopK = None,
-    top_p: TopP = None,
-    min_p: MinP = None,
-    repetition_penalty: RepetitionPenalty = None,
-    seed: Seed = 0,
-    stop: Stop = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="At most so many new tokens.")] = 128,
     chat: Annotated[bool, typer.Option("--chat", help="Wrap the prompt in the model's chat template.")] = False,
-    stats: Stats = False,
-    threads: Threads = 0,
-    inputs: Inputs = None,
-    json_output: Json = False,
-    debug: Debug = False,
 ) -> int:
     """Continue a text, from the artifact alone.
 
     How tokens are chosen follows the model's generation_config.json, as in transformers, where no flag says otherwise.
     """
-    from moec.compiler.commands.flags import numbers
-    from moec.compiler.run.generate import Generator
-
-    console = Console(json_output, debug=debug)
     given = _one_prompt(text, prompt)
-    generator = Generator(directory, threads=threads, inputs=numbers(inputs or (), "--input"))
-    sampling = generator.sampling(
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-    )
-    pieces = generator.stream(given, chat=chat, stop=stop or (), max_new_tokens=max_new_tokens, sampling=sampling)
-    written = "".join(pieces) if json_output else console.pieces(pieces)
+    generator = generation.generator(directory)
+    chosen = generator.sampling(**vars(sampling))
+    stop = generation.stop or ()
+    pieces = generator.stream(given, chat=chat, stop=stop, max_new_tokens=max_new_tokens, sampling=chosen)
+    written = "".join(pieces) if console.json else console.pieces(pieces)
     counted = generator.statistics
     figures = {
         "prompt_tokens": counted.prompt_tokens,
@@ -106,6 +71,6 @@ def run(
         "finish": counted.finish,
     }
     console.result({"text": written, **figures}, lambda: None)
-    if stats:
+    if generation.stats:
         console.note(counted.line())
     return 0

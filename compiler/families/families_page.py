@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moec.compiler.common.errors import MoecError, OutputError
+from moec.compiler.common.markdown import table
 from moec.compiler.common.validation import chosen
 from moec.compiler.families.tiny_models import family_names, write_tiny_checkpoint
 from moec.compiler.pipeline.recipe import make_recipe
@@ -175,14 +176,14 @@ def markdown(rows: Sequence[FamilyRow], command: str) -> str:
         "notes",
     ]
     notes = Notes()
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    lines = []
     for row in rows:
         found = [YES if row.captured else NO, YES if row.proven else NO, *row.artifacts.values()]
-        lines.append("| " + " | ".join([row.family, *found, notes.of(row.reasons)]) + " |")
+        lines.append([row.family, *found, notes.of(row.reasons)])
     works = sum(row.works for row in rows)
     text = f" It is then built for {', '.join(titles)}, and the artifact goes through every gate." if titles else ""
     intro = _INTRODUCTION.format(built=text, command=command)
-    return "\n".join([intro, f"{works} of {len(rows)} families work.\n", *lines, notes.text()])
+    return "\n".join([intro, f"{works} of {len(rows)} families work.\n", table(header, lines), notes.text()])
 
 
 def write_page(path: Path, text: str) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moec.compiler.common.errors import MoecError, OutputError, UsageError
+from moec.compiler.common.markdown import table
 from moec.compiler.common.validation import chosen
 from moec.compiler.families.families_page import IN_PART, NO, YES, Notes, build
 from moec.compiler.families.released_models import released_names, write_released_checkpoint
@@ -164,16 +165,18 @@ def markdown(cells: Sequence[Cell], command: str) -> str:
     rows: dict[tuple[str, str], dict[str, Cell]] = {}
     for cell in cells:
         rows.setdefault((cell.model, cell.target), {})[cell.form] = cell
-    lines = [_line(["model", "target", *forms, "notes"]), "|" + "---|" * (len(forms) + 3)]
-    notes = Notes()
+    header, notes, lines = ["model", "target", *forms, "notes"], Notes(), []
     for (model, target), by_form in rows.items():
         found = [by_form[form].found for form in forms]
         reasons = {form: cell.reason for form, cell in by_form.items() if cell.found != YES}
-        lines.append(_line([model, target, *found, notes.of(reasons)]))
+        lines.append([model, target, *found, notes.of(reasons)])
     works = sum(all(cell.found != NO for cell in by_form.values()) for by_form in rows.values())
     intro = _INTRODUCTION.format(command=command, part=IN_PART)
-    return "\n".join([intro, f"{works} of {len(rows)} rows work in every form.\n", *lines, notes.text()])
-
-
-def _line(values: Sequence[str]) -> str:
-    return "| " + " | ".join(values) + " |"
+    return "\n".join(
+        [
+            intro,
+            f"{works} of {len(rows)} rows work in every form.\n",
+            table(header, lines),
+            notes.text(),
+        ]
+    )

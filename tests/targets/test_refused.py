@@ -19,7 +19,7 @@ from moec.compiler.families.tiny_models import tiny_model
 from moec.compiler.ir.fake_values import fake_mode
 from moec.compiler.ir.program import Program
 from moec.compiler.ir.weights import LazyTensor
-from moec.compiler.pipeline import export, quantization
+from moec.compiler.pipeline import program, quantization
 from moec.compiler.pipeline.captures import Captures
 from moec.compiler.pipeline.export import compile_recipe
 from moec.compiler.pipeline.recipe import make_recipe
@@ -278,7 +278,7 @@ def test_no_weight_is_read_to_know_it(program_of: Any) -> None:
     ("section", "module", "function"),
     [
         ({"quantize": {"format": "int4:channel", "rounding": "gptq"}}, quantization, "calibrate"),
-        ({"routing": {"policy": "top-p", "budget": 0.5}, "options": {"bundle": True}}, export, "plan_routing"),
+        ({"routing": {"policy": "top-p", "budget": 0.5}, "options": {"bundle": True}}, program, "plan_routing"),
     ],
     ids=["quantization", "routing"],
 )

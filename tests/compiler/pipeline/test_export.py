@@ -18,8 +18,10 @@ from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.ir.printing import format_graph
 from moec.compiler.ir.program import Program
 from moec.compiler.pipeline import export as pipeline
+from moec.compiler.pipeline import program as program_module
 from moec.compiler.pipeline.captures import Captures
-from moec.compiler.pipeline.export import Result, build_program, validate_artifact
+from moec.compiler.pipeline.export import Result, validate_artifact
+from moec.compiler.pipeline.program import build_program
 from moec.compiler.pipeline.recipe import Recipe, make_recipe
 from moec.compiler.pipeline.stages import silent
 
@@ -174,6 +176,6 @@ def test_families_are_checked_and_tabulated(tmp_path: Path) -> None:
 
 def test_what_is_said_to_be_pruned_is_gone(tiny_checkpoint: Tiny) -> None:
     program = build_program(Recipe(checkpoint=str(tiny_checkpoint("olmoe")), target="onnx"))
-    pipeline._check_removed(program, program, [[], []])
+    program_module._check_removed(program, program, [[], []])
     with pytest.raises(LoweringError, match="2 of its 8 experts should be pruned, and 8 are left"):
-        pipeline._check_removed(program, program, [[0, 1], []])
+        program_module._check_removed(program, program, [[0, 1], []])

@@ -14,7 +14,7 @@ from moec.compiler.common.errors import CheckpointError, UsageError
 from moec.compiler.families.tiny_models import tiny_model
 from moec.compiler.ir.interpreter import ProgramRunner
 from moec.compiler.pipeline import quantization
-from moec.compiler.pipeline.export import build_program
+from moec.compiler.pipeline.program import build_program
 from moec.compiler.pipeline.recipe import make_recipe
 from moec.quantize.methods.gptq import GptqOptions
 from moec.quantize.methods.scales import NO_CLIPPING, ClipSearch

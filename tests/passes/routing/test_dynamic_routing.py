@@ -21,25 +21,13 @@ from moec.compiler.ir.program import EXPERTS, SELECT, Program
 from moec.passes.routing.dynamic_routing import BUDGET_INPUT, DynamicRouting
 from moec.passes.routing.policies.base import Policy, select
 from moec.passes.routing.policies.random_drop import RandomDrop
-from moec.passes.routing.policies.table import BUILT_IN, policy
+from moec.passes.routing.policies.table import policy
 from moec.passes.routing.policies.top_p import TopP
 from moec.passes.routing.routing_weights import descending, non_negative
+from tests.support.policies import POLICIES
 
 aten = torch.ops.aten
 HIDDEN, EXPERTS_COUNT, INNER = 6, 8, 4
-PARAMETERS: dict[str, dict[str, Any]] = {
-    "layer-k": {"ks": [2, 3]},
-    "top-p": {"mass": 0.8, "slack": [1.0, 1.5]},
-    "threshold": {"tau": 0.2, "importance": [1.0, 0.5]},
-    "capped": {"mass": 0.8, "caps": [2, 3]},
-    "ratio": {"beta": 0.3, "scale": [1.0, 1.5]},
-    "entropy": {"center": 2.0, "location": [0.7, 0.5], "spread": [0.3, 0.2]},
-    "margin": {"center": 2.0, "location": [-0.3, -0.5], "spread": [0.3, 0.2]},
-    "activation-norm": {"center": 2.0, "location": [1.0, 1.0], "spread": [0.3, -0.2]},
-    "uniform-k": {"k": 2},
-    "random-drop": {"probability": 0.5},
-}
-POLICIES = {built_in.name: policy(built_in.name, **PARAMETERS[built_in.name]) for built_in in BUILT_IN}
 every_policy = pytest.mark.parametrize("chosen", POLICIES.values(), ids=POLICIES.keys())
 
 
