@@ -40,7 +40,7 @@ def inspect(
 
 
 def doctor(json_output: Json = False, debug: Debug = False) -> int:
-    """Show which targets can be built, run and measured here, and the command that adds each."""
+    """Show which targets can be built, run and measured here, what other extras add, and the commands that add each."""
     from moec.compiler.commands.doctor import doctor as examine
 
     console = Console(json_output, debug=debug)
@@ -52,6 +52,9 @@ def doctor(json_output: Json = False, debug: Debug = False) -> int:
         columns = ("build", "run", "measure", "install")
         rows = [(name, *(facts.get(column, "") for column in columns)) for name, facts in found["targets"].items()]
         console.rows(rows, header=("target", *columns))
+        console.line("")
+        commands = [(f"moec {name}", facts["run"], facts["install"]) for name, facts in found["commands"].items()]
+        console.rows(commands, header=("command", "run", "install"))
 
     console.result(found, show)
     return 0
