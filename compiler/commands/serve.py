@@ -52,7 +52,8 @@ def serve(
     generator = Generator(directory, threads=threads, inputs=numbers(inputs or (), "--input"))
     settings = Settings(
         model=model_name or directory.expanduser().resolve().name,
-        api_key=api_key or None,
+        api_key=api_key,
+        hosts=frozenset({"localhost", "127.0.0.1", "::1", host}) if _is_loopback(host) and not api_key else None,
         parallel=parallel,
         max_requests=max_requests,
         max_tokens=max_tokens,

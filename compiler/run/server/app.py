@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -48,6 +49,8 @@ class Settings:
     Attributes:
         model: The name that requests give.
         api_key: What they must bear; None for nothing.
+        hosts: Names by which the server may be called, without ports; None for any. A page that a browser shows can
+            make a name of its own mean this machine, and would then be let in.
         parallel: Answers that take turns at most.
         max_requests: Requests at most, those that wait among them.
         max_tokens: New tokens of a request at most.
@@ -56,6 +59,7 @@ class Settings:
 
     model: str
     api_key: str | None = None
+    hosts: frozenset[str] | None = None
     parallel: int = 8
     max_requests: int = 64
     max_tokens: int = 4096
@@ -67,13 +71,13 @@ class _Frame:
 
     Args:
         app: What it is around.
-        api_key: What requests must bear.
+        settings: Who is let in.
         metrics: What counts.
     """
 
-    def __init__(self, app: Any, api_key: str | None, metrics: Metrics) -> None:
-        self._app, self._metrics = app, metrics
-        self._expected = None if api_key is None else f"Bearer {api_key}".encode()
+    def __init__(self, app: Any, settings: Settings, metrics: Metrics) -> None:
+        self._app, self._metrics, self._hosts = app, metrics, settings.hosts
+        self._expected = None if settings.api_key is None else f"Bearer {settings.api_key}".encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
@@ -90,21 +94,31 @@ class _Frame:
             await send(message)
 
         try:
-            if self._is_allowed(scope):
-                await self._app(scope, receive, counted)
+            if error := self._refusal(scope):
+                await JSONResponse(error.body, error.status)(scope, receive, counted)
             else:
-                error = ApiError(401, "no key, or a wrong one (Authorization: Bearer KEY)", code="invalid_api_key")
-                headers = {"WWW-Authenticate": "Bearer"}
-                await JSONResponse(error.body, error.status, headers)(scope, receive, counted)
+                await self._app(scope, receive, counted)
         finally:
             for ticket in tickets:
                 ticket.cancel()
 
-    def _is_allowed(self, scope: Scope) -> bool:
+    def _refusal(self, scope: Scope) -> ApiError | None:
+        headers = dict(scope["headers"])
+        if self._hosts is not None and _host(headers.get(b"host", b"")) not in self._hosts:
+            return ApiError(403, "the server is not called so (Host)", code="invalid_host")
         if self._expected is None or scope["path"] in OPEN:
-            return True
-        given = dict(scope["headers"]).get(b"authorization", b"")
-        return hmac.compare_digest(given, self._expected)
+            return None
+        if hmac.compare_digest(headers.get(b"authorization", b""), self._expected):
+            return None
+        return ApiError(401, "no key, or a wrong one (Authorization: Bearer KEY)", code="invalid_api_key")
+
+
+def _host(header: bytes) -> str:
+    """The name of a Host header, without its port; empty where it is none."""
+    try:
+        return urlsplit(f"//{header.decode('latin-1')}").hostname or ""
+    except ValueError:
+        return ""
 
 
 class _Service:
@@ -322,7 +336,7 @@ def make_app(generator: Generator, settings: Settings) -> FastAPI:
     for raised in (ApiError, UsageError, HTTPException, 404, 405):
         app.add_exception_handler(raised, _tell)
     app.add_exception_handler(Exception, _tell)
-    app.add_middleware(_Frame, api_key=settings.api_key, metrics=service.metrics)
+    app.add_middleware(_Frame, settings=settings, metrics=service.metrics)
     return app
 
 

@@ -1,13 +1,17 @@
 """The server asked by OpenAI's own client: texts, streams, errors, limits, metrics."""
 
 import json
+import shutil
 import socket
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
+
+import moec
 
 PROMPTS = (
     "The list of arguments is",
@@ -194,6 +198,22 @@ def test_a_key(serve: Callable[..., Any]) -> None:
     assert get(f"{served.url}/metrics").status_code == 401
     assert get(f"{served.url}/health").status_code == 200
     assert served.metrics()["moec_http_responses_total{other,401}"] == 2
+
+
+def test_another_name_of_this_machine_is_not_let_in(serve: Callable[..., Any]) -> None:
+    served = serve(hosts=frozenset({"localhost", "127.0.0.1", "::1"}))
+    get = served.client._client.get
+    for host, status in [("[::1]:80", 200), ("LOCALHOST", 200), ("evil.example:80", 403), ("[", 403), ("", 403)]:
+        assert get(f"{served.url}/v1/models", headers={"Host": host}).status_code == status, host
+
+
+def test_a_model_without_a_chat_template(golden_onnx: Path, tmp_path: Path, serve: Callable[..., Any]) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(golden_onnx, out)
+    (out / "chat_template.jinja").unlink()
+    served = serve(moec.load(out))
+    with pytest.raises(openai.BadRequestError, match=r"no chat template; .* ask /v1/completions"):
+        served.chat("Hello")
 
 
 def test_metrics_add_up(serve: Callable[..., Any]) -> None:
