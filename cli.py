@@ -19,45 +19,26 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 import moec
-from moec.compiler.commands.artifacts import run, verify
+from moec.compiler.commands.artifacts import verify
+from moec.compiler.commands.chat import chat
 from moec.compiler.commands.console import LOG_FORMAT, Console, any_character
 from moec.compiler.commands.estimation import estimate
+from moec.compiler.commands.flags import with_groups
+from moec.compiler.commands.generation import run
 from moec.compiler.commands.inspection import doctor, families, inspect
-from moec.compiler.commands.options import ArtifactDirectory, Debug, Json, Quiet, Revision, Trust
+from moec.compiler.commands.options import ArtifactDirectory, Demands, Quantize, Revision, Routing, Shown, Trust
 from moec.compiler.commands.pipelines import build, diff, publish
+from moec.compiler.commands.serve import serve
 from moec.compiler.common.errors import MoecError, UsageError, out_of_memory
-from moec.compiler.common.memory import keep_freed_memory
-from moec.compiler.common.threads import wait_without_spinning
-
-
-def _routing(metavar: str | None, text: str) -> Any:
-    """A flag of dynamic routing."""
-    return typer.Option(metavar=metavar, help=text, rich_help_panel="Dynamic routing")
-
-
-def _quantize(metavar: str, text: str) -> Any:
-    """A flag of quantization."""
-    return typer.Option(metavar=metavar, help=text, rich_help_panel="Quantization")
-
-
-def _latency(metavar: str, text: str) -> Any:
-    """A flag of the latency gate."""
-    return typer.Option(metavar=metavar, help=text, rich_help_panel="Latency")
-
-
-CoverageMin = Annotated[
-    str | None, typer.Option(metavar="SHARE", help="Least share of the experts that are run one by one. (default: 1)")
-]
-LatencyBudget = Annotated[
-    str | None, _latency("KEY=VALUE,...", "Budgets: decode.p50=12ms,prefill128.p90=300ms,load=2s,size=400MB.")
-]
-LatencyBaseline = Annotated[Path | None, _latency("DIRECTORY", "Artifact to compare with, in turns.")]
-MaxRegression = Annotated[str | None, _latency("5%", "How much slower than that it may be. (default: 5%)")]
-LatencyThreads = Annotated[int | None, _latency("N", "Threads of the runtime. (default: 1)")]
-LatencySeconds = Annotated[float | None, _latency("S", "Most seconds of sampling. (default: 120)")]
+from moec.compiler.common.memory import check_address_space, keep_freed_memory
+from moec.compiler.common.threads import WAIT_WITHOUT_SPINNING
 
 
 def export(
+    routing: Routing,
+    quantize: Quantize,
+    demands: Demands,
+    console: Shown,
     checkpoint: Annotated[str | None, typer.Argument(help="Directory or hub id; or in the recipe.")] = None,
     target: Annotated[
         str | None, typer.Option("--target", "-t", help="What to build for: 'moec doctor' lists the targets.")
@@ -68,49 +49,17 @@ def export(
         typer.Option(metavar="fp32|fp16", help="Precision of what is not quantized. (default: the target's)"),
     ] = None,
     recipe: Annotated[Path | None, typer.Option(help="Recipe file (YAML); other flags override it.")] = None,
-    routing: Annotated[str | None, _routing("POLICY|off", "Let tokens use fewer experts.")] = None,
-    expert_budget: Annotated[str | None, _routing("SHARE", "Share of the pretrained top-k to keep.")] = None,
     calibration: Annotated[
         list[Path] | None,
         typer.Option(metavar="PATH", help="Calibration text (file or directory), or a JSON file of moec calibrate."),
     ] = None,
-    max_quality_loss: Annotated[
-        str | None, typer.Option(metavar="1%", help="Most that perplexity may rise: fails the export, bounds routing.")
-    ] = None,
-    quality_text: Annotated[Path | None, typer.Option(metavar="PATH", help="Held-out text; moec brings one.")] = None,
-    routing_text: Annotated[Path | None, _routing("PATH", "Calibration text; moec brings one along.")] = None,
-    routing_input: Annotated[bool | None, _routing(None, "Make the policy's threshold an input.")] = None,
-    prune_experts: Annotated[str | None, _routing("SHARE", "Share of every layer's experts to remove.")] = None,
-    quantize: Annotated[
-        str | None,
-        _quantize(
-            "fp16|int8|int4|palettize4|none|auto|keep", "What weights are stored as; also a format such as int4:128."
-        ),
-    ] = None,
-    rounding: Annotated[str | None, _quantize("auto|rtn|gptq", "How weights are rounded. (default: auto)")] = None,
-    activations: Annotated[
-        str | None, _quantize("float|int8-dynamic", "What kernels may round activations to. (default: float)")
-    ] = None,
-    max_size: Annotated[str | None, _quantize("300MB|0.3x", "For auto: most that weights take; x: of fp16.")] = None,
-    max_perplexity_increase: Annotated[
-        str | None, _quantize("0.5%", "For auto: most that perplexity may rise, as predicted.")
-    ] = None,
-    coverage_min: CoverageMin = None,
-    latency_budget: LatencyBudget = None,
-    latency_baseline: LatencyBaseline = None,
-    max_regression: MaxRegression = None,
-    latency_threads: LatencyThreads = None,
-    latency_seconds: LatencySeconds = None,
     inputs_embeds: Annotated[
-        bool, typer.Option("--inputs-embeds", help="Add an optional input of embeddings, for images, say.")
+        bool, typer.Option("--inputs-embeds", help="Add an input of embeddings, for images, say.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an artifact at the output.")] = False,
     no_gates: Annotated[bool, typer.Option("--no-gates", help="Do not prove the artifact.")] = False,
     revision: Revision = None,
     trust_remote_code: Trust = False,
-    json_output: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
     **options: Any,
 ) -> int:
     """Compile CHECKPOINT into an artifact and prove it.
@@ -131,45 +80,16 @@ def export(
         "revision": revision,
         "trust_remote_code": trust_remote_code or None,
     }
-    routed = {
-        "policy": routing,
-        "budget": expert_budget,
-        "max_quality_loss": max_quality_loss,
-        "text": routing_text,
-        "runtime_input": routing_input,
-        "prune": prune_experts,
-    }
-    quantized = {
-        "format": quantize,
-        "rounding": rounding,
-        "activations": activations,
-        "max_size": max_size,
-        "max_perplexity_increase": max_perplexity_increase,
-    }
-    quality = {"max_loss": max_quality_loss, "text": quality_text}
-    latency = {
-        "budget": latency_budget,
-        "baseline": latency_baseline,
-        "max_regression": max_regression,
-        "threads": latency_threads,
-        "seconds": latency_seconds,
-    }
-    flags: dict[str, dict[str, Any]] = {
-        "routing": routed,
-        "quantize": quantized,
-        "coverage": {"min": coverage_min},
-        "quality": quality,
-        "latency": latency,
-    }
-    sections = sections_of_flags(flags, calibration or ())
-    wanted = merge(recipe, {**common, **sections, **options})
-    console = Console(json_output, quiet, debug)
+    routed = {**routing.section(), "max_quality_loss": demands.max_quality_loss}
+    flags = {"routing": routed, "quantize": quantize.section(), **demands.sections()}
+    wanted = merge(recipe, {**common, **sections_of_flags(flags, calibration or ()), **options})
     with console.progress() as progress:
         result = compile_recipe(wanted, output, overwrite=overwrite, gates=not no_gates, progress=progress)
     return console.verdicts(result)
 
 
 def calibrate(
+    console: Shown,
     checkpoint: Annotated[str, typer.Argument(help="Directory or hub id.")],
     policy: Annotated[str, typer.Option("--policy", help="Routing policy, such as top-p.")],
     budget: Annotated[str, typer.Option("--budget", metavar="0.5,0.6,...", help="Shares of the slots to keep.")],
@@ -177,14 +97,10 @@ def calibrate(
     text: Annotated[Path | None, typer.Option(help="A text file or a directory; moec brings one along.")] = None,
     revision: Revision = None,
     trust_remote_code: Trust = False,
-    json_output: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
 ) -> int:
     """Fit a routing policy to expert budgets; 'moec export --calibration FILE' takes the result."""
     from moec.compiler.pipeline import routing as plans
 
-    console = Console(json_output, quiet, debug)
     budgets = plans.parse_budgets(budget)
     with console.progress() as progress:
         found = plans.calibrate_file(
@@ -203,42 +119,22 @@ def calibrate(
 
 
 def validate(
+    demands: Demands,
+    console: Shown,
     directory: ArtifactDirectory,
     against: Annotated[str, typer.Option(metavar="CHECKPOINT", help="What it was built from.")],
-    max_quality_loss: Annotated[str | None, typer.Option(metavar="1%", help="Most that perplexity may rise.")] = None,
-    quality_text: Annotated[Path | None, typer.Option(metavar="PATH", help="Held-out text; moec brings one.")] = None,
-    coverage_min: CoverageMin = None,
-    latency_budget: LatencyBudget = None,
-    latency_baseline: LatencyBaseline = None,
-    max_regression: MaxRegression = None,
-    latency_threads: LatencyThreads = None,
-    latency_seconds: LatencySeconds = None,
     revision: Revision = None,
     trust_remote_code: Trust = False,
-    json_output: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
 ) -> int:
     """Run the gates again on an artifact that exists."""
     from moec.compiler.commands.flags import sections_of_flags
     from moec.compiler.pipeline.export import validate_artifact
 
-    quality = {"max_loss": max_quality_loss, "text": quality_text}
-    latency = {
-        "budget": latency_budget,
-        "baseline": latency_baseline,
-        "max_regression": max_regression,
-        "threads": latency_threads,
-        "seconds": latency_seconds,
-    }
-    coverage = {"min": coverage_min}
-    demands = sections_of_flags({"coverage": coverage, "quality": quality, "latency": latency})
-    console = Console(json_output, quiet, debug)
     with console.progress() as progress:
         result = validate_artifact(
             directory,
             against,
-            demands=demands,
+            demands=sections_of_flags(demands.sections()),
             revision=revision,
             trust_remote_code=trust_remote_code,
             progress=progress,
@@ -246,13 +142,23 @@ def validate(
     return console.verdicts(result)
 
 
-def _guarded(command: Callable[..., int]) -> Callable[..., None]:
-    """Turn what a command raises into a message and an exit code."""
+def _guarded(command: Callable[..., int], *, compiles: bool) -> Callable[..., None]:
+    """Turn what a command raises into a message and an exit code.
+
+    Args:
+        command: The command.
+        compiles: Whether it runs what takes the memory of an export.
+    """
 
     @functools.wraps(command)
     def guarded(**arguments: Any) -> None:
+        def call() -> int:
+            if compiles:
+                check_address_space()
+            return command(**arguments)
+
         console = Console(arguments.get("json_output", False), debug=arguments.get("debug", False))
-        raise typer.Exit(_guard(console, functools.partial(command, **arguments)))
+        raise typer.Exit(_guard(console, call))
 
     return guarded
 
@@ -288,9 +194,11 @@ def _application(arguments: list[str]) -> typer.Typer:
     ) -> None:
         """Compile mixture-of-experts checkpoints into deployment artifacts, with proof."""
 
-    app.command("export")(_guarded(_export_command(arguments)))
-    for command in (build, calibrate, estimate, validate, verify, run, inspect, diff, publish, doctor, families):
-        app.command(command.__name__)(_guarded(command))
+    app.command("export")(_guarded(_export_command(arguments), compiles=True))
+    compiling = (build, calibrate, estimate, validate, families)
+    for command in (*compiling, verify, run, chat, serve, inspect, diff, publish, doctor):
+        compiles = command in compiling
+        app.command(command.__name__)(_guarded(with_groups(command), compiles=compiles))
     return app
 
 
@@ -298,11 +206,12 @@ def _export_command(arguments: list[str]) -> Callable[..., int]:
     from moec.compiler.commands.flags import named_target, with_flags, without_flags
 
     name = named_target(arguments) if arguments[:1] == ["export"] else None
+    command = with_groups(export)
     if name is None:
-        return without_flags(export)
+        return without_flags(command)
     from moec.targets import get_target
 
-    return with_flags(export, get_target(name).Options.model_fields, f"Options of target {name}")
+    return with_flags(command, get_target(name).Options.model_fields, f"Options of target {name}")
 
 
 def _terminate(_signal: int, _frame: FrameType | None) -> NoReturn:
@@ -346,7 +255,8 @@ def main() -> None:
     """Entry point of the `moec` command."""
     signal.signal(signal.SIGTERM, _terminate)
     any_character()
-    wait_without_spinning()
+    # Before torch is imported, and unless the user has said otherwise.
+    os.environ.update({**WAIT_WITHOUT_SPINNING, **os.environ})
     keep_freed_memory()
     arguments = sys.argv[1:]
     if "--debug" not in arguments:

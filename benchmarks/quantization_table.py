@@ -20,6 +20,7 @@ import torch
 
 from moec import passes
 from moec.compiler.api import export
+from moec.compiler.common import markdown
 from moec.compiler.frontend.capture import capture
 from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.ir.interpreter import ProgramRunner
@@ -29,13 +30,13 @@ from moec.compiler.text.perplexity import compare
 from moec.targets import get_target
 
 sys.path.insert(0, str(Path(__file__).parent))
+import pages
 from machine import describe
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "golden_models" / "olmoe-tiny"
 LENGTH, WINDOWS = 256, 48
 TEXTS = ("python", "austen", "kjv")
-BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
 CLASSES = ("experts_gate_up", "experts_down", "attention", "embedding", "lm_head")
 DYNAMIC = "int8-dynamic"
 ROWS: Mapping[str, Mapping[str, Any]] = {
@@ -142,9 +143,8 @@ def table(found: Mapping[str, Mapping[str, Any]]) -> str:
         "KL, of the row of that size",
         "top-1",
     ]
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    for name, row in found.items():
-        cells = [
+    cells = [
+        [
             name,
             f"{row['bytes'] / 1e6:.2f}",
             f"{row['bytes'] / found['fp16']['bytes']:.3f}",
@@ -155,8 +155,9 @@ def table(found: Mapping[str, Mapping[str, Any]]) -> str:
             share(name, found),
             f"{np.mean([row[text]['agreement'] for text in TEXTS]):.1%}",
         ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        for name, row in found.items()
+    ]
+    return markdown.table(header, cells)
 
 
 def main() -> None:
@@ -170,10 +171,7 @@ def main() -> None:
     torch.set_num_threads(1)
     text = f"{table(results(arguments.cache))}\n\n{describe()}."
     print(text)
-    page = arguments.output.read_text(encoding="utf-8") if arguments.output.is_file() else f"{BEGIN}\n{END}\n"
-    before, _, rest = page.partition(BEGIN)
-    after = rest.partition(END)[2]
-    arguments.output.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}", encoding="utf-8")
+    pages.put(text, arguments.output)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pages
 import torch
 
 from moec import passes
+from moec.compiler.common import markdown
 from moec.compiler.frontend.capture import capture
 from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.ir.program import Program
@@ -44,7 +46,6 @@ TEXTS = {
 FRESH = "kjv, fresh"
 FRESH_WINDOWS = ("heldout_kjv.txt", 144, 96)
 """Windows for the verdict alone: no choice was made by looking at them."""
-BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
 
 
 def judge(program: Program, texts: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -126,14 +127,14 @@ def measure(cache: Path) -> dict[str, Any]:
     return {name: results[name] for name in wanted}
 
 
-def row(name: str, found: dict[str, Any], off: dict[str, Any]) -> str:
+def row(name: str, found: dict[str, Any], off: dict[str, Any]) -> list[str]:
     """One line of the table."""
     policy, budget = name.split()
     cells = [policy, budget, f"{found['calibration_kept']:.1%}", f"{found['kjv']['kept']:.1%}"]
     for text in TEXTS:
         mean, low, high = increase(np.array(found[text]["losses"]), np.array(off[text]["losses"]))
         cells.append(f"{mean:+.2%} [{low:+.2%}, {high:+.2%}]")
-    return "| " + " | ".join(cells) + " |"
+    return cells
 
 
 def interpolated(results: dict[str, Any], kept: float, text: str) -> np.ndarray:
@@ -147,14 +148,14 @@ def interpolated(results: dict[str, Any], kept: float, text: str) -> np.ndarray:
     return np.array([np.interp(kept, shares, column) for column in table.T])
 
 
-def verdict(results: dict[str, Any]) -> list[str]:
+def verdict(results: dict[str, Any]) -> str:
     """The second table: the goal on fresh windows, against uniform-k at the same FLOPs and random-drop."""
     goal = f"{GOAL - MARGIN:.2f}"
     off = np.array(results["off"][FRESH]["losses"])
     drop = results[f"random-drop {goal}"][FRESH]
     dropped = float((np.array(drop["losses"]) - off).mean())
     header = ["policy", "expert FLOPs not executed", "perplexity", "against uniform-k at the same FLOPs", "loss, nats"]
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    lines = []
     for name in (f"top-p-plain {goal}", f"top-p {goal}", f"threshold {goal}"):
         found = results[name][FRESH]
         losses = np.array(found["losses"])
@@ -167,10 +168,10 @@ def verdict(results: dict[str, Any]) -> list[str]:
             f"{better:+.2%} [{least:+.2%}, {most:+.2%}]",
             f"{float((losses - off).mean()):+.4f}",
         ]
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append(cells)
     mean, low, high = increase(np.array(drop["losses"]), off)
     cells = ["random-drop", f"{1 - drop['kept']:.1%}", f"{mean:+.2%} [{low:+.2%}, {high:+.2%}]", "", f"{dropped:+.4f}"]
-    return [*lines, "| " + " | ".join(cells) + " |"]
+    return markdown.table(header, [*lines, cells])
 
 
 def table(results: dict[str, Any]) -> str:
@@ -182,9 +183,8 @@ def table(results: dict[str, Any]) -> str:
         "executed FLOPs, kjv",
         *(f"perplexity, {text}" for text in TEXTS),
     ]
-    rows = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    rows += [row(name, found, results["off"]) for name, found in results.items() if name != "off" and "k=" not in name]
-    return "\n".join([*rows, "", *verdict(results)])
+    rows = [row(name, found, results["off"]) for name, found in results.items() if name != "off" and "k=" not in name]
+    return f"{markdown.table(header, rows)}\n\n{verdict(results)}"
 
 
 def main() -> None:
@@ -197,10 +197,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     text = table(measure(arguments.cache))
-    page = arguments.output.read_text(encoding="utf-8") if arguments.output.is_file() else f"{BEGIN}\n{END}\n"
-    before, _, rest = page.partition(BEGIN)
-    after = rest.partition(END)[2]
-    arguments.output.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}", encoding="utf-8")
+    pages.put(text, arguments.output)
 
 
 if __name__ == "__main__":

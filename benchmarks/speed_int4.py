@@ -73,28 +73,42 @@ def build_genai(checkpoint: Path, directory: Path) -> Path:
     return directory
 
 
+GGUF_LAYER_NAMES = {
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate": "ffn_gate_inp",
+}
+GGUF_NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+
+
 def build_llama_cpp(checkpoint: Path, file: Path) -> Path:
     """Write the checkpoint as GGUF without a vocabulary and have llama.cpp quantize it (once)."""
     if file.is_file():
         return file
-    import gguf
     import llama_cpp
+
+    whole, partial = file.with_suffix(".f16"), file.with_suffix(".partial")
+    write_gguf(checkpoint, whole)
+    settings = llama_cpp.llama_model_quantize_default_params()
+    settings.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0
+    assert llama_cpp.llama_model_quantize(str(whole).encode(), str(partial).encode(), settings) == 0
+    whole.unlink()
+    partial.rename(file)
+    return file
+
+
+def write_gguf(checkpoint: Path, file: Path) -> None:
+    """Write the checkpoint as GGUF in half precision, without a vocabulary."""
+    import gguf
     from safetensors import safe_open
 
-    layer_names = {
-        "input_layernorm": "attn_norm",
-        "post_attention_layernorm": "ffn_norm",
-        "self_attn.q_proj": "attn_q",
-        "self_attn.k_proj": "attn_k",
-        "self_attn.v_proj": "attn_v",
-        "self_attn.o_proj": "attn_output",
-        "self_attn.q_norm": "attn_q_norm",
-        "self_attn.k_norm": "attn_k_norm",
-        "mlp.gate": "ffn_gate_inp",
-    }
-    names = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-    whole, partial = file.with_suffix(".f16"), file.with_suffix(".partial")
-    writer = gguf.GGUFWriter(whole, "olmoe")
+    writer = gguf.GGUFWriter(file, "olmoe")
     writer.add_context_length(BASE["max_position_embeddings"])
     writer.add_embedding_length(BASE["hidden_size"])
     writer.add_block_count(BASE["num_hidden_layers"])
@@ -114,12 +128,12 @@ def build_llama_cpp(checkpoint: Path, file: Path) -> Path:
         writer.add_tensor(f"{name}.weight", (values.float() if float_ else values.half()).numpy())
 
     with safe_open(checkpoint / "model.safetensors", "pt") as tensors:
-        for name, other in names.items():
+        for name, other in GGUF_NAMES.items():
             add(other, tensors.get_tensor(f"{name}.weight"))
         stored = set(tensors.keys())
         for layer in range(BASE["num_hidden_layers"]):
             prefix = f"model.layers.{layer}"
-            for name, other in layer_names.items():
+            for name, other in GGUF_LAYER_NAMES.items():
                 add(f"blk.{layer}.{other}", tensors.get_tensor(f"{prefix}.{name}.weight"))
             for name in ("gate", "up", "down"):
                 each = [f"{prefix}.mlp.experts.{index}.{name}_proj.weight" for index in range(BASE["num_experts"])]
@@ -129,12 +143,6 @@ def build_llama_cpp(checkpoint: Path, file: Path) -> Path:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    settings = llama_cpp.llama_model_quantize_default_params()
-    settings.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0
-    assert llama_cpp.llama_model_quantize(str(whole).encode(), str(partial).encode(), settings) == 0
-    whole.unlink()
-    partial.rename(file)
-    return file
 
 
 def main() -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint
 
 from moec.compiler.common.errors import MoecError, UsageError
+from moec.compiler.common.plugins import third_party
 from moec.compiler.common.rejections import Rejection
 from moec.compiler.ir.invariants import check_invariants
 from moec.compiler.ir.program import Program
@@ -34,7 +34,6 @@ class PassRecord:
 
     name: str
     modified: bool
-    seconds: float
     rejections: tuple[Rejection, ...]
 
 
@@ -64,26 +63,8 @@ def default_passes(extra: Iterable[EntryPoint] | None = None) -> tuple[Pass, ...
         CommonSubexpressions(),
         DeadCode(),
     )
-    return (*own, *_third_party({item.name for item in own}, extra))
-
-
-def _third_party(taken: set[str], extra: Iterable[EntryPoint] | None) -> list[Pass]:
-    found: list[Pass] = []
-    for entry in sorted(entry_points(group=GROUP) if extra is None else extra, key=lambda e: (e.name, e.value)):
-        if entry.name in taken:
-            raise UsageError(
-                f"the entry point {entry.name} = {entry.value} of group {GROUP} claims a name that is taken",
-                hint="uninstall one of the packages, or rename the pass",
-            )
-        loaded = entry.load()
-        if not (isinstance(loaded, type) and issubclass(loaded, Pass) and loaded.name == entry.name):
-            raise UsageError(
-                f"the entry point {entry.name} = {entry.value} of group {GROUP} is no Pass of that name",
-                hint="it must name a subclass of moec.passes.base.Pass whose `name` is the entry's",
-            )
-        taken.add(entry.name)
-        found.append(loaded())
-    return found
+    added = third_party(GROUP, Pass, {item.name for item in own}, extra)  # type: ignore[type-abstract]
+    return (*own, *(loaded() for loaded in added.values()))
 
 
 def check_order(passes: Sequence[Pass], completed: Sequence[str] = ()) -> None:
@@ -131,10 +112,9 @@ def run_passes(
     check_invariants(program, completed)
     log: list[PassRecord] = []
     for item in passes:
-        start = time.perf_counter()
         result = _run(item, program, [*completed, *(record.name for record in log)])
         program = result.program
-        record = PassRecord(item.name, result.modified, time.perf_counter() - start, result.rejections)
+        record = PassRecord(item.name, result.modified, result.rejections)
         log.append(record)
         if on_pass is not None:
             on_pass(record)

@@ -1,9 +1,9 @@
-"""An optional input of embeddings, so that an app can put those of an image between those of words."""
+"""An input of embeddings, so that an app can put those of an image between those of words."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import fx
@@ -13,7 +13,6 @@ from moec.compiler.ir.fake_values import fake_mode
 from moec.compiler.ir.program import Program, TensorSpec
 from moec.passes.base import Pass, PassResult
 from moec.passes.rewriting import aten, call, is_call, rewritten
-from moec.passes.routing.dynamic_routing import INPUT_DEFAULTS
 
 NAME = "inputs_embeds"
 
@@ -65,10 +64,10 @@ class InputsEmbeds(Pass):
         for reader in readers:
             reader.replace_input_with(words, chosen)
         default = torch.zeros(1, 1, value.shape[-1], dtype=value.dtype)
-        notes: dict[str, Any] = dict(program.notes)
-        notes[INPUT_DEFAULTS] = {**notes.get(INPUT_DEFAULTS, {}), NAME: default}
         spec = TensorSpec(NAME, ("batch", "sequence", int(value.shape[-1])), value.dtype)
-        changed = rewritten(program, graph).replace(inputs=(*program.inputs, spec), notes=notes)
+        changed = rewritten(program, graph).replace(
+            inputs=(*program.inputs, spec), input_defaults={**program.input_defaults, NAME: default}
+        )
         return PassResult(changed, True)
 
 

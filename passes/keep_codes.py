@@ -22,6 +22,21 @@ Format = TypeVar("Format", bound=KeptFormat)
 
 
 @dataclass(frozen=True)
+class Decision:
+    """What `KeepCodes` does with a Program.
+
+    Attributes:
+        changed: The tensors with codes by name.
+        replaced: Tensor class, grid of the checkpoint, format that is in its place, and reason -> number of weights.
+        outcomes: Tensor class -> what became of its weights, in words -> number of weights.
+    """
+
+    changed: Mapping[str, LazyTensor]
+    replaced: Mapping[tuple[str, str, str, str], int]
+    outcomes: Mapping[str, Mapping[str, int]]
+
+
+@dataclass(frozen=True)
 class KeepCodes(Pass):
     """Give each weight that is stored as codes these very codes, where the target holds their grid.
 
@@ -50,6 +65,20 @@ class KeepCodes(Pass):
         Raises:
             UsageError: No weight of the checkpoint is stored as codes.
         """
+        found = self.decide(program)
+        rejections = tuple(
+            Rejection(self.name, f"{count} weights of class {tensor_class}", f"{grid} became {form}: {reason}")
+            for (tensor_class, grid, form, reason), count in sorted(found.replaced.items())
+        )
+        weights = program.weights.with_tensors(found.changed)
+        return PassResult(program.replace(weights=weights), bool(found.changed), rejections)
+
+    def decide(self, program: Program) -> Decision:
+        """What becomes of each weight that is stored as codes; none is written.
+
+        Raises:
+            UsageError: No weight of the checkpoint is stored as codes.
+        """
         changed: dict[str, LazyTensor] = {}
         replaced: Counter[tuple[str, str, str, str]] = Counter()
         classes: dict[str, Counter[str]] = {}
@@ -70,13 +99,7 @@ class KeepCodes(Pass):
                 "--quantize keep: no weight of this checkpoint is stored as codes, so there are none to keep",
                 hint="name a format, such as int4, or leave --quantize out",
             )
-        notes: Mapping[str, Any] = {**program.notes, "kept codes": {key: dict(value) for key, value in classes.items()}}
-        weights = program.weights.with_tensors(changed)
-        rejections = tuple(
-            Rejection(self.name, f"{count} weights of class {tensor_class}", f"{grid} became {form}: {reason}")
-            for (tensor_class, grid, form, reason), count in sorted(replaced.items())
-        )
-        return PassResult(program.replace(weights=weights, notes=notes), bool(changed), rejections)
+        return Decision(changed, replaced, {key: dict(value) for key, value in classes.items()})
 
     def _coded(self, name: str, source: LazyTensor, grid: Grid, tensor_class: str) -> tuple[Any, str]:
         """The tensor with codes, or None where it stays float, and why its codes are not those of the checkpoint."""

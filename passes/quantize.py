@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from moec.compiler.common.errors import ArtifactError
 from moec.compiler.common.rejections import Rejection
@@ -55,20 +54,17 @@ class Quantize(Pass):
         """
         changed: dict[str, LazyTensor] = {}
         rejections: list[Rejection] = []
-        classes: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
         for name, role in weight_roles(program).items():
             source = program.weights[name]
             chosen = format_of(self.plan, name, role, source)
-            classes[role.tensor_class.value][str(chosen)] += 1
             tensor = self._quantized(name, source, chosen)
             if tensor is not None:
                 changed[name] = tensor
             rejections += self._fallbacks(name)
         if not changed:
             return PassResult(program, modified=False)
-        notes: dict[str, Any] = {**program.notes, "quantization": {key: dict(value) for key, value in classes.items()}}
         weights = program.weights.with_tensors(changed)
-        return PassResult(program.replace(weights=weights, notes=notes), True, tuple(rejections))
+        return PassResult(program.replace(weights=weights), True, tuple(rejections))
 
     def _quantized(self, name: str, source: LazyTensor, chosen: Format) -> LazyTensor | None:
         if isinstance(chosen, IntegerFormat) and self.recorded:

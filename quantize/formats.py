@@ -5,18 +5,17 @@ come in any order and are left out where they have their default:
 
     none                      the dtype of the checkpoint, unchanged
     fp16                      IEEE half precision
-    int8[:auto|channel|32|64|128][:fp16|fp32][:float|int8-dynamic]
-    int4[:auto|channel|32|64|128][:sym|asym][:fp16|fp32][:float|int8-dynamic]
+    int8[:auto|auto32|channel|32|64|128][:fp16|bf16|fp32][:float|int8-dynamic]
+    int4[:auto|auto32|channel|32|64|128][:sym|asym][:fp16|bf16|fp32][:float|int8-dynamic]
     palettize4[:auto|ROWS]
 
-`auto` is the largest of 128, 64 and 32 that divides the quantized dimension, else `channel`. `fp16` and `fp32` name the
-scales, `float` and `int8-dynamic` that of the activations. ROWS are the rows that share a palette; `auto` is the
-largest number up to 16 that divides them.
+`auto` is the largest of 128, 64 and 32 that divides the quantized dimension, else `channel`; `auto32` is 32 where that
+divides it, else `channel`. `fp16`, `bf16` and `fp32` name the dtype of the scales, `float` and `int8-dynamic` that of
+the activations. ROWS are the rows that share a palette; `auto` is the largest number up to 16 that divides them.
 """
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -26,12 +25,13 @@ from typing import ClassVar, Literal, TypeAlias
 import torch
 
 from moec.compiler.common.errors import UsageError
+from moec.compiler.common.validation import unknown
 
 BLOCK_SIZES: tuple[Literal[128, 64, 32], ...] = (128, 64, 32)
 ROWS = 16
 """Most rows that share a palette where a format does not say how many: its table is small beside their codes."""
 
-Granularity: TypeAlias = Literal["auto", "channel", 32, 64, 128]
+Granularity: TypeAlias = Literal["auto", "auto32", "channel", 32, 64, 128]
 
 
 class FloatKind(StrEnum):
@@ -42,15 +42,19 @@ class FloatKind(StrEnum):
 
 
 class ScaleType(StrEnum):
-    """The dtype of the scales."""
+    """The dtype of the scales.
+
+    Scales of BF16 are such that bfloat16 and IEEE half precision both hold them.
+    """
 
     FP16 = "fp16"
+    BF16 = "bf16"
     FP32 = "fp32"
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype as torch names it."""
-        return torch.float16 if self is ScaleType.FP16 else torch.float32
+        return {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[self.value]
 
 
 class Activations(StrEnum):
@@ -81,7 +85,8 @@ class IntegerFormat:
 
     Attributes:
         bits: Bits of one code.
-        granularity: Weights that share a scale: a block size, "channel" for the whole last dimension, or "auto".
+        granularity: Weights that share a scale: a block size, "channel" for the whole last dimension, or
+            "auto" and "auto32", which depend on it.
         symmetric: True: weight = code * scale. False: weight = (code - zero_point) * scale; four bits only.
         scale_type: dtype of the scales.
         activations: Whether a kernel may quantize the activations, per token, to int8.
@@ -123,7 +128,7 @@ class IntegerFormat:
         return (-8, 7) if self.bits == 4 else (-127, 127)
 
     def resolve(self, dimension: int, name: str) -> IntegerFormat:
-        """Turn "auto" into a block size and check that the block divides the dimension.
+        """Turn "auto" and "auto32" into a block size and check that the block divides the dimension.
 
         Args:
             dimension: Length of the quantized (last) dimension.
@@ -134,6 +139,8 @@ class IntegerFormat:
         """
         if self.granularity == "auto":
             return replace(self, granularity=default_block(dimension))
+        if self.granularity == "auto32":
+            return replace(self, granularity="channel" if dimension % 32 else 32)
         if self.granularity != "channel" and dimension % self.granularity:
             divisors = [str(size) for size in reversed(BLOCK_SIZES) if dimension % size == 0]
             raise UsageError(
@@ -146,10 +153,6 @@ class IntegerFormat:
         """Weights that share one scale, in a last dimension of length `dimension`."""
         granularity = self.resolve(dimension, name).granularity
         return granularity if isinstance(granularity, int) else dimension
-
-    def bytes_per_weight(self, dimension: int) -> float:
-        """Mean bytes of one weight with its share of scale and zero point."""
-        return self.planned_bytes((1, dimension)) / dimension
 
     def planned_bytes(self, shape: Sequence[int], *, source_itemsize: int = 2) -> int:
         """Bytes of the codes, scales and zero points of a tensor of `shape` [..., N, K].
@@ -178,6 +181,9 @@ class PaletteFormat:
         bits: Bits of one code; a palette has 2^bits entries, each a half-precision number.
         rows: Rows (output channels) of a matrix that share a palette, or "auto".
     """
+
+    scale_type: ClassVar[ScaleType] = ScaleType.FP16
+    """Type of the entries of a palette, which take the place of scales."""
 
     bits: Literal[4] = 4
     rows: int | Literal["auto"] = "auto"
@@ -282,6 +288,7 @@ _ROWS_HINT = "Write palettize4, which chooses a number that divides, or a diviso
 _CHANNEL_HINT = "Use one scale per channel (int8:channel), or leave the tensor float (none)."
 _WORDS: dict[str, tuple[str, object]] = {
     "auto": ("granularity", "auto"),
+    "auto32": ("granularity", "auto32"),
     "channel": ("granularity", "channel"),
     **{str(size): ("granularity", size) for size in BLOCK_SIZES},
     "sym": ("symmetric", True),
@@ -308,13 +315,13 @@ def parse_format(text: str) -> Format:
             raise UsageError(f"format {text!r}: {kind} takes no further words", hint=f"Write {kind}.")
         return FloatFormat(FloatKind(kind))
     if kind not in KINDS:
-        raise UsageError(f"unknown format {text!r}", hint=_suggest(kind, list(KINDS)))
+        raise unknown(text, KINDS, "unknown format", "the formats")
     if kind == "palettize4":
         return _parse_palette(text, words)
     fields: dict[str, object] = {}
     for word in words:
         if word not in _WORDS:
-            raise UsageError(f"format {text!r}: unknown word {word!r}", hint=_suggest(word, list(_WORDS)))
+            raise unknown(word, _WORDS, f"format {text!r}: unknown word", "the words")
         field, value = _WORDS[word]
         if field in fields:
             raise UsageError(f"format {text!r}: {word!r} contradicts an earlier word", hint="Keep one of them.")
@@ -351,8 +358,3 @@ def check_matrix(shape: Sequence[int], chosen: Format) -> None:
             f"a tensor of shape {tuple(shape)} cannot take the format {chosen}: only matrices are quantized",
             hint="Leave norms and biases float.",
         )
-
-
-def _suggest(word: str, valid: list[str]) -> str:
-    nearest = difflib.get_close_matches(word, valid, n=1, cutoff=0.5)
-    return f"Did you mean {nearest[0]!r}?" if nearest else f"Valid: {', '.join(valid)}."

@@ -130,16 +130,6 @@ class KeptTable(Coded):
     exact: bool = True
     _errors: dict[tuple[int, int], float] = field(default_factory=dict, repr=False, compare=False)
 
-    @property
-    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
-        """Shape of the float tensor."""
-        return self.source.shape
-
-    @property
-    def dtype(self) -> torch.dtype:  # type: ignore[override]
-        """float32, which holds every value."""
-        return torch.float32
-
     def rows(self, start: int, stop: int) -> Tensor:
         """The slice, dequantized."""
         return self.palettized_rows(start, stop).dequantize()

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from moec.compiler.ir.weights import LazyTensor
+from moec.compiler.ir.weights import Converted, LazyTensor
 from moec.quantize.formats import IntegerFormat, PaletteFormat, TableFormat, check_matrix
 from moec.quantize.methods.palettize import PalettizedTensor, choose_palettes, palettize
 from moec.quantize.methods.rounding import RoundingResult, check_weight, nearest_values, relative, round_to_nearest
@@ -24,10 +24,19 @@ PIECE = 1 << 22
 """Weights of a matrix that are rounded, or get their palettes, together."""
 
 
-class Coded(LazyTensor):
-    """A tensor whose weights are stored as codes."""
+CodedFormat = IntegerFormat | PaletteFormat | TableFormat
+"""What codes may be of."""
 
-    format: IntegerFormat | PaletteFormat | TableFormat
+
+class Coded(Converted):
+    """A tensor whose weights are stored as codes; `source` has the float weights."""
+
+    format: CodedFormat
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        """float32, which holds every value of every format, whatever the checkpoint was stored in."""
+        return torch.float32
 
     @abstractmethod
     def errors(self) -> list[float]:
@@ -70,16 +79,6 @@ class Quantized(Coded):
     _seen: list[tuple[int, int, Scales]] = field(default_factory=list, repr=False, compare=False)
     _served: list[int] = field(default_factory=list, repr=False, compare=False)
     _errors: dict[tuple[int, int], tuple[float, ...]] = field(default_factory=dict, repr=False, compare=False)
-
-    @property
-    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
-        """Shape of the float tensor."""
-        return self.source.shape
-
-    @property
-    def dtype(self) -> torch.dtype:  # type: ignore[override]
-        """float32: what codes times scales gives, whatever the checkpoint was stored in."""
-        return torch.float32
 
     @property
     def block(self) -> int:
@@ -199,16 +198,6 @@ class Palettized(Coded):
     _palettes: dict[tuple[int, int], Tensor] = field(default_factory=dict, repr=False, compare=False)
     _errors: dict[tuple[int, int], float] = field(default_factory=dict, repr=False, compare=False)
 
-    @property
-    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
-        """Shape of the float tensor."""
-        return self.source.shape
-
-    @property
-    def dtype(self) -> torch.dtype:  # type: ignore[override]
-        """float32: what the interpreter looks up, whatever the checkpoint was stored in."""
-        return torch.float32
-
     def rows(self, start: int, stop: int) -> Tensor:
         """The slice as the artifact will hold it: every weight replaced by an entry of its palette."""
         step = self._step
@@ -261,15 +250,10 @@ def palettized(name: str, source: LazyTensor, fmt: PaletteFormat) -> Palettized:
 
 
 @dataclass(frozen=True)
-class Float16(LazyTensor):
+class Float16(Converted):
     """A float tensor that the plan stores in half precision whatever the graph computes in."""
 
     source: LazyTensor
-
-    @property
-    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
-        """Shape of the source."""
-        return self.source.shape
 
     @property
     def dtype(self) -> torch.dtype:  # type: ignore[override]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from moec.compiler.common.errors import UsageError
+from moec.compiler.common.validation import unknown
 from moec.quantize.formats import FP16, NONE, Activations, FloatFormat, Format, IntegerFormat, parse_format
 
 
@@ -153,11 +153,7 @@ def parse_class(text: str) -> TensorClass:
     names = [member.value for member in TensorClass]
     if text in names:
         return TensorClass(text)
-    nearest = difflib.get_close_matches(text.lower().replace("-", "_"), names, n=1, cutoff=0.4)
-    raise UsageError(
-        f"unknown tensor class {text!r}",
-        hint=f"Did you mean {nearest[0]!r}?" if nearest else f"Valid: {', '.join(names)}.",
-    )
+    raise unknown(text, names, "unknown tensor class", "the tensor classes")
 
 
 def preset(name: str) -> QuantizationPlan:
@@ -168,11 +164,7 @@ def preset(name: str) -> QuantizationPlan:
     """
     if name not in PRESETS:
         known = [*PRESETS, "palettize4", "auto", "keep"]
-        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-        valid = f"Valid: {', '.join(known)}, a format such as int4:128, or a plan in a recipe."
-        raise UsageError(
-            f"unknown quantization {name!r}", hint=f"Did you mean {nearest[0]!r}? {valid}" if nearest else valid
-        )
+        raise unknown(name, known, "unknown quantization", "a format such as int4:128, a plan in a recipe, or one of")
     return PRESETS[name]
 
 

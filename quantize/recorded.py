@@ -6,7 +6,6 @@ which are right. What can be said without it is whether they are a rounding of t
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moec.compiler.common.digest import sha256_of_chunks
 from moec.quantize.formats import IntegerFormat
 from moec.quantize.lazy import Given
 from moec.quantize.methods.scales import CHUNK, NO_CLIPPING, choose_scales
@@ -122,12 +122,10 @@ def sha256_of(matrices: Iterable[QuantizedTensor]) -> str:
 
     Scales count in half precision: some targets store them so, some in float32, whatever the plan says.
     """
-    found = hashlib.sha256()
-    for matrix in matrices:
-        for part in (matrix.codes, matrix.scales.to(torch.float16), matrix.zero_points):
-            if part is not None:
-                found.update(part.contiguous().view(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
+    parts = (part for m in matrices for part in (m.codes, m.scales.to(torch.float16), m.zero_points))
+    return sha256_of_chunks(
+        part.contiguous().view(-1).view(torch.uint8).numpy().data for part in parts if part is not None
+    )
 
 
 def matrices_of(tensor: QuantizedTensor) -> list[QuantizedTensor]:

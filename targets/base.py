@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
@@ -19,6 +19,7 @@ from moec.compiler.common.rejections import Rejection
 
 if TYPE_CHECKING:
     from moec.compiler.common.verdict import Verdict
+    from moec.compiler.ir.interpreter import ActivationRounding
     from moec.compiler.ir.program import Program
     from moec.passes.base import Pass
     from moec.targets.stored_weights import StoredWeight
@@ -105,9 +106,7 @@ class RunnerLimits:
 class Runner(Protocol):
     """Runs an artifact. Gates, `moec run`, perplexity and benchmarks use nothing else. Arrays are numpy.
 
-    A runner that does not take every shape has an attribute `limits`, a RunnerLimits: ask `limits_of`.
-    One whose artifact has inputs with defaults has a dict `overrides`: name -> float32 array that is fed instead.
-    One that can run several sequences side by side has a method `fork`: ask `fork`.
+    A runner may be more than this: a `LimitedRunner`, an `AdjustableRunner`, a `ForkableRunner`.
     """
 
     def reset(self) -> None:
@@ -123,26 +122,50 @@ class Runner(Protocol):
         """Runtime, version, threads and kernels, for the report."""
 
 
+@runtime_checkable
+class LimitedRunner(Protocol):
+    """A runner that does not take every shape: ask `limits_of`."""
+
+    limits: RunnerLimits
+
+
+@runtime_checkable
+class AdjustableRunner(Protocol):
+    """A runner whose artifact has inputs with defaults.
+
+    Attributes:
+        overrides: Name of such an input -> float32 array that is fed in place of its default. Of an input with a row
+            for each token, such as `inputs_embeds`, it holds the rows of the tokens of the next call.
+    """
+
+    overrides: dict[str, np.ndarray]
+
+
+@runtime_checkable
+class ForkableRunner(Protocol):
+    """A runner that can run several sequences side by side: ask `fork`."""
+
+    def fork(self) -> Runner:
+        """A runner of the same artifact with sequences of its own; it shares the weights."""
+
+
 def limits_of(runner: Runner) -> RunnerLimits:
     """Limits that `runner` states, or none."""
-    limits = getattr(runner, "limits", None)
-    return limits if isinstance(limits, RunnerLimits) else RunnerLimits()
+    return runner.limits if isinstance(runner, LimitedRunner) else RunnerLimits()
 
 
 def fork(runner: Runner) -> Runner:
     """A runner of the same artifact with sequences of its own; it shares the weights.
 
     Raises:
-        UsageError: `runner` has no method `fork`: its runtime keeps the states of one sequence.
+        UsageError: `runner` is not forkable: its runtime keeps the states of one sequence.
     """
-    own = getattr(runner, "fork", None)
-    if own is None:
+    if not isinstance(runner, ForkableRunner):
         raise UsageError(
             "another text is being generated, and the runner of this target keeps one sequence at a time",
             hint="finish or close the other generation first, or open the artifact again with moec.load",
         )
-    twin: Runner = own()
-    return twin
+    return runner.fork()
 
 
 def cannot_measure(target: Target) -> str:
@@ -191,11 +214,12 @@ class Target(ABC):
     `name` is what `--target` takes; `Options` is a TargetOptions subclass; `extra` is the pip extra that it needs, if
     any; `tools` are the distributions, beyond torch, whose versions decide what it writes and so stand in moec.json.
     `modules` are the top-level modules of the extra, without which nothing can be built.
-    `takes_embeddings`: an artifact may have the optional input `inputs_embeds` (`moec.passes.inputs_embeds`).
+    `takes_embeddings`: an artifact may have the input `inputs_embeds` (`moec.passes.inputs_embeds`).
     `default_dtype` is the precision where a recipe names none: "fp32" or "fp16".
     `presets` are the names that `--quantize` takes for this target alone, or means something else by: name -> format
     by tensor class, as in a recipe.
     `weight_formats` are the kinds of codes that its weights may have: first words of the text forms of formats.
+    `scale_types` are the dtypes that the scales of its weights may have: "fp16", "bf16", "fp32".
     `state_kinds` are the kinds of state that it carries from step to step, see `moec.compiler.ir.program.StateSpec`.
     Constructing a target imports nothing heavy: lowering modules are imported in the methods that need them.
     """
@@ -209,6 +233,7 @@ class Target(ABC):
     default_dtype: ClassVar[Literal["fp32", "fp16"]] = "fp32"
     presets: ClassVar[Mapping[str, Mapping[str, str]]] = {}
     weight_formats: ClassVar[frozenset[str]] = frozenset({"int8", "int4"})
+    scale_types: ClassVar[frozenset[str]] = frozenset({"fp16", "fp32"})
     state_kinds: ClassVar[frozenset[str]] = frozenset({"key", "value"})
 
     @abstractmethod
@@ -242,23 +267,27 @@ class Target(ABC):
         return ()
 
     def refusals(self, program: Program, options: TargetOptions) -> tuple[Rejection, ...]:
-        """States and formats of weights of kinds that this target does not know, and what `lint` finds.
+        """States and formats of weights of kinds that this target does not know, else what `lint` finds.
 
-        A state that is unknown stands alone: what `lint` says of such a program means nothing.
+        What is unknown stands alone: `lint` need not know it.
         """
-        if unknown := tuple(self._unknown_states(program)):
-            return unknown
+        return (*self._unknown_states(program), *self._unknown_formats(program)) or self.lint(program, options)
+
+    def _unknown_formats(self, program: Program) -> Iterator[Rejection]:
+        from moec.quantize.lazy import Coded
+
         users: dict[str, list[str]] = {}
         for name in program.weight_names():
-            form = str(getattr(program.weights[name], "format", ""))
-            if form and form.partition(":")[0] not in self.weight_formats:
-                users.setdefault(form, []).append(name)
-        known = ", ".join(sorted(self.weight_formats))
-        formats = (
-            Rejection(self.name, names[0], f"{form} ({len(names)} weights) has no form here; weights may be {known}")
-            for form, names in users.items()
-        )
-        return (*formats, *self.lint(program, options))
+            tensor = program.weights[name]
+            if not isinstance(tensor, Coded):
+                continue
+            kind = str(tensor.format).partition(":")[0]
+            if kind not in self.weight_formats or tensor.format.scale_type not in self.scale_types:
+                users.setdefault(str(tensor.format), []).append(name)
+        known = f"{', '.join(sorted(self.weight_formats))} with scales of {' or '.join(sorted(self.scale_types))}"
+        for form, names in users.items():
+            reason = f"{form} ({len(names)} weights) has no form here; weights may be {known}"
+            yield Rejection(self.name, names[0], reason)
 
     def _unknown_states(self, program: Program) -> Iterator[Rejection]:
         carried = ", ".join(sorted(self.state_kinds))
@@ -313,6 +342,14 @@ class Target(ABC):
     def gates(self) -> tuple[TargetGate, ...]:
         """Gates that only this target has, run after integrity."""
         return ()
+
+    def activation_rounding(self, directory: Path) -> ActivationRounding | None:  # noqa: ARG002
+        """How the kernels of an artifact round activations before they multiply them with a quantized weight.
+
+        The reference of the gates does the same, so that what they see is the rest. None where nothing is rounded, or
+        where nobody knows how: the tolerance for codes then covers it.
+        """
+        return None
 
     @abstractmethod
     def stored_weights(self, directory: Path) -> Mapping[str, StoredWeight]:

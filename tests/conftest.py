@@ -31,6 +31,17 @@ def golden_model() -> Path:
 
 
 @pytest.fixture(scope="session")
+def golden_onnx(golden_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The golden model as an ONNX artifact, with a chat template beside it. Tests that change it copy it first."""
+    directory = tmp_path_factory.mktemp("golden") / "onnx"
+    moec.export(golden_model, target="onnx", output=directory, gates=False)
+    turn = "<|endoftext|>{{ m.role }}{{ '\\n' }}{{ m.content }}"
+    template = f"{{% for m in messages %}}{turn}{{% endfor %}}<|endoftext|>assistant{{{{ '\\n' }}}}"
+    (directory / "chat_template.jinja").write_text(template)
+    return directory
+
+
+@pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Directory of a tiny random checkpoint of a family or of a released model, written once per session."""
     from moec.compiler.families.released_models import write_released_checkpoint

@@ -7,19 +7,19 @@ files are hard links where the file system allows: an entry and what was built o
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import moec
 from moec.compiler.common.artifact import REPORTS, is_artifact, read_manifest
+from moec.compiler.common.digest import sha256_of_chunks, sha256_of_json
 from moec.compiler.common.errors import OutputError
+from moec.compiler.common.files import beside
 from moec.compiler.common.staging import staged
 from moec.compiler.frontend.source import Digests, resolve
 from moec.compiler.pipeline.recipe import SECTIONS, Recipe
@@ -64,7 +64,7 @@ class Cache:
             "tools": tools(),
         }
         self._save()
-        return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+        return sha256_of_json(decides)
 
     def restore(self, key: str, output: Path) -> bool:
         """Put the artifact of `key` at `output`, replacing an artifact there; False if it is not here, or was changed.
@@ -95,15 +95,11 @@ class Cache:
         """
         entry = self._entry(key)
         try:
-            entry.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix=".partial-", dir=entry.parent) as name:
-                whole = Path(name) / "entry"
+            with beside(entry, _unless_there) as whole:
                 (whole / "artifact").mkdir(parents=True)
                 _link(artifact, whole / "artifact")
                 index = {"artifact": str(artifact), "files": _states(whole / "artifact")}
                 (whole / INDEX).write_text(json.dumps(index), encoding="utf-8")
-                if not entry.exists():
-                    whole.rename(entry)
         except OSError as error:
             raise OutputError(
                 f"{self.directory}: the cache cannot be written: {error.strerror or error}",
@@ -123,18 +119,21 @@ class Cache:
             ) from error
 
 
+def _unless_there(whole: Path, entry: Path) -> None:
+    if not entry.exists():
+        whole.rename(entry)
+
+
 @functools.cache
 def tools() -> Mapping[str, Any]:
     """What else decides an artifact: moec, its code, Python, and every distribution that is installed."""
     root = Path(moec.__file__).parent
-    code = hashlib.sha256()
-    for package in ("compiler", "passes", "quantize", "targets"):
-        for path in sorted((root / package).rglob("*.py")):
-            code.update(path.read_bytes())
+    packages = ("compiler", "passes", "quantize", "targets")
+    modules = (path for package in packages for path in sorted((root / package).rglob("*.py")))
     installed = {path.name for entry in sys.path for path in Path(entry or ".").glob("*.dist-info")}
     return {
         "moec": moec.__version__,
-        "code": code.hexdigest(),
+        "code": sha256_of_chunks(path.read_bytes() for path in modules),
         "python": sys.version_info[:3],
         "installed": sorted(installed),
     }

@@ -17,7 +17,7 @@ from moec.compiler.common.validation import validate
 from moec.compiler.measure.estimate.counting import Counts, count, formats
 from moec.compiler.measure.estimate.devices import Device, load_device
 from moec.compiler.measure.estimate.speeds import bandwidth, cached
-from moec.compiler.pipeline.export import build_program
+from moec.compiler.pipeline.program import build_program
 from moec.compiler.pipeline.recipe import make_recipe
 from moec.passes.routing.policies.table import policy_type
 from moec.targets import get_target

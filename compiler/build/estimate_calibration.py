@@ -12,8 +12,9 @@ from moec.compiler.common.progress import Progress
 from moec.compiler.measure.estimate.counting import Counts, count
 from moec.compiler.measure.estimate.speeds import Speeds, fit, known_speeds
 from moec.compiler.measure.latency import process
-from moec.compiler.measure.latency.timings import BUSY, CANDIDATE, Series
-from moec.compiler.pipeline.export import build_program, compile_recipe
+from moec.compiler.measure.latency.timings import BUSY, CANDIDATE, Clock, Series
+from moec.compiler.pipeline.export import compile_recipe
+from moec.compiler.pipeline.program import build_program
 from moec.compiler.pipeline.recipe import make_recipe
 
 CONTEXTS = (32, 256)
@@ -74,7 +75,7 @@ def measure_decode(
 
 def undisturbed(series: Series) -> float:
     """Median seconds of a call on an otherwise idle machine, as far as they can be told."""
-    return statistics.median(series.calls("cpu" if series.without_core() > BUSY else "wall"))
+    return statistics.median(series.calls(Clock.CPU if series.without_core() > BUSY else Clock.WALL))
 
 
 def write_random(directory: Path, shape: Mapping[str, Any]) -> Path:

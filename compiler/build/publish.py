@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -21,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from moec.compiler.common.artifact import leads_out, read_manifest, verify
 from moec.compiler.common.errors import ArtifactError, MissingExtraError, OutputError, UsageError, first_line
-from moec.compiler.common.files import read_json
+from moec.compiler.common.files import read_json, write_whole
 from moec.compiler.common.staging import staged
 from moec.compiler.common.validation import unknown
 from moec.compiler.report.schema import Report, read_report
@@ -135,10 +134,8 @@ def _read_index(shelf: Path) -> list[dict[str, Any]]:
 
 
 def _write_index(shelf: Path, entries: list[dict[str, Any]]) -> None:
-    beside = shelf / f".{INDEX}.{os.getpid()}"
     try:
-        beside.write_text(json.dumps({"schema_version": 1, "versions": entries}, indent=2) + "\n", encoding="utf-8")
-        beside.replace(shelf / INDEX)
+        write_whole(shelf / INDEX, json.dumps({"schema_version": 1, "versions": entries}, indent=2) + "\n")
     except OSError as error:
         raise OutputError(f"{shelf}: cannot be written: {error.strerror or error}") from error
 

@@ -6,11 +6,11 @@ from typing import Annotated
 
 import typer
 
-from moec.compiler.commands.console import Console
-from moec.compiler.commands.options import Debug, Json, Quiet, Revision, Trust
+from moec.compiler.commands.options import Revision, Shown, Trust
 
 
 def estimate(
+    console: Shown,
     checkpoint: Annotated[str, typer.Argument(help="Directory or hub id.")],
     target: Annotated[str, typer.Option("--target", "-t", help="What it would be built for.")],
     quantize: Annotated[str, typer.Option(metavar="FORMAT", help="What weights would be stored as.")] = "none",
@@ -26,9 +26,6 @@ def estimate(
     price_per_hour: Annotated[float | None, typer.Option(min=0, help="Price of the device, in any currency.")] = None,
     revision: Revision = None,
     trust_remote_code: Trust = False,
-    json_output: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
 ) -> int:
     """Estimate size, work, latency and cost before anything is built. Reads no weight.
 
@@ -37,7 +34,6 @@ def estimate(
     from moec.compiler.build.estimate import Wanted, describe
     from moec.compiler.build.estimate import estimate as compute
 
-    console = Console(json_output, quiet, debug)
     wanted = Wanted(
         checkpoint,
         target,

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
-from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import typer
 
@@ -17,6 +17,61 @@ if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
 _SEQUENCES = (list, tuple, set, frozenset)
+
+
+class Group:
+    """Flags that go together: a dataclass whose fields are annotated as arguments of a command are.
+
+    A command takes the group as one argument (see `with_groups`).
+    """
+
+    def made(self) -> Any:
+        """What the command is given: the group itself, or what it stands for."""
+        return self
+
+
+def with_groups(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` with the fields of its groups of flags in their place, after its other arguments.
+
+    An argument is a group where its annotation is a `Group`, or `Annotated[..., Group]` for what the group makes.
+    """
+    signature = inspect.signature(function, eval_str=True)
+    groups = {item.name: group for item in signature.parameters.values() if (group := _group_of(item.annotation))}
+    own = [item for name, item in signature.parameters.items() if name not in groups]
+    fixed = [item for item in own if item.kind is not inspect.Parameter.VAR_KEYWORD]
+    of_group = {
+        name: [
+            inspect.Parameter(field, inspect.Parameter.KEYWORD_ONLY, default=getattr(group, field), annotation=kind)
+            for field, kind in get_type_hints(group, include_extras=True).items()
+        ]
+        for name, group in groups.items()
+    }
+
+    @functools.wraps(function)
+    def command(**arguments: Any) -> Any:
+        made = {
+            name: groups[name](**{item.name: arguments.pop(item.name) for item in items}).made()
+            for name, items in of_group.items()
+        }
+        return function(**arguments, **made)
+
+    keywords = [item.replace(kind=inspect.Parameter.KEYWORD_ONLY) for item in fixed]
+    spread = [item for items in of_group.values() for item in items]
+    return _signed(command, signature, [*keywords, *spread, *(item for item in own if item not in fixed)])
+
+
+def _group_of(annotation: Any) -> type[Group] | None:
+    candidates = (annotation, *getattr(annotation, "__metadata__", ()))
+    return next((item for item in candidates if isinstance(item, type) and issubclass(item, Group)), None)
+
+
+def _signed(
+    command: Callable[..., Any], signature: inspect.Signature, parameters: Sequence[inspect.Parameter]
+) -> Callable[..., Any]:
+    """`command` with other parameters, for typer to read."""
+    command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {item.name: item.annotation for item in parameters}
+    return command
 
 
 def with_flags(function: Callable[..., Any], fields: Mapping[str, FieldInfo], panel: str) -> Callable[..., Any]:
@@ -52,10 +107,7 @@ def with_flags(function: Callable[..., Any], fields: Mapping[str, FieldInfo], pa
         }
         return function(**{**arguments, **split})
 
-    parameters = [item.replace(kind=inspect.Parameter.KEYWORD_ONLY) for item in fixed] + added
-    command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    command.__annotations__ = {item.name: item.annotation for item in parameters}
-    return command
+    return _signed(command, signature, [item.replace(kind=inspect.Parameter.KEYWORD_ONLY) for item in fixed] + added)
 
 
 def without_flags(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -9,10 +9,11 @@ from typing import Annotated
 import typer
 
 from moec.compiler.commands.console import Console
-from moec.compiler.commands.options import Debug, Json, Quiet, Revision, Trust
+from moec.compiler.commands.options import Revision, Shown, Trust
 
 
 def inspect(
+    console: Shown,
     location: Annotated[str, typer.Argument(metavar="CHECKPOINT|DIRECTORY", help="Checkpoint, hub id or artifact.")],
     text: Annotated[str | None, typer.Option(help="Colour this text by the experts that each token uses.")] = None,
     against: Annotated[
@@ -20,14 +21,11 @@ def inspect(
     ] = None,
     revision: Revision = None,
     trust_remote_code: Trust = False,
-    json_output: Json = False,
-    debug: Debug = False,
 ) -> int:
     """Show layers, experts, parameters, states, what can be captured, and files."""
     from moec.compiler.report import inspect as inspection
     from moec.compiler.report.describe import describe
 
-    console = Console(json_output, debug=debug)
     if text is not None:
         from moec.compiler.commands.token_view import coloured, experts_by_token
 
@@ -39,11 +37,10 @@ def inspect(
     return 0
 
 
-def doctor(json_output: Json = False, debug: Debug = False) -> int:
-    """Show which targets can be built, run and measured here, and the command that adds each."""
+def doctor(console: Shown) -> int:
+    """Show which targets can be built, run and measured here, what other extras add, and the commands that add each."""
     from moec.compiler.commands.doctor import doctor as examine
 
-    console = Console(json_output, debug=debug)
     found = examine()
 
     def show() -> None:
@@ -52,12 +49,16 @@ def doctor(json_output: Json = False, debug: Debug = False) -> int:
         columns = ("build", "run", "measure", "install")
         rows = [(name, *(facts.get(column, "") for column in columns)) for name, facts in found["targets"].items()]
         console.rows(rows, header=("target", *columns))
+        console.line("")
+        commands = [(f"moec {name}", facts["run"], facts["install"]) for name, facts in found["commands"].items()]
+        console.rows(commands, header=("command", "run", "install"))
 
     console.result(found, show)
     return 0
 
 
 def families(
+    console: Shown,
     names: Annotated[list[str] | None, typer.Argument(help="Families; all if none is named.")] = None,
     check: Annotated[
         bool, typer.Option("--check", help="Build a tiny model of each, capture it and prove it.")
@@ -74,16 +75,12 @@ def families(
         Path | None, typer.Option(help="With --released: keep what is found in this file, and build only the rest.")
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the table (Markdown) here.")] = None,
-    json_output: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
 ) -> int:
     """List the model families that moec knows tiny models of, or check what works for each."""
     from moec.compiler.commands.flags import given
     from moec.compiler.families import families_page as checks
     from moec.compiler.pipeline.recipe import read_recipe
 
-    console = Console(json_output, quiet, debug)
     if released:
         return _released(console, names or (), target, resume, output)
     chosen = checks.choose(names or ())

@@ -1,17 +1,187 @@
-"""Options that several commands share."""
+"""Options that several commands share, one by one and in groups."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+from moec.compiler.commands.console import Console
+from moec.compiler.commands.flags import Group, numbers
+
+if TYPE_CHECKING:
+    from moec.compiler.run.generate import Generator
+
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run modelling code that the checkpoint brings along.")
 ]
 Revision = Annotated[str | None, typer.Option(metavar="BRANCH|TAG|COMMIT", help="Which revision of a hub id to take.")]
 ArtifactDirectory = Annotated[Path, typer.Argument(metavar="DIRECTORY", help="The artifact.")]
+
+
+@dataclass(frozen=True)
+class Talk(Group):
+    """How a command prints that has no result."""
+
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False
+
+    def made(self) -> Console:
+        """The streams of the command."""
+        return Console(debug=self.debug)
+
+
+@dataclass(frozen=True)
+class Output(Talk):
+    """How a command prints."""
+
+    json_output: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False
+
+    def made(self) -> Console:
+        """The streams of the command."""
+        return Console(self.json_output, self.quiet, self.debug)
+
+
+Shown = Annotated[Console, Output]
+"""What a command prints to."""
+
+
+def _routing(metavar: str | None, text: str) -> Any:
+    """A flag of dynamic routing."""
+    return typer.Option(metavar=metavar, help=text, rich_help_panel="Dynamic routing")
+
+
+def _quantize(metavar: str, text: str) -> Any:
+    """A flag of quantization."""
+    return typer.Option(metavar=metavar, help=text, rich_help_panel="Quantization")
+
+
+def _latency(metavar: str, text: str) -> Any:
+    """A flag of the latency gate."""
+    return typer.Option(metavar=metavar, help=text, rich_help_panel="Latency")
+
+
+@dataclass(frozen=True)
+class Routing(Group):
+    """Flags of the section `routing` of a recipe."""
+
+    routing: Annotated[str | None, _routing("POLICY|off", "Let tokens use fewer experts.")] = None
+    expert_budget: Annotated[str | None, _routing("SHARE", "Share of the pretrained top-k to keep.")] = None
+    routing_text: Annotated[Path | None, _routing("PATH", "Calibration text; moec brings one along.")] = None
+    routing_input: Annotated[bool | None, _routing(None, "Make the policy's threshold an input.")] = None
+    prune_experts: Annotated[str | None, _routing("SHARE", "Share of every layer's experts to remove.")] = None
+
+    def section(self) -> Mapping[str, Any]:
+        """The section; None is what was not given."""
+        return {
+            "policy": self.routing,
+            "budget": self.expert_budget,
+            "text": self.routing_text,
+            "runtime_input": self.routing_input,
+            "prune": self.prune_experts,
+        }
+
+
+@dataclass(frozen=True)
+class Quantize(Group):
+    """Flags of the section `quantize` of a recipe."""
+
+    quantize: Annotated[
+        str | None,
+        _quantize(
+            "fp16|int8|int4|palettize4|none|auto|keep", "What weights are stored as; also a format such as int4:128."
+        ),
+    ] = None
+    rounding: Annotated[str | None, _quantize("auto|rtn|gptq", "How weights are rounded. (default: auto)")] = None
+    activations: Annotated[
+        str | None, _quantize("float|int8-dynamic", "What kernels may round activations to. (default: float)")
+    ] = None
+    max_size: Annotated[str | None, _quantize("300MB|0.3x", "For auto: most that weights take; x: of fp16.")] = None
+    max_perplexity_increase: Annotated[
+        str | None, _quantize("0.5%", "For auto: most that perplexity may rise, as predicted.")
+    ] = None
+
+    def section(self) -> Mapping[str, Any]:
+        """The section; None is what was not given."""
+        flags = dict(vars(self))
+        return {"format": flags.pop("quantize"), **flags}
+
+
+@dataclass(frozen=True)
+class Demands(Group):
+    """Flags of the sections of a recipe that gates read."""
+
+    max_quality_loss: Annotated[
+        str | None, typer.Option(metavar="1%", help="Most that perplexity may rise: a gate, and a bound of routing.")
+    ] = None
+    quality_text: Annotated[Path | None, typer.Option(metavar="PATH", help="Held-out text; moec brings one.")] = None
+    coverage_min: Annotated[
+        str | None,
+        typer.Option(metavar="SHARE", help="Least share of the experts that are run one by one. (default: 1)"),
+    ] = None
+    latency_budget: Annotated[
+        str | None, _latency("KEY=VALUE,...", "Budgets: decode.p50=12ms,prefill128.p90=300ms,load=2s,size=400MB.")
+    ] = None
+    latency_baseline: Annotated[Path | None, _latency("DIRECTORY", "Artifact to compare with, in turns.")] = None
+    max_regression: Annotated[str | None, _latency("5%", "How much slower than that it may be. (default: 5%)")] = None
+    latency_threads: Annotated[int | None, _latency("N", "Threads of the runtime. (default: 1)")] = None
+    latency_seconds: Annotated[float | None, _latency("S", "Most seconds of sampling. (default: 120)")] = None
+
+    def sections(self) -> Mapping[str, Mapping[str, Any]]:
+        """The sections by name; None is what was not given."""
+        latency = {
+            "budget": self.latency_budget,
+            "baseline": self.latency_baseline,
+            "max_regression": self.max_regression,
+            "threads": self.latency_threads,
+            "seconds": self.latency_seconds,
+        }
+        quality = {"max_loss": self.max_quality_loss, "text": self.quality_text}
+        return {"coverage": {"min": self.coverage_min}, "quality": quality, "latency": latency}
+
+
+def _sampling(text: str) -> Any:
+    """A flag that goes over the model's own generation_config.json."""
+    return typer.Option(help=f"{text} (default: the model's own)", rich_help_panel="Sampling")
+
+
+@dataclass(frozen=True)
+class Sampling(Group):
+    """How tokens are chosen: arguments of `Generator.sampling`."""
+
+    temperature: Annotated[float | None, _sampling("Divides the logits; 0 takes the most likely token.")] = None
+    top_k: Annotated[int | None, _sampling("Draw among the k most likely tokens; 0 means all.")] = None
+    top_p: Annotated[float | None, _sampling("Draw among the likeliest tokens that together reach p.")] = None
+    min_p: Annotated[float | None, _sampling("Leave out tokens below p times the likeliest one.")] = None
+    repetition_penalty: Annotated[float | None, _sampling("Above 1, tokens that occurred become less likely.")] = None
+    seed: Annotated[int, typer.Option(help="Seed of the draws.", rich_help_panel="Sampling")] = 0
+
+
+@dataclass(frozen=True)
+class Running(Group):
+    """How an artifact is opened to generate from it."""
+
+    threads: Annotated[int, typer.Option(help="Threads of the runtime; 0 leaves it to the runtime.")] = 0
+    inputs: Annotated[
+        list[str] | None,
+        typer.Option("--input", metavar="NAME=VALUE", help="Set an input that has a default, such as routing_budget."),
+    ] = None
+
+    def generator(self, directory: Path) -> Generator:
+        """Open an artifact."""
+        from moec.compiler.run.generate import Generator
+
+        return Generator(directory, threads=self.threads, inputs=numbers(self.inputs or (), "--input"))
+
+
+@dataclass(frozen=True)
+class Generation(Running):
+    """What else generates from an artifact."""
+
+    stop: Annotated[
+        list[str] | None, typer.Option("--stop", metavar="TEXT", help="End before this text; may be repeated.")
+    ] = None
+    stats: Annotated[bool, typer.Option("--stats", help="Print counts and tokens per second on stderr.")] = False

@@ -8,29 +8,25 @@ from typing import Annotated, Any
 
 import typer
 
-from moec.compiler.commands.console import Console
-from moec.compiler.commands.options import ArtifactDirectory, Debug, Json, Quiet
+from moec.compiler.commands.options import ArtifactDirectory, Shown
 
 _WIDTH = 20
 
 
 def build(
+    console: Shown,
     matrix: Annotated[Path, typer.Argument(metavar="MATRIX.YAML", help="Models, targets, quantization, routing.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory of the artifacts and of summary.json.")],
     jobs: Annotated[int, typer.Option("--jobs", "-j", min=0, help="Builds at a time; 0: one per two cores.")] = 0,
     executor: Annotated[str, typer.Option(metavar="process|ray", help="Where cells are built.")] = "process",
     cache: Annotated[Path | None, typer.Option(help="Directory of the cache. (default: ~/.cache/moec/builds)")] = None,
     no_gates: Annotated[bool, typer.Option("--no-gates", help="Prove nothing, cache nothing.")] = False,
-    json_output: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
 ) -> int:
     """Build every cell of a matrix; go on past failures, and take what was built before from the cache."""
     from moec.compiler.build import batch
     from moec.compiler.build.cache import default_directory
     from moec.compiler.build.matrix import read_matrix
 
-    console = Console(json_output, quiet, debug)
     cells = read_matrix(matrix)
     with console.progress() as progress:
         outcomes = batch.build_matrix(
@@ -58,16 +54,14 @@ def build(
 
 
 def diff(
+    console: Shown,
     first: Annotated[Path, typer.Argument(metavar="A", help="An artifact.")],
     second: Annotated[Path, typer.Argument(metavar="B", help="Another one.")],
     exit_code: Annotated[bool, typer.Option("--exit-code", help="Return 1 if anything differs.")] = False,
-    json_output: Json = False,
-    debug: Debug = False,
 ) -> int:
     """Show what differs between two artifacts: source, recipe, graph, sizes, routing, quantization and gates."""
     from moec.compiler.report.diff import diff as compare
 
-    console = Console(json_output, debug=debug)
     found = compare(first, second)
 
     def show() -> None:
@@ -96,19 +90,17 @@ def _short(value: Any) -> str:
 
 
 def publish(
+    console: Shown,
     directory: ArtifactDirectory,
     to: Annotated[str, typer.Option(metavar="dir|mlflow", help="Kind of the registry.")],
     registry: Annotated[str, typer.Option(metavar="PATH|URI", help="The directory, or MLflow's tracking URI.")],
     name: Annotated[str, typer.Option(help="Name of the model in the registry.")],
     version: Annotated[str | None, typer.Option("--as", help="Version; for dir. (default: the next number)")] = None,
     allow_failed: Annotated[bool, typer.Option("--allow-failed", help="Also what a gate failed on.")] = False,
-    json_output: Json = False,
-    debug: Debug = False,
 ) -> int:
     """Put an artifact into a registry, with its version, digests and what the gates said."""
     from moec.compiler.build.publish import publish as put
 
-    console = Console(json_output, debug=debug)
     found = put(directory, to, registry, name, version=version, allow_failed=allow_failed)
     console.result(found, lambda: console.line(f"{found['name']} {found['version']}: {found['location']}"))
     return 0

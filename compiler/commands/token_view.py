@@ -12,7 +12,7 @@ from moec.compiler.common.artifact import is_artifact, read_manifest
 from moec.compiler.common.errors import UsageError
 from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.measure.accounting import token_view
-from moec.compiler.pipeline.export import build_program
+from moec.compiler.pipeline.program import build_program
 from moec.compiler.pipeline.recipe import make_recipe
 from moec.compiler.text.corpus import tokenize
 from moec.compiler.text.tokenizer import open_tokenizer

@@ -9,7 +9,6 @@ and no path, so that two exports of one recipe are byte-identical.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from moec.compiler.common.digest import sha256_of_file, sha256_of_text
 from moec.compiler.common.errors import ArtifactError
 from moec.compiler.common.files import read_json
 
@@ -113,7 +113,7 @@ def verify(directory: Path) -> dict[str, str]:
             problems.append(f"{name} is a link that leads out of the artifact")
         elif not path.is_file():
             problems.append(f"{name} is missing")
-        elif sha256(path) != digest:
+        elif _sha256(path) != digest:
             problems.append(f"{name} differs from what was built")
     if problems:
         raise ArtifactError(f"{directory}: damaged: {'; '.join(problems)}", hint="copy it again, or export it again")
@@ -125,15 +125,14 @@ def leads_out(directory: Path, path: Path) -> bool:
     return not path.resolve().is_relative_to(directory.resolve())
 
 
-def sha256(path: Path) -> str:
+def _sha256(path: Path) -> str:
     """Hex digest of a file.
 
     Raises:
         ArtifactError: It cannot be read.
     """
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256_of_file(path)
     except OSError as error:
         raise ArtifactError(f"{path}: cannot be read: {error.strerror or error}") from error
 
@@ -141,12 +140,12 @@ def sha256(path: Path) -> str:
 def _digests(directory: Path) -> dict[str, str]:
     files = sorted(path for path in directory.rglob("*") if path.is_file())
     names = {path.relative_to(directory).as_posix(): path for path in files}
-    return {name: sha256(path) for name, path in names.items() if name != MANIFEST and name not in REPORTS}
+    return {name: _sha256(path) for name, path in names.items() if name != MANIFEST and name not in REPORTS}
 
 
 def _own_digest(manifest: Mapping[str, Any]) -> str:
     rest = {key: value for key, value in manifest.items() if key != "digest"}
-    return hashlib.sha256(_serialise(rest).encode()).hexdigest()
+    return sha256_of_text(_serialise(rest))
 
 
 def _serialise(value: Any, indent: int | None = None) -> str:

@@ -1,10 +1,13 @@
-"""Files that somebody else may have written: read with limits, so that what they hold cannot exhaust the machine."""
+"""Files: what somebody else may have written is read with limits, and what moec writes appears whole or not at all."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
-from collections.abc import Sequence
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +24,51 @@ MAX_DEPTH = 100
 """Deepest nesting of brackets in a YAML file: PyYAML looks back over all that are open at each step."""
 
 _BadFile = TypeVar("_BadFile", bound=MoecError)
+
+
+def partial_prefix(path: Path) -> str:
+    """What the name starts with under which `path` is written; files that start with a dot are nobody's result."""
+    return f".{path.name}.partial-"
+
+
+def _put(partial: Path, path: Path) -> None:
+    partial.replace(path)
+
+
+@contextlib.contextmanager
+def beside(path: Path, put: Callable[[Path, Path], None] = _put) -> Iterator[Path]:
+    """Yield a free path next to `path`: what is written there, a file or a directory, takes the place of `path`.
+
+    It does so when the block ends well, and vanishes when it does not, so that nobody ever sees a half of it.
+
+    Args:
+        path: Its directory is made where there is none.
+        put: Moves the first path to the second, by replacing what is there unless told otherwise.
+
+    Raises:
+        OSError: The file system refuses.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(partial_prefix(path) + secrets.token_hex(8))
+    try:
+        yield partial
+        put(partial, path)
+    finally:
+        if partial.is_dir():
+            shutil.rmtree(partial, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):  # it is not there, and else what went wrong before is what counts
+                partial.unlink()
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file in UTF-8, by `beside`.
+
+    Raises:
+        OSError: The file system refuses.
+    """
+    with beside(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def read_json(path: Path, error: type[_BadFile], *, hint: str) -> dict[str, Any]:

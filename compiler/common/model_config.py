@@ -10,6 +10,8 @@ from moec.compiler.common.errors import ArtifactError, UsageError, first_line
 from moec.compiler.common.files import read_json
 
 _CONTEXT = ("max_position_embeddings", "max_seq_len", "n_positions")
+DEFAULT_CONTEXT = 4096
+"""Tokens that a model is taken to be made for where a number is needed and config.json has none."""
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from moec.compiler.common.artifact import is_artifact
 from moec.compiler.common.errors import MoecError, OutputError
+from moec.compiler.common.files import beside, partial_prefix
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _SPARE_BYTES = 1 << 20
@@ -37,23 +38,24 @@ def staged(output: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """
     output = output.expanduser().resolve()
     check_output(output, overwrite=overwrite)
-    with _output_errors(output):
-        output.parent.mkdir(parents=True, exist_ok=True)
+    # What `beside` removes at its end is, after a replacement, the old artifact.
+    with contextlib.ExitStack() as lock, _output_errors(output), beside(output, _publish) as directory:
         _clean(output)
-        directory = Path(tempfile.mkdtemp(prefix=_prefix(output), dir=output.parent))
-    lock = os.open(directory, os.O_RDONLY)
+        directory.mkdir()
+        lock.enter_context(_locked(directory))
+        yield directory
+        _sync(directory)
+        check_output(output, overwrite=overwrite)
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    descriptor = os.open(directory, os.O_RDONLY)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        directory.chmod(0o777 & ~_umask())
-        with _output_errors(output):
-            yield directory
-            _sync(directory)
-            check_output(output, overwrite=overwrite)
-            _publish(directory, output)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
     finally:
-        os.close(lock)
-        # After a replacement this is the old artifact.
-        shutil.rmtree(directory, ignore_errors=True)
+        os.close(descriptor)
 
 
 def check_output(output: Path, *, overwrite: bool = False) -> None:
@@ -76,20 +78,10 @@ def check_output(output: Path, *, overwrite: bool = False) -> None:
         raise OutputError(f"{output}: holds an artifact already", hint="pass --overwrite to replace it")
 
 
-def _prefix(output: Path) -> str:
-    return f".{output.name}.partial-"
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 def _clean(output: Path) -> None:
     """Remove what killed exports to `output` left behind; what is locked belongs to a living one."""
     for path in output.parent.iterdir():
-        if not path.name.startswith(_prefix(output)) or not path.is_dir():
+        if not path.name.startswith(partial_prefix(output)) or not path.is_dir():
             continue
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -131,7 +123,7 @@ def _exchange(directory: Path, output: Path) -> None:
         paths = (_AT_FDCWD, os.fsencode(directory), _AT_FDCWD, os.fsencode(output))
         if renameat2(*paths, _RENAME_EXCHANGE) == 0:
             return
-    with tempfile.TemporaryDirectory(prefix=_prefix(output), dir=output.parent) as aside:
+    with tempfile.TemporaryDirectory(prefix=partial_prefix(output), dir=output.parent) as aside:
         output.rename(Path(aside) / "old")
         directory.rename(output)
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 
+WAIT_WITHOUT_SPINNING: Mapping[str, str] = {"OMP_WAIT_POLICY": "PASSIVE"}
+"""Environment of a process whose threads of torch are to sleep while they wait.
 
-def wait_without_spinning() -> None:
-    """Let the threads of torch sleep while they wait, unless the user has said otherwise.
-
-    To be called before torch is imported: its OpenMP library reads the variable once, when it is loaded, and has no
-    function for it. Threads that spin take the core that the one they wait for needs: beside four busy processes on two
-    cores the export of the golden model took 110 s of CPU time with spinning threads and 25 s with sleeping ones.
-    """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+Its OpenMP library reads the variable once, when it is loaded, and has no function for it. Threads that spin take the
+core that the one they wait for needs: beside four busy processes on two cores the export of the golden model took 110 s
+of CPU time with spinning threads and 25 s with sleeping ones.
+"""
 
 
 def is_shared() -> bool:

@@ -35,9 +35,32 @@ def unknown(name: str, known: Iterable[str], what: str, listing: str) -> UsageEr
         listing: What `known` is, for the hint, such as "the targets".
     """
     names = sorted(known)
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    near = nearest(name, names)
     every = f"{listing}: {', '.join(names) or 'none'}"
-    return UsageError(f"{what} '{name}'", hint=f"did you mean '{near[0]}'? {every}" if near else every)
+    return UsageError(f"{what} '{name}'", hint=every if near is None else f"did you mean '{near}'? {every}")
+
+
+def chosen(names: Sequence[str], known: Sequence[str], what: str, listing: str) -> tuple[str, ...]:
+    """`names`, or all that are known if there are none; `what` and `listing` as for `unknown`.
+
+    Raises:
+        UsageError: One is unknown.
+    """
+    for name in names:
+        if name not in known:
+            raise unknown(name, known, what, listing)
+    return tuple(names) or tuple(known)
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The one of `known` that `name` is most like, whatever the case and with `-` for `_`; None where none is near."""
+    plain = {_plain(item): item for item in known}
+    found = difflib.get_close_matches(_plain(name), plain, n=1, cutoff=0.5)
+    return plain[found[0]] if found else None
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("-", "_")
 
 
 def _usage_error(model: type[BaseModel], error: ValidationError, where: str) -> UsageError:

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moec.compiler.common.errors import MoecError, OutputError
-from moec.compiler.common.validation import unknown
+from moec.compiler.common.markdown import table
+from moec.compiler.common.validation import chosen
 from moec.compiler.families.tiny_models import family_names, write_tiny_checkpoint
 from moec.compiler.pipeline.recipe import make_recipe
 
@@ -44,14 +45,15 @@ class FamilyRow:
         proven: Whether the captured Program equals the model of transformers.
         artifacts: For each recipe, by its title, whether the artifact passed its gates; `IN_PART` if none failed, but
             one could not run here.
-        reason: Module and cause of what does not work; else how large the differences were.
+        reasons: What does not work, or could not be proven here -> module and cause; `captured`, `proven` or the title
+            of a recipe.
     """
 
     family: str
     captured: bool
     proven: bool
     artifacts: Mapping[str, str]
-    reason: str
+    reasons: Mapping[str, str]
 
     @property
     def works(self) -> bool:
@@ -69,11 +71,7 @@ def choose(names: Sequence[str]) -> tuple[str, ...]:
     Raises:
         UsageError: One is unknown.
     """
-    known = family_names()
-    for name in names:
-        if name not in known:
-            raise unknown(name, known, "unknown model family", "the families")
-    return tuple(names) or known
+    return chosen(names, family_names(), "unknown model family", "the families")
 
 
 def check(names: Iterable[str], recipes: Mapping[str, Mapping[str, Any]], *, progress: Progress) -> list[FamilyRow]:
@@ -114,19 +112,20 @@ def _check(name: str, recipes: Mapping[str, Mapping[str, Any]], folder: Path) ->
     try:
         program = captures.of(checkpoint, torch.float32)
     except MoecError as error:
-        return FamilyRow(name, False, False, dict.fromkeys(recipes, NO), error.message)
+        return FamilyRow(name, False, False, dict.fromkeys(recipes, NO), {"captured": error.message})
     verdict = check_capture(checkpoint, program, Prompts.of(checkpoint.directory, program.vocab_size))
     built = {
         title: build({**fields, "checkpoint": str(checkpoint.directory)}, folder / str(number), captures)
         for number, (title, fields) in enumerate(recipes.items())
     }
-    reasons = [_summary([verdict]), *(f"{title}: {reason}" for title, (_, reason) in built.items())]
+    proven = verdict.status is Status.PASS
+    reasons = {title: reason for title, (_, reason) in built.items() if reason}
     artifacts = {title: passed for title, (passed, _) in built.items()}
-    return FamilyRow(name, True, verdict.status is Status.PASS, artifacts, "; ".join(reasons))
+    return FamilyRow(name, True, proven, artifacts, reasons if proven else {"proven": _summary([verdict]), **reasons})
 
 
 def build(fields: Mapping[str, Any], output: Path, captures: Captures) -> tuple[str, str]:
-    """Whether the artifact passed its gates, and what they said. Builds of one checkpoint share `captures`."""
+    """Whether the artifact passed its gates, and what those say that did not. Builds of one model share `captures`."""
     from moec.compiler.common.verdict import Status
     from moec.compiler.gates.parity import EXIT_CODE
     from moec.compiler.pipeline.export import compile_recipe
@@ -138,13 +137,32 @@ def build(fields: Mapping[str, Any], output: Path, captures: Captures) -> tuple[
     # Quality and latency ask for limits, which tiny random models have none of; the proof must be whole.
     asked = [verdict for verdict in result.verdicts if verdict.exit_code == EXIT_CODE or verdict.status.failed]
     open_ = [verdict for verdict in asked if verdict.status is not Status.PASS]
-    parity = [verdict for verdict in result.verdicts if verdict.gate.startswith("parity: artifact")]
-    found = NO if any(verdict.status.failed for verdict in open_) else IN_PART if open_ else YES
-    return found, _summary([*parity, *open_] if found == IN_PART else open_ or parity)
+    failed = [verdict for verdict in open_ if verdict.status.failed]
+    return NO if failed else IN_PART if open_ else YES, _summary(failed or open_)
 
 
 def _summary(verdicts: Sequence[Verdict]) -> str:
     return "; ".join(f"{verdict.gate}: {verdict.summary}" for verdict in verdicts)
+
+
+class Notes:
+    """Reasons below a table, each once, to which its cells refer by number."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[str, int] = {}
+
+    def of(self, reasons: Mapping[str, str]) -> str:
+        """The cell for what does not work -> why."""
+        titles: dict[int, list[str]] = {}
+        for title, reason in reasons.items():
+            number = self._numbers.setdefault(" ".join(reason.split()), len(self._numbers) + 1)
+            titles.setdefault(number, []).append(title)
+        return "; ".join(f"{', '.join(found)}: [{number}]" for number, found in titles.items())
+
+    def text(self) -> str:
+        """The list, empty where nothing has a reason."""
+        rows = (f"{number}. {reason}" for reason, number in self._numbers.items())
+        return "\n".join(["", "## Notes", "", *rows]) if self._numbers else ""
 
 
 def markdown(rows: Sequence[FamilyRow], command: str) -> str:
@@ -155,17 +173,17 @@ def markdown(rows: Sequence[FamilyRow], command: str) -> str:
         "captured",
         "equal to transformers",
         *(f"{title} artifact proven" for title in titles),
-        "details",
+        "notes",
     ]
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    notes = Notes()
+    lines = []
     for row in rows:
         found = [YES if row.captured else NO, YES if row.proven else NO, *row.artifacts.values()]
-        details = " ".join(row.reason.split()).replace("|", "\\|")
-        lines.append("| " + " | ".join([row.family, *found, details]) + " |")
+        lines.append([row.family, *found, notes.of(row.reasons)])
     works = sum(row.works for row in rows)
     text = f" It is then built for {', '.join(titles)}, and the artifact goes through every gate." if titles else ""
     intro = _INTRODUCTION.format(built=text, command=command)
-    return "\n".join([intro, f"{works} of {len(rows)} families work.\n", *lines])
+    return "\n".join([intro, f"{works} of {len(rows)} families work.\n", table(header, lines), notes.text()])
 
 
 def write_page(path: Path, text: str) -> None:

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moec.compiler.common.errors import MoecError, OutputError, UsageError
-from moec.compiler.common.validation import unknown
-from moec.compiler.families.families_page import IN_PART, NO, YES, build
+from moec.compiler.common.markdown import table
+from moec.compiler.common.validation import chosen
+from moec.compiler.families.families_page import IN_PART, NO, YES, Notes, build
 from moec.compiler.families.released_models import released_names, write_released_checkpoint
 
 if TYPE_CHECKING:
@@ -31,7 +32,6 @@ FORMS: Mapping[str, Mapping[str, Any]] = {
 }
 """What each model is built as, by the title of its column."""
 
-_WIDTH = 160
 _INTRODUCTION = """# Released models
 
 One row for each released model and target. config.json is the published one with its sizes reduced
@@ -53,7 +53,7 @@ class Cell:
         target: Name of the target.
         form: One of `FORMS`.
         found: YES, IN_PART or NO.
-        reason: What the gates said, or why there is no artifact.
+        reason: What the gates say that did not pass, or why there is no artifact; empty where all is well.
     """
 
     model: str
@@ -69,11 +69,7 @@ def choose(names: Sequence[str]) -> tuple[str, ...]:
     Raises:
         UsageError: One is unknown.
     """
-    known = released_names()
-    for name in names:
-        if name not in known:
-            raise unknown(name, known, "unknown released model", "the models")
-    return tuple(names) or known
+    return chosen(names, released_names(), "unknown released model", "the models")
 
 
 def check(
@@ -169,25 +165,18 @@ def markdown(cells: Sequence[Cell], command: str) -> str:
     rows: dict[tuple[str, str], dict[str, Cell]] = {}
     for cell in cells:
         rows.setdefault((cell.model, cell.target), {})[cell.form] = cell
-    lines = [_line(["model", "target", *forms, "details"]), "|" + "---|" * (len(forms) + 3)]
+    header, notes, lines = ["model", "target", *forms, "notes"], Notes(), []
     for (model, target), by_form in rows.items():
         found = [by_form[form].found for form in forms]
-        lines.append(_line([model, target, *found, _details(list(by_form.values()))]))
+        reasons = {form: cell.reason for form, cell in by_form.items() if cell.found != YES}
+        lines.append([model, target, *found, notes.of(reasons)])
     works = sum(all(cell.found != NO for cell in by_form.values()) for by_form in rows.values())
     intro = _INTRODUCTION.format(command=command, part=IN_PART)
-    return "\n".join([intro, f"{works} of {len(rows)} rows work in every form.\n", *lines])
-
-
-def _line(values: Sequence[str]) -> str:
-    return "| " + " | ".join(values) + " |"
-
-
-def _details(cells: Sequence[Cell]) -> str:
-    """Why what does not work does not, each reason once and cut short."""
-    reasons: dict[str, list[str]] = {}
-    for cell in cells:
-        if cell.found != YES:
-            reasons.setdefault(" ".join(cell.reason.split()).replace("|", "\\|"), []).append(cell.form)
-    whole = len(reasons) == 1 and len(next(iter(reasons.values()))) == len(cells)
-    short: Callable[[str], str] = lambda text: text if len(text) <= _WIDTH else text[: _WIDTH - 2] + ".."  # noqa: E731
-    return "; ".join(short(text) if whole else f"{', '.join(forms)}: {short(text)}" for text, forms in reasons.items())
+    return "\n".join(
+        [
+            intro,
+            f"{works} of {len(rows)} rows work in every form.\n",
+            table(header, lines),
+            notes.text(),
+        ]
+    )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,11 +19,25 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedConfig, PreTrainedModel
 
-ALIASES: Mapping[str, tuple[str, Mapping[str, str]]] = {
-    "hunyuan": ("hunyuan_v1_moe", {"attention_head_dim": "head_dim"}),
-    "kimi_k2": ("deepseek_v3", {}),
+
+@dataclass(frozen=True)
+class Alias:
+    """What a model type equals that transformers does not know by its name.
+
+    Attributes:
+        known_as: Name of the model type in transformers.
+        renamed: Key of config.json -> its name there, where that is another.
+    """
+
+    known_as: str
+    renamed: Mapping[str, str] = field(default_factory=dict)
+
+
+ALIASES: Mapping[str, Alias] = {
+    "hunyuan": Alias("hunyuan_v1_moe", {"attention_head_dim": "head_dim"}),
+    "kimi_k2": Alias("deepseek_v3"),
 }
-"""Model types that transformers does not know by their name: the one that they equal, and its names of their keys."""
+"""Model type in config.json -> what it equals: the one place where a name decides."""
 
 _RUN_TIME_KEYS = frozenset(
     {
@@ -48,8 +63,14 @@ _REFUSED = (ValueError, KeyError, TypeError, AttributeError, ImportError, Runtim
 
 def named_type(raw: Mapping[str, Any]) -> str:
     """The model type of a config.json under the name that transformers has for it."""
+    alias, name = _given_type(raw)
+    return name if alias is None else alias.known_as
+
+
+def _given_type(raw: Mapping[str, Any]) -> tuple[Alias | None, str]:
+    """The row of the table for a config.json, if it has one, and the model type that is in the file."""
     name = str(raw.get("model_type", ""))
-    return ALIASES[name][0] if name in ALIASES else name
+    return ALIASES.get(name), name
 
 
 def is_native(raw: Mapping[str, Any]) -> bool:
@@ -64,8 +85,9 @@ def notes(raw: Mapping[str, Any]) -> tuple[str, ...]:
     found = []
     if "auto_map" in raw and is_native(raw):
         found.append("config.json names code of its own (auto_map): not run, transformers has the model itself")
-    if raw.get("model_type") in ALIASES:
-        found.append(f"model_type {raw['model_type']} is read as {named_type(raw)}, which it equals")
+    alias, name = _given_type(raw)
+    if alias is not None:
+        found.append(f"model_type {name} is read as {alias.known_as}, which it equals")
     return tuple(found)
 
 
@@ -127,9 +149,10 @@ def _for_inference(raw: Mapping[str, Any]) -> dict[str, Any]:
         if key in _RUN_TIME_KEYS or key == "auto_map":
             continue
         plain[key] = _for_inference(value) if key.endswith("_config") and isinstance(value, Mapping) else value
-    if raw.get("model_type") in ALIASES:
-        plain["model_type"], renamed = ALIASES[raw["model_type"]]
-        for key, known in renamed.items():
+    alias, _ = _given_type(raw)
+    if alias is not None:
+        plain["model_type"] = alias.known_as
+        for key, known in alias.renamed.items():
             if key in plain:
                 plain.setdefault(known, plain.pop(key))
     return copy.deepcopy(plain)

@@ -7,9 +7,8 @@ place.
 
 from __future__ import annotations
 
-import contextlib
-import gc
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +18,8 @@ from torch.export.graph_signature import InputKind
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 
 from moec.compiler.common.errors import MoecError, UnsupportedModelError, first_line
+from moec.compiler.common.memory import rare_collections
+from moec.compiler.common.model_config import DEFAULT_CONTEXT, context_length
 from moec.compiler.frontend import architecture, hooks
 from moec.compiler.frontend.adapters.base import adapt
 from moec.compiler.frontend.checkpoint import Checkpoint
@@ -28,8 +29,17 @@ from moec.compiler.frontend.functional import functional
 from moec.compiler.frontend.masks import MaskUseError
 from moec.compiler.frontend.rope import decide_by_tensors
 from moec.compiler.frontend.scans import scans_as_ops
-from moec.compiler.frontend.step_cache import cache_class, step_cache
-from moec.compiler.ir.program import CACHE_KINDS, Dim, Program, StateSpec, TensorSpec, moe_layers, state_spec
+from moec.compiler.frontend.step_cache import cache_class, check_convolutions, step_cache
+from moec.compiler.ir.program import (
+    CACHE_KINDS,
+    Dim,
+    Program,
+    Provenance,
+    StateSpec,
+    TensorSpec,
+    moe_layers,
+    state_spec,
+)
 from moec.compiler.ir.weights import Constant, LazyTensor
 
 if TYPE_CHECKING:
@@ -39,6 +49,10 @@ INPUTS = ("input_ids", "attention_mask", "position_ids", "cache_position")
 AXES = ("batch", "sequence", "past_sequence", "total_sequence")
 # Distinct sizes, so that no two axes are taken for one.
 SAMPLE = {"batch": 2, "sequence": 5, "past_sequence": 7, "total_sequence": 12}
+
+
+_ONE_AT_A_TIME = threading.Lock()
+"""Threads take turns: torch keeps the tracing modes of the process, not of a thread, in its mode stack."""
 
 
 @roomy
@@ -57,15 +71,20 @@ def capture(checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32) -> Pr
         UnsupportedModelError: Something cannot be captured; the message names the module and the reason.
         CheckpointError: Config and weights disagree.
     """
+    with _ONE_AT_A_TIME:
+        return _capture(checkpoint, dtype)
+
+
+def _capture(checkpoint: Checkpoint, dtype: torch.dtype) -> Program:
     hooks.register()
     model, tables = _meta_model(checkpoint, dtype)
     opened = open_weights(checkpoint, model)
     names = {module: name for name, module in model.named_modules()}
     decoder = architecture.text_decoder(model)
-    max_length = int(getattr(decoder.config.get_text_config(), "max_position_embeddings", None) or 4096)
+    max_length = context_length(decoder.config.get_text_config().to_dict()) or DEFAULT_CONTEXT
     adapt(model)
     borders = decide_by_tensors(model)
-    with torch.no_grad(), _rare_collections():
+    with torch.no_grad(), rare_collections():
         mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
         _fake_parameters(model, mode)
         states = _states(decoder, names, max_length, mode, dtype)
@@ -77,23 +96,11 @@ def capture(checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32) -> Pr
     _check_layers(model, layers, step.traced.record)
     store = opened.store.with_tensors(constants)
     program = Program(graph, store, inputs, states, layers, dtype, checkpoint.raw_config, dims)
-    left_out = opened.left_out(program.weight_names())
-    notes = {"checkpoint": list(checkpoint.notes), "left_out": left_out, "rotary_borders": sorted(borders)}
-    return program.replace(notes=notes, rejections=opened.rejections)
-
-
-@contextlib.contextmanager
-def _rare_collections() -> Iterator[None]:
-    """Let the garbage collector run more rarely: of the objects that a trace makes, most live until its end.
-
-    With its defaults it takes 6 to 9 % of the CPU time of a capture; without it the peak of memory is a fifth higher.
-    """
-    before = gc.get_threshold()
-    gc.set_threshold(50_000, 20, 50)
-    try:
-        yield
-    finally:
-        gc.set_threshold(*before)
+    return program.replace(
+        rotary_borders=tuple(sorted(borders)),
+        provenance=Provenance(checkpoint.notes, opened.left_out(program.weight_names())),
+        rejections=opened.rejections,
+    )
 
 
 _INPUT_SHAPES: dict[str, tuple[Dim, ...]] = {
@@ -167,14 +174,10 @@ def _states(
     """The state table, from one fake forward pass."""
     record = hooks.Recording(max_length, names)
     layers = int(getattr(model.config.get_text_config(), "num_hidden_layers", 0))
-    with mode, hooks.recording(record), hooks.watching(record), scans_as_ops(model):
+    with mode, hooks.recording(record), hooks.watching(record, model), scans_as_ops(model):
         ids = torch.zeros(1, 3, dtype=torch.long)
         _call(model, ids, torch.ones(1, 3, dtype=torch.long), torch.arange(3)[None], record, layers, 0)
-    if record.conv_inputs:
-        raise UnsupportedModelError(
-            f"{type(model).__name__}: layer {min(record.conv_inputs)} convolves in a way of its own",
-            hint="moec families lists what works and why the rest does not",
-        )
+    check_convolutions(model, record)
     if not record.experts:
         _reject_without_experts(model, record)
     if not record.attentions:
@@ -281,7 +284,7 @@ class _Step(nn.Module):
         length = next(state.shape[2] for (_, kind), state in by_state.items() if kind in CACHE_KINDS)
         (decoder,) = self.decoder
         layers = max(layers, int(decoder.config.get_text_config().num_hidden_layers))
-        with hooks.recording(record), hooks.watching(record), scans_as_ops(decoder):
+        with hooks.recording(record), hooks.watching(record, decoder), scans_as_ops(decoder):
             out = _call(decoder, input_ids, attention_mask, position_ids, record, layers, length)
         return out.logits, [record.present[state] for state in self.states]
 
@@ -365,7 +368,8 @@ def _constant(exported: torch.export.ExportedProgram, target: str) -> Tensor | N
 
 def _module_path(node: fx.Node, prefix: str) -> str:
     stack = node.meta.get("nn_module_stack") or {}
-    path = [str(entry[0]) for entry in stack.values()]
+    # torch.export gives nodes that its own passes make a stand-in (torch/_export/passes/_node_metadata_hook.py).
+    path = [str(entry[0]) for key, entry in stack.items() if not key.startswith("_empty_nn_module_stack")]
     return path[-1].removeprefix("L['self'].").removeprefix(prefix) if path else ""
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moec.compiler.common.digest import sha256_of_bytes
 from moec.compiler.common.errors import CheckpointError, first_line
 from moec.compiler.common.files import parse_json
 from moec.compiler.frontend.architecture import is_native, notes, read_config
@@ -64,7 +64,7 @@ class Checkpoint:
         directory = resolve(str(location), revision)
         data = _read(directory, directory / "config.json")
         raw = _parse(directory / "config.json", data)
-        checkpoint = cls(directory, raw, trust_remote_code, hashlib.sha256(data).hexdigest())
+        checkpoint = cls(directory, raw, trust_remote_code, sha256_of_bytes(data))
         if checkpoint.quantization:
             stored_format(checkpoint.quantization, directory)
         return checkpoint
@@ -205,7 +205,7 @@ class Checkpoint:
         names = [file.relative_to(self.directory).as_posix() for file in self.files]
         weights = {name: file.sha256() for name, file in zip(names, self.opened, strict=True)}
         code = () if is_native(self.raw_config) else sorted(self.directory.glob("*.py"))
-        run = {path.name: hashlib.sha256(_read(self.directory, path)).hexdigest() for path in code}
+        run = {path.name: sha256_of_bytes(_read(self.directory, path)) for path in code}
         return {"config.json": self.config_digest, **weights, **run}
 
     def companions(self) -> tuple[Path, ...]:

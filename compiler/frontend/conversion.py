@@ -15,21 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers import core_model_loading as loading
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    Chunk,
-    Concatenate,
-    Interleave,
-    MergeModulelist,
-    PermuteForRope,
-    Split,
-    SplitModulelist,
-    Transpose,
-    WeightConverter,
-    WeightRenaming,
-    dot_natural_key,
-    rename_source_key,
-)
 
 from moec.compiler.common.errors import CheckpointError, first_line
 from moec.compiler.common.rejections import Rejection
@@ -41,14 +28,14 @@ if TYPE_CHECKING:
 
 
 _MOVING = (
-    Chunk,
-    Concatenate,
-    Interleave,
-    MergeModulelist,
-    PermuteForRope,
-    Split,
-    SplitModulelist,
-    Transpose,
+    loading.Chunk,
+    loading.Concatenate,
+    loading.Interleave,
+    loading.MergeModulelist,
+    loading.PermuteForRope,
+    loading.Split,
+    loading.SplitModulelist,
+    loading.Transpose,
 )
 """Operations of conversion rules that move values and compute none."""
 
@@ -69,6 +56,24 @@ class _Shapes:
         return _Shapes(self.config, {name: (rows, *self.shapes[name][1:])})
 
 
+class _MergeOne(loading.MergeModulelist):
+    """`MergeModulelist` of lists of one tensor, which needs no copy: the tensor gains an axis."""
+
+    def convert(  # type: ignore[override]  # its parent returns tensors too, and says lists of them
+        self,
+        input_dict: dict[str, list[Tensor]],
+        source_patterns: list[str],  # noqa: ARG002
+        target_patterns: list[str],
+        **_: Any,
+    ) -> dict[str, Tensor]:
+        """Dicts as in `MergeModulelist.convert` of transformers/core_model_loading.py."""
+        count = len(input_dict)
+        return {
+            self.get_target_pattern(count, pattern, target_patterns): tensor.unsqueeze(self.dim)
+            for pattern, (tensor,) in input_dict.items()
+        }
+
+
 @dataclass(frozen=True)
 class Converted(LazyTensor):
     """The result `name` of a WeightConverter over stored tensors.
@@ -78,7 +83,7 @@ class Converted(LazyTensor):
 
     name: str
     first_name: str
-    converter: WeightConverter
+    converter: loading.WeightConverter
     sources: Mapping[str, tuple[LazyTensor, ...]]
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -89,7 +94,7 @@ class Converted(LazyTensor):
         """Whether index i of axis 0 depends on the i-th tensor of each pattern alone."""
         first = self.converter.operations[0]
         return (
-            isinstance(first, MergeModulelist)
+            isinstance(first, loading.MergeModulelist)
             and first.dim == 0
             and all(len(tensors) == self.shape[0] for tensors in self.sources.values())
         )
@@ -98,7 +103,7 @@ class Converted(LazyTensor):
     def _keeps_rows(self) -> bool:
         """Whether index i of axis 0 depends on index i of the stored tensors alone."""
         return len(self.shape) > 2 and all(
-            isinstance(operation, Transpose) and min(operation.dim0, operation.dim1) > 0
+            isinstance(operation, loading.Transpose) and min(operation.dim0, operation.dim1) > 0
             for operation in self.converter.operations
         )
 
@@ -106,15 +111,18 @@ class Converted(LazyTensor):
         """Convert the slice alone where experts are stacked or stay where they are, else convert all and slice."""
         if self._stacks:
             sources = {key: [tensor.read() for tensor in tensors[start:stop]] for key, tensors in self.sources.items()}
-            return self._convert(sources, self.model)
+            return self._convert(sources, self.model, one=stop == start + 1)
         if self._keeps_rows:
             sources = {key: [tensor.rows(start, stop) for tensor in tensors] for key, tensors in self.sources.items()}
             return self._convert(sources, self.model.sliced(self.first_name, stop - start))
         sources = {key: [tensor.read() for tensor in tensors] for key, tensors in self.sources.items()}
         return self._convert(sources, self.model)[start:stop]
 
-    def _convert(self, sources: Mapping[str, list[Tensor]], model: _Shapes) -> Tensor:
+    def _convert(self, sources: Mapping[str, list[Tensor]], model: _Shapes, *, one: bool = False) -> Tensor:
+        """The result of the rule; `one`: its first operation stacks lists of one tensor along axis 0."""
         converter: Any = copy.copy(self.converter)
+        if one:
+            converter.operations = [_MergeOne(dim=0), *self.converter.operations[1:]]
         converter.collected_tensors = defaultdict(list, sources)
         value = converter.convert(self.first_name, model=model, config=model.config)[self.name]
         converted: Tensor = value[0] if isinstance(value, list) else value
@@ -135,7 +143,7 @@ class Converted(LazyTensor):
 class _Plan:
     """The checkpoint tensors that make one parameter, or several of a one-to-many rule."""
 
-    rule: WeightConverter | WeightRenaming | None
+    rule: loading.WeightConverter | loading.WeightRenaming | None
     sources: dict[str, list[LazyTensor]] = field(default_factory=lambda: defaultdict(list))
     names: list[str] = field(default_factory=list)
 
@@ -240,15 +248,15 @@ def _equal(first: LazyTensor, second: LazyTensor) -> bool:
 
 def _plans(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, _Plan]:
     rules = get_model_conversion_mapping(model)
-    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    renamings = [rule for rule in rules if isinstance(rule, loading.WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, loading.WeightConverter)]
     by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
     state = model.state_dict()
     plans: dict[str, _Plan] = {}
-    for key in sorted(checkpoint.tensors, key=dot_natural_key):
-        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
+    for key in sorted(checkpoint.tensors, key=loading.dot_natural_key):
+        name, pattern = loading.rename_source_key(key, renamings, converters, model.base_model_prefix, state)
         if name not in state and key in state:
-            name, pattern = rename_source_key(
+            name, pattern = loading.rename_source_key(
                 key, [], [], base_model_prefix=model.base_model_prefix, meta_state_dict=state
             )
         if name not in state:
@@ -260,7 +268,7 @@ def _plans(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, _Plan]:
 
 
 def _lazy(name: str, plan: _Plan, model: _Shapes) -> dict[str, LazyTensor]:
-    if not isinstance(plan.rule, WeightConverter):
+    if not isinstance(plan.rule, loading.WeightConverter):
         (entries,) = plan.sources.values()
         return {name: _float(entries[0])}
     sources = {pattern: tuple(_float(entry) for entry in entries) for pattern, entries in plan.sources.items()}

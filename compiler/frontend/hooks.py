@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Collection, Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -96,22 +97,29 @@ class Recording:
         return f"{self.name(module) or 'the model'}: {type(module).__name__}"
 
 
-_ACTIVE: list[Recording] = []
+_ACTIVE: ContextVar[Recording] = ContextVar("recording of the trace in progress")
 
 
 @contextlib.contextmanager
 def recording(record: Recording) -> Iterator[Recording]:
-    """Make `record` the one that the hooks write to."""
-    _ACTIVE.append(record)
+    """Make `record` the one that the hooks write to in this thread.
+
+    Transformers calls them with what an implementation of attention, masks or experts takes, and hands nothing of ours
+    on to them.
+    """
+    before = _ACTIVE.set(record)
     try:
         yield record
     finally:
-        _ACTIVE.pop()
+        _ACTIVE.reset(before)
 
 
 @contextlib.contextmanager
-def watching(record: Recording) -> Iterator[None]:
-    """Keep the stack of modules that run in `record`; where an error ends the pass, it stays as it was then."""
+def watching(record: Recording, model: nn.Module) -> Iterator[None]:
+    """Keep the stack of modules of `model` that run in `record`; where an error ends the pass, it stays as it was then.
+
+    An error that comes up deep in a model names the module by it, which a traceback does not.
+    """
 
     def enter(module: nn.Module, _: Any) -> None:
         record.running.append(module)
@@ -119,8 +127,8 @@ def watching(record: Recording) -> Iterator[None]:
     def leave(_module: nn.Module, _args: Any, _result: Any) -> None:
         record.running.pop()
 
-    handles = [nn.modules.module.register_module_forward_pre_hook(enter)]
-    handles.append(nn.modules.module.register_module_forward_hook(leave))
+    handles = [module.register_forward_pre_hook(enter) for module in model.modules()]
+    handles += [module.register_forward_hook(leave) for module in model.modules()]
     try:
         yield
     finally:
@@ -130,7 +138,7 @@ def watching(record: Recording) -> Iterator[None]:
 
 def mask_hook(*_: Any, mask_function: Any, **__: Any) -> Mask:
     """Mask implementation: return the function instead of a tensor. It reaches the attention function unharmed."""
-    return Mask(mask_function, _ACTIVE[-1].max_length)
+    return Mask(mask_function, active_record().max_length)
 
 
 def attention_hook(
@@ -163,7 +171,7 @@ def attention_hook(
     Raises:
         UnsupportedModelError: The mask or a bias has a form that moec does not know.
     """
-    record = _ACTIVE[-1]
+    record = active_record()
     where = record.name(module)
     record.attentions.append(where)
     if not isinstance(attention_mask, Mask):
@@ -215,7 +223,7 @@ def _layer_of(record: Recording, module: nn.Module, key: Tensor) -> int:
 
 def experts_hook(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Experts implementation: one `moec::experts` node per layer, by the flags that transformers keeps on the class."""
-    record = _ACTIVE[-1]
+    record = active_record()
     where = record.name(module)
     if getattr(module, "has_post_expert_norm", False):
         raise UnsupportedModelError(f"{where}: experts with a norm of their own after down_proj are not supported")
@@ -267,13 +275,14 @@ def emit_experts(
         gate.alpha,
         gate.limit,
         gate.up_offset,
+        gate.limit_activated,
     )
     return out
 
 
 def active_record() -> Recording:
-    """The recording that a trace in progress writes to."""
-    return _ACTIVE[-1]
+    """The recording that the trace in progress in this thread writes to."""
+    return _ACTIVE.get()
 
 
 def activation_name(function: Any, where: str) -> str:

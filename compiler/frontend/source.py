@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from moec.compiler.common.digest import sha256_of_file
 from moec.compiler.common.errors import CheckpointError, UsageError, first_line
+from moec.compiler.common.files import write_whole
 
 SUFFIXES = frozenset({".json", ".safetensors", ".jinja", ".txt", ".model", ".py"})
 """Files of a checkpoint that may decide what is built of it."""
@@ -90,18 +90,14 @@ class Digests:
 
     def save(self) -> None:
         """Keep what was learned for the next time."""
-        self._memory.parent.mkdir(parents=True, exist_ok=True)
-        beside = self._memory.with_name(f"{self._memory.name}.{os.getpid()}")
-        beside.write_text(json.dumps(self._known), encoding="utf-8")
-        beside.replace(self._memory)
+        write_whole(self._memory, json.dumps(self._known))
 
     def _digest(self, path: Path) -> str:
         found = path.stat()
         state = f"{found.st_size} {found.st_mtime_ns} {found.st_ctime_ns} {found.st_ino}"
         known = self._known.get(str(path.resolve()))
         if not isinstance(known, list) or known[:1] != [state]:
-            with path.open("rb") as file:
-                known = [state, hashlib.file_digest(file, "sha256").hexdigest()]
+            known = [state, sha256_of_file(path)]
             self._known[str(path.resolve())] = known
         return known[1]
 

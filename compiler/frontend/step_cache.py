@@ -101,3 +101,16 @@ def cache_class(model: nn.Module) -> type[Cache]:
     scope = vars(sys.modules[type(model).__module__])
     own = (item for item in scope.values() if isinstance(item, type) and issubclass(item, Cache))
     return next((item for item in own if item.__module__ == type(model).__module__), Cache)
+
+
+def check_convolutions(model: nn.Module, record: Recording) -> None:
+    """Check, after a pass, that every convolution whose inputs were to be kept was one that moec knows.
+
+    Raises:
+        UnsupportedModelError: One was not.
+    """
+    if record.conv_inputs:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: layer {min(record.conv_inputs)} convolves in a way of its own",
+            hint="moec families lists what works and why the rest does not",
+        )

@@ -107,7 +107,7 @@ class Bounds:
 def bounds(program: Program, limits: RunnerLimits, max_tokens: int) -> Bounds:
     """Bounds of the sequences for `program` on a runner with `limits`; `max_tokens` is the gate's own budget."""
     # Where the length that a model was made for is the border of its rotary scaling, the other side is checked too.
-    scaled = 2 * max(program.notes.get("rotary_borders", ()), default=0)
+    scaled = 2 * max(program.rotary_borders, default=0)
     lengths = [max_tokens, max(context_length(program.config) or max_tokens, scaled)]
     if limits.max_sequence is not None:
         lengths.append(limits.max_sequence)
@@ -136,7 +136,7 @@ def base_cases(
     _add_padded(cases, left_out, prompts, bound)
     for kind, window in attention_windows(program):
         _add_window(cases, left_out, prompts, bound, kind, window)
-    for border in program.notes.get("rotary_borders", ()):
+    for border in program.rotary_borders:
         _add_window(cases, left_out, prompts, bound, "unscaled rotary", border)
     if new_tokens:
         _add_greedy(cases, left_out, prompts, bound, new_tokens)

@@ -20,9 +20,9 @@ from torch import Tensor, fx
 from moec.compiler.common.errors import ArtifactError
 from moec.compiler.common.progress import Progress
 from moec.compiler.common.verdict import Status, Verdict
-from moec.compiler.gates.tolerance import EXPERT_LIMITS, Precision
+from moec.compiler.gates.tolerance import Precision, expert_limit
 from moec.compiler.gates.usage import Usage
-from moec.compiler.ir.interpreter import Interpreter, WeightObserver
+from moec.compiler.ir.interpreter import ActivationRounding, Interpreter, WeightObserver
 from moec.compiler.ir.program import EXPERTS, MoeLayer, Program
 from moec.targets.base import ExpertsRunner
 
@@ -61,6 +61,7 @@ def run_experts_by_force(
     share: float = 1.0,
     progress: Progress = lambda *_: None,
     watch: WeightObserver | None = None,
+    rounding: ActivationRounding | None = None,
 ) -> list[LayerResult]:
     """Run the experts of every layer and compare them with the reference.
 
@@ -71,11 +72,12 @@ def run_experts_by_force(
         share: Least share of the experts of a layer that are run; they are spread evenly.
         progress: Told about every layer.
         watch: Told of the values of every expert that is read, once each.
+        rounding: How the kernels that are judged round activations, see `Target.activation_rounding`.
 
     Raises:
         ArtifactError: A runner returned another shape than [T, H].
     """
-    reference, results = Interpreter(program, cache_bytes=0, weight_observer=watch), []
+    reference, results = Interpreter(program, cache_bytes=0, weight_observer=watch, rounding=rounding), []
     for done, (row, node) in enumerate(zip(program.layers, program.nodes(EXPERTS), strict=True)):
         progress(GATE, done, len(program.layers))
         result = LayerResult(row)
@@ -142,7 +144,13 @@ def _error(got: np.ndarray, want: np.ndarray) -> float:
 
 
 def judge_coverage(
-    results: Sequence[LayerResult], graphs: Sequence[str], precision: Precision, minimum: float, usage: Usage
+    results: Sequence[LayerResult],
+    graphs: Sequence[str],
+    precision: Precision,
+    minimum: float,
+    usage: Usage,
+    *,
+    rounding_known: bool = False,
 ) -> Verdict:
     """Pass when enough experts were run and every one of them is within tolerance.
 
@@ -152,8 +160,9 @@ def judge_coverage(
         precision: Decides the limit.
         minimum: Share of the live experts that must have been run.
         usage: What the text of the parity cases used; a figure, which decides nothing.
+        rounding_known: Whether the reference rounded activations as the kernels do.
     """
-    limit = EXPERT_LIMITS[precision]
+    limit = expert_limit(precision, rounding_known=rounding_known)
     run = sum(len(result.errors) for result in results)
     total = sum(result.layer.num_experts for result in results)
     errors = [(error, result.layer.module, expert) for result in results for expert, error in result.errors.items()]

@@ -19,6 +19,7 @@ from moec.compiler.common.verdict import Status, Verdict
 from moec.compiler.gates.examination import Examined, examine
 from moec.compiler.ir.operands import Experts
 from moec.compiler.ir.program import EXPERTS, Program
+from moec.quantize.lazy import Coded, CodedFormat
 from moec.quantize.recorded import Recorded
 from moec.targets.stored_weights import StoredWeight
 
@@ -117,17 +118,6 @@ class Comparisons:
         return Comparison(name, len(errors), tuple(wrong), max(errors.values(), default=0.0))
 
 
-def check_integrity(
-    program: Program, stored: Mapping[str, StoredWeight], *, progress: Progress = lambda *_: None
-) -> Verdict:
-    """Compare every expert of every tensor, one at a time; see `Comparisons`.
-
-    Raises:
-        ArtifactError: A weight is computed in the graph.
-    """
-    return Comparisons(program, stored).judge(progress)
-
-
 def _judge(comparisons: list[Comparison], missing: list[str], other: list[str], examined: Examined) -> Verdict:
     wrong = [item for item in comparisons if item.wrong]
     problems = [
@@ -157,10 +147,10 @@ def _error(got: np.ndarray, want: np.ndarray) -> float:
     return error if np.isfinite(error) else float("inf")
 
 
-def _format(program: Program, name: str) -> Any:
-    """The integer format that the plan gives to a weight, or None where it stays float."""
-    planned = getattr(program.weights[name], "format", None)
-    return planned if getattr(planned, "bits", None) is not None else None
+def _format(program: Program, name: str) -> CodedFormat | None:
+    """The format of the codes that the plan gives to a weight, or None where it stays float."""
+    tensor = program.weights[name]
+    return tensor.format if isinstance(tensor, Coded) else None
 
 
 def _in_other_formats(

@@ -20,7 +20,17 @@ from moec.compiler.measure.latency import process
 from moec.compiler.measure.latency.demands import TIMES, Cold, Demand, Workload, parse_budgets, regressions
 from moec.compiler.measure.latency.sampling import LOOKS
 from moec.compiler.measure.latency.statistics import RATIO_LEVEL, Interval, quantile, samples_needed
-from moec.compiler.measure.latency.timings import BASELINE, CANDIDATE, Decision, Measured, Series, decide, judge, ratio
+from moec.compiler.measure.latency.timings import (
+    BASELINE,
+    CANDIDATE,
+    Clock,
+    Decision,
+    Measured,
+    Series,
+    decide,
+    judge,
+    ratio,
+)
 from moec.targets.base import Target, cannot_measure
 
 GATE = "latency"
@@ -163,12 +173,12 @@ class _Outcome:
     demand: Demand
     interval: Interval
     decision: Decision
-    clock: str = "wall"
+    clock: Clock = Clock.WALL
 
     def __str__(self) -> str:
         limit, interval = self.demand.limit, self.interval
         if self.demand.statistic == "ratio":
-            clock = ", CPU time" if self.clock == "cpu" else ""
+            clock = ", CPU time" if self.clock is Clock.CPU else ""
             return (
                 f"{self.demand.key} {interval.value - 1:+.1%} [{interval.low - 1:+.1%}, {interval.high - 1:+.1%}] "
                 f"(limit {limit - 1:+.1%}{clock})"
@@ -188,7 +198,7 @@ def _outcome(demand: Demand, measured: Measured, threads: int) -> _Outcome:
             hint="budget a shorter one, such as decode64.p50",
         )
     interval, decision = judge(demand, measured, threads)
-    clock = ratio(measured[str(demand.subject)], threads).clock if demand.statistic == "ratio" else "wall"
+    clock = ratio(measured[str(demand.subject)], threads).clock if demand.statistic == "ratio" else Clock.WALL
     return _Outcome(demand, interval, decision, clock)
 
 
@@ -274,9 +284,9 @@ def _figures(
 
 def _quantiles(series: Series) -> dict[str, Any]:
     """Quantiles of both clocks in seconds."""
-    clocks = {
+    clocks: dict[str, Any] = {
         clock: {f"p{share * 100:g}": asdict(quantile(series.calls(clock), share)) for share in QUANTILES}
-        for clock in ("wall", "cpu")
+        for clock in Clock
     }
     return {**clocks, "calls": len(series.calls()), "share_without_core": series.without_core()}
 
@@ -284,6 +294,6 @@ def _quantiles(series: Series) -> dict[str, Any]:
 def _plain(series: Series) -> dict[str, list[list[float]]]:
     """Seconds of the calls of every session."""
     return {
-        clock: [[round(seconds, 7) for turn in session for seconds in turn] for session in getattr(series, clock)]
-        for clock in ("wall", "cpu")
+        clock: [[round(seconds, 7) for turn in session for seconds in turn] for session in series.sessions(clock)]
+        for clock in Clock
     }

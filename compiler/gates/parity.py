@@ -24,8 +24,9 @@ from moec.compiler.gates.compare import CaseResult, compare, run_case
 from moec.compiler.gates.reference import Oracle, available_bytes, load_source, source_bytes
 from moec.compiler.gates.tolerance import TOLERANCES, Precision, Tolerance, precision_of
 from moec.compiler.gates.usage import Usage
-from moec.compiler.ir.interpreter import ProgramRunner
+from moec.compiler.ir.interpreter import ActivationRounding, ProgramRunner
 from moec.compiler.ir.program import Program
+from moec.compiler.ir.widen import widened
 from moec.targets.base import Runner, limits_of
 
 CAPTURE_GATE = "parity: capture"
@@ -157,24 +158,17 @@ def _figures(evidence: Evidence, positions: int, excused: int) -> dict[str, Any]
 
 
 def gather_artifact(
-    program: Program, runner: Runner, prompts: Prompts, options: ParityOptions, progress: Progress
-) -> Evidence:
-    """Evidence of step (b): the artifact against the final Program."""
-    precision = precision_of(program)
-    oracle = Oracle(program, TOLERANCES[precision].tie_margin)
-    return gather(ARTIFACT_GATE, program, runner, oracle, prompts, precision, options, progress)
-
-
-def check_artifact(
     program: Program,
     runner: Runner,
     prompts: Prompts,
-    options: ParityOptions | None = None,
-    progress: Progress = lambda *_: None,
-) -> Verdict:
-    """Step (b) by itself: the artifact's `runner` against the final `program` by the interpreter."""
-    options = options or ParityOptions()
-    return judge_parity(ARTIFACT_GATE, gather_artifact(program, runner, prompts, options, progress), options)
+    options: ParityOptions,
+    progress: Progress,
+    rounding: ActivationRounding | None = None,
+) -> Evidence:
+    """Evidence of step (b): the artifact against the final Program, with activations rounded as its kernels do it."""
+    precision = precision_of(program)
+    oracle = Oracle(program, TOLERANCES[precision].tie_margin, rounding=rounding)
+    return gather(ARTIFACT_GATE, program, runner, oracle, prompts, precision, options, progress)
 
 
 def gather_capture(
@@ -185,7 +179,11 @@ def gather_capture(
     progress: Progress,
     free_memory: Callable[[], int] = available_bytes,
 ) -> Evidence | Verdict:
-    """Evidence of step (a): the captured Program against transformers; a verdict where it cannot be run."""
+    """Evidence of step (a): the captured Program against transformers; a verdict where it cannot be run.
+
+    Both run in float32, also where the Program was captured in half precision: its rounding is part of step (b), and
+    here it would hide what capture did wrong.
+    """
     needed, allowed = source_bytes(checkpoint), int(free_memory() * options.memory_share)
     if needed > allowed:
         reason = (
@@ -193,6 +191,7 @@ def gather_capture(
             f"and {allowed / 2**30:.1f} GiB may be used here"
         )
         return Verdict(CAPTURE_GATE, Status.NOT_RUN, reason, EXIT_CODE, {"needed": needed, "allowed": allowed})
+    program = widened(program)
     precision = precision_of(program)
     oracle = Oracle(program, TOLERANCES[precision].tie_margin, load_source(checkpoint))
     # Both sides are torch here: what threads of another runtime do is not in question.

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
+from moec.compiler.common.digest import sha256_of_text
 from moec.compiler.common.model_config import context_length
 from moec.compiler.common.progress import Progress
 from moec.compiler.common.verdict import Status, Verdict
 from moec.compiler.ir.program import Program
-from moec.compiler.text.corpus import HELD_OUT, digest, read_text, spread, tokenize, windows
+from moec.compiler.text.corpus import HELD_OUT, read_text, spread, tokenize, windows
 from moec.compiler.text.perplexity import compare, perplexity
 from moec.targets.base import Runner, limits_of
 
@@ -81,7 +82,7 @@ def judge_quality(
         "divergence": found.divergence,
         "top1_agreement": found.agreement,
         "perplexity": {"source": perplexity(found.reference), "artifact": perplexity(found.candidate)},
-        "text": {"sha256": digest(text), "windows": len(chosen), "length": length, "tokens": found.tokens},
+        "text": {"sha256": sha256_of_text(text), "windows": len(chosen), "length": length, "tokens": found.tokens},
     }
     summary = (
         f"perplexity {found.increase:+.2%} [{low:+.2%}, {high:+.2%}] (limit {options.max_loss:.2%}), "

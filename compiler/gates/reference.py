@@ -21,7 +21,7 @@ from moec.compiler.frontend.adapters.lightning_attention import settle_rates
 from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.frontend.scans import scans_token_by_token
 from moec.compiler.gates.ties import RouterWatch
-from moec.compiler.ir.interpreter import ProgramRunner
+from moec.compiler.ir.interpreter import ActivationRounding, ProgramRunner
 from moec.compiler.ir.program import EXPERTS, Program
 
 if TYPE_CHECKING:
@@ -82,14 +82,21 @@ class Oracle:
         program: Gives ties and experts, and the logits too unless `logits` does.
         margin: See `Tolerance.tie_margin`.
         logits: Another source of logits, such as the model in transformers.
+        rounding: How the kernels that are judged round activations, see `Target.activation_rounding`.
     """
 
-    def __init__(self, program: Program, margin: float, logits: Logits | None = None) -> None:
+    def __init__(
+        self,
+        program: Program,
+        margin: float,
+        logits: Logits | None = None,
+        rounding: ActivationRounding | None = None,
+    ) -> None:
         self._watch = RouterWatch(program, margin)
         self.hidden = HiddenStates(program)
-        self._runner = ProgramRunner(program, observer=self._observe)
+        self._runner = ProgramRunner(program, observer=self._observe, rounding=rounding)
         self._logits = logits
-        self._by_steps = bool(program.notes.get("rotary_borders"))
+        self._by_steps = bool(program.rotary_borders)
 
     def _observe(self, node: fx.Node, args: tuple[Any, ...], result: Any) -> None:
         self._watch(node, args, result)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,8 @@ from moec.compiler.gates.parity import (
     EXIT_CODE,
     Evidence,
     ParityOptions,
+    check_capture,
     gather_artifact,
-    gather_capture,
     judge_parity,
 )
 from moec.compiler.gates.repeatability import EXIT_CODE as REPEATABILITY_EXIT_CODE
@@ -91,52 +91,62 @@ def run_gates(
     Returns:
         One verdict per gate, always in the same order. Each carries its duration as the figure "seconds".
     """
-    options = options or ParityOptions()
-    evidence: dict[str, Evidence] = {}
-
-    def capture() -> Verdict:
-        prompts = Prompts.of(inputs.checkpoint.directory, inputs.captured.vocab_size, seed=options.seed)
-        seen = gather_capture(inputs.checkpoint, inputs.captured, prompts, options, progress)
-        if isinstance(seen, Verdict):
-            return seen
-        evidence[CAPTURE_GATE] = seen
-        return judge_parity(CAPTURE_GATE, seen, options)
-
-    def parity(name: str, runner: Runner) -> Verdict:
-        prompts = Prompts.of(inputs.checkpoint.directory, inputs.program.vocab_size, seed=options.seed)
-        evidence[name] = gather_artifact(inputs.program, runner, prompts, options, progress)
-        verdict = judge_parity(name, evidence[name], options)
-        return replace(verdict, figures={**verdict.figures, "runner": dict(runner.facts())})
-
-    @cache
-    def reference() -> Runner:
-        return inputs.target.open_reference(inputs.directory, threads=inputs.threads)
-
-    def artifact() -> Verdict:
-        return parity(ARTIFACT_GATE, reference())
-
-    experts = ExpertTensors(inputs)
-
-    def coverage() -> Verdict:
-        return cover(inputs, evidence.get(ARTIFACT_GATE), options, progress, experts.watch)
-
-    def integrity() -> Verdict:
-        return experts.comparisons().judge(progress)
-
-    def repeated() -> Verdict:
-        return repeat(inputs, reference(), options.seed, repeatability or RepeatabilityOptions(), progress)
-
-    subject = GateSubject(inputs.program, inputs.directory, inputs.facts, parity)
+    run = _Run(inputs, options or ParityOptions(), repeatability or RepeatabilityOptions(), progress)
+    subject = GateSubject(inputs.program, inputs.directory, inputs.facts, run.parity)
     gates: list[tuple[str, int, Gate]] = [
-        (CAPTURE_GATE, EXIT_CODE, capture),
-        (ARTIFACT_GATE, EXIT_CODE, artifact),
-        (COVERAGE_GATE, EXIT_CODE, coverage),
-        (INTEGRITY_GATE, EXIT_CODE, integrity),
-        (REPEATABILITY_GATE, REPEATABILITY_EXIT_CODE, repeated),
+        (CAPTURE_GATE, EXIT_CODE, run.capture),
+        (ARTIFACT_GATE, EXIT_CODE, run.artifact),
+        (COVERAGE_GATE, EXIT_CODE, run.coverage),
+        (INTEGRITY_GATE, EXIT_CODE, run.integrity),
+        (REPEATABILITY_GATE, REPEATABILITY_EXIT_CODE, run.repeated),
         *((own.name, own.exit_code, partial(own.judge, subject)) for own in inputs.target.gates()),
         *further,
     ]
     return tuple(run_gate(name, code, gate) for name, code, gate in gates)
+
+
+class _Run:
+    """The gates that every target goes through, with what one of them leaves for the next."""
+
+    def __init__(
+        self, inputs: GateInputs, options: ParityOptions, repeatability: RepeatabilityOptions, progress: Progress
+    ) -> None:
+        self._inputs, self._options, self._repeatability, self._progress = inputs, options, repeatability, progress
+        self._experts = ExpertTensors(inputs)
+        self._seen: Evidence | None = None
+
+    @cached_property
+    def _runner(self) -> Runner:
+        return self._inputs.target.open_reference(self._inputs.directory, threads=self._inputs.threads)
+
+    def _prompts(self, program: Program) -> Prompts:
+        return Prompts.of(self._inputs.checkpoint.directory, program.vocab_size, seed=self._options.seed)
+
+    def capture(self) -> Verdict:
+        captured = self._inputs.captured
+        prompts = self._prompts(captured)
+        return check_capture(self._inputs.checkpoint, captured, prompts, self._options, self._progress)
+
+    def artifact(self) -> Verdict:
+        return self.parity(ARTIFACT_GATE, self._runner)
+
+    def parity(self, name: str, runner: Runner) -> Verdict:
+        program, options = self._inputs.program, self._options
+        rounding = self._inputs.target.activation_rounding(self._inputs.directory)
+        seen = gather_artifact(program, runner, self._prompts(program), options, self._progress, rounding)
+        if name == ARTIFACT_GATE:
+            self._seen = seen
+        verdict = judge_parity(name, seen, options)
+        return replace(verdict, figures={**verdict.figures, "runner": dict(runner.facts())})
+
+    def coverage(self) -> Verdict:
+        return cover(self._inputs, self._seen, self._options, self._progress, self._experts.watch)
+
+    def integrity(self) -> Verdict:
+        return self._experts.comparisons().judge(self._progress)
+
+    def repeated(self) -> Verdict:
+        return repeat(self._inputs, self._runner, self._options.seed, self._repeatability, self._progress)
 
 
 class ExpertTensors:
@@ -185,8 +195,11 @@ def cover(
         reason = f"the target {inputs.target.name} does not run experts by themselves"
         figures = {"steps": {ARTIFACT_GATE: seen.usage.figures()}}
         return Verdict(COVERAGE_GATE, Status.NOT_RUN, reason, EXIT_CODE, figures)
-    found = run_experts_by_force(inputs.program, runners, seen.hidden, options.coverage_min, progress, watch)
-    return judge_coverage(found, list(runners), seen.precision, options.coverage_min, seen.usage)
+    rounding = inputs.target.activation_rounding(inputs.directory)
+    share = options.coverage_min
+    found = run_experts_by_force(inputs.program, runners, seen.hidden, share, progress, watch, rounding)
+    known = rounding is not None
+    return judge_coverage(found, list(runners), seen.precision, share, seen.usage, rounding_known=known)
 
 
 def repeat(inputs: GateInputs, runner: Runner, seed: int, options: RepeatabilityOptions, progress: Progress) -> Verdict:
@@ -205,7 +218,7 @@ def run_gate(name: str, code: int, gate: Gate) -> Verdict:
         told = out_of_memory(error) or error
         if not isinstance(told, REPORTED):
             raise
-        hint = getattr(told, "hint", "")
+        hint = told.hint if isinstance(told, MoecError) else ""
         reason = f"{type(told).__name__}: {first_line(told)}" + (f" ({hint})" if hint else "")
         verdict = Verdict(name, Status.FAIL, reason, code)
     return replace(verdict, figures={**verdict.figures, "seconds": time.perf_counter() - started})

@@ -7,8 +7,9 @@ expert where experts are concerned, and not the model. A small cache keeps what 
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch import Tensor, fx
 
 from moec.compiler.common.errors import UsageError
 from moec.compiler.ir.operands import Experts
-from moec.compiler.ir.ops import ExpertCall, ExpertWeights, run_experts
+from moec.compiler.ir.ops import NOT_ROUNDED, ExpertCall, ExpertInputs, ExpertWeights, run_experts
 from moec.compiler.ir.program import EXPERTS, Program
 from moec.compiler.ir.weights import LazyTensor
 
@@ -29,6 +30,11 @@ WeightObserver = Callable[[str, int, Tensor], None]
 
 ExpertObserver = Callable[[fx.Node, ExpertCall], None]
 """Called for every expert that a layer runs, with the experts node."""
+
+ActivationRounding = Callable[[LazyTensor, Tensor], Tensor]
+"""The weight of a product and the activations [..., K] -> the activations as a kernel multiplies them."""
+
+LINEAR = torch.ops.aten.linear.default
 
 
 class WeightReader:
@@ -72,6 +78,7 @@ class Interpreter:
         observer: See `Observer`.
         expert_observer: See `ExpertObserver`.
         weight_observer: See `WeightObserver`; told of what is read, and not of what was kept.
+        rounding: What kernels make of the activations of a product with a weight; None: nothing.
     """
 
     def __init__(
@@ -82,8 +89,9 @@ class Interpreter:
         observer: Observer | None = None,
         expert_observer: ExpertObserver | None = None,
         weight_observer: WeightObserver | None = None,
+        rounding: ActivationRounding | None = None,
     ) -> None:
-        self.program, self.observer, self.expert_observer = program, observer, expert_observer
+        self.program, self.observer, self.expert_observer, self._rounding = program, observer, expert_observer, rounding
         self._reader = WeightReader(cache_bytes, weight_observer)
         self._last_use = _last_uses(program.graph)
 
@@ -144,10 +152,19 @@ class Interpreter:
         else:
             args, kwargs = fx.map_arg(node.args, value), fx.map_arg(node.kwargs, value)
             assert callable(node.target)
-            result = node.target(*args, **kwargs)
+            operands = args
+            if node.target is LINEAR and (rounded := self._rounded(node.args[1])) is not None:
+                operands = (rounded(args[0]), *args[1:])
+            result = node.target(*operands, **kwargs)
         if self.observer is not None:
             self.observer(node, args, result)
         return result
+
+    def _rounded(self, weight: Any) -> Callable[[Tensor], Tensor] | None:
+        """What a kernel makes of the activations of a product with `weight`, if the Program holds it."""
+        if self._rounding is None or weight.op != "get_attr":
+            return None
+        return partial(self._rounding, self.program.weights[self.program.weights.resolve(str(weight.target))])
 
     def _weight(self, node: fx.Node, row: int | None = None) -> Tensor:
         name = self.program.weights.resolve(str(node.target))
@@ -178,7 +195,9 @@ class Interpreter:
             )
 
         watch = None if self.expert_observer is None else partial(self.expert_observer, node)
-        return run_experts(hidden, indices, weights, own.gate, expert, watch)
+        up, down = self._rounded(own.gate_up_proj), self._rounded(own.down_proj)
+        rounded = NOT_ROUNDED if up is None or down is None else ExpertInputs(up, down)
+        return run_experts(hidden, indices, weights, own.gate, expert, watch, rounded)
 
 
 def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
@@ -210,23 +229,14 @@ def default_positions(attention_mask: Tensor, length: int) -> Tensor:
     return positions[:, -length:] if length else positions[:, :0]
 
 
-class ProgramRunner:
-    """Runs a Program as if it were an artifact: the Runner of `moec.targets.base` over the interpreter."""
+class ProgramRunner(Interpreter):
+    """Runs a Program as if it were an artifact: an interpreter that keeps the states from one step to the next.
 
-    def __init__(
-        self,
-        program: Program,
-        *,
-        cache_bytes: int = 1 << 30,
-        observer: Observer | None = None,
-        expert_observer: ExpertObserver | None = None,
-    ) -> None:
-        self.program = program
-        self._interpreter = Interpreter(
-            program, cache_bytes=cache_bytes, observer=observer, expert_observer=expert_observer
-        )
-        self._states: dict[str, Tensor] = {}
-        self._length = 0
+    It is a Runner as `moec.targets.base` has it.
+    """
+
+    _states: Mapping[str, Tensor] = MappingProxyType({})
+    _length = 0
 
     def reset(self) -> None:
         """Forget the sequence."""
@@ -254,27 +264,16 @@ class ProgramRunner:
             "cache_position": torch.arange(past, total),
             **states,
         }
-        results = self._interpreter.run({**feeds, **self._extra(feeds)})
+        results = self.run({**feeds, **self._extra(feeds)})
         self._states = {state.input.name: results[state.output.name] for state in self.program.states}
         self._length = total
         return results["logits"].float().numpy()
 
     def _extra(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Defaults of the inputs that passes added, such as a routing budget."""
-        defaults = self.program.notes.get("input_defaults", {})
+        defaults = self.program.input_defaults
         return {spec.name: defaults[spec.name] for spec in self.program.inputs if spec.name not in feeds}
 
     def facts(self) -> dict[str, Any]:
         """What ran, for the report."""
         return {"runtime": "moec interpreter", "torch": torch.__version__}
-
-
-def observe(targets: Sequence[Any], call: Callable[[fx.Node, tuple[Any, ...], Any], None]) -> Observer:
-    """An observer that is called for the nodes of `targets` alone."""
-    wanted = frozenset(targets)
-    return partial(_observe, wanted, call)
-
-
-def _observe(wanted: frozenset[Any], call: Observer, node: fx.Node, args: tuple[Any, ...], result: Any) -> None:
-    if node.target in wanted:
-        call(node, args, result)

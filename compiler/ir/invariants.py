@@ -12,6 +12,7 @@ from torch import Tensor, fx
 
 from moec.compiler.common.errors import MoecError
 from moec.compiler.ir.program import Dim, Program, TensorSpec, module_of, moe_layers
+from moec.compiler.ir.stages import BINARY, CORE
 
 SIZE_OPERATORS = frozenset(
     {
@@ -184,6 +185,28 @@ def _real(program: Program) -> Iterator[Finding]:
             yield node, "it is complex"
 
 
+def _complete(program: Program) -> Iterator[Finding]:
+    for node in program.graph.nodes:
+        if node.target in CORE and isinstance(node.target, torch._ops.OpOverload):
+            arguments = node.target._schema.arguments
+            positions = sum(not argument.kwarg_only for argument in arguments)
+            if len(node.args) != positions:
+                yield node, f"it has {len(node.args)} arguments by position, and {node.target} takes {positions}"
+
+
+def _one_dtype(program: Program) -> Iterator[Finding]:
+    for node in program.graph.nodes:
+        if node.target in BINARY:
+            dtypes = {str(value.dtype) for item in node.args[:2] if (value := _tensor(item)) is not None}
+            if len(dtypes) > 1:
+                yield node, f"its operands are {' and '.join(sorted(dtypes))}"
+
+
+def _tensor(argument: Any) -> Tensor | None:
+    value = argument.meta.get("val") if isinstance(argument, fx.Node) else None
+    return value if isinstance(value, Tensor) else None
+
+
 RULES = (
     Rule("a node comes after what it uses", _order),
     Rule("a node has a fake value", _fake_values),
@@ -193,4 +216,6 @@ RULES = (
     Rule("a get_attr names a weight of its shape", _weights),
     Rule("the table of MoE layers is that of the graph", _layers),
     Rule("nothing is complex", _real, after="real-rotary"),
+    Rule("a call of a core op has all its arguments", _complete, after="decompose"),
+    Rule("both sides of arithmetic have one dtype", _one_dtype, after="decompose"),
 )

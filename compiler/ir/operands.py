@@ -8,8 +8,7 @@ from typing import Any, Self
 import torch
 from torch import fx
 
-from moec.compiler.ir.ops import ATTENTION, EXPERTS, RMS_NORM, ROTARY, SELECT, Gate
-from moec.compiler.ir.recurrences import CAUSAL_CONV, LINEAR_ATTENTION
+from moec.compiler.ir.ops import Gate
 
 _WITHOUT_MEANING = frozenset({"device", "layout", "pin_memory", "memory_format", "non_blocking", "requires_grad"})
 """Keywords that say where and how a tensor lies in memory, which a graph of moec says nothing of."""
@@ -76,11 +75,12 @@ class Experts(_View):
     alpha: float
     limit: float
     up_offset: float
+    limit_activated: bool
 
     @property
     def gate(self) -> Gate:
         """How the outputs of the first projection are combined."""
-        return Gate(self.activation, self.gated, self.interleaved, self.alpha, self.limit, self.up_offset)
+        return Gate(**{field.name: getattr(self, field.name) for field in fields(Gate)})
 
     @property
     def stacks(self) -> dict[str, fx.Node]:
@@ -193,15 +193,3 @@ class CausalConv(_View):
     bias: fx.Node | None
     state: fx.Node
     activation: str
-
-
-VIEWS = {
-    EXPERTS: Experts,
-    SELECT: Select,
-    ATTENTION: Attention,
-    LINEAR_ATTENTION: LinearAttention,
-    CAUSAL_CONV: CausalConv,
-    RMS_NORM: RmsNorm,
-    ROTARY: Rotary,
-}
-"""The view of each semantic op."""

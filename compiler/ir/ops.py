@@ -27,8 +27,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda x: x,
 }
 
-ATTENTION_KINDS = ("causal", "sliding", "chunked")
-
 
 @dataclass(frozen=True, slots=True)
 class Gate:
@@ -37,7 +35,8 @@ class Gate:
     With `gated`, the projection holds gate and up, either concatenated or `interleaved` (gate0, up0, gate1, ...), and
     the result is `act(min(gate, limit)) * (clamp(up, -limit, limit) + up_offset)`. `act` is `activation`, or
     `x * sigmoid(alpha * x)` where `activation` is "silu" and `alpha` is not 1 (gpt-oss). Without it: `activation(x)`.
-    A `limit` of 0 clamps nothing.
+    A `limit` of 0 clamps nothing. With `limit_activated` it holds for what the activation yields and not for what it
+    takes in (Step 3.7): `min(act(gate), limit) * (clamp(up, -limit, limit) + up_offset)`.
     """
 
     activation: str
@@ -46,6 +45,7 @@ class Gate:
     alpha: float = 1.0
     limit: float = 0.0
     up_offset: float = 0.0
+    limit_activated: bool = False
 
     def split(self, projected: Tensor) -> tuple[Tensor, Tensor]:
         """Split `projected` [..., 2 * I] into gate and up, each [..., I]."""
@@ -60,11 +60,13 @@ class Gate:
             return ACTIVATIONS[self.activation](projected)
         gate, up = self.split(projected)
         if self.limit:
-            gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
+            gate, up = gate if self.limit_activated else gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
         if self.activation == "silu" and self.alpha != 1.0:
             activated = gate * torch.sigmoid(self.alpha * gate)
         else:
             activated = ACTIVATIONS[self.activation](gate)
+        if self.limit and self.limit_activated:
+            activated = activated.clamp(max=self.limit)
         return activated * (up + self.up_offset if self.up_offset else up)
 
 
@@ -76,6 +78,21 @@ class ExpertWeights:
     down: Tensor
     gate_up_bias: Tensor | None = None
     down_bias: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertInputs:
+    """The inputs of an expert's two products as a kernel multiplies them: functions of [n, H] and of [n, I]."""
+
+    gate_up: Callable[[Tensor], Tensor]
+    down: Callable[[Tensor], Tensor]
+
+
+def _as_they_are(activations: Tensor) -> Tensor:
+    return activations
+
+
+NOT_ROUNDED = ExpertInputs(_as_they_are, _as_they_are)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +125,7 @@ def run_experts(
     gate: Gate,
     expert: Callable[[int], ExpertWeights],
     watch: Callable[[ExpertCall], None] | None = None,
+    rounded: ExpertInputs = NOT_ROUNDED,
 ) -> Tensor:
     """Reference of `moec::experts` with the weights of each expert fetched when it is needed.
 
@@ -117,7 +135,8 @@ def run_experts(
         weights: Routing weight of each slot, [T, k]. A weight of exactly 0 drops the slot.
         gate: Activation of the experts.
         expert: Returns the weights of one expert; called once per expert that is used.
-        watch: Called after each expert.
+        watch: Called after each expert, with activations that are not rounded.
+        rounded: What kernels make of activations before they multiply them.
 
     Returns:
         [T, H] in the dtype of `hidden_states`, accumulated in float32 (float64 for float64 input).
@@ -129,8 +148,8 @@ def run_experts(
         token, slot = torch.where(live == index)
         own = expert(index)
         inputs, share = hidden_states[token], weights[token, slot]
-        inner = gate(F.linear(inputs, own.gate_up, own.gate_up_bias))
-        result = F.linear(inner, own.down, own.down_bias)
+        inner = gate(F.linear(rounded.gate_up(inputs), own.gate_up, own.gate_up_bias))
+        result = F.linear(rounded.down(inner), own.down, own.down_bias)
         out.index_add_(0, token, result.to(accumulate) * share[:, None].to(accumulate))
         if watch is not None:
             watch(ExpertCall(index, token, slot, share, inputs, inner, result))
@@ -141,7 +160,7 @@ torch.library.define(
     "moec::experts",
     "(Tensor hidden_states, Tensor indices, Tensor weights, Tensor gate_up_proj, Tensor? gate_up_bias, "
     "Tensor down_proj, Tensor? down_bias, str activation, bool gated, bool interleaved, bool transposed, "
-    "float alpha, float limit, float up_offset) -> Tensor",
+    "float alpha, float limit, float up_offset, bool limit_activated=False) -> Tensor",
 )
 
 
@@ -161,6 +180,7 @@ def experts(
     alpha: float,
     limit: float,
     up_offset: float,
+    limit_activated: bool = False,
 ) -> Tensor:
     """The feed-forward experts of one layer.
 
@@ -179,6 +199,7 @@ def experts(
         alpha: See `Gate`.
         limit: See `Gate`.
         up_offset: See `Gate`.
+        limit_activated: See `Gate`.
 
     Returns:
         [T, H].
@@ -193,7 +214,7 @@ def experts(
             None if down_bias is None else down_bias[index],
         )
 
-    gate = Gate(activation, gated, interleaved, alpha, limit, up_offset)
+    gate = Gate(activation, gated, interleaved, alpha, limit, up_offset, limit_activated)
     return run_experts(hidden_states, indices, weights, gate, expert)
 
 
@@ -293,7 +314,7 @@ def attention(
         attention_mask: [B, P + S] integer or bool, 0 where the slot is padding; None where nothing is.
         sinks: Logit per head that joins the softmax and is then dropped, [Hq] (gpt-oss), or None.
         scale: Factor on the logits.
-        kind: One of `ATTENTION_KINDS`.
+        kind: "causal", "sliding" or "chunked"; see `visible`.
         window: See `visible`.
         softcap: `cap * tanh(logits / cap)` where it is not 0 (Gemma 2).
 

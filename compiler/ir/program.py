@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from moec.compiler.common.rejections import Rejection
 from moec.compiler.ir.operands import Experts
@@ -33,6 +33,7 @@ __all__ = [
     "Dim",
     "MoeLayer",
     "Program",
+    "Provenance",
     "StateSpec",
     "TensorSpec",
     "copy_graph",
@@ -103,6 +104,19 @@ class MoeLayer:
     down_proj: str
 
 
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """How a checkpoint was read, for reports.
+
+    Attributes:
+        notes: Sentences that the user should know, such as which classes stand for the model type.
+        left_out: Part of the checkpoint that the graph does not use -> number of its tensors.
+    """
+
+    notes: tuple[str, ...] = ()
+    left_out: Mapping[str, int] = field(default_factory=dict)
+
+
 @dataclass(frozen=True)
 class Program:
     """A model between capture and lowering.
@@ -116,9 +130,9 @@ class Program:
         dtype: Activation dtype.
         config: The checkpoint's config.json as a plain mapping.
         dims: Dynamic axis name -> the symbol that stands for it in fake shapes.
-        notes: What passes recorded for targets and reports, by pass name. Capture records how the checkpoint is read
-            ("checkpoint"), parts of it that the graph does not use -> number of their tensors ("left_out"), and the
-            lengths past which rotary tables have other frequencies ("rotary_borders").
+        input_defaults: Input name -> the tensor that stands for it where nobody feeds it, for inputs that passes added.
+        rotary_borders: Lengths in tokens past which rotary tables have other frequencies, ascending.
+        provenance: How the checkpoint was read.
         rejections: Where capture did not do as config.json says.
     """
 
@@ -130,7 +144,9 @@ class Program:
     dtype: torch.dtype
     config: Mapping[str, Any]
     dims: Mapping[str, Any]
-    notes: Mapping[str, Any] = field(default_factory=dict)
+    input_defaults: Mapping[str, Tensor] = field(default_factory=dict)
+    rotary_borders: tuple[int, ...] = ()
+    provenance: Provenance = field(default_factory=Provenance)
     rejections: tuple[Rejection, ...] = ()
 
     def replace(self, **changes: Any) -> Program:

@@ -6,7 +6,6 @@ Format: 8 bytes of length (little-endian), a JSON object of that length, then th
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -20,6 +19,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from moec.compiler.common.digest import CHUNK_BYTES, sha256_of_chunks
 from moec.compiler.common.errors import CheckpointError, first_line
 
 DTYPES: Mapping[str, torch.dtype] = {
@@ -111,11 +111,10 @@ class WeightFile:
         Raises:
             CheckpointError: The file was written to since it was opened.
         """
-        digest = hashlib.sha256()
-        for start in range(0, self.size, 1 << 24):
-            digest.update(self.read(start, min(1 << 24, self.size - start)).numpy().data)
+        starts = range(0, self.size, CHUNK_BYTES)
+        found = sha256_of_chunks(self.read(start, min(CHUNK_BYTES, self.size - start)).numpy().data for start in starts)
         self.check_unchanged()
-        return digest.hexdigest()
+        return found
 
     def entries(self) -> list[StoredEntry]:
         """The tensors, from the header alone.

@@ -157,7 +157,8 @@ def _called(graph: fx.Graph, node: fx.Node, mapping: Mapping[fx.Node, Any], mode
 def without_padding(program: Program) -> Program:
     """Drop the input `attention_mask`, for targets that run one sequence without padding at a time.
 
-    The mask of such a sequence is all ones: attention takes none, and what is multiplied by it stays as it is.
+    The mask of such a sequence is all ones: attention takes none, and what is multiplied by it stays as it is. A size
+    that is read from the mask is read from another input.
 
     Raises:
         UnsupportedModelError: The mask is read in another way.
@@ -185,23 +186,24 @@ def _without_ones(node: fx.Node, ones: set[fx.Node]) -> None:
         node.args = tuple(None if argument is mask else argument for argument in node.args)
     elif node.target in _MOVES:
         ones.add(node)
-    elif node.target is aten.sym_size.int and (elsewhere := _elsewhere(node, ones)) is not None:
-        node.args = elsewhere
     elif node.target is aten.mul.Tensor and (kept := _unchanged(node, ones)) is not None:
         node.replace_all_uses_with(kept)
+    elif node.target is aten.sym_size.int and (source := _of_same_size(node, ones)) is not None:
+        node.args = source
     elif node.users:
         raise UnsupportedModelError(
             f"{module_of(node)}: %{node.name} reads the attention mask, so that it cannot be left out",
-            hint="build with a padding mask",
+            hint="a target that takes padding can build it",
         )
 
 
-def _elsewhere(size: fx.Node, ones: set[fx.Node]) -> tuple[fx.Node, int] | None:
-    """Input and axis that have this size too."""
-    for node in size.graph.find_nodes(op="placeholder"):
-        for axis, other in enumerate(node.meta["val"].shape):
-            if node not in ones and str(other) == str(size.meta["val"]):
-                return node, axis
+def _of_same_size(size: fx.Node, ones: set[fx.Node]) -> tuple[fx.Node, int] | None:
+    """An input that is no mask, and its axis of the size `size`."""
+    for source in size.graph.find_nodes(op="placeholder"):
+        if source not in ones:
+            for axis, length in enumerate(source.meta["val"].shape):
+                if str(length) == str(size.meta["val"]):
+                    return source, axis
     return None
 
 

@@ -23,7 +23,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import fx
 
 from moec.compiler.ir.ops import ATTENTION, EXPERTS, RMS_NORM, ROTARY, SELECT
 from moec.compiler.ir.recurrences import CAUSAL_CONV, LINEAR_ATTENTION
@@ -153,8 +152,3 @@ CORE: Mapping[Any, str] = {
     **SIZES,
 }
 """Every op of the stage CORE."""
-
-
-def outside_core(graph: fx.Graph) -> list[fx.Node]:
-    """The calls of `graph` that are none of `CORE`."""
-    return [node for node in graph.nodes if node.op == "call_function" and node.target not in CORE]

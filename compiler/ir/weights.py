@@ -63,17 +63,23 @@ class LazyTensor(ABC):
         return leaf(self)
 
 
-@dataclass(frozen=True)
-class Cast(LazyTensor):
-    """`source` in another dtype."""
+class Converted(LazyTensor):
+    """Other values, or another dtype, in the shape of `source`."""
 
     source: LazyTensor
-    dtype: torch.dtype
 
     @property
     def shape(self) -> tuple[int, ...]:  # type: ignore[override]
         """Shape of the source."""
         return self.source.shape
+
+
+@dataclass(frozen=True)
+class Cast(Converted):
+    """`source` in another dtype."""
+
+    source: LazyTensor
+    dtype: torch.dtype
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Cast the same rows of the source."""

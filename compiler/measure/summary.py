@@ -28,8 +28,8 @@ def model_summary(program: Program) -> dict[str, Any]:
         "parameters": {"total": total, "active": active},
         "moe_layers": [_layer(layer) for layer in program.layers],
         "states": _states(program),
-        "notes": program.notes.get("checkpoint", []),
-        "left_out": program.notes.get("left_out", {}),
+        "notes": list(program.provenance.notes),
+        "left_out": dict(program.provenance.left_out),
     }
 
 

@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 
+from moec.compiler.common.digest import sha256_of_text
 from moec.compiler.common.errors import CheckpointError
 from moec.compiler.common.progress import Progress
 from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.ir.program import Program
 from moec.compiler.ir.weights import LazyTensor
 from moec.compiler.pipeline.recipe import QuantizeRecipe
-from moec.compiler.text.corpus import digest, read_text, spread, tokenize, windows
+from moec.compiler.text.corpus import read_text, spread, tokenize, windows
 from moec.passes.base import Pass
 from moec.passes.keep_codes import KeepCodes
 from moec.passes.quantize import Quantize
@@ -53,88 +54,100 @@ class Quantization:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Material:
+    """What a plan is made from.
+
+    Attributes:
+        checkpoint: Where the tokenizer comes from.
+        program: The float Program after the common passes and routing.
+        in_float32: Makes the same Program with activations in fp32, which calibration runs.
+        check: Raises a LoweringError where the target has no form for the Program after a pass that quantizes it.
+        progress: Told how far it is.
+    """
+
+    checkpoint: Checkpoint
+    program: Program
+    in_float32: Callable[[], Program]
+    check: Callable[[Program, Pass], None]
+    progress: Progress
+
+
 def plan_quantization(
-    settings: QuantizeRecipe | None,
-    checkpoint: Checkpoint,
-    program: Program,
-    in_float32: Callable[[], Program],
-    offered: Offered,
-    held: Held,
-    recorded_codes: Mapping[str, RecordedCodes] | None,
-    progress: Progress,
+    settings: QuantizeRecipe | None, material: Material, held: Held, recorded_codes: Mapping[str, RecordedCodes] | None
 ) -> Quantization:
     """Decide a recipe's quantization. Text is read and the model run only where rounding or `auto` wants it.
 
     Args:
         settings: The section of the recipe.
-        checkpoint: Where the tokenizer comes from.
-        program: The float Program after the common passes and routing.
-        in_float32: Makes the same Program with activations in fp32, which calibration runs.
-        offered: Formats that `auto` may choose from.
-        held: What `keep` may leave as it is, and what it may round to.
+        material: What it is decided from.
+        held: What `keep` may leave as it is, and the formats that it may round to and `auto` may choose from.
         recorded_codes: Codes of an artifact of this recipe, which take the place of calibration; None where there is
             none yet.
-        progress: Told how far it is.
 
     Raises:
         UsageError: The plan is wrong, or a block size does not divide a dimension.
+        LoweringError: The target has no form for the formats of the plan.
         CheckpointError: There is no tokenizer, or the text does not serve.
     """
     if settings is None or settings.does_nothing:
         return Quantization()
     if settings.format == KEEP:
-        return _kept(settings, program, held)
-    chosen = _choose(settings, checkpoint, in_float32, offered, progress) if settings.format == "auto" else None
+        return _kept(settings, material.program, held)
+    chosen = _choose(settings, material, held.formats) if settings.format == "auto" else None
     plan = chosen.plan if chosen is not None else requested(settings.format)
     if settings.activations != Activations.FLOAT.value:
         plan = with_activations(plan, Activations(settings.activations))
-    method = _method(settings, plan, checkpoint)
+    method = _method(settings, plan, material.checkpoint)
     if recorded_codes is not None:
         return Quantization((Quantize(plan, recorded=recorded_codes),))
     # Where the text lies is left out, as for the checkpoint; what of it counts is in the plan and the codes.
     fixed = {"format": plan.to_dict(), "rounding": method.value, "calibration": None}
     recorded = settings.model_dump(mode="json") | fixed
     facts: dict[str, Any] = {"plan": plan.to_dict(), "rounding": method.value}
-    found = Calibration({}, {})
+    rounded: Mapping[str, RoundingResult] = {}
     if method is Method.GPTQ:
-        text, tokens = _calibration_windows(settings, checkpoint)
-        found = calibrate(in_float32(), plan, tokens, progress=progress)
-        facts["calibration"] = {
-            "sha256": digest(text),
-            "windows": len(tokens),
-            "length": settings.window,
-            "tokens_per_expert": {name: list(counts) for name, counts in found.tokens.items()},
-            "rounded_to_nearest": _fallbacks(found),
-        }
-        facts["codes"] = {name: sha256_of(matrices_of(item.tensor)) for name, item in sorted(found.rounded.items())}
-        recorded |= {"calibration_sha256": digest(text)}
+        rounded, calibrated = _calibrated(settings, plan, material)
+        facts |= calibrated
+        recorded |= {"calibration_sha256": calibrated["calibration"]["sha256"]}
     if chosen is not None:
         facts["auto"] = dict(chosen.facts)
         # Once the formats are known there is nothing left to choose.
         recorded |= {"max_size": None, "max_perplexity_increase": None}
-    # Fail before anything is rounded where a block does not divide.
-    Quantize(plan).run(program)
-    return Quantization((Quantize(plan, found.rounded),), recorded, facts)
+    return Quantization((Quantize(plan, rounded),), recorded, facts)
+
+
+def _calibrated(
+    settings: QuantizeRecipe, plan: QuantizationPlan, material: Material
+) -> tuple[Mapping[str, RoundingResult], dict[str, Any]]:
+    """Codes by GPTQ on calibration text, and what moec.json says of them."""
+    # Before anything is calibrated: a block may not divide, or a format have no form.
+    material.check(material.program, Quantize(plan))
+    text, tokens = _calibration_windows(settings, material.checkpoint)
+    found = calibrate(material.in_float32(), plan, tokens, progress=material.progress)
+    calibration = {
+        "sha256": sha256_of_text(text),
+        "windows": len(tokens),
+        "length": settings.window,
+        "tokens_per_expert": {name: list(counts) for name, counts in found.tokens.items()},
+        "rounded_to_nearest": _fallbacks(found),
+    }
+    codes = {name: sha256_of(matrices_of(item.tensor)) for name, item in sorted(found.rounded.items())}
+    return found.rounded, {"calibration": calibration, "codes": codes}
 
 
 def _kept(settings: QuantizeRecipe, program: Program, held: Held) -> Quantization:
     keep = KeepCodes(held, Activations(settings.activations))
     # What becomes of each weight is known before one is written.
-    notes = keep.run(program).program.notes
-    return Quantization((keep,), settings.model_dump(mode="json"), {"plan": KEEP, "kept": notes["kept codes"]})
+    kept = keep.decide(program).outcomes
+    return Quantization((keep,), settings.model_dump(mode="json"), {"plan": KEEP, "kept": kept})
 
 
-def _choose(
-    settings: QuantizeRecipe,
-    checkpoint: Checkpoint,
-    in_float32: Callable[[], Program],
-    offered: Offered,
-    progress: Progress,
-) -> Choice:
-    program, tokens = in_float32(), _calibration_windows(settings, checkpoint)[1]
+def _choose(settings: QuantizeRecipe, material: Material, offered: Offered) -> Choice:
+    program, tokens = material.in_float32(), _calibration_windows(settings, material.checkpoint)[1]
 
     def by_gptq(plan: QuantizationPlan) -> Mapping[str, RoundingResult]:
-        return calibrate(program, plan, tokens, progress=progress).rounded
+        return calibrate(program, plan, tokens, progress=material.progress).rounded
 
     return choose(
         program,
@@ -143,7 +156,7 @@ def _choose(
         max_size=settings.max_size,
         max_increase=settings.max_perplexity_increase,
         rounding=NEAREST if settings.rounding == Method.RTN.value else Rounding(by_gptq, GptqOptions().clip),
-        progress=progress,
+        progress=material.progress,
     )
 
 
@@ -171,7 +184,7 @@ def calibration_text(settings: QuantizeRecipe) -> str:
         CheckpointError: It is missing, empty or binary, or not the text that the recipe names the digest of.
     """
     text = read_text(settings.calibration)
-    if settings.calibration_sha256 not in {None, digest(text)}:
+    if settings.calibration_sha256 not in {None, sha256_of_text(text)}:
         raise CheckpointError(
             f"{settings.calibration or 'the calibration text of moec'}: not the text that the recipe was made with",
             hint=f"give the text with sha256 {settings.calibration_sha256} (--calibration)",

@@ -214,7 +214,7 @@ class Recipe(BaseModel):
     quality: QualityRecipe | None = Field(default=None, description="What the quality gate demands.")
     latency: LatencyRecipe | None = Field(default=None, description="What the latency gate demands.")
     inputs_embeds: bool = Field(
-        default=False, description="An optional input of embeddings, for tokens that have no id, such as images."
+        default=False, description="An input of embeddings, for tokens that have no id, such as images."
     )
     revision: str | None = Field(default=None, description="Branch, tag or commit of a hub id.")
     trust_remote_code: bool = Field(default=False, description="Run modelling code that the checkpoint brings along.")

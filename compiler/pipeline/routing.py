@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moec import passes
+from moec.compiler.common.digest import sha256_of_text
 from moec.compiler.common.errors import CheckpointError, LoweringError, OutputError, UsageError
 from moec.compiler.frontend.capture import capture
 from moec.compiler.frontend.checkpoint import Checkpoint
@@ -18,7 +19,7 @@ from moec.compiler.ir.interpreter import ProgramRunner
 from moec.compiler.ir.program import Program
 from moec.compiler.measure.accounting import account
 from moec.compiler.pipeline.calibration_file import read_calibration_file
-from moec.compiler.text.corpus import digest, read_text, tokenize, windows
+from moec.compiler.text.corpus import read_text, tokenize, windows
 from moec.compiler.text.perplexity import losses
 from moec.passes.base import Pass
 from moec.passes.canonical.common_subexpressions import CommonSubexpressions
@@ -153,7 +154,11 @@ def _entry(budget: float, chosen: Policy, traces: Sequence[RoutingTrace]) -> dic
 
 
 def _text_facts(material: _Material) -> dict[str, Any]:
-    return {"sha256": digest(material.text), "windows": len(material.chosen), "length": material.chosen.shape[1]}
+    return {
+        "sha256": sha256_of_text(material.text),
+        "windows": len(material.chosen),
+        "length": material.chosen.shape[1],
+    }
 
 
 def read_calibration(path: Path, checkpoint: Checkpoint, name: str, budget: float | None) -> dict[str, Any]:

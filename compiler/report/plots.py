@@ -79,19 +79,22 @@ def line(
     return _source(svg)
 
 
-def histogram(labels: Labels, values: Sequence[float], label: str, bins: int = 25) -> str:
+BINS = 25
+
+
+def histogram(labels: Labels, values: Sequence[float], label: str) -> str:
     """How many values fall into each of equal intervals; the last also holds what lies beyond the 99.5th percentile."""
     ordered = sorted(values)
     across = _Scale.of([ordered[0], ordered[math.ceil(len(ordered) * 0.995) - 1]])
-    width = (across.high - across.low) / bins
-    counts = [0] * bins
+    width = (across.high - across.low) / BINS
+    counts = [0] * BINS
     for value in ordered:
-        counts[min(int((value - across.low) / width), bins - 1)] += 1
+        counts[min(int((value - across.low) / width), BINS - 1)] += 1
     up = _Scale.of([0, *counts])
     svg = _canvas(labels)
     _vertical(svg, up, "calls")
     _horizontal(svg, across, label)
-    step = _inner_width() / bins
+    step = _inner_width() / BINS
     for index, count in enumerate(counts):
         top = _y(up.place(count))
         box = {"x": LEFT + index * step, "y": top, "width": step * 0.95, "height": _y(0.0) - top}

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,31 +21,17 @@ from moec.compiler.common.model_config import (
     token_ids,
     vocabulary_size,
 )
+from moec.compiler.run.session import Answer, Session, Statistics
 from moec.compiler.text.sampling import Sampling, sampling_of
-from moec.compiler.text.tokenizer import open_tokenizer, stream_text
+from moec.compiler.text.tokenizer import open_tokenizer
 from moec.targets import get_target
-from moec.targets.base import Runner, fork
+from moec.targets.base import AdjustableRunner, Runner, fork, limits_of
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 DEFAULT_NEW_TOKENS = 128
 GENERATION_CONFIG = "generation_config.json"
-
-
-@dataclass
-class Statistics:
-    """Counts and seconds of the last generation."""
-
-    prompt_tokens: int = 0
-    new_tokens: int = 0
-    prefill_seconds: float = 0.0
-    decode_seconds: float = 0.0
-
-    @property
-    def decode_rate(self) -> float:
-        """Tokens per second after the first one, which the prefill yields; 0 if there were none."""
-        return (self.new_tokens - 1) / self.decode_seconds if self.new_tokens > 1 and self.decode_seconds else 0.0
 
 
 class Generator:
@@ -73,25 +57,35 @@ class Generator:
         """Of the generation that began last."""
         config = read_config(self.directory / "config.json")
         self._generation = read_config(self.directory / GENERATION_CONFIG)
-        self.context_length = context_length(config)
         self.eos_token_ids = end_tokens(self._generation, config)
         self._bos_token_ids = token_ids("bos_token_id", self._generation, config, text_config(config))
         self._vocabulary = vocabulary_size(config)
         self.sampling()  # a generation_config.json that makes no sense is said at once
         name = str(self.manifest.get("recipe", {}).get("target"))
         self.runner = get_target(name).open(self.directory, threads=threads)
-        self._set(inputs or {})
+        self.context_length = _least(context_length(config), limits_of(self.runner).max_sequence)
+        self._overrides = self.runner.overrides if isinstance(self.runner, AdjustableRunner) else {}
+        self._overrides |= self._scalars(inputs or {})
         self._idle: list[Runner] = [self.runner]
         self._lock = threading.Lock()
 
-    def _set(self, inputs: Mapping[str, float]) -> None:
+    def _scalars(self, inputs: Mapping[str, float]) -> dict[str, np.ndarray]:
+        """Values of scalar inputs as a runner takes them."""
+        for name in inputs:
+            if name not in self.scalar_inputs:
+                known = ", ".join(self.scalar_inputs)
+                hint = f"it has {known}" if known else "export with --routing-input to get one"
+                raise UsageError(f"{self.directory}: no scalar input '{name}' that could be set", hint=hint)
+            if not isinstance(self.runner, AdjustableRunner):
+                reason = f"{self.directory}: what runs it here feeds '{name}' its default and nothing else"
+                raise UsageError(reason, hint="export with another default: --expert-budget")
+        return {name: np.asarray(value, np.float32) for name, value in inputs.items()}
+
+    @property
+    def scalar_inputs(self) -> tuple[str, ...]:
+        """Names of the inputs that hold one number and have a default, such as "routing_budget"."""
         rows = self.manifest.get("signature", {}).get("inputs", [])
-        scalars = [row["name"] for row in rows if isinstance(row, Mapping) and row.get("shape") == []]
-        for name, value in inputs.items():
-            if name not in scalars:
-                known = f"it has {', '.join(scalars)}" if scalars else "export with --routing-input to get one"
-                raise UsageError(f"{self.directory}: no scalar input '{name}' that could be set", hint=known)
-            self.runner.overrides[name] = np.asarray(value, np.float32)  # type: ignore[attr-defined]
+        return tuple(row["name"] for row in rows if isinstance(row, Mapping) and row.get("shape") == [])
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -121,16 +115,25 @@ class Generator:
             UsageError: There is nothing to start from, or no chat template.
         """
         if chat:
-            from moec.compiler.run.chat import render_chat
-
-            text = render_chat(self.directory, [{"role": "user", "content": prompt}])
-            ids = self.tokenizer.encode(text, add_special_tokens=False).ids
-        else:
-            ids = self.tokenizer.encode(prompt).ids
-        ids = list(ids) or list(self._bos_token_ids[:1])
+            return self.encode_chat([{"role": "user", "content": prompt}])
+        ids = list(self.tokenizer.encode(prompt).ids) or list(self._bos_token_ids[:1])
         if not ids:
             raise UsageError("the prompt is empty, and the model has no token to start from", hint="give --prompt")
         return ids
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Token ids of a conversation in the model's chat template, up to where its answer begins.
+
+        Args:
+            messages: Mappings with "role" and "content".
+
+        Raises:
+            UsageError: The model has no chat template, or its template refuses the messages.
+        """
+        from moec.compiler.run.chat import render_chat
+
+        text = render_chat(self.directory, messages)
+        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
     def tokens(
         self, input_ids: Sequence[int], *, max_new_tokens: int = DEFAULT_NEW_TOKENS, sampling: Sampling | None = None
@@ -148,51 +151,81 @@ class Generator:
             UsageError: Prompt and new tokens are more than the model allows, or a token is not in its vocabulary; or
                 another generation is under way and the runner of the target keeps one sequence alone.
         """
-        self._check_length(len(input_ids), max_new_tokens)
-        self._check_ids(input_ids)
-        sampling = self.sampling() if sampling is None else sampling
-        random = np.random.default_rng(sampling.seed)
-        self.statistics = statistics = Statistics(prompt_tokens=len(input_ids))
-        seen = list(input_ids)
-        with self._borrowed() as runner:
-            start = time.perf_counter()
-            logits = runner.prefill(np.asarray([input_ids], dtype=np.int64))
-            statistics.prefill_seconds = time.perf_counter() - start
-            while True:
-                token = sampling.choose(logits[0, -1], random, seen)
-                if token in self.eos_token_ids:
-                    return
-                statistics.new_tokens += 1
-                seen.append(token)
-                yield token
-                if statistics.new_tokens == max_new_tokens:
-                    return
-                start = time.perf_counter()
-                logits = runner.decode(np.asarray([[token]], dtype=np.int64))
-                statistics.decode_seconds += time.perf_counter() - start
+        with self.session() as session:
+            answer = self.answer(session, input_ids, max_new_tokens=max_new_tokens, sampling=sampling)
+            yield from (token for token in answer.tokens() if token is not None)
 
     @contextmanager
-    def _borrowed(self) -> Iterator[Runner]:
-        """A runner for one generation: an idle one, or a fork with states of its own."""
+    def session(self, inputs: Mapping[str, float] | None = None) -> Iterator[Session]:
+        """A sequence of its own, on an idle runner or on a fork of it, which is given back at the end.
+
+        Args:
+            inputs: Values of scalar inputs, over those that the generator was made with.
+
+        Raises:
+            UsageError: The artifact has no such input; or another sequence is in use and the runner of the target
+                keeps one alone.
+        """
+        own = self._scalars(inputs or {})
         with self._lock:
             runner = self._idle.pop() if self._idle else fork(self.runner)
         try:
-            yield runner
+            if isinstance(runner, AdjustableRunner):
+                runner.overrides = {**self._overrides, **own} if own else self._overrides
+            yield Session(runner)
         finally:
             runner.reset()
             with self._lock:
                 self._idle.append(runner)
 
-    def stream(self, prompt: str | Sequence[int], *, chat: bool = False, **options: Any) -> Iterator[str]:
+    def answer(
+        self,
+        session: Session,
+        prompt: Sequence[int],
+        *,
+        max_new_tokens: int = DEFAULT_NEW_TOKENS,
+        sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
+    ) -> Answer:
+        """An answer to a prompt, which is computed as its tokens or pieces are taken.
+
+        Args:
+            session: What it continues, if the prompt begins with what the session has seen.
+            prompt: Token ids, at least one.
+            max_new_tokens: At most so many.
+            sampling: None: what the model's generation_config.json says.
+            stop: Of these, special tokens end the answer, since no text shows them; `Answer.pieces` takes care of all.
+
+        Raises:
+            UsageError: Prompt and new tokens are more than the artifact allows, or a token is not in its vocabulary.
+        """
+        self.check(prompt, max_new_tokens)
+        ends = (*self.eos_token_ids, *(self._special_tokens[text] for text in stop if text in self._special_tokens))
+        sampling = self.sampling() if sampling is None else sampling
+        answer = Answer(session, prompt, sampling=sampling, end_tokens=ends, max_new_tokens=max_new_tokens)
+        self.statistics = answer.statistics
+        return answer
+
+    @cached_property
+    def _special_tokens(self) -> dict[str, int]:
+        added = self.tokenizer.get_added_tokens_decoder()
+        return {token.content: index for index, token in added.items() if token.special}
+
+    def stream(
+        self, prompt: str | Sequence[int], *, chat: bool = False, stop: Sequence[str] = (), **options: Any
+    ) -> Iterator[str]:
         """Yield the text of the answer piece by piece, each as soon as its last character is finished.
 
         Args:
             prompt: Text or token ids.
             chat: Wrap a text in the model's chat template.
+            stop: Strings before which the text ends.
             options: `max_new_tokens` and `sampling` of `tokens`.
         """
         ids = self.encode(prompt, chat=chat) if isinstance(prompt, str) else list(prompt)
-        yield from stream_text(self.tokenizer, ids, self.tokens(ids, **options))
+        with self.session() as session:
+            answer = self.answer(session, ids, stop=stop, **options)
+            yield from filter(None, answer.pieces(self.tokenizer, stop))
 
     def generate(
         self,
@@ -200,6 +233,7 @@ class Generator:
         *,
         max_new_tokens: int = DEFAULT_NEW_TOKENS,
         chat: bool = False,
+        stop: Sequence[str] = (),
         **sampling: float | None,
     ) -> str:
         """Text that follows a prompt.
@@ -208,13 +242,24 @@ class Generator:
             prompt: A text, or token ids.
             max_new_tokens: At most so many new tokens.
             chat: Wrap a text in the model's chat template.
+            stop: Strings before which the text ends.
             sampling: Fields of `Sampling`, over what the model's generation_config.json says.
 
         Raises:
             UsageError: As for `tokens` and `encode`.
         """
         chosen = self.sampling(**sampling)
-        return "".join(self.stream(prompt, chat=chat, max_new_tokens=max_new_tokens, sampling=chosen))
+        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sampling": chosen}
+        return "".join(self.stream(prompt, chat=chat, stop=stop, **options))
+
+    def check(self, prompt: Sequence[int], max_new_tokens: int) -> None:
+        """Refuse a prompt that cannot be answered.
+
+        Raises:
+            UsageError: Prompt and new tokens are more than the artifact allows, or a token is not in its vocabulary.
+        """
+        self._check_length(len(prompt), max_new_tokens)
+        self._check_ids(prompt)
 
     def _check_ids(self, ids: Sequence[int]) -> None:
         limit = self._vocabulary
@@ -233,8 +278,12 @@ class Generator:
         if limit is not None and prompt + new > limit:
             raise UsageError(
                 f"the prompt has {prompt} tokens; with {new} new tokens that is more than the {limit} "
-                f"that the model allows",
+                f"that the artifact allows",
                 hint=f"shorten the prompt to {limit - new} tokens, or lower --max-new-tokens"
                 if new < limit
                 else f"lower --max-new-tokens: prompt and answer share {limit} tokens",
             )
+
+
+def _least(*numbers: int | None) -> int | None:
+    return min((number for number in numbers if number is not None), default=None)

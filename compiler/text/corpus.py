@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.resources
 from collections.abc import Sequence
 from pathlib import Path
@@ -60,11 +59,6 @@ def _read(path: Path) -> str:
     if "\0" in text:
         raise CheckpointError(f"{path}: a binary file, not text", hint="give a text file")
     return text
-
-
-def digest(text: str) -> str:
-    """sha256 of a text, for manifests."""
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def tokenize(directory: Path, text: str) -> np.ndarray:

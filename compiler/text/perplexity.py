@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 
 Told = Callable[[int, int], None]
-RESAMPLES = 2000
+RESAMPLES, LEVEL = 2000, 0.95
 
 
 class LanguageModel(Protocol):
@@ -48,12 +48,12 @@ class Comparison:
         """Relative increase of perplexity: 0.01 is 1 %."""
         return math.exp(float((self.candidate - self.reference).mean())) - 1
 
-    def interval(self, *, level: float = 0.95, seed: int = 0) -> tuple[float, float]:
-        """Paired bootstrap interval of `increase` over windows (percentile method, 2000 resamples)."""
+    def interval(self) -> tuple[float, float]:
+        """Paired bootstrap interval of `increase` over windows: 95 %, percentile method, 2000 resamples."""
         differences = self.candidate - self.reference
-        draws = np.random.default_rng(seed).integers(0, len(differences), (RESAMPLES, len(differences)))
+        draws = np.random.default_rng(0).integers(0, len(differences), (RESAMPLES, len(differences)))
         means = np.exp(differences[draws].mean(axis=1)) - 1
-        low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+        low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
         return float(low), float(high)
 
 
@@ -63,6 +63,21 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     shifted -= np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
     result: np.ndarray = shifted
     return result
+
+
+def kl_divergence(expected: np.ndarray, found: np.ndarray) -> float:
+    """KL(P || Q), summed over positions: sum over t and v of P(v | t) * (log P(v | t) - log Q(v | t)).
+
+    Kullback and Leibler, "On Information and Sufficiency", 1951. Float32 values are summed in float64.
+
+    Args:
+        expected: Log probabilities under P, [..., V] float32.
+        found: Those under Q.
+
+    Returns:
+        Nats; divide by the number of positions for the mean.
+    """
+    return float((np.exp(expected) * (expected - found)).sum(dtype=np.float64))
 
 
 def losses(runner: LanguageModel, windows: np.ndarray, *, told: Told = lambda _done, _total: None) -> np.ndarray:
@@ -99,7 +114,7 @@ def compare(
         expected, found = (log_softmax(runner.prefill(window[None])[0, :-1]) for runner in (reference, candidate))
         for row, logs in enumerate((expected, found)):
             both[row, index] = -np.take_along_axis(logs, window[1:, None], axis=-1).mean(dtype=np.float64)
-        divergences[index] = (np.exp(expected) * (expected - found)).sum(dtype=np.float64) / len(expected)
+        divergences[index] = kl_divergence(expected, found) / len(expected)
         same += float((expected.argmax(-1) == found.argmax(-1)).sum())
         told(index + 1, len(windows))
     tokens = windows.size - len(windows)

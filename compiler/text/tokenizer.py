@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -118,13 +118,3 @@ class TextStream:
     def _decode(self, ids: list[int]) -> str:
         text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
         return text
-
-
-def stream_text(tokenizer: Tokenizer, prompt: Sequence[int], tokens: Iterator[int]) -> Iterator[str]:
-    """Yield the text of `tokens`, which follow `prompt`, piece by piece."""
-    stream = TextStream(tokenizer, prompt)
-    for token in tokens:
-        if piece := stream.add(token):
-            yield piece
-    if piece := stream.end():
-        yield piece

@@ -249,7 +249,7 @@ def choose_removed(
     removed = []
     for row, trace in zip(program.layers, traces, strict=True):
         assert trace.output_norms is not None
-        scores = reap_saliency(trace.indices, trace.weights, trace.output_norms, row.num_experts).scores.tolist()
+        scores = reap_saliency(trace.indices, trace.weights, trace.output_norms, row.num_experts).tolist()
         free = [expert for expert in range(row.num_experts) if (row.index, expert) not in protected]
         count = min(int(share * row.num_experts + 1e-9), row.num_experts - row.top_k, len(free))
         removed.append(tuple(sorted(sorted(free, key=lambda expert: (scores[expert], expert))[:count])))

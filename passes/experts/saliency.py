@@ -5,7 +5,6 @@ Pure functions of recorded routing; they prune nothing themselves.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,20 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@dataclass(frozen=True, eq=False)
-class Saliency:
-    """The saliency of the experts of one layer.
-
-    Attributes:
-        scores: [E] float64; 0 for an expert that no token reached.
-        tokens: [E] int64, the tokens that reached each expert with a weight above 0.
-    """
-
-    scores: Tensor
-    tokens: Tensor
-
-
-def reap_saliency(indices: Tensor, weights: Tensor, output_norms: Tensor, num_experts: int) -> Saliency:
+def reap_saliency(indices: Tensor, weights: Tensor, output_norms: Tensor, num_experts: int) -> Tensor:
     """Router-weighted expert activation saliency (REAP, arXiv:2510.13999) of one MoE layer.
 
     S_e = mean over the tokens routed to e of w_e(x) * ||f_e(x)||_2. The sums run in float64, so that they hardly
@@ -42,6 +28,9 @@ def reap_saliency(indices: Tensor, weights: Tensor, output_norms: Tensor, num_ex
         weights: [T, k], the routing weights; a slot of weight 0 was not routed.
         output_norms: [T, k], the L2 norm of each expert's output before the weight is applied.
         num_experts: Experts in the layer.
+
+    Returns:
+        [E] float64; 0 for an expert that no token reached.
 
     Raises:
         UsageError: The shapes differ, or an index names no expert.
@@ -59,7 +48,7 @@ def reap_saliency(indices: Tensor, weights: Tensor, output_norms: Tensor, num_ex
     weighted = (weights.double() * output_norms.double()).reshape(-1)[routed]
     tokens = torch.bincount(flat[routed], minlength=num_experts)
     sums = torch.zeros(num_experts, dtype=torch.float64).index_add_(0, flat[routed], weighted)
-    return Saliency(sums / tokens.clamp(min=1), tokens)
+    return sums / tokens.clamp(min=1)
 
 
 def super_experts(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from moec.compiler.common.digest import sha256_of_bytes
 from moec.compiler.common.errors import UsageError
 from moec.compiler.common.rejections import Rejection
 from moec.compiler.ir.fake_values import fake_mode, infer
@@ -26,8 +26,6 @@ from moec.passes.routing.routing_weights import descending, non_negative
 
 BUDGET_INPUT = "routing_budget"
 """Name of the run-time input that replaces the policy's knob."""
-INPUT_DEFAULTS = "input_defaults"
-"""Key of `Program.notes`: input name -> tensor that stands for it where nobody feeds it."""
 
 
 @dataclass(frozen=True)
@@ -78,12 +76,13 @@ class DynamicRouting(Pass):
             return PassResult(program, modified=False, rejections=tuple(rejections))
         decompose(adding.added)
         changed = rewritten(program, graph, program.weights.with_tensors(adding.constants))
-        notes: dict[str, Any] = {**program.notes, self.name: self.policy}
         if budget is not None:
-            default = torch.tensor(getattr(self.policy, self.policy.knob or ""), dtype=torch.float32)
-            notes[INPUT_DEFAULTS] = {**program.notes.get(INPUT_DEFAULTS, {}), BUDGET_INPUT: default}
-            changed = changed.replace(inputs=(*program.inputs, TensorSpec(BUDGET_INPUT, (), torch.float32)))
-        return PassResult(changed.replace(notes=notes), True, tuple(rejections))
+            default = torch.tensor(self.policy.knob_value, dtype=torch.float32)
+            changed = changed.replace(
+                inputs=(*program.inputs, TensorSpec(BUDGET_INPUT, (), torch.float32)),
+                input_defaults={**program.input_defaults, BUDGET_INPUT: default},
+            )
+        return PassResult(changed, True, tuple(rejections))
 
     def _budget(self, graph: fx.Graph, mode: Any) -> fx.Node:
         if self.policy.knob is None:
@@ -203,7 +202,7 @@ class _Adding:
         if isinstance(value, fx.Node):
             return value
         value = value.contiguous()
-        digest = hashlib.sha256(str((value.dtype, tuple(value.shape))).encode() + value.numpy().tobytes()).hexdigest()
+        digest = sha256_of_bytes(str((value.dtype, tuple(value.shape))).encode() + value.numpy().tobytes())
         name = f"routing.{digest[:12]}"
         if name not in self._nodes:
             self.constants[name] = Constant(value)

@@ -7,6 +7,8 @@ still (cyclic coordinate descent, as in QuantEase, 2309.01885).
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import torch
 from torch import Tensor
 
@@ -15,45 +17,46 @@ from moec.quantize.methods.scales import encode, storable
 from moec.quantize.methods.tensors import grouped
 
 
-def refine(
-    weight: Tensor,
-    hessian: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    points: Tensor,
-    fmt: IntegerFormat,
-    update_block: int,
-) -> tuple[Tensor, Tensor]:
-    """One round on a batch of matrices, all fp32.
+@dataclass(frozen=True, eq=False)
+class Rounded:
+    """What a batch of matrices is rounded to, all fp32.
 
-    Args:
-        weight: Float weights [B, N, K].
-        hessian: Damped Hessians [B, K, K].
+    Attributes:
         codes: Codes [B, N, K].
         scales: Scales [B, N, G].
-        points: Zero points [B, N, G], which stay.
-        fmt: The format.
-        update_block: Columns whose changes are collected before they are applied to the rest.
+        points: Zero points [B, N, G].
+        format: The format.
+    """
 
-    Returns:
-        New codes and scales.
+    codes: Tensor
+    scales: Tensor
+    points: Tensor
+    format: IntegerFormat
+
+    @property
+    def block(self) -> int:
+        """Columns that share a scale."""
+        return self.codes.shape[-1] // self.scales.shape[-1]
+
+
+def refine(weight: Tensor, hessian: Tensor, rounded: Rounded, update_block: int) -> Rounded:
+    """One round on a batch of matrices: new scales, then new codes; zero points stay.
+
+    Args:
+        weight: Float weights [B, N, K], fp32.
+        hessian: Damped Hessians [B, K, K], fp32.
+        rounded: What `weight` is rounded to so far.
+        update_block: Columns whose changes are collected before they are applied to the rest.
     """
     target = weight @ hessian
-    scales = _refit_scales(weight, target, hessian, codes, scales, points, fmt)
-    return _descend(target, hessian, codes, scales, points, fmt, update_block), scales
+    rounded = replace(rounded, scales=_refit_scales(weight, target, hessian, rounded))
+    return replace(rounded, codes=_descend(target, hessian, rounded, update_block))
 
 
-def _refit_scales(
-    weight: Tensor,
-    target: Tensor,
-    hessian: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    points: Tensor,
-    fmt: IntegerFormat,
-) -> Tensor:
+def _refit_scales(weight: Tensor, target: Tensor, hessian: Tensor, rounded: Rounded) -> Tensor:
     """Least-squares scales [B, N, G] of each row; a row keeps its old ones where the new are no better."""
-    groups = grouped(codes, codes.shape[-1] // scales.shape[-1]) - points.unsqueeze(-1)
+    scales = rounded.scales
+    groups = grouped(rounded.codes, rounded.block) - rounded.points.unsqueeze(-1)
     count, block = groups.shape[-2:]
     flat = groups.flatten(-2)
     normal = torch.empty(*groups.shape[:-1], count)
@@ -67,7 +70,7 @@ def _refit_scales(
     solved = torch.linalg.solve(normal, right + ridge * scales)
     # Far from the old scale the codes would no longer fit it, and a negative scale no runtime takes.
     sane = (solved > scales / 2) & (solved < scales * 2)
-    solved = storable(torch.where(sane, solved, scales), fmt.scale_type)
+    solved = storable(torch.where(sane, solved, scales), rounded.format.scale_type)
     before, after = (_row_errors(weight, hessian, groups * candidate.unsqueeze(-1)) for candidate in (scales, solved))
     return torch.where((after < before).unsqueeze(-1), solved, scales)
 
@@ -77,20 +80,13 @@ def _row_errors(weight: Tensor, hessian: Tensor, restored: Tensor) -> Tensor:
     return ((change @ hessian) * change).sum(-1)
 
 
-def _descend(
-    target: Tensor,
-    hessian: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    points: Tensor,
-    fmt: IntegerFormat,
-    update_block: int,
-) -> Tensor:
+def _descend(target: Tensor, hessian: Tensor, rounded: Rounded, update_block: int) -> Tensor:
     """One sweep over the columns; `target` is weight @ hessian. Returns new codes [B, N, K]."""
-    block = codes.shape[-1] // scales.shape[-1]
     # Columns first, so that each of them lies contiguous in memory: [B, K, N].
-    spread, shift = (tensor.repeat_interleave(block, -1).mT.contiguous() for tensor in (scales, points))
-    result = codes.mT.contiguous()
+    spread, shift = (
+        tensor.repeat_interleave(rounded.block, -1).mT.contiguous() for tensor in (rounded.scales, rounded.points)
+    )
+    result = rounded.codes.mT.contiguous()
     restored = (result - shift) * spread
     residual = target.mT - hessian @ restored
     for start in range(0, result.shape[1], update_block):
@@ -100,7 +96,7 @@ def _descend(
         for step in range(local.shape[1]):
             column = start + step
             best = restored[:, column] + local[:, step] / square[:, step, step, None]
-            code = encode(best, spread[:, column], shift[:, column], fmt)
+            code = encode(best, spread[:, column], shift[:, column], rounded.format)
             move = (code - result[:, column]) * spread[:, column]
             local -= square[:, step, :, None] * move[:, None]
             result[:, column], moves[:, step] = code, move

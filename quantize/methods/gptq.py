@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moec.compiler.common.errors import UsageError
 from moec.quantize.formats import IntegerFormat
-from moec.quantize.methods.coordinate_descent import refine
+from moec.quantize.methods.coordinate_descent import Rounded, refine
 from moec.quantize.methods.hessian import Hessian
 from moec.quantize.methods.rounding import (
     MatrixReport,
@@ -163,9 +163,10 @@ def _quantize(
     shift = points.repeat_interleave(block, -1).mT.gather(1, rows)
     ordered = _round_columns(columns, factor, spread, shift, fmt, options.update_block)
     codes = torch.empty_like(ordered).scatter_(1, rows, ordered).mT.contiguous()
+    rounded = Rounded(codes, scales, points, fmt)
     for _ in range(options.refinements):
-        codes, scales = refine(weight, normal, codes, scales, points, fmt, options.update_block)
-    return codes, scales, points
+        rounded = refine(weight, normal, rounded, options.update_block)
+    return rounded.codes, rounded.scales, points
 
 
 def _inverse_factor(hessian: Tensor) -> Tensor:

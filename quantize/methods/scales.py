@@ -39,7 +39,6 @@ def choose_scales(
     groups: Tensor,
     fmt: IntegerFormat,
     clip: ClipSearch,
-    importance: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Choose the scale and zero point of each group.
 
@@ -47,18 +46,16 @@ def choose_scales(
         groups: Weights, fp32 [..., block]; the last dimension shares a scale.
         fmt: The format.
         clip: Clip ratios to try.
-        importance: Weight of each squared error, fp32, broadcastable to `groups`; None weighs all alike.
 
     Returns:
         Scales fp32 [...], positive and exact in the format's scale dtype, and zero points fp32 [...] (0 if symmetric).
     """
     flat = groups.reshape(-1, groups.shape[-1])
-    weights = None if importance is None else importance.expand_as(groups).reshape(flat.shape)
     scales, points = torch.empty(len(flat)), torch.empty(len(flat))
     rows = max(1, CHUNK // flat.shape[-1])
     for start in range(0, len(flat), rows):
         part = slice(start, start + rows)
-        scales[part], points[part] = _search(flat[part], fmt, clip, None if weights is None else weights[part])
+        scales[part], points[part] = _search(flat[part], fmt, clip)
     return scales.reshape(groups.shape[:-1]), points.reshape(groups.shape[:-1])
 
 
@@ -93,17 +90,17 @@ def check_scales(scales: Tensor, name: str) -> None:
         )
 
 
-def _search(groups: Tensor, fmt: IntegerFormat, clip: ClipSearch, importance: Tensor | None) -> tuple[Tensor, Tensor]:
+def _search(groups: Tensor, fmt: IntegerFormat, clip: ClipSearch) -> tuple[Tensor, Tensor]:
     """Chosen scales and zero points of one chunk [groups, block]; the first of equal errors wins."""
     low, high = groups.amin(-1), groups.amax(-1)
     ratios = clip.ratios()
     scales, points = _candidate(low, high, ratios[0], fmt)
     if len(ratios) == 1:
         return scales, points
-    least = _error(groups, scales, points, fmt, importance)
+    least = _error(groups, scales, points, fmt)
     for ratio in ratios[1:]:
         scale, point = _candidate(low, high, ratio, fmt)
-        error = _error(groups, scale, point, fmt, importance)
+        error = _error(groups, scale, point, fmt)
         better = error < least
         least = torch.where(better, error, least)
         scales = torch.where(better, scale, scales)
@@ -111,10 +108,9 @@ def _search(groups: Tensor, fmt: IntegerFormat, clip: ClipSearch, importance: Te
     return scales, points
 
 
-def _error(groups: Tensor, scales: Tensor, points: Tensor, fmt: IntegerFormat, importance: Tensor | None) -> Tensor:
+def _error(groups: Tensor, scales: Tensor, points: Tensor, fmt: IntegerFormat) -> Tensor:
     scale, point = scales.unsqueeze(-1), points.unsqueeze(-1)
-    squared = encode(groups, scale, point, fmt).sub_(point).mul_(scale).sub_(groups).square_()
-    return squared.sum(-1) if importance is None else squared.mul_(importance).sum(-1)
+    return encode(groups, scale, point, fmt).sub_(point).mul_(scale).sub_(groups).square_().sum(-1)
 
 
 def _candidate(low: Tensor, high: Tensor, ratio: float, fmt: IntegerFormat) -> tuple[Tensor, Tensor]:
@@ -129,14 +125,19 @@ def _candidate(low: Tensor, high: Tensor, ratio: float, fmt: IntegerFormat) -> t
     return scale, (smallest - low / scale).round_().clamp_(smallest, largest)
 
 
+_STEPS = {ScaleType.FP16: 2.0**-24, ScaleType.BF16: 2.0**-22}
+"""What scales below the smallest normal number of fp16 are a multiple of: bfloat16 has eight binary digits."""
+
+
 def storable(scales: Tensor, scale_type: ScaleType) -> Tensor:
     """Round scales to what their dtype holds, as fp32; a scale of an all-zero group becomes 1, and NaN stays NaN.
 
     Below the smallest normal number fp16 is too coarse to round to nearest (a scale could become 0 or half of itself,
     and clip the group), so such scales are rounded up.
     """
-    if scale_type is ScaleType.FP16:
-        step = 2.0**-24
+    if scale_type is not ScaleType.FP32:
+        step = _STEPS[scale_type]
         tiny = scales < 2.0**-14
-        scales = torch.where(tiny, (scales / step).ceil() * step, scales.to(torch.float16).to(torch.float32))
+        normal = scales.to(scale_type.dtype).to(torch.float16).to(torch.float32)
+        scales = torch.where(tiny, (scales / step).ceil() * step, normal)
     return torch.where(scales == 0, torch.ones_like(scales), scales)

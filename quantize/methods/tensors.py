@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -74,26 +75,20 @@ def stack(tensors: list[QuantizedTensor]) -> QuantizedTensor:
     """Stack matrices of one format and shape: E times [N, K] -> [E, N, K]."""
     if len({tensor.format for tensor in tensors}) != 1:
         raise ValueError("tensors of different formats cannot be stacked")
-    points = [tensor.zero_points for tensor in tensors if tensor.zero_points is not None]
-    return QuantizedTensor(
-        tensors[0].format,
-        torch.stack([tensor.codes for tensor in tensors]),
-        torch.stack([tensor.scales for tensor in tensors]),
-        torch.stack(points) if points else None,
-    )
+    return _combined(torch.stack, tensors)
 
 
 def join(parts: list[QuantizedTensor]) -> QuantizedTensor:
     """Put slices of one tensor together along axis 0."""
     if len(parts) == 1:
         return parts[0]
+    return _combined(torch.cat, parts)
+
+
+def _combined(how: Callable[[list[Tensor]], Tensor], parts: list[QuantizedTensor]) -> QuantizedTensor:
     points = [part.zero_points for part in parts if part.zero_points is not None]
-    return QuantizedTensor(
-        parts[0].format,
-        torch.cat([part.codes for part in parts]),
-        torch.cat([part.scales for part in parts]),
-        torch.cat(points) if points else None,
-    )
+    codes, scales = how([part.codes for part in parts]), how([part.scales for part in parts])
+    return QuantizedTensor(parts[0].format, codes, scales, how(points) if points else None)
 
 
 def grouped(tensor: Tensor, block: int) -> Tensor:

@@ -59,7 +59,7 @@ class Allocation:
 
 
 Candidates: TypeAlias = Mapping[str, Sequence[Candidate]]
-Measure: TypeAlias = Callable[[Candidate], float]
+Measure: TypeAlias = Callable[[Candidate | Allocation], float]
 
 
 def least_loss(candidates: Candidates, *, max_bytes: int) -> Allocation:
@@ -68,13 +68,8 @@ def least_loss(candidates: Candidates, *, max_bytes: int) -> Allocation:
     Raises:
         UsageError: Even the smallest candidates take more; the hint says how much.
     """
-    smallest = _cheapest(candidates, _bytes, _loss)
-    if smallest.bytes > max_bytes:
-        raise UsageError(
-            f"the tensors cannot fit into {max_bytes} bytes",
-            hint=f"The smallest formats on offer take {smallest.bytes} bytes.",
-        )
-    return _solve(candidates, _loss, _bytes, max_bytes)
+    message = f"the tensors cannot fit into {max_bytes} bytes"
+    return _solve(candidates, _loss, _bytes, max_bytes, message, "The smallest formats on offer take {} bytes.")
 
 
 def least_bytes(candidates: Candidates, *, max_loss: float) -> Allocation:
@@ -83,13 +78,8 @@ def least_bytes(candidates: Candidates, *, max_loss: float) -> Allocation:
     Raises:
         UsageError: Even the best candidates lose more; the hint says how much.
     """
-    best = _cheapest(candidates, _loss, _bytes)
-    if best.loss > max_loss:
-        raise UsageError(
-            f"no choice of formats keeps the predicted loss at or below {max_loss:.6g}",
-            hint=f"The best formats on offer lose {best.loss:.6g}.",
-        )
-    return _solve(candidates, _bytes, _loss, max_loss)
+    message = f"no choice of formats keeps the predicted loss at or below {max_loss:.6g}"
+    return _solve(candidates, _bytes, _loss, max_loss, message, "The best formats on offer lose {:.6g}.")
 
 
 def trade_off(candidates: Candidates, *, points: int = 33) -> tuple[Allocation, ...]:
@@ -113,12 +103,12 @@ def trade_off(candidates: Candidates, *, points: int = 33) -> tuple[Allocation, 
     return tuple(curve)
 
 
-def _bytes(candidate: Candidate) -> float:
-    return candidate.bytes
+def _bytes(chosen: Candidate | Allocation) -> float:
+    return chosen.bytes
 
 
-def _loss(candidate: Candidate) -> float:
-    return candidate.loss
+def _loss(chosen: Candidate | Allocation) -> float:
+    return chosen.loss
 
 
 def _allocation(choices: Mapping[str, Candidate]) -> Allocation:
@@ -151,15 +141,20 @@ def _useful(offered: Sequence[Candidate]) -> list[Candidate]:
     return kept
 
 
-def _solve(candidates: Candidates, cost: Measure, weight: Measure, limit: float) -> Allocation:
-    """Minimise the sum of `cost` with the sum of `weight` at most `limit`, which the lightest choice meets.
+def _solve(candidates: Candidates, cost: Measure, weight: Measure, limit: float, message: str, hint: str) -> Allocation:
+    """Minimise the sum of `cost` with the sum of `weight` at most `limit`.
 
     The solver meets the limit only up to a tolerance, so the sums of its answer are checked, and it is asked again with
     a tighter limit if they exceed it.
+
+    Raises:
+        UsageError: Even the lightest choice exceeds the limit; `hint` is told the sum of its weights.
     """
     lightest = _cheapest(candidates, weight, cost)
+    total = weight(lightest)
+    if total > limit:
+        raise UsageError(message, hint=hint.format(total))
     options = {name: _useful(offered) for name, offered in candidates.items()}
-    total = math.fsum(map(weight, (candidate for _, candidate in lightest.choices)))
     tightened = limit
     while tightened > total:
         found = _branch_and_bound(options, cost, weight, tightened)

@@ -19,7 +19,7 @@ import numpy as np
 from moec.compiler.ir.interpreter import ProgramRunner
 from moec.compiler.ir.program import Program
 from moec.compiler.ir.weights import LazyTensor
-from moec.compiler.text.perplexity import log_softmax
+from moec.compiler.text.perplexity import kl_divergence, log_softmax
 from moec.quantize.formats import FP16, Format, IntegerFormat, TableFormat, parse_format
 from moec.quantize.lazy import quantized
 from moec.quantize.methods.rounding import RoundingResult, round_to_nearest
@@ -178,10 +178,8 @@ def divergences(
     for start in range(0, len(windows), BATCH):
         ids = windows[start : start + BATCH]
         expected = log_softmax(reference.prefill(ids))
-        likely = np.exp(expected)
         for key, runner in runners.items():
-            found = log_softmax(runner.prefill(ids))
-            sums[key] += float((likely * (expected - found)).sum(dtype=np.float64))
+            sums[key] += kl_divergence(expected, log_softmax(runner.prefill(ids)))
             done += 1
             progress("sensitivity", done, total)
     return {key: max(value, 0.0) / windows.size for key, value in sums.items()}

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import fx
 
-from moec.compiler.common.errors import LoweringError
 from moec.compiler.ir.program import module_of
+from moec.targets.common.refusals import RefusedError, hint_for
 
 
 def lookup(table: Mapping[Any, Callable[..., Any]], node: fx.Node, target: str) -> Callable[..., Any]:
@@ -21,13 +20,10 @@ def lookup(table: Mapping[Any, Callable[..., Any]], node: fx.Node, target: str) 
         target: Name of the target, for the message.
 
     Raises:
-        LoweringError: There is none; the message names the op, the module and the nearest op that has one.
+        RefusedError: There is none; the message names the op, the module and the nearest op that has one.
     """
     found = table.get(node.target)
     if found is not None:
         return found
-    near = difflib.get_close_matches(str(node.target), [str(op) for op in table], n=1)
-    raise LoweringError(
-        f"{module_of(node)}: the target {target} has no lowering for {node.target}",
-        hint=f"the nearest op that has one is {near[0]}" if near else "passes/decompose is the place for a rule",
-    )
+    reason = f"the target {target} has no lowering for {node.target}"
+    raise RefusedError(module_of(node), reason, hint=hint_for(table, node.target))

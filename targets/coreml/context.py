@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import fx
 
-from moec.compiler.common.errors import LoweringError
+from moec.compiler.common.digest import sha256_of_text
 from moec.compiler.common.rejections import Rejection
 from moec.compiler.ir.program import Program, module_of
 from moec.compiler.ir.weights import LazyTensor
 from moec.targets.coreml.weights import WeightPool
+
+if TYPE_CHECKING:
+    from moec.targets.coreml.state import States
 
 Var = Any
 """A value of the MIL builder; coremltools has no type annotations."""
@@ -34,6 +37,36 @@ MIL_NAMES: Mapping[torch.dtype, str] = {
 NUMPY: Mapping[str, Any] = {"fp32": np.float32, "fp16": np.float16, "int32": np.int32, "bool": np.bool_}
 
 
+@dataclass(frozen=True)
+class Settings:
+    """Choices of one function that lowering functions consult.
+
+    Attributes:
+        context: Tokens that the cache holds.
+        chunk: Most tokens of one call.
+        skip_experts: Whether each expert is a branch, skipped where no token needs it.
+    """
+
+    context: int
+    chunk: int
+    skip_experts: bool
+
+
+@dataclass(frozen=True)
+class Cache:
+    """The states of one function, as attention reads and writes them.
+
+    Attributes:
+        names: Placeholder of a state -> name of the state in the Program.
+        states: Reads and writes them.
+        first_slot: Slot of the token at position 0, int32 [1]; None: 0.
+    """
+
+    names: Mapping[fx.Node, str]
+    states: States
+    first_slot: Var | None
+
+
 class Context:
     """State of the lowering of one function.
 
@@ -41,14 +74,29 @@ class Context:
         program: What is lowered.
         mb: coremltools' MIL builder, with the function open.
         pool: Weights of all functions of the model, each stored once.
-        settings: Choices that lowering functions consult, such as {"skip_experts": True}.
+        settings: See there.
+
+    Attributes:
+        expert_tensors: Tensor of experts -> the name of their constants, `{}` for the index of the expert.
     """
 
-    def __init__(self, program: Program, mb: Any, pool: WeightPool, settings: Mapping[str, Any]) -> None:
+    def __init__(self, program: Program, mb: Any, pool: WeightPool, settings: Settings) -> None:
         self.program, self.mb, self.pool, self.settings = program, mb, pool, settings
+        self.expert_tensors: dict[str, str] = {}
+        self._cache: Cache | None = None
         self.rejections: list[Rejection] = []
         self.memo: dict[Any, Any] = {}
         self._values: dict[fx.Node, Any] = {}
+
+    @property
+    def cache(self) -> Cache:
+        """Where attention keeps keys and values; there once `bind_cache` has been called."""
+        assert self._cache is not None, "attention is lowered before there is a cache"
+        return self._cache
+
+    def bind_cache(self, cache: Cache) -> None:
+        """Set the cache, which is made of values of this context."""
+        self._cache = cache
 
     # Values -----------------------------------------------------------------------------------------------------
 
@@ -114,7 +162,7 @@ class Context:
         def make() -> Var:
             made = self.mb.const(val=scalar)
             # Functions with the same id share what goes to the weight file, as the positions of all slots do.
-            made.op.weight_id = f"constant {hashlib.sha256(repr(key).encode()).hexdigest()}"
+            made.op.weight_id = f"constant {sha256_of_text(repr(key))}"
             return made
 
         return self.shared(key, make)
@@ -181,10 +229,6 @@ class Context:
     def reject(self, node: fx.Node, reason: str) -> None:
         """Record that `node` took another form than the best one."""
         self.rejections.append(Rejection("coreml", module_of(node), reason))
-
-    def refuse(self, node: fx.Node, reason: str, hint: str = "") -> LoweringError:
-        """The error for a node that has no form here."""
-        return LoweringError(f"{module_of(node)}: {node.target}: {reason}", hint=hint)
 
 
 def number(value: Any, dtype: torch.dtype) -> Any:

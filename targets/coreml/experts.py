@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from moec.compiler.common.errors import ArtifactError
 from moec.targets.coreml.executor import MilModel
+from moec.targets.coreml.metadata import LayerValues, read_metadata
 from moec.targets.coreml.package import PACKAGE
-from moec.targets.coreml.runner import runner_notes
 
-ROLES = ("hidden_states", "indices", "weights", "output")
 CACHE_BYTES = 0  # a weight is used once
 
 
@@ -22,11 +21,11 @@ class CoremlExperts:
     Args:
         model: The package.
         function: Its function.
-        layers: Of each MoE layer, names of the values at which it is entered and left: one for each of `ROLES`.
+        layers: Of each MoE layer, names of the values at which it is entered and left.
         tokens: Most tokens of a call.
     """
 
-    def __init__(self, model: MilModel, function: str, layers: list[list[str]], tokens: int) -> None:
+    def __init__(self, model: MilModel, function: str, layers: Sequence[LayerValues], tokens: int) -> None:
         self._model, self._function, self._layers, self._tokens = model, function, layers, tokens
 
     def __call__(self, layer: int, hidden: np.ndarray, indices: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -47,9 +46,9 @@ def open_experts(directory: Path) -> Mapping[str, CoremlExperts]:
     Raises:
         ArtifactError: The package does not say where its layers begin and end.
     """
-    notes = runner_notes(directory)
-    if "layers" not in notes:
+    metadata = read_metadata(directory)
+    if not metadata.layers:
         raise ArtifactError(f"{directory / PACKAGE}: it does not name its layers", hint="export it again")
     model = MilModel.open(directory / PACKAGE, cache_bytes=CACHE_BYTES)
-    lengths = {name: 1 if name == "decode" else int(notes["chunk"]) for name in notes["layers"]}
-    return {name: CoremlExperts(model, name, notes["layers"][name], tokens) for name, tokens in lengths.items()}
+    lengths = {name: 1 if name == "decode" else metadata.chunk for name in metadata.layers}
+    return {name: CoremlExperts(model, name, metadata.layers[name], tokens) for name, tokens in lengths.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +12,14 @@ import numpy as np
 from moec.compiler.common.rejections import Rejection
 from moec.compiler.ir.program import Program, TensorSpec
 from moec.targets.base import Phase
-from moec.targets.coreml.context import Context, Var
+from moec.targets.common.added_inputs import SEQUENCE
+from moec.targets.coreml.context import MIL_NAMES, NUMPY, Context, Var
 from moec.targets.coreml.flavors import Flavor
 from moec.targets.coreml.library import coremltools_module
 from moec.targets.coreml.state import CACHES, state_layout
+from moec.targets.coreml.weights import identifier
 
+DEFAULT_HINT = "take the default flavor"
 DERIVED = ("attention_mask", "position_ids", "cache_position")
 """Inputs of the Program that follow from where the new tokens are when there is one sequence without padding."""
 
@@ -80,8 +83,8 @@ class Interface(ABC):
         """Placeholders by name, the one of the token ids [1, `tokens`] first."""
 
     @abstractmethod
-    def ranges(self, shape: Shape) -> tuple[Any, ...]:
-        """Types of the inputs of a function whose number of tokens is free."""
+    def ranges(self, shape: Shape, added: Sequence[TensorSpec]) -> tuple[Any, ...]:
+        """Types of the inputs of a function whose number of tokens is free; `added` are those of passes."""
 
     @abstractmethod
     def places(self, ctx: Context, inputs: Mapping[str, Var], states: Mapping[str, tuple[int, ...]]) -> Places:
@@ -102,13 +105,20 @@ class DefaultInterface(Interface):
             "cache_position": mb.placeholder((tokens,), types.int32),
         }
 
-    def ranges(self, shape: Shape) -> tuple[Any, ...]:
+    def ranges(self, shape: Shape, added: Sequence[TensorSpec]) -> tuple[Any, ...]:
         """From 1 token to a chunk."""
         ct = coremltools_module()
         length = ct.RangeDim(lower_bound=1, upper_bound=shape.chunk, default=1)
         return (
             ct.TensorType(name="input_ids", shape=(1, length), dtype=np.int32),
             ct.TensorType(name="cache_position", shape=(length,), dtype=np.int32),
+            *(
+                ct.TensorType(
+                    name=identifier(spec.name), shape=added_shape(spec, length), dtype=NUMPY[MIL_NAMES[spec.dtype]]
+                )
+                for spec in added
+                if SEQUENCE in spec.shape
+            ),
         )
 
     def places(self, ctx: Context, inputs: Mapping[str, Var], states: Mapping[str, tuple[int, ...]]) -> Places:  # noqa: ARG002
@@ -140,7 +150,7 @@ class SwiftInterface(Interface):
             "causalMask": mb.placeholder((1, 1, rows, total), types.fp16),
         }
 
-    def ranges(self, shape: Shape) -> tuple[Any, ...]:
+    def ranges(self, shape: Shape, added: Sequence[TensorSpec]) -> tuple[Any, ...]:  # noqa: ARG002 - it has none
         """From 1 token to all that the cache holds: the library passes a prompt in one piece."""
         ct = coremltools_module()
         length, rows, total = (ct.RangeDim(lower_bound=1, upper_bound=shape.chunk, default=1) for _ in range(3))
@@ -179,18 +189,26 @@ def extra_inputs(program: Program) -> list[TensorSpec]:
     return [spec for spec in program.inputs if spec.name not in (*DERIVED, "input_ids")]
 
 
+def added_shape(spec: TensorSpec, tokens: Any) -> tuple[Any, ...]:
+    """Shape of an input that a pass added, for so many tokens; Core ML has no inputs without axes."""
+    return tuple(tokens if size == SEQUENCE else size for size in spec.shape) or (1,)
+
+
 def refusals(program: Program, flavor: Flavor) -> tuple[Rejection, ...]:
     """What of `program` does not fit `flavor`."""
     if flavor is not Flavor.SWIFT:
         return ()
     found = [
-        Rejection("coreml", f"input {spec.name}", f"{flavor} feeds no such input: fix its value in the recipe")
+        Rejection("coreml", f"input {spec.name}", f"{flavor} feeds no such input", "fix its value, or " + DEFAULT_HINT)
         for spec in extra_inputs(program)
     ]
     known = " and ".join(CACHES.values())
     found += [
         Rejection(
-            "coreml", f"layer {state.layer}", f"its state of kind {state.kind} is no cache: {flavor} knows {known}"
+            "coreml",
+            f"layer {state.layer}",
+            f"its state of kind {state.kind} is no cache: {flavor} knows {known}",
+            DEFAULT_HINT,
         )
         for state in program.replaced[:1]
     ]
@@ -198,5 +216,5 @@ def refusals(program: Program, flavor: Flavor) -> tuple[Rejection, ...]:
     states = list(dict.fromkeys(slot.state for slot in slots))
     if states != list(CACHES.values()):
         reason = f"layers whose caches differ in heads or width need {len(states)} states, but {flavor} knows {known}"
-        found.append(Rejection("coreml", f"states {', '.join(states[:3])}, ...", reason))
+        found.append(Rejection("coreml", f"states {', '.join(states[:3])}, ...", reason, DEFAULT_HINT))
     return tuple(found)

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import fx
 
-from moec.compiler.common.errors import LoweringError
 from moec.compiler.common.rejections import Rejection
 from moec.compiler.ir.operands import Experts
 from moec.compiler.ir.program import ATTENTION, EXPERTS, Program
 from moec.compiler.ir.specialise import specialise, without_padding
+from moec.targets.common.added_inputs import default_values, row_widths
+from moec.targets.common.refusals import RefusedError, refuse
 from moec.targets.common.table import lookup
-from moec.targets.coreml.context import MIL_NAMES, NUMPY, Context, Var
+from moec.targets.coreml.context import MIL_NAMES, Cache, Context, Settings, Var
 from moec.targets.coreml.flavors import Flavor
-from moec.targets.coreml.interface import INTERFACES, Entry, Interface, Shape, extra_inputs, refusals
+from moec.targets.coreml.interface import INTERFACES, Entry, Interface, Shape, added_shape, extra_inputs, refusals
 from moec.targets.coreml.library import coremltools_module
 from moec.targets.coreml.lowerings.table import TABLE
-from moec.targets.coreml.package import METADATA_KEY
+from moec.targets.coreml.metadata import METADATA_KEY, LayerValues, ModelMetadata
 from moec.targets.coreml.state import StateLayout, States, state_layout
 from moec.targets.coreml.weights import WeightPool, identifier
 
@@ -34,6 +33,7 @@ class Built:
     """The MIL program and what its making found out.
 
     `expert_tensors` has for each tensor of experts the name of their constants, `{}` for the index of the expert.
+    `defaults` and `row_widths` are those of `moec.targets.common.added_inputs`, by the names that the model gives them.
     `layers` has for each function the hidden states, indices, weights and result of every experts node.
     """
 
@@ -45,26 +45,30 @@ class Built:
     layers: dict[str, list[list[Var]]] = field(default_factory=dict)
     rejections: list[Rejection] = field(default_factory=list)
     ops: dict[str, dict[str, int]] = field(default_factory=dict)
-    extra: dict[str, list[float]] = field(default_factory=dict)
+    defaults: dict[str, list[float]] = field(default_factory=dict)
+    row_widths: dict[str, int] = field(default_factory=dict)
 
 
-def build(program: Program, shape: Shape, flavor: Flavor = Flavor.DEFAULT) -> Built:
+def build(program: Program, shape: Shape, flavor: Flavor = Flavor.DEFAULT, *, blank: bool = False) -> Built:
     """Lower `program`.
 
     Args:
         program: Dynamic in batch, sequence and past.
         shape: Sizes of the model.
         flavor: How its functions are called.
+        blank: Read no weight, only to find out what is refused.
 
     Raises:
         LoweringError: An op has no form, or the model does not fit the flavor.
         UnsupportedModelError: The model needs a padding mask outside of attention.
     """
     if refused := refusals(program, flavor):
-        raise LoweringError(f"{refused[0].where}: {refused[0].reason}", hint="take the default flavor")
+        raise RefusedError(refused[0].where, refused[0].reason, hint=refused[0].hint)
     made, interface = coremltools_module("coremltools.converters.mil.mil").Program(), INTERFACES[flavor]
     layout = state_layout(program, shape.context)
-    built = Built(made, interface, layout, WeightPool(), extra=default_inputs(program))
+    built = Built(made, interface, layout, WeightPool(blank=blank))
+    built.defaults = {identifier(name): values for name, values in default_values(program).items()}
+    built.row_widths = {identifier(name): width for name, width in row_widths(program).items()}
     with _fresh_names():
         for entry in interface.entries:
             fixed = specialise(program, batch=1, sequence=entry.tokens)
@@ -99,16 +103,17 @@ class _Function:
     def build(self) -> Any:
         types, target = self._mil.types, coremltools_module().target
         interface, tokens = self._built.interface, self._entry.tokens
-        inputs = interface.inputs(self._mb, types, tokens or self._mil.get_new_symbol())
-        for spec in extra_inputs(self._program):
+        length, added = tokens or self._mil.get_new_symbol(), extra_inputs(self._program)
+        inputs = interface.inputs(self._mb, types, length)
+        for spec in added:
             kind = types.string_to_builtin(MIL_NAMES[spec.dtype])
-            inputs[identifier(spec.name)] = self._mb.placeholder(tuple(spec.shape) or (1,), kind)
+            inputs[identifier(spec.name)] = self._mb.placeholder(added_shape(spec, length), kind)
         for name, size in self._built.layout.states().items():
             inputs[name] = self._mb.state_tensor_placeholder(size, types.fp16)
         with self._mil.Function(inputs, opset_version=target.iOS18) as function:
             function.set_outputs([self._body(function.inputs)])
         if tokens is None:
-            function.input_types = interface.ranges(self._shape)
+            function.input_types = interface.ranges(self._shape, added)
         self._built.ops[self._entry.name] = count_ops(function)
         return function
 
@@ -117,18 +122,12 @@ class _Function:
         specs = [*program.inputs, *(state.input for state in program.states)]
         placeholders = program.graph.find_nodes(op="placeholder")
         names = {node: spec.name for node, spec in zip(placeholders, specs, strict=True)}
-        settings: dict[str, Any] = {
-            "skip_experts": self._entry.skip_experts,
-            "context": self._shape.context,
-            "chunk": self._shape.chunk,
-            "state_names": names,
-            "expert_tensors": built.expert_tensors,
-        }
+        settings = Settings(self._shape.context, self._shape.chunk, self._entry.skip_experts)
         ctx = Context(program, mb, built.pool, settings)
         states = {name: inputs[name] for name in built.layout.states()}
         places = built.interface.places(ctx, inputs, built.layout.states())
-        settings["first_slot"] = places.first
-        kept = settings["states"] = States(ctx, built.layout, states, places.start, places.stop)
+        kept = States(ctx, built.layout, states, places.start, places.stop)
+        ctx.bind_cache(Cache(names, kept, places.first))
         if "past_sequence" in program.dims:
             # The tokens in the cache are those before the first new one, whatever length the states have.
             ctx.memo["size", str(program.dims["past_sequence"])] = mb.squeeze(x=places.past, axes=[0])
@@ -153,6 +152,7 @@ class _Function:
         kept.replace({state.input.name: ctx.tensor(outputs[state.output.name]) for state in program.replaced})
         logits = ctx.tensor(outputs["logits"])
         built.rejections += ctx.rejections
+        built.expert_tensors |= ctx.expert_tensors
         return mb.identity(x=logits, name="logits")
 
     def _bind(self, ctx: Context, node: fx.Node, value: Var | None) -> None:
@@ -160,7 +160,7 @@ class _Function:
             # Core ML has no inputs without axes.
             ctx.set(node, value if node.meta["val"].ndim else ctx.mb.squeeze(x=value, axes=ctx.ints(0)))
         elif any(user.target not in (ATTENTION, torch.ops.aten.sym_size.int) for user in node.users):
-            raise ctx.refuse(node, "something other than attention reads the cache")
+            raise refuse(node, "something other than attention reads the cache")
 
 
 def count_ops(function: Any) -> dict[str, int]:
@@ -187,6 +187,8 @@ _DESCRIPTIONS: Mapping[str, str] = {
     "valueCache": "Values of the tokens so far.",
     "convState": "Last inputs of the short convolutions.",
     "recurrentState": "States of the scans over the tokens.",
+    "inputs_embeds": "What stands in place of the embeddings of tokens whose id is negative, [1, tokens, hidden size]; "
+    "zeros where there is none.",
 }
 
 
@@ -216,24 +218,24 @@ def describe(
     metadata.shortDescription, metadata.versionString = texts["description"], texts["version"]
     if built.interface.flavor is Flavor.SWIFT:
         metadata.userDefined[NAME_KEY] = texts["name"]
-    metadata.userDefined[METADATA_KEY] = json.dumps(runner_notes(built, shape, renamed), sort_keys=True)
+    metadata.userDefined[METADATA_KEY] = model_metadata(built, shape, renamed).to_json()
 
 
-def runner_notes(built: Built, shape: Shape, renamed: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
-    """What moec's runner must know of the model."""
-    layers = {
-        function: [[renamed[function].get(value.name, value.name) for value in layer] for layer in found]
-        for function, found in built.layers.items()
-    }
-    return {
-        "flavor": str(built.interface.flavor),
-        "context": shape.context,
-        "chunk": shape.chunk,
-        "experts": built.expert_tensors,
-        "coded": built.pool.coded,
-        "layers": layers,
-        "inputs": built.extra,
-    }
+def model_metadata(built: Built, shape: Shape, renamed: Mapping[str, Mapping[str, str]]) -> ModelMetadata:
+    """What moec's runner must know of the model; for `renamed` see `describe`."""
+    return ModelMetadata(
+        flavor=built.interface.flavor,
+        context=shape.context,
+        chunk=shape.chunk,
+        experts=built.expert_tensors,
+        coded=built.pool.coded,
+        layers={
+            function: [LayerValues(*(renamed[function].get(item.name, item.name) for item in layer)) for layer in found]
+            for function, found in built.layers.items()
+        },
+        inputs=built.defaults,
+        token_inputs=built.row_widths,
+    )
 
 
 def expert_bytes(built: Built) -> dict[str, int]:
@@ -276,9 +278,3 @@ def _features(features: Sequence[Any]) -> list[dict[str, Any]]:
 def model_files(package: Path) -> tuple[str, ...]:
     """The files of a package, relative to the folder that it is in."""
     return tuple(sorted(str(path.relative_to(package.parent)) for path in package.rglob("*") if path.is_file()))
-
-
-def default_inputs(program: Program) -> dict[str, list[float]]:
-    """Values of the inputs that passes added, by the names that the model gives them."""
-    defaults: Mapping[str, Any] = program.notes.get("input_defaults", {})
-    return {identifier(name): np.asarray(value, NUMPY["fp32"]).reshape(-1).tolist() for name, value in defaults.items()}

@@ -17,9 +17,6 @@ from moec.targets.coreml.library import coremltools_module
 PACKAGE = "model.mlpackage"
 FOLDER = "com.apple.CoreML"
 MODEL, WEIGHTS = f"{FOLDER}/model.mlmodel", f"{FOLDER}/weights"
-WEIGHT_FILE = f"Data/{WEIGHTS}/weight.bin"
-METADATA_KEY = "moec"
-"""Key of the entry in the model's metadata that tells moec's runner how the model is to be called."""
 
 EXPERT_SCOPE = "moe"
 """What the names of the operations of experts start with, and no others: what they cost is counted by it."""

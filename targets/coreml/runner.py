@@ -3,33 +3,19 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
-from moec.compiler.common.errors import ArtifactError, UsageError
+from moec.compiler.common.errors import UsageError
 from moec.targets.base import RunnerLimits
-from moec.targets.coreml.executor.package import load_spec, model_file
-from moec.targets.coreml.flavors import Flavor, call, most_tokens
-from moec.targets.coreml.package import METADATA_KEY, PACKAGE
+from moec.targets.common.added_inputs import rows
+from moec.targets.coreml.flavors import call, most_tokens
+from moec.targets.coreml.metadata import read_metadata
+from moec.targets.coreml.package import PACKAGE
 from moec.targets.coreml.predict import Backend, InterpreterBackend, open_backend
-
-
-def runner_notes(directory: Path) -> Mapping[str, Any]:
-    """What the export noted in the model's metadata for the runner.
-
-    Raises:
-        ArtifactError: There is no model, or another tool wrote it.
-    """
-    package = directory / PACKAGE
-    text = load_spec(model_file(package)).description.metadata.userDefined.get(METADATA_KEY, "")
-    if not text:
-        raise ArtifactError(f"{package}: moec did not write this model", hint="give a directory that moec exported")
-    notes: Mapping[str, Any] = json.loads(text)
-    return notes
 
 
 class CoremlRunner:
@@ -44,10 +30,13 @@ class CoremlRunner:
     """
 
     def __init__(self, directory: Path, *, backend: Callable[[Path], Backend] = open_backend) -> None:
-        notes = runner_notes(directory)
-        self._flavor = Flavor(notes.get("flavor", Flavor.DEFAULT))
-        self._context, self._chunk = most_tokens(self._flavor, int(notes["context"])), int(notes["chunk"])
-        self._defaults = {name: np.asarray(values, np.float32) for name, values in notes["inputs"].items()}
+        metadata = read_metadata(directory)
+        self._flavor = metadata.flavor
+        self._context, self._chunk = most_tokens(metadata.flavor, metadata.context), metadata.chunk
+        self._defaults = {name: np.asarray(values, np.float32) for name, values in metadata.inputs.items()}
+        self._widths: Mapping[str, int] = metadata.token_inputs
+        self.overrides: dict[str, np.ndarray] = {}
+        """See `moec.targets.base.AdjustableRunner`."""
         self._backend = backend(directory / PACKAGE)
         self._length = 0
         executor = isinstance(self._backend, InterpreterBackend)
@@ -82,10 +71,12 @@ class CoremlRunner:
             UsageError: Several sequences, padding, or more tokens than the cache holds.
         """
         self._check(input_ids, attention_mask)
-        pieces = [
-            self._step(input_ids[:, start : start + self._chunk]) for start in range(0, input_ids.shape[1], self._chunk)
-        ]
-        return np.concatenate(pieces, axis=1)
+        given = rows(self._widths, self.overrides, *input_ids.shape)
+        logits = []
+        for start in range(0, input_ids.shape[1], self._chunk):
+            piece = slice(start, start + self._chunk)
+            logits.append(self._step(input_ids[:, piece], {name: array[:, piece] for name, array in given.items()}))
+        return np.concatenate(logits, axis=1)
 
     def _check(self, input_ids: np.ndarray, attention_mask: np.ndarray | None) -> None:
         batch, new = input_ids.shape
@@ -99,10 +90,11 @@ class CoremlRunner:
                 hint="export with a larger --context",
             )
 
-    def _step(self, ids: np.ndarray) -> np.ndarray:
+    def _step(self, ids: np.ndarray, given: Mapping[str, np.ndarray]) -> np.ndarray:
         """One call, as the flavor has it: by default, of a single token, of the function that skips experts."""
         function, feeds = call(self._flavor, ids, self._length)
-        logits = self._backend.predict(function, {**feeds, **self._defaults})["logits"]
+        once = {name: np.reshape(self.overrides.get(name, own), own.shape) for name, own in self._defaults.items()}
+        logits = self._backend.predict(function, {**feeds, **once, **given})["logits"]
         self._length += ids.shape[1]
         return np.asarray(logits).astype(np.float32, copy=False)
 

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from moec.compiler.common.errors import LoweringError
 from moec.compiler.ir.program import Program, StateSpec
+from moec.targets.common.refusals import RefusedError
 from moec.targets.coreml.context import Context, Var
 
 CACHES: Mapping[str, str] = {"key": "keyCache", "value": "valueCache"}
@@ -94,10 +94,9 @@ def state_layout(program: Program, context: int) -> StateLayout:
 def _shape(state: StateSpec, context: int) -> tuple[int, ...]:
     """Shape of one layer's state, without the batch."""
     if state.kind not in BASES:
-        raise LoweringError(
-            f"layer {state.layer}: the CoreML target has no state of kind {state.kind}",
-            hint=f"layers may keep states of the kinds {', '.join(BASES)}",
-        )
+        kinds = ", ".join(BASES)
+        reason = f"a state of kind {state.kind} has no form here; layers may keep states of the kinds {kinds}"
+        raise RefusedError(f"layer {state.layer}", reason)
     return tuple(context if size == "past_sequence" else int(size) for size in state.input.shape[1:])
 
 

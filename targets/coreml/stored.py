@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moec.targets.coreml.executor import MilModel
+from moec.targets.coreml.metadata import read_metadata
 from moec.targets.coreml.package import PACKAGE
-from moec.targets.coreml.runner import runner_notes
 from moec.targets.stored_weights import Codes, StoredWeight, stack
 
 if TYPE_CHECKING:
@@ -21,14 +21,14 @@ Find = Callable[[str], "Constant"]
 
 
 def stored_weights(directory: Path) -> Mapping[str, StoredWeight]:
-    """The tensors of experts, and the matrices with codes, that the notes in the model's metadata name."""
-    model, notes = MilModel.open(directory / PACKAGE), runner_notes(directory)
+    """The tensors of experts, and the matrices with codes, that the model's metadata names."""
+    model, metadata = MilModel.open(directory / PACKAGE), read_metadata(directory)
 
     def find(label: str) -> Constant:
         return model.constants()[label]
 
-    experts = {name: _experts(find, pattern) for name, pattern in notes["experts"].items()}
-    return {name: _matrix(find(label)) for name, label in notes["coded"].items()} | experts
+    experts = {name: _experts(find, pattern) for name, pattern in metadata.experts.items()}
+    return {name: _matrix(find(label)) for name, label in metadata.coded.items()} | experts
 
 
 def _experts(find: Find, pattern: str) -> StoredWeight:

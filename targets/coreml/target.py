@@ -13,23 +13,13 @@ from pydantic import Field, field_validator, model_validator
 from moec.compiler.common.model_config import cache_length
 from moec.compiler.common.progress import Progress
 from moec.compiler.common.rejections import Rejection
-from moec.targets.base import (
-    ASYMMETRIC,
-    BY_ROW,
-    SYMMETRIC,
-    Capabilities,
-    ExpertsRunner,
-    Lowered,
-    Phase,
-    Runner,
-    Target,
-    TargetOptions,
-    with_scales,
-)
+from moec.targets import base
 from moec.targets.coreml.flavors import Flavor
 
 if TYPE_CHECKING:
     from moec.compiler.ir.program import Program
+    from moec.targets.coreml.interface import Shape
+    from moec.targets.coreml.lower import Built
     from moec.targets.stored_weights import StoredWeight
 
 DEFAULT_CONTEXT = 2048
@@ -56,7 +46,7 @@ SPECIFICATION_VERSION = 9
 """Of the model format: that of iOS 18 and macOS 15."""
 
 
-class CoremlOptions(TargetOptions):
+class CoremlOptions(base.TargetOptions):
     """Options of the CoreML target."""
 
     minimum: Minimum = Field(Minimum.IOS18, description="oldest system to run on: ios18 or macos15")
@@ -93,70 +83,72 @@ class CoremlOptions(TargetOptions):
         return self
 
 
-class CoremlTarget(Target):
+class CoremlTarget(base.Target):
     """Lowers to a CoreML package."""
 
     name: ClassVar[str] = "coreml"
-    Options: ClassVar[type[TargetOptions]] = CoremlOptions
+    Options: ClassVar[type[base.TargetOptions]] = CoremlOptions
     extra: ClassVar[str | None] = "coreml"
     modules: ClassVar[tuple[str, ...]] = ("coremltools",)
     tools: ClassVar[tuple[str, ...]] = ("coremltools",)
     default_dtype: ClassVar[Literal["fp32", "fp16"]] = "fp16"
+    takes_embeddings: ClassVar[bool] = True
     weight_formats: ClassVar[frozenset[str]] = frozenset({"int8", "int4", "palettize4", "table4"})
     state_kinds: ClassVar[frozenset[str]] = frozenset({"key", "value", "conv", "recurrent"})
 
-    def capabilities(self, options: TargetOptions, phase: Phase) -> Capabilities:
+    def capabilities(self, options: base.TargetOptions, phase: base.Phase) -> base.Capabilities:
         """Decode skips by a `cond` around each expert; prefill computes every expert for every token."""
         assert isinstance(options, CoremlOptions)
-        if phase is Phase.DECODE:
-            return Capabilities(skips_experts=True)
+        if phase is base.Phase.DECODE:
+            return base.Capabilities(skips_experts=True)
         if options.flavor is Flavor.SWIFT:
-            return Capabilities(
+            return base.Capabilities(
                 skips_experts=False, reason="an expert is computed for all tokens of a call as soon as one needs it"
             )
-        return Capabilities(skips_experts=False, reason="prefill computes every expert for every token")
+        return base.Capabilities(skips_experts=False, reason="prefill computes every expert for every token")
 
-    def check(self, options: TargetOptions, config: Mapping[str, Any]) -> None:
+    def check(self, options: base.TargetOptions, config: Mapping[str, Any]) -> None:
         """A cache that is longer than the model's context; see `Target.check`."""
         assert isinstance(options, CoremlOptions)
         super().check(options, config)
         cache_length(config, options.context, DEFAULT_CONTEXT)
 
-    def lint(self, program: Program, options: TargetOptions) -> tuple[Rejection, ...]:
-        """Ops that have no lowering, and what does not fit the flavor."""
+    def lint(self, program: Program, options: base.TargetOptions) -> tuple[Rejection, ...]:
+        """What does not fit the flavor, and whatever lowering refuses."""
+        from moec.targets.common.refusals import formats_without_form, ops_without_form, refused_by
+        from moec.targets.coreml.context import MIL_NAMES
         from moec.targets.coreml.interface import refusals
         from moec.targets.coreml.lowerings.table import TABLE
+        from moec.targets.coreml.weights import HINT, inexpressible
 
         assert isinstance(options, CoremlOptions)
-        return refusals(program, options.flavor) + tuple(
-            Rejection(self.name, str(node.meta.get("module", "")), f"no lowering for {node.target}")
-            for node in program.graph.nodes
-            if node.op == "call_function" and node.target not in TABLE
+        computes_in = MIL_NAMES[program.dtype]
+        found = (
+            *refusals(program, options.flavor),
+            *ops_without_form(self.name, TABLE, program.graph.nodes),
+            *formats_without_form(self.name, program, lambda own: inexpressible(own.format, computes_in), HINT),
         )
+        return found or refused_by(self.name, lambda: _build(program, options, blank=True))
 
-    def auto_formats(self, options: TargetOptions, tensor_class: str) -> tuple[str, ...]:  # noqa: ARG002
+    def auto_formats(self, options: base.TargetOptions, tensor_class: str) -> tuple[str, ...]:  # noqa: ARG002
         """Blocks with an offset or without."""
-        return SYMMETRIC + ASYMMETRIC
+        return base.SYMMETRIC + base.ASYMMETRIC
 
-    def kept_formats(self, options: TargetOptions, tensor_class: str, dtype: str) -> tuple[str, ...]:
+    def kept_formats(self, options: base.TargetOptions, tensor_class: str, dtype: str) -> tuple[str, ...]:
         """One scale for a row too, and a table with scales for blocks; scales have the precision of the program."""
-        formats = (*self.auto_formats(options, tensor_class), *BY_ROW, "int4:channel:asym", *TABLES)
-        return with_scales(dtype, formats)
+        formats = (*self.auto_formats(options, tensor_class), *base.BY_ROW, "int4:channel:asym", *TABLES)
+        return base.with_scales(dtype, formats)
 
-    def lower(self, program: Program, options: TargetOptions, directory: Path, progress: Progress) -> Lowered:
+    def lower(self, program: Program, options: base.TargetOptions, directory: Path, progress: Progress) -> base.Lowered:
         """Write `model.mlpackage`."""
         from moec.targets.coreml import lower
-        from moec.targets.coreml.interface import Shape
         from moec.targets.coreml.library import quiet
         from moec.targets.coreml.package import PACKAGE, write_package
 
         assert isinstance(options, CoremlOptions)
-        context = cache_length(program.config, options.context, DEFAULT_CONTEXT)
-        whole = options.flavor is Flavor.SWIFT
-        shape = Shape(context, context if whole else min(options.prefill_chunk, context))
-        texts = metadata_texts(program.config, options)
+        shape, texts = _shape(program.config, options), metadata_texts(program.config, options)
+        built = _build(program, options)
         with quiet():
-            built = lower.build(program, shape, options.flavor)
             progress("weights", 0, 1)
             spec = write_package(
                 built.program,
@@ -168,20 +160,22 @@ class CoremlTarget(Target):
         facts = {
             "flavor": str(options.flavor),
             "minimum": str(options.minimum),
-            "context": context,
+            "context": shape.context,
             "prefill_chunk": shape.chunk,
             "ops": built.ops,
             "expert_tensor_bytes": lower.expert_bytes(built),
         }
-        return Lowered(lower.model_files(directory / PACKAGE), lower.signature(spec), tuple(built.rejections), facts)
+        return base.Lowered(
+            lower.model_files(directory / PACKAGE), lower.signature(spec), tuple(built.rejections), facts
+        )
 
-    def open(self, directory: Path, *, threads: int = 0) -> Runner:  # noqa: ARG002
+    def open(self, directory: Path, *, threads: int = 0) -> base.Runner:  # noqa: ARG002
         """Open with Core ML on macOS, elsewhere with moec's executor."""
         from moec.targets.coreml.runner import CoremlRunner
 
         return CoremlRunner(directory)
 
-    def open_experts(self, directory: Path, *, threads: int = 0) -> Mapping[str, ExpertsRunner]:  # noqa: ARG002
+    def open_experts(self, directory: Path, *, threads: int = 0) -> Mapping[str, base.ExpertsRunner]:  # noqa: ARG002
         """The operations of each function that compute a layer's experts, in moec's executor."""
         from moec.targets.coreml.experts import open_experts
 
@@ -209,6 +203,22 @@ class CoremlTarget(Target):
             "measure": "yes" if mac else "no: needs macOS",
             "install": "",
         }
+
+
+def _build(program: Program, options: CoremlOptions, *, blank: bool = False) -> Built:
+    """The MIL program; see `moec.targets.coreml.lower.build`."""
+    from moec.targets.coreml import lower
+    from moec.targets.coreml.library import quiet
+
+    with quiet():
+        return lower.build(program, _shape(program.config, options), options.flavor, blank=blank)
+
+
+def _shape(config: Mapping[str, Any], options: CoremlOptions) -> Shape:
+    from moec.targets.coreml.interface import Shape
+
+    context = cache_length(config, options.context, DEFAULT_CONTEXT)
+    return Shape(context, context if options.flavor is Flavor.SWIFT else min(options.prefill_chunk, context))
 
 
 def metadata_texts(config: Mapping[str, object], options: CoremlOptions) -> Mapping[str, str]:

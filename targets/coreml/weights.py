@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from moec.compiler.common.errors import UsageError
 from moec.compiler.ir.weights import LazyTensor
+from moec.quantize.keep import KeptTable
+from moec.quantize.lazy import Coded, CodedFormat, Palettized, Quantized
+from moec.targets.common.refusals import RefusedError
 from moec.targets.coreml.library import coremltools_module
 
 _TORCH: Mapping[str, torch.dtype] = {
@@ -19,6 +21,21 @@ _TORCH: Mapping[str, torch.dtype] = {
     "int32": torch.int32,
     "bool": torch.bool,
 }
+_NUMPY: Mapping[str, Any] = {"fp32": np.float32, "fp16": np.float16, "int32": np.int32, "bool": np.bool_}
+
+
+HINT = "build with --dtype fp32, or quantize with scales in fp16, such as int4"
+
+
+def inexpressible(form: CodedFormat, type_name: str) -> str:
+    """Why codes of `form` cannot be expanded to values of the MIL type `type_name`; empty where they can.
+
+    The scales have the type of the result.
+    """
+    stored = form.scale_type
+    if stored.dtype.itemsize <= np.dtype(_NUMPY[type_name]).itemsize:
+        return ""
+    return f"its scales are {stored} and the program computes in {type_name}"
 
 
 class WeightPool:
@@ -27,12 +44,16 @@ class WeightPool:
     The functions of a model share the entry of a weight in the weight file if their constants have one `weight_id`,
     so each array is made once and its name is that id.
 
+    Args:
+        blank: Read no weight: zeros that take no memory stand for each. What is built then tells what is refused.
+
     Attributes:
         stored_bytes: Name of an array -> bytes that it takes in the weight file.
         coded: Name of a weight that is stored as codes as a whole -> name of the constant that it is.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, blank: bool = False) -> None:
+        self._blank = blank
         self._arrays: dict[str, np.ndarray] = {}
         self.stored_bytes: dict[str, int] = {}
         self.coded: dict[str, str] = {}
@@ -68,14 +89,14 @@ class WeightPool:
         Args:
             mb: The builder, with the block open that uses the weight.
             name: Name of the tensor.
-            tensor: The weight; one with `quantized_rows` is stored as codes and scales, one with `palettized_rows` as
+            tensor: The weight; a `Quantized` is stored as codes and scales, a `Palettized` or a `KeptTable` as
                 codes and palettes.
             type_name: MIL type of the result.
 
         Raises:
-            UsageError: The scales have another type than the program computes in.
+            RefusedError: The scales have another type than the program computes in.
         """
-        if hasattr(tensor, "format"):
+        if isinstance(tensor, Coded):
             self.coded[name] = identifier(name)
         return self._stored(mb, name, tensor, type_name, None, identifier(name))
 
@@ -84,9 +105,14 @@ class WeightPool:
         return self._stored(mb, f"{name}.{index}", tensor, type_name, index, label)
 
     def _stored(self, mb: Any, own: str, tensor: LazyTensor, type_name: str, row: int | None, label: str) -> Any:
-        if hasattr(tensor, "quantized_rows"):
+        if isinstance(tensor, Coded) and (reason := inexpressible(tensor.format, type_name)):
+            raise RefusedError(own, f"format {tensor.format}: {reason}", hint=HINT)
+        if self._blank:
+            shape = tensor.shape if row is None else tensor.shape[1:]
+            return self.const(mb, own, np.broadcast_to(np.zeros((), _NUMPY[type_name]), shape), label)
+        if isinstance(tensor, Quantized):
             return self._quantized(mb, own, tensor, type_name, row, label)
-        if hasattr(tensor, "palettized_rows"):
+        if isinstance(tensor, Palettized | KeptTable):
             return self._palettized(mb, own, tensor, type_name, row, label)
 
         def make() -> np.ndarray:
@@ -95,7 +121,7 @@ class WeightPool:
 
         return self.const(mb, own, self.array(own, make), label)
 
-    def _quantized(self, mb: Any, own: str, tensor: Any, type_name: str, row: int | None, label: str) -> Any:
+    def _quantized(self, mb: Any, own: str, tensor: Quantized, type_name: str, row: int | None, label: str) -> Any:
         """`constexpr_blockwise_shift_scale`: signed codes, one scale per block of the last axis, no offset or one."""
         codes, scales, points = f"{own}.codes", f"{own}.scales", f"{own}.zero_points"
         if codes not in self._arrays:
@@ -106,7 +132,7 @@ class WeightPool:
                     value = np.ascontiguousarray((part if row is None else part[0]).numpy())
                     packed = name != scales and tensor.format.bits == 4
                     self._arrays[name] = value.view(self._int4) if packed else value
-        self._arrays[scales] = self._scales(own, self._arrays[scales], type_name)
+        self._arrays[scales] = self._arrays[scales].astype(_NUMPY[type_name], copy=False)
         names = {"data": codes, "scale": scales, "offset": points}
         operands = {
             key: self.const(mb, name, self._arrays[name], f"{label}_{key}")
@@ -115,17 +141,9 @@ class WeightPool:
         }
         return mb.constexpr_blockwise_shift_scale(**operands, name=label)
 
-    def _scales(self, own: str, scales: np.ndarray, type_name: str) -> np.ndarray:
-        """Scales in the type of the result, which is theirs."""
-        wanted = np.dtype(_NUMPY[type_name])
-        if scales.dtype.itemsize > wanted.itemsize:
-            raise UsageError(
-                f"{own}: its scales are {scales.dtype} and the program computes in {type_name}",
-                hint="build with --dtype fp32, or quantize with scales in fp16, such as int4",
-            )
-        return scales.astype(wanted, copy=False)
-
-    def _palettized(self, mb: Any, own: str, tensor: Any, type_name: str, row: int | None, label: str) -> Any:
+    def _palettized(
+        self, mb: Any, own: str, tensor: Palettized | KeptTable, type_name: str, row: int | None, label: str
+    ) -> Any:
         """`constexpr_lut_to_dense`: unsigned codes, and a table of values [groups, 1, entries, 1] for groups of rows.
 
         The type of the table is the type of the result; its values are the same in fp16 and fp32. Where there are
@@ -140,7 +158,7 @@ class WeightPool:
             self._arrays[codes] = np.ascontiguousarray(made.codes.numpy()).view(self._uint4)
             self._arrays[palettes] = np.ascontiguousarray(table[:, None, :, None])
             if made.scales is not None:
-                self._arrays[scales] = self._scales(own, np.ascontiguousarray(made.scales.numpy()), type_name)
+                self._arrays[scales] = np.ascontiguousarray(made.scales.numpy()).astype(_NUMPY[type_name], copy=False)
         indices = self.const(mb, codes, self._arrays[codes], f"{label}_indices")
         lut = self.const(mb, palettes, self._arrays[palettes], f"{label}_lut")
         if scales not in self._arrays:
@@ -151,7 +169,6 @@ class WeightPool:
 
 
 _HALF_BYTES = ("int4", "uint4")
-_NUMPY: Mapping[str, Any] = {"fp32": np.float32, "fp16": np.float16}
 
 
 def identifier(name: str) -> str:

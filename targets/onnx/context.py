@@ -12,7 +12,6 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
-from moec.compiler.common.errors import LoweringError
 from moec.compiler.common.rejections import Rejection
 from moec.compiler.ir.operands import Experts
 from moec.compiler.ir.program import Program, module_of
@@ -298,10 +297,6 @@ class Context:
     def reject(self, node: fx.Node, reason: str) -> None:
         """Record that `node` took another form than the best one."""
         self.rejections.append(Rejection(self.dialect.target, module_of(node), reason))
-
-    def refuse(self, node: fx.Node, reason: str, hint: str = "") -> LoweringError:
-        """The error for a node that has no form here."""
-        return LoweringError(f"{module_of(node)}: {node.target}: {reason}", hint=hint)
 
 
 def np_dtype(dtype: torch.dtype) -> Any:

@@ -8,15 +8,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from moec.compiler.common.model_config import end_tokens, read_config, text_config, token_ids
+from moec.compiler.common.model_config import (
+    DEFAULT_CONTEXT,
+    context_length,
+    end_tokens,
+    read_config,
+    text_config,
+    token_ids,
+)
 from moec.compiler.ir.program import ATTENTION, CACHE_KINDS, Program, StateSpec
 from moec.compiler.text.sampling import Sampling, sampling_of
 from moec.targets.onnx.lowerings.group_query import heads_of, width_of
 
 CONFIG = "genai_config.json"
 GENERATION = "generation_config.json"
-DEFAULT_LENGTH = 4096
-"""Context where config.json names none."""
 
 
 def genai_config(program: Program, filename: str) -> dict[str, Any]:
@@ -26,14 +31,12 @@ def genai_config(program: Program, filename: str) -> dict[str, Any]:
         program: As lowered, with a cache of one shape in every layer.
         filename: Name of the ONNX file.
     """
-    config: Mapping[str, Any] = {**program.config, **program.config.get("text_config", {})}
     states = [state for state in program.states if state.kind == "key"]
-    length = int(config.get("max_position_embeddings") or config.get("max_seq_len") or DEFAULT_LENGTH)
     query = program.nodes(ATTENTION)[0].args[0]
     hidden = program.layers[0].hidden_size
     return {
         "model": {
-            "context_length": length,
+            "context_length": context_length(program.config) or DEFAULT_CONTEXT,
             "decoder": {
                 "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
                 "filename": filename,

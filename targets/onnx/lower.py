@@ -20,6 +20,7 @@ from moec.targets.onnx.context import AXIS_NAMES, DTYPES, MS, Context, Dialect
 from moec.targets.onnx.experts import LAYERS
 from moec.targets.onnx.lowerings.group_query import share_lengths
 from moec.targets.onnx.lowerings.linear import untransposed_weights
+from moec.targets.onnx.lowerings.quantized import Packed
 from moec.targets.onnx.stored import TABLE
 
 IR_VERSION = 11
@@ -84,7 +85,7 @@ def _axes(spec: TensorSpec) -> list[int | str]:
 def _inputs(ctx: Context) -> list[ir.Value]:
     specs = [*ctx.program.inputs, *(state.input for state in ctx.program.states)]
     inputs: list[ir.Value] = []
-    defaults = ctx.program.notes.get("input_defaults", {})
+    defaults = ctx.program.input_defaults
     placeholders = ctx.program.graph.find_nodes(op="placeholder")
     for node, spec in zip(placeholders, specs, strict=True):
         if spec.name not in SYNTHESISED:
@@ -193,7 +194,7 @@ def write(model: ir.Model, ctx: Context, directory: Path, progress: Any) -> None
 
 def _identity(name: str, tensor: LazyTensor) -> str:
     """What is stored once: a quantized head that is tied to the embedding has its bytes, in another shape."""
-    return getattr(tensor, "identity", "") or name
+    return (tensor.identity if isinstance(tensor, Packed) else "") or name
 
 
 def _bytes(chunk: torch.Tensor) -> np.ndarray:

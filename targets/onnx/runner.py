@@ -62,7 +62,7 @@ class OnnxRunner:
         self._states: Shared | Growing = Shared(self.session) if self._shared else Growing(self.session)
         self.threads = threads
         self.overrides: dict[str, np.ndarray] = {}
-        """Values for inputs that have defaults, such as {"routing_budget": array of shape []}."""
+        """See `moec.targets.base.Runner`."""
 
     def fork(self) -> Self:
         """A runner with states of its own on the same session, which may run in several threads at a time."""
@@ -95,9 +95,14 @@ class OnnxRunner:
         values = {
             name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in feeds.items() if name in self._inputs
         }
-        values |= {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in self.overrides.items()}
+        added = self.added(batch, length)
+        values |= {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in added.items()}
         logits = self._states.run(values, batch, length)
         return logits.astype(np.float32, copy=False)
+
+    def added(self, batch: int, tokens: int) -> Mapping[str, np.ndarray]:  # noqa: ARG002
+        """What is fed for the inputs that passes added, in a call of so many tokens: nothing where the default does."""
+        return self.overrides
 
     def _decode_one_by_one(self, input_ids: np.ndarray, attention_mask: np.ndarray | None) -> np.ndarray:
         """GroupQueryAttention on CPU takes several new tokens after a past for one sequence alone."""

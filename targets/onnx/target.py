@@ -9,22 +9,9 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from moec.compiler.common.errors import LoweringError
 from moec.compiler.common.progress import Progress
 from moec.compiler.common.rejections import Rejection
-from moec.targets.base import (
-    ASYMMETRIC,
-    BY_ROW,
-    SYMMETRIC,
-    Capabilities,
-    ExpertsRunner,
-    Lowered,
-    Phase,
-    Runner,
-    Target,
-    TargetOptions,
-    with_scales,
-)
+from moec.targets import base
 
 if TYPE_CHECKING:
     from moec.compiler.ir.program import Program
@@ -55,7 +42,7 @@ MOST_GROUPED = 2048
 EXPERT_CLASSES = ("experts_gate_up", "experts_down")
 
 
-class OnnxOptions(TargetOptions):
+class OnnxOptions(base.TargetOptions):
     """Options of the ONNX target."""
 
     flavor: Flavor = Field(
@@ -70,24 +57,22 @@ class OnnxOptions(TargetOptions):
     )
 
 
-class OnnxTarget(Target):
+class OnnxTarget(base.Target):
     """Lowers to ONNX."""
 
     name: ClassVar[str] = "onnx"
-    Options: ClassVar[type[TargetOptions]] = OnnxOptions
+    Options: ClassVar[type[base.TargetOptions]] = OnnxOptions
     tools: ClassVar[tuple[str, ...]] = ("onnx-ir", "onnx", "onnxruntime")
     state_kinds: ClassVar[frozenset[str]] = frozenset({"key", "value", "conv", "recurrent"})
     takes_embeddings: ClassVar[bool] = True
 
-    def capabilities(self, options: TargetOptions, phase: Phase) -> Capabilities:  # noqa: ARG002
+    def capabilities(self, options: base.TargetOptions, phase: base.Phase) -> base.Capabilities:  # noqa: ARG002
         """Every flavor skips: the MoE kernels drop slots of weight 0, and so do the Ifs of the portable one."""
-        return Capabilities(skips_experts=True)
+        return base.Capabilities(skips_experts=True)
 
-    def lint(self, program: Program, options: TargetOptions) -> tuple[Rejection, ...]:
-        """Ops that have no lowering, what the flavor cannot express, and whatever else lowering refuses.
-
-        The last is found by lowering itself, of which only the writing of weights takes time.
-        """
+    def lint(self, program: Program, options: base.TargetOptions) -> tuple[Rejection, ...]:
+        """Ops that have no lowering, what the flavor cannot express, and whatever else lowering refuses."""
+        from moec.targets.common.refusals import ops_without_form, refused_by
         from moec.targets.onnx import lower
         from moec.targets.onnx.lowerings import experts, group_query, quantized
         from moec.targets.onnx.lowerings.table import TABLE
@@ -98,45 +83,37 @@ class OnnxTarget(Target):
         refused += experts.refusals(program, contrib=not portable)
         if not portable:
             refused += quantized.refusals(program)
-        refused += tuple(
-            Rejection(self.name, str(node.meta.get("module", "")), f"no lowering for {node.target}")
-            for node in program.graph.nodes
-            if node.op == "call_function" and node.target not in TABLE
-        )
-        if refused:
-            return refused
-        try:
-            lower.build(program, _dialect(program, options))
-        except LoweringError as error:
-            where, _, reason = str(error).partition(": ")
-            return (Rejection(self.name, where, reason),)
-        return ()
+        refused += ops_without_form(self.name, TABLE, program.graph.nodes)
+        return refused or refused_by(self.name, lambda: lower.build(program, _dialect(program, options)))
 
-    def auto_formats(self, options: TargetOptions, tensor_class: str) -> tuple[str, ...]:
+    def auto_formats(self, options: base.TargetOptions, tensor_class: str) -> tuple[str, ...]:
         """ONNX Runtime's kernels take zero points; the standard form has none, and none for experts."""
         assert isinstance(options, OnnxOptions)
         if options.flavor is not Flavor.PORTABLE:
-            return SYMMETRIC + ASYMMETRIC
-        return () if tensor_class in EXPERT_CLASSES else SYMMETRIC
+            return base.SYMMETRIC + base.ASYMMETRIC
+        return () if tensor_class in EXPERT_CLASSES else base.SYMMETRIC
 
-    def kept_formats(self, options: TargetOptions, tensor_class: str, dtype: str) -> tuple[str, ...]:
+    def kept_formats(self, options: base.TargetOptions, tensor_class: str, dtype: str) -> tuple[str, ...]:
         """One scale for a row is written as blocks of equal scales; linears store theirs in the dtype of the graph."""
         formats = self.auto_formats(options, tensor_class)
         if not formats:
             return ()
-        asymmetric = tuple(f"{form}:asym" for form in BY_ROW if form.startswith("int4") and ASYMMETRIC[0] in formats)
+        asymmetric = tuple(
+            f"{form}:asym" for form in base.BY_ROW if form.startswith("int4") and base.ASYMMETRIC[0] in formats
+        )
         stored = "fp32" if tensor_class in EXPERT_CLASSES else dtype
-        return with_scales(stored, (*formats, *BY_ROW, *asymmetric))
+        return base.with_scales(stored, (*formats, *base.BY_ROW, *asymmetric))
 
-    def lower(self, program: Program, options: TargetOptions, directory: Path, progress: Progress) -> Lowered:
+    def lower(self, program: Program, options: base.TargetOptions, directory: Path, progress: Progress) -> base.Lowered:
         """Write `model.onnx`, `model.onnx_data` and, for onnxruntime-genai, `genai_config.json`."""
+        from moec.targets.common.refusals import RefusedError
         from moec.targets.onnx import genai, lower
         from moec.targets.onnx.lowerings.group_query import refusals
 
         assert isinstance(options, OnnxOptions)
         shared = options.flavor is Flavor.GENAI
         if shared and (refused := refusals(program)):
-            raise LoweringError(f"{refused[0].where}: {refused[0].reason}", hint="take the default flavor")
+            raise RefusedError(refused[0].where, refused[0].reason, hint="take the default flavor")
         if shared:
             program = genai.with_its_names(program)
         dialect = _dialect(program, options)
@@ -147,7 +124,7 @@ class OnnxTarget(Target):
         lower.write(model, ctx, directory, progress)
         if shared:
             genai.write(program, lower.MODEL, directory)
-        return Lowered(
+        return base.Lowered(
             (lower.MODEL, lower.DATA, *((genai.CONFIG,) if shared else ())),
             lower.signature(program),
             tuple(ctx.rejections),
@@ -158,7 +135,7 @@ class OnnxTarget(Target):
             },
         )
 
-    def package(self, options: TargetOptions, directory: Path) -> tuple[str, ...]:
+    def package(self, options: base.TargetOptions, directory: Path) -> tuple[str, ...]:
         """Complete `genai_config.json` by what the model's own configs say of tokens and of how they are chosen."""
         from moec.targets.onnx import genai
 
@@ -167,13 +144,13 @@ class OnnxTarget(Target):
             genai.complete(directory)
         return ()
 
-    def open(self, directory: Path, *, threads: int = 0) -> Runner:
+    def open(self, directory: Path, *, threads: int = 0) -> base.Runner:
         """Open with ONNX Runtime on CPU."""
         from moec.targets.onnx.runner import OnnxRunner
 
         return OnnxRunner(directory, threads=threads)
 
-    def open_experts(self, directory: Path, *, threads: int = 0) -> Mapping[str, ExpertsRunner]:
+    def open_experts(self, directory: Path, *, threads: int = 0) -> Mapping[str, base.ExpertsRunner]:
         """A cut of `model.onnx` at the operands of each layer's experts."""
         from moec.targets.onnx.experts import MODEL, OnnxExperts
 

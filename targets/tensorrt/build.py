@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -16,6 +16,7 @@ import psutil
 
 from moec.compiler.common.errors import LoweringError
 from moec.compiler.common.progress import Progress
+from moec.targets.tensorrt.settings import EngineFacts
 
 LOG = "build.log"
 SCRIPT = "build_engine.py"
@@ -30,23 +31,38 @@ An upper bound of what benchmarks/tensorrt_build.py measures.
 """
 
 
+@dataclass(frozen=True)
+class Failure:
+    """Where the parser or the builder refused.
+
+    Attributes:
+        stage: "parse" or "build".
+        message: Of the library.
+        node: Name of the node, empty where the library names none.
+        operator: Its operator.
+    """
+
+    stage: str
+    message: str
+    node: str
+    operator: str
+
+
 @dataclass
 class Built:
     """What a build told.
 
     Attributes:
-        found: What is known about the engine, the same on every rebuild.
-        version: Of the library.
+        found: What is known about the engine; None where there is none.
         seconds: Time of the build.
         peak_bytes: Most anonymous memory of the process.
-        failure: Stage, message, node and operator, where the parser or the builder refused.
+        failure: Where the parser or the builder refused.
     """
 
-    found: dict[str, Any] = field(default_factory=dict)
-    version: str = ""
+    found: EngineFacts | None = None
     seconds: float = 0.0
     peak_bytes: int = 0
-    failure: dict[str, str] = field(default_factory=dict)
+    failure: Failure | None = None
 
 
 def predicted_bytes(weight_bytes: int) -> int:
@@ -105,7 +121,7 @@ def run(folder: Path, library: str, output: str, *, limit: int, cache: Path | No
             f"the builder was ended: it took more than the {limit / 1e9:.1f} GB of memory that it may use",
             hint="raise --memory-limit, quantize, or build on another machine from model.onnx",
         )
-    if child.returncode and not built.failure:
+    if child.returncode and built.failure is None:
         died = f"the builder died with code {child.returncode}: {_last_lines(folder / LOG)}"
         raise LoweringError(died, hint="see build.log")
     return built
@@ -141,9 +157,10 @@ def _hear(event: Mapping[str, Any], log: IO[str], built: Built, progress: Progre
         case "log":
             log.write(f"[{event['severity']}] {event['message']}\n")
         case "failed":
-            built.failure = {key: event[key] for key in ("stage", "message", "node", "operator")}
+            built.failure = Failure(event["stage"], event["message"], event["node"], event["operator"])
         case _:
-            built.found, built.version, built.seconds = event["found"], event["version"], event["seconds"]
+            built.found = EngineFacts.model_validate(event["found"])
+            built.seconds = event["seconds"]
 
 
 def _last_lines(path: Path) -> str:

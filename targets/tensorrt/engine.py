@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,37 +11,38 @@ import numpy as np
 
 from moec.compiler.common.artifact import read_manifest
 from moec.compiler.common.errors import ArtifactError, MissingExtraError
+from moec.targets.tensorrt.builder import ENGINES
 from moec.targets.tensorrt.doctor import find_gpu
 from moec.targets.tensorrt.generator import EngineRunner, Rows
 from moec.targets.tensorrt.library import INSTALL, RTX, installed, load
-from moec.targets.tensorrt.settings import read_settings
+from moec.targets.tensorrt.settings import EngineSettings
 
 
-def why_not(settings: Mapping[str, Any]) -> str:
+def why_not(settings: EngineSettings) -> str:
     """Why the engine of an artifact cannot run here; empty where it can."""
-    if settings["engine"] is None:
+    if settings.engine is None:
         return "no engine was built"
     gpu = find_gpu()
     if gpu.reason:
         return gpu.reason
-    if settings["library"] == RTX and gpu.capability not in settings["compute_capabilities"]:
+    if settings.library == RTX and gpu.capability not in settings.compute_capabilities:
         return f"{gpu.name} has compute capability {gpu.capability}"
-    return "" if installed(settings["library"]) else f"{settings['library']} is not installed"
+    return "" if installed(settings.library) else f"{settings.library} is not installed"
 
 
-def check_version(settings: Mapping[str, Any], found: str) -> None:
+def check_version(settings: EngineSettings, found: str) -> None:
     """An engine is read by the version that wrote it alone.
 
     Raises:
         ArtifactError: The library has another version.
     """
-    wrote = settings["library_version"]
+    wrote = settings.library_version
     if wrote != found:
         older = "older" if _numbers(wrote) < _numbers(found) else "newer"
         raise ArtifactError(
-            f"{settings['engine']} was built by {settings['library']} {wrote}, {older} than the {found} installed here",
-            hint=f"python build_engine.py --library {settings['library']} builds it anew from model.onnx, or install "
-            f"{settings['library'].replace('_', '-')}=={wrote}",
+            f"{settings.engine} was built by {settings.library} {wrote}, {older} than the {found} installed here",
+            hint=f"python build_engine.py --library {settings.library} builds it anew from model.onnx, or install "
+            f"{settings.library.replace('_', '-')}=={wrote}",
         )
 
 
@@ -56,10 +57,11 @@ def open_engine(directory: Path) -> EngineRunner:
         ArtifactError: Another version built it, or it cannot be read.
         MissingExtraError: The library or the CUDA runtime is not installed.
     """
-    settings = read_settings(directory)
-    library = load(settings["library"])
+    settings = EngineSettings.read(directory)
+    library = load(settings.library)
     check_version(settings, library.__version__)
-    session = GpuSession(directory / settings["engine"], settings, library, _cuda())
+    names = [profile.name for profile in settings.profiles]
+    session = GpuSession(directory / ENGINES[settings.library], names, library, _cuda())
     return EngineRunner(session, settings, read_manifest(directory)["signature"])
 
 
@@ -75,7 +77,7 @@ class GpuSession:
 
     Args:
         path: The engine.
-        settings: `tensorrt.json`.
+        profiles: Names of its optimisation profiles, in their order.
         library: The TensorRT module.
         cuda: The module `cuda.bindings.runtime`.
 
@@ -83,7 +85,7 @@ class GpuSession:
         ArtifactError: The engine cannot be read.
     """
 
-    def __init__(self, path: Path, settings: Mapping[str, Any], library: Any, cuda: Any) -> None:
+    def __init__(self, path: Path, profiles: Sequence[str], library: Any, cuda: Any) -> None:
         self._library, self._cuda = library, cuda
         self._stream = self._checked(cuda.cudaStreamCreate())
         self._logger = library.Logger(library.Logger.ERROR)
@@ -91,8 +93,7 @@ class GpuSession:
         self._engine = runtime.deserialize_cuda_engine(path.read_bytes())
         if self._engine is None:
             raise ArtifactError(f"{path}: {library.__name__} cannot read it", hint="build it anew: build_engine.py")
-        names = [profile["name"] for profile in settings["profiles"]]
-        self._contexts = {name: self._context(index) for index, name in enumerate(names)}
+        self._contexts = {name: self._context(index) for index, name in enumerate(profiles)}
 
     def _context(self, profile: int) -> Any:
         arguments = []

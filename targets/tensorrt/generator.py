@@ -16,6 +16,8 @@ import numpy as np
 
 from moec.compiler.common.errors import UsageError
 from moec.targets.base import RunnerLimits
+from moec.targets.common.added_inputs import rows
+from moec.targets.tensorrt.settings import EngineSettings
 
 NUMPY: Mapping[str, Any] = {
     "float32": np.float32,
@@ -92,15 +94,17 @@ class EngineRunner:
         signature: The section of moec.json.
     """
 
-    def __init__(self, session: Session, settings: Mapping[str, Any], signature: Mapping[str, Any]) -> None:
-        self._session, self._context = session, int(settings["context"])
-        self._batch, self._piece = int(settings["batch"]), int(settings["piece"])
+    def __init__(self, session: Session, settings: EngineSettings, signature: Mapping[str, Any]) -> None:
+        self._session, self._context = session, settings.context
+        self._batch, self._piece = settings.batch, settings.piece
         self._states = [_state(row) for row in signature["states"]]
         self._inputs = {row["name"]: NUMPY[row["dtype"]] for row in signature["inputs"]}
         self._vocabulary = int(signature["outputs"][0]["shape"][-1])
         self._addresses = self._allocate(signature)
-        for name, value in settings["input_defaults"].items():
-            session.write(self._addresses[name], np.asarray(value, self._inputs[name]))
+        self._defaults: Mapping[str, list[float]] = settings.input_defaults
+        self._widths: Mapping[str, int] = settings.token_inputs
+        self.overrides: dict[str, np.ndarray] = {}
+        """See `moec.targets.base.AdjustableRunner`."""
         self._mask = np.zeros((0, 0), np.int64)
         self.limits = RunnerLimits(max_batch=self._batch, max_sequence=self._context, repeats_bits=False)
 
@@ -147,14 +151,20 @@ class EngineRunner:
                 hint="export with a larger --context or --batch",
             )
         whole = np.ones((batch, start + length), np.int64) if attention_mask is None else attention_mask
-        logits = []
+        for name, default in self._defaults.items():
+            self._write(name, np.asarray(self.overrides.get(name, default)))
+        given, logits = rows(self._widths, self.overrides, batch, length), []
         for first in range(0, length, self._piece):
             last = min(first + self._piece, length)
-            logits.append(self._step(input_ids[:, first:last], whole[:, : start + last].astype(np.int64)))
+            added = {name: array[:, first:last] for name, array in given.items()}
+            logits.append(self._step(input_ids[:, first:last], whole[:, : start + last].astype(np.int64), added))
         return np.concatenate(logits, axis=1)
 
-    def _step(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        """One call of the engine: ids [B, S], mask [B, past + S]."""
+    def _write(self, name: str, array: np.ndarray) -> None:
+        self._session.write(self._addresses[name], np.ascontiguousarray(array, self._inputs[name]))
+
+    def _step(self, ids: np.ndarray, mask: np.ndarray, added: Mapping[str, np.ndarray]) -> np.ndarray:
+        """One call of the engine: ids [B, S], mask [B, past + S], and other inputs with a row for each token."""
         batch, length = ids.shape
         start = self._mask.shape[1]
         # Before the first token there is no cache to look at; later all of it is, used or not.
@@ -162,9 +172,10 @@ class EngineRunner:
         padded = np.concatenate([np.zeros((batch, past - start), np.int64), mask], axis=1) if past else mask
         positions = np.maximum(mask.cumsum(-1) - 1, 0)[:, -length:]
         shapes = {}
-        for name, array in {"input_ids": ids, "attention_mask": padded, "position_ids": positions}.items():
+        feeds = {"input_ids": ids, "attention_mask": padded, "position_ids": positions, **added}
+        for name, array in feeds.items():
             if name in self._inputs:
-                self._session.write(self._addresses[name], np.ascontiguousarray(array, self._inputs[name]))
+                self._write(name, array)
                 shapes[name] = tuple(array.shape)
         for state in self._states:
             shapes[state.source] = state.shape(batch, past)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-BOUNDS = ("min", "opt", "max")
+from moec.targets.tensorrt.settings import Bounds, Profile
 
 
 @dataclass(frozen=True)
@@ -53,29 +53,33 @@ def _rows(signature: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
         yield state["input"]
 
 
-def profiles(signature: Mapping[str, Any], sizes: Sizes) -> list[dict[str, Any]]:
+def profiles(signature: Mapping[str, Any], sizes: Sizes) -> tuple[Profile, ...]:
     """The profiles as `tensorrt.json` holds them: inputs whose shapes are known need no entry."""
     made = []
     for name, lengths in sizes.dims().items():
         inputs = {
-            row["name"]: {
-                bound: [size if isinstance(size, int) else lengths[size][place] for size in row["shape"]]
-                for place, bound in enumerate(BOUNDS)
-            }
+            row["name"]: _bounds(row["shape"], lengths)
             for row in _rows(signature)
             if any(not isinstance(size, int) for size in row["shape"])
         }
-        made.append({"name": name, "inputs": inputs})
-    return made
+        made.append(Profile(name=name, inputs=inputs))
+    return tuple(made)
 
 
-def trtexec(onnx: str, engine: str, made: Sequence[Mapping[str, Any]]) -> str:
+def _bounds(shape: Sequence[int | str], lengths: Mapping[str, tuple[int, int, int]]) -> Bounds:
+    smallest, typical, largest = (
+        tuple(size if isinstance(size, int) else lengths[size][place] for size in shape) for place in range(3)
+    )
+    return Bounds(min=smallest, opt=typical, max=largest)
+
+
+def trtexec(onnx: str, engine: str, made: Sequence[Profile]) -> str:
     """The line that builds the same engine with classic TensorRT's command-line tool."""
     words = ["trtexec", f"--onnx={onnx}", f"--saveEngine={engine}", "--stronglyTyped"]
     for index, profile in enumerate(made):
         words.append(f"--profile={index}")
-        for bound in BOUNDS:
-            shapes = ("x".join(map(str, shape[bound])) for shape in profile["inputs"].values())
-            pairs = (f"{name}:{shape}" for name, shape in zip(profile["inputs"], shapes, strict=True))
+        for bound in Bounds.model_fields:
+            shapes = {name: getattr(bounds, bound) for name, bounds in profile.inputs.items()}
+            pairs = (f"{name}:{'x'.join(map(str, shape))}" for name, shape in shapes.items())
             words.append(f"--{bound}Shapes={','.join(pairs)}")
     return " ".join(words)

@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 
 from moec.targets.base import RunnerLimits
+from moec.targets.common.added_inputs import rows
 from moec.targets.onnx.runner import OnnxRunner
-
-DEFAULTS = "moec.input_defaults"
-"""Metadata of the model: values of the inputs that a pass has added. An engine has no inputs with defaults."""
+from moec.targets.tensorrt.settings import ADDED_INPUTS
 
 
 class TwinRunner(OnnxRunner):
@@ -29,10 +28,18 @@ class TwinRunner(OnnxRunner):
 
     def __init__(self, directory: Path, *, threads: int = 0) -> None:
         super().__init__(directory, threads=threads)
-        defaults = json.loads(self.session.get_modelmeta().custom_metadata_map.get(DEFAULTS, "{}"))
+        added = json.loads(self.session.get_modelmeta().custom_metadata_map[ADDED_INPUTS])
         self.limits = RunnerLimits(stands_in="ONNX Runtime for TensorRT")
-        for name, value in defaults.items():
-            self.overrides[name] = np.asarray(value, np.float32)
+        self._widths: Mapping[str, int] = added["token_inputs"]
+        shapes = {spec.name: spec.shape for spec in self.session.get_inputs()}
+        self._defaults = {
+            name: np.asarray(values, np.float32).reshape(shapes[name])
+            for name, values in added["input_defaults"].items()
+        }
+
+    def added(self, batch: int, tokens: int) -> Mapping[str, np.ndarray]:
+        """What is fed for the inputs that passes added: they have no defaults here."""
+        return {**self._defaults, **self.overrides, **rows(self._widths, self.overrides, batch, tokens)}
 
     def facts(self) -> Mapping[str, Any]:
         """Runtime, and that it is not the engine that ran."""

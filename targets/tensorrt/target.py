@@ -16,31 +16,24 @@ from moec.compiler.common.errors import LoweringError
 from moec.compiler.common.model_config import cache_length
 from moec.compiler.common.progress import Progress
 from moec.compiler.common.rejections import Rejection
-from moec.targets.base import (
-    Capabilities,
-    ExpertsRunner,
-    Lowered,
-    Phase,
-    Runner,
-    Target,
-    TargetGate,
-    TargetOptions,
-    with_scales,
-)
+from moec.targets import base
+from moec.targets.common.added_inputs import default_values, row_widths
 from moec.targets.tensorrt import builder
 from moec.targets.tensorrt.capability import DEFAULT, parse
 from moec.targets.tensorrt.forms import ExpertShape, Form, choose
 from moec.targets.tensorrt.library import CLASSIC, RTX, Library, module_name, version
+from moec.targets.tensorrt.settings import ADDED_INPUTS, EngineSettings
 from moec.targets.tensorrt.settings import FILE as SETTINGS
-from moec.targets.tensorrt.settings import SCHEMA_VERSION, write_settings
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
     from moec.compiler.ir.program import Program
+    from moec.compiler.ir.weights import LazyTensor
     from moec.targets.onnx.context import Context
     from moec.targets.stored_weights import StoredWeight
-    from moec.targets.tensorrt.build import Built
+    from moec.targets.tensorrt.build import Failure
+    from moec.targets.tensorrt.profiles import Sizes
 
 DEFAULT_CONTEXT = 1024
 
@@ -52,7 +45,7 @@ class AttentionForm(StrEnum):
     FUSED = "fused"
 
 
-class TensorrtOptions(TargetOptions):
+class TensorrtOptions(base.TargetOptions):
     """Options of the TensorRT target."""
 
     compute_capability: tuple[str, ...] = Field(
@@ -90,45 +83,48 @@ class TensorrtOptions(TargetOptions):
         return parse(wanted)
 
 
-class TensorrtTarget(Target):
+class TensorrtTarget(base.Target):
     """Lowers to an ONNX model and a TensorRT engine."""
 
     name: ClassVar[str] = "tensorrt"
-    Options: ClassVar[type[TargetOptions]] = TensorrtOptions
+    Options: ClassVar[type[base.TargetOptions]] = TensorrtOptions
     extra: ClassVar[str | None] = "tensorrt"
     tools: ClassVar[tuple[str, ...]] = ("tensorrt-rtx", "onnx-ir", "onnx", "onnxruntime")
+    takes_embeddings: ClassVar[bool] = True
     state_kinds: ClassVar[frozenset[str]] = frozenset({"key", "value", "conv", "recurrent"})
 
-    def capabilities(self, options: TargetOptions, phase: Phase) -> Capabilities:
+    def capabilities(self, options: base.TargetOptions, phase: base.Phase) -> base.Capabilities:
         """`loop-if` skips the experts that no token of a step uses; the other forms skip nothing."""
         assert isinstance(options, TensorrtOptions)
         if options.experts in (Form.GATHER, Form.DENSE):
-            return Capabilities(skips_experts=False, reason=f"the form {options.experts} computes every slot")
-        if phase is Phase.PREFILL:
+            return base.Capabilities(skips_experts=False, reason=f"the form {options.experts} computes every slot")
+        if phase is base.Phase.PREFILL:
             reason = "an expert is computed for all tokens of a step as soon as one needs it"
-            return Capabilities(skips_experts=False, reason=reason)
-        return Capabilities(skips_experts=True)
+            return base.Capabilities(skips_experts=False, reason=reason)
+        return base.Capabilities(skips_experts=True)
 
-    def check(self, options: TargetOptions, config: Mapping[str, Any]) -> None:
+    def check(self, options: base.TargetOptions, config: Mapping[str, Any]) -> None:
         """A cache that is longer than the model's context, or no library to build with; see `Target.check`."""
         assert isinstance(options, TensorrtOptions)
         if options.engine:
             module_name(options.library)
         _sizes(config, options)
 
-    def kept_formats(self, options: TargetOptions, tensor_class: str, dtype: str) -> tuple[str, ...]:  # noqa: ARG002
+    def kept_formats(self, options: base.TargetOptions, tensor_class: str, dtype: str) -> tuple[str, ...]:  # noqa: ARG002
         """Scales are stored as they are, and cast in the graph."""
-        return with_scales("fp32", self.auto_formats(options, tensor_class))
+        return base.with_scales("fp32", self.auto_formats(options, tensor_class))
 
-    def lint(self, program: Program, options: TargetOptions) -> tuple[Rejection, ...]:
-        """Ops without a lowering, formats that TensorRT does not take, an opset that its parser does not read."""
+    def lint(self, program: Program, options: base.TargetOptions) -> tuple[Rejection, ...]:
+        """An opset that the parser does not read, GPUs that lack a type, and whatever lowering refuses."""
+        from moec.targets.common.refusals import refused_by
         from moec.targets.tensorrt.lowerings.table import tensorrt_dialect
         from moec.targets.tensorrt.program_lint import check_program
 
         assert isinstance(options, TensorrtOptions)
-        return check_program(program, options, tensorrt_dialect(Form.LOOP_IF, options.opset).table)
+        found = check_program(program, options, tensorrt_dialect(Form.LOOP_IF, options.opset).table)
+        return found or refused_by(self.name, lambda: _build(program, options))
 
-    def lower(self, program: Program, options: TargetOptions, directory: Path, progress: Progress) -> Lowered:
+    def lower(self, program: Program, options: base.TargetOptions, directory: Path, progress: Progress) -> base.Lowered:
         """Write `model.onnx`, `tensorrt.json`, `build_engine.py` and the engine.
 
         Raises:
@@ -136,53 +132,46 @@ class TensorrtTarget(Target):
             MissingExtraError: TensorRT is not installed.
         """
         from moec.targets.onnx import lower
-        from moec.targets.tensorrt import build, lint
-        from moec.targets.tensorrt.lowerings.table import tensorrt_dialect
+        from moec.targets.tensorrt import build
 
         assert isinstance(options, TensorrtOptions)
-        form = choose_form(program, options)
-        fused = options.attention is AttentionForm.FUSED
-        model, ctx = lower.build(program, tensorrt_dialect(form, options.opset, fused=fused))
-        if broken := lint.check(model, ctx.origins):
-            raise LoweringError(f"{broken[0].where}: {broken[0].reason}", hint="docs/tensorrt.md lists the rules")
-        weights = sum(tensor.nbytes for _, tensor in ctx.initializers.values())
-        limit = build.memory_limit(options.memory_limit)
-        if options.engine:
-            build.check_memory(weights, limit)
+        model, ctx, form = _build(program, options)
         settings = make_settings(program, options, form)
-        model.metadata_props["moec.input_defaults"] = json.dumps(settings["input_defaults"])
+        added = {"input_defaults": settings.input_defaults, "token_inputs": settings.token_inputs}
+        model.metadata_props[ADDED_INPUTS] = json.dumps(added)
         lower.write(model, ctx, directory, progress)
-        write_settings(directory, settings)
+        settings.write(directory)
         shutil.copyfile(builder.__file__, directory / build.SCRIPT)
         files = [lower.MODEL, lower.DATA, SETTINGS, build.SCRIPT]
         if options.engine:
-            files.append(build_engine(directory, settings, options, ctx, limit, progress))
-        return Lowered(
+            limit = build.memory_limit(options.memory_limit)
+            settings = build_engine(directory, settings, options, ctx, limit, progress)
+            files.append(builder.ENGINES[settings.library])
+        return base.Lowered(
             tuple(files), lower.signature(program), tuple(ctx.rejections), _facts(model, ctx, settings, form)
         )
 
-    def open(self, directory: Path, *, threads: int = 0) -> Runner:
+    def open(self, directory: Path, *, threads: int = 0) -> base.Runner:
         """Open the engine where there is a GPU that it was built for, else model.onnx."""
         from moec.targets.tensorrt.engine import open_engine, why_not
-        from moec.targets.tensorrt.settings import read_settings
 
-        if why_not(read_settings(directory)):
+        if why_not(EngineSettings.read(directory)):
             return self.open_reference(directory, threads=threads)
         return open_engine(directory)
 
-    def open_reference(self, directory: Path, *, threads: int = 0) -> Runner:
+    def open_reference(self, directory: Path, *, threads: int = 0) -> base.Runner:
         """Open model.onnx with ONNX Runtime on CPU."""
         from moec.targets.tensorrt.runner import TwinRunner
 
         return TwinRunner(directory, threads=threads)
 
-    def gates(self) -> tuple[TargetGate, ...]:
+    def gates(self) -> tuple[base.TargetGate, ...]:
         """The contents of the engine, and its execution."""
         from moec.targets.tensorrt.gates import GATES
 
         return GATES
 
-    def open_experts(self, directory: Path, *, threads: int = 0) -> Mapping[str, ExpertsRunner]:
+    def open_experts(self, directory: Path, *, threads: int = 0) -> Mapping[str, base.ExpertsRunner]:
         """A cut of `model.onnx`, from which the engine was built, at the operands of each layer's experts."""
         from moec.targets.onnx.experts import MODEL, OnnxExperts
 
@@ -201,6 +190,28 @@ class TensorrtTarget(Target):
         return findings()
 
 
+def _build(program: Program, options: TensorrtOptions) -> tuple[ir.Model, Context, Form]:
+    """The model, whose weights nobody has read yet, and the form of its experts.
+
+    Raises:
+        LoweringError: A rule of the dialect refuses, or memory will not do for the engine.
+    """
+    from moec.targets.common.refusals import RefusedError
+    from moec.targets.onnx import lower
+    from moec.targets.tensorrt import build, lint
+    from moec.targets.tensorrt.lowerings.table import tensorrt_dialect
+
+    form = choose_form(program, options)
+    fused = options.attention is AttentionForm.FUSED
+    model, ctx = lower.build(program, tensorrt_dialect(form, options.opset, fused=fused))
+    if broken := lint.check(model, ctx.origins):
+        raise RefusedError(broken[0].where, broken[0].reason, hint="docs/tensorrt.md lists the rules")
+    if options.engine:
+        weights = sum(tensor.nbytes for _, tensor in ctx.initializers.values())
+        build.check_memory(weights, build.memory_limit(options.memory_limit))
+    return model, ctx, form
+
+
 def choose_form(program: Program, options: TensorrtOptions) -> Form:
     """The form of the experts: what the options say, or what moves the fewest bytes."""
     from moec.compiler.ir.program import SELECT
@@ -212,12 +223,13 @@ def choose_form(program: Program, options: TensorrtOptions) -> Form:
     return choose(options.experts, shapes, options.batch, options.prompt, dynamic=bool(program.nodes(SELECT)))
 
 
-def _bytes(tensor: Any) -> int:
-    planned = getattr(tensor, "format", None)
-    return int(tensor.nbytes if planned is None else planned.planned_bytes(tensor.shape))
+def _bytes(tensor: LazyTensor) -> int:
+    from moec.quantize.lazy import Coded
+
+    return tensor.format.planned_bytes(tensor.shape) if isinstance(tensor, Coded) else tensor.nbytes
 
 
-def make_settings(program: Program, options: TensorrtOptions, form: Form) -> dict[str, Any]:
+def make_settings(program: Program, options: TensorrtOptions, form: Form) -> EngineSettings:
     """What `tensorrt.json` says, from which `build_engine.py` builds.
 
     Raises:
@@ -229,27 +241,26 @@ def make_settings(program: Program, options: TensorrtOptions, form: Form) -> dic
     sizes = _sizes(program.config, options)
     made = profiles(signature(program), sizes)
     module = module_name(options.library) if options.engine else RTX
-    defaults = program.notes.get("input_defaults", {})
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "onnx": MODEL,
-        "library": module,
-        "library_version": version(module.replace("_", "-")) if options.engine else "",
-        "engine": builder.ENGINES[module] if options.engine else None,
-        "compute_capabilities": list(options.compute_capability),
-        "experts": form.value,
-        "batch": sizes.batch,
-        "context": sizes.context,
-        "piece": sizes.piece,
-        "workspace_mib": options.workspace,
-        "weight_streaming": options.weight_streaming,
-        "input_defaults": {name: value.tolist() for name, value in defaults.items()},
-        "profiles": made,
-        "trtexec": trtexec(MODEL, builder.ENGINES[CLASSIC], made),
-    }
+    return EngineSettings(
+        onnx=MODEL,
+        library=module,
+        library_version=version(module.replace("_", "-")) if options.engine else "",
+        engine=builder.ENGINES[module] if options.engine else None,
+        compute_capabilities=options.compute_capability,
+        experts=form.value,
+        batch=sizes.batch,
+        context=sizes.context,
+        piece=sizes.piece,
+        workspace_mib=options.workspace,
+        weight_streaming=options.weight_streaming,
+        input_defaults=default_values(program),
+        token_inputs=row_widths(program),
+        profiles=made,
+        trtexec=trtexec(MODEL, builder.ENGINES[CLASSIC], made),
+    )
 
 
-def _sizes(config: Mapping[str, Any], options: TensorrtOptions) -> Any:
+def _sizes(config: Mapping[str, Any], options: TensorrtOptions) -> Sizes:
     from moec.targets.tensorrt.profiles import Sizes
 
     context = cache_length(config, options.context, DEFAULT_CONTEXT)
@@ -258,30 +269,29 @@ def _sizes(config: Mapping[str, Any], options: TensorrtOptions) -> Any:
 
 
 def build_engine(
-    directory: Path, settings: dict[str, Any], options: TensorrtOptions, ctx: Context, limit: int, progress: Progress
-) -> str:
-    """Build the engine and add what is known of it to `settings` and its file; return the name of the engine.
+    directory: Path, settings: EngineSettings, options: TensorrtOptions, ctx: Context, limit: int, progress: Progress
+) -> EngineSettings:
+    """Build the engine; return `settings` with what is known of it, as the file now says too.
 
     Raises:
         LoweringError: Parser or builder refused; the message names the op and the module it came from.
     """
     from moec.targets.tensorrt import build
 
-    name: str = settings["engine"]
-    built = build.run(directory, settings["library"], name, limit=limit, cache=options.timing_cache, progress=progress)
-    if built.failure:
-        raise _refused(built, ctx)
-    settings["built"] = built.found
-    write_settings(directory, settings)
-    return name
+    name = builder.ENGINES[settings.library]
+    built = build.run(directory, settings.library, name, limit=limit, cache=options.timing_cache, progress=progress)
+    if built.failure is not None:
+        raise _refused(built.failure, ctx)
+    settings = settings.model_copy(update={"built": built.found})
+    settings.write(directory)
+    return settings
 
 
-def _refused(built: Built, ctx: Context) -> LoweringError:
-    failure = built.failure
-    where = ctx.origins.get(failure["node"], "")
-    op = f"{failure['operator']}: " if failure["operator"] else ""
-    reason = failure["message"].splitlines()[0] if failure["message"] else "no reason given"
-    stage = "parser" if failure["stage"] == "parse" else "builder"
+def _refused(failure: Failure, ctx: Context) -> LoweringError:
+    where = ctx.origins.get(failure.node, "")
+    op = f"{failure.operator}: " if failure.operator else ""
+    reason = failure.message.splitlines()[0] if failure.message else "no reason given"
+    stage = "parser" if failure.stage == "parse" else "builder"
     return LoweringError(
         f"{where + ': ' if where else ''}{op}the {stage} of TensorRT refuses it: {reason}",
         hint="--experts, --attention and --opset choose other forms; docs/tensorrt.md",
@@ -299,16 +309,16 @@ def _weights(ctx: Context) -> dict[str, int]:
     return counts
 
 
-def _facts(model: ir.Model, ctx: Context, settings: Mapping[str, Any], form: Form) -> dict[str, Any]:
+def _facts(model: ir.Model, ctx: Context, settings: EngineSettings, form: Form) -> dict[str, Any]:
     counts: dict[str, int] = {}
     for node in model.graph.all_nodes():
         counts[node.op_type] = counts.get(node.op_type, 0) + 1
     return {
         "opset": model.opset_imports[""],
         "experts": form.value,
-        "compute_capabilities": settings["compute_capabilities"],
+        "compute_capabilities": list(settings.compute_capabilities),
         "ops": dict(sorted(counts.items())),
         "expert_tensor_bytes": {name: ctx.bytes_of(name) for name in sorted(ctx.experts)},
         "weights": _weights(ctx),
-        **({"engine": settings["built"]} if "built" in settings else {}),
+        **({} if settings.built is None else {"engine": settings.built.to_json()}),
     }

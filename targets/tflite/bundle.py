@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import tempfile
 import uuid
@@ -12,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from moec.compiler.common.digest import sha256_of_file
 from moec.compiler.common.errors import CheckpointError, LoweringError
 from moec.compiler.common.model_config import chat_template, end_tokens, read_config, text_config, token_ids
 from moec.targets.tflite.library import module
@@ -19,7 +19,6 @@ from moec.targets.tflite.library import module
 BUNDLE = "model.litertlm"
 TOKENIZER = "tokenizer.json"
 METADATA, TOKENIZER_PART, MODEL_PART = "LlmMetadataProto", "HF_Tokenizer_Zlib", "TFLiteModel"
-CHUNK_BYTES = 1 << 24
 _SIZE_BYTES = 8
 """A compressed tokenizer starts with the number of bytes that it expands to."""
 
@@ -53,7 +52,7 @@ def write_bundle(directory: Path, model: str, context: int) -> str:
         message.write_bytes(notes.SerializeToString(deterministic=True))
         builder = builders.LitertLmFileBuilder()
         # LiteRT-LM tells its caches apart by the id: this one follows from the model.
-        identity = str(uuid.uuid5(uuid.NAMESPACE_OID, _digest(directory / model)))
+        identity = str(uuid.uuid5(uuid.NAMESPACE_OID, sha256_of_file(directory / model)))
         builder.add_system_metadata(builders.Metadata(key="uuid", value=identity, dtype=builders.DType.STRING))
         builder.add_llm_metadata(str(message))
         builder.add_hf_tokenizer(str(tokenizer))
@@ -88,25 +87,13 @@ def _check(directory: Path, model: str, notes: Any) -> None:
     right = {
         METADATA: part(METADATA) == notes.SerializeToString(deterministic=True),
         TOKENIZER_PART: zlib.decompress(part(TOKENIZER_PART)[_SIZE_BYTES:]) == (directory / TOKENIZER).read_bytes(),
-        MODEL_PART: _digest(path, *found.get(MODEL_PART, (0, 0))) == _digest(directory / model),
+        MODEL_PART: sha256_of_file(path, *found.get(MODEL_PART, (0, 0))) == sha256_of_file(directory / model),
     }
     if wrong := [name for name, same in right.items() if not same] + sorted(set(found) - set(right)):
         raise LoweringError(
             f"{BUNDLE}: opened again, it does not hold what was put into it: {', '.join(wrong)}",
             hint="is the installed litert-lm-builder the one that moec pins? pip install 'moec[tflite]'",
         )
-
-
-def _digest(path: Path, start: int = 0, stop: int | None = None) -> str:
-    """sha256 of some bytes of a file, which may be larger than the memory."""
-    digest = hashlib.sha256()
-    left = (path.stat().st_size if stop is None else stop) - start
-    with path.open("rb") as stream:
-        stream.seek(start)
-        while left > 0 and (data := stream.read(min(left, CHUNK_BYTES))):
-            digest.update(data)
-            left -= len(data)
-    return digest.hexdigest()
 
 
 def _notes(directory: Path, context: int) -> Any:

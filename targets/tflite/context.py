@@ -13,9 +13,8 @@ import numpy as np
 import torch
 from torch import fx
 
-from moec.compiler.common.errors import LoweringError
 from moec.compiler.common.rejections import Rejection
-from moec.compiler.ir.program import Program, module_of
+from moec.compiler.ir.program import Program
 from moec.targets.tflite.model import Graph, Value
 from moec.targets.tflite.weights import Weights
 
@@ -237,12 +236,6 @@ class Context:
     def branch(self, name: str) -> Context:
         """A context for a branch of its own."""
         return Context(self.shared, self.settings, Graph(name))
-
-    # Messages ---------------------------------------------------------------------------------------------------
-
-    def refuse(self, node: fx.Node, reason: str, hint: str = "") -> LoweringError:
-        """The error for a node that has no form here."""
-        return LoweringError(f"{module_of(node)}: {node.target}: {reason}", hint=hint)
 
 
 def _schema() -> Any:

@@ -136,6 +136,9 @@ class _Cut:
         used = {int(index) for operator in main.operators for index in operator.inputs}
         kept = [(role, index) for role, index in zip(ROLES, inputs, strict=False) if index in used]
         main.inputs, main.outputs = [index for _, index in kept], [output]
+        for index in main.inputs:
+            # An operand may be a constant of the model, which LiteRT maps and must not be asked to write to.
+            main.tensors[index].buffer = 0
         self._model.subgraphs.append(main)
         self._adopt(main)
         self._model.signatureDefs = [self._definition(kept, main)]

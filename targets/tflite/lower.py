@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from moec.compiler.common.errors import LoweringError
 from moec.compiler.ir.operands import Experts
 from moec.compiler.ir.program import ATTENTION, EXPERTS, Program
 from moec.compiler.ir.specialise import specialise, without_padding
+from moec.targets.common.added_inputs import default_values, row_widths
+from moec.targets.common.refusals import RefusedError, listed, refuse
 from moec.targets.common.table import lookup
 from moec.targets.tflite.context import TENSOR_TYPES, Context, Settings, Shared
 from moec.targets.tflite.engine import TOKEN_COUNT
@@ -56,7 +57,8 @@ def build(
         "layers": layers,
         "prefill_lengths": [n for n in lengths if n > 1],
     }
-    facts["inputs"] = default_inputs(plain)
+    facts["inputs"] = default_values(plain)
+    facts["token_inputs"] = row_widths(plain)
     if older:
         facts["runtime"] = OLDER
         _refuse_dynamic(model)
@@ -67,9 +69,10 @@ def build(
 def _refuse_dynamic(model: Model) -> None:
     wrong = [weight.name for weight in model.weights() if weight.dynamic]
     if wrong:
-        raise LoweringError(
-            f"{wrong[0]} and {len(wrong) - 1} more: tflite-runtime 2.14 gives zeros, silently, for products of int8 "
-            "weights that have a scale per row with activations that are rounded to int8",
+        raise RefusedError(
+            listed(wrong),
+            "tflite-runtime 2.14 gives zeros, silently, for products of int8 weights that have a scale per row with "
+            "activations that are rounded to int8",
             hint="--quantize fp16 and int8:channel, whose activations stay float, are right there; or --runtime litert",
         )
 
@@ -109,7 +112,7 @@ def _inputs(ctx: Context, program: Program) -> Value | None:
         "cache_position": lambda: positions,
         "position_ids": lambda: ctx.reshape(positions, (1, length)),
     }
-    added = default_inputs(program)
+    added = program.input_defaults
     placeholders = iter(program.graph.find_nodes(op="placeholder"))
     for spec in program.inputs:
         node = next(placeholders)
@@ -117,7 +120,7 @@ def _inputs(ctx: Context, program: Program) -> Value | None:
             shape = [int(size) for size in spec.shape]
             ctx.set(node, ctx.graph.input(spec.name, shape, TENSOR_TYPES[spec.dtype]))
         elif spec.name not in made:
-            raise ctx.refuse(node, f"the input {spec.name} has no place in LiteRT's signatures")
+            raise refuse(node, f"the input {spec.name} has no place in LiteRT's signatures")
         elif node.users:
             ctx.set(node, made[spec.name]())
     for node, state in zip(placeholders, program.states, strict=True):
@@ -127,12 +130,6 @@ def _inputs(ctx: Context, program: Program) -> Value | None:
     return ctx.shared_value(TOKEN_COUNT, lambda: add_token_count(ctx))
 
 
-def default_inputs(program: Program) -> dict[str, list[float]]:
-    """Values of the inputs that passes added, such as a routing budget, for runs that do not set them."""
-    defaults: Mapping[str, Any] = program.notes.get("input_defaults", {})
-    return {name: value.reshape(-1).tolist() for name, value in defaults.items()}
-
-
 def _outputs(ctx: Context, program: Program, count: Value | None) -> None:
     names = {state.output.name: state_name(state.kind, state.layer) for state in program.states}
     replaced = {state.output.name for state in program.replaced}
@@ -140,7 +137,7 @@ def _outputs(ctx: Context, program: Program, count: Value | None) -> None:
     for name, node in program.outputs().items():
         value = ctx.tensor(node) if count is None or name not in replaced else unpadded(ctx, node, count)
         if value in taken:
-            raise ctx.refuse(node, "two outputs of one value have no form")
+            raise refuse(node, "two outputs of one value have no form")
         taken.add(value)
         ctx.graph.output(names.get(name, name), value)
 
@@ -159,19 +156,19 @@ def _constant(ctx: Context, node: fx.Node) -> Any:
     return node.target(*args, **{**kwargs, **({"device": "cpu"} if "device" in kwargs else {})})
 
 
-def unsupported(program: Program) -> list[fx.Node]:
-    """Calls that neither have a lowering nor are constant once the sizes are."""
+def computed(program: Program) -> list[fx.Node]:
+    """Calls that are not constant once the sizes are."""
     known: set[fx.Node] = set()
-    missing = []
+    found = []
     for node in program.graph.nodes:
         if node.op != "call_function":
             continue
         value = node.meta.get("val")
         if isinstance(value, torch.SymInt | int) or all(argument in known for argument in node.all_input_nodes):
             known.add(node)
-        elif node.target not in TABLE:
-            missing.append(node)
-    return missing
+        else:
+            found.append(node)
+    return found
 
 
 def signature(program: Program, model: Model) -> Mapping[str, Any]:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from moec.compiler.common.errors import LoweringError
-from moec.compiler.ir.program import Program, module_of, moe_layers
+from moec.compiler.ir.program import Program, moe_layers
+from moec.targets.common.refusals import refuse
 
 aten = torch.ops.aten
 
@@ -32,9 +32,9 @@ def from_input(program: Program) -> Program:
     for node in graph.nodes:
         if isinstance(node.meta.get("val"), torch.SymInt) and _depends_on_past(program, node):
             user = next(iter(node.users))
-            raise LoweringError(
-                f"{module_of(user)}: %{user.name} ({user.target}) depends on the length of the past, which a cache of "
-                "fixed capacity does not tell",
+            raise refuse(
+                user,
+                "it depends on the length of the past, which a cache of fixed capacity does not tell",
                 hint="--target onnx keeps a cache that grows",
             )
     return program.replace(graph=graph, layers=moe_layers(graph))

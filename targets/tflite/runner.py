@@ -10,6 +10,7 @@ import numpy as np
 
 from moec.compiler.common.errors import UsageError
 from moec.targets.base import RunnerLimits
+from moec.targets.common.added_inputs import rows
 from moec.targets.tflite.engine import DECODE, REPLACED_PREFIXES, TOKEN_COUNT, Engine, LitertEngine
 from moec.targets.tflite.former_runtime import OlderEngine
 from moec.targets.tflite.reader import OLDER, TfliteFile
@@ -44,8 +45,9 @@ class TfliteRunner:
             name: np.asarray(values, places[name].dtype).reshape(places[name].shape)
             for name, values in facts["inputs"].items()
         }
+        self._widths: Mapping[str, int] = facts.get("token_inputs", {})
         self.overrides: dict[str, np.ndarray] = {}
-        """Values for inputs that have defaults, such as {"routing_budget": array of shape []}."""
+        """See `moec.targets.base.Runner`."""
         self.capacity = int(facts["capacity"])
         self._counts = any(name.startswith(REPLACED_PREFIXES) for name in places)
         sizes = (int(n.removeprefix(_PREFIX)) for n in self._engine.signatures if n != DECODE)
@@ -88,11 +90,14 @@ class TfliteRunner:
                 f"{self._length + length} tokens do not fit the cache of {self.capacity}",
                 hint="export with a larger --context, or shorten the text",
             )
+        given = rows(self._widths, self.overrides, 1, length)
         logits: list[np.ndarray] = []
         while length:
             size = self._piece(length)
             used = min(size, length)
-            logits.append(self._step(input_ids[0, input_ids.shape[1] - length :][:used], size))
+            first = input_ids.shape[1] - length
+            piece = {name: array[:, first : first + used] for name, array in given.items()}
+            logits.append(self._step(input_ids[0, first : first + used], size, piece))
             length -= used
         return np.concatenate(logits, axis=1) if logits else np.zeros((1, 0, 0), np.float32)
 
@@ -107,12 +112,15 @@ class TfliteRunner:
             return min(fitting)
         return 1
 
-    def _step(self, tokens: np.ndarray, size: int) -> np.ndarray:
-        """Run `tokens` by the signature of `size` tokens; logits [1, len(tokens), V]."""
+    def _step(self, tokens: np.ndarray, size: int, given: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Run `tokens` by the signature of `size` tokens, with their rows of inputs; logits [1, len(tokens), V]."""
         padded = np.zeros((1, size), np.int32)
         padded[0, : tokens.size] = tokens
         positions = np.arange(self._length, self._length + size, dtype=np.int32)
         feeds = {"tokens": padded, "input_pos": positions, **self._defaults, **self.overrides}
+        for name, array in given.items():
+            behind = ((0, 0), (0, size - tokens.size), (0, 0))
+            feeds[name] = np.pad(np.asarray(array, np.float32), behind)
         if self._counts and size > 1:
             feeds[TOKEN_COUNT] = np.array([tokens.size], np.int32)
         logits = self._engine.run(DECODE if size == 1 else f"{_PREFIX}{size}", feeds)

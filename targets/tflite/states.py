@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from moec.compiler.ir.program import CACHE_KINDS, CAUSAL_CONV, LINEAR_ATTENTION, StateSpec
+from moec.targets.common.refusals import refuse
 from moec.targets.tflite.context import Context
 from moec.targets.tflite.engine import CACHE_PREFIX, CONVOLUTION_PREFIX, RECURRENCE_PREFIX, TOKEN_COUNT
 from moec.targets.tflite.lowerings.convolution import inputs_of
@@ -61,7 +62,7 @@ def unpadded(ctx: Context, node: fx.Node, count: Value) -> Value:
     elif node.target is aten.slice.Tensor and source.target is aten.cat.default and _is_last(node, source):
         joined, axis = ctx.tensor(source), int(node.args[1])  # type: ignore[arg-type]
     else:
-        raise ctx.refuse(node, "a state that is not the last of what a convolution takes in has no form")
+        raise refuse(node, "a state that is not the last of what a convolution takes in has no form")
     ends = [ctx.ints(*[0] * size) for size in (axis, joined.rank - axis - 1) if size]
     ends.insert(1 if axis else 0, count)
     begin = ctx.shared_value(("end of state", count, axis, joined.rank), lambda: ctx.concat(ends, 0))

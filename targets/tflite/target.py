@@ -13,20 +13,14 @@ from moec.compiler.common.errors import UsageError
 from moec.compiler.common.model_config import cache_length
 from moec.compiler.common.progress import Progress
 from moec.compiler.common.rejections import Rejection
-from moec.targets.base import (
-    Capabilities,
-    ExpertsRunner,
-    Lowered,
-    Phase,
-    Runner,
-    Target,
-    TargetOptions,
-)
+from moec.targets import base
 
 if TYPE_CHECKING:
+    from moec.compiler.ir.interpreter import ActivationRounding
     from moec.compiler.ir.program import Program
     from moec.targets.stored_weights import StoredWeight
-    from moec.targets.tflite.model import Weight
+    from moec.targets.tflite.context import Shared
+    from moec.targets.tflite.model import Model, Weight
 
 MODEL = "model.tflite"
 DEFAULT_CONTEXT = 1024
@@ -36,7 +30,8 @@ QUANTIZED = ("experts_gate_up", "experts_down", "shared_expert", "attention", "e
 """Tensor classes that the presets quantize."""
 
 _INT4_ROWS = "int4:channel:fp32:int8-dynamic"
-_ROWS, _BLOCKS = "int8:channel:fp32:int8-dynamic", "int4:32:fp16:int8-dynamic"
+_ROWS, _BLOCKS = "int8:channel:fp32:int8-dynamic", "int4:auto32:bf16:int8-dynamic"
+"""A file has scales of blocks in fp16, but XNNPACK rounds them to bf16, so scales are chosen that both hold."""
 
 
 class Flavor(StrEnum):
@@ -53,7 +48,7 @@ class Runtime(StrEnum):
     TFLITE_RUNTIME = "tflite-runtime"
 
 
-class TfliteOptions(TargetOptions):
+class TfliteOptions(base.TargetOptions):
     """Options of the TFLite target."""
 
     flavor: Flavor = Field(
@@ -74,93 +69,100 @@ class TfliteOptions(TargetOptions):
     )
 
 
-class TfliteTarget(Target):
+class TfliteTarget(base.Target):
     """Lowers to LiteRT."""
 
     name: ClassVar[str] = "tflite"
-    Options: ClassVar[type[TargetOptions]] = TfliteOptions
+    Options: ClassVar[type[base.TargetOptions]] = TfliteOptions
     extra: ClassVar[str | None] = "tflite"
     modules: ClassVar[tuple[str, ...]] = ("ai_edge_litert", "flatbuffers")
     tools: ClassVar[tuple[str, ...]] = ("ai-edge-litert", "flatbuffers", "litert-lm-builder")
+    takes_embeddings: ClassVar[bool] = True
     presets: ClassVar[Mapping[str, Mapping[str, str]]] = {
         "int8": dict.fromkeys(QUANTIZED, _ROWS),
         # LiteRT looks rows up in tables of one scale per row only, and the head is as sensitive.
         "int4": {name: _ROWS if name in {"embedding", "lm_head"} else _BLOCKS for name in QUANTIZED},
     }
+    scale_types: ClassVar[frozenset[str]] = frozenset({"fp16", "bf16", "fp32"})
     state_kinds: ClassVar[frozenset[str]] = frozenset({"key", "value", "conv", "recurrent"})
 
-    def auto_formats(self, options: TargetOptions, tensor_class: str) -> tuple[str, ...]:
+    def auto_formats(self, options: base.TargetOptions, tensor_class: str) -> tuple[str, ...]:
         """What the presets have, and larger blocks; tflite-runtime multiplies with float activations alone."""
         assert isinstance(options, TfliteOptions)
         if options.runtime is Runtime.TFLITE_RUNTIME:
             return ("int8:channel",)
         if self.presets["int4"][tensor_class] == _ROWS:
             return (_ROWS,)
-        return (*(_BLOCKS.replace(":32:", f":{size}:") for size in (128, 64, 32)), _ROWS)
+        return (*(_BLOCKS.replace(":auto32:", f":{size}:") for size in (128, 64, 32)), _ROWS)
 
-    def kept_formats(self, options: TargetOptions, tensor_class: str, dtype: str) -> tuple[str, ...]:  # noqa: ARG002
+    def kept_formats(self, options: base.TargetOptions, tensor_class: str, dtype: str) -> tuple[str, ...]:  # noqa: ARG002
         """Codes of 4 bits: the int8 kernels do not take -128, which codes of other tools hold."""
         blocks = tuple(form for form in self.auto_formats(options, tensor_class) if form.startswith("int4"))
         return (*blocks, _INT4_ROWS) if blocks else ()
 
-    def capabilities(self, options: TargetOptions, phase: Phase) -> Capabilities:
+    def capabilities(self, options: base.TargetOptions, phase: base.Phase) -> base.Capabilities:
         """Decode skips every expert that its token does not need, prefill those that no token of the piece needs."""
         assert isinstance(options, TfliteOptions)
         if options.flavor is Flavor.NO_CONTROL_FLOW:
-            return Capabilities(skips_experts=False, reason="the flavor no-control-flow computes every expert")
-        if phase is Phase.PREFILL:
-            return Capabilities(
+            return base.Capabilities(skips_experts=False, reason="the flavor no-control-flow computes every expert")
+        if phase is base.Phase.PREFILL:
+            return base.Capabilities(
                 skips_experts=False, reason="an expert is computed for all tokens of a piece as soon as one needs it"
             )
-        return Capabilities(skips_experts=True)
+        return base.Capabilities(skips_experts=True)
 
-    def check(self, options: TargetOptions, config: Mapping[str, Any]) -> None:
+    def check(self, options: base.TargetOptions, config: Mapping[str, Any]) -> None:
         """A cache that is longer than the model's context, or shorter than a prompt; see `Target.check`."""
         assert isinstance(options, TfliteOptions)
         super().check(options, config)
         _capacity(config, options)
 
-    def lint(self, program: Program, options: TargetOptions) -> tuple[Rejection, ...]:
-        """Ops that have no lowering, and states that LiteRT-LM does not keep where it is to run the model."""
-        from moec.targets.tflite.lower import unsupported
+    def lint(self, program: Program, options: base.TargetOptions) -> tuple[Rejection, ...]:
+        """States that LiteRT-LM does not keep where it is to run the model, and whatever lowering refuses."""
+        from moec.targets.common.refusals import formats_without_form, ops_without_form, refused_by
+        from moec.targets.tflite.lower import computed
+        from moec.targets.tflite.lowerings.table import TABLE
+        from moec.targets.tflite.weights import HINT, inexpressible
 
         assert isinstance(options, TfliteOptions)
-        found = [
-            Rejection(self.name, str(node.meta.get("module", "")), f"no lowering for {node.target}")
-            for node in unsupported(program)
-        ]
+        found = (
+            *ops_without_form(self.name, TABLE, computed(program)),
+            *formats_without_form(self.name, program, lambda own: inexpressible(own.format, own.shape[-1]), HINT),
+        )
         if options.bundle and program.replaced:
             state = program.replaced[0]
             reason = f"its state of kind {state.kind} is no cache: LiteRT-LM, which --bundle is for, keeps caches alone"
-            found.append(Rejection(self.name, f"layer {state.layer}", reason))
-        return tuple(found)
+            found += (Rejection(self.name, f"layer {state.layer}", reason, "export without --bundle"),)
+        if options.bundle:
+            reason = "LiteRT-LM, which --bundle is for, feeds no such input"
+            added = program.input_defaults
+            found += tuple(
+                Rejection(self.name, f"input {name}", reason, "export without it or without --bundle") for name in added
+            )
+        return found or refused_by(self.name, lambda: _build(program, options))
 
-    def lower(self, program: Program, options: TargetOptions, directory: Path, progress: Progress) -> Lowered:
+    def lower(self, program: Program, options: base.TargetOptions, directory: Path, progress: Progress) -> base.Lowered:
         """Write `model.tflite`."""
         from moec.targets.tflite import lower
         from moec.targets.tflite.writer import write
 
         assert isinstance(options, TfliteOptions)
-        capacity = _capacity(program.config, options)
-        lengths = (1, *sorted({length for length in options.prefill if length > 1}))
-        branches = options.flavor is not Flavor.NO_CONTROL_FLOW
-        older = options.runtime is Runtime.TFLITE_RUNTIME
-        model, shared = lower.build(program, lengths=lengths, capacity=capacity, branches=branches, older=older)
+        model, shared = _build(program, options)
         write(model, directory / MODEL, progress)
         counts: dict[str, int] = {}
         for graph in model.graphs():
             for operator in graph.operators:
                 counts[operator.name] = counts.get(operator.name, 0) + 1
         facts = {
-            "context": capacity,
-            "prefill_lengths": list(lengths[1:]),
+            "context": _capacity(program.config, options),
+            "prefill_lengths": list(_lengths(options)[1:]),
             "subgraphs": len(model.graphs()),
             "ops": dict(sorted(counts.items())),
             "expert_tensor_bytes": _expert_bytes(model.weights(), shared.experts),
         }
-        return Lowered((MODEL,), lower.signature(program, model), tuple(shared.rejections), facts)
+        return base.Lowered((MODEL,), lower.signature(program, model), tuple(shared.rejections), facts)
 
-    def package(self, options: TargetOptions, directory: Path) -> tuple[str, ...]:
+    def package(self, options: base.TargetOptions, directory: Path) -> tuple[str, ...]:
         """Write the bundle if one is wanted."""
         from moec.targets.tflite.bundle import write_bundle
         from moec.targets.tflite.reader import TfliteFile
@@ -170,17 +172,23 @@ class TfliteTarget(Target):
             return ()
         return (write_bundle(directory, MODEL, int(TfliteFile(directory / MODEL).facts["capacity"])),)
 
-    def open(self, directory: Path, *, threads: int = 0) -> Runner:
+    def open(self, directory: Path, *, threads: int = 0) -> base.Runner:
         """Open with the LiteRT interpreter on CPU."""
         from moec.targets.tflite.runner import TfliteRunner
 
         return TfliteRunner(directory / MODEL, threads=threads)
 
-    def open_experts(self, directory: Path, *, threads: int = 0) -> Mapping[str, ExpertsRunner]:
+    def open_experts(self, directory: Path, *, threads: int = 0) -> Mapping[str, base.ExpertsRunner]:
         """The part of each signature that computes a layer's experts, in LiteRT."""
         from moec.targets.tflite.experts import open_experts
 
         return open_experts(directory / MODEL, threads)
+
+    def activation_rounding(self, directory: Path) -> ActivationRounding:  # noqa: ARG002
+        """XNNPACK's: each row by its extremes."""
+        from moec.quantize.activations import asymmetric_rows
+
+        return asymmetric_rows
 
     def stored_weights(self, directory: Path) -> Mapping[str, StoredWeight]:
         """Read back from the tensors of the file, which bear the names of the Program."""
@@ -199,6 +207,28 @@ class TfliteTarget(Target):
         for name in ("ai_edge_litert.interpreter", "flatbuffers"):
             module(name)
         return super().doctor()
+
+
+def _build(program: Program, options: TfliteOptions) -> tuple[Model, Shared]:
+    """The model, whose weights nobody has read yet.
+
+    Raises:
+        LoweringError: Something has no form.
+    """
+    from moec.targets.tflite import lower
+
+    return lower.build(
+        program,
+        lengths=_lengths(options),
+        capacity=_capacity(program.config, options),
+        branches=options.flavor is not Flavor.NO_CONTROL_FLOW,
+        older=options.runtime is Runtime.TFLITE_RUNTIME,
+    )
+
+
+def _lengths(options: TfliteOptions) -> tuple[int, ...]:
+    """Tokens of a step of each signature, `decode` first."""
+    return (1, *sorted({length for length in options.prefill if length > 1}))
 
 
 def _capacity(config: Mapping[str, Any], options: TfliteOptions) -> int:

@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moec.compiler.common.errors import LoweringError
 from moec.compiler.ir.program import Program
 from moec.compiler.ir.weights import LazyTensor
-from moec.quantize.formats import Activations
+from moec.quantize.formats import Activations, IntegerFormat, PaletteFormat, TableFormat
+from moec.quantize.lazy import Quantized
+from moec.targets.common.refusals import RefusedError
 from moec.targets.tflite.model import Chunk, Weight
 
 CHUNK_BYTES = 1 << 25
@@ -25,18 +26,22 @@ HINT = (
 )
 
 
-def format_of(tensor: LazyTensor) -> Any:
+def format_of(tensor: LazyTensor) -> IntegerFormat | None:
     """The integer format that the plan gives to `tensor`, or None where it stays float."""
-    return getattr(tensor, "format", None) if hasattr(tensor, "quantized_rows") else None
+    return tensor.format if isinstance(tensor, Quantized) else None
 
 
-def inexpressible(form: Any, width: int) -> str:
-    """Why an integer format has no form in LiteRT, for rows of `width`; empty where it has one."""
+def inexpressible(form: IntegerFormat | PaletteFormat | TableFormat, width: int) -> str:
+    """Why a format has no form in LiteRT, for rows of `width`; empty where it has one."""
+    if not isinstance(form, IntegerFormat):
+        return "LiteRT has no kernel for weights from a table"
     if not form.symmetric:
         return "LiteRT has no kernel for weights with zero points"
     if form.bits == 4 and form.activations is Activations.FLOAT:
         return "LiteRT multiplies int4 weights with activations rounded to int8 only (int8-dynamic)"
     block = form.block_length(width)
+    if form.bits == 4 and width % 2:
+        return f"rows of {width} int4 codes do not fill whole bytes"
     if block == width:
         return ""
     if form.bits == 8:
@@ -59,10 +64,8 @@ class Weights:
         """
         tensor = self._store[name]
         if (form := format_of(tensor)) is not None:
-            raise LoweringError(
-                f"{name} is quantized to {form}, but is used where LiteRT takes floats only",
-                hint="leave it float in the plan",
-            )
+            reason = f"quantized to {form}, but used where LiteRT takes floats only"
+            raise RefusedError(name, reason, hint="leave it float in the plan")
         return self._float(self._store.resolve(name), tensor, dtype)
 
     def turned(self, name: str, dtype: torch.dtype, axes: tuple[int, ...]) -> Weight:
@@ -87,11 +90,11 @@ class Weights:
             LoweringError: LiteRT cannot express the format.
         """
         tensor = self._store[name]
-        if format_of(tensor) is None:
+        if not isinstance(tensor, Quantized):
             return self.plain(name, dtype)
         return self._once(
             self._store.resolve(name),
-            lambda key: _quantized(key, tensor, tensor.shape, lambda: _row_slices(tensor), name),
+            lambda key: _quantized(key, tensor.format, tensor.shape, lambda: _row_slices(tensor), name),
         )
 
     def expert(self, name: str, index: int, dtype: torch.dtype, *, interleaved: bool) -> Weight:
@@ -111,7 +114,7 @@ class Weights:
         def order(value: Tensor) -> Tensor:
             return torch.cat([value[0::2], value[1::2]]) if interleaved else value
 
-        if format_of(tensor) is None:
+        if not isinstance(tensor, Quantized):
             stored = _stored_dtype(tensor, dtype)
 
             def chunks() -> Iterator[Chunk]:
@@ -121,11 +124,11 @@ class Weights:
             return self._once((name, index), lambda _: Weight(f"{name}.{index}", shape, _kind(stored), chunks))
 
         def slices() -> Iterator[tuple[Tensor, Tensor]]:
-            own = tensor.quantized_rows(index, index + 1)[0]  # type: ignore[attr-defined]
+            own = tensor.quantized_rows(index, index + 1)[0]
             yield order(own.codes), order(own.scales)
 
         return self._once(
-            (name, index), lambda _: _quantized(f"{name}.{index}", tensor, tensor.shape[1:], slices, name)
+            (name, index), lambda _: _quantized(f"{name}.{index}", tensor.format, tensor.shape[1:], slices, name)
         )
 
     def _float(self, name: str, tensor: LazyTensor, dtype: torch.dtype) -> Weight:
@@ -157,13 +160,10 @@ def _kind(dtype: torch.dtype) -> str:
 
 
 def _quantized(
-    name: str, tensor: LazyTensor, shape: tuple[int, ...], slices: Callable[[], Iterator[Any]], of: str
+    name: str, form: IntegerFormat, shape: tuple[int, ...], slices: Callable[[], Iterator[Any]], of: str
 ) -> Weight:
-    form = format_of(tensor)
     if reason := inexpressible(form, shape[-1]):
-        raise LoweringError(f"{of}: the TFLite target has no form for {form}: {reason}", hint=HINT)
-    if form.bits == 4 and shape[-1] % 2:
-        raise LoweringError(f"{of}: rows of {shape[-1]} int4 codes do not fill whole bytes", hint=HINT)
+        raise RefusedError(of, f"format {form}: {reason}", hint=HINT)
 
     def chunks() -> Iterator[Chunk]:
         for codes, scales in slices():
@@ -174,7 +174,7 @@ def _quantized(
     return Weight(name, shape, f"INT{form.bits}", chunks, form.block_length(shape[-1]), dynamic)
 
 
-def _row_slices(tensor: Any) -> Iterator[tuple[Tensor, Tensor]]:
+def _row_slices(tensor: Quantized) -> Iterator[tuple[Tensor, Tensor]]:
     step = max(1, CHUNK_BYTES // (4 * tensor.shape[-1]))
     for start in range(0, tensor.shape[0], step):
         own = tensor.quantized_rows(start, min(start + step, tensor.shape[0]))

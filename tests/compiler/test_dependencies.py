@@ -104,7 +104,16 @@ def module_level_imports(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "name", ["cli", "__init__", "compiler/api", "compiler/run/generate", "compiler/commands/doctor", "targets/base"]
+    "name",
+    [
+        "cli",
+        "__init__",
+        "compiler/api",
+        "compiler/run/generate",
+        "compiler/run/conversation",
+        "compiler/commands/doctor",
+        "targets/base",
+    ],
 )
 def test_what_must_start_fast_imports_nothing_heavy(name: str) -> None:
     assert not module_level_imports(ROOT / f"{name}.py") & HEAVY

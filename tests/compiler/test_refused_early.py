@@ -48,41 +48,41 @@ def nothing_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(captures, "capture", capture)
 
 
-@pytest.mark.usefixtures("nothing_is_captured")
-@pytest.mark.parametrize("name", CASES)
-def test_before_capture(
-    name: str,
+@pytest.fixture
+def export(
+    nothing_is_captured: None,  # noqa: ARG001
     tiny_checkpoint: Callable[[str], Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:
-    arguments, code, message = CASES[name]
+) -> Callable[..., tuple[int, str]]:
+    """Exports a tiny OLMoE from an empty directory: exit code, and what is said on stderr."""
     monkeypatch.chdir(tmp_path)
+    checkpoint = str(tiny_checkpoint("olmoe"))
+    return lambda *flags: (cli.dispatch(["export", checkpoint, "-o", "out", *flags]), capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_before_capture(name: str, export: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
+    arguments, code, message = CASES[name]
     (tmp_path / "file").touch()
-    assert cli.dispatch(["export", str(tiny_checkpoint("olmoe")), "-o", "out", *arguments]) == code
-    said = capsys.readouterr().err
+    found, said = export(*arguments)
+    assert found == code
     assert message in said
     assert "hint: " in said
     assert {path.name for path in tmp_path.iterdir()} == {"file"}
 
 
-@pytest.mark.usefixtures("nothing_is_captured")
 @pytest.mark.parametrize(
     ("target", "module"), [("coreml", "coremltools"), ("tflite", "ai_edge_litert"), ("tensorrt", "tensorrt_rtx")]
 )
 def test_an_extra_that_is_missing(
-    target: str,
-    module: str,
-    tiny_checkpoint: Callable[[str], Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    target: str, module: str, export: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = importlib.util.find_spec
     hidden = {module, "tensorrt"}
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name in hidden else found(name, *rest))
-    assert cli.dispatch(["export", str(tiny_checkpoint("olmoe")), "-t", target, "-o", str(tmp_path / "out")]) == 8
-    said = capsys.readouterr().err
+    code, said = export("-t", target)
+    assert code == 8
     assert f"needs {module}, which is not installed" in said
     assert f"pip install 'moec[{target}]'" in said

@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 
 pytestmark = pytest.mark.interop
-ROOT = Path(__file__).resolve().parents[2]
 TESTS = (
     "tests/compiler/frontend/test_capture.py",
     "tests/compiler/frontend/test_adapters.py",
@@ -25,11 +24,11 @@ TESTS = (
 )
 
 
-def test_capture_and_onnx(environment: Callable[[str, Path], Path]) -> None:
+def test_capture_and_onnx(environment: Callable[[str, Path], Path], pytestconfig: pytest.Config) -> None:
     python = environment("oldest", Path(__file__).with_name("oldest-requirements.txt"))
     versions = "import transformers, onnxruntime; print(transformers.__version__, onnxruntime.__version__)"
     found = subprocess.run([python, "-c", versions], capture_output=True, text=True, check=True).stdout.split()
     assert found == ["5.23.0", "1.31.1"]
     command = [python, "-m", "pytest", "-q", "-m", "not slow and not interop and not gpu", *TESTS]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
+    done = subprocess.run(command, cwd=pytestconfig.rootpath, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
     assert done.returncode == 0

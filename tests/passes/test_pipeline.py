@@ -99,7 +99,6 @@ def test_each_pass_is_reported(captured):
     _, log = run_passes(captured["mixtral"], (Normalize(), DeadCode()), on_pass=seen.append)
     assert tuple(seen) == log
     assert [record.name for record in log] == ["normalize", "dead-code"]
-    assert all(record.seconds > 0 for record in log)
 
 
 def test_the_order_is_checked_before_anything_runs(captured):

@@ -21,14 +21,14 @@ from moec.quantize.formats import (
 INTEGER_FORMATS = st.builds(
     IntegerFormat,
     bits=st.just(4),
-    granularity=st.sampled_from(["auto", "channel", 32, 64, 128]),
+    granularity=st.sampled_from(["auto", "auto32", "channel", 32, 64, 128]),
     symmetric=st.booleans(),
     scale_type=st.sampled_from(ScaleType),
     activations=st.sampled_from(Activations),
 ) | st.builds(
     IntegerFormat,
     bits=st.just(8),
-    granularity=st.sampled_from(["auto", "channel", 32, 64, 128]),
+    granularity=st.sampled_from(["auto", "auto32", "channel", 32, 64, 128]),
     scale_type=st.sampled_from(ScaleType),
     activations=st.sampled_from(Activations),
 )
@@ -68,10 +68,10 @@ def test_the_defaults_are_not_printed() -> None:
 @pytest.mark.parametrize(
     ("text", "message", "hint"),
     [
-        ("int5", "unknown format 'int5'", "Did you mean 'int8'"),
-        ("", "unknown format ''", "Valid: none, fp16, int8, int4, palettize4."),
-        ("int4:33", "unknown word '33'", "Did you mean '32'"),
-        ("int4:chanel", "unknown word 'chanel'", "Did you mean 'channel'"),
+        ("int5", "unknown format 'int5'", "did you mean 'int8'"),
+        ("", "unknown format ''", "the formats: fp16, int4, int8, none, palettize4"),
+        ("int4:33", "unknown word '33'", "did you mean '32'"),
+        ("int4:chanel", "unknown word 'chanel'", "did you mean 'channel'"),
         ("int4:32:64", "'64' contradicts", "Keep one"),
         ("int4:sym:asym", "'asym' contradicts", "Keep one"),
         ("fp16:32", "takes no further words", "Write fp16."),
@@ -105,8 +105,8 @@ def test_a_block_that_does_not_divide_is_refused_with_one_that_does() -> None:
 
 
 def test_bytes() -> None:
-    assert IntegerFormat(4, 32).bytes_per_weight(256) == 4.5 / 8
-    assert IntegerFormat(8, 128).bytes_per_weight(256) == 8.125 / 8
+    assert IntegerFormat(4, 32).planned_bytes((1, 256)) == 256 * 4.5 / 8
+    assert IntegerFormat(8, 128).planned_bytes((1, 256)) == 256 * 8.125 / 8
     assert IntegerFormat(8, "channel", scale_type=ScaleType.FP32).planned_bytes((3, 10, 100)) == 30 * 104
     assert IntegerFormat(4, "channel").planned_bytes((10, 101)) == 10 * (51 + 2)
     assert IntegerFormat(4, 32, symmetric=False).planned_bytes((1, 96)) == 48 + 6 + 2
@@ -134,3 +134,11 @@ def test_auto_shares_a_palette_among_the_most_rows_that_divide(rows: int, shared
 def test_rows_that_do_not_divide_are_refused() -> None:
     with pytest.raises(UsageError, match=r"layers.0.up: palettes of 16 rows do not divide its 24 rows"):
         PaletteFormat(rows=16).resolve(24, "layers.0.up")
+
+
+@pytest.mark.parametrize(("dimension", "found"), [(128, 32), (96, 32), (48, "channel"), (16, "channel")])
+def test_blocks_of_32_where_they_divide(dimension: int, found: object) -> None:
+    form = parse_format("int4:auto32")
+    assert isinstance(form, IntegerFormat)
+    assert form.resolve(dimension, "w").granularity == found
+    assert form.block_length(dimension) == (32 if found == 32 else dimension)

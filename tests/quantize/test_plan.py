@@ -99,7 +99,7 @@ def test_the_router_norms_and_biases_stay_float(tensor_class: TensorClass) -> No
         ("experts-gate-up", "experts_gate_up"),
         ("lmhead", "lm_head"),
         ("Attn", "attention"),
-        ("zzz", "Valid: experts_gate_up"),
+        ("zzz", "the tensor classes: attention"),
     ],
 )
 def test_an_unknown_class_is_refused_with_the_nearest_name(text: str, hint: str) -> None:

@@ -42,49 +42,19 @@ def flags(*shape: int, seed: int = 0) -> Tensor:
     return x(*shape, seed=seed) > 0
 
 
+def _named(names: str) -> list[Any]:
+    return [getattr(aten, name).default for name in names.split()]
+
+
 # Arguments by op; several where an op has several forms. `d` has the sizes as numbers (b, s) and as symbols.
 UNARY = {
     op: [lambda d: (x(d.b, d.s, 8),)]
-    for op in (
-        aten.neg.default,
-        aten.abs.default,
-        aten.exp.default,
-        aten.expm1.default,
-        aten.floor.default,
-        aten.ceil.default,
-        aten.sign.default,
-        aten.cos.default,
-        aten.sin.default,
-        aten.tanh.default,
-        aten.sigmoid.default,
-        aten.relu.default,
-        aten.silu.default,
-        aten.square.default,
-        aten.zeros_like.default,
-        aten.ones_like.default,
-        aten.log_sigmoid.default,
-        aten.exp2.default,
-        aten.hardsigmoid.default,
-        aten.hardswish.default,
-        aten.hardtanh.default,
-        aten.relu6.default,
-        aten.mish.default,
-        aten.isnan.default,
-        aten.isinf.default,
+    for op in _named(
+        "neg abs exp expm1 floor ceil sign cos sin tanh sigmoid relu silu square zeros_like ones_like log_sigmoid "
+        "exp2 hardsigmoid hardswish hardtanh relu6 mish isnan isinf"
     )
 }
-POSITIVE = {
-    op: [lambda d: (positive(d.b, d.s, 8),)]
-    for op in (
-        aten.log.default,
-        aten.log1p.default,
-        aten.log2.default,
-        aten.log10.default,
-        aten.sqrt.default,
-        aten.rsqrt.default,
-        aten.reciprocal.default,
-    )
-}
+POSITIVE = {op: [lambda d: (positive(d.b, d.s, 8),)] for op in _named("log log1p log2 log10 sqrt rsqrt reciprocal")}
 TWO = {
     op: [lambda d: (x(d.b, d.s, 8), x(d.b, 1, 8, seed=1)), lambda d: (whole(d.b, d.s), x(d.b, d.s))]
     for op in (

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import fx
 
 import moec
 from moec.compiler.common.verdict import Status
@@ -18,7 +19,7 @@ from moec.compiler.gates.cases import Prompts
 from moec.compiler.gates.coverage import judge_coverage, run_experts_by_force
 from moec.compiler.gates.parity import ParityOptions, gather_artifact, judge_parity
 from moec.compiler.gates.tolerance import precision_of
-from moec.compiler.ir.interpreter import ProgramRunner, observe
+from moec.compiler.ir.interpreter import ProgramRunner
 from moec.compiler.ir.program import EXPERTS, Program
 from moec.targets import get_target
 from moec.targets.base import Target
@@ -44,7 +45,11 @@ def rare_model(golden_model: Path, capture_of: Programs, tmp_path_factory: pytes
     program = capture_of(golden_model)
     layers = {node: layer for layer, node in enumerate(program.nodes(EXPERTS))}
     states: dict[int, list[torch.Tensor]] = {layer: [] for layer in layers.values()}
-    watch = observe([EXPERTS], lambda node, args, _: states[layers[node]].append(args[0]))
+
+    def watch(node: fx.Node, args: tuple[Any, ...], _: Any) -> None:
+        if node.target is EXPERTS:
+            states[layers[node]].append(args[0])
+
     runner, prompts = ProgramRunner(program, observer=watch), Prompts.of(golden_model, program.vocab_size, seed=7)
     for _ in range(3):
         runner.prefill(prompts.text(1, 512))

@@ -1,4 +1,4 @@
-"""Step 3.7: its experts clamp the activated gate, where others clamp the gate before the activation."""
+"""Step 3.7: its experts clamp the activated gate (`swiglu_limits`), where others clamp what the activation takes in."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import Tensor
 
-from moec.compiler.common.errors import UnsupportedModelError
 from moec.compiler.frontend.hooks import activation_name, active_record, emit_experts
 from moec.compiler.ir.ops import Gate
 
@@ -16,9 +15,8 @@ def _forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weight
     """Forward of `Step3p7Experts`: [T, H], [T, k], [T, k] -> [T, H]."""
     record = active_record()
     where = record.name(self)
-    if math.isfinite(self.limit):
-        raise UnsupportedModelError(f"{where}: its experts clamp what the activation of the gate yields")
-    gate = Gate(activation_name(self.act_fn, where))
+    limited = math.isfinite(self.limit)
+    gate = Gate(activation_name(self.act_fn, where), limit=self.limit if limited else 0.0, limit_activated=limited)
     experts = (self.gate_up_proj, self.down_proj)
     return emit_experts(record, where, hidden_states, top_k_index, top_k_weights, gate, *experts)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moec.compiler.frontend.stored.base import Parts, Rule, Settings, StoredFormat, signed, unpack
+from moec.compiler.frontend.stored.base import Parts, Rule, Settings, StoredFormat, packed_matrices, signed, unpack
 from moec.compiler.ir.encoded_weights import Encoded, Made, Spread
 from moec.compiler.ir.weights import LazyTensor, swap_last
 
@@ -27,10 +27,7 @@ def _unpacked(words: Tensor, start: int, stop: int) -> Tensor:
 
 
 def _decode(parts: Parts) -> LazyTensor:
-    qweight, qzeros = (parts.expect(rest, dtypes=(torch.int32,)) for rest in ("qweight", "qzeros"))
-    scales = parts["scales"]
-    if not len(qweight.shape) == len(qzeros.shape) == len(scales.shape) == 2:
-        raise parts.misfit("qweight")
+    qweight, qzeros, scales = packed_matrices(parts)
     groups, rows = scales.shape
     columns = qweight.shape[0]
     if qweight.shape[1] * 8 != rows or qzeros.shape != (groups, rows // 8) or columns % groups:

@@ -78,6 +78,19 @@ class Parts:
         return UnsupportedModelError(f"{self.where}: {self.name}: {what}", hint=SAVE_FLOAT)
 
 
+def packed_matrices(parts: Parts) -> tuple[Stored, Stored, Stored]:
+    """Codes and zero points packed in words of 32 bits, and scales, as AWQ and GPTQ name them: three matrices.
+
+    Raises:
+        CheckpointError: One is missing or another one.
+    """
+    qweight, qzeros = (parts.expect(rest, dtypes=(torch.int32,)) for rest in ("qweight", "qzeros"))
+    scales = parts["scales"]
+    if not len(qweight.shape) == len(qzeros.shape) == len(scales.shape) == 2:
+        raise parts.misfit("qweight")
+    return qweight, qzeros, scales
+
+
 SAVE_FLOAT = "export the float checkpoint that it was quantized from, or save it dequantized"
 
 

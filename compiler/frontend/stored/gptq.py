@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from moec.compiler.frontend.stored.base import Parts, Rule, Settings, StoredFormat, signed, unpack
+from moec.compiler.frontend.stored.base import Parts, Rule, Settings, StoredFormat, packed_matrices, signed, unpack
 from moec.compiler.ir.encoded_weights import Encoded, Made, Spread
 from moec.compiler.ir.weights import LazyTensor, swap_last
 
@@ -19,10 +19,7 @@ FORMATS = ("gptq", "gptq_v2")
 
 
 def _decode(parts: Parts) -> LazyTensor:
-    qweight, qzeros = (parts.expect(rest, dtypes=(torch.int32,)) for rest in ("qweight", "qzeros"))
-    scales = parts["scales"]
-    if not len(qweight.shape) == len(qzeros.shape) == len(scales.shape) == 2:
-        raise parts.misfit("qweight")
+    qweight, qzeros, scales = packed_matrices(parts)
     groups, rows = scales.shape
     bits = qzeros.shape[1] * 32 // rows
     if bits not in BITS:

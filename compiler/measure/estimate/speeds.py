@@ -5,7 +5,7 @@ The cache is one file per machine, moec and runtime version in the user's cache 
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import importlib.metadata
 import json
 import time
@@ -19,6 +19,8 @@ import platformdirs
 from scipy.optimize import nnls
 
 import moec
+from moec.compiler.common.digest import sha256_of_json
+from moec.compiler.common.files import write_whole
 from moec.compiler.common.machine import machine
 from moec.compiler.measure.estimate.counting import Counts
 from moec.targets import get_target
@@ -116,7 +118,7 @@ def cached(kind: str, key: Mapping[str, Any], make: Callable[[], Mapping[str, An
         key: Everything that the figures depend on.
         make: Measures; None only looks.
     """
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    digest = sha256_of_json(key)[:16]
     file = platformdirs.user_cache_path("moec") / f"{kind}-{digest}.json"
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -133,11 +135,6 @@ def cached(kind: str, key: Mapping[str, Any], make: Callable[[], Mapping[str, An
 
 
 def _write(file: Path, content: Mapping[str, Any]) -> None:
-    """Whole or not at all; a cache that cannot be written costs time alone."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        beside = file.with_suffix(f".{time.time_ns()}")
-        beside.write_text(json.dumps(content, indent=2), encoding="utf-8")
-        beside.replace(file)
-    except OSError:
-        return
+    """A cache that cannot be written costs time alone."""
+    with contextlib.suppress(OSError):
+        write_whole(file, json.dumps(content, indent=2))

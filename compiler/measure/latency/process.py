@@ -93,7 +93,9 @@ def warm(
         fitting = tuple(c for c in contexts if all(limit is None or c + growth(c) <= limit for limit in most))
         del runners
         vocab_size = min(_vocab_size(Path(path)) for path in artifacts.values())
-        met = tuple(demand for demand in demands if getattr(demand.subject, "context", 0) in fitting)
+        met = tuple(
+            demand for demand in demands if isinstance(demand.subject, Workload) and demand.subject.context in fitting
+        )
         found = sample(opened, Plan(fitting, met, threads, seconds, vocab_size), told)
     return {
         "series": {name: {k: asdict(v) for k, v in each.items()} for name, each in found.series.items()},

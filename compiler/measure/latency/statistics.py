@@ -30,18 +30,17 @@ class Interval:
         return (self.high - self.low) / 2 / self.value if self.value > 0 else math.inf
 
 
-def quantile(samples: Sequence[float], share: float, level: float = LEVEL) -> Interval:
+def quantile(samples: Sequence[float], share: float) -> Interval:
     """A quantile with the interval between two order statistics (Conover, Practical Nonparametric Statistics, 3.2).
 
     Args:
         samples: At least one.
         share: 0.5 is the median.
-        level: Confidence level.
 
     Returns:
         The interval; its high end is infinite where there are too few samples for so high a quantile.
     """
-    ordered, tail = np.sort(samples), (1 - level) / 2
+    ordered, tail = np.sort(samples), (1 - LEVEL) / 2
     below = int(stats.binom.ppf(tail, len(ordered), share))
     above = int(stats.binom.ppf(1 - tail, len(ordered), share))
     low = float(ordered[below - 1]) if below else 0.0
@@ -49,13 +48,13 @@ def quantile(samples: Sequence[float], share: float, level: float = LEVEL) -> In
     return Interval(float(np.quantile(ordered, share)), low, high)
 
 
-def samples_needed(share: float, level: float = LEVEL) -> int:
+def samples_needed(share: float) -> int:
     """Samples from which on the interval of a quantile has two finite ends."""
-    tail = (1 - level) / 2
+    tail = (1 - LEVEL) / 2
     return math.ceil(math.log(tail) / math.log(max(share, 1 - share)))
 
 
-def paired_ratio(ratios: Sequence[float], level: float = RATIO_LEVEL) -> Interval:
+def paired_ratio(ratios: Sequence[float]) -> Interval:
     """The typical one of ratios that were measured in pairs: the Hodges-Lehmann estimate of their logarithms.
 
     It is the median of the means of all pairs of logarithms, its interval that of the signed rank test (Hollander,
@@ -64,7 +63,6 @@ def paired_ratio(ratios: Sequence[float], level: float = RATIO_LEVEL) -> Interva
 
     Args:
         ratios: Positive.
-        level: Confidence level.
 
     Returns:
         The interval is from 0 to infinity where there are too few ratios: ten are needed for the level 0.99.
@@ -74,7 +72,7 @@ def paired_ratio(ratios: Sequence[float], level: float = RATIO_LEVEL) -> Interva
     rows, columns = np.triu_indices(count)
     means = np.sort((logs[rows] + logs[columns]) / 2)
     expected, deviation = len(means) / 2, math.sqrt(count * (count + 1) * (2 * count + 1) / 24)
-    outside = math.floor(expected - float(stats.norm.ppf((1 + level) / 2)) * deviation)
+    outside = math.floor(expected - float(stats.norm.ppf((1 + RATIO_LEVEL) / 2)) * deviation)
     value = math.exp(float(np.median(means)))
     if outside < 1:
         return Interval(value, 0.0, math.inf)

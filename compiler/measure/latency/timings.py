@@ -19,6 +19,14 @@ NOISE = 0.05
 BUSY = 0.05
 """Share of the time without a core from which on the wall clock tells of the neighbours."""
 
+
+class Clock(StrEnum):
+    """What times are taken by: the clock on the wall, or the CPU seconds of the process."""
+
+    WALL = "wall"
+    CPU = "cpu"
+
+
 CANDIDATE, BASELINE = "candidate", "baseline"
 
 
@@ -70,16 +78,20 @@ class Series:
         self.cpu[-1].append([call.cpu for call in turn])
         self.waits += sum(call.waited for call in turn)
 
-    def calls(self, clock: str = "wall") -> list[float]:
+    def sessions(self, clock: Clock) -> list[list[Turn]]:
+        """The times by one clock."""
+        return self.cpu if clock is Clock.CPU else self.wall
+
+    def calls(self, clock: Clock = Clock.WALL) -> list[float]:
         """Seconds of every call."""
-        return [seconds for session in getattr(self, clock) for turn in session for seconds in turn]
+        return [seconds for session in self.sessions(clock) for turn in session for seconds in turn]
 
     def without_core(self) -> float:
         """Share of the time in which others had the core; 0 where calls also wait by themselves, as for a device."""
         calls = self.calls()
         if self.waits > BUSY * len(calls):
             return 0.0
-        return max(0.0, 1 - sum(self.calls("cpu")) / sum(calls))
+        return max(0.0, 1 - sum(self.calls(Clock.CPU)) / sum(calls))
 
     @classmethod
     def of(cls, plain: Mapping[str, Any]) -> Series:
@@ -93,12 +105,12 @@ class Ratio:
 
     Attributes:
         interval: The ratio.
-        clock: "wall", or "cpu" where the machine was busy with other things.
+        clock: CPU seconds where the machine was busy with other things.
         sessions: How many.
     """
 
     interval: Interval
-    clock: str
+    clock: Clock
     sessions: int
 
 
@@ -117,8 +129,8 @@ def ratio(series: Mapping[str, Series], threads: int) -> Ratio:
     """
     candidate, baseline = series[CANDIDATE], series[BASELINE]
     busy = max(candidate.without_core(), baseline.without_core()) > BUSY
-    clock = "cpu" if busy and threads == 1 else "wall"
-    sessions = zip(getattr(candidate, clock), getattr(baseline, clock), strict=True)
+    clock = Clock.CPU if busy and threads == 1 else Clock.WALL
+    sessions = zip(candidate.sessions(clock), baseline.sessions(clock), strict=True)
     ratios = [_session_ratio(first, second) for first, second in sessions]
     return Ratio(paired_ratio(ratios), clock, len(ratios))
 

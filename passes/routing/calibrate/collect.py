@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from moec.compiler.ir.interpreter import ProgramRunner
 from moec.compiler.ir.program import EXPERTS, Program
-from moec.compiler.text.perplexity import log_softmax
+from moec.compiler.text.perplexity import kl_divergence, log_softmax
 from moec.passes.routing.calibrate.sensitivities import Sensitivities
 from moec.passes.routing.calibrate.traces import RoutingTrace
 from moec.passes.routing.dynamic_routing import DynamicRouting
@@ -198,8 +198,7 @@ def _divergence(program: Program, windows: np.ndarray, reference: list[np.ndarra
     runner = ProgramRunner(program)
     total = 0.0
     for batch, expected in zip(_batches(windows), reference, strict=True):
-        found = log_softmax(runner.prefill(batch))
-        total += float((np.exp(expected) * (expected - found)).sum(dtype=np.float64))
+        total += kl_divergence(expected, log_softmax(runner.prefill(batch)))
     return total / windows.size
 
 

@@ -20,13 +20,11 @@ class Saving:
     Attributes:
         policy: The policy, or None where no saving stays within the bound.
         budget: Share of slots that it keeps over calibration text; 1 without a policy.
-        loss: Its measured quality loss, in the unit of `evaluate`; 0 without a policy.
         tried: Every budget with its loss, in the order of the search.
     """
 
     policy: Policy | None
     budget: float
-    loss: float
     tried: tuple[tuple[float, float], ...]
 
 
@@ -58,7 +56,7 @@ def largest_saving(
             f"no search with least budget {least}, {evaluations} evaluations and a quality loss of {max_loss}",
             hint="The least budget lies between 0 and 1, the loss is at least 0.",
         )
-    best: tuple[Policy | None, float, float] = (None, 1.0, 0.0)
+    best: tuple[Policy | None, float] = (None, 1.0)
     tried: list[tuple[float, float]] = []
     budget, low, high = least, least, 1.0
     for _ in range(evaluations):
@@ -66,7 +64,7 @@ def largest_saving(
         loss = evaluate(candidate)
         tried.append((budget, loss))
         if loss <= max_loss:
-            best, high = (candidate, budget, loss), budget
+            best, high = (candidate, budget), budget
         else:
             low = budget
         if high <= low:

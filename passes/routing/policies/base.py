@@ -162,8 +162,14 @@ class Policy(ABC):
 
     def operand(self, slots: Slots) -> Tensor | float:
         """The knob: the run-time operand where there is one, else the constant."""
+        return self.knob_value if slots.budget is None else slots.budget
+
+    @property
+    def knob_value(self) -> float:
+        """Value of the field that is the knob."""
         assert self.knob is not None
-        return getattr(self, self.knob) if slots.budget is None else slots.budget
+        value: float = getattr(self, self.knob)
+        return value
 
     def with_knob(self, value: float) -> Self:
         """The same policy with another value of its knob."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import asdict, fields
-from difflib import get_close_matches
-from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
 from moec.compiler.common.errors import UsageError
+from moec.compiler.common.plugins import third_party
+from moec.compiler.common.validation import unknown
 from moec.passes.routing.policies.activation_norm import ActivationNorm
 from moec.passes.routing.policies.base import Policy
 from moec.passes.routing.policies.capped import Capped
@@ -39,9 +39,6 @@ BUILT_IN: tuple[type[Policy], ...] = (
     RandomDrop,
 )
 
-CONTROLS = (UniformK.name, RandomDrop.name)
-"""Shown in every report beside the chosen policy."""
-
 REFUSED = {
     "oea": "lets tokens of a batch share the experts that others activate",
     "sere": "reroutes a token's experts to those that its batch activates",
@@ -63,20 +60,7 @@ def policies(extra: Iterable[EntryPoint] | None = None) -> dict[str, type[Policy
         UsageError: Two policies claim one name, or an entry point is no Policy.
     """
     table = {policy.name: policy for policy in BUILT_IN}
-    for entry in sorted(entry_points(group=GROUP) if extra is None else extra, key=lambda e: (e.name, e.value)):
-        if entry.name in table or entry.name in REFUSED:
-            raise UsageError(
-                f"the entry point {entry.name} = {entry.value} of group {GROUP} claims a name that is taken",
-                hint="Uninstall one of the packages, or rename the policy.",
-            )
-        loaded = entry.load()
-        if not (isinstance(loaded, type) and issubclass(loaded, Policy) and loaded.name == entry.name):
-            raise UsageError(
-                f"the entry point {entry.name} = {entry.value} of group {GROUP} is no Policy of that name",
-                hint="It must name a subclass of moec.passes.routing.policies.base.Policy whose `name` is the entry's.",
-            )
-        table[entry.name] = loaded
-    return table
+    return {**table, **third_party(GROUP, Policy, {*table, *REFUSED}, extra)}  # type: ignore[type-abstract]
 
 
 def policy_type(name: str) -> type[Policy]:
@@ -93,7 +77,7 @@ def policy_type(name: str) -> type[Policy]:
         )
     table = policies()
     if name not in table:
-        raise UsageError(f"unknown routing policy {name!r}", hint=_nearest(name, table))
+        raise unknown(name, table, "unknown routing policy", "the policies")
     return table[name]
 
 
@@ -107,7 +91,7 @@ def policy(name: str, **parameters: Any) -> Policy:
     known = [field.name for field in fields(chosen)]
     for key in parameters:
         if key not in known:
-            raise UsageError(f"policy {name} has no parameter {key!r}", hint=_nearest(key, known))
+            raise unknown(key, known, f"policy {name} has no parameter", "its parameters")
     values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in parameters.items()}
     return chosen(**values)
 
@@ -115,9 +99,3 @@ def policy(name: str, **parameters: Any) -> Policy:
 def parameters_of(chosen: Policy) -> dict[str, Any]:
     """The parameters of a policy, as `policy` takes them."""
     return asdict(chosen)
-
-
-def _nearest(word: str, valid: Iterable[str]) -> str:
-    names = list(valid)
-    close = get_close_matches(word, names, n=1, cutoff=0.5)
-    return (f"Did you mean {close[0]!r}? " if close else "") + f"Valid: {', '.join(names)}."

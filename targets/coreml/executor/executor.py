@@ -65,7 +65,7 @@ class Frame:
         try:
             if step.kernel is None:
                 results = CONTROL[step.operation.type](step, self)
-                cost = Cost(runs=1)
+                cost = Cost()
             else:
                 results, cost = self._compute(step, step.kernel)
             self._store(step, results)
@@ -75,7 +75,7 @@ class Frame:
                 f"{step.operation.type} failed ({where}): {error}",
                 hint="The program is invalid, or was given values that it cannot process.",
             ) from error
-        self.counters.add(step.operation.type, step.path, cost)
+        self.counters.add(step.path, cost)
 
     def _compute(self, step: Step, kernel: Kernel) -> tuple[tuple[Array, ...], Cost]:
         values = {
@@ -86,7 +86,7 @@ class Frame:
         result = kernel.run(args)
         results = result if isinstance(result, tuple) else (np.asarray(result),)
         macs = kernel.macs(args, results[0]) if kernel.macs else 0
-        return results, Cost(1, macs, _weight_bytes(step, kernel, results))
+        return results, Cost(macs, _weight_bytes(step, kernel, results))
 
     def _store(self, step: Step, results: tuple[Array, ...]) -> None:
         outputs = step.operation.outputs

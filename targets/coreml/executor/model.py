@@ -120,15 +120,6 @@ class MilModel:
             if not value.is_state
         )
 
-    def outputs(self, function: str | None = None) -> tuple[TensorDescriptor, ...]:
-        """Outputs of `function`.
-
-        Raises:
-            UsageError: No such function.
-            LoweringError: The function holds an op without a kernel.
-        """
-        return tuple(TensorDescriptor(value.name, value.type) for value in self.plan(function).outputs)
-
     def states(self, function: str | None = None) -> tuple[TensorDescriptor, ...]:
         """States of `function`. Raises UsageError if there is no such function."""
         found = self._function(function)
@@ -263,10 +254,6 @@ class MilSession:
             results = frame.run(self.plan.body)
         # Copies: a result may be a view of a state, a weight or the caller's own input.
         return {value.name: np.array(result) for value, result in zip(self.plan.outputs, results, strict=True)}
-
-    def reset_counters(self) -> None:
-        """Forget the costs so far."""
-        self.counters.reset()
 
     def _checked(self, feeds: Mapping[str, Any]) -> dict[str, Array]:
         if feeds.keys() != self._inputs.keys():

@@ -19,7 +19,7 @@ from moec.targets.coreml.lowerings.shape import cut
 
 def _attention(ctx: Context, node: fx.Node) -> Sequence[Var | None]:
     own = Attention.of(node)
-    names, states = ctx.settings["state_names"], ctx.settings["states"]
+    names, states = ctx.cache.names, ctx.cache.states
     keys = states.update(names[own.past_key], ctx.tensor(own.key))
     values = states.update(names[own.past_value], ctx.tensor(own.value))
     heads, groups = _heads(node)
@@ -79,7 +79,7 @@ def _elementary(ctx: Context, node: fx.Node, rows: Var, keys: Var, values: Var) 
         logits = mb.concat(values=[logits, _sink_column(ctx, node, logits)], axis=3)
     probabilities = mb.softmax(x=logits, axis=-1)
     if sinks is not None:
-        probabilities = cut(ctx, probabilities, 3, 0, ctx.settings["context"])
+        probabilities = cut(ctx, probabilities, 3, 0, ctx.settings.context)
     return mb.matmul(x=ctx.cast(probabilities, MIL_NAMES[own.query.meta["val"].dtype]), y=values)
 
 
@@ -127,7 +127,7 @@ def visible(ctx: Context, node: fx.Node) -> Var:
             lambda: mb.expand_dims(x=ctx.tensor(position, torch.int32), axes=ctx.ints(0, 1, 3)),
         )
         allowed = mb.less_equal(x=slots, y=query)
-        if ctx.settings["first_slot"] is not None:
+        if ctx.cache.first_slot is not None:
             allowed = mb.logical_and(x=allowed, y=mb.greater_equal(x=slots, y=ctx.constant(np.int32(0))))
         if kind == "sliding":
             low = mb.sub(x=query, y=ctx.constant(np.int32(window)))
@@ -143,8 +143,8 @@ def visible(ctx: Context, node: fx.Node) -> Var:
 
 def _slot_positions(ctx: Context) -> Var:
     """Position of the token in each slot, int32 [1, 1, 1, context]; negative before the first slot in use."""
-    slots = ctx.constant(np.arange(ctx.settings["context"], dtype=np.int32)[None, None, None])
-    first = ctx.settings["first_slot"]
+    slots = ctx.constant(np.arange(ctx.settings.context, dtype=np.int32)[None, None, None])
+    first = ctx.cache.first_slot
     return slots if first is None else ctx.shared("slot positions", lambda: ctx.mb.sub(x=slots, y=first))
 
 

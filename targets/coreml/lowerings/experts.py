@@ -24,6 +24,7 @@ from moec.compiler.ir.operands import Experts, Select
 from moec.compiler.ir.ops import Gate
 from moec.compiler.ir.program import EXPERTS, SELECT
 from moec.targets.common.arguments import result_dtype
+from moec.targets.common.refusals import refuse
 from moec.targets.coreml.context import MIL_NAMES, NUMPY, Context, Var
 from moec.targets.coreml.lowerings.elementwise import Lowering
 from moec.targets.coreml.lowerings.shape import cut
@@ -43,7 +44,7 @@ def dense_weights(ctx: Context, node: fx.Node) -> Var:
 def _experts(ctx: Context, node: fx.Node) -> Var:
     own, dtype = Experts.of(node), result_dtype(node)
     if not all(stack.op == "get_attr" for stack in own.stacks.values()):
-        raise ctx.refuse(node, "the weights of the experts are computed in the graph", "run the common passes")
+        raise refuse(node, "the weights of the experts are computed in the graph", "run the common passes")
     x, dense = ctx.tensor(own.hidden_states, dtype), dense_weights(ctx, node)
     number = ctx.shared("experts layers", lambda: [0])
     # Made here once, for every branch to refer to: inside of a branch each would be made again.
@@ -56,7 +57,7 @@ def _experts(ctx: Context, node: fx.Node) -> Var:
     expert = partial(_expert, ctx, node, x, number[0])
     layer = Layer(dense, own.num_experts, x, f"{EXPERT_SCOPE}{number[0]}", expert)
     number[0] += 1
-    if not ctx.settings["skip_experts"]:
+    if not ctx.settings.skip_experts:
         total = _all(ctx, layer)
     elif all(isinstance(size, int | np.integer) for size in x.shape):
         total = _needed(ctx, layer)
@@ -153,7 +154,7 @@ GROUP_ROWS = 1024
 
 def _all(ctx: Context, layer: Layer) -> Var:
     """The sum over all experts, each computed for every token; some results at a time, for fewer and larger ops."""
-    size = max(1, min(8, GROUP_ROWS // ctx.settings["chunk"]))
+    size = max(1, min(8, GROUP_ROWS // ctx.settings.chunk))
     sums = []
     for number, weights in enumerate(layer.split(ctx, size)):
         group = range(number * size, min((number + 1) * size, layer.count))
@@ -211,7 +212,7 @@ def _project(
 
 def _row(ctx: Context, argument: fx.Node, index: int, dtype: torch.dtype, pattern: str) -> Var:
     name = ctx.program.weights.resolve(str(argument.target))
-    ctx.settings["expert_tensors"][name] = pattern
+    ctx.expert_tensors[name] = pattern
     return ctx.pool.row(ctx.mb, name, ctx.lazy(argument), MIL_NAMES[dtype], index, pattern.format(index))
 
 
@@ -227,12 +228,14 @@ def activate(ctx: Context, projected: Var, gate: Gate, dtype: torch.dtype) -> Va
         first, up = mb.split(x=projected, num_splits=ctx.constant(np.int32(2)), axis=ctx.constant(np.int32(axis)))
     if gate.limit:
         high, low = ctx.tensor(gate.limit, dtype), ctx.tensor(-gate.limit, dtype)
-        first = mb.minimum(x=first, y=high)
+        first = first if gate.limit_activated else mb.minimum(x=first, y=high)
         up = mb.maximum(x=mb.minimum(x=up, y=high), y=low)
     if gate.activation == "silu" and gate.alpha != 1.0:
         activated = mb.mul(x=first, y=mb.sigmoid(x=mb.mul(x=first, y=ctx.tensor(gate.alpha, dtype))))
     else:
         activated = _activation(ctx, first, gate, dtype)
+    if gate.limit and gate.limit_activated:
+        activated = mb.minimum(x=activated, y=ctx.tensor(gate.limit, dtype))
     return mb.mul(x=activated, y=mb.add(x=up, y=ctx.tensor(gate.up_offset, dtype)) if gate.up_offset else up)
 
 

@@ -11,6 +11,7 @@ from torch import fx
 from moec.compiler.ir.operands import RmsNorm, Rotary
 from moec.compiler.ir.program import RMS_NORM, ROTARY
 from moec.targets.common.arguments import integer, listed, rank, real, result_dtype
+from moec.targets.common.refusals import refuse
 from moec.targets.coreml.context import MIL_NAMES, Context, Var
 from moec.targets.coreml.lowerings.elementwise import Lowering
 
@@ -31,7 +32,7 @@ def _layer_norm(ctx: Context, node: fx.Node) -> Var:
     x, sizes, weight, bias, eps, _cudnn = node.args
     dtype, widths = result_dtype(node), listed(sizes)
     if len(widths) != 1:
-        raise ctx.refuse(node, "a layer norm over several axes has no form")
+        raise refuse(node, "a layer norm over several axes has no form")
     mb, value = ctx.mb, ctx.tensor(x, torch.float32)
     axes = ctx.ints(rank(node) - 1)
     centred = mb.sub(x=value, y=mb.reduce_mean(x=value, axes=axes, keep_dims=True))
@@ -50,7 +51,7 @@ def _rotary(ctx: Context, node: fx.Node) -> Var:
     own, mb, dtype, axis = Rotary.of(node), ctx.mb, result_dtype(node), rank(node) - 1
     value = ctx.tensor(own.x, dtype)
     if integer(int(node.meta["val"].shape[-1])) % 2:
-        raise ctx.refuse(node, "a rotary embedding of odd width has no form")
+        raise refuse(node, "a rotary embedding of odd width has no form")
     first, second = mb.split(x=value, num_splits=2, axis=axis)
     turned = mb.concat(values=[mb.mul(x=second, y=ctx.tensor(-1.0, dtype)), first], axis=axis)
     return mb.add(x=mb.mul(x=value, y=ctx.tensor(own.cos, dtype)), y=mb.mul(x=turned, y=ctx.tensor(own.sin, dtype)))

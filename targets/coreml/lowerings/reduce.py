@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from moec.targets.common.arguments import integer, listed
+from moec.targets.common.refusals import refuse
 from moec.targets.coreml.context import Context, Var
 from moec.targets.coreml.lowerings.elementwise import Lowering
 
@@ -36,7 +37,7 @@ def _softmax(ctx: Context, node: fx.Node) -> Var:
 def _topk(ctx: Context, node: fx.Node) -> Sequence[Var]:
     source, count, axis, largest, _sorted = node.args
     if not isinstance(count, int):
-        raise ctx.refuse(node, "a top-k of unknown size has no form")
+        raise refuse(node, "a top-k of unknown size has no form")
     found: Sequence[Var] = ctx.mb.topk(
         x=ctx.tensor(source), k=np.int32(count), axis=integer(axis), ascending=not largest
     )

@@ -31,10 +31,17 @@ PLAIN_KERNELS = ("relu", "silu", "identity")
 """Activations without a gate that the `MoE` kernel computes as torch does (its gelu is another approximation)."""
 
 
+FLOAT_HINT = (
+    "leave experts_gate_up and experts_down of these layers float, by overrides of the plan (docs/quantization.md)"
+)
+
+
 def kernel_refusal(gate: Gate) -> str:
     """Why the MoE kernels of ONNX Runtime cannot compute `gate`; empty where they can."""
     if gate.gated and gate.activation != "silu":
         return f"the kernel has no gated {gate.activation}"
+    if gate.limit and gate.limit_activated:
+        return f"the kernel clamps what {gate.activation} takes in, and not what it yields"
     if not gate.gated and gate.activation not in PLAIN_KERNELS:
         return f"the kernel has no {gate.activation}"
     return ""
@@ -53,7 +60,8 @@ def refusals(program: Program, *, contrib: bool) -> tuple[Rejection, ...]:
         form = _format(program, own.gate_up_proj) or _format(program, own.down_proj)
         reason = kernel_refusal(own.gate) if contrib else "standard ONNX has no product of quantized experts"
         if form and reason:
-            found.append(Rejection("onnx", module_of(node), f"{reason}, so experts in {form} have no form here"))
+            reason += f", so experts in {form} have no form here"
+            found.append(Rejection("onnx", module_of(node), reason, FLOAT_HINT))
     return tuple(found)
 
 

@@ -165,12 +165,14 @@ def activate(ctx: Context, projected: ir.Value, gate: Gate, dtype: torch.dtype) 
     else:
         first, up = ctx.ops("Split", projected, outputs=2, axis=-1, num_outputs=2)
     if gate.limit:
-        first = ctx.op("Min", first, constant(gate.limit))
+        first = first if gate.limit_activated else ctx.op("Min", first, constant(gate.limit))
         up = ctx.op("Clip", up, constant(-gate.limit), constant(gate.limit))
     if gate.activation == "silu" and gate.alpha != 1.0:
         activated = ctx.op("Mul", first, ctx.op("Sigmoid", ctx.op("Mul", first, constant(gate.alpha))))
     else:
         activated = _activation(ctx, first, gate)
+    if gate.limit and gate.limit_activated:
+        activated = ctx.op("Min", activated, constant(gate.limit))
     return ctx.op("Mul", activated, ctx.op("Add", up, constant(gate.up_offset)) if gate.up_offset else up)
 
 

@@ -13,6 +13,7 @@ from torch import fx
 from moec.compiler.ir.operands import RmsNorm, Rotary
 from moec.compiler.ir.program import RMS_NORM, ROTARY
 from moec.targets.common.arguments import integer, listed, rank, real, result_dtype
+from moec.targets.common.refusals import refuse
 from moec.targets.onnx.context import Context, Lowering, np_dtype
 from moec.targets.onnx.lowerings.fusions import skip_norm
 
@@ -41,7 +42,7 @@ def _layer_norm(ctx: Context, node: fx.Node) -> ir.Value:
     dtype = result_dtype(node)
     widths = listed(sizes)
     if len(widths) != 1:
-        raise ctx.refuse(node, "a layer norm over several axes has no form")
+        raise refuse(node, "a layer norm over several axes has no form")
     width = integer(widths[0])
     scale = ctx.constant(np.ones(width, dtype=np_dtype(dtype))) if weight is None else ctx.tensor(weight, dtype)
     shift = None if bias is None else ctx.tensor(bias, dtype)

@@ -19,6 +19,7 @@ from moec.quantize.formats import Activations
 from moec.quantize.lazy import Quantized, Scales
 from moec.quantize.methods.tensors import QuantizedTensor
 from moec.targets.common.arguments import result_dtype
+from moec.targets.common.refusals import refuse
 from moec.targets.onnx.context import MS, Context
 from moec.targets.onnx.lowerings.layouts import interleave, interleaved_rows
 
@@ -334,7 +335,7 @@ def dequantize(ctx: Context, node: fx.Node, name: str, weight: Quantized) -> ir.
     groups = kernel_groups(weight, block)
     codes = Packed(weight, lambda part: part.codes, (rows, columns), torch.int8)
     if not weight.format.symmetric:
-        raise ctx.refuse(node, "asymmetric weights have no standard form here", hint="use a symmetric format")
+        raise refuse(node, "asymmetric weights have no standard form here", hint="use a symmetric format")
     ctx.coded[name] = stored_entry(weight, block, base=name, bits=8, signed=True)
     return ctx.shared(
         ("dequantized", name),

@@ -14,6 +14,7 @@ from torch import fx
 
 from moec.quantize.lazy import Quantized
 from moec.targets.common.arguments import integer, listed, rank, result_dtype
+from moec.targets.common.refusals import refuse
 from moec.targets.onnx.context import Context, Lowering, np_dtype
 from moec.targets.onnx.lowerings import quantized
 
@@ -126,7 +127,7 @@ def _index(ctx: Context, node: fx.Node) -> ir.Value:
     source, indices = node.args
     used = [(axis, index) for axis, index in enumerate(listed(indices)) if index is not None]
     if len(used) != 1:
-        raise ctx.refuse(node, "indexing by several tensors has no form")
+        raise refuse(node, "indexing by several tensors has no form")
     ((axis, index),) = used
     return ctx.op("Gather", ctx.tensor(source), ctx.tensor(index), axis=axis)
 

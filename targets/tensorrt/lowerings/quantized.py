@@ -5,9 +5,9 @@ from __future__ import annotations
 import onnx_ir as ir
 import torch
 
-from moec.compiler.common.errors import LoweringError
-from moec.quantize.formats import Activations, IntegerFormat
+from moec.quantize.formats import Activations
 from moec.quantize.lazy import Quantized
+from moec.targets.common.refusals import RefusedError
 from moec.targets.onnx.context import DTYPES, Context
 from moec.targets.onnx.lowerings.quantized import Packed, expand_scales, pack, stored_entry
 
@@ -18,14 +18,17 @@ BLOCKS = (128, 64, 32, 16)
 """Blocks that scales are written for. One block to a row fails in the builder, which says that a value is no value."""
 
 
-def refusal(form: IntegerFormat) -> str:
-    """Why TensorRT cannot take weights of `form`; empty where it can."""
+def inexpressible(weight: Quantized) -> str:
+    """Why TensorRT cannot take the format of a weight; empty where it can."""
+    form = weight.format
     if not form.symmetric:
         return "DequantizeLinear takes no zero point other than 0"
     if form.bits == 4 and form.granularity == "channel":
         return "int4 comes in blocks alone"
     if form.activations is not Activations.FLOAT:
         return "the parser has no DynamicQuantizeLinear, so activations cannot be rounded to int8"
+    if not stored_block(weight):
+        return f"its blocks are no multiples of {BLOCKS[-1]}, or rows are no longer than that"
     return ""
 
 
@@ -41,10 +44,10 @@ def dequantized(ctx: Context, name: str, weight: Quantized, dtype: torch.dtype) 
     and cast to that of the graph, which is what DequantizeLinear then yields.
 
     Raises:
-        LoweringError: TensorRT does not take the format.
+        RefusedError: TensorRT does not take the format.
     """
-    if reason := refusal(weight.format):
-        raise LoweringError(f"{name}: the TensorRT target has no form for {weight.format}: {reason}", hint=HINT)
+    if reason := inexpressible(weight):
+        raise RefusedError(name, f"format {weight.format}: {reason}", hint=HINT)
     block = stored_block(weight)
     groups = weight.shape[-1] // block
     ctx.coded[name] = stored_entry(weight, block, base=name, signed=True)

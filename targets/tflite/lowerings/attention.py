@@ -16,6 +16,7 @@ from torch import fx
 from moec.compiler.ir.operands import Attention
 from moec.compiler.ir.program import ATTENTION
 from moec.targets.common.arguments import shape_of
+from moec.targets.common.refusals import refuse
 from moec.targets.tflite.context import Context
 from moec.targets.tflite.lowerings.elementwise import Lowering, choose
 from moec.targets.tflite.lowerings.linear import batch_matmul
@@ -27,7 +28,7 @@ MASKED = -1e9
 def _attention(ctx: Context, node: fx.Node) -> Sequence[Value]:
     own = Attention.of(node)
     if own.attention_mask is not None:
-        raise ctx.refuse(node, "attention with a padding mask has no form")
+        raise refuse(node, "attention with a padding mask has no form")
     keys = _updated(ctx, own.past_key, own.key, own.cache_position)
     values = _updated(ctx, own.past_value, own.value, own.cache_position)
     heads, length, depth = shape_of(own.query)[1:]

@@ -13,6 +13,7 @@ from moec.compiler.ir.operands import CausalConv
 from moec.compiler.ir.ops import Gate
 from moec.compiler.ir.program import CAUSAL_CONV
 from moec.targets.common.arguments import integer, listed, node_of, result_dtype, shape_of
+from moec.targets.common.refusals import refuse
 from moec.targets.tflite.context import Context
 from moec.targets.tflite.library import schema
 from moec.targets.tflite.lowerings.elementwise import Lowering
@@ -27,7 +28,7 @@ def _conv1d(ctx: Context, node: fx.Node) -> Value:
     arguments: list[Any] = list(node.args)
     x, weight, bias, stride, padding, dilation, groups = arguments
     if integer(groups) > 1 and groups != shape_of(x)[1]:
-        raise ctx.refuse(node, "a convolution in groups of several channels has no form")
+        raise refuse(node, "a convolution in groups of several channels has no form")
     (step,), (pad,), (gap,) = listed(stride), listed(padding), listed(dilation)
     rows = _padded(ctx, ctx.transpose(ctx.tensor(x, result_dtype(node)), (0, 2, 1)), pad)
     apart = integer(groups) > 1

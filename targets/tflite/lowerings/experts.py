@@ -17,6 +17,7 @@ from moec.compiler.ir.operands import Experts, Select
 from moec.compiler.ir.ops import Gate
 from moec.compiler.ir.program import EXPERTS, SELECT
 from moec.targets.common.arguments import result_dtype
+from moec.targets.common.refusals import refuse
 from moec.targets.tflite.context import Context
 from moec.targets.tflite.lowerings.elementwise import Lowering, choose
 from moec.targets.tflite.lowerings.linear import fully_connected
@@ -104,7 +105,7 @@ def _project(
         if source is None:
             continue
         if source.op != "get_attr":
-            raise ctx.refuse(node, "experts whose weights are computed in the graph have no form")
+            raise refuse(node, "experts whose weights are computed in the graph have no form")
         name, dtype = str(source.target), source.meta["val"].dtype
         made.append(ctx.shared.weights.expert(name, index, dtype, interleaved=interleaved))
         entry = {"transposed": False, "interleaved": interleaved}
@@ -119,12 +120,14 @@ def activate(ctx: Context, projected: Value, gate: Gate) -> Value:
         return _activation(ctx, projected, gate)
     first, up = split(ctx, projected, [projected.shape[1] // 2] * 2, 1)
     if gate.limit:
-        first = ctx.op("MINIMUM", first, ctx.scalar(gate.limit))
+        first = first if gate.limit_activated else ctx.op("MINIMUM", first, ctx.scalar(gate.limit))
         up = ctx.op("MINIMUM", ctx.op("MAXIMUM", up, ctx.scalar(-gate.limit)), ctx.scalar(gate.limit))
     if gate.activation == "silu" and gate.alpha != 1.0:
         activated = ctx.op("MUL", first, ctx.op("LOGISTIC", ctx.op("MUL", first, ctx.scalar(gate.alpha))))
     else:
         activated = _activation(ctx, first, gate)
+    if gate.limit and gate.limit_activated:
+        activated = ctx.op("MINIMUM", activated, ctx.scalar(gate.limit))
     return ctx.op("MUL", activated, ctx.op("ADD", up, ctx.scalar(gate.up_offset)) if gate.up_offset else up)
 
 

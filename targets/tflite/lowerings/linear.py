@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from moec.targets.common.arguments import node_of, result_dtype
+from moec.targets.common.refusals import refuse
 from moec.targets.tflite.context import Context
 from moec.targets.tflite.lowerings.elementwise import Lowering
 from moec.targets.tflite.lowerings.shape import gather
@@ -65,7 +66,7 @@ def _embedding(ctx: Context, node: fx.Node) -> Value:
         rows = gather(ctx, ctx.graph.weight(weight), index, 0)
         return ctx.op("DEQUANTIZE", rows, dtype="FLOAT32") if rows.dtype == "FLOAT16" else rows
     if weight.blockwise:
-        raise ctx.refuse(node, f"{weight.name}: an embedding in blocks has no form", "give embeddings int8:channel")
+        raise refuse(node, f"{weight.name}: an embedding in blocks has no form", "give embeddings int8:channel")
     flat = ctx.reshape(index, (-1,) if index.rank == 1 else (_size(index.shape),))
     rows = ctx.op(
         "EMBEDDING_LOOKUP", flat, ctx.graph.weight(weight), shape=(flat.shape[0], weight.shape[1]), dtype="FLOAT32"

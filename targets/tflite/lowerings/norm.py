@@ -11,6 +11,7 @@ from torch import fx
 from moec.compiler.ir.operands import RmsNorm, Rotary
 from moec.compiler.ir.program import RMS_NORM, ROTARY
 from moec.targets.common.arguments import listed, result_dtype
+from moec.targets.common.refusals import refuse
 from moec.targets.tflite.context import Context
 from moec.targets.tflite.lowerings.elementwise import Lowering
 from moec.targets.tflite.model import Value
@@ -35,7 +36,7 @@ def _layer_norm(ctx: Context, node: fx.Node) -> Value:
     x, sizes, weight, bias, eps, _cudnn = node.args
     dtype = result_dtype(node)
     if len(listed(sizes)) != 1:
-        raise ctx.refuse(node, "a layer norm over several axes has no form")
+        raise refuse(node, "a layer norm over several axes has no form")
     value = ctx.tensor(x, dtype)
     mean = ctx.reduce("MEAN", value, [value.rank - 1], keep=True)
     normed = _scaled_by_variance(ctx, value, ctx.op("SUB", value, mean), float(eps))  # type: ignore[arg-type]

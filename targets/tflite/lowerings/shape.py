@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from moec.targets.common.arguments import integer, listed, node_of, result_dtype
+from moec.targets.common.refusals import refuse
 from moec.targets.tflite.context import Context
 from moec.targets.tflite.lowerings.elementwise import Lowering, choose
 from moec.targets.tflite.model import Value
@@ -82,10 +83,10 @@ def _index(ctx: Context, node: fx.Node) -> Value:
     source, indices = node.args
     used = [(axis, index) for axis, index in enumerate(listed(indices)) if index is not None]
     if len(used) != 1:
-        raise ctx.refuse(node, "indexing by several tensors has no form")
+        raise refuse(node, "indexing by several tensors has no form")
     axis, index = used[0]
     if node_of(index).meta["val"].dtype is torch.bool:
-        raise ctx.refuse(node, "indexing by a mask has a result of unknown size")
+        raise refuse(node, "indexing by a mask has a result of unknown size")
     value = ctx.tensor(source)
     # Negative indices count from the end, and GATHER takes none.
     size = ctx.constant(np.int32(value.shape[axis]), torch.int32)
@@ -104,7 +105,7 @@ def _gather(ctx: Context, node: fx.Node) -> Value:
     value, places = ctx.tensor(source), ctx.tensor(index, torch.int64)
     last = value.rank - 1
     if axis != last or value.shape[:last] != places.shape[:last]:
-        raise ctx.refuse(node, "gather along another axis than the last has no form")
+        raise refuse(node, "gather along another axis than the last has no form")
     return ctx.op("GATHER", value, places, shape=places.shape, axis=last, batchDims=last)
 
 
@@ -120,7 +121,7 @@ def _scatter(ctx: Context, node: fx.Node) -> Value:
     target, places = ctx.tensor(source), ctx.tensor(index, torch.int64)
     last = target.rank - 1
     if axis != last or target.shape[:last] != places.shape[:last]:
-        raise ctx.refuse(node, "scatter along another axis than the last has no form")
+        raise refuse(node, "scatter along another axis than the last has no form")
     hot = one_hot(ctx, places, target.shape[last])
     hit = ctx.reduce("REDUCE_ANY", hot, [last], keep=False)
     values = ctx.cast(ctx.tensor(updates), "FLOAT32")
@@ -140,7 +141,7 @@ def _pad(ctx: Context, node: fx.Node) -> Value:
     value, pads, fill = ctx.tensor(node.args[0]), [integer(pad) for pad in listed(node.args[1])], node.args[2]
     pairs = [(0, 0)] * (value.rank - len(pads) // 2) + list(zip(pads[::2], pads[1::2], strict=True))[::-1]
     if any(pad < 0 for pair in pairs for pad in pair):
-        raise ctx.refuse(node, "negative padding has no form")
+        raise refuse(node, "negative padding has no form")
     shape = [size + sum(pair) for size, pair in zip(value.shape, pairs, strict=True)]
     places = ctx.constant(np.asarray(pairs), torch.int32)
     return ctx.op("PADV2", value, places, ctx.tensor(fill, result_dtype(node)), shape=shape)

@@ -12,7 +12,7 @@ from moec.compiler.measure.estimate import error as error_module
 from moec.compiler.measure.estimate.counting import count, formats
 from moec.compiler.measure.estimate.devices import device_names, load_device
 from moec.compiler.measure.estimate.speeds import Speeds
-from moec.compiler.pipeline.export import build_program
+from moec.compiler.pipeline.program import build_program
 from moec.compiler.pipeline.recipe import make_recipe
 from moec.quantize.formats import parse_format
 

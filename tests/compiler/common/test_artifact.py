@@ -204,12 +204,13 @@ def test_an_error_about_another_file_is_not_ours(tmp_path: Path) -> None:
 
 
 def test_unwritable_parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_args: Any, **_kwargs: Any) -> str:
+    def refuse(*_args: Any, **_kwargs: Any) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path))
 
-    monkeypatch.setattr("tempfile.mkdtemp", refuse)
-    with pytest.raises(OutputError, match="Permission denied"), staged(tmp_path / "out"):
-        pass
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "mkdir", refuse)
+        with pytest.raises(OutputError, match="Permission denied"), staged(tmp_path / "out"):
+            pass
     with pytest.raises(OutputError, match="cannot be written"), staged(Path("/proc/out")):
         pass
     (tmp_path / "file").touch()

@@ -70,3 +70,32 @@ def test_aliases_in_moderation_are_fine(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_text("checkpoint: x\noptions: &o {flavor: genai}\nrouting: {parameters: *o}\n")
     assert read_recipe(path)["routing"] == {"parameters": {"flavor": "genai"}}
+
+
+def _fail_in_the_middle(path: Path) -> None:
+    with files.beside(path) as partial:
+        partial.write_text("half")
+        raise RuntimeError
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "made" / "index.json"
+    files.write_whole(path, "old")
+    with pytest.raises(RuntimeError):
+        _fail_in_the_middle(path)
+    assert path.read_text() == "old"
+    files.write_whole(path, "new")
+    assert path.read_text() == "new"
+    assert [item.name for item in path.parent.iterdir()] == ["index.json"]
+
+
+def test_a_directory_that_is_there_may_stay(tmp_path: Path) -> None:
+    def unless_there(partial: Path, path: Path) -> None:
+        if not path.exists():
+            partial.rename(path)
+
+    for text in ("first", "second"):
+        with files.beside(tmp_path / "entry", unless_there) as partial:
+            partial.mkdir()
+            (partial / "file").write_text(text)
+    assert [(item.name, (item / "file").read_text()) for item in tmp_path.iterdir()] == [("entry", "first")]

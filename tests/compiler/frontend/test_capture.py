@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from moec.compiler.frontend.masks import Mask, MaskPattern, MaskUseError
 from moec.compiler.gates.reference import load_source
 from moec.compiler.ir.interpreter import ProgramRunner
 from moec.compiler.ir.ops import Gate
+from moec.compiler.ir.printing import format_graph
 from moec.compiler.ir.program import Program
 from moec.compiler.measure.summary import model_summary
 
@@ -228,3 +231,48 @@ def test_a_limit_shows_beyond_it(limit: float) -> None:
     experts = tiny_model("gpt_oss", swiglu_limit=limit).model.layers[0].mlp.experts
     found = hooks._gate_of(experts, "here")
     assert (found.activation, found.limit) == ("silu", limit)
+
+
+def test_captures_in_two_threads_do_not_mix(tiny_checkpoint: Checkpoints) -> None:
+    checkpoints = [Checkpoint.open(tiny_checkpoint(family)) for family in ("mixtral", "gpt_oss")]
+    alone = [format_graph(capture(checkpoint)) for checkpoint in checkpoints]
+    start = threading.Barrier(2)
+
+    def together(checkpoint: Checkpoint) -> str:
+        start.wait()
+        return format_graph(capture(checkpoint))
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(together, checkpoints)) == alone
+
+
+def test_hooks_write_to_the_recording_of_their_thread() -> None:
+    turn = threading.Barrier(2)
+
+    def record(name: str) -> list[str]:
+        module = nn.Linear(1, 1)
+        with hooks.recording(hooks.Recording(8, {module: name})) as mine:
+            turn.wait()
+            hooks.active_record().attentions.append(hooks.active_record().name(module))
+            turn.wait()
+        return mine.attentions
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(record, ["first", "second"])) == [["first"], ["second"]]
+
+
+def test_modules_of_other_models_are_not_watched() -> None:
+    class Broken(nn.Module):
+        def forward(self) -> None:
+            raise ZeroDivisionError
+
+    mine, other = Broken(), Broken()
+    record = hooks.Recording(8, {})
+    with hooks.watching(record, mine):
+        for module, running in ((other, []), (mine, [mine])):
+            with pytest.raises(ZeroDivisionError):
+                module()
+            assert record.running == running
+    with pytest.raises(ZeroDivisionError):
+        mine()
+    assert record.running == [mine]

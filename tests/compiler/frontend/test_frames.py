@@ -46,3 +46,10 @@ def below(depth: int) -> int:
 def test_no_border_lies_below_a_roomy_frame() -> None:
     assert most(pages_mapped_by_calls) >= CALLS  # what it is good for, still
     assert most(below) < CALLS / 4
+
+
+def test_the_function_stays_as_it_was() -> None:
+    code = leaf.__code__
+    made = roomy(leaf)
+    assert leaf.__code__ is code
+    assert (made.__name__, made.__doc__, made()) == ("leaf", leaf.__doc__, None)

@@ -73,7 +73,13 @@ def copies(x: Tensor) -> Tensor:
     return whole[: x.shape[0] * 4].view_as(x) * (first * second).sum()
 
 
-CLEAR = (divided, chained, filled, row_of, masked, copies)
+def in_uneven_pieces(x: Tensor) -> Tensor:
+    pieces = x.chunk(4, -1)  # 6 in three pieces of 2
+    longer, shorter = x.transpose(1, 2).flatten(1)[:, :21].chunk(2, 1)  # 11 and 10
+    return pieces[0] * pieces[-1] + longer.sum() - 2 * shorter.sum()
+
+
+CLEAR = (divided, chained, filled, row_of, masked, copies, in_uneven_pieces)
 
 
 @pytest.mark.parametrize("function", CLEAR)
@@ -160,7 +166,12 @@ def by_a_composite_op(x: Tensor) -> Tensor:
     return x.swapaxes(1, 2) + 1
 
 
+def by_chance(x: Tensor) -> Tensor:
+    return nn.functional.dropout(x, 0.5, training=True)
+
+
 UNCLEAR = (
+    by_chance,
     to_an_input,
     seen_by_an_older_view,
     seen_by_another_slice,

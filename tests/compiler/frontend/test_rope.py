@@ -62,7 +62,7 @@ def fed(runner: ProgramRunner, ids: np.ndarray, steps: tuple[int, ...]) -> np.nd
 def test_every_step_has_the_frequencies_of_its_length(form: str, scaled: Callable[[str], Checkpoint]) -> None:
     checkpoint = scaled(form)
     program = capture(checkpoint)
-    assert program.notes["rotary_borders"] == [BORDER]
+    assert program.rotary_borders == (BORDER,)
     source, runner = load_source(checkpoint), ProgramRunner(program)
     ids = np.random.default_rng(0).integers(3, program.vocab_size, (2, 2 * BORDER))
     for steps in STEPS:

@@ -17,7 +17,7 @@ from moec.compiler.gates.integrity import Comparisons
 from moec.compiler.gates.reference import SAMPLED, HiddenStates, Trace
 from moec.compiler.gates.tolerance import Precision
 from moec.compiler.gates.usage import Usage
-from moec.compiler.ir.interpreter import ProgramRunner
+from moec.compiler.ir.interpreter import ActivationRounding, Interpreter, ProgramRunner
 from moec.compiler.ir.program import EXPERTS, MoeLayer, Program
 from moec.compiler.ir.weights import LazyTensor
 from moec.targets.stored_weights import StoredWeight
@@ -148,6 +148,9 @@ def test_both_gates_read_every_expert_once_and_one_token_goes_to_one(
         assert len(states) == len(indices) == len(weights)
         assert (np.sort(indices, axis=1)[:, 1:] != np.sort(indices, axis=1)[:, :-1]).all()
         assert ((weights > 0).sum(axis=1) == 1).all()
+        own = indices[weights > 0]
+        for expert in np.unique(own):
+            assert len(np.unique(states[own == expert], axis=0)) == ROWS, "each sees several hidden states"
         routes.append(indices[weights > 0])
         return program_experts(program)(layer, states, indices, weights)
 
@@ -173,3 +176,26 @@ def test_the_limit_belongs_to_the_precision() -> None:
     results = [LayerResult(row, dict.fromkeys(range(4), 2e-2)) for row in LAYERS]
     statuses = {each: judge_coverage(results, [""], each, 1.0, Usage(LAYERS)).status for each in Precision}
     assert [each for each, status in statuses.items() if status is Status.PASS] == [Precision.INT8, Precision.INT4]
+
+
+def test_codes_are_judged_more_strictly_where_the_reference_rounds_activations_too() -> None:
+    for error, expected in ((2e-2, Status.FAIL), (5e-3, Status.PASS)):
+        results = [LayerResult(row, dict.fromkeys(range(4), error)) for row in LAYERS]
+        verdict = judge_coverage(results, [""], Precision.INT4, 1.0, Usage(LAYERS), rounding_known=True)
+        assert verdict.status is expected
+
+
+def test_the_reference_rounds_activations_as_the_kernels_do(mixtral: Captured, hidden: dict[int, Tensor]) -> None:
+    program = mixtral[1]
+    halved: ActivationRounding = lambda _, states: states / 2  # noqa: E731
+    kernel = Interpreter(program, rounding=halved)
+    nodes = program.nodes(EXPERTS)
+
+    def run(layer: int, *operands: np.ndarray) -> np.ndarray:
+        result: np.ndarray = kernel.experts(nodes[layer], *map(torch.from_numpy, operands)).numpy()
+        return result
+
+    wrong = run_experts_by_force(program, {"model": run}, hidden)
+    right = run_experts_by_force(program, {"model": run}, hidden, rounding=halved)
+    assert min(error for result in wrong for error in result.errors.values()) > 0.1
+    assert max(error for result in right for error in result.errors.values()) == 0.0

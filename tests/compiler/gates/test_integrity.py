@@ -10,11 +10,12 @@ import torch
 from moec.compiler.common.errors import ArtifactError
 from moec.compiler.common.verdict import Status
 from moec.compiler.frontend.checkpoint import Checkpoint
-from moec.compiler.gates.integrity import Comparisons, check_integrity, expert_weights
+from moec.compiler.gates.integrity import Comparisons, expert_weights
 from moec.compiler.gates.tolerance import Precision, precision_of
 from moec.compiler.ir.program import EXPERTS, Program
 from moec.compiler.ir.weights import LazyTensor
 from moec.quantize.formats import IntegerFormat
+from moec.quantize.lazy import Coded
 from moec.targets.stored_weights import StoredWeight
 
 Captured = tuple[Checkpoint, Program]
@@ -38,7 +39,7 @@ def _of_each(change: Callable[[int, np.ndarray], np.ndarray], right: StoredWeigh
 
 def test_every_expert_is_compared(gpt_oss: Captured) -> None:
     program = gpt_oss[1]
-    verdict = check_integrity(program, _stored(program))
+    verdict = Comparisons(program, _stored(program)).judge()
     assert verdict.status is Status.PASS
     biases = sum("bias" in tensor["name"] for tensor in verdict.figures["tensors"])
     assert biases == 2 * len(program.layers)
@@ -80,7 +81,7 @@ def test_one_changed_value_of_one_expert_is_found(mixtral: Captured, value: floa
             values[-1, -1] += value
         return values
 
-    verdict = check_integrity(program, {**stored, name: _of_each(wrong, right)})
+    verdict = Comparisons(program, {**stored, name: _of_each(wrong, right)}).judge()
     assert verdict.status is Status.FAIL
     assert verdict.exit_code == 5
     assert f"{name} experts 6" in verdict.summary
@@ -93,11 +94,11 @@ def test_swapped_experts_wrong_shapes_and_missing_tensors_are_found(mixtral: Cap
     right = stored[name]
     order = (1, 0, *range(2, 8))
     swapped = {**stored, name: _of_each(lambda index, _: right.values(order[index], order[index] + 1)[0], right)}
-    assert "experts 0, 1" in check_integrity(program, swapped).summary
+    assert "experts 0, 1" in Comparisons(program, swapped).judge().summary
     turned = {**stored, name: _of_each(lambda _, value: value.T, right)}
-    assert check_integrity(program, turned).status is Status.FAIL
+    assert Comparisons(program, turned).judge().status is Status.FAIL
     stored.pop(name)
-    verdict = check_integrity(program, stored)
+    verdict = Comparisons(program, stored).judge()
     assert verdict.status is Status.FAIL
     assert f"missing from the artifact: {name}" in verdict.summary
 
@@ -110,24 +111,19 @@ def test_weights_computed_in_the_graph_are_an_error(mixtral: Captured) -> None:
         computed = graph.call_function(torch.ops.aten.neg.default, (experts.args[3],))
     experts.update_arg(3, computed)
     with pytest.raises(ArtifactError, match="computed in the graph"):
-        check_integrity(program.replace(graph=graph), {})
+        Comparisons(program.replace(graph=graph), {}).judge()
 
 
 @dataclass(frozen=True)
-class _Planned(LazyTensor):
+class _Planned(Coded):
     source: LazyTensor
     format: IntegerFormat
 
-    @property
-    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
-        return self.source.shape
-
-    @property
-    def dtype(self) -> torch.dtype:  # type: ignore[override]
-        return self.source.dtype
-
     def rows(self, start: int, stop: int) -> torch.Tensor:
         return self.source.rows(start, stop)
+
+    def errors(self) -> list[float]:
+        return []
 
 
 def _quantized(program: Program) -> Program:
@@ -139,10 +135,10 @@ def test_quantized_experts_must_be_stored_as_codes_of_the_planned_width(mixtral:
     program = _quantized(mixtral[1])
     assert precision_of(program) is Precision.INT4
     stored = _stored(program, bits=4)
-    assert check_integrity(program, stored).status is Status.PASS
+    assert Comparisons(program, stored).judge().status is Status.PASS
     name = program.layers[0].down_proj
     for bits, said in ((None, "floats"), (8, "8 bits")):
-        verdict = check_integrity(program, {**stored, name: replace(stored[name], bits=bits)})
+        verdict = Comparisons(program, {**stored, name: replace(stored[name], bits=bits)}).judge()
         assert verdict.status is Status.FAIL
         assert f"in another format than planned: {name} ({said})" in verdict.summary
 
@@ -150,8 +146,8 @@ def test_quantized_experts_must_be_stored_as_codes_of_the_planned_width(mixtral:
 def test_rounding_is_allowed_to_quantized_experts_alone(mixtral: Captured) -> None:
     program = _quantized(mixtral[1])
     rounded = {name: _of_each(_next, weight) for name, weight in _stored(program, bits=4).items()}
-    assert check_integrity(program, rounded).status is Status.PASS
-    assert check_integrity(mixtral[1], rounded).status is Status.FAIL
+    assert Comparisons(program, rounded).judge().status is Status.PASS
+    assert Comparisons(mixtral[1], rounded).judge().status is Status.FAIL
 
 
 def _next(_: int, value: np.ndarray) -> np.ndarray:

@@ -14,15 +14,20 @@ from moec.compiler.common.verdict import Status, Verdict
 from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.gates import parity
 from moec.compiler.gates.cases import Prompts
-from moec.compiler.gates.parity import check_artifact, check_capture, gather_artifact, gather_capture
+from moec.compiler.gates.parity import ParityOptions, check_capture, gather_artifact, gather_capture, judge_parity
 from moec.compiler.gates.tolerance import TOLERANCES, Precision, precision_of
 from moec.compiler.ir.interpreter import ProgramRunner
 from moec.compiler.ir.program import ATTENTION, Program
-from moec.targets.base import RunnerLimits
+from moec.targets.base import Runner, RunnerLimits
 
 from .conftest import OPTIONS, Wrapped, changed, prompts, zero_4kb  # noqa: TID252 - tests are no package with a name of its own
 
 Captured = tuple[Checkpoint, Program]
+
+
+def check_artifact(program: Program, runner: Runner, given: Prompts, options: ParityOptions) -> Verdict:
+    evidence = gather_artifact(program, runner, given, options, lambda *_: None)
+    return judge_parity(parity.ARTIFACT_GATE, evidence, options)
 
 
 def test_capture_equals_transformers(gpt_oss: Captured) -> None:

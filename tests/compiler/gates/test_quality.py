@@ -11,7 +11,7 @@ import pytest
 from moec.compiler.common.errors import CheckpointError
 from moec.compiler.common.verdict import Status, Verdict
 from moec.compiler.gates.quality import EXIT_CODE, QualityOptions, judge_quality, not_run
-from moec.compiler.text.perplexity import compare, log_softmax
+from moec.compiler.text.perplexity import compare, kl_divergence, log_softmax
 from moec.targets.base import RunnerLimits
 
 VOCAB = 4096
@@ -120,3 +120,10 @@ def test_no_tokenizer_is_an_error(tmp_path: Path) -> None:
 
 def test_without_a_limit_it_does_not_run_and_does_not_pass() -> None:
     assert not_run().status is Status.NOT_RUN
+
+
+def test_the_divergence_is_that_of_its_formula() -> None:
+    same = [0.1, 0.8, 0.1]
+    first, second = (np.log(np.array([row, same], np.float32)) for row in ([0.5, 0.25, 0.25], [0.125, 0.75, 0.125]))
+    # 0.5 log 4 + 0.25 log(1 / 3) + 0.25 log 2, and nothing where both are the same
+    assert kl_divergence(first, second) == pytest.approx(1.25 * np.log(2) - 0.25 * np.log(3), rel=1e-6)

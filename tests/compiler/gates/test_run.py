@@ -21,15 +21,7 @@ from moec.compiler.gates.repeatability import RepeatabilityOptions
 from moec.compiler.gates.run import SEVERAL_FAILED, ExpertTensors, GateInputs, exit_code, run_gate, run_gates, table
 from moec.compiler.ir.interpreter import ProgramRunner
 from moec.compiler.ir.program import Program
-from moec.targets.base import (
-    Capabilities,
-    ExpertsRunner,
-    Lowered,
-    Phase,
-    Runner,
-    Target,
-    TargetOptions,
-)
+from moec.targets import base
 from moec.targets.stored_weights import StoredWeight
 
 from .conftest import OPTIONS, program_experts, zero_4kb  # noqa: TID252 - tests are no package with a name of its own
@@ -37,7 +29,7 @@ from .conftest import OPTIONS, program_experts, zero_4kb  # noqa: TID252 - tests
 Captured = tuple[Checkpoint, Program]
 
 
-class InterpreterTarget(Target):
+class InterpreterTarget(base.Target):
     """Its artifact is a Program."""
 
     name = "interpreter"
@@ -45,16 +37,16 @@ class InterpreterTarget(Target):
     def __init__(self, program: Program) -> None:
         self.program = program
 
-    def capabilities(self, options: TargetOptions, phase: Phase) -> Capabilities:
-        return Capabilities(skips_experts=True)
+    def capabilities(self, options: base.TargetOptions, phase: base.Phase) -> base.Capabilities:
+        return base.Capabilities(skips_experts=True)
 
-    def lower(self, program: Program, options: TargetOptions, directory: Path, progress: Progress) -> Lowered:
-        return Lowered((), {})
+    def lower(self, program: Program, options: base.TargetOptions, directory: Path, progress: Progress) -> base.Lowered:
+        return base.Lowered((), {})
 
-    def open(self, directory: Path, *, threads: int = 0) -> Runner:
+    def open(self, directory: Path, *, threads: int = 0) -> base.Runner:
         return ProgramRunner(self.program)
 
-    def open_experts(self, directory: Path, *, threads: int = 0) -> Mapping[str, ExpertsRunner]:
+    def open_experts(self, directory: Path, *, threads: int = 0) -> Mapping[str, base.ExpertsRunner]:
         return {"the Program": program_experts(self.program)}
 
     def stored_weights(self, directory: Path) -> Mapping[str, StoredWeight]:
@@ -65,11 +57,11 @@ class InterpreterTarget(Target):
 
 
 class BrokenTarget(InterpreterTarget):
-    def open(self, directory: Path, *, threads: int = 0) -> Runner:
+    def open(self, directory: Path, *, threads: int = 0) -> base.Runner:
         raise ArtifactError("model.bin: truncated", hint="build it again")
 
 
-def _run(captured: Captured, target: Target, **more: Any) -> tuple[Verdict, ...]:
+def _run(captured: Captured, target: base.Target, **more: Any) -> tuple[Verdict, ...]:
     checkpoint, program = captured
     return run_gates(
         GateInputs(checkpoint, program, program, target, Path()),
@@ -135,8 +127,8 @@ def test_tensors_that_cannot_be_read_fail_integrity_and_not_coverage(mixtral: Ca
 
 
 class ClosedTarget(InterpreterTarget):
-    def open_experts(self, directory: Path, *, threads: int = 0) -> Mapping[str, ExpertsRunner]:
-        return Target.open_experts(self, directory, threads=threads)
+    def open_experts(self, directory: Path, *, threads: int = 0) -> Mapping[str, base.ExpertsRunner]:
+        return base.Target.open_experts(self, directory, threads=threads)
 
 
 def test_a_target_that_runs_no_expert_by_itself_is_not_covered(mixtral: Captured) -> None:

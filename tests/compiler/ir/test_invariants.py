@@ -136,3 +136,29 @@ def test_complex_numbers_are_a_fault_once_they_are_written_out(program):
     check_invariants(program.replace(graph=graph))
     with pytest.raises(InvariantError, match="nothing is complex"):
         check_invariants(program.replace(graph=graph), completed=["real-rotary"])
+
+
+def left_out_argument(graph):
+    node = first(graph, aten.linear.default)
+    node.args = node.args[:-1]
+
+
+def two_dtypes(graph):
+    node = first(graph, aten.add.Tensor)
+    node.args[0].meta["val"] = node.args[0].meta["val"].to(torch.float16)
+
+
+@pytest.mark.parametrize(
+    ("damage", "detail"),
+    [
+        (left_out_argument, "2 arguments by position, and aten.linear.default takes 3"),
+        (two_dtypes, "operands are torch.float16 and torch.float32"),
+    ],
+)
+def test_core_ops_are_complete_once_they_are_decomposed(program_of, damage, detail):
+    core = program_of("mixtral")
+    check_invariants(core, ["decompose"])
+    graph = core.copy_graph()
+    damage(graph)
+    with pytest.raises(InvariantError, match=detail):
+        check_invariants(core.replace(graph=graph), ["decompose"])

@@ -163,6 +163,21 @@ def test_a_product_with_the_mask_that_changes_something_stops_it(program, factor
         without_padding(program.replace(graph=graph))
 
 
+def test_a_size_that_is_read_from_the_mask_is_read_from_another_input(program):
+    graph = program.copy_graph()
+    inputs = {node.target: node for node in graph.find_nodes(op="placeholder")}
+    mask, ids = inputs["attention_mask"], inputs["input_ids"]
+    with graph.inserting_after(list(inputs.values())[-1]):
+        batch = graph.call_function(torch.ops.aten.sym_size.int, (mask, 0))
+    batch.meta = {"val": ids.meta["val"].shape[0]}  # the passes make it one symbol
+    with graph.inserting_after(batch):
+        shaped = graph.call_function(torch.ops.aten.view.default, (ids, [batch, -1]))
+    shaped.meta = dict(ids.meta)
+    bare = without_padding(program.replace(graph=graph))
+    found = next(node for node in bare.graph.nodes if node.target is torch.ops.aten.view.default).args[1][0]
+    assert found.args == (next(node for node in bare.graph.nodes if node.target == "input_ids"), 0)
+
+
 def test_a_mask_that_something_else_reads_cannot_go(program):
     graph = program.copy_graph()
     mask = next(node for node in graph.nodes if node.target == "attention_mask")

@@ -14,7 +14,7 @@ from moec.compiler.common.errors import CheckpointError, UsageError
 from moec.compiler.families.tiny_models import tiny_model
 from moec.compiler.ir.interpreter import ProgramRunner
 from moec.compiler.pipeline import quantization
-from moec.compiler.pipeline.export import build_program
+from moec.compiler.pipeline.program import build_program
 from moec.compiler.pipeline.recipe import make_recipe
 from moec.quantize.methods.gptq import GptqOptions
 from moec.quantize.methods.scales import NO_CLIPPING, ClipSearch
@@ -149,7 +149,7 @@ def test_auto_chooses_among_what_the_target_computes_with(golden_model: Path, tm
     assert parts["experts.0"]["loss"].keys() == {
         "fp16",
         "int8:channel:fp32:int8-dynamic",
-        *(f"int4:{block}:int8-dynamic" for block in (32, 64, 128)),
+        *(f"int4:{block}:bf16:int8-dynamic" for block in (32, 64, 128)),
     }
 
 

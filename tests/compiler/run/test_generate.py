@@ -104,6 +104,52 @@ def test_run_prints_the_text_and_the_statistics(make: Make, capsys: pytest.Captu
     assert "more than the 64" in capsys.readouterr().err
 
 
+def test_the_prompt_is_an_argument_or_an_option(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    out = str(make())
+    assert cli.dispatch(["run", out, "--prompt", "Hello", "--max-new-tokens", "6"]) == 0
+    text = capsys.readouterr().out
+    assert cli.dispatch(["run", out, "Hello", "--max-new-tokens", "6"]) == 0
+    assert capsys.readouterr().out == text
+    assert cli.dispatch(["run", out]) == 2
+    assert "no prompt is given" in capsys.readouterr().err
+    assert cli.dispatch(["run", out, "Hello", "-p", "Hello"]) == 2
+    assert "given twice" in capsys.readouterr().err
+
+
+def test_run_ends_before_a_stop_string(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    out = make({"eos_token_id": None})
+    generator = Generator(out)
+    pieces = list(generator.stream([70], max_new_tokens=12))
+    assert generator.statistics.finish == "length"
+    text = "".join(pieces)
+    border = len("".join(pieces[:5]))
+    stop = text[border - 1 : border + 1]  # its first character ends a token, its second begins another
+    assert text.find(stop) == border - 1
+    assert generator.generate([70], max_new_tokens=12, stop=["never", stop]) == text[: border - 1]
+    assert (generator.statistics.finish, generator.statistics.new_tokens) == ("stop", 6)
+    start = generator.tokenizer.decode([70])
+    assert cli.dispatch(["run", str(out), start, "--max-new-tokens", "12", "--stop", "never", "--stop", stop]) == 0
+    assert capsys.readouterr().out == text[: border - 1] + "\n"
+    assert cli.dispatch(["run", str(out), start, "--max-new-tokens", "12", "--stop", ""]) == 2
+    assert "stop string is empty" in capsys.readouterr().err
+
+
+def test_a_special_token_as_a_stop_string(make: Make) -> None:
+    generator = Generator(make({"eos_token_id": None}))
+    assert generator.tokenizer.id_to_token(0) == "<|endoftext|>"
+    assert list(generator.tokens([4094], max_new_tokens=4)) == [4095, 0, 1, 2]
+    text = generator.generate([4094], max_new_tokens=4, stop=["<|endoftext|>"])
+    assert (text, generator.statistics.new_tokens) == (generator.tokenizer.decode([4095]), 1)
+
+
+def test_a_long_prompt_is_fed_in_pieces(make: Make) -> None:
+    generator = Generator(make({"max_position_embeddings": 4096}))
+    with generator.session() as session:
+        answer = generator.answer(session, [5] * 1025, max_new_tokens=2)
+        assert list(answer.tokens()) == [None, None, 6, 7]
+        assert answer.statistics.prompt_tokens == 1025
+
+
 def moec_run(out: Path, environment: dict[str, str], *arguments: str, **streams: Any) -> subprocess.Popen[bytes]:
     code = "from moec.cli import main; main()"
     return subprocess.Popen([sys.executable, "-c", code, "run", str(out), *arguments], env=environment, **streams)
@@ -362,3 +408,11 @@ def test_only_scalar_inputs_of_the_artifact_can_be_set(make: Make, capsys: pytes
     assert "--routing-input" in error.value.hint
     assert cli.dispatch(["run", str(out), "--prompt", "a", "--input", "routing_budget=half"]) == 2
     assert "not NAME=NUMBER" in capsys.readouterr().err
+
+
+def test_a_runner_that_feeds_the_defaults_alone_says_so(make: Make) -> None:
+    out = make()
+    signature = {"inputs": [{"name": "routing_budget", "shape": [], "dtype": "float32"}]}
+    write_manifest(out, {"recipe": {"target": "fake"}, "signature": signature})
+    with pytest.raises(UsageError, match="feeds 'routing_budget' its default and nothing else"):
+        moec.load(out, inputs={"routing_budget": 0.5})

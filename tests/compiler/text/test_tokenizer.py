@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models
 
 from moec.compiler.common.errors import ArtifactError, CheckpointError
 from moec.compiler.text.corpus import tokenize
-from moec.compiler.text.tokenizer import make_loadable, open_tokenizer, stream_text
+from moec.compiler.text.tokenizer import TextStream, make_loadable, open_tokenizer
 
 GOLDEN = Path(__file__).resolve().parents[3] / "golden_models" / "olmoe-tiny"
 
@@ -31,8 +31,13 @@ def byte_fallback() -> Tokenizer:
 BYTE_LEVEL, FALLBACK = open_tokenizer(GOLDEN), byte_fallback()
 
 
+def pieces_of(tokenizer: Tokenizer, prompt: list[int], new: list[int]) -> list[str]:
+    stream = TextStream(tokenizer, prompt)
+    return [*(stream.add(token) for token in new), stream.end()]
+
+
 def streamed(tokenizer: Tokenizer, prompt: list[int], new: list[int]) -> str:
-    return "".join(stream_text(tokenizer, prompt, iter(new)))
+    return "".join(pieces_of(tokenizer, prompt, new))
 
 
 @given(st.text(max_size=20))
@@ -44,7 +49,7 @@ def test_text_comes_out_as_it_is(text: str) -> None:
 @given(st.text(alphabet=st.characters(min_codepoint=0x80, exclude_categories=["Cs"]), max_size=8))
 def test_characters_of_several_bytes_come_out_whole(text: str) -> None:
     new = [3 + byte for byte in text.encode()]
-    pieces = list(stream_text(FALLBACK, [1, FALLBACK.token_to_id("\u2581the")], iter(new)))
+    pieces = pieces_of(FALLBACK, [1, FALLBACK.token_to_id("\u2581the")], new)
     assert "".join(pieces) == text
     assert "\ufffd" not in text.join(pieces) or "\ufffd" in text
 

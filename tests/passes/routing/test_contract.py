@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
 import torch
@@ -58,6 +59,11 @@ POLICIES: dict[str, Policy] = {
 every_policy = pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES.keys())
 
 
+def for_every_policy(**drawn: st.SearchStrategy[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A property that holds of every policy for whatever is drawn."""
+    return lambda test: every_policy(settings(max_examples=30, deadline=None)(given(**drawn)(test)))
+
+
 @st.composite
 def routed(draw: st.DrawFn, top_k: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Hidden states, expert indices and weights of a few tokens: unsorted, with ties and zeros.
@@ -77,9 +83,7 @@ def test_every_built_in_policy_is_tested() -> None:
     assert {policy.name for policy in BUILT_IN} <= POLICIES.keys()
 
 
-@every_policy
-@settings(max_examples=30, deadline=None)
-@given(slots=routed(), layer=st.integers(0, 1))
+@for_every_policy(slots=routed(), layer=st.integers(0, 1))
 def test_dropped_slots_are_zero_and_the_largest_stays(
     policy: Policy, slots: tuple[Tensor, Tensor, Tensor], layer: int
 ) -> None:
@@ -93,18 +97,14 @@ def test_dropped_slots_are_zero_and_the_largest_stays(
             assert after[before.index(max(before))] > 0
 
 
-@every_policy
-@settings(max_examples=30, deadline=None)
-@given(slots=routed(), layer=st.integers(0, 1))
+@for_every_policy(slots=routed(), layer=st.integers(0, 1))
 def test_row_sum_is_preserved(policy: Policy, slots: tuple[Tensor, Tensor, Tensor], layer: int) -> None:
     hidden, indices, weights = slots
     selected = select(policy, layer, hidden, indices, weights)
     torch.testing.assert_close(selected.sum(-1), weights.sum(-1), rtol=1e-6, atol=0)
 
 
-@every_policy
-@settings(max_examples=30, deadline=None)
-@given(slots=routed())
+@for_every_policy(slots=routed())
 def test_without_renormalisation_kept_weights_do_not_change(
     policy: Policy, slots: tuple[Tensor, Tensor, Tensor]
 ) -> None:
@@ -114,9 +114,7 @@ def test_without_renormalisation_kept_weights_do_not_change(
     assert torch.equal(raw, torch.where(scaled > 0, weights, 0.0))
 
 
-@every_policy
-@settings(max_examples=30, deadline=None)
-@given(slots=routed(), seed=st.integers(0, 2**31), layer=st.integers(0, 1))
+@for_every_policy(slots=routed(), seed=st.integers(0, 2**31), layer=st.integers(0, 1))
 def test_a_token_does_not_see_its_batch(
     policy: Policy, slots: tuple[Tensor, Tensor, Tensor], seed: int, layer: int
 ) -> None:
@@ -130,9 +128,7 @@ def test_a_token_does_not_see_its_batch(
         assert torch.equal(select(policy, layer, hidden[one], indices[one], weights[one]), whole[one])
 
 
-@every_policy
-@settings(max_examples=30, deadline=None)
-@given(slots=routed(), layer=st.integers(0, 1))
+@for_every_policy(slots=routed(), layer=st.integers(0, 1))
 def test_the_order_of_the_slots_does_not_matter(
     policy: Policy, slots: tuple[Tensor, Tensor, Tensor], layer: int
 ) -> None:

@@ -18,28 +18,16 @@ from moec.compiler.ir.interpreter import Interpreter, ProgramRunner
 from moec.compiler.ir.invariants import check_invariants
 from moec.compiler.ir.printing import format_graph
 from moec.compiler.ir.program import EXPERTS, SELECT, Program
-from moec.passes.routing.dynamic_routing import BUDGET_INPUT, INPUT_DEFAULTS, DynamicRouting
+from moec.passes.routing.dynamic_routing import BUDGET_INPUT, DynamicRouting
 from moec.passes.routing.policies.base import Policy, select
 from moec.passes.routing.policies.random_drop import RandomDrop
-from moec.passes.routing.policies.table import BUILT_IN, policy
+from moec.passes.routing.policies.table import policy
 from moec.passes.routing.policies.top_p import TopP
 from moec.passes.routing.routing_weights import descending, non_negative
+from tests.support.policies import POLICIES
 
 aten = torch.ops.aten
 HIDDEN, EXPERTS_COUNT, INNER = 6, 8, 4
-PARAMETERS: dict[str, dict[str, Any]] = {
-    "layer-k": {"ks": [2, 3]},
-    "top-p": {"mass": 0.8, "slack": [1.0, 1.5]},
-    "threshold": {"tau": 0.2, "importance": [1.0, 0.5]},
-    "capped": {"mass": 0.8, "caps": [2, 3]},
-    "ratio": {"beta": 0.3, "scale": [1.0, 1.5]},
-    "entropy": {"center": 2.0, "location": [0.7, 0.5], "spread": [0.3, 0.2]},
-    "margin": {"center": 2.0, "location": [-0.3, -0.5], "spread": [0.3, 0.2]},
-    "activation-norm": {"center": 2.0, "location": [1.0, 1.0], "spread": [0.3, -0.2]},
-    "uniform-k": {"k": 2},
-    "random-drop": {"probability": 0.5},
-}
-POLICIES = {built_in.name: policy(built_in.name, **PARAMETERS[built_in.name]) for built_in in BUILT_IN}
 every_policy = pytest.mark.parametrize("chosen", POLICIES.values(), ids=POLICIES.keys())
 
 
@@ -219,11 +207,10 @@ def test_the_run_time_input_has_a_default(captured: Mapping[str, Program]) -> No
     program, _ = passes.run_passes(captured["mixtral"], passes.default_passes())
     fixed, fed = routed(program, TopP(mass=0.6)), routed(program, TopP(mass=0.6), runtime=True)
     assert [spec.name for spec in fed.inputs] == [*(spec.name for spec in program.inputs), BUDGET_INPUT]
-    assert float(fed.notes[INPUT_DEFAULTS][BUDGET_INPUT]) == pytest.approx(0.6)
+    assert float(fed.input_defaults[BUDGET_INPUT]) == pytest.approx(0.6)
     ids = np.arange(4, 14)[None]
     np.testing.assert_allclose(ProgramRunner(fed).prefill(ids), ProgramRunner(fixed).prefill(ids), atol=1e-5)
-    notes = {**fed.notes, INPUT_DEFAULTS: {BUDGET_INPUT: torch.tensor(1.0)}}
-    open_ = ProgramRunner(fed.replace(notes=notes)).prefill(ids)
+    open_ = ProgramRunner(fed.replace(input_defaults={BUDGET_INPUT: torch.tensor(1.0)})).prefill(ids)
     np.testing.assert_allclose(open_, ProgramRunner(program).prefill(ids), atol=1e-4)
 
 

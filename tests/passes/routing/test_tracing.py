@@ -9,7 +9,7 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from moec.passes.routing.policies.base import Policy, select
-from moec.passes.routing.policies.table import BUILT_IN, policy
+from tests.support.policies import POLICIES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,18 +20,6 @@ ALLOWED = {
     *("sqrt", "sub", "sum", "unsqueeze", "where"),
 }
 
-PARAMETERS: dict[str, dict[str, object]] = {
-    "layer-k": {"ks": [2, 3]},
-    "top-p": {"mass": 0.8, "slack": [1.0, 2.0]},
-    "threshold": {"tau": 0.1, "importance": [1.0, 0.5]},
-    "capped": {"mass": 0.8, "caps": [2, 3]},
-    "ratio": {"beta": 0.3, "scale": [1.0, 0.5]},
-    "entropy": {"center": 2.0, "location": [0.5, 0.5], "spread": [0.2, 0.2]},
-    "margin": {"center": 2.0, "location": [-0.5, -0.5], "spread": [0.2, 0.2]},
-    "activation-norm": {"center": 2.0, "location": [1.0, 1.0], "spread": [0.2, -0.2]},
-    "uniform-k": {"k": 2},
-    "random-drop": {"probability": 0.5},
-}
 # More operations than these in decode, counted without those on constants, is a regression of latency.
 MOST_OPERATIONS = {"ratio": 10, "threshold": 12, "top-p": 16, "layer-k": 15, "uniform-k": 15, "capped": 20}
 
@@ -59,11 +47,11 @@ def operations(graph: torch.fx.Graph) -> list[str]:
     return names
 
 
-@pytest.mark.parametrize("name", [built_in.name for built_in in BUILT_IN])
+@pytest.mark.parametrize("name", POLICIES)
 @pytest.mark.parametrize("layer", [0, 1])
 @pytest.mark.parametrize("fed", [False, True])
 def test_trace_holds_only_portable_operations(name: str, layer: int, fed: bool) -> None:
-    chosen = policy(name, **PARAMETERS[name])
+    chosen = POLICIES[name]
     if fed and chosen.knob is None:
         return
 
@@ -89,9 +77,9 @@ class Selects(torch.nn.Module):
         return select(self.chosen, 1, hidden, indices, weights)
 
 
-@pytest.mark.parametrize("name", [built_in.name for built_in in BUILT_IN])
+@pytest.mark.parametrize("name", POLICIES)
 def test_exports_with_any_number_of_tokens(name: str) -> None:
-    module = Selects(policy(name, **PARAMETERS[name]))
+    module = Selects(POLICIES[name])
     tokens = torch.export.Dim("tokens")
     shapes = ({0: tokens}, {0: tokens}, {0: tokens})
     exported = torch.export.export(module, inputs(3), dynamic_shapes=shapes, strict=False).module()

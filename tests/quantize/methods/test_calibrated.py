@@ -15,7 +15,7 @@ from moec.compiler.families.tiny_models import tiny_model
 from moec.compiler.frontend.capture import capture
 from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.ir.program import Program
-from moec.compiler.ir.weights import LazyTensor
+from moec.compiler.ir.weights import Converted, LazyTensor
 from moec.quantize.methods import calibrated as calibration
 from moec.quantize.methods.calibrated import calibrate, mapped
 from moec.quantize.methods.gptq import GptqOptions
@@ -25,15 +25,11 @@ LAYERS, EXPERTS, TOP_K = 2, 8, 2
 
 
 @dataclass(frozen=True)
-class Watched(LazyTensor):
+class Watched(Converted):
     """A stack that remembers how many of its experts were read at a time."""
 
     source: LazyTensor
     reads: list[int] = field(default_factory=list)
-
-    @property
-    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
-        return self.source.shape
 
     @property
     def dtype(self) -> torch.dtype:  # type: ignore[override]

@@ -19,6 +19,7 @@ FORMATS = [
     IntegerFormat(4, 64, scale_type=ScaleType.FP32),
     IntegerFormat(4, 128, symmetric=False),
     IntegerFormat(4, "channel"),
+    IntegerFormat(4, 32, scale_type=ScaleType.BF16),
 ]
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -124,7 +125,8 @@ def test_constant_and_zero_experts(chosen: IntegerFormat) -> None:
     restored = result.tensor.dequantize()
     assert not restored[0].any()
     assert result.matrices[0].error == 0
-    torch.testing.assert_close(restored[1:], weight[1:], rtol=1e-3, atol=0)
+    eps = torch.finfo(chosen.scale_type.dtype).eps
+    torch.testing.assert_close(restored[1:], weight[1:], rtol=eps, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -162,6 +164,19 @@ def test_weights_beyond_fp16_scales_are_refused_and_fp32_scales_hold_them() -> N
         round_to_nearest(weight, IntegerFormat(4), name="lm_head", clip=ClipSearch())
     restored = round_to_nearest(weight, IntegerFormat(4, scale_type=ScaleType.FP32), name="lm_head").tensor
     assert float((restored.dequantize() - weight).norm() / weight.norm()) < 0.2
+
+
+@pytest.mark.parametrize("magnitude", [1e-8, 1e-6, 1e-4, 1.0, 1e4])
+def test_scales_of_bf16_are_exact_in_half_precision_too(magnitude: float) -> None:
+    weight = random_weight(3, 64, 128) * magnitude
+    scales = round_to_nearest(weight, IntegerFormat(4, 32, scale_type=ScaleType.BF16), name="w").tensor.scales
+    assert scales.dtype == torch.bfloat16
+    assert torch.equal(scales.to(torch.float16).to(torch.float32), scales.to(torch.float32))
+
+
+def test_weights_beyond_half_precision_are_refused_with_bf16_scales_too() -> None:
+    with pytest.raises(CheckpointError, match="too large"):
+        round_to_nearest(torch.full((1, 32), 1e6), IntegerFormat(4, 32, scale_type=ScaleType.BF16), name="w")
 
 
 @pytest.mark.parametrize("shape", [(32,), (2, 2, 2, 32)])

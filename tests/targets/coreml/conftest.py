@@ -147,6 +147,24 @@ def inferred(request: pytest.FixtureRequest, builder: Builder) -> Callable[[str]
     return infer
 
 
+@pytest.fixture
+def agrees(request: pytest.FixtureRequest, executed: Any, inferred: Callable[[str], list[Any]]) -> Callable[..., None]:
+    """Compares the one result of a case with torch, or with coremltools' value inference."""
+
+    def check(name: str, *, infers: bool = False, rtol: float, atol: float = 1e-6) -> None:
+        _, feeds, reference = request.module.CASES[name]
+        if infers:
+            (expected,) = inferred(name)
+            assert expected is not None
+        else:
+            expected = reference(*(torch.from_numpy(array) for array in feeds.values())).numpy()
+        (actual,) = executed[name]
+        assert actual.shape == expected.shape
+        np.testing.assert_allclose(actual, expected, rtol=rtol, atol=atol)
+
+    return check
+
+
 @dataclass(frozen=True)
 class Lowered:
     """A Program, what lowering it said, and where the artifact is."""

@@ -15,7 +15,9 @@ from moec.targets.coreml.deduplicate import compact
 from moec.targets.coreml.executor import MilModel
 from moec.targets.coreml.executor.package import load_spec, model_file
 from moec.targets.coreml.library import coremltools_module, quiet
-from moec.targets.coreml.package import PACKAGE, WEIGHT_FILE
+from moec.targets.coreml.package import PACKAGE, WEIGHTS
+
+WEIGHT_FILE = f"Data/{WEIGHTS}/weight.bin"
 
 IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_@]*")
 

@@ -29,10 +29,12 @@ from moec.targets.base import Phase
 from moec.targets.coreml.executor import MilModel
 from moec.targets.coreml.executor.package import load_spec, model_file
 from moec.targets.coreml.library import coremltools_module
-from moec.targets.coreml.package import PACKAGE, WEIGHT_FILE
+from moec.targets.coreml.package import PACKAGE, WEIGHTS
 from moec.targets.coreml.target import CoremlOptions, CoremlTarget
 
 Golden = Callable[[str], Any]
+
+WEIGHT_FILE = f"Data/{WEIGHTS}/weight.bin"
 
 
 def quantized(program: Program, text: str) -> Program:
@@ -149,7 +151,7 @@ def test_scales_are_widened_and_never_narrowed(tiny_checkpoint: Any, program_of:
     check_against_interpreter(lowered, 1e-4)
     assert check_integrity(narrow, CoremlTarget().stored_weights(lowered.directory)).status is Status.PASS
     wide = quantized(program_of(checkpoint, torch.float16), "int8:channel:fp32")
-    with pytest.raises(UsageError, match="its scales are float32 and the program computes in fp16") as raised:
+    with pytest.raises(LoweringError, match="its scales are fp32 and the program computes in fp16") as raised:
         lower(wide, context=32)
     assert "--dtype fp32" in raised.value.hint
 

@@ -10,7 +10,7 @@ import torch
 
 from moec.compiler.ir.stages import CORE
 from moec.targets.common.table import lookup
-from moec.targets.coreml.context import Context
+from moec.targets.coreml.context import Context, Settings
 from moec.targets.coreml.executor import MilModel
 from moec.targets.coreml.lowerings.table import TABLE
 from moec.targets.coreml.weights import WeightPool
@@ -57,7 +57,7 @@ def run(builder: Any, chosen: dict[str, OneOp]) -> dict[str, Any]:
 
 def _lowered(builder: Any, program: Any, name: str, variables: dict[str, Any]) -> Any:
     mb = builder.mb
-    ctx = Context(program, mb, WeightPool(), {"skip_experts": True, "expert_tensors": {}})
+    ctx = Context(program, mb, WeightPool(), Settings(context=1, chunk=1, skip_experts=True))
     for node in program.graph.nodes:
         if node.op == "placeholder":
             value = variables[f"{name}_{node.name}"]

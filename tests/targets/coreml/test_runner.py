@@ -14,9 +14,10 @@ import torch
 from moec import cli
 from moec.compiler.common.errors import ArtifactError, UsageError
 from moec.targets.coreml import predict
-from moec.targets.coreml.package import METADATA_KEY, PACKAGE
+from moec.targets.coreml.metadata import METADATA_KEY, ModelMetadata, read_metadata
+from moec.targets.coreml.package import PACKAGE
 from moec.targets.coreml.predict import CoreMLBackend, InterpreterBackend, open_backend
-from moec.targets.coreml.runner import CoremlRunner, runner_notes
+from moec.targets.coreml.runner import CoremlRunner
 
 VOCABULARY = 7
 
@@ -46,8 +47,8 @@ class Recorder:
 
 @pytest.fixture
 def recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[CoremlRunner, Recorder]:
-    notes = {"context": 10, "chunk": 4, "experts": {}, "inputs": {"routing_budget": [0.5]}}
-    monkeypatch.setattr("moec.targets.coreml.runner.runner_notes", lambda _: notes)
+    metadata = ModelMetadata(context=10, chunk=4, experts={}, inputs={"routing_budget": [0.5]})
+    monkeypatch.setattr("moec.targets.coreml.runner.read_metadata", lambda _: metadata)
     recorder = Recorder(tmp_path / PACKAGE)
     return CoremlRunner(tmp_path, backend=lambda _: recorder), recorder
 
@@ -170,8 +171,8 @@ def test_a_model_of_another_tool_is_refused(
     tiny_checkpoint: Any, program_of: Any, lower: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lowered = lower(program_of(tiny_checkpoint("olmoe"), torch.float16), context=16)
-    assert runner_notes(lowered.directory)["context"] == 16
-    monkeypatch.setattr("moec.targets.coreml.runner.METADATA_KEY", METADATA_KEY + "?")
+    assert read_metadata(lowered.directory).context == 16
+    monkeypatch.setattr("moec.targets.coreml.metadata.METADATA_KEY", METADATA_KEY + "?")
     with pytest.raises(ArtifactError, match="moec did not write this model"):
         CoremlRunner(lowered.directory)
     with pytest.raises(ArtifactError, match=r"Manifest\.json cannot be read"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from moec import cli
 from moec.compiler.ir.interpreter import ProgramRunner
 from moec.targets.coreml.executor.package import load_spec, model_file
 from moec.targets.coreml.package import PACKAGE
 from moec.targets.coreml.runner import CoremlRunner
+from tests.support.checks import exported
 
 LIMITS = {torch.float32: 1e-5, torch.float16: 1e-2}
 
@@ -75,14 +74,10 @@ def test_a_state_that_is_not_handed_on_is_noticed(hybrid: Any) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
-def test_an_export_with_all_gates(
-    dtype: str, tiny_checkpoint: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_export_with_all_gates(dtype: str, tiny_checkpoint: Any, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    flags = ["--dtype", dtype, "--context", "160", "--prefill-chunk", "32"]
-    code = cli.dispatch(["export", str(tiny_checkpoint("lfm2_moe")), "-t", "coreml", "-o", str(out), "-q", *flags])
-    assert code == 0, capsys.readouterr().err
-    verdicts = {item["gate"]: item["status"] for item in json.loads((out / "report.json").read_text())["verdicts"]}
+    flags = ("--dtype", dtype, "--context", "160", "--prefill-chunk", "32")
+    verdicts = exported(tiny_checkpoint("lfm2_moe"), "coreml", out, *flags)
     assert {verdicts[gate] for gate in ("parity: artifact", "coverage", "integrity")} == {"pass"}
 
 

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from moec import cli
 from moec.compiler.common.errors import LoweringError, UsageError
 from moec.compiler.common.validation import validate
 from moec.compiler.ir.interpreter import ProgramRunner
@@ -24,6 +23,7 @@ from moec.targets.coreml.executor.package import load_spec, model_file
 from moec.targets.coreml.flavors import Flavor
 from moec.targets.coreml.package import PACKAGE
 from moec.targets.coreml.target import CoremlOptions, CoremlTarget
+from tests.support.checks import exported
 
 SWIFT = CoremlOptions(flavor=Flavor.SWIFT)
 
@@ -132,12 +132,10 @@ def test_what_does_not_fit_the_library_is_refused(
         validate(CoremlOptions, {"flavor": "swift-transformers", "context": 3}, where="options")
 
 
-def test_an_export_with_all_gates(tiny_checkpoint: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_export_with_all_gates(tiny_checkpoint: Any, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    flags = ["--flavor", "swift-transformers", "--context", "160"]
-    code = cli.dispatch(["export", str(tiny_checkpoint("olmoe")), "-t", "coreml", "-o", str(out), "-q", *flags])
-    assert code == 0, capsys.readouterr().err
-    verdicts = {item["gate"]: item["status"] for item in json.loads((out / "report.json").read_text())["verdicts"]}
+    flags = ("--flavor", "swift-transformers", "--context", "160")
+    verdicts = exported(tiny_checkpoint("olmoe"), "coreml", out, *flags)
     assert {verdicts[gate] for gate in ("parity: artifact", "coverage", "integrity")} == {"pass"}
     signature = json.loads((out / "moec.json").read_text())["signature"]
     assert [item["name"] for item in signature["main"]["inputs"]] == ["inputIds", "causalMask"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,10 @@ import pytest
 import torch
 
 from moec.compiler.ir.program import Program
-from moec.targets.base import Lowered, Runner
 from moec.targets.onnx import lower
 from moec.targets.onnx.lowerings.table import onnx_dialect
 from moec.targets.onnx.target import OnnxOptions, OnnxTarget
+from tests.support.lowered import Model
 from tests.support.one_op import SIZES, Arguments, OneOp
 
 
@@ -55,16 +54,6 @@ def check_op(tmp_path: Path) -> Callable[..., Session]:
         return session
 
     return check
-
-
-@dataclass(frozen=True)
-class Model:
-    """A tiny model: its Program, what lowering said, and the artifact opened."""
-
-    program: Program
-    lowered: Lowered
-    runner: Runner
-    directory: Path
 
 
 Lower = Callable[..., Model]

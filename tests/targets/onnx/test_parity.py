@@ -16,6 +16,7 @@ from moec.compiler.gates.cases import Case
 from moec.compiler.gates.compare import compare, run_case
 from moec.compiler.gates.reference import Oracle
 from moec.compiler.gates.tolerance import TOLERANCES, Precision
+from tests.support.checks import assert_recorded
 
 PRECISION = {torch.float32: Precision.FP32, torch.float16: Precision.FP16}
 MAX_EXCUSED = 0.2
@@ -102,17 +103,7 @@ def test_the_others_cannot_be_captured(family: str, tiny_checkpoint: Any, lower_
 
 def test_golden_model(golden_model: Path, lower_checkpoint: Any) -> None:
     """Recorded logits of transformers in float32; see golden_models/README.md."""
-    recorded = np.load(golden_model / "golden_logits.npz")
-    model = lower_checkpoint(golden_model)
-    prompts = [name.removesuffix(".greedy") for name in recorded.files if name.endswith(".greedy")]
-    for prompt in prompts:
-        ids, logits, greedy = (recorded[f"{prompt}.{name}"] for name in ("input_ids", "logits", "greedy"))
-        got = model.runner.prefill(ids[None])
-        assert np.abs(got[0, -len(logits) :] - logits).max() <= 1e-4 * np.abs(logits).max()
-        tokens = [int(got[0, -1].argmax())]
-        while len(tokens) < len(greedy):
-            tokens.append(int(model.runner.decode(np.array([tokens[-1:]]))[0, -1].argmax()))
-        assert tokens == greedy.tolist()
+    assert_recorded(lower_checkpoint(golden_model).runner, golden_model)
 
 
 def test_bfloat16_checkpoint(tmp_path: Path, lower_checkpoint: Callable[..., Any]) -> None:

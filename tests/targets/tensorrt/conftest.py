@@ -3,32 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 import pytest
 
 from moec.compiler.ir.interpreter import ProgramRunner
 from moec.compiler.ir.program import Program
-from moec.targets.base import Lowered, Runner
 from moec.targets.tensorrt.target import TensorrtOptions, TensorrtTarget
-
-
-@dataclass(frozen=True)
-class Model:
-    """A tiny model: its Program, what lowering said, and the twin opened."""
-
-    program: Program
-    lowered: Lowered
-    runner: Runner
-    directory: Path
-
-    def graph(self) -> ir.Graph:
-        return ir.load(self.directory / "model.onnx").graph
-
+from tests.support.lowered import Model
 
 Lower = Callable[..., Model]
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from moec.compiler.common.errors import LoweringError, MissingExtraError, UsageError
+from moec.compiler.common.errors import ArtifactError, LoweringError, MissingExtraError, UsageError
 from moec.compiler.common.validation import validate
 from moec.compiler.pipeline.export import compile_recipe
 from moec.compiler.pipeline.recipe import make_recipe
@@ -25,6 +25,7 @@ from moec.targets.tensorrt import build, library
 from moec.targets.tensorrt.builder import Listener
 from moec.targets.tensorrt.gates import judge_contents
 from moec.targets.tensorrt.profiles import Sizes, profiles, trtexec
+from moec.targets.tensorrt.settings import FILE, Bounds, EngineSettings
 from moec.targets.tensorrt.target import TensorrtOptions, TensorrtTarget
 
 SMALL = {"context": 32, "piece": 8, "prompt": 4}
@@ -82,6 +83,7 @@ def test_contents_are_compared_with_the_plan(tiny_checkpoint: Any, program_of: A
     right = {
         "inputs": tensors,
         "outputs": {"logits": ["FLOAT", [-1, -1, 99]]},
+        "network_layers": {},
         "constants": {},
         "weight_bytes": weights,
         "engine_bytes": 3,
@@ -96,7 +98,7 @@ def test_contents_are_compared_with_the_plan(tiny_checkpoint: Any, program_of: A
         return judge_contents(subject)
 
     assert verdict().status == "pass"
-    assert "bytes of weights" in verdict(weight_bytes=2 * weights).summary
+    assert "bytes of weights" in verdict(weight_bytes=2 * weights + 2**19).summary
     assert "not the file" in verdict(engine_bytes=4).summary
     assert "logits are missing" in verdict(outputs={}).summary
     assert (
@@ -214,11 +216,39 @@ def test_profiles_and_the_line_for_trtexec() -> None:
         "states": [{"input": row}],
     }
     decode, prefill = profiles({**signature}, Sizes(2, 64, 8, 16))
-    assert decode["inputs"]["past"] == {"min": [1, 2, 0, 16], "opt": [1, 2, 64, 16], "max": [2, 2, 64, 16]}
-    assert prefill["inputs"]["input_ids"] == {"min": [1, 1], "opt": [1, 8], "max": [2, 16]}
+    assert decode.inputs["past"] == Bounds(min=(1, 2, 0, 16), opt=(1, 2, 64, 16), max=(2, 2, 64, 16))
+    assert prefill.inputs["input_ids"] == Bounds(min=(1, 1), opt=(1, 8), max=(2, 16))
     line = trtexec("model.onnx", "model.engine", [decode, prefill])
     assert "--profile=1 --minShapes=input_ids:1x1,past:1x2x0x16" in line
     assert "--stronglyTyped" in line
+
+
+def test_the_settings_of_an_engine_are_read_as_they_were_written(
+    tiny_checkpoint: Any, program_of: Any, lower: Any
+) -> None:
+    directory = lower(program_of(tiny_checkpoint("mixtral"))).directory
+    written = (directory / FILE).read_bytes()
+    settings = EngineSettings.read(directory)
+    assert (settings.engine, settings.built, settings.profiles[0].name) == (None, None, "decode")
+    settings.write(directory)
+    assert (directory / FILE).read_bytes() == written
+
+
+def test_damaged_settings_of_an_engine_are_told(tiny_checkpoint: Any, program_of: Any, lower: Any) -> None:
+    path = lower(program_of(tiny_checkpoint("mixtral"))).directory / FILE
+    written = json.loads(path.read_text())
+    damages: list[tuple[dict[str, Any], str]] = [
+        ({"schema_version": 2}, "schema_version: Input should be 1"),
+        ({"batch": "many"}, "batch: Input should be a valid integer"),
+        ({"profiles": [{"name": "decode", "inputs": {"past": {"min": [1]}}}]}, "profiles.0.inputs.past.opt: Field"),
+    ]
+    for change, message in damages:
+        path.write_text(json.dumps({**written, **change}))
+        with pytest.raises(ArtifactError, match=message):
+            EngineSettings.read(path.parent)
+    path.write_text("{")
+    with pytest.raises(ArtifactError, match="Invalid JSON"):
+        EngineSettings.read(path.parent)
 
 
 def test_the_same_files_on_every_rebuild(

@@ -13,6 +13,7 @@ import torch
 from moec.compiler.ir.program import EXPERTS
 from moec.compiler.ir.weights import Constant
 from moec.targets.tensorrt.forms import ExpertShape, Form, choose, moved_bytes
+from tests.support.checks import assert_recorded
 
 FORMS = [Form.GATHER, Form.LOOP_IF, Form.DENSE]
 LIMITS = {torch.float32: 1e-5, torch.float16: 6e-3}
@@ -48,16 +49,7 @@ def test_older_operators(tiny_checkpoint: Any, program_of: Any, lower: Any, asse
 
 def test_golden_model(golden_model: Path, program_of: Any, lower: Any) -> None:
     """Recorded logits of transformers in float32, and the tokens that it chose."""
-    recorded = np.load(golden_model / "golden_logits.npz")
-    model = lower(program_of(golden_model))
-    prompt = next(name.removesuffix(".greedy") for name in recorded.files if name.endswith(".greedy"))
-    ids, logits, greedy = (recorded[f"{prompt}.{name}"] for name in ("input_ids", "logits", "greedy"))
-    got = model.runner.prefill(ids[None])
-    assert np.abs(got[0, -len(logits) :] - logits).max() <= 1e-4 * np.abs(logits).max()
-    tokens = [int(got[0, -1].argmax())]
-    while len(tokens) < len(greedy):
-        tokens.append(int(model.runner.decode(np.array([tokens[-1:]]))[0, -1].argmax()))
-    assert tokens == greedy.tolist()
+    assert_recorded(lower(program_of(golden_model)).runner, golden_model, prompts=1)
 
 
 @pytest.mark.parametrize("form", FORMS)

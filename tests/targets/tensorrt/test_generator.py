@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,15 +10,19 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 import pytest
+import torch
 
+from moec import passes
 from moec.compiler.common.errors import ArtifactError, MissingExtraError, UsageError
 from moec.compiler.ir.interpreter import ProgramRunner
-from moec.passes.routing.dynamic_routing import DynamicRouting
+from moec.passes.inputs_embeds import NAME, InputsEmbeds
+from moec.passes.routing.dynamic_routing import BUDGET_INPUT, DynamicRouting
 from moec.passes.routing.policies.ratio import Ratio
 from moec.targets.onnx.states import NUMPY
 from moec.targets.tensorrt import engine
 from moec.targets.tensorrt.doctor import Gpu
 from moec.targets.tensorrt.generator import EngineRunner, Rows
+from moec.targets.tensorrt.settings import Bounds, EngineSettings
 
 
 class FakeSession:
@@ -28,7 +31,7 @@ class FakeSession:
     def __init__(self, model: Path, profiles: list[Mapping[str, Any]]) -> None:
         self.memory = np.zeros(1 << 24, np.uint8)
         self.end, self.calls = 64, []
-        self.profiles = {profile["name"]: profile["inputs"] for profile in profiles}
+        self.profiles = {profile.name: profile.inputs for profile in profiles}
         options = ort.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = 1, 3
         self.session = ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
@@ -63,17 +66,17 @@ class FakeSession:
         for name, value in zip(names, self.session.run(names, feeds), strict=True):
             self.write(addresses[name], value)
 
-    def _bounds(self, profile: str, name: str) -> tuple[list[int], list[int]]:
-        shapes = self.profiles[profile].get(name, {"min": [], "max": []})
-        return shapes["min"], shapes["max"]
+    def _bounds(self, profile: str, name: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        shapes = self.profiles[profile].get(name, Bounds(min=(), opt=(), max=()))
+        return shapes.min, shapes.max
 
     def facts(self) -> Mapping[str, Any]:
         return {"runtime": "fake"}
 
 
 def opened(model: Any) -> tuple[EngineRunner, FakeSession]:
-    settings = json.loads((model.directory / "tensorrt.json").read_text())
-    session = FakeSession(model.directory / "model.onnx", settings["profiles"])
+    settings = EngineSettings.read(model.directory)
+    session = FakeSession(model.directory / "model.onnx", settings.profiles)
     return EngineRunner(session, settings, model.lowered.signature), session
 
 
@@ -97,6 +100,38 @@ def test_tokens_in_pieces_and_one_by_one(sliding: Any) -> None:
     assert profiles[:8] == ["prefill"] * 3 + ["decode"] * 5
     # Every decode step has the same shapes: that is what lets it be recorded.
     assert len({str(shapes) for profile, shapes in session.calls if profile == "decode"}) == 1
+
+
+def test_an_input_with_a_row_for_each_token(capture_of: Any, lower: Any) -> None:
+    """Embeddings of two sequences, in pieces of 8 and one by one, and zeros again where there are none."""
+    program, _ = passes.run_passes(capture_of("mixtral"), (InputsEmbeds(), *passes.default_passes()))
+    runner, _ = opened(lower(program, batch=2, context=24, piece=8))
+    random = np.random.default_rng(5)
+    ids = random.integers(3, program.vocab_size, (2, 19))
+    words = ProgramRunner(program).prefill(ids)
+    ids[:, [2, 9, 17, 18]] = -1
+    rows = random.standard_normal((2, 19, int(program.inputs[-1].shape[-1]))).astype(np.float32)
+    want = ProgramRunner(program.replace(input_defaults={NAME: torch.from_numpy(rows)})).prefill(ids)
+    got = []
+    runner.reset()
+    for first, last in ((0, 17), (17, 18), (18, 19)):
+        runner.overrides[NAME] = rows[:, first:last]
+        got.append(runner.decode(ids[:, first:last]))
+    np.testing.assert_allclose(np.concatenate(got, axis=1), want, atol=2e-5 * np.abs(want).max())
+    del runner.overrides[NAME]
+    ids[ids < 0] = 0
+    without = ProgramRunner(program).prefill(ids)
+    np.testing.assert_allclose(runner.prefill(ids), without, atol=2e-5 * np.abs(words).max())
+
+
+def test_a_budget_is_fed_or_its_default(program_of: Any, lower: Any) -> None:
+    program = DynamicRouting(Ratio(beta=0.9), runtime_budget=True).run(program_of("mixtral")).program
+    runner, _ = opened(lower(program, context=24))
+    ids = np.arange(3, 15)[None]
+    for override, reference in ((None, program), (0.0, program_of("mixtral")), (None, program)):
+        runner.overrides = {} if override is None else {BUDGET_INPUT: np.asarray(override, np.float32)}
+        want = ProgramRunner(reference).prefill(ids)
+        np.testing.assert_allclose(runner.prefill(ids), want, atol=2e-5 * np.abs(want).max())
 
 
 def test_left_padding(sliding: Any) -> None:
@@ -191,8 +226,8 @@ def test_the_gpu_session_speaks_to_library_and_driver(tmp_path: Path) -> None:
 
     path = tmp_path / "model.rtx.engine"
     path.write_bytes(b"engine")
-    settings = {"profiles": [{"name": "decode"}, {"name": "prefill"}]}
-    session = engine.GpuSession(path, settings, library, Cuda())
+    profiles = ("decode", "prefill")
+    session = engine.GpuSession(path, profiles, library, Cuda())
     assert [entry for entry in log if entry[0] == "context"] == [("context", ["graph"])] * 2
     assert [entry[1] for entry in log if entry[0] == "set_optimization_profile_async"] == [0, 1]
     log.clear()
@@ -209,15 +244,25 @@ def test_the_gpu_session_speaks_to_library_and_driver(tmp_path: Path) -> None:
         session.allocate(1 << 60)
     path.write_bytes(b"other")
     with pytest.raises(ArtifactError, match="cannot read it"):
-        engine.GpuSession(path, settings, library, Cuda())
+        engine.GpuSession(path, profiles, library, Cuda())
 
 
-SETTINGS = {
-    "library": "tensorrt_rtx",
-    "library_version": "1.7.1.116",
-    "engine": "model.rtx.engine",
-    "compute_capabilities": ["8.6"],
-}
+SETTINGS = EngineSettings(
+    onnx="model.onnx",
+    library="tensorrt_rtx",
+    library_version="1.7.1.116",
+    engine="model.rtx.engine",
+    compute_capabilities=("8.6",),
+    experts="gather",
+    batch=1,
+    context=64,
+    piece=16,
+    workspace_mib=0,
+    weight_streaming=False,
+    input_defaults={},
+    profiles=(),
+    trtexec="",
+)
 
 
 def test_an_engine_of_another_version_is_refused() -> None:
@@ -239,7 +284,7 @@ def test_why_an_engine_does_not_run_here(monkeypatch: pytest.MonkeyPatch) -> Non
     for gpu, reason in answers.items():
         monkeypatch.setattr(engine, "find_gpu", lambda gpu=gpu: gpu)
         assert engine.why_not(SETTINGS) == reason
-    assert engine.why_not({**SETTINGS, "engine": None}) == "no engine was built"
+    assert engine.why_not(SETTINGS.model_copy(update={"engine": None})) == "no engine was built"
 
 
 def test_no_cuda_bindings(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,17 +16,21 @@ from torch import Tensor
 import moec
 from moec import passes
 from moec.compiler.common.errors import ArtifactError, LoweringError, MissingExtraError, UsageError
+from moec.compiler.gates.coverage import run_experts_by_force
 from moec.compiler.ir.interpreter import ProgramRunner
-from moec.compiler.ir.ops import ACTIVATIONS
+from moec.compiler.ir.ops import ACTIVATIONS, Gate
 from moec.compiler.ir.program import EXPERTS, Program
+from moec.compiler.ir.weights import Constant
 from moec.passes.quantize import Quantize
 from moec.passes.routing.dynamic_routing import DynamicRouting
 from moec.passes.routing.policies.top_p import TopP
-from moec.quantize.formats import parse_format
+from moec.quantize.formats import IntegerFormat, parse_format
+from moec.quantize.lazy import quantized as lazily_quantized
 from moec.quantize.plan import QuantizationPlan, TensorClass
 from moec.targets import get_target
 from moec.targets.base import Phase, limits_of
 from moec.targets.tflite import library as extra
+from moec.targets.tflite.experts import open_experts
 from moec.targets.tflite.reader import TfliteFile
 from moec.targets.tflite.runner import TfliteRunner
 from moec.targets.tflite.target import TfliteOptions, TfliteTarget
@@ -166,39 +170,31 @@ def test_a_token_keeps_its_total_when_only_another_one_needs_the_expert(build: A
 
 
 @pytest.mark.parametrize(
-    ("activation", "gated", "interleaved", "alpha", "limit", "up_offset", "bias"),
+    ("gate", "bias"),
     [
-        ("silu", True, True, 1.702, 0.7, 1.0, True),
-        ("silu", True, False, 1.0, 0.0, 0.0, True),
-        *((name, False, False, 1.0, 0.0, 0.0, False) for name in ACTIVATIONS),
-        *((name, True, True, 1.0, 0.0, 0.0, False) for name in ACTIVATIONS),
+        (Gate("silu", interleaved=True, alpha=1.702, limit=0.7, up_offset=1.0), True),
+        (Gate("silu", limit=0.3, limit_activated=True), True),
+        (Gate("silu"), True),
+        *((Gate(name, gated=False), False) for name in ACTIVATIONS),
+        *((Gate(name, interleaved=True), False) for name in ACTIVATIONS),
     ],
 )
-def test_every_kind_of_expert(
-    build: Any,
-    weight: Any,
-    activation: str,
-    gated: bool,
-    interleaved: bool,
-    alpha: float,
-    limit: float,
-    up_offset: float,
-    bias: bool,
-) -> None:
+def test_every_kind_of_expert(build: Any, weight: Any, gate: Gate, bias: bool) -> None:
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
 
-    wide = 12 if gated else 6
+    wide = 12 if gate.gated else 6
     hidden, indices, weights = random(3, 8), torch.tensor([[0, 2], [1, 0], [3, 2]]), random(3, 2).abs()
     gate_up, down = random(4, wide, 8), random(4, 8, 6)
     biases = [random(4, wide), random(4, 8)] if bias else [None, None]
-    gate = (activation, gated, interleaved, False, alpha, limit, up_offset)
+    activation, gated, interleaved, *rest = dataclasses.astuple(gate)
+    own = (activation, gated, interleaved, False, *rest)
     held = [None if value is None else weight(value) for value in biases]
-    call = (EXPERTS, hidden, indices, weights, weight(gate_up), held[0], weight(down), held[1], *gate)
+    call = (EXPERTS, hidden, indices, weights, weight(gate_up), held[0], weight(down), held[1], *own)
     (got,) = build.calls({"call": call})["call"]
-    want = EXPERTS(hidden, indices, weights, gate_up, biases[0], down, biases[1], *gate)
+    want = EXPERTS(hidden, indices, weights, gate_up, biases[0], down, biases[1], *own)
     np.testing.assert_allclose(got, want, atol=2e-5)
 
 
@@ -255,6 +251,32 @@ def test_formats(build: Any, program_of: Programs, formats: dict[str, str], limi
     assert np.median(errors) < limit
 
 
+@pytest.mark.parametrize("family", ["mixtral", "Llama-4-Maverick"], ids=["operands", "constant operands"])
+def test_experts_run_by_themselves(build: Any, program_of: Programs, family: str) -> None:
+    program = program_of(family)
+    runners = open_experts(build.file(program), threads=1)
+    hidden = {row.index: torch.randn(8, row.hidden_size) for row in program.layers}
+    results = run_experts_by_force(program, runners, hidden)
+    errors = [error for result in results for error in result.errors.values()]
+    assert len(errors) == sum(row.num_experts for row in program.layers)
+    assert max(errors) < 1e-5
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("text", ["int4:32:bf16", "int4:64:bf16", "int4:channel:fp32", "int8:channel:fp32"])
+def test_activations_are_rounded_as_the_target_says(build: Any, text: str, rows: int) -> None:
+    generator = torch.Generator().manual_seed(2)
+    form = parse_format(f"{text}:{DYNAMIC}")
+    assert isinstance(form, IntegerFormat)
+    weight = lazily_quantized("w", Constant(torch.randn(48, 128, generator=generator)), form)
+    states = torch.randn(rows, 128, generator=generator) + 0.3
+    (got,) = build.calls({"linear": (torch.ops.aten.linear.default, states, weight, None)})["linear"]
+    rounding = TfliteTarget().activation_rounding(build.directory)
+    want, plain = (each @ weight.read().float().T for each in (rounding(weight, states), states))
+    assert difference(got, want.numpy()) < 1e-6
+    assert difference(plain.numpy(), want.numpy()) > 1e-4, "or rounding would not show"
+
+
 @pytest.mark.parametrize("text", ["none", "int8:channel", f"int4:channel:{DYNAMIC}", f"int4:32:{DYNAMIC}"])
 def test_experts_are_read_back_as_planned(build: Any, program_of: Programs, text: str) -> None:
     program = quantized(program_of("mixtral"), experts_gate_up=text, experts_down=f"int4:channel:{DYNAMIC}")
@@ -294,7 +316,7 @@ def test_a_quantized_weight_that_only_floats_can_stand_for_is_an_error(build: An
     program = quantized(program_of("mixtral"), experts_down="int8:channel")
     norm = next(name for name in program.weight_names() if name.endswith("norm.weight"))
     changed = program.weights.with_tensors({norm: program.weights[program.layers[0].down_proj]})
-    with pytest.raises(LoweringError, match=f"{norm} is quantized to int8:channel"):
+    with pytest.raises(LoweringError, match=f"{norm}: quantized to int8:channel"):
         build.file(program.replace(weights=changed), lengths=(1,))
 
 
@@ -401,7 +423,7 @@ def test_a_preset_means_formats_that_litert_computes_with(golden_model: Path, tm
 
 def test_the_older_runtime_is_refused_what_it_computes_wrongly(program_of: Programs, tmp_path: Path) -> None:
     wrong = quantized(program_of("mixtral"), experts_down=f"int8:channel:{DYNAMIC}")
-    with pytest.raises(LoweringError, match=r"experts.down_proj.* and 15 more: tflite-runtime .* zeros"):
+    with pytest.raises(LoweringError, match=r"experts.down_proj.* and 13 more: tflite-runtime .* zeros"):
         lowered(wrong, tmp_path / "wrong", runtime="tflite-runtime")
     lowered(program_of("mixtral"), tmp_path / "out", runtime="tflite-runtime", prefill=(16,), context=64)
     assert TfliteFile(tmp_path / "out" / "model.tflite").facts["runtime"] == "tflite-runtime"

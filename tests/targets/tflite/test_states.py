@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from moec import cli
 from moec.compiler.common.errors import LoweringError
 from moec.compiler.ir.interpreter import ProgramRunner
 from moec.compiler.ir.program import Program
 from moec.targets.tflite import lower
 from moec.targets.tflite.engine import TOKEN_COUNT
 from moec.targets.tflite.runner import TfliteRunner
+from tests.support.checks import exported
 
 aten = torch.ops.aten
 
@@ -111,12 +110,9 @@ def test_a_state_that_is_made_otherwise_is_refused(
         build.file(hybrid.replace(graph=graph))
 
 
-def test_an_export_with_all_gates(tiny_checkpoint: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_export_with_all_gates(tiny_checkpoint: Any, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    flags = ["--prefill", "16,32", "--context", "160"]
-    code = cli.dispatch(["export", str(tiny_checkpoint("lfm2_moe")), "-t", "tflite", "-o", str(out), "-q", *flags])
-    assert code == 0, capsys.readouterr().err
-    verdicts = {item["gate"]: item["status"] for item in json.loads((out / "report.json").read_text())["verdicts"]}
+    verdicts = exported(tiny_checkpoint("lfm2_moe"), "tflite", out, "--prefill", "16,32", "--context", "160")
     assert {verdicts[gate] for gate in ("parity: artifact", "coverage", "integrity", "repeatability")} == {"pass"}
 
 

@@ -21,7 +21,7 @@ from moec.compiler.frontend.capture import capture
 from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.ir.interpreter import ProgramRunner
 from moec.compiler.ir.program import Program
-from moec.compiler.pipeline.quantization import manifest_facts, plan_quantization
+from moec.compiler.pipeline.quantization import Material, manifest_facts, plan_quantization
 from moec.compiler.pipeline.recipe import QuantizeRecipe
 from moec.compiler.report.describe import describe_built
 from moec.quantize.keep import Held
@@ -205,7 +205,7 @@ def lowered(program: Program, name: str, directory: Path) -> Lowered:
     options = validate(target.Options, OPTIONS[name], where=name)
     dtype = "fp16" if program.dtype is torch.float16 else "fp32"
     held = Held(partial(target.kept_formats, options, dtype=dtype), partial(target.auto_formats, options))
-    plan = plan_quantization(QuantizeRecipe(format="keep"), None, program, None, None, held, None, None)  # type: ignore[arg-type]
+    plan = plan_quantization(QuantizeRecipe(format="keep"), Material(None, program, None, None, None), held, None)  # type: ignore[arg-type]
     later, done = (*plan.passes, *target.passes(options)), [item.name for item in passes.default_passes()]
     final, log = passes.run_passes(program, later, completed=done)
     assert target.refusals(final, options) == ()

@@ -9,7 +9,7 @@ import numpy as np
 
 from moec.compiler.measure.latency.demands import regressions
 from moec.compiler.measure.latency.sampling import LOOKS, Plan, growth, longest, pinned, sample
-from moec.compiler.measure.latency.timings import Decision, judge
+from moec.compiler.measure.latency.timings import Clock, Decision, judge
 from moec.targets.base import RunnerLimits
 
 
@@ -57,7 +57,7 @@ def test_a_slow_down_is_found_and_sampling_ends_when_it_is() -> None:
     sessions = len(opened) // 2
     assert sessions in LOOKS
     assert {judge(demand, found.series, 1)[1] for demand in demands} == {Decision.MISSED}
-    assert found.series["decode16"]["candidate"].calls("cpu")
+    assert found.series["decode16"]["candidate"].calls(Clock.CPU)
     assert max(runner.length for runner in opened) <= 16 + growth(16)
     # The artifacts take turns of five steps, of which the first is not counted.
     turns = "".join(log[-20:])

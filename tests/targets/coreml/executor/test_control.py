@@ -74,10 +74,6 @@ def test_cond_skips_the_experts_that_were_not_chosen(builder: Any, precision: st
     stored_values = EXPERT_MACS + 2 * INNER + HIDDEN
     assert experts.weight_bytes == TOP_K * stored_values * (4 if precision == "fp32" else 2)
     assert session.counters.total().macs == experts.macs + HIDDEN * EXPERTS
-    assert session.counters.by_type("experts_")["linear"].runs == 3 * TOP_K
-    assert sum("linear" in name for name in session.counters.by_name("experts_")) == 3 * TOP_K
-    session.reset_counters()
-    assert session.counters.total().runs == 0
 
 
 def test_while_loop_runs_as_often_as_its_condition_says(builder: Any) -> None:
@@ -95,11 +91,11 @@ def test_while_loop_runs_as_often_as_its_condition_says(builder: Any) -> None:
         return mb.identity(x=result, name="y")
 
     path = builder.save({"x": builder.placeholder((1, 8)), "n": builder.placeholder((1,), np.int32)}, body)
-    session = MilModel.open(path).session()
+    model = MilModel.open(path)
     x = RNG.standard_normal((1, 8)).astype(np.float32)
     expected = x
     for count in range(4):
-        session.reset_counters()
+        session = model.session()
         y = session.predict({"x": x, "n": [count]})["y"]
         np.testing.assert_allclose(y, expected, rtol=1e-6, atol=1e-7)
         assert session.counters.total("slots").macs == count * 64
@@ -150,7 +146,6 @@ def test_functions_share_state_and_weights(builder: Any) -> None:
     assert model.default_function() == "decode"
     assert [str(item) for item in model.inputs("prefill")] == [f"x: fp32[4, {HIDDEN}]", "start: int32[1]"]
     assert [str(item) for item in model.states("decode")] == [f"cache: fp16[8, {HIDDEN}]"]
-    assert [str(item) for item in model.outputs()] == [f"total: fp32[1, {HIDDEN}]"]
     prefill = model.session("prefill")
     decode = model.session(state=prefill.state)
     prompt, token = (RNG.standard_normal((n, HIDDEN)).astype(np.float32) for n in (4, 1))

@@ -1,0 +1,185 @@
+"""`moec chat`: a conversation, from the artifact alone, without torch."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from moec.compiler.commands.console import Console, write
+from moec.compiler.commands.generation import argument_text
+from moec.compiler.commands.options import ArtifactDirectory, Generation, Sampling, Talk
+from moec.compiler.common.errors import MoecError, UsageError
+
+if TYPE_CHECKING:
+    from moec.compiler.run.conversation import Conversation
+
+HELP = """\
+/reset        start a new conversation; the system prompt stays
+/system TEXT  tell the model TEXT before everything else; without TEXT, nothing
+/stats        counts of the last answer and of the conversation
+/help         this
+/exit         end; so does Ctrl-D. Ctrl-C stops an answer and keeps the conversation.
+A line that begins with // is a turn that begins with /."""
+
+
+def chat(
+    sampling: Sampling,
+    generation: Generation,
+    console: Annotated[Console, Talk],
+    directory: ArtifactDirectory,
+    system: Annotated[str, typer.Option(metavar="TEXT", help="What the model is told before everything else.")] = "",
+    raw: Annotated[
+        bool, typer.Option("--raw", help="No chat template and no history: continue each line by itself.")
+    ] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 1024,
+) -> int:
+    """Talk with a model, from the artifact alone.
+
+    Lines of a pipe are turns too: answers go to stdout, everything else to stderr.
+    """
+    from moec.compiler.run.conversation import Conversation
+
+    generator = generation.generator(directory)
+    with generator.session() as session:
+        conversation = Conversation(
+            generator,
+            session,
+            sampling=generator.sampling(**vars(sampling)),
+            max_new_tokens=max_new_tokens,
+            stop=generation.stop or (),
+            system=argument_text(system, "--system"),
+            raw=raw,
+        )
+        return _Chat(console, conversation, stats=generation.stats, terminal=sys.stdin.isatty()).run()
+
+
+class _Chat:
+    """Reads turns and commands, and shows answers.
+
+    Args:
+        console: Where to.
+        conversation: With whom.
+        stats: Whether counts follow every answer.
+        terminal: Whether a person types. Elsewhere a turn that cannot be answered ends the program.
+    """
+
+    def __init__(self, console: Console, conversation: Conversation, *, stats: bool, terminal: bool) -> None:
+        self.console, self.conversation, self.stats, self.terminal = console, conversation, stats, terminal
+
+    def run(self) -> int:
+        """Until the end of the input, /exit, or a reader that goes away."""
+        if self.terminal:
+            self.console.note("/help lists the commands; Ctrl-D ends")
+        for line in self._lines():
+            if not (line := line.strip()):
+                continue
+            try:
+                if not self._turn(line):
+                    break
+            except MoecError as error:
+                if not self.terminal:
+                    raise
+                self.console.error(error)
+        return 0
+
+    def _lines(self) -> Iterator[str]:
+        if not self.terminal:
+            for line in sys.stdin.buffer:
+                yield _decoded(line)
+            return
+        import readline  # noqa: F401 - gives `input` a history and keys to edit a line with
+
+        while True:
+            try:
+                yield input("> ")
+            except EOFError:
+                write("\n")
+                return
+            except KeyboardInterrupt:
+                write("\n")
+                self.console.note("Ctrl-D or /exit ends")
+
+    def _turn(self, line: str) -> bool:
+        """Do what a line says; False where it is the last one."""
+        if line.startswith("//") or not line.startswith("/"):
+            return self._answer(line[1:] if line.startswith("//") else line)
+        command, _, rest = line[1:].partition(" ")
+        if command == "exit":
+            return False
+        commands = {"reset": self._reset, "system": self._system, "stats": self._stats, "help": self._help}
+        if command not in commands:
+            raise UsageError(f"no command '/{command}'", hint="/help lists them; // begins a turn with /")
+        commands[command](rest.strip())
+        return True
+
+    def _answer(self, text: str) -> bool:
+        """Show the answer to a turn; False where nobody reads it any more."""
+        pieces = self.conversation.ask(text)
+        with _interruptible(self.terminal) as stopped:
+            for piece in pieces:
+                if not write(piece):
+                    return False
+                if stopped.is_set():
+                    pieces.close()
+        if not write("\n"):
+            return False
+        counts = self.conversation.statistics
+        if self.conversation.is_full:
+            self.console.note("the context is full: /reset starts a new conversation")
+        elif counts.finish == "length":
+            self.console.note(f"the answer was cut at {counts.new_tokens} tokens (--max-new-tokens)")
+        if self.stats:
+            self.console.note(counts.line())
+        return True
+
+    def _reset(self, _rest: str) -> None:
+        self.conversation.reset()
+        self.console.note("a new conversation")
+
+    def _system(self, rest: str) -> None:
+        self.conversation.system = rest
+        self.console.note("the system prompt is set" if rest else "there is no system prompt")
+
+    def _stats(self, _rest: str) -> None:
+        counts, limit = self.conversation.statistics, self.conversation.generator.context_length
+        turns = sum(message["role"] == "user" for message in self.conversation.messages)
+        used = counts.prompt_tokens + counts.new_tokens
+        self.console.note(counts.line())
+        self.console.note(f"turns: {turns}; context: {used} tokens" + (f" of {limit}" if limit else ""))
+
+    def _help(self, _rest: str) -> None:
+        self.console.note(HELP)
+
+
+def _decoded(line: bytes) -> str:
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"standard input: not UTF-8 text (byte {error.start} of a line)", hint="convert it to UTF-8"
+        ) from error
+
+
+@contextmanager
+def _interruptible(wanted: bool) -> Iterator[threading.Event]:
+    """Ctrl-C sets the event, so that no step is torn; the second one raises KeyboardInterrupt as ever."""
+    event = threading.Event()
+
+    def interrupt(_signal: int, _frame: FrameType | None) -> None:
+        if event.is_set():
+            raise KeyboardInterrupt
+        event.set()
+
+    before = signal.signal(signal.SIGINT, interrupt) if wanted else None
+    try:
+        yield event
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGINT, before)

@@ -1,0 +1,51 @@
+"""What packages of third parties register in the entry-point groups of moec."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from importlib.metadata import EntryPoint, entry_points
+from typing import ClassVar, Protocol, TypeVar
+
+from moec.compiler.common.errors import UsageError
+
+
+class Named(Protocol):
+    """A class that is found by its `name`."""
+
+    name: ClassVar[str]
+
+
+Plugin = TypeVar("Plugin", bound=Named)
+
+
+def third_party(
+    group: str, base: type[Plugin], taken: Collection[str], extra: Iterable[EntryPoint] | None = None
+) -> dict[str, type[Plugin]]:
+    """The classes that third parties register in a group, by name, in the order of their names.
+
+    Args:
+        group: The entry-point group, such as `moec.passes`.
+        base: What each entry point must name a subclass of, with the `name` of the entry.
+        taken: Names that an entry point may not claim.
+        extra: The entry points; None: those installed in the group.
+
+    Raises:
+        UsageError: An entry point claims a name that is taken, or names something else.
+    """
+    kind = base.__name__
+    found: dict[str, type[Plugin]] = {}
+    for entry in sorted(entry_points(group=group) if extra is None else extra, key=lambda e: (e.name, e.value)):
+        where = f"the entry point {entry.name} = {entry.value} of group {group}"
+        if entry.name in taken or entry.name in found:
+            raise UsageError(
+                f"{where} claims a name that is taken",
+                hint=f"uninstall one of the packages, or rename the {kind.lower()}",
+            )
+        loaded = entry.load()
+        if not (isinstance(loaded, type) and issubclass(loaded, base) and loaded.name == entry.name):
+            raise UsageError(
+                f"{where} is no {kind} of that name",
+                hint=f"it must name a subclass of {base.__module__}.{kind} whose `name` is the entry's",
+            )
+        found[entry.name] = loaded
+    return found

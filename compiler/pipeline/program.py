@@ -1,0 +1,180 @@
+"""From a recipe to the final Program: what is captured, which passes run, and what is calibrated for them."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from moec import passes
+from moec.compiler.common.errors import LoweringError
+from moec.compiler.common.validation import validate
+from moec.compiler.frontend.checkpoint import Checkpoint
+from moec.compiler.ir.program import Program
+from moec.compiler.ir.widen import widened
+from moec.compiler.measure.summary import model_summary
+from moec.compiler.pipeline.captures import Captures
+from moec.compiler.pipeline.quantization import Material, Quantization, plan_quantization
+from moec.compiler.pipeline.recipe import Recipe
+from moec.compiler.pipeline.refusals import check_target
+from moec.compiler.pipeline.routing import RoutingPlan, measure_savings, plan_routing
+from moec.compiler.pipeline.stages import Stages, silent
+from moec.passes.base import Pass
+from moec.passes.inputs_embeds import InputsEmbeds
+from moec.quantize.keep import Held
+from moec.quantize.recorded import RecordedCodes
+from moec.targets import get_target
+from moec.targets.base import Phase, Target, TargetOptions
+
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Built:
+    """The final Program with what its making recorded."""
+
+    checkpoint: Checkpoint
+    captured: Program
+    program: Program
+    model: Mapping[str, Any]
+    pass_log: Sequence[Mapping[str, Any]]
+    routing: RoutingPlan
+    quantization: Quantization
+
+
+def build_program(recipe: Recipe) -> Program:
+    """The Program that an export of `recipe` would lower: captured and with every pass run."""
+    target, options = target_of(recipe)
+    return build(completed(recipe, target), target, options, Stages(silent), Captures()).program
+
+
+def completed(recipe: Recipe, target: Target) -> Recipe:
+    """`recipe` with what `target` means where it says nothing of precision, or names a preset."""
+    recipe = recipe.model_copy(update={"dtype": recipe.dtype or target.default_dtype})
+    settings = recipe.quantize
+    if settings is None or not isinstance(settings.format, str) or settings.format not in target.presets:
+        return recipe
+    own = {"format": {"formats": dict(target.presets[settings.format])}}
+    return recipe.model_copy(update={"quantize": settings.model_copy(update=own)})
+
+
+def target_of(recipe: Recipe) -> tuple[Target, TargetOptions]:
+    """The target of a recipe and its options.
+
+    Raises:
+        UsageError: There is no such target, or an option makes no sense.
+    """
+    target = get_target(recipe.target)
+    return target, validate(target.Options, recipe.options, where=f"options of target {target.name}")
+
+
+def build(
+    recipe: Recipe,
+    target: Target,
+    options: TargetOptions,
+    stages: Stages,
+    captures: Captures,
+    codes: Mapping[str, RecordedCodes] | None = None,
+) -> Built:
+    """Make the final Program.
+
+    Args:
+        recipe: What to build.
+        target: Its target.
+        options: Its options.
+        stages: Told about each stage.
+        captures: Programs that were captured before.
+        codes: Calibrated codes of the artifact that was built from the recipe; None where there is no artifact yet.
+    """
+    with stages("capture"):
+        checkpoint = Checkpoint.open(
+            recipe.checkpoint, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code
+        )
+        target.check(options, checkpoint.raw_config)
+        captured = captures.of(checkpoint, _DTYPES[recipe.dtype or target.default_dtype])
+    with stages("passes"):
+        common = (*((InputsEmbeds(),) if recipe.inputs_embeds else ()), *passes.default_passes())
+        program, log = captures.after(captured, common, stages.ran)
+    settings = None if recipe.routing is None or recipe.routing.does_nothing else recipe.routing
+    weights = None if recipe.quantize is None or recipe.quantize.does_nothing else recipe.quantize
+
+    def check(program: Program, *quantize: Pass) -> None:
+        """Calibration and search take minutes to hours: what the target refuses is refused before."""
+        if codes is None:
+            check_target(target, _run((*quantize, *target.passes(options)), program, log)[0], options)
+
+    if settings or (weights and weights.format == "auto"):
+        check(program)
+    with stages("routing") if settings else contextlib.nullcontext():
+        routing = plan_routing(settings, checkpoint, program, stages.progress)
+        program, log = _run(routing.passes, program, log, stages.ran)
+    if settings and codes is None:
+        with stages("accounting"):
+            capabilities = {phase: target.capabilities(options, phase) for phase in Phase}
+            savings = measure_savings(settings, checkpoint, captured, program, capabilities)
+            routing = replace(routing, facts={**(routing.facts or {}), "accounting": savings})
+    with stages("quantize") if weights else contextlib.nullcontext():
+        in_float32 = functools.partial(_in_float32, captured, program, (*common, *routing.passes))
+        material = Material(checkpoint, program, in_float32, check, stages.progress)
+        quantization = plan_quantization(weights, material, _formats(recipe, target, options), codes)
+        final, log = _run((*quantization.passes, *target.passes(options)), program, log, stages.ran)
+    model = _described(captured, final, (routing.recorded or {}).get("removed"))
+    return Built(checkpoint, captured, final, model, _pass_log(log), routing, quantization)
+
+
+def _in_float32(captured: Program, program: Program, done: Sequence[Pass]) -> Program:
+    """`program`, which is `captured` after the passes of `done`, with activations in float32."""
+    return program if captured.dtype == torch.float32 else passes.run_passes(widened(captured), done)[0]
+
+
+def _formats(recipe: Recipe, target: Target, options: TargetOptions) -> Held:
+    """What the target holds, of the formats that `keep` asks for and `auto` may choose from."""
+    dtype = recipe.dtype or target.default_dtype
+    return Held(
+        functools.partial(target.kept_formats, options, dtype=dtype), functools.partial(target.auto_formats, options)
+    )
+
+
+def _run(
+    more: Sequence[Pass],
+    program: Program,
+    log: Sequence[passes.PassRecord],
+    on_pass: Callable[[passes.PassRecord], None] | None = None,
+) -> tuple[Program, tuple[passes.PassRecord, ...]]:
+    """Run `more` passes on a program that has had those of `log`."""
+    program, new = passes.run_passes(program, more, on_pass, completed=[record.name for record in log])
+    return program, (*log, *new)
+
+
+def _pass_log(log: Sequence[passes.PassRecord]) -> list[dict[str, Any]]:
+    """For moec.json: without the times, since it is the same on every rebuild."""
+    return [
+        {"name": record.name, "modified": record.modified, "rejections": [item.record() for item in record.rejections]}
+        for record in log
+    ]
+
+
+def _described(captured: Program, final: Program, removed: Sequence[Sequence[int]] | None) -> dict[str, Any]:
+    """The model that was built, and what it was built from."""
+    before = model_summary(captured)
+    _check_removed(captured, final, removed or [])
+    return {**model_summary(final), "source": {key: before[key] for key in ("parameters", "moe_layers")}}
+
+
+def _check_removed(captured: Program, final: Program, removed: Sequence[Sequence[int]]) -> None:
+    """Compare what moec.json will say was pruned with what is left.
+
+    Raises:
+        LoweringError: A layer has another number of experts.
+    """
+    for before, after, gone in zip(captured.layers, final.layers, removed, strict=False):
+        if after.num_experts != before.num_experts - len(gone):
+            raise LoweringError(
+                f"{before.module}: {len(gone)} of its {before.num_experts} experts should be pruned, "
+                f"and {after.num_experts} are left",
+                hint="this is a fault of moec: please report it with the recipe",
+            )

@@ -1,0 +1,36 @@
+"""How kernels round activations to int8 at run time, one scale for each row, in the product with a quantized weight."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moec.compiler.ir.weights import LazyTensor
+from moec.quantize.formats import Activations, IntegerFormat
+from moec.quantize.lazy import Coded
+
+
+def asymmetric_rows(weight: LazyTensor, activations: Tensor) -> Tensor:
+    """Round each row to 256 steps between its extremes, 0 among them, where the format of the weight allows int8.
+
+    As XNNPACK does for its kernels of the kind qd8: scale = (high - low) / 255, and a zero point in [-128, 127]
+    (xnn_f32_qd8_asymmetric_quantization_params in XNNPACK's src/xnnpack/quantization.h).
+
+    Args:
+        weight: The weight of the product.
+        activations: [..., K], any float dtype.
+
+    Returns:
+        The values that the rounded activations stand for, in the same dtype; `activations` itself if the weight's
+        format leaves them float.
+    """
+    form = weight.format if isinstance(weight, Coded) else None
+    if not isinstance(form, IntegerFormat) or form.activations is not Activations.INT8_DYNAMIC:
+        return activations
+    values = activations.to(torch.float32)
+    low, high = values.amin(-1, keepdim=True).clamp(max=0), values.amax(-1, keepdim=True).clamp(min=0)
+    scale = (high - low) / 255
+    scale = torch.where(scale == 0, 1.0, scale)
+    zero_point = (-128 - low / scale).round().clamp(-128, 127)
+    codes = ((values / scale).round() + zero_point).clamp(-128, 127)
+    return ((codes - zero_point) * scale).to(activations.dtype)

@@ -1,0 +1,48 @@
+"""What several tests ask in the same words."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from moec import cli
+from moec.compiler.ir.program import Program
+from moec.passes.base import Pass
+from moec.targets.base import Runner
+
+
+def assert_recorded(runner: Runner, golden_model: Path, prompts: int | None = None) -> None:
+    """`runner` computes the recorded logits of transformers in float32, and chooses its tokens one by one.
+
+    See golden_models/README.md. `prompts`: how many of the recorded ones; None: all.
+    """
+    recorded = np.load(golden_model / "golden_logits.npz")
+    names = [name.removesuffix(".greedy") for name in recorded.files if name.endswith(".greedy")][:prompts]
+    assert names
+    for name in names:
+        ids, logits, greedy = (recorded[f"{name}.{part}"] for part in ("input_ids", "logits", "greedy"))
+        got = runner.prefill(ids[None])
+        assert np.abs(got[0, -len(logits) :] - logits).max() <= 1e-4 * np.abs(logits).max()
+        tokens = [int(got[0, -1].argmax())]
+        while len(tokens) < len(greedy):
+            tokens.append(int(runner.decode(np.array([tokens[-1:]]))[0, -1].argmax()))
+        assert tokens == greedy.tolist()
+
+
+def exported(checkpoint: Path, target: str, out: Path, *flags: str) -> dict[str, str]:
+    """Export with all gates; the status of each by its name."""
+    code = cli.dispatch(["export", str(checkpoint), "-t", target, "-o", str(out), "-q", *flags])
+    assert code == 0
+    return {item["gate"]: item["status"] for item in json.loads((out / "report.json").read_text())["verdicts"]}
+
+
+def assert_left_alone(item: Pass, program: Program, reason: str) -> None:
+    """The pass changes nothing, and says of the one place in module `block` why."""
+    result = item.run(program)
+    assert not result.modified
+    assert result.program is program
+    (rejection,) = result.rejections
+    assert (rejection.source, rejection.where) == (item.name, "block")
+    assert reason in rejection.reason
