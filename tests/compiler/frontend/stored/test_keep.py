@@ -158,11 +158,11 @@ BECAME = [
     ("mixtral awq", ONNX, KEPT.format("int4:32:asym")),
     ("mixtral awq", TENSORRT, "int4:32 in place of awq of 4 bits"),
     ("mixtral awq", COREML, KEPT.format("int4:32:asym")),
-    ("mixtral awq", TFLITE, "int4:32:int8-dynamic in place of awq of 4 bits"),
+    ("mixtral awq", TFLITE, "int4:32:bf16:int8-dynamic in place of awq of 4 bits"),
     ("gpt_oss mxfp4", ONNX, "int4:32 in place of mxfp4 of 4 bits"),
     ("gpt_oss mxfp4", TENSORRT, "int4:32 in place of mxfp4 of 4 bits"),
     ("gpt_oss mxfp4", COREML, KEPT.format("table4:32")),
-    ("gpt_oss mxfp4", TFLITE, "int4:32:int8-dynamic in place of mxfp4 of 4 bits"),
+    ("gpt_oss mxfp4", TFLITE, "int4:32:bf16:int8-dynamic in place of mxfp4 of 4 bits"),
     *(
         pytest.param("qwen3_moe gptq 8", target, became, marks=pytest.mark.slow)
         for target, became in (
