@@ -43,7 +43,9 @@ def artifact(tiny_checkpoint: Tiny, tmp_path: Path, capsys: pytest.CaptureFixtur
     return out
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["export", "--help"], ["run", "--help"], ["--version"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["export", "--help"], ["chat", "--help"], ["serve", "--help"], ["--version"]]
+)
 def test_help_and_version_import_nothing_heavy(arguments: list[str]) -> None:
     code = (
         "import sys; from moec.cli import dispatch; code = dispatch(sys.argv[1:]);"

@@ -26,7 +26,7 @@ class Conversation:
         max_new_tokens: Most tokens of an answer.
         stop: Strings before which an answer ends.
         system: What the model is told before everything else; empty for nothing.
-        raw: No template and no history: each text is continued by itself.
+        raw: No template, and the model sees no history: each text is continued by itself.
 
     Raises:
         UsageError: The model has no chat template, unless `raw`.
@@ -84,7 +84,7 @@ class Conversation:
                 said.append(piece)
                 yield piece
         finally:
-            if not self.raw and (whole := "".join(said)):
+            if whole := "".join(said):
                 self.messages = [*asked, {"role": "assistant", "content": whole}]
 
     def _encode(self, messages: list[dict[str, str]]) -> list[int]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4 as CONTENT_TYPE
 
 from moec.compiler.run.server.scheduler import Scheduler, Ticket
 
-__all__ = ["CONTENT_TYPE", "Metrics"]
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+"""The form that `generate_latest` writes; its own name for it is not the same in every release."""
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)
 _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)

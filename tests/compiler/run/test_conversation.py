@@ -109,6 +109,22 @@ def test_a_full_context(golden_onnx: Path, tmp_path: Path) -> None:
         assert not conversation.messages
 
 
+@pytest.mark.parametrize(("tokens", "new"), [(1, 16), (23, 1), (24, 0)])
+def test_the_last_tokens_of_a_context(golden_onnx: Path, tmp_path: Path, tokens: int, new: int) -> None:
+    small = with_context(golden_onnx, tmp_path / "out", 24)
+    text = "a" + " a" * (tokens - 1)
+    assert len(small.encode(text)) == tokens
+    with small.session() as session:
+        conversation = Conversation(small, session, sampling=small.sampling(), max_new_tokens=16, raw=True)
+        if not new:
+            with pytest.raises(UsageError, match="the text has 24 tokens with this turn, and the artifact allows 24"):
+                list(conversation.ask(text))
+        else:
+            list(conversation.ask(text))
+            assert conversation.statistics.new_tokens == new
+            assert conversation.is_full == (new == 1)
+
+
 def test_raw_turns_have_no_history(generator: Generator) -> None:
     answers, _ = talk(generator, QUESTIONS[0], QUESTIONS[1], raw=True)
     assert answers == [generator.generate(question, max_new_tokens=16) for question in QUESTIONS[:2]]

@@ -24,8 +24,8 @@ def test_the_text_ends_before_the_first_occurrence() -> None:
 
 
 def test_of_two_stop_strings_none_is_shown() -> None:
-    for text, one, other in itertools.product(words(5), words(3), words(3)):
-        before = shown([one, other], text, 1)
+    for text, one, other, size in itertools.product(words(5), words(3), words(3), (1, 5)):
+        before = shown([one, other], text, size)
         assert text.startswith(before)
         assert one not in before
         assert other not in before
