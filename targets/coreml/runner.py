@@ -9,8 +9,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from moec.compiler.common.errors import UsageError
-from moec.targets.base import RunnerLimits
+from moec.targets.base import Runner, RunnerLimits
 from moec.targets.common.added_inputs import rows
 from moec.targets.coreml.flavors import call, most_tokens
 from moec.targets.coreml.metadata import read_metadata
@@ -18,7 +17,7 @@ from moec.targets.coreml.package import PACKAGE
 from moec.targets.coreml.predict import Backend, InterpreterBackend, open_backend
 
 
-class CoremlRunner:
+class CoremlRunner(Runner):
     """The Runner of the CoreML target.
 
     Args:
@@ -59,36 +58,15 @@ class CoremlRunner:
         self._length = 0
         self._backend.reset()
 
-    def prefill(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None) -> np.ndarray:
-        """Start a new sequence; see `moec.targets.base.Runner`."""
-        self.reset()
-        return self.decode(input_ids, attention_mask)
-
     def decode(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None) -> np.ndarray:
-        """Continue it; see `moec.targets.base.Runner`.
-
-        Raises:
-            UsageError: Several sequences, padding, or more tokens than the cache holds.
-        """
-        self._check(input_ids, attention_mask)
+        """Continue it, as far as `limits` allow; see `moec.targets.base.Runner`."""
+        self.limits.check("CoreML", input_ids, attention_mask, self._length)
         given = rows(self._widths, self.overrides, *input_ids.shape)
         logits = []
         for start in range(0, input_ids.shape[1], self._chunk):
             piece = slice(start, start + self._chunk)
             logits.append(self._step(input_ids[:, piece], {name: array[:, piece] for name, array in given.items()}))
         return np.concatenate(logits, axis=1)
-
-    def _check(self, input_ids: np.ndarray, attention_mask: np.ndarray | None) -> None:
-        batch, new = input_ids.shape
-        if batch != 1:
-            raise UsageError(f"a CoreML model runs one sequence at a time, not {batch}", hint="run them in turn")
-        if attention_mask is not None and not attention_mask.all():
-            raise UsageError("a CoreML model takes no padding", hint="leave the padding out")
-        if self._length + new > self._context:
-            raise UsageError(
-                f"{self._length + new} tokens are more than the {self._context} that the model's cache holds",
-                hint="export with a larger --context",
-            )
 
     def _step(self, ids: np.ndarray, given: Mapping[str, np.ndarray]) -> np.ndarray:
         """One call, as the flavor has it: by default, of a single token, of the function that skips experts."""
