@@ -9,7 +9,7 @@ from torch import fx
 from moec.compiler.common.rejections import Rejection
 from moec.compiler.ir.program import Program, module_of
 from moec.passes.base import PassResult
-from moec.passes.rewriting import rewritten
+from moec.passes.rewriting import Rewrite
 
 
 def fuse_each(name: str, program: Program, fuse: Callable[[fx.Graph, fx.Node], bool | str]) -> PassResult:
@@ -21,11 +21,10 @@ def fuse_each(name: str, program: Program, fuse: Callable[[fx.Graph, fx.Node], b
         fuse: Rewrites what ends in a node and returns True; False where there is nothing, or why it is left as it is
             although it nearly is what the pass looks for.
     """
-    graph, modified = program.copy_graph(), False
-    rejections: list[Rejection] = []
-    for node in list(graph.nodes):
-        found = fuse(graph, node)
+    rewrite, modified = Rewrite(program), False
+    for node in list(rewrite.graph.nodes):
+        found = fuse(rewrite.graph, node)
         if isinstance(found, str):
-            rejections.append(Rejection(name, module_of(node), found))
+            rewrite.rejections.append(Rejection(name, module_of(node), found))
         modified |= found is True
-    return PassResult(rewritten(program, graph) if modified else program, modified, tuple(rejections))
+    return rewrite.result(modified=modified)

@@ -9,15 +9,16 @@ from typing import Any, Self
 
 import numpy as np
 
-from moec.targets.base import Runner, RunnerLimits
+from moec.targets.base import RunnerLimits
 from moec.targets.common.added_inputs import rows
+from moec.targets.common.one_sequence import OneSequence
 from moec.targets.coreml.flavors import call, most_tokens
 from moec.targets.coreml.metadata import read_metadata
 from moec.targets.coreml.package import PACKAGE
 from moec.targets.coreml.predict import Backend, InterpreterBackend, open_backend
 
 
-class CoremlRunner(Runner):
+class CoremlRunner(OneSequence):
     """The Runner of the CoreML target.
 
     Args:
@@ -27,6 +28,8 @@ class CoremlRunner(Runner):
     Raises:
         ArtifactError: The package is damaged or no model of moec.
     """
+
+    target = "CoreML"
 
     def __init__(self, directory: Path, *, backend: Callable[[Path], Backend] = open_backend) -> None:
         metadata = read_metadata(directory)
@@ -53,14 +56,10 @@ class CoremlRunner(Runner):
         twin._backend, twin._length = self._backend.fork(), 0
         return twin
 
-    def reset(self) -> None:
-        """Forget the sequence."""
-        self._length = 0
+    def _forget(self) -> None:
         self._backend.reset()
 
-    def decode(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None) -> np.ndarray:
-        """Continue it, as far as `limits` allow; see `moec.targets.base.Runner`."""
-        self.limits.check("CoreML", input_ids, attention_mask, self._length)
+    def _continue(self, input_ids: np.ndarray) -> np.ndarray:
         given = rows(self._widths, self.overrides, *input_ids.shape)
         logits = []
         for start in range(0, input_ids.shape[1], self._chunk):

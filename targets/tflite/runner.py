@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from moec.targets.base import Runner, RunnerLimits
+from moec.targets.base import RunnerLimits
 from moec.targets.common.added_inputs import rows
+from moec.targets.common.one_sequence import OneSequence
 from moec.targets.tflite.engine import DECODE, REPLACED_PREFIXES, TOKEN_COUNT, Engine, LitertEngine
 from moec.targets.tflite.former_runtime import OlderEngine
 from moec.targets.tflite.reader import OLDER, TfliteFile
@@ -19,7 +20,7 @@ WORTH_PADDING = 8
 """A prompt's rest is padded to a signature's length if it fills at least one part in so many of it."""
 
 
-class TfliteRunner(Runner):
+class TfliteRunner(OneSequence):
     """The Runner of the TFLite target.
 
     A prompt is cut into pieces of the lengths that there are signatures for. The last piece is padded: the logits of
@@ -34,6 +35,8 @@ class TfliteRunner(Runner):
         ArtifactError: The runtime cannot load it.
         MissingExtraError: The runtime is not installed.
     """
+
+    target = "TFLite"
 
     def __init__(self, file: Path, *, threads: int = 0) -> None:
         facts = TfliteFile(file).facts
@@ -63,14 +66,10 @@ class TfliteRunner(Runner):
         twin.overrides = self.overrides
         return twin
 
-    def reset(self) -> None:
-        """Forget the sequence."""
-        self._length = 0
+    def _forget(self) -> None:
         self._engine.reset()
 
-    def decode(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None) -> np.ndarray:
-        """Continue it, as far as `limits` allow; see `moec.targets.base.Runner`."""
-        self.limits.check("TFLite", input_ids, attention_mask, self._length)
+    def _continue(self, input_ids: np.ndarray) -> np.ndarray:
         length = input_ids.shape[1]
         given = rows(self._widths, self.overrides, 1, length)
         logits: list[np.ndarray] = []
