@@ -5,13 +5,13 @@ come in any order and are left out where they have their default:
 
     none                      the dtype of the checkpoint, unchanged
     fp16                      IEEE half precision
-    int8[:auto|channel|32|64|128][:fp16|bf16|fp32][:float|int8-dynamic]
-    int4[:auto|channel|32|64|128][:sym|asym][:fp16|bf16|fp32][:float|int8-dynamic]
+    int8[:auto|auto32|channel|32|64|128][:fp16|bf16|fp32][:float|int8-dynamic]
+    int4[:auto|auto32|channel|32|64|128][:sym|asym][:fp16|bf16|fp32][:float|int8-dynamic]
     palettize4[:auto|ROWS]
 
-`auto` is the largest of 128, 64 and 32 that divides the quantized dimension, else `channel`. `fp16`, `bf16` and `fp32`
-name the dtype of the scales, `float` and `int8-dynamic` that of the activations. ROWS are the rows that share a
-palette; `auto` is the largest number up to 16 that divides them.
+`auto` is the largest of 128, 64 and 32 that divides the quantized dimension, else `channel`; `auto32` is 32 where that
+divides it, else `channel`. `fp16`, `bf16` and `fp32` name the dtype of the scales, `float` and `int8-dynamic` that of
+the activations. ROWS are the rows that share a palette; `auto` is the largest number up to 16 that divides them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ BLOCK_SIZES: tuple[Literal[128, 64, 32], ...] = (128, 64, 32)
 ROWS = 16
 """Most rows that share a palette where a format does not say how many: its table is small beside their codes."""
 
-Granularity: TypeAlias = Literal["auto", "channel", 32, 64, 128]
+Granularity: TypeAlias = Literal["auto", "auto32", "channel", 32, 64, 128]
 
 
 class FloatKind(StrEnum):
@@ -85,7 +85,8 @@ class IntegerFormat:
 
     Attributes:
         bits: Bits of one code.
-        granularity: Weights that share a scale: a block size, "channel" for the whole last dimension, or "auto".
+        granularity: Weights that share a scale: a block size, "channel" for the whole last dimension, or
+            "auto" and "auto32", which depend on it.
         symmetric: True: weight = code * scale. False: weight = (code - zero_point) * scale; four bits only.
         scale_type: dtype of the scales.
         activations: Whether a kernel may quantize the activations, per token, to int8.
@@ -127,7 +128,7 @@ class IntegerFormat:
         return (-8, 7) if self.bits == 4 else (-127, 127)
 
     def resolve(self, dimension: int, name: str) -> IntegerFormat:
-        """Turn "auto" into a block size and check that the block divides the dimension.
+        """Turn "auto" and "auto32" into a block size and check that the block divides the dimension.
 
         Args:
             dimension: Length of the quantized (last) dimension.
@@ -138,6 +139,8 @@ class IntegerFormat:
         """
         if self.granularity == "auto":
             return replace(self, granularity=default_block(dimension))
+        if self.granularity == "auto32":
+            return replace(self, granularity="channel" if dimension % 32 else 32)
         if self.granularity != "channel" and dimension % self.granularity:
             divisors = [str(size) for size in reversed(BLOCK_SIZES) if dimension % size == 0]
             raise UsageError(
@@ -285,6 +288,7 @@ _ROWS_HINT = "Write palettize4, which chooses a number that divides, or a diviso
 _CHANNEL_HINT = "Use one scale per channel (int8:channel), or leave the tensor float (none)."
 _WORDS: dict[str, tuple[str, object]] = {
     "auto": ("granularity", "auto"),
+    "auto32": ("granularity", "auto32"),
     "channel": ("granularity", "channel"),
     **{str(size): ("granularity", size) for size in BLOCK_SIZES},
     "sym": ("symmetric", True),

@@ -198,13 +198,20 @@ def test_inspect_says_why_a_model_cannot_be_captured(tmp_path: Path, capsys: pyt
     assert "dense model" in found["reason"]
 
 
-def test_doctor_and_families(capsys: pytest.CaptureFixture[str]) -> None:
+def test_doctor_and_families(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.dispatch(["doctor", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["environment"]["moec"] == moec.__version__
     assert found["targets"].keys() == set(targets.target_names())
+    assert found["commands"]["serve"] == {"run": "yes", "install": ""}
     assert cli.dispatch(["doctor"]) == 0
     assert "fake" in capsys.readouterr().out
+    monkeypatch.setattr("moec.compiler.commands.serve.MODULES", ("json", "no_such_module"))
+    assert cli.dispatch(["doctor"]) == 0
+    told = capsys.readouterr().out
+    assert "moec serve" in told
+    assert "no: needs no_such_module" in told
+    assert "pip install 'moec[serve]'" in told
     assert cli.dispatch(["families"]) == 0
     assert "olmoe" in capsys.readouterr().out.split()
     assert cli.dispatch(["families", "olmo"]) == 2

@@ -8,6 +8,7 @@ import platform
 from typing import Any
 
 import moec
+from moec.compiler.commands.serve import INSTALL, missing_modules
 from moec.compiler.common.errors import MissingExtraError
 from moec.targets import get_target, target_names
 
@@ -15,7 +16,10 @@ _TOOLS = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
 
 
 def doctor() -> dict[str, Any]:
-    """The environment, and for every target what can be done with it here and the command that adds the rest."""
+    """The environment, and what can be done here with each target and each command that needs an extra.
+
+    Beside it stands the command that adds the rest.
+    """
     return {
         "environment": {
             "moec": moec.__version__,
@@ -24,7 +28,13 @@ def doctor() -> dict[str, Any]:
             **{name: _version(name) for name in _TOOLS},
         },
         "targets": {name: _target(name) for name in target_names()},
+        "commands": {"serve": _serve()},
     }
+
+
+def _serve() -> dict[str, str]:
+    missing = missing_modules()
+    return {"run": f"no: needs {', '.join(missing)}", "install": INSTALL} if missing else {"run": "yes", "install": ""}
 
 
 def _target(name: str) -> dict[str, str]:

@@ -38,7 +38,7 @@ def inspect(
 
 
 def doctor(console: Shown) -> int:
-    """Show which targets can be built, run and measured here, and the command that adds each."""
+    """Show which targets can be built, run and measured here, what other extras add, and the commands that add each."""
     from moec.compiler.commands.doctor import doctor as examine
 
     found = examine()
@@ -49,6 +49,9 @@ def doctor(console: Shown) -> int:
         columns = ("build", "run", "measure", "install")
         rows = [(name, *(facts.get(column, "") for column in columns)) for name, facts in found["targets"].items()]
         console.rows(rows, header=("target", *columns))
+        console.line("")
+        commands = [(f"moec {name}", facts["run"], facts["install"]) for name, facts in found["commands"].items()]
+        console.rows(commands, header=("command", "run", "install"))
 
     console.result(found, show)
     return 0

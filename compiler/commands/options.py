@@ -161,13 +161,9 @@ class Sampling(Group):
 
 
 @dataclass(frozen=True)
-class Generation(Group):
-    """What else generates from an artifact."""
+class Running(Group):
+    """How an artifact is opened to generate from it."""
 
-    stop: Annotated[
-        list[str] | None, typer.Option("--stop", metavar="TEXT", help="End before this text; may be repeated.")
-    ] = None
-    stats: Annotated[bool, typer.Option("--stats", help="Print counts and tokens per second on stderr.")] = False
     threads: Annotated[int, typer.Option(help="Threads of the runtime; 0 leaves it to the runtime.")] = 0
     inputs: Annotated[
         list[str] | None,
@@ -179,3 +175,13 @@ class Generation(Group):
         from moec.compiler.run.generate import Generator
 
         return Generator(directory, threads=self.threads, inputs=numbers(self.inputs or (), "--input"))
+
+
+@dataclass(frozen=True)
+class Generation(Running):
+    """What else generates from an artifact."""
+
+    stop: Annotated[
+        list[str] | None, typer.Option("--stop", metavar="TEXT", help="End before this text; may be repeated.")
+    ] = None
+    stats: Annotated[bool, typer.Option("--stats", help="Print counts and tokens per second on stderr.")] = False

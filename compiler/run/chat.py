@@ -42,7 +42,8 @@ def render_chat(directory: Path, messages: Sequence[Mapping[str, str]]) -> str:
     """
     source = chat_template(directory)
     if source is None:
-        raise UsageError(f"{directory}: the model has no chat template", hint="leave out --chat")
+        hint = "it continues texts alone: leave out --chat, ask /v1/completions"
+        raise UsageError(f"{directory}: the model has no chat template", hint=hint)
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, GenerationTag]
     )

@@ -30,7 +30,7 @@ QUANTIZED = ("experts_gate_up", "experts_down", "shared_expert", "attention", "e
 """Tensor classes that the presets quantize."""
 
 _INT4_ROWS = "int4:channel:fp32:int8-dynamic"
-_ROWS, _BLOCKS = "int8:channel:fp32:int8-dynamic", "int4:32:bf16:int8-dynamic"
+_ROWS, _BLOCKS = "int8:channel:fp32:int8-dynamic", "int4:auto32:bf16:int8-dynamic"
 """A file has scales of blocks in fp16, but XNNPACK rounds them to bf16, so scales are chosen that both hold."""
 
 
@@ -86,7 +86,7 @@ class TfliteTarget(base.Target):
             return ("int8:channel",)
         if self.presets["int4"][tensor_class] == _ROWS:
             return (_ROWS,)
-        return (*(_BLOCKS.replace(":32:", f":{size}:") for size in (128, 64, 32)), _ROWS)
+        return (*(_BLOCKS.replace(":auto32:", f":{size}:") for size in (128, 64, 32)), _ROWS)
 
     def kept_formats(self, options: base.TargetOptions, tensor_class: str, dtype: str) -> tuple[str, ...]:  # noqa: ARG002
         """Codes of 4 bits: the int8 kernels do not take -128, which codes of other tools hold."""

@@ -21,14 +21,14 @@ from moec.quantize.formats import (
 INTEGER_FORMATS = st.builds(
     IntegerFormat,
     bits=st.just(4),
-    granularity=st.sampled_from(["auto", "channel", 32, 64, 128]),
+    granularity=st.sampled_from(["auto", "auto32", "channel", 32, 64, 128]),
     symmetric=st.booleans(),
     scale_type=st.sampled_from(ScaleType),
     activations=st.sampled_from(Activations),
 ) | st.builds(
     IntegerFormat,
     bits=st.just(8),
-    granularity=st.sampled_from(["auto", "channel", 32, 64, 128]),
+    granularity=st.sampled_from(["auto", "auto32", "channel", 32, 64, 128]),
     scale_type=st.sampled_from(ScaleType),
     activations=st.sampled_from(Activations),
 )
@@ -134,3 +134,11 @@ def test_auto_shares_a_palette_among_the_most_rows_that_divide(rows: int, shared
 def test_rows_that_do_not_divide_are_refused() -> None:
     with pytest.raises(UsageError, match=r"layers.0.up: palettes of 16 rows do not divide its 24 rows"):
         PaletteFormat(rows=16).resolve(24, "layers.0.up")
+
+
+@pytest.mark.parametrize(("dimension", "found"), [(128, 32), (96, 32), (48, "channel"), (16, "channel")])
+def test_blocks_of_32_where_they_divide(dimension: int, found: object) -> None:
+    form = parse_format("int4:auto32")
+    assert isinstance(form, IntegerFormat)
+    assert form.resolve(dimension, "w").granularity == found
+    assert form.block_length(dimension) == (32 if found == 32 else dimension)

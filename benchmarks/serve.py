@@ -1,0 +1,137 @@
+"""Tokens per second that `moec serve` gives to one request and to four at once, and what many requests leave behind.
+
+    python benchmarks/serve.py [DIRECTORY] [--tokens 128] [--rounds 5] [--threads 1] [--soak 1000]
+
+DIRECTORY is an artifact; without one the golden model is exported to ONNX. The server is a process of its own; requests
+are greedy completions that end at `--tokens` (or before, where the model ends). One at a time and four at once are
+measured in turns, wall time, and the median of the rounds is printed. Each request is decoded by itself, so four at
+once share what one has.
+
+`--soak N` sends N requests, four at a time, of which five are cut off in the middle, and prints the memory of the
+server (resident set size) after the first tenth of them and after all, and how many of the others failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import psutil
+
+sys.path.insert(0, str(Path(__file__).parent))
+from machine import describe
+
+ROOT = Path(__file__).resolve().parents[1]
+PROMPTS = ("The list of arguments is", "CREATE TABLE", "Return the value of the", "This function")
+CUT = 5
+CODE = "import sys; from moec.cli import main; main()"
+
+
+class Server:
+    """A server in a process of its own."""
+
+    def __init__(self, process: subprocess.Popen[str], port: int, model: str) -> None:
+        self.port, self.model, self.memory = port, model, psutil.Process(process.pid)
+
+    def body(self, prompt: str, tokens: int) -> bytes:
+        return json.dumps({"model": self.model, "prompt": prompt, "max_tokens": tokens, "temperature": 0}).encode()
+
+    def ask(self, prompt: str, tokens: int) -> int:
+        """Tokens of the answer."""
+        url, headers = f"http://127.0.0.1:{self.port}/v1/completions", {"Content-Type": "application/json"}
+        with urllib.request.urlopen(urllib.request.Request(url, self.body(prompt, tokens), headers)) as answer:
+            return int(json.load(answer)["usage"]["completion_tokens"])
+
+    def cut_off(self, prompt: str) -> None:
+        """A request whose client goes away."""
+        body = self.body(prompt, 900)
+        fields = f"Host: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+        with socket.create_connection(("127.0.0.1", self.port)) as client:
+            client.sendall(f"POST /v1/completions HTTP/1.1\r\n{fields}\r\n\r\n".encode() + body)
+            time.sleep(0.2)
+
+    def rate(self, at_once: int, tokens: int) -> float:
+        """Tokens per second of all requests together."""
+        start = time.perf_counter()
+        with ThreadPoolExecutor(at_once) as pool:
+            count = sum(pool.map(lambda prompt: self.ask(prompt, tokens), PROMPTS[:at_once]))
+        return count / (time.perf_counter() - start)
+
+
+@contextlib.contextmanager
+def serving(directory: Path, threads: int) -> Iterator[Server]:
+    command = [sys.executable, "-c", CODE, "serve", str(directory), "--port", "0", "--threads", str(threads)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        line = process.stderr.readline()
+        yield Server(process, int(line.split("127.0.0.1:")[1].split("/")[0]), directory.resolve().name)
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def soak(server: Server, requests: int) -> None:
+    failed = 0
+    sizes: list[float] = []
+
+    def one(number: int) -> bool:
+        if number % (requests // CUT) == requests // CUT // 2:
+            server.cut_off(PROMPTS[0])
+            return True
+        return server.ask(PROMPTS[number % len(PROMPTS)], 16) > 0
+
+    with ThreadPoolExecutor(4) as pool:
+        for part in (range(requests // 10), range(requests // 10, requests)):
+            for future in [pool.submit(one, number) for number in part]:
+                try:
+                    failed += not future.result()
+                except OSError:
+                    failed += 1
+            sizes.append(server.memory.memory_info().rss / 1e6)
+    print(
+        f"{requests} requests, {CUT} cut off: {failed} of the others failed; memory {sizes[0]:.1f} MB after a tenth, "
+        f"{sizes[1]:.1f} MB after all ({sizes[1] / sizes[0] - 1:+.1%})"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("directory", type=Path, nargs="?")
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--soak", type=int, default=0)
+    chosen = parser.parse_args()
+    print(describe())
+    with tempfile.TemporaryDirectory() as work:
+        directory = chosen.directory
+        if directory is None:
+            import moec
+
+            directory = Path(work) / "golden"
+            moec.export(ROOT / "golden_models" / "olmoe-tiny", target="onnx", output=directory, gates=False)
+        with serving(directory, chosen.threads) as server:
+            server.rate(4, chosen.tokens)
+            rates: dict[int, list[float]] = {1: [], 4: []}
+            for _ in range(chosen.rounds):
+                for at_once, found in rates.items():
+                    found.append(server.rate(at_once, chosen.tokens))
+            one, four = (statistics.median(found) for found in rates.values())
+            print(f"one at a time: {one:.1f} tokens/s; four at once: {four:.1f} tokens/s together ({four / one:.2f} x)")
+            if chosen.soak:
+                soak(server, chosen.soak)
+
+
+if __name__ == "__main__":
+    main()

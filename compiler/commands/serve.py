@@ -1,0 +1,123 @@
+"""`moec serve`: an artifact behind HTTP, with OpenAI's interface."""
+
+from __future__ import annotations
+
+import importlib.util
+import ipaddress
+import socket
+from typing import Annotated
+
+import typer
+
+from moec.compiler.commands.console import Console
+from moec.compiler.commands.options import ArtifactDirectory, Running, Talk
+from moec.compiler.common.errors import MissingExtraError, UsageError
+
+MODULES = ("fastapi", "uvicorn", "prometheus_client")
+"""What the extra `serve` brings."""
+INSTALL = "pip install 'moec[serve]'"
+
+
+def serve(
+    running: Running,
+    console: Annotated[Console, Talk],
+    directory: ArtifactDirectory,
+    host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen at; 0 takes a free one.")] = 8000,
+    api_key: Annotated[
+        str | None, typer.Option(metavar="KEY", envvar="MOEC_API_KEY", help="What requests must bear.")
+    ] = None,
+    no_key: Annotated[
+        bool, typer.Option("--no-key", help="Let everyone in who reaches an address that is not this machine's own.")
+    ] = False,
+    model_name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="What requests call the model. (default: the directory's name)")
+    ] = None,
+    parallel: Annotated[int, typer.Option(min=1, help="Answers that take turns at most.")] = 8,
+    max_requests: Annotated[int, typer.Option(min=1, help="Requests at most, those that wait among them.")] = 64,
+    max_tokens: Annotated[int, typer.Option(min=1, help="New tokens of a request at most.")] = 4096,
+    max_bytes: Annotated[int, typer.Option(min=1, help="Bytes of a request at most.")] = 4 * 2**20,
+) -> int:
+    """Serve a model by OpenAI's interface: /v1/chat/completions, /v1/completions, /v1/models, /health, /metrics."""
+    _check_extra()
+    _check_reach(host, api_key, no_key)
+    import uvicorn
+
+    from moec.compiler.run.server.app import Settings, make_app
+
+    generator = running.generator(directory)
+    settings = Settings(
+        model=model_name or directory.expanduser().resolve().name,
+        api_key=api_key,
+        hosts=frozenset({"localhost", "127.0.0.1", "::1", host}) if _is_loopback(host) and not api_key else None,
+        parallel=parallel,
+        max_requests=max_requests,
+        max_tokens=max_tokens,
+        max_bytes=max_bytes,
+    )
+    app = make_app(generator, settings)
+    with _listen(host, port) as listener:
+        address = f"[{host}]" if ":" in host else host
+        console.note(f"'{settings.model}' at http://{address}:{listener.getsockname()[1]}/v1; Ctrl-C ends")
+        config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=10)
+        try:
+            uvicorn.Server(config).run(sockets=[listener])
+        except KeyboardInterrupt:  # raised again after everything was closed
+            console.note("ended")
+    return 0
+
+
+def missing_modules() -> list[str]:
+    """What the extra `serve` would bring and is not installed."""
+    return [name for name in MODULES if importlib.util.find_spec(name) is None]
+
+
+def _check_extra() -> None:
+    """Refuse to begin without the libraries.
+
+    Raises:
+        MissingExtraError: One is not installed.
+    """
+    if missing := missing_modules():
+        raise MissingExtraError(f"moec serve needs {', '.join(missing)}, not installed here", hint=INSTALL)
+
+
+def _check_reach(host: str, api_key: str | None, no_key: bool) -> None:
+    """Refuse to let a network in without a key."""
+    if api_key == "":
+        raise UsageError("the key is empty", hint="give --api-key or MOEC_API_KEY a text")
+    if not (_is_loopback(host) or api_key or no_key):
+        raise UsageError(
+            f"--host {host}: others reach this address, and there is no key",
+            hint="set MOEC_API_KEY (or --api-key), or say --no-key",
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name
+        return False
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A socket at the address.
+
+    Raises:
+        UsageError: Nobody can listen there.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            listener.listen(1024)
+        except OSError:
+            listener.close()
+            raise
+    except OSError as error:
+        raise UsageError(
+            f"cannot listen at {host}, port {port}: {error}", hint="give another --port or --host"
+        ) from error
+    return listener

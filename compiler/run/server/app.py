@@ -1,0 +1,349 @@
+"""The application: routes of OpenAI's interface, health and metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import json
+import secrets
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+
+from moec.compiler.common.errors import UsageError
+from moec.compiler.run.generate import Generator
+from moec.compiler.run.server.errors import ApiError, told
+from moec.compiler.run.server.metrics import CONTENT_TYPE, Metrics
+from moec.compiler.run.server.requests import (
+    COMPLETION_TOKENS,
+    Asked,
+    ChatRequest,
+    Common,
+    CompletionRequest,
+    parse,
+)
+from moec.compiler.run.server.scheduler import Job, Scheduler, Ticket, TooManyRequestsError
+from moec.compiler.run.server.shapes import CHAT, COMPLETION, Shape
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+OPEN = ("/health",)
+"""Paths that need no key."""
+TICKETS = "moec.tickets"
+"""Where the scope of a request keeps the jobs that end with it."""
+BUDGET = "routing_budget"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a server allows.
+
+    Attributes:
+        model: The name that requests give.
+        api_key: What they must bear; None for nothing.
+        hosts: Names by which the server may be called, without ports; None for any. A page that a browser shows can
+            make a name of its own mean this machine, and would then be let in.
+        parallel: Answers that take turns at most.
+        max_requests: Requests at most, those that wait among them.
+        max_tokens: New tokens of a request at most.
+        max_bytes: Bytes of a request's body at most.
+    """
+
+    model: str
+    api_key: str | None = None
+    hosts: frozenset[str] | None = None
+    parallel: int = 8
+    max_requests: int = 64
+    max_tokens: int = 4096
+    max_bytes: int = 4 * 2**20
+
+
+class _Frame:
+    """Around every request: the key, a count, and the end of its jobs, however the request ended.
+
+    Args:
+        app: What it is around.
+        settings: Who is let in.
+        metrics: What counts.
+    """
+
+    def __init__(self, app: Any, settings: Settings, metrics: Metrics) -> None:
+        self._app, self._metrics, self._hosts = app, metrics, settings.hosts
+        self._expected = None if settings.api_key is None else f"Bearer {settings.api_key}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        tickets: list[Ticket] = []
+        scope[TICKETS] = tickets
+
+        async def counted(message: MutableMapping[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                route = scope.get("route")
+                self._metrics.responded(getattr(route, "path", "other"), message["status"])
+            await send(message)
+
+        try:
+            if error := self._refusal(scope):
+                await JSONResponse(error.body, error.status)(scope, receive, counted)
+            else:
+                await self._app(scope, receive, counted)
+        finally:
+            for ticket in tickets:
+                ticket.cancel()
+
+    def _refusal(self, scope: Scope) -> ApiError | None:
+        headers = dict(scope["headers"])
+        if self._hosts is not None and _host(headers.get(b"host", b"")) not in self._hosts:
+            return ApiError(403, "the server is not called so (Host)", code="invalid_host")
+        if self._expected is None or scope["path"] in OPEN:
+            return None
+        if hmac.compare_digest(headers.get(b"authorization", b""), self._expected):
+            return None
+        return ApiError(401, "no key, or a wrong one (Authorization: Bearer KEY)", code="invalid_api_key")
+
+
+def _host(header: bytes) -> str:
+    """The name of a Host header, without its port; empty where it is none."""
+    try:
+        return urlsplit(f"//{header.decode('latin-1')}").hostname or ""
+    except ValueError:
+        return ""
+
+
+class _Service:
+    """The routes."""
+
+    def __init__(self, generator: Generator, settings: Settings) -> None:
+        self.generator, self.settings = generator, settings
+        self.metrics = Metrics()
+        self.scheduler = Scheduler(
+            generator,
+            parallel=settings.parallel,
+            max_requests=settings.max_requests,
+            on_end=self.metrics.ended,
+        )
+        self.metrics.watch(self.scheduler)
+        self._started = int(time.time())
+
+    async def health(self) -> Response:
+        """The server answers, so it is well."""
+        return JSONResponse({"status": "ok"})
+
+    async def prometheus(self) -> Response:
+        """Counters and histograms."""
+        return Response(self.metrics.text(), headers={"Content-Type": CONTENT_TYPE})
+
+    async def models(self) -> Response:
+        """The one model that is served."""
+        return JSONResponse({"object": "list", "data": [self._model()]})
+
+    async def model(self, name: str) -> Response:
+        """The same by its name."""
+        self._check_model(name)
+        return JSONResponse(self._model())
+
+    def _model(self) -> dict[str, Any]:
+        described = {"id": self.settings.model, "object": "model", "created": self._started, "owned_by": "moec"}
+        limit = self.generator.context_length
+        return described if limit is None else {**described, "max_model_len": limit}
+
+    async def chat_completions(self, request: Request) -> Response:
+        """An answer to a conversation."""
+        asked = await self._parse(request, ChatRequest)
+        turns = [message.turn for message in asked.messages]
+        ids = await asyncio.to_thread(self.generator.encode_chat, turns)
+        return await self._respond(request, asked, ids, asked.max_completion_tokens or asked.max_tokens, CHAT)
+
+    async def completions(self, request: Request) -> Response:
+        """A text that goes on."""
+        asked = await self._parse(request, CompletionRequest)
+        prompt = asked.prompt
+        if isinstance(prompt, list) and prompt and isinstance(prompt[0], str):
+            prompt = prompt[0]
+        if isinstance(prompt, str):
+            ids = await asyncio.to_thread(self.generator.encode, prompt)
+        else:
+            ids = [index for index in prompt if isinstance(index, int)]
+        return await self._respond(request, asked, ids, asked.max_tokens or COMPLETION_TOKENS, COMPLETION)
+
+    async def _parse(self, request: Request, kind: type[Asked]) -> Asked:
+        """The request, if it is one that this server answers."""
+        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            # A page of another site may send other types without asking the server first.
+            raise ApiError(400, "the Content-Type must be application/json", code="invalid_content_type")
+        parts, size = [], 0
+        async for part in request.stream():
+            parts.append(part)
+            size += len(part)
+            if size > self.settings.max_bytes:
+                raise ApiError(413, f"the body has more than {self.settings.max_bytes} bytes", code="request_too_large")
+        asked = parse(b"".join(parts), kind)
+        self._check_model(asked.model)
+        return asked
+
+    def _check_model(self, name: str) -> None:
+        if name != self.settings.model:
+            reason = f"no model '{name}'; this server has '{self.settings.model}'"
+            raise ApiError(404, reason, param="model", code="model_not_found")
+
+    def _job(self, asked: Common, ids: list[int], most: int | None) -> Job:
+        """What is asked, within the limits."""
+        if most is not None and most > self.settings.max_tokens:
+            raise ApiError(
+                400, f"{most} tokens; this server gives at most {self.settings.max_tokens}", param="max_tokens"
+            )
+        limit = self.generator.context_length
+        room = self.settings.max_tokens if limit is None else limit - len(ids)
+        wanted = min(room, self.settings.max_tokens) if most is None else most
+        if room < max(wanted, 1):
+            raise ApiError(
+                400,
+                f"the artifact allows {limit} tokens; the prompt has {len(ids)}"
+                + (f", and {most} new ones are asked for" if most else ""),
+                param="messages" if isinstance(asked, ChatRequest) else "prompt",
+                code="context_length_exceeded",
+            )
+        if asked.routing_budget is not None and BUDGET not in self.generator.scalar_inputs:
+            reason = f"the artifact has no input {BUDGET}; export it with --routing-input"
+            raise ApiError(400, reason, param=BUDGET, code="unsupported_parameter")
+        self.generator.check(ids, wanted)
+        seed = secrets.randbits(32) if asked.seed is None else asked.seed % 2**64
+        return Job(
+            prompt=tuple(ids),
+            max_new_tokens=wanted,
+            sampling=self.generator.sampling(seed=seed, **asked.sampling),
+            stop=asked.stops,
+            inputs={} if asked.routing_budget is None else {BUDGET: asked.routing_budget},
+        )
+
+    async def _respond(
+        self, request: Request, asked: Common, ids: list[int], most: int | None, shape: Shape
+    ) -> Response:
+        ticket, events = self._submit(request, self._job(asked, ids, most))
+        telling = shape.begin(self.settings.model)
+        if not asked.stream:
+            text = await self._whole(request, events)
+            return JSONResponse(telling.whole(text, ticket.statistics))
+        first = await events.get()  # an error is told by its status, and not in the middle of a stream
+        if isinstance(first, Exception):
+            raise told(first)
+
+        async def lines() -> AsyncIterator[bytes]:
+            for chunk in telling.opening():
+                yield _event(chunk)
+            event: str | Exception | None = first
+            while isinstance(event, str):
+                yield _event(telling.piece(event))
+                event = await events.get()
+            if isinstance(event, Exception):
+                yield _event(told(event).body)
+                return
+            yield _event(telling.closing(ticket.statistics))
+            if asked.stream_options and asked.stream_options.include_usage:
+                yield _event(telling.usage(ticket.statistics))
+            yield b"data: [DONE]\n\n"
+
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        return StreamingResponse(lines(), media_type="text/event-stream", headers=headers)
+
+    def _submit(self, request: Request, job: Job) -> tuple[Ticket, asyncio.Queue[str | Exception | None]]:
+        loop, events = asyncio.get_running_loop(), asyncio.Queue[str | Exception | None]()
+        try:
+            ticket = self.scheduler.submit(job, lambda event: _hand_over(loop, events, event))
+        except TooManyRequestsError:
+            reason = f"{self.settings.max_requests} requests are under way; try again later"
+            raise ApiError(429, reason, code="rate_limit_exceeded") from None
+        request.scope[TICKETS].append(ticket)
+        return ticket, events
+
+    async def _whole(self, request: Request, events: asyncio.Queue[str | Exception | None]) -> str:
+        """The text, unless the client goes away meanwhile."""
+        collecting = asyncio.ensure_future(_collect(events))
+        leaving = asyncio.ensure_future(_disconnected(request))
+        try:
+            await asyncio.wait((collecting, leaving), return_when=asyncio.FIRST_COMPLETED)
+            if not collecting.done():
+                raise ApiError(499, "the client went away", code="cancelled")
+            return collecting.result()
+        finally:
+            collecting.cancel()
+            leaving.cancel()
+
+
+def _hand_over(
+    loop: asyncio.AbstractEventLoop, events: asyncio.Queue[str | Exception | None], event: str | Exception | None
+) -> None:
+    """From the thread of the scheduler to that of the server; RuntimeError where its loop is closed."""
+    loop.call_soon_threadsafe(events.put_nowait, event)
+
+
+async def _collect(events: asyncio.Queue[str | Exception | None]) -> str:
+    parts = []
+    while isinstance(event := await events.get(), str):
+        parts.append(event)
+    if isinstance(event, Exception):
+        raise told(event)
+    return "".join(parts)
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _event(value: dict[str, Any]) -> bytes:
+    """One event of a stream."""
+    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n".encode()
+
+
+def make_app(generator: Generator, settings: Settings) -> FastAPI:
+    """The application that serves `generator`; its lifespan starts and stops the scheduler.
+
+    Raises:
+        ArtifactError: The artifact has no tokenizer.
+    """
+    _ = generator.tokenizer  # a damaged one is said at once
+    service = _Service(generator, settings)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_app: Any) -> AsyncIterator[None]:
+        service.scheduler.start()
+        yield
+        await asyncio.to_thread(service.scheduler.stop)
+
+    app = FastAPI(title="moec", docs_url=None, redoc_url=None, lifespan=lifespan)
+    app.add_api_route("/health", service.health)
+    app.add_api_route("/metrics", service.prometheus)
+    app.add_api_route("/v1/models", service.models)
+    app.add_api_route("/v1/models/{name:path}", service.model)
+    for path, handler, kind in (
+        ("/v1/chat/completions", service.chat_completions, ChatRequest),
+        ("/v1/completions", service.completions, CompletionRequest),
+    ):
+        body = {"content": {"application/json": {"schema": kind.model_json_schema()}}, "required": True}
+        app.add_api_route(path, handler, methods=["POST"], openapi_extra={"requestBody": body})
+    for raised in (ApiError, UsageError, HTTPException, 404, 405):
+        app.add_exception_handler(raised, _tell)
+    app.add_exception_handler(Exception, _tell)
+    app.add_middleware(_Frame, settings=settings, metrics=service.metrics)
+    return app
+
+
+async def _tell(_request: Request, error: Exception) -> Response:
+    """An exception as OpenAI's error object."""
+    if isinstance(error, HTTPException) or hasattr(error, "status_code"):
+        error = ApiError(error.status_code, str(getattr(error, "detail", error)))
+    found = told(error)
+    headers = {"Retry-After": "1"} if found.status == 429 else None
+    return JSONResponse(found.body, found.status, headers)
