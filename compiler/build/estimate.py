@@ -84,10 +84,11 @@ def predict(counts: Counts, stored: Mapping[str, str], wanted: Wanted, progress:
         "weights": {"bytes": counts.size, "by_class": dict(counts.weight_bytes)},
         "parameters": {"total": counts.parameters, "active": counts.active},
         "per_token": {
-            "bytes": sum(counts.read_bytes.values()) + counts.state_bytes * wanted.context,
-            "flops": counts.flops + counts.state_flops * wanted.context,
+            "bytes": sum(counts.read_bytes.values()) + counts.states_at(wanted.context),
+            "flops": counts.flops + counts.state_flops_at(wanted.context),
             "context": wanted.context,
         },
+        "states": {"bytes_per_token": counts.state_bytes, "bytes_fixed": counts.fixed_state_bytes},
         "device": where,
     }
     return {**found, **_latency(wanted, counts, stored, where, device, progress)}
@@ -132,21 +133,28 @@ def _latency(
     progress: Progress,
 ) -> dict[str, Any]:
     """Roofline, which nothing is faster than, and on this machine the time by measured speeds."""
-    read = sum(counts.read_bytes.values()) + counts.state_bytes * wanted.context
+    read = sum(counts.read_bytes.values()) + counts.states_at(wanted.context)
     roofline = read / where["bandwidth"]
     if where["flops"]:
-        roofline = max(roofline, (counts.flops + counts.state_flops * wanted.context) / where["flops"])
+        roofline = max(roofline, (counts.flops + counts.state_flops_at(wanted.context)) / where["flops"])
     found: dict[str, Any] = {"decode": {"roofline": roofline, "estimate": None, "residual": None}}
     if device is None and not cannot_measure(get_target(wanted.target)):
         measured = speeds(wanted.target, wanted.dtype, stored, progress)
         assert measured is not None
         found["decode"] |= {"estimate": measured.decode(counts, wanted.context), "residual": measured.residual}
-    needed = counts.size + counts.state_bytes * wanted.context
+    needed = counts.size + counts.states_at(wanted.context)
     found["memory"] = {"needed": needed, "available": where["memory"], "fits": needed <= where["memory"]}
     if wanted.price_per_hour is not None:
         seconds = found["decode"]["estimate"] or roofline
         found["cost_per_million_tokens"] = wanted.price_per_hour / 3600 * seconds * 1e6
     return found
+
+
+def _states(states: Mapping[str, int]) -> str:
+    """What the states of a sequence take, which of recurrent layers does not grow."""
+    growing = f"{states['bytes_per_token'] / 1e3:.3g} kB per token"
+    fixed = states["bytes_fixed"]
+    return f"{growing} and {fixed / 1e3:.3g} kB whatever the context" if fixed else growing
 
 
 def describe(found: dict[str, Any]) -> list[tuple[str, str]]:
@@ -160,6 +168,7 @@ def describe(found: dict[str, Any]) -> list[tuple[str, str]]:
             "parameters",
             f"{found['parameters']['total'] / 1e6:.1f} M, {found['parameters']['active'] / 1e6:.1f} M active",
         ),
+        ("states", _states(found["states"])),
         ("one token reads", f"{found['per_token']['bytes'] / 1e6:.1f} MB after {found['per_token']['context']} tokens"),
         ("one token computes", f"{found['per_token']['flops'] / 1e9:.3g} GFLOP"),
         ("device", f"{device['name']}{unverified}, {device['bandwidth'] / 1e9:.1f} GB/s"),

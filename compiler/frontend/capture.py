@@ -29,6 +29,7 @@ from moec.compiler.frontend.functional import functional
 from moec.compiler.frontend.masks import MaskUseError
 from moec.compiler.frontend.rope import decide_by_tensors
 from moec.compiler.frontend.scans import scans_as_ops
+from moec.compiler.frontend.step_cache import cache_class, check_convolutions, step_cache
 from moec.compiler.ir.program import (
     CACHE_KINDS,
     Dim,
@@ -176,11 +177,7 @@ def _states(
     with mode, hooks.recording(record), hooks.watching(record, model), scans_as_ops(model):
         ids = torch.zeros(1, 3, dtype=torch.long)
         _call(model, ids, torch.ones(1, 3, dtype=torch.long), torch.arange(3)[None], record, layers, 0)
-    if record.conv_inputs:
-        raise UnsupportedModelError(
-            f"{type(model).__name__}: layer {min(record.conv_inputs)} convolves in a way of its own",
-            hint="moec families lists what works and why the rest does not",
-        )
+    check_convolutions(model, record)
     if not record.experts:
         _reject_without_experts(model, record)
     if not record.attentions:
@@ -230,7 +227,7 @@ def _call(
             position_ids=position_ids,
             use_cache=True,
             return_dict=True,
-            **{architecture.cache_argument(model): hooks.step_cache(record, layers, length, hooks.cache_class(model))},
+            **{architecture.cache_argument(model): step_cache(record, layers, length, cache_class(model))},
         )
     except MoecError:
         raise

@@ -1,16 +1,15 @@
 """The hooks through which transformers speaks moec's ops while a model is traced.
 
 Three registries of transformers are used under the name "moec": experts functions, attention functions and mask
-functions. A cache object hands the past to the attention function, so that appending to it is part of
-`moec::attention`; what recurrent layers call instead is in `moec.compiler.frontend.scans`. Nothing here knows a model.
+functions. The cache of `moec.compiler.frontend.step_cache` hands the past to the attention function, so that appending
+to it is part of `moec::attention`; what recurrent layers call is in `moec.compiler.frontend.scans`. No model is known
+here.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
-import sys
-from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -20,7 +19,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 from transformers import AttentionInterface
-from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
@@ -136,96 +134,6 @@ def watching(record: Recording, model: nn.Module) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-class StepLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):  # type: ignore[no-untyped-call]
-    """One layer of the cache: it hands over the new keys and values unchanged and remembers them.
-
-    No layer says that it has a previous state, which is what leads recurrent layers into their form for one new token.
-    """
-
-    is_sliding = False
-    is_compileable = False
-    is_croppable = False
-
-    def __init__(self, record: Recording, index: int, length: Any) -> None:
-        self.record, self.index, self.length = record, index, length
-        self.is_initialized = True
-        self.has_previous_state = defaultdict(bool, {0: False})
-
-    def lazy_initialization(self, *_: Any, **__: Any) -> None:
-        """Nothing to set up: the past is an input."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Remember the new tokens' keys and values; `moec::attention` appends them."""
-        self.record.fresh[self.index] = (key_states, value_states)
-        return key_states, value_states
-
-    def update_conv_state(
-        self, conv_states: Tensor, state_idx: int = 0, conv_kernel_size: int | None = None, **_: Any
-    ) -> Tensor:
-        """Hand the new inputs [B, C, S] of a convolution back: it joins them to the ones before by itself.
-
-        Raises:
-            UnsupportedModelError: It is one of several, or of no given length.
-        """
-        if state_idx or conv_kernel_size is None:
-            raise UnsupportedModelError(
-                f"{self.record.where()} keeps more than the inputs of one convolution of known length",
-                hint="moec families lists what works and why the rest does not",
-            )
-        self.record.conv_inputs[self.index] = conv_kernel_size
-        return conv_states
-
-    def update_recurrent_state(self, recurrent_states: Tensor, *_: Any, **__: Any) -> Tensor:
-        """Take note that the scan of a layer is over, whose state it has handed on already.
-
-        Raises:
-            UnsupportedModelError: It was none of those that moec knows.
-        """
-        record = self.record
-        if (self.index, "recurrent") not in (record.states if record.past is None else record.present):
-            raise UnsupportedModelError(
-                f"{record.where()} keeps a recurrent state that it makes in a way of its own",
-                hint="a scan that is none of those in moec/compiler/frontend/scans.py needs an adapter",
-            )
-        return recurrent_states
-
-    def get_seq_length(self) -> Any:
-        """Number of tokens in the past."""
-        return self.length
-
-    def get_mask_sizes(self, query_length: Any) -> tuple[Any, int]:
-        """Length and offset of the mask, of which only the pattern is used."""
-        return self.length + query_length, 0
-
-    def get_max_length(self) -> int:
-        """No maximum."""
-        return -1
-
-
-def step_cache(record: Recording, layers: int, length: Any, kind: type[Cache] = Cache) -> Cache:
-    """A cache of `layers` StepLayers whose past has `length` tokens.
-
-    Args:
-        record: What the layers write to.
-        layers: How many.
-        length: Tokens in the past, a number or a symbol.
-        kind: Class of the cache, where a family takes none but its own.
-    """
-    own: list[Any] = [StepLayer(record, index, length) for index in range(layers)]
-    if kind is Cache:
-        return Cache(layers=own)
-    cache = kind()
-    cache.layers = own
-    return cache
-
-
-def cache_class(model: nn.Module) -> type[Cache]:
-    """The class of cache that the modeling file of `model` defines for it, or that of all others."""
-    scope = vars(sys.modules[type(model).__module__])
-    own = (item for item in scope.values() if isinstance(item, type) and issubclass(item, Cache))
-    return next((item for item in own if item.__module__ == type(model).__module__), Cache)
 
 
 def mask_hook(*_: Any, mask_function: Any, **__: Any) -> Mask:

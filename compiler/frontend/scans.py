@@ -34,19 +34,34 @@ L2_EPS = 1e-6
 """What flash-linear-attention and transformers add to the sum of squares of queries and keys."""
 
 
+def scans_as_ops(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Let the modeling files of `model` call ours in place of their own functions, inside a with block."""
+    return _replaced(model, lambda scope: {name: FUNCTIONS[name] for name in FUNCTIONS.keys() & scope.keys()})
+
+
+def scans_token_by_token(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Let them go from token to token in prompts too, as they do for single tokens: the reference of a parity check.
+
+    Their form in chunks takes differences of sums of log decays: it is off by 1e-5 where the other is by 1e-7, and the
+    norm behind a scan makes more of that.
+    """
+    return _replaced(model, lambda scope: {name: scope[one] for name, one in STEPS.items() if name in scope})
+
+
 @contextlib.contextmanager
-def scans_as_ops(model: nn.Module) -> Iterator[None]:
-    """Let the modeling files of `model` call ours in place of their own functions, inside the block."""
+def _replaced(model: nn.Module, chosen: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> Iterator[None]:
+    """Put what `chosen` says of the names of a modeling file in their place there."""
     files = {type(module).__module__ for module in model.modules()}
-    places = [(vars(sys.modules[file]), name) for file in sorted(files & sys.modules.keys()) for name in FUNCTIONS]
-    kept = [(scope, name, scope[name]) for scope, name in places if name in scope]
-    for scope, name, _ in kept:
-        scope[name] = FUNCTIONS[name]
+    scopes = [vars(sys.modules[file]) for file in sorted(files & sys.modules.keys())]
+    replaced = [(scope, dict(chosen(scope))) for scope in scopes]
+    kept = [(scope, {name: scope[name] for name in functions}) for scope, functions in replaced]
+    for scope, functions in replaced:
+        scope.update(functions)
     try:
         yield
     finally:
-        for scope, name, function in kept:
-            scope[name] = function
+        for scope, functions in kept:
+            scope.update(functions)
 
 
 def emit_scan(
@@ -258,3 +273,9 @@ FUNCTIONS: Mapping[str, Callable[..., Any]] = {
     "mamba_selective_scan": mamba_scan,
 }
 """Functions of the modeling files of transformers, by the names that they have there, and what takes their place."""
+
+STEPS: Mapping[str, str] = {
+    "torch_chunk_gated_delta_rule": "torch_recurrent_gated_delta_rule",
+    "chunk_kimi_delta_attention": "recurrent_kimi_delta_attention",
+}
+"""Their scans in chunks, and the same from token to token."""

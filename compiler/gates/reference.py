@@ -17,7 +17,9 @@ from torch import Tensor, fx
 from moec.compiler.common.errors import CheckpointError
 from moec.compiler.common.progress_bars import no_bars
 from moec.compiler.frontend import architecture
+from moec.compiler.frontend.adapters.lightning_attention import settle_rates
 from moec.compiler.frontend.checkpoint import Checkpoint
+from moec.compiler.frontend.scans import scans_token_by_token
 from moec.compiler.gates.ties import RouterWatch
 from moec.compiler.ir.interpreter import ActivationRounding, ProgramRunner
 from moec.compiler.ir.program import EXPERTS, Program
@@ -195,16 +197,20 @@ def load_source(checkpoint: Checkpoint) -> Logits:
             hint="the reference would be random there; download the checkpoint again",
         )
     architecture.set_experts(model, "eager")
+    settle_rates(model)
     model.train(mode=False)
     decoder = architecture.text_decoder(model)
 
     @torch.no_grad()
     def logits(input_ids: np.ndarray, steps: Sequence[int] = ()) -> np.ndarray:
         ids = torch.from_numpy(input_ids)
-        if len(steps) > 1:
-            return _step_by_step(decoder, ids, steps)
-        result: np.ndarray = decoder(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.numpy()
-        return result
+        with scans_token_by_token(decoder):
+            if len(steps) > 1:
+                return _step_by_step(decoder, ids, steps)
+            found: np.ndarray = decoder(
+                input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False
+            ).logits.numpy()
+        return found
 
     return logits
 

@@ -28,4 +28,16 @@ def _forward(self: Any, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tens
     return self.out_proj(torch.sigmoid(self.output_gate(hidden_states)) * normed), None
 
 
+def settle_rates(model: nn.Module) -> None:
+    """Make the factors for chunks of the rates again, in a model that is loaded.
+
+    All of them are buffers of the checkpoint. In one of half precision each was rounded by itself, so that a prompt in
+    transformers decays otherwise than the tokens after it, which go by the rates alone: by 6e-4 of the largest logit.
+    """
+    for module in model.modules():
+        if _fits(module):
+            own: Any = module
+            own.query_decay, own.key_decay, own.diagonal_decay = own.decay_factors(own.slope_rate)
+
+
 LIGHTNING_ATTENTION = (_fits, _forward)

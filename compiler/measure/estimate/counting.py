@@ -31,6 +31,7 @@ class Counts:
         parameters: All.
         active: Those that one token uses.
         nodes: Operations of one step.
+        fixed_state_bytes: Bytes of the states that do not grow with the context: convolutions and scans.
     """
 
     weight_bytes: Mapping[str, int]
@@ -41,6 +42,7 @@ class Counts:
     parameters: int
     active: int
     nodes: int
+    fixed_state_bytes: int = 0
 
     @property
     def size(self) -> int:
@@ -54,6 +56,17 @@ class Counts:
     def dense_bytes(self) -> float:
         """Bytes of all other weights that one token reads."""
         return sum(self.read_bytes.values()) - self.expert_bytes()
+
+    def states_at(self, context: int) -> int:
+        """Bytes of all states after `context` tokens."""
+        return self.fixed_state_bytes + self.state_bytes * context
+
+    def state_flops_at(self, context: int) -> float:
+        """FLOPs of attention and scans for one token after `context` others.
+
+        A scan decays each value of its state, compares it with the key, adds to it and reads it: 7 for one of 4 bytes.
+        """
+        return self.state_flops * context + 7 / 4 * self.fixed_state_bytes
 
 
 def formats(program: Program) -> dict[str, str]:
@@ -104,4 +117,5 @@ def count(program: Program, kept_share: float = 1.0) -> Counts:
         int(found["parameters"]["total"]),
         int(found["parameters"]["active"]),
         sum(node.op == "call_function" for node in program.graph.nodes),
+        int(found["states"]["bytes_fixed"]),
     )

@@ -54,7 +54,7 @@ class Speeds:
 
 def features(counts: Counts, context: int) -> list[float]:
     """Units of work of a decode step, in the order of `FEATURES`."""
-    return [float(counts.nodes), counts.expert_bytes(), counts.dense_bytes(), float(counts.state_bytes * context)]
+    return [float(counts.nodes), counts.expert_bytes(), counts.dense_bytes(), float(counts.states_at(context))]
 
 
 def fit(measured: Sequence[tuple[Counts, int, float]]) -> Speeds:

@@ -37,15 +37,35 @@ def _scatter(ctx: Context, node: fx.Node) -> Var:
     dtype = result_dtype(node)
     # Booleans travel as integers: a scatter takes none.
     carried = torch.int32 if dtype is torch.bool else dtype
+    places = ctx.tensor(index, torch.int32)
     written = ctx.mb.scatter_along_axis(
-        data=ctx.tensor(source, carried),
-        indices=ctx.tensor(index, torch.int32),
-        updates=ctx.tensor(updates, carried),
+        data=_beside(ctx, source, places, integer(axis), carried),
+        indices=places,
+        updates=_beside(ctx, updates, places, integer(axis), carried),
         axis=integer(axis),
         mode="update",
         validate_indices=ctx.constant(False),
     )
     return ctx.cast(written, MIL_NAMES[dtype])
+
+
+def _beside(ctx: Context, argument: fx.node.Argument, places: Var, axis: int, dtype: torch.dtype) -> Var:
+    """An operand of a scatter, which has the sizes of `places` along all axes but one.
+
+    A filled tensor that several layers share has the unknown size of a tensor of one of them, and MIL does not know
+    that those of the others are the same: it is filled anew, in the sizes of `places`.
+    """
+    node = node_of(argument)
+    if node.target is not aten.full.default or isinstance(node.args[1], fx.Node) or _known(node):
+        return ctx.tensor(argument, dtype)
+    column = cut(ctx, places, axis, 0, 1)
+    value = NUMPY[MIL_NAMES[dtype]](node.args[1])
+    filled = ctx.mb.fill_like(ref_tensor=column, value=value)
+    return tile(ctx, filled, [node.meta["val"].shape[axis] if other == axis else 1 for other in range(rank(node))])
+
+
+def _known(node: fx.Node) -> bool:
+    return all(isinstance(size, int) for size in node.meta["val"].shape)
 
 
 def _full(ctx: Context, node: fx.Node) -> Var:

@@ -34,6 +34,20 @@ def test_an_estimate_for_a_device(program: Program) -> None:
     assert any("not verified" in text for _, text in describe(found))
 
 
+def test_states_of_recurrent_layers_do_not_grow(tiny_checkpoint: Callable[[str], Path]) -> None:
+    recipe = make_recipe({"checkpoint": str(tiny_checkpoint("qwen3_next")), "target": "onnx"})
+    counts = count(build_program(recipe))
+    fixed, growing = 4 * (128 * 4 + 4 * 16 * 16), 4 * 2 * 2 * 16
+    assert [counts.states_at(context) for context in (0, 1000)] == [fixed, fixed + 1000 * growing]
+    assert counts.state_flops_at(0) > 0
+    weights = counts.expert_bytes() + counts.dense_bytes()
+    for context in (10, 1000):
+        found = predict(counts, {}, Wanted("", "onnx", device="h200", context=context), lambda *_: None)
+        assert found["per_token"]["bytes"] == pytest.approx(weights + fixed + context * growing)
+        assert found["memory"]["needed"] == counts.size + fixed + context * growing
+        assert dict(describe(found))["states"] == "0.256 kB per token and 6.14 kB whatever the context"
+
+
 def test_routing_saves_expert_bytes_and_nothing_else(program: Program) -> None:
     whole, half = count(program), count(program, 0.5)
     assert half.expert_bytes() == pytest.approx(whole.expert_bytes() / 2)

@@ -9,16 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.models.qwen3_next import modeling_qwen3_next as qwen
 
 from moec.compiler.common.errors import UnsupportedModelError
 from moec.compiler.common.verdict import Status
-from moec.compiler.families.tiny_models import tiny_config, tiny_model
-from moec.compiler.frontend import hooks
+from moec.compiler.families.tiny_models import tiny_config, tiny_model, write_tiny_checkpoint
+from moec.compiler.frontend import hooks, scans
 from moec.compiler.frontend.capture import capture
 from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.frontend.scans import FUNCTIONS, scans_as_ops
+from moec.compiler.frontend.step_cache import cache_class
 from moec.compiler.gates.cases import Prompts
 from moec.compiler.gates.parity import check_capture
 from moec.compiler.gates.reference import load_source
@@ -34,13 +35,8 @@ KINDS = {
     "minimax": ("gated", 3),
 }
 """A family of each kind of scan: its update rule, and the axes of its decay."""
-FAMILIES = [
-    *(*KINDS, "zaya"),
-    *(
-        pytest.param(name, marks=pytest.mark.slow)
-        for name in ("bailing_hybrid", "granitemoehybrid", "qwen3_5_moe_text")
-    ),
-]
+OTHERS = ("bailing_hybrid", "granitemoehybrid", "qwen3_5_moe_text")
+FAMILIES = [*KINDS, "zaya", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)]
 STATES = {
     "qwen3_next": {"conv": (128, 4), "recurrent": (4, 16, 16)},
     "kimi_linear": {"conv": (192, 4), "recurrent": (4, 16, 16)},
@@ -65,7 +61,13 @@ def close(got: np.ndarray, want: np.ndarray) -> None:
     np.testing.assert_allclose(got, want, atol=3e-5 * np.abs(want).max())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    [
+        *("qwen3_next", "nemotron_h"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("jamba", "kimi_linear", "minimax", "zaya", *OTHERS)),
+    ],
+)
 def test_the_gate_of_capture(family: str, opened: Any, program_of: Any) -> None:
     """(1, 1, 9), (2, 5, 0), (2, 5, 7), (1, 130, 0) and left padding, in steps, against transformers in one pass."""
     program = program_of(family)
@@ -104,6 +106,57 @@ def test_padding_reaches_no_state(family: str, capture_of: Any) -> None:
         assert state.layer > program.replaced[0].layer or torch.equal(value, states[1][name]), name
         torch.testing.assert_close(value, states[1][name], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(value[1:], alone._states[name], rtol=1e-4, atol=1e-5)
+
+
+def rand(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+SCANS: dict[str, tuple[Callable[..., Any], int, tuple[Tensor, ...], dict[str, Any], tuple[int, ...]]] = {
+    "delta": (
+        scans.gated_delta_rule,
+        1,
+        (rand(1, 5, 2, 8), rand(1, 5, 2, 8, seed=1), rand(1, 5, 2, 6), -rand(1, 5, 2).exp(), rand(1, 5, 2).sigmoid()),
+        {"use_qk_l2norm_in_kernel": True},
+        (2, 8, 6),
+    ),
+    "mamba2": (
+        scans.mamba2_scan,
+        1,
+        (rand(1, 5, 2, 6), rand(1, 5, 2), -rand(2).exp(), rand(1, 5, 1, 8), rand(1, 5, 1, 8, seed=1)),
+        {"dt_softplus": True, "return_final_states": True},
+        (2, 8, 6),
+    ),
+    "mamba": (
+        scans.mamba_scan,
+        2,
+        (rand(1, 6, 5), rand(1, 6, 5, seed=1), -rand(6, 8).exp(), rand(1, 8, 5), rand(1, 8, 5, seed=1)),
+        {"delta_softplus": True, "return_last_state": True},
+        (6, 8, 1),
+    ),
+}
+"""Function -> the axis of its 5 tokens, its arguments, and the axes of its state."""
+
+
+@pytest.mark.parametrize("kind", SCANS)
+def test_a_masked_token_leaves_the_state_alone_whatever_it_holds(kind: str) -> None:
+    """Behind the tokens too, where a target pads the end of a prompt's piece."""
+    scan, axis, arguments, settings, shape = SCANS[kind]
+    module = nn.Module()
+    module.layer_idx = 0
+
+    def last(length: int, used: int) -> Tensor:
+        mask = (torch.arange(length) < used).long()[None]
+        past = {(0, "recurrent"): rand(1, *shape, seed=9)}
+        record = hooks.Recording(64, {}, torch.arange(length), mask, past, running=[module])
+        with hooks.recording(record):
+            counted = [item.ndim > axis and item.shape[axis] == 5 for item in arguments]
+            cut = [item.narrow(axis, 0, length) if of else item for item, of in zip(arguments, counted, strict=True)]
+            scan(*cut, **settings)
+        return record.present[0, "recurrent"]
+
+    assert torch.equal(last(5, 3), last(3, 3))
+    assert not torch.equal(last(5, 5), last(3, 3))
 
 
 @pytest.mark.parametrize("family", STATES)
@@ -157,8 +210,8 @@ def test_the_functions_of_transformers_are_as_before() -> None:
 def test_a_cache_of_the_family_takes_the_place_of_the_common_one() -> None:
     from transformers.cache_utils import Cache
 
-    assert hooks.cache_class(tiny_model("minimax")).__name__ == "MiniMaxCache"
-    assert hooks.cache_class(tiny_model("qwen3_next")) is Cache
+    assert cache_class(tiny_model("minimax")).__name__ == "MiniMaxCache"
+    assert cache_class(tiny_model("qwen3_next")) is Cache
 
 
 def captured_with(changes: dict[str, Any], opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,3 +246,24 @@ def test_tiny_lightning_attention_keeps_the_rates_of_its_class() -> None:
     attention = tiny_model("minimax").model.layers[0].self_attn
     assert torch.equal(attention.slope_rate, attention.get_slope_rate())
     assert tiny_config("minimax").layer_types[0] == "linear_attention"
+
+
+def test_rates_that_a_checkpoint_of_half_precision_rounds_apart(tmp_path: Path) -> None:
+    """A prompt in transformers goes by the rates, as the tokens after it do."""
+    checkpoint = Checkpoint.open(write_tiny_checkpoint("minimax", tmp_path, dtype="bfloat16"))
+    program = capture(checkpoint)
+    ids = tokens(program, 1, 60)
+    close(ProgramRunner(program).prefill(ids), load_source(checkpoint)(ids))
+
+
+def test_the_reference_goes_from_token_to_token(opened: Any, capture_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In transformers a prompt in chunks is less exact, and the gate would take that for a fault of ours."""
+
+    def forbidden(*_: Any, **__: Any) -> None:
+        raise AssertionError("a prompt was scanned in chunks")
+
+    monkeypatch.setattr(qwen, "torch_chunk_gated_delta_rule", forbidden)
+    program = capture_of("qwen3_next")
+    ids = tokens(program, 1, 80)
+    close(ProgramRunner(program).prefill(ids), load_source(opened("qwen3_next"))(ids))
+    assert qwen.torch_chunk_gated_delta_rule is forbidden, "it is back in its place"

@@ -60,7 +60,7 @@ def test_an_engine_and_its_gates(tiny_checkpoint: Callable[[str], Path], tmp_pat
     assert again.stat().st_size == built["engine_bytes"]
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+@pytest.mark.parametrize("dtype", ["fp32", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_an_engine_of_recurrent_layers(dtype: str, program_of: Any, lower: Any, assert_same: Any) -> None:
     """The parser reads a Scan, and the builder builds it, with key heads that serve several heads each."""
     kinds = {"fp32": torch.float32, "fp16": torch.float16}
