@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import fx
 
-from moec.targets.common.arguments import integer, listed, rank, result_dtype
+from moec.targets.common.arguments import integer, listed, node_of, rank, result_dtype
 from moec.targets.coreml.context import MIL_NAMES, NUMPY, Context, Var, number
 from moec.targets.coreml.lowerings.elementwise import Lowering
 from moec.targets.coreml.lowerings.shape import cut
@@ -61,7 +61,7 @@ def _beside(ctx: Context, argument: fx.node.Argument, places: Var, axis: int, dt
     column = cut(ctx, places, axis, 0, 1)
     value = NUMPY[MIL_NAMES[dtype]](node.args[1])
     filled = ctx.mb.fill_like(ref_tensor=column, value=value)
-    return tile(ctx, filled, [node.meta["val"].shape[axis] if other == axis else 1 for other in range(rank(node))])
+    return ctx.tile(filled, [node.meta["val"].shape[axis] if other == axis else 1 for other in range(rank(node))])
 
 
 def _known(node: fx.Node) -> bool:
