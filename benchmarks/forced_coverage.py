@@ -17,6 +17,7 @@ from typing import Any
 
 import psutil
 import torch
+from arguments import add_flags
 from safetensors.torch import save_file
 
 from moec.compiler.common.memory import keep_freed_memory
@@ -91,8 +92,7 @@ def write_checkpoint(directory: Path, layers: int) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("directory", type=Path)
-    parser.add_argument("--layers", type=int, default=16)
-    parser.add_argument("--format", default="int4")
+    add_flags(parser, layers=16, format="int4")
     parser.add_argument("--coverage-alone", action="store_true")
     options = parser.parse_args()
     keep_freed_memory()  # as the command `moec` does

@@ -33,6 +33,7 @@ from moec.compiler.measure.latency.sampling import STEPS, timed
 from moec.targets import get_target
 
 sys.path.insert(0, str(Path(__file__).parent))
+from arguments import add_flags
 from machine import describe
 
 WIDTH = 96
@@ -130,12 +131,7 @@ def burn() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("artifact", type=Path)
-    parser.add_argument("--runs", type=int, default=20)
-    parser.add_argument("--slow-down", type=float, default=0.15)
-    parser.add_argument("--load", type=int, default=1)
-    parser.add_argument("--seconds", type=float, default=120)
-    parser.add_argument("--context", type=int, default=128)
-    parser.add_argument("--work", type=Path, default=Path("power-out"))
+    add_flags(parser, runs=20, slow_down=0.15, load=1, seconds=120.0, context=128, work=Path("power-out"))
     parser.add_argument("--record", type=Path)
     options = parser.parse_args()
     print(describe(), flush=True)

@@ -22,6 +22,7 @@ import onnx
 from onnx import TensorProto, helper
 
 sys.path.insert(0, str(Path(__file__).parent))
+from arguments import add_flags
 from machine import describe
 
 from moec.compiler.common.verdict import Status
@@ -107,10 +108,7 @@ def measure(name: str, directory: Path, options: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("artifact", type=Path)
-    parser.add_argument("--prefills", type=int, default=1000)
-    parser.add_argument("--gates", type=int, default=10)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--tokens", type=int, default=480)
+    add_flags(parser, prefills=1000, gates=10, threads=2, tokens=480)
     options = parser.parse_args()
     description = json.loads((options.artifact / "moec.json").read_text())
     logits = next(item for item in description["signature"]["outputs"] if item["name"] == "logits")

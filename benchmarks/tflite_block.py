@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from arguments import add_flags
 from machine import describe
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -161,9 +162,7 @@ def checked(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--litert-torch", action="store_true")
-    parser.add_argument("--tokens", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=30)
+    add_flags(parser, tokens=1, threads=2, rounds=30)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         calls = dict(variants(Block.random(options.tokens), Path(folder), options))

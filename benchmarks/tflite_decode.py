@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from arguments import add_flags
 from checkpoints import random_checkpoint
 from machine import describe
 
@@ -66,9 +67,7 @@ def seconds(runner: TfliteRunner, ids: np.ndarray) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--random", action="store_true", help="the random OLMoE of 1.0 GB in int8")
-    parser.add_argument("--context", type=int, default=128)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=20)
+    add_flags(parser, context=128, threads=1, rounds=20)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as work:
         checkpoint = random_checkpoint(Path(work) / "olmoe-1gb") if options.random else GOLDEN

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from moec.compiler.common.rejections import Rejection
 from moec.compiler.ir.fake_values import fake_mode, infer
 from moec.compiler.ir.program import Program, moe_layers
-from moec.compiler.ir.weights import WeightStore
+from moec.compiler.ir.weights import LazyTensor, WeightStore
+from moec.passes.base import PassResult
 
 aten = torch.ops.aten
 
@@ -22,6 +24,28 @@ def rewritten(program: Program, graph: fx.Graph, weights: WeightStore | None = N
     return program.replace(
         graph=graph, layers=moe_layers(graph), weights=program.weights if weights is None else weights
     )
+
+
+class Rewrite:
+    """A pass at work.
+
+    Attributes:
+        graph: A copy of the program's graph, to change.
+        added: Tensors for the changed graph to name, to fill.
+        rejections: What was left as it is, and why, to fill.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self._program, self.graph = program, program.copy_graph()
+        self.added: dict[str, LazyTensor] = {}
+        self.rejections: list[Rejection] = []
+
+    def result(self, *, modified: bool) -> PassResult:
+        """What the pass returns; the program itself where nothing was changed."""
+        changed = self._program
+        if modified:
+            changed = rewritten(changed, self.graph, changed.weights.with_tensors(self.added))
+        return PassResult(changed, modified, tuple(self.rejections))
 
 
 def call(graph: fx.Graph, target: Callable[..., Any], *args: Any, like: fx.Node, **kwargs: Any) -> fx.Node:

@@ -102,6 +102,25 @@ class RunnerLimits:
     repeats_bits: bool = True
     stands_in: str = ""
 
+    def check(self, target: str, input_ids: np.ndarray, attention_mask: np.ndarray | None, past: int) -> None:
+        """Check a step of new tokens [B, S] after `past` others of each sequence.
+
+        Raises:
+            UsageError: There are several sequences, padding, or more tokens than this allows.
+        """
+        batch, new = input_ids.shape
+        if self.max_batch is not None and batch > self.max_batch:
+            raise UsageError(
+                f"{batch} sequences at once: the {target} target runs {self.max_batch}", hint="run them in turn"
+            )
+        if not self.padding and attention_mask is not None and not np.all(attention_mask):
+            raise UsageError(f"the {target} target takes no padding", hint="give the tokens alone")
+        if self.max_sequence is not None and past + new > self.max_sequence:
+            raise UsageError(
+                f"{past + new} tokens are more than the {self.max_sequence} that the cache holds",
+                hint="export with a larger --context, or shorten the text",
+            )
+
 
 class Runner(Protocol):
     """Runs an artifact. Gates, `moec run`, perplexity and benchmarks use nothing else. Arrays are numpy.
@@ -114,6 +133,8 @@ class Runner(Protocol):
 
     def prefill(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None) -> np.ndarray:
         """Start new sequences: input_ids [B, S] int64, attention_mask [B, S] -> logits [B, S, V] float32."""
+        self.reset()
+        return self.decode(input_ids, attention_mask)
 
     def decode(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None) -> np.ndarray:
         """Continue them: input_ids [B, S], attention_mask [B, past + S] or None -> logits [B, S, V] float32."""

@@ -91,9 +91,7 @@ def build(
         codes: Calibrated codes of the artifact that was built from the recipe; None where there is no artifact yet.
     """
     with stages("capture"):
-        checkpoint = Checkpoint.open(
-            recipe.checkpoint, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code
-        )
+        checkpoint = _opened(recipe)
         target.check(options, checkpoint.raw_config)
         captured = captures.of(checkpoint, _DTYPES[recipe.dtype or target.default_dtype])
     with stages("passes"):
@@ -114,8 +112,8 @@ def build(
         program, log = _run(routing.passes, program, log, stages.ran)
     if settings and codes is None:
         with stages("accounting"):
-            capabilities = {phase: target.capabilities(options, phase) for phase in Phase}
-            savings = measure_savings(settings, checkpoint, captured, program, capabilities)
+            capable = {phase: target.capabilities(options, phase) for phase in Phase}
+            savings = measure_savings(settings, checkpoint, captured, program, capable)
             routing = replace(routing, facts={**(routing.facts or {}), "accounting": savings})
     with stages("quantize") if weights else contextlib.nullcontext():
         in_float32 = functools.partial(_in_float32, captured, program, (*common, *routing.passes))
@@ -124,6 +122,10 @@ def build(
         final, log = _run((*quantization.passes, *target.passes(options)), program, log, stages.ran)
     model = _described(captured, final, (routing.recorded or {}).get("removed"))
     return Built(checkpoint, captured, final, model, _pass_log(log), routing, quantization)
+
+
+def _opened(recipe: Recipe) -> Checkpoint:
+    return Checkpoint.open(recipe.checkpoint, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
 
 
 def _in_float32(captured: Program, program: Program, done: Sequence[Pass]) -> Program:

@@ -11,7 +11,7 @@ from torch import fx
 
 from moec.compiler.ir.program import EXPERTS, Program
 from moec.passes.base import Pass, PassResult
-from moec.passes.rewriting import replace, rewritten, size_of
+from moec.passes.rewriting import Rewrite, replace, size_of
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ class CommonSubexpressions(Pass):
 
     def run(self, program: Program) -> PassResult:
         """See the class."""
-        graph, modified = program.copy_graph(), False
+        rewrite, modified = Rewrite(program), False
         seen: dict[Hashable, fx.Node] = {}
-        for node in list(graph.nodes):
+        for node in list(rewrite.graph.nodes):
             key = _key(node)
             if key is None:
                 continue
@@ -39,7 +39,7 @@ class CommonSubexpressions(Pass):
             if first is not node:
                 replace(node, first)
                 modified = True
-        return PassResult(rewritten(program, graph) if modified else program, modified)
+        return rewrite.result(modified=modified)
 
 
 def _key(node: fx.Node) -> Hashable | None:

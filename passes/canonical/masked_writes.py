@@ -12,7 +12,7 @@ from moec.compiler.ir.fake_values import fake_mode
 from moec.compiler.ir.program import Program
 from moec.compiler.ir.weights import Constant, LazyTensor
 from moec.passes.base import Pass, PassResult
-from moec.passes.rewriting import add_weight, aten, call, is_call, rewritten, size_of, substitute, tensor_shape
+from moec.passes.rewriting import Rewrite, add_weight, aten, call, is_call, size_of, substitute, tensor_shape
 
 
 @dataclass(frozen=True)
@@ -32,15 +32,11 @@ class MaskedWrites(Pass):
 
     def run(self, program: Program) -> PassResult:
         """See the class."""
-        graph = program.copy_graph()
-        constants: dict[str, LazyTensor] = {}
-        modified = False
-        for node in list(graph.nodes):
+        rewrite, modified = Rewrite(program), False
+        for node in list(rewrite.graph.nodes):
             if node.op == "call_function":
-                modified |= _read_past(node) or _fill(program, node) or _choose(node, constants)
-        if not modified:
-            return PassResult(program, False)
-        return PassResult(rewritten(program, graph, program.weights.with_tensors(constants)), True)
+                modified |= _read_past(node) or _fill(program, node) or _choose(node, rewrite.added)
+        return rewrite.result(modified=modified)
 
 
 def _read_past(node: fx.Node) -> bool:

@@ -11,7 +11,7 @@ from torch import fx
 
 from moec.compiler.ir.program import Program
 from moec.passes.base import Pass, PassResult
-from moec.passes.rewriting import aten, is_call, number, replace, rewritten, tensor_shape
+from moec.passes.rewriting import Rewrite, aten, is_call, number, replace, tensor_shape
 
 CHECKS = frozenset(
     {
@@ -117,12 +117,12 @@ class Normalize(Pass):
 
     def run(self, program: Program) -> PassResult:
         """See the class."""
-        graph, modified = program.copy_graph(), False
-        for node in list(graph.nodes):
+        rewrite, modified = Rewrite(program), False
+        for node in list(rewrite.graph.nodes):
             if node.op == "call_function":
                 # A reshape may turn out to undo the one before it once the two are one.
                 modified |= _erase_check(node) or _unite_names(node) | _unite_reshape(node) | _replace_by_source(node)
-        return PassResult(rewritten(program, graph) if modified else program, modified)
+        return rewrite.result(modified=modified)
 
 
 def _erase_check(node: fx.Node) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from moec.compiler.common.errors import UnsupportedModelError
 from moec.compiler.ir.program import Program, module_of
 from moec.passes.base import Pass, PassResult
-from moec.passes.rewriting import aten, call, is_call, rewritten, substitute
+from moec.passes.rewriting import Rewrite, aten, call, is_call, substitute
 
 Pair = tuple[fx.Node, fx.Node]
 """Real and imaginary part of a complex tensor."""
@@ -38,16 +38,15 @@ class RealRotary(Pass):
         Raises:
             UnsupportedModelError: A complex tensor goes through an op that has no real form here.
         """
-        graph = program.copy_graph()
+        rewrite = Rewrite(program)
+        graph = rewrite.graph
         writer = _Writer(graph)
         for node in list(graph.nodes):
             writer.visit(node)
         for node in reversed(graph.nodes):
             if _is_complex(node) and not node.users:
                 graph.erase_node(node)
-        if not writer.pairs:
-            return PassResult(program, modified=False)
-        return PassResult(rewritten(program, graph), modified=True)
+        return rewrite.result(modified=bool(writer.pairs))
 
 
 class _Writer:

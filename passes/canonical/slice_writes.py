@@ -10,7 +10,7 @@ from torch import fx
 from moec.compiler.common.rejections import Rejection
 from moec.compiler.ir.program import Program, module_of
 from moec.passes.base import Pass, PassResult
-from moec.passes.rewriting import aten, call, is_call, rewritten, size_of, substitute, tensor_shape
+from moec.passes.rewriting import Rewrite, aten, call, is_call, size_of, substitute, tensor_shape
 
 _EMPTY = (aten.new_empty.default, aten.empty.memory_format, aten.empty_like.default)
 
@@ -39,21 +39,21 @@ class SliceWrites(Pass):
 
     def run(self, program: Program) -> PassResult:
         """See the class."""
-        graph, modified = program.copy_graph(), False
-        rejections: list[Rejection] = []
+        rewrite, modified = Rewrite(program), False
+        graph = rewrite.graph
         for node in list(graph.nodes):
             # Of a chain of writes, the last one has the whole tensor.
             if not is_call(node, aten.slice_scatter.default) or _written_on(node):
                 continue
             found = _pieces(node)
             if isinstance(found, str):
-                rejections.append(Rejection(self.name, module_of(node), found))
+                rewrite.rejections.append(Rejection(self.name, module_of(node), found))
                 continue
             with graph.inserting_before(node):
                 joined = call(graph, aten.cat.default, [piece.source for piece in found], _axis(node), like=node)
             substitute(node, joined)
             modified = True
-        return PassResult(rewritten(program, graph) if modified else program, modified, tuple(rejections))
+        return rewrite.result(modified=modified)
 
 
 def _written_on(node: fx.Node) -> bool:

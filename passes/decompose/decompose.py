@@ -15,7 +15,7 @@ from moec.compiler.ir.program import Program
 from moec.passes.base import Pass, PassResult
 from moec.passes.decompose import activations, arithmetic, creation, indexing, products, reductions, shapes
 from moec.passes.decompose.builder import Builder, Rule
-from moec.passes.rewriting import rewritten, substitute
+from moec.passes.rewriting import Rewrite, substitute
 
 RULES: Mapping[Any, Rule] = {
     **activations.RULES,
@@ -46,9 +46,8 @@ class Decompose(Pass):
 
     def run(self, program: Program) -> PassResult:
         """See the class."""
-        graph = program.copy_graph()
-        modified = decompose(graph.nodes)
-        return PassResult(rewritten(program, graph) if modified else program, modified)
+        rewrite = Rewrite(program)
+        return rewrite.result(modified=decompose(rewrite.graph.nodes))
 
 
 def decompose(nodes: Iterable[fx.Node]) -> bool:

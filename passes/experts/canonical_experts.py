@@ -11,7 +11,7 @@ from moec.compiler.ir.operands import Experts
 from moec.compiler.ir.program import EXPERTS, Program
 from moec.compiler.ir.weights import LazyTensor, swap_last
 from moec.passes.base import Pass, PassResult
-from moec.passes.rewriting import rewritten
+from moec.passes.rewriting import Rewrite
 
 
 @dataclass(frozen=True)
@@ -30,17 +30,14 @@ class CanonicalExperts(Pass):
 
     def run(self, program: Program) -> PassResult:
         """See the class."""
-        graph = program.copy_graph()
-        added: dict[str, LazyTensor] = {}
-        for node in graph.find_nodes(op="call_function", target=EXPERTS):
+        rewrite = Rewrite(program)
+        for node in rewrite.graph.find_nodes(op="call_function", target=EXPERTS):
             own = Experts.of(node)
             if own.transposed:
-                up, down = (_swapped(program, node, stack, added) for stack in (own.gate_up_proj, own.down_proj))
+                stacks = (own.gate_up_proj, own.down_proj)
+                up, down = (_swapped(program, node, stack, rewrite.added) for stack in stacks)
                 node.args = replace(own, gate_up_proj=up, down_proj=down, transposed=False).args
-        if not added:
-            return PassResult(program, modified=False)
-        changed = program.replace(graph=graph, weights=program.weights.with_tensors(added))
-        return PassResult(rewritten(changed, graph, changed.weights), modified=True)
+        return rewrite.result(modified=bool(rewrite.added))
 
 
 def _swapped(program: Program, node: fx.Node, old: fx.Node, added: dict[str, LazyTensor]) -> fx.Node:

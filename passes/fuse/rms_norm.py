@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from moec.compiler.common.rejections import Rejection
-from moec.compiler.ir.program import RMS_NORM, Program, module_of
+from moec.compiler.ir.program import RMS_NORM, Program
 from moec.passes.base import Pass, PassResult
-from moec.passes.rewriting import CASTS, aten, call, is_call, last_axis, number, rewritten, skip_casts, substitute
+from moec.passes.fuse.matches import fuse_each
+from moec.passes.rewriting import CASTS, aten, call, is_call, last_axis, number, skip_casts, substitute
 
 
 @dataclass(frozen=True)
@@ -34,16 +34,7 @@ class RmsNorm(Pass):
 
     def run(self, program: Program) -> PassResult:
         """See the class."""
-        graph, modified = program.copy_graph(), False
-        rejections: list[Rejection] = []
-        for node in list(graph.nodes):
-            found = _match(node)
-            if isinstance(found, _Norm):
-                modified = True
-                _fuse(graph, node, found)
-            elif found:
-                rejections.append(Rejection(self.name, module_of(node), found))
-        return PassResult(rewritten(program, graph) if modified else program, modified, tuple(rejections))
+        return fuse_each(self.name, program, _fuse_at)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +44,14 @@ class _Norm:
     source: fx.Node
     eps: float
     weight: fx.Node | None = None
+
+
+def _fuse_at(graph: fx.Graph, node: fx.Node) -> bool | str:
+    found = _match(node)
+    if not isinstance(found, _Norm):
+        return found or False
+    _fuse(graph, node, found)
+    return True
 
 
 def _match(node: fx.Node) -> _Norm | str | None:

@@ -7,12 +7,12 @@ from typing import Any, ClassVar
 
 from torch import fx
 
-from moec.compiler.common.rejections import Rejection
-from moec.compiler.ir.program import ROTARY, Program, module_of
+from moec.compiler.ir.program import ROTARY, Program
 from moec.passes.base import Pass, PassResult
+from moec.passes.fuse.matches import fuse_each
 from moec.passes.fuse.rotary_tables import full_table, half_of, has_equal_halves
 from moec.passes.fuse.rotation_halves import EVEN_ODD, HALVES, Part, part_of
-from moec.passes.rewriting import aten, call, is_call, rewritten, substitute, tensor_shape
+from moec.passes.rewriting import aten, call, is_call, substitute, tensor_shape
 
 INT_MAX = (1 << 63) - 1
 
@@ -38,16 +38,7 @@ class Rotary(Pass):
 
     def run(self, program: Program) -> PassResult:
         """See the class."""
-        graph, modified = program.copy_graph(), False
-        rejections: list[Rejection] = []
-        for node in list(graph.nodes):
-            found = _match(node)
-            if isinstance(found, _Rotation):
-                found = _rewrite(graph, node, found)
-                modified |= not found
-            if found:
-                rejections.append(Rejection(self.name, module_of(node), found))
-        return PassResult(rewritten(program, graph) if modified else program, modified, tuple(rejections))
+        return fuse_each(self.name, program, _fuse_at)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +55,11 @@ class _Rotation:
     whole: bool
     shape: Any = None
     """With style EVEN_ODD: the size arguments that bring pairs into one axis."""
+
+
+def _fuse_at(graph: fx.Graph, node: fx.Node) -> bool | str:
+    found = _match(node)
+    return _rewrite(graph, node, found) or True if isinstance(found, _Rotation) else found or False
 
 
 def _match(node: fx.Node) -> _Rotation | str | None:

@@ -35,6 +35,16 @@ def result_dtype(node: fx.Node) -> torch.dtype:
     return dtype
 
 
+def expansion(node: fx.Node) -> list[Any]:
+    """For `aten.expand`: the size that each axis is broadcast to, and 1 where its length stays."""
+    source, sizes = node_of(node.args[0]), listed(node.args[1])
+    old = [1] * (len(sizes) - rank(source)) + list(shape_of(source))
+    return [
+        1 if size == -1 or str(new) == str(before) else size
+        for size, before, new in zip(sizes, old, shape_of(node), strict=True)
+    ]
+
+
 def integer(argument: Any) -> int:
     """An argument that must be a whole number."""
     assert isinstance(argument, int), argument

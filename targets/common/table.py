@@ -5,10 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import fx
 
 from moec.compiler.ir.program import module_of
 from moec.targets.common.refusals import RefusedError, hint_for
+
+
+def joined(*tables: Mapping[Any, Any]) -> dict[Any, Any]:
+    """One table of several, which share no op."""
+    found = dict[Any, Any]()
+    for table in tables:
+        assert not found.keys() & table.keys(), found.keys() & table.keys()
+        found |= table
+    return found
+
+
+def named(names: str, spelled: Callable[[str], str] = str) -> dict[Any, str]:
+    """Ops of torch -> what a runtime calls them, where that is torch's own name as `spelled` writes it."""
+    return {getattr(torch.ops.aten, name).default: spelled(name) for name in names.split()}
 
 
 def lookup(table: Mapping[Any, Callable[..., Any]], node: fx.Node, target: str) -> Callable[..., Any]:

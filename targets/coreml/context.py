@@ -135,6 +135,49 @@ class Context:
             name := str(np.dtype(self.pool.numpy_type(value)).name), name
         )
 
+    # Operators: see `moec.targets.common.lowerings.Operators` -----------------------------------------------------
+
+    def transpose(self, value: Var, axes: Sequence[int]) -> Var:
+        """`value` with its axes in another order."""
+        return self.mb.transpose(x=value, perm=self.ints(*axes))
+
+    def unsqueeze(self, value: Var, axes: Sequence[int]) -> Var:
+        """`value` with axes of length 1 at these places."""
+        return self.mb.expand_dims(x=value, axes=self.ints(*axes))
+
+    def squeeze(self, value: Var, axes: Sequence[int]) -> Var:
+        """`value` without these axes."""
+        return self.mb.squeeze(x=value, axes=self.ints(*axes))
+
+    def concat(self, parts: Sequence[Var], axis: int) -> Var:
+        """Values joined along an axis."""
+        return self.mb.concat(values=list(parts), axis=axis)
+
+    def split(self, value: Var, sizes: Sequence[int], axis: int) -> Sequence[Var]:
+        """Pieces of an axis."""
+        if len(sizes) == 1:
+            return [value]
+        parts: Sequence[Var] = self.mb.split(x=value, split_sizes=list(sizes), axis=axis)
+        return parts
+
+    def tile(self, value: Var, times: Sequence[Any]) -> Var:
+        """Repeat along each axis. Booleans travel as integers, since `tile` takes none."""
+        if all(count == 1 for count in times):
+            return value
+        kind = self.type_name(value)
+        carried = self.cast(value, "int32") if kind == "bool" else value
+        return self.cast(self.mb.tile(x=carried, reps=self.dims(times)), kind)
+
+    def size_arithmetic(self, name: str, *sizes: Var) -> Var:
+        """Arithmetic on sizes; that of a single one starts from 0."""
+        left, right = (self.size(0), *sizes)[-2:]
+        return getattr(self.mb, {"floordiv": "floor_div", "neg": "sub"}.get(name, name))(x=left, y=right)
+
+    def take(self, source: fx.Node, places: fx.Node, axis: int) -> Var:
+        """`source` at `places`. Negative ones count from the end, and `gather` takes none."""
+        index = self.mb.mod(x=self.tensor(places, torch.int32), y=self.axis_length(source, axis))
+        return self.mb.gather(x=self.tensor(source), indices=index, axis=axis, validate_indices=self.constant(False))
+
     @contextlib.contextmanager
     def branch(self) -> Iterator[None]:
         """While a branch of `cond` is built: what is made inside must not be reused outside."""

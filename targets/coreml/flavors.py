@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from enum import StrEnum
 
 import numpy as np
 
+from moec.compiler.common.choices import Choice
 
-class Flavor(StrEnum):
+
+class Flavor(Choice):
     """Conventions of a model's functions."""
 
-    DEFAULT = "default"
-    SWIFT = "swift-transformers"
+    DEFAULT = "default", "functions prefill and decode"
+    SWIFT = "swift-transformers", "one function, as that library calls it"
 
 
 TOKENS = ("input_ids", "inputIds")

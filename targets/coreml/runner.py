@@ -9,16 +9,16 @@ from typing import Any, Self
 
 import numpy as np
 
-from moec.compiler.common.errors import UsageError
 from moec.targets.base import RunnerLimits
 from moec.targets.common.added_inputs import rows
+from moec.targets.common.one_sequence import OneSequence
 from moec.targets.coreml.flavors import call, most_tokens
 from moec.targets.coreml.metadata import read_metadata
 from moec.targets.coreml.package import PACKAGE
 from moec.targets.coreml.predict import Backend, InterpreterBackend, open_backend
 
 
-class CoremlRunner:
+class CoremlRunner(OneSequence):
     """The Runner of the CoreML target.
 
     Args:
@@ -28,6 +28,8 @@ class CoremlRunner:
     Raises:
         ArtifactError: The package is damaged or no model of moec.
     """
+
+    target = "CoreML"
 
     def __init__(self, directory: Path, *, backend: Callable[[Path], Backend] = open_backend) -> None:
         metadata = read_metadata(directory)
@@ -54,41 +56,16 @@ class CoremlRunner:
         twin._backend, twin._length = self._backend.fork(), 0
         return twin
 
-    def reset(self) -> None:
-        """Forget the sequence."""
-        self._length = 0
+    def _forget(self) -> None:
         self._backend.reset()
 
-    def prefill(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None) -> np.ndarray:
-        """Start a new sequence; see `moec.targets.base.Runner`."""
-        self.reset()
-        return self.decode(input_ids, attention_mask)
-
-    def decode(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None) -> np.ndarray:
-        """Continue it; see `moec.targets.base.Runner`.
-
-        Raises:
-            UsageError: Several sequences, padding, or more tokens than the cache holds.
-        """
-        self._check(input_ids, attention_mask)
+    def _continue(self, input_ids: np.ndarray) -> np.ndarray:
         given = rows(self._widths, self.overrides, *input_ids.shape)
         logits = []
         for start in range(0, input_ids.shape[1], self._chunk):
             piece = slice(start, start + self._chunk)
             logits.append(self._step(input_ids[:, piece], {name: array[:, piece] for name, array in given.items()}))
         return np.concatenate(logits, axis=1)
-
-    def _check(self, input_ids: np.ndarray, attention_mask: np.ndarray | None) -> None:
-        batch, new = input_ids.shape
-        if batch != 1:
-            raise UsageError(f"a CoreML model runs one sequence at a time, not {batch}", hint="run them in turn")
-        if attention_mask is not None and not attention_mask.all():
-            raise UsageError("a CoreML model takes no padding", hint="leave the padding out")
-        if self._length + new > self._context:
-            raise UsageError(
-                f"{self._length + new} tokens are more than the {self._context} that the model's cache holds",
-                hint="export with a larger --context",
-            )
 
     def _step(self, ids: np.ndarray, given: Mapping[str, np.ndarray]) -> np.ndarray:
         """One call, as the flavor has it: by default, of a single token, of the function that skips experts."""

@@ -58,7 +58,7 @@ class CoremlOptions(base.TargetOptions):
     prefill_chunk: int = Field(128, ge=2, description="most tokens of one call of the prefill function")
     flavor: Flavor = Field(
         Flavor.DEFAULT,
-        description="default: functions prefill and decode; swift-transformers: one function, as that library calls it",
+        description=Flavor.meanings(),
     )
     hub_name: str = Field(
         "", description="name on the Hub, where swift-transformers finds the tokenizer if the app brings none"

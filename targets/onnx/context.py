@@ -168,6 +168,40 @@ class Context:
         self.nodes.append(node)
         return node.outputs
 
+    # Operators: see `moec.targets.common.lowerings.Operators` -----------------------------------------------------
+
+    def transpose(self, value: ir.Value, axes: Sequence[int]) -> ir.Value:
+        """`value` with its axes in another order."""
+        return self.op("Transpose", value, perm=list(axes))
+
+    def unsqueeze(self, value: ir.Value, axes: Sequence[int]) -> ir.Value:
+        """`value` with axes of length 1 at these places."""
+        return self.op("Unsqueeze", value, self.ints(*axes))
+
+    def squeeze(self, value: ir.Value, axes: Sequence[int]) -> ir.Value:
+        """`value` without these axes."""
+        return self.op("Squeeze", value, self.ints(*axes))
+
+    def concat(self, parts: Sequence[ir.Value], axis: int) -> ir.Value:
+        """Values joined along an axis."""
+        return self.op("Concat", *parts, axis=axis)
+
+    def split(self, value: ir.Value, sizes: Sequence[int], axis: int) -> Sequence[ir.Value]:
+        """Pieces of an axis."""
+        return self.ops("Split", value, self.ints(*sizes), outputs=len(sizes), axis=axis)
+
+    def tile(self, value: ir.Value, times: Sequence[Any]) -> ir.Value:
+        """`value` repeated along each axis."""
+        return self.op("Tile", value, self.dims(times))
+
+    def size_arithmetic(self, name: str, *sizes: ir.Value) -> ir.Value:
+        """Arithmetic on sizes."""
+        return self.op({"floordiv": "Div"}.get(name, name.capitalize()), *sizes)
+
+    def take(self, source: fx.Node, places: fx.Node, axis: int) -> ir.Value:
+        """`source` at `places`, of which negative ones count from the end."""
+        return self.op("Gather", self.tensor(source), self.tensor(places), axis=axis)
+
     @contextlib.contextmanager
     def subgraph(self, name: str) -> Iterator[ir.Graph]:
         """Collect the nodes made inside into a graph of their own, for a branch; append its outputs to it.

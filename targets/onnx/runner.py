@@ -14,6 +14,7 @@ import onnxruntime as ort
 
 from moec.compiler.common.errors import ArtifactError
 from moec.compiler.common.threads import is_shared
+from moec.targets.base import Runner
 from moec.targets.onnx.states import Growing, Shared
 
 ERRORS = 3
@@ -30,7 +31,7 @@ def session_options(threads: int) -> Any:
     return options
 
 
-class OnnxRunner:
+class OnnxRunner(Runner):
     """The Runner of the ONNX target.
 
     Args:
@@ -73,11 +74,6 @@ class OnnxRunner:
     def reset(self) -> None:
         """Forget the sequences."""
         self._states.reset()
-
-    def prefill(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None) -> np.ndarray:
-        """Start new sequences; see `moec.targets.base.Runner`."""
-        self.reset()
-        return self.decode(input_ids, attention_mask)
 
     def decode(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None) -> np.ndarray:
         """Continue them; see `moec.targets.base.Runner`."""

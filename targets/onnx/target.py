@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
+from moec.compiler.common.choices import Choice
 from moec.compiler.common.progress import Progress
 from moec.compiler.common.rejections import Rejection
 from moec.targets import base
@@ -19,24 +19,24 @@ if TYPE_CHECKING:
     from moec.targets.stored_weights import StoredWeight
 
 
-class Flavor(StrEnum):
-    """Dialects of the model."""
-
-    DEFAULT = "default"
-    GENAI = "genai"
-    PORTABLE = "portable"
-
-
-class Experts(StrEnum):
-    """Forms of experts in floating point."""
-
-    AUTO = "auto"
-    KERNEL = "kernel"
-    GROUPED = "grouped"
-
-
 MOST_GROUPED = 2048
 """Experts in all layers up to which products of their own pay: each costs the graph two nodes."""
+
+
+class Flavor(Choice):
+    """Dialects of the model."""
+
+    DEFAULT = "default", "ONNX Runtime's fused kernels"
+    GENAI = "genai", "for onnxruntime-genai, past and present in one buffer"
+    PORTABLE = "portable", "standard opset 24 only"
+
+
+class Experts(Choice):
+    """Forms of experts in floating point."""
+
+    KERNEL = "kernel", "ONNX Runtime's MoE, a small graph"
+    GROUPED = "grouped", "two products each over its own tokens, a faster prefill"
+    AUTO = "auto", f"grouped in float32 up to {MOST_GROUPED} experts in all"
 
 
 EXPERT_CLASSES = ("experts_gate_up", "experts_down")
@@ -45,16 +45,8 @@ EXPERT_CLASSES = ("experts_gate_up", "experts_down")
 class OnnxOptions(base.TargetOptions):
     """Options of the ONNX target."""
 
-    flavor: Flavor = Field(
-        Flavor.DEFAULT,
-        description="default: ONNX Runtime's fused kernels; genai: for onnxruntime-genai, past and present in one "
-        "buffer; portable: standard opset 24 only",
-    )
-    experts: Experts = Field(
-        Experts.AUTO,
-        description="experts in floating point. kernel: ONNX Runtime's MoE, a small graph; grouped: two products each "
-        f"over its own tokens, a faster prefill; auto: grouped in float32 up to {MOST_GROUPED} experts in all",
-    )
+    flavor: Flavor = Field(Flavor.DEFAULT, description=Flavor.meanings())
+    experts: Experts = Field(Experts.AUTO, description=f"experts in floating point. {Experts.meanings()}")
 
 
 class OnnxTarget(base.Target):

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import StrEnum
+
+from moec.compiler.common.choices import Choice
 
 
-class Form(StrEnum):
+class Form(Choice):
     """How the experts of a layer are computed."""
 
-    GATHER = "gather"
-    LOOP_IF = "loop-if"
-    DENSE = "dense"
-    AUTO = "auto"
+    GATHER = "gather", "weights of every slot, for few tokens"
+    LOOP_IF = "loop-if", "skips idle experts"
+    DENSE = "dense", "computes all"
+    AUTO = "auto", "what moves the fewest bytes"
 
 
 ITERATION_BYTES = 64 * 1024

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from moec.compiler.common.errors import UsageError
-from moec.targets.base import RunnerLimits
+from moec.targets.base import Runner, RunnerLimits
 from moec.targets.common.added_inputs import rows
 from moec.targets.tensorrt.settings import EngineSettings
 
@@ -85,7 +85,7 @@ class State:
         return int(np.prod(shape, dtype=np.int64)) * int(np.dtype(self.dtype).itemsize)
 
 
-class EngineRunner:
+class EngineRunner(Runner):
     """The Runner over a Session.
 
     Args:
@@ -131,11 +131,6 @@ class EngineRunner:
         for state in self._states:
             if not state.grows:
                 self._session.write(self._addresses[state.source], np.zeros(state.shape(self._batch, 0), state.dtype))
-
-    def prefill(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None) -> np.ndarray:
-        """Start new sequences; see `moec.targets.base.Runner`."""
-        self.reset()
-        return self.decode(input_ids, attention_mask)
 
     def decode(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None) -> np.ndarray:
         """Continue them; see `moec.targets.base.Runner`.

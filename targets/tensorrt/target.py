@@ -6,12 +6,12 @@ import json
 import math
 import shutil
 from collections.abc import Mapping
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
+from moec.compiler.common.choices import Choice
 from moec.compiler.common.errors import LoweringError
 from moec.compiler.common.model_config import cache_length
 from moec.compiler.common.progress import Progress
@@ -38,11 +38,11 @@ if TYPE_CHECKING:
 DEFAULT_CONTEXT = 1024
 
 
-class AttentionForm(StrEnum):
+class AttentionForm(Choice):
     """How attention is written."""
 
-    DECOMPOSED = "decomposed"
-    FUSED = "fused"
+    DECOMPOSED = "decomposed", "elementary ops"
+    FUSED = "fused", "the standard op, in fp16 alone"
 
 
 class TensorrtOptions(base.TargetOptions):
@@ -51,14 +51,8 @@ class TensorrtOptions(base.TargetOptions):
     compute_capability: tuple[str, ...] = Field(
         DEFAULT, description="GPUs that the engine is for, such as 8.6,8.9,12.0; an RTX engine has no 9.0"
     )
-    experts: Form = Field(
-        Form.AUTO,
-        description="gather: weights of every slot, for few tokens; loop-if: skips idle experts; dense: computes all; "
-        "auto: what moves the fewest bytes",
-    )
-    attention: AttentionForm = Field(
-        AttentionForm.DECOMPOSED, description="decomposed: elementary ops; fused: the standard op, in fp16 alone"
-    )
+    experts: Form = Field(Form.AUTO, description=Form.meanings())
+    attention: AttentionForm = Field(AttentionForm.DECOMPOSED, description=AttentionForm.meanings())
     opset: int = Field(24, description="version of the ONNX operators; from 23 on norms and rotary are single ops")
     batch: PositiveInt = Field(1, description="most sequences at once")
     prompt: PositiveInt = Field(128, description="tokens of a typical prompt, which prefill is tuned for")

@@ -181,12 +181,49 @@ class Context:
         return self.op("SLICE", value, self.ints(*begin), self.ints(*size), shape=size)
 
     def concat(self, parts: Sequence[Value], axis: int) -> Value:
-        """Values joined along an axis."""
+        """Values joined along an axis; CONCATENATION takes none without elements."""
+        parts = [part for part in parts if 0 not in part.shape] or parts[:1]
         if len(parts) == 1:
             return parts[0]
         shape = list(parts[0].shape)
         shape[axis] = sum(part.shape[axis] for part in parts)
         return self.op("CONCATENATION", *parts, shape=shape, axis=axis)
+
+    def unsqueeze(self, value: Value, axes: Sequence[int]) -> Value:
+        """`value` with axes of length 1 at these places."""
+        shape = list(value.shape)
+        for axis in sorted(axes):
+            shape.insert(axis, 1)
+        return self.reshape(value, tuple(shape))
+
+    def squeeze(self, value: Value, axes: Sequence[int]) -> Value:
+        """`value` without these axes."""
+        return self.reshape(value, tuple(size for axis, size in enumerate(value.shape) if axis not in axes))
+
+    def split(self, value: Value, sizes: Sequence[int], axis: int) -> Sequence[Value]:
+        """Pieces of an axis: SPLIT where they are alike, which XNNPACK takes as well."""
+        shapes = [[*value.shape[:axis], size, *value.shape[axis + 1 :]] for size in sizes]
+        outputs = [(shape, value.dtype) for shape in shapes]
+        place = self.constant(np.int32(axis), torch.int32)
+        if len(set(sizes)) == 1:
+            return self.graph.op("SPLIT", [place, value], outputs, {"numSplits": len(sizes)})
+        return self.graph.op("SPLIT_V", [value, self.ints(*sizes), place], outputs, {"numSplits": len(sizes)})
+
+    def tile(self, value: Value, times: Sequence[int]) -> Value:
+        """`value` repeated along each axis."""
+        shape = [size * count for size, count in zip(value.shape, times, strict=True)]
+        return value if tuple(shape) == value.shape else self.op("TILE", value, self.ints(*times), shape=shape)
+
+    def gather(self, value: Value, index: Value, axis: int) -> Value:
+        """`value` at `index` along `axis`."""
+        shape = (*value.shape[:axis], *index.shape, *value.shape[axis + 1 :])
+        return self.op("GATHER", value, index, shape=shape, axis=axis)
+
+    def take(self, source: fx.Node, places: fx.Node, axis: int) -> Value:
+        """`source` at `places`. Negative ones count from the end, and GATHER takes none."""
+        value = self.tensor(source)
+        size = self.constant(np.int32(value.shape[axis]), torch.int32)
+        return self.gather(value, self.op("FLOOR_MOD", self.tensor(places, torch.int64), size), axis)
 
     def expand(self, value: Value, shape: Sequence[int]) -> Value:
         """`value` broadcast to `shape`."""

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from moec.compiler.common.errors import UsageError
 from moec.targets.base import RunnerLimits
 from moec.targets.common.added_inputs import rows
+from moec.targets.common.one_sequence import OneSequence
 from moec.targets.tflite.engine import DECODE, REPLACED_PREFIXES, TOKEN_COUNT, Engine, LitertEngine
 from moec.targets.tflite.former_runtime import OlderEngine
 from moec.targets.tflite.reader import OLDER, TfliteFile
@@ -20,7 +20,7 @@ WORTH_PADDING = 8
 """A prompt's rest is padded to a signature's length if it fills at least one part in so many of it."""
 
 
-class TfliteRunner:
+class TfliteRunner(OneSequence):
     """The Runner of the TFLite target.
 
     A prompt is cut into pieces of the lengths that there are signatures for. The last piece is padded: the logits of
@@ -35,6 +35,8 @@ class TfliteRunner:
         ArtifactError: The runtime cannot load it.
         MissingExtraError: The runtime is not installed.
     """
+
+    target = "TFLite"
 
     def __init__(self, file: Path, *, threads: int = 0) -> None:
         facts = TfliteFile(file).facts
@@ -64,32 +66,11 @@ class TfliteRunner:
         twin.overrides = self.overrides
         return twin
 
-    def reset(self) -> None:
-        """Forget the sequence."""
-        self._length = 0
+    def _forget(self) -> None:
         self._engine.reset()
 
-    def prefill(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None) -> np.ndarray:
-        """Start a new sequence; see `moec.targets.base.Runner`."""
-        self.reset()
-        return self.decode(input_ids, attention_mask)
-
-    def decode(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None) -> np.ndarray:
-        """Continue it; see `moec.targets.base.Runner`.
-
-        Raises:
-            UsageError: There are several sequences, padding, or more tokens than the cache holds.
-        """
-        batch, length = input_ids.shape
-        if batch != 1:
-            raise UsageError(f"{batch} sequences at once: the TFLite target runs one", hint="run one after the other")
-        if attention_mask is not None and not np.all(attention_mask):
-            raise UsageError("the TFLite target takes no padding", hint="give the tokens alone")
-        if self._length + length > self.capacity:
-            raise UsageError(
-                f"{self._length + length} tokens do not fit the cache of {self.capacity}",
-                hint="export with a larger --context, or shorten the text",
-            )
+    def _continue(self, input_ids: np.ndarray) -> np.ndarray:
+        length = input_ids.shape[1]
         given = rows(self._widths, self.overrides, 1, length)
         logits: list[np.ndarray] = []
         while length:

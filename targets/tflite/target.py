@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field, PositiveInt
 
+from moec.compiler.common.choices import Choice
 from moec.compiler.common.errors import UsageError
 from moec.compiler.common.model_config import cache_length
 from moec.compiler.common.progress import Progress
@@ -34,32 +34,25 @@ _ROWS, _BLOCKS = "int8:channel:fp32:int8-dynamic", "int4:auto32:bf16:int8-dynami
 """A file has scales of blocks in fp16, but XNNPACK rounds them to bf16, so scales are chosen that both hold."""
 
 
-class Flavor(StrEnum):
+class Flavor(Choice):
     """Forms of the experts."""
 
-    DEFAULT = "default"
-    NO_CONTROL_FLOW = "no-control-flow"
+    DEFAULT = "default", "a branch per expert, skipped where no token needs it"
+    NO_CONTROL_FLOW = "no-control-flow", "every expert computed, for delegates without IF"
 
 
-class Runtime(StrEnum):
+class Runtime(Choice):
     """What the file is for, and what the gates run it with."""
 
-    LITERT = "litert"
-    TFLITE_RUNTIME = "tflite-runtime"
+    LITERT = "litert", "the newest"
+    TFLITE_RUNTIME = "tflite-runtime", "2.14, which is run in an environment of its own and takes fewer formats"
 
 
 class TfliteOptions(base.TargetOptions):
     """Options of the TFLite target."""
 
-    flavor: Flavor = Field(
-        Flavor.DEFAULT,
-        description="default: a branch per expert, skipped where no token needs it; no-control-flow: every expert "
-        "computed, for delegates without IF",
-    )
-    runtime: Runtime = Field(
-        Runtime.LITERT,
-        description="litert; or tflite-runtime 2.14, which is run in an environment of its own and takes fewer formats",
-    )
+    flavor: Flavor = Field(Flavor.DEFAULT, description=Flavor.meanings())
+    runtime: Runtime = Field(Runtime.LITERT, description=Runtime.meanings())
     prefill: tuple[PositiveInt, ...] = Field(
         (128,), description="Prompt lengths to build a signature for; every one costs memory when the file is opened."
     )

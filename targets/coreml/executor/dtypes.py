@@ -29,30 +29,24 @@ class ElementType:
     numpy: np.dtype[Any]
 
 
-def _element(name: str, code: int, blob_code: int | None, bits: int, numpy: type) -> ElementType:
+def _element(name: str, code: int, blob_code: int | None, bits: int, numpy: str) -> ElementType:
     return ElementType(name, code, blob_code, bits, np.dtype(numpy))
 
 
+def _integers(kind: str, *rows: tuple[int, int, int | None]) -> tuple[ElementType, ...]:
+    """Whole numbers of some bits, in the narrowest type of numpy that holds them. A row: bits, code, blob code."""
+    return tuple(_element(f"{kind}{bits}", code, blob, bits, f"{kind}{max(bits, 8)}") for bits, code, blob in rows)
+
+
 ELEMENT_TYPES = (
-    _element("bool", 1, None, 8, np.bool_),
-    _element("string", 2, None, 0, np.str_),
-    _element("fp16", 10, 1, 16, np.float16),
-    _element("fp32", 11, 2, 32, np.float32),
-    _element("fp64", 12, None, 64, np.float64),
-    _element("int8", 21, 4, 8, np.int8),
-    _element("int16", 22, 6, 16, np.int16),
-    _element("int32", 23, 14, 32, np.int32),
-    _element("int64", 24, None, 64, np.int64),
-    _element("int4", 25, 8, 4, np.int8),
-    _element("uint8", 31, 3, 8, np.uint8),
-    _element("uint16", 32, 7, 16, np.uint16),
-    _element("uint32", 33, 15, 32, np.uint32),
-    _element("uint64", 34, None, 64, np.uint64),
-    _element("uint4", 35, 11, 4, np.uint8),
-    _element("uint2", 36, 10, 2, np.uint8),
-    _element("uint1", 37, 9, 1, np.uint8),
-    _element("uint6", 38, 13, 6, np.uint8),
-    _element("uint3", 39, 12, 3, np.uint8),
+    _element("bool", 1, None, 8, "bool"),
+    _element("string", 2, None, 0, "str"),
+    _element("fp16", 10, 1, 16, "float16"),
+    _element("fp32", 11, 2, 32, "float32"),
+    _element("fp64", 12, None, 64, "float64"),
+    *_integers("int", (8, 21, 4), (16, 22, 6), (32, 23, 14), (64, 24, None), (4, 25, 8)),
+    *_integers("uint", (8, 31, 3), (16, 32, 7), (32, 33, 15), (64, 34, None)),
+    *_integers("uint", (4, 35, 11), (2, 36, 10), (1, 37, 9), (6, 38, 13), (3, 39, 12)),
 )
 BY_CODE = {element.code: element for element in ELEMENT_TYPES}
 BY_NAME = {element.name: element for element in ELEMENT_TYPES}

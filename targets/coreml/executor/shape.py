@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moec.targets.coreml.executor.kernel import Args, Kernel, axis_of
+from moec.targets.coreml.executor.kernel import Args, Kernel, Result, axis_of
 
 if TYPE_CHECKING:
     from moec.targets.coreml.executor.dtypes import Array
@@ -119,21 +120,26 @@ def _band_part(args: Args) -> Array:
     return np.where(inside, x, np.zeros((), x.dtype))
 
 
+_MOVING: dict[str, Callable[[Args], Result]] = {
+    "reshape": _reshape,
+    "expand_dims": _expand_dims,
+    "squeeze": _squeeze,
+    "transpose": _transpose,
+    "tile": _tile,
+    "shape": _shape,
+    "concat": _concat,
+    "split": _split,
+    "stack": _stack,
+    "reverse": _reverse,
+    "pad": _pad,
+    "fill": _fill,
+    "fill_like": _fill_like,
+    "one_hot": _one_hot,
+    "band_part": _band_part,
+}
+"""Functions that compute nothing, and so take half precision as it is."""
+
 KERNELS: dict[str, Kernel] = {
-    "reshape": Kernel(_reshape, widen=False),
-    "expand_dims": Kernel(_expand_dims, widen=False),
-    "squeeze": Kernel(_squeeze, widen=False),
-    "transpose": Kernel(_transpose, widen=False),
-    "tile": Kernel(_tile, widen=False),
-    "shape": Kernel(_shape, widen=False),
-    "concat": Kernel(_concat, widen=False),
-    "split": Kernel(_split, widen=False),
-    "stack": Kernel(_stack, widen=False),
-    "reverse": Kernel(_reverse, widen=False),
-    "pad": Kernel(_pad, widen=False),
-    "fill": Kernel(_fill, widen=False),
-    "fill_like": Kernel(_fill_like, widen=False),
+    **{name: Kernel(function, widen=False) for name, function in _MOVING.items()},
     "range_1d": Kernel(_range_1d),
-    "one_hot": Kernel(_one_hot, widen=False),
-    "band_part": Kernel(_band_part, widen=False),
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,31 +9,17 @@ import numpy as np
 import torch
 from torch import fx
 
-from moec.targets.common.arguments import integer, is_tensor, result_dtype
+from moec.targets.common.arguments import is_tensor, result_dtype
+from moec.targets.common.table import named
 from moec.targets.coreml.context import MIL_NAMES, NUMPY, Context, Var
 
 aten = torch.ops.aten
 Lowering = Callable[[Context, fx.Node], Any]
 
 
-UNARY: Mapping[Any, str] = {
-    aten.abs.default: "abs",
-    aten.exp.default: "exp",
-    aten.sqrt.default: "sqrt",
-    aten.floor.default: "floor",
-    aten.ceil.default: "ceil",
-    aten.round.default: "round",
-    aten.sign.default: "sign",
-    aten.cos.default: "cos",
-    aten.sin.default: "sin",
-    aten.tanh.default: "tanh",
-    aten.erf.default: "erf",
-    aten.sigmoid.default: "sigmoid",
-    aten.relu.default: "relu",
-    aten.silu.default: "silu",
-    aten.softplus.default: "softplus",
-    aten.logical_not.default: "logical_not",
-}
+UNARY: Mapping[Any, str] = named(
+    "abs exp sqrt floor ceil round sign cos sin tanh erf sigmoid relu silu softplus logical_not"
+)
 """Ops that are one op of MIL on `x`."""
 
 SAFE: Mapping[Any, str] = {aten.log.default: "log", aten.rsqrt.default: "rsqrt"}
@@ -131,29 +116,6 @@ def _where(ctx: Context, node: fx.Node) -> Var:
     return ctx.cast(picked, MIL_NAMES[dtype])
 
 
-def _cast(ctx: Context, node: fx.Node) -> Var:
-    return ctx.tensor(node.args[0], result_dtype(node))
-
-
-def _size_arithmetic(op_type: str) -> Lowering:
-    """Arithmetic on sizes, on a single one from 0: lazy, since most of it is never asked for."""
-
-    def lower(ctx: Context, node: fx.Node) -> Callable[[], Var]:
-        def make() -> Var:
-            left, right = (ctx.size(argument) for argument in (0, *node.args)[-2:])
-            return getattr(ctx.mb, op_type)(x=left, y=right)
-
-        return lambda: ctx.shared(("size", str(node.meta["val"])), make)
-
-    return lower
-
-
-def _sym_size(ctx: Context, node: fx.Node) -> Callable[[], Var]:
-    source, axis = node.args
-    assert isinstance(source, fx.Node)
-    return lambda: ctx.axis_length(source, integer(axis))
-
-
 TABLE: Mapping[Any, Lowering] = {
     **{op: _unary(op_type) for op, op_type in UNARY.items()},
     **{op: _safe(op_type) for op, op_type in SAFE.items()},
@@ -163,11 +125,4 @@ TABLE: Mapping[Any, Lowering] = {
     aten.gelu.default: _gelu,
     aten.clamp.default: _clamp,
     aten.where.self: _where,
-    aten._to_copy.default: _cast,
-    aten.sym_size.int: _sym_size,
-    operator.add: _size_arithmetic("add"),
-    operator.sub: _size_arithmetic("sub"),
-    operator.neg: _size_arithmetic("sub"),
-    operator.mul: _size_arithmetic("mul"),
-    operator.floordiv: _size_arithmetic("floor_div"),
 }

@@ -24,11 +24,14 @@ from moec.compiler.ir.operands import Experts, Select
 from moec.compiler.ir.ops import Gate
 from moec.compiler.ir.program import EXPERTS, SELECT
 from moec.targets.common.arguments import result_dtype
+from moec.targets.common.gate import gated
 from moec.targets.common.refusals import refuse
 from moec.targets.coreml.context import MIL_NAMES, NUMPY, Context, Var
 from moec.targets.coreml.lowerings.elementwise import Lowering
 from moec.targets.coreml.lowerings.shape import cut
 from moec.targets.coreml.package import EXPERT_SCOPE
+
+_GELU = {"gelu": "EXACT", "gelu_tanh": "TANH_APPROXIMATION"}
 
 
 def dense_weights(ctx: Context, node: fx.Node) -> Var:
@@ -218,41 +221,36 @@ def _row(ctx: Context, argument: fx.Node, index: int, dtype: torch.dtype, patter
 
 def activate(ctx: Context, projected: Var, gate: Gate, dtype: torch.dtype) -> Var:
     """`gate` of `projected` [..., 2I] (or [..., I] without a gate)."""
-    mb = ctx.mb
-    if not gate.gated:
-        return _activation(ctx, projected, gate, dtype)
     axis = len(projected.shape) - 1
-    if gate.interleaved:
-        first, up = (cut(ctx, projected, axis, start, None, 2) for start in (0, 1))
+    if not gate.gated:
+        parts = [projected]
+    elif gate.interleaved:
+        parts = [cut(ctx, projected, axis, start, None, 2) for start in (0, 1)]
     else:
-        first, up = mb.split(x=projected, num_splits=ctx.constant(np.int32(2)), axis=ctx.constant(np.int32(axis)))
-    if gate.limit:
-        high, low = ctx.tensor(gate.limit, dtype), ctx.tensor(-gate.limit, dtype)
-        first = first if gate.limit_activated else mb.minimum(x=first, y=high)
-        up = mb.maximum(x=mb.minimum(x=up, y=high), y=low)
-    if gate.activation == "silu" and gate.alpha != 1.0:
-        activated = mb.mul(x=first, y=mb.sigmoid(x=mb.mul(x=first, y=ctx.tensor(gate.alpha, dtype))))
-    else:
-        activated = _activation(ctx, first, gate, dtype)
-    if gate.limit and gate.limit_activated:
-        activated = mb.minimum(x=activated, y=ctx.tensor(gate.limit, dtype))
-    return mb.mul(x=activated, y=mb.add(x=up, y=ctx.tensor(gate.up_offset, dtype)) if gate.up_offset else up)
+        number, place = ctx.constant(np.int32(2)), ctx.constant(np.int32(axis))
+        parts = list(ctx.mb.split(x=projected, num_splits=number, axis=place))
+    return gated(_Functions(ctx, dtype), gate, parts)
 
 
-def _activation(ctx: Context, x: Var, gate: Gate, dtype: torch.dtype) -> Var:
-    mb = ctx.mb
-    match gate.activation:
-        case "gelu":
-            return mb.gelu(x=x, mode="EXACT")
-        case "gelu_tanh":
-            return mb.gelu(x=x, mode="TANH_APPROXIMATION")
-        case "relu2":
-            positive = mb.maximum(x=x, y=ctx.tensor(0.0, dtype))
-            return mb.mul(x=positive, y=positive)
-        case "identity":
-            return x
-        case name:
-            return {"silu": mb.silu, "relu": mb.relu, "sigmoid": mb.sigmoid, "tanh": mb.tanh}[name](x=x)
+@dataclass(frozen=True)
+class _Functions:
+    """See `moec.targets.common.gate.Functions`."""
+
+    ctx: Context
+    dtype: torch.dtype
+
+    def unary(self, name: str, x: Var) -> Var:
+        if name in _GELU:
+            return self.ctx.mb.gelu(x=x, mode=_GELU[name])
+        return getattr(self.ctx.mb, name)(x=x)
+
+    def binary(self, name: str, x: Var, y: Any) -> Var:
+        mb = self.ctx.mb
+        if name == "clip":
+            high, low = self.ctx.tensor(y, self.dtype), self.ctx.tensor(-y, self.dtype)
+            return mb.maximum(x=mb.minimum(x=x, y=high), y=low)
+        function = {"add": mb.add, "mul": mb.mul, "min": mb.minimum}[name]
+        return function(x=x, y=self.ctx.tensor(y, self.dtype) if isinstance(y, int | float) else y)
 
 
 def _select(ctx: Context, node: fx.Node) -> Var:

@@ -10,10 +10,9 @@ import torch
 from torch import fx
 
 from moec.targets.common.arguments import integer, listed, node_of, rank, result_dtype
-from moec.targets.common.refusals import refuse
 from moec.targets.coreml.context import MIL_NAMES, NUMPY, Context, Var, number
 from moec.targets.coreml.lowerings.elementwise import Lowering
-from moec.targets.coreml.lowerings.shape import cut, tile
+from moec.targets.coreml.lowerings.shape import cut
 
 aten = torch.ops.aten
 
@@ -21,17 +20,6 @@ aten = torch.ops.aten
 def _embedding(ctx: Context, node: fx.Node) -> Var:
     rows = ctx.tensor(node.args[1], torch.int32)
     return ctx.mb.gather(x=ctx.tensor(node.args[0]), indices=rows, axis=0, validate_indices=ctx.constant(False))
-
-
-def _index(ctx: Context, node: fx.Node) -> Var:
-    source, indices = node.args
-    used = [(axis, index) for axis, index in enumerate(listed(indices)) if index is not None]
-    if len(used) != 1:
-        raise refuse(node, "indexing by several tensors has no form")
-    ((axis, index),) = used
-    # Negative indices count from the end, and `gather` takes none.
-    places = ctx.mb.mod(x=ctx.tensor(index, torch.int32), y=ctx.axis_length(node_of(node.args[0]), axis))
-    return ctx.mb.gather(x=ctx.tensor(source), indices=places, axis=axis, validate_indices=ctx.constant(False))
 
 
 def _gather(ctx: Context, node: fx.Node) -> Var:
@@ -73,7 +61,7 @@ def _beside(ctx: Context, argument: fx.node.Argument, places: Var, axis: int, dt
     column = cut(ctx, places, axis, 0, 1)
     value = NUMPY[MIL_NAMES[dtype]](node.args[1])
     filled = ctx.mb.fill_like(ref_tensor=column, value=value)
-    return tile(ctx, filled, [node.meta["val"].shape[axis] if other == axis else 1 for other in range(rank(node))])
+    return ctx.tile(filled, [node.meta["val"].shape[axis] if other == axis else 1 for other in range(rank(node))])
 
 
 def _known(node: fx.Node) -> bool:
@@ -113,7 +101,7 @@ def _like_a_tensor(ctx: Context, sizes: list[Any], fill: Any) -> Var | None:
     line = ctx.mb.fill_like(ref_tensor=line, value=fill)
     added = [place for place in range(len(sizes)) if place not in unknown]
     column = ctx.mb.expand_dims(x=line, axes=ctx.ints(*added)) if added else line
-    return tile(ctx, column, [1 if place in unknown else size for place, size in enumerate(sizes)])
+    return ctx.tile(column, [1 if place in unknown else size for place, size in enumerate(sizes)])
 
 
 def _arange(ctx: Context, node: fx.Node) -> Var:
@@ -127,7 +115,6 @@ def _arange(ctx: Context, node: fx.Node) -> Var:
 
 TABLE: Mapping[Any, Lowering] = {
     aten.embedding.default: _embedding,
-    aten.index.Tensor: _index,
     aten.gather.default: _gather,
     aten.scatter.src: _scatter,
     aten.full.default: _full,

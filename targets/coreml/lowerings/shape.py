@@ -1,16 +1,15 @@
-"""Ops that move, cut and join tensors."""
+"""Ops that move and cut tensors; those that are alike on every target are in `moec.targets.common.lowerings`."""
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import fx
 
-from moec.targets.common.arguments import integer, listed, node_of, rank, result_dtype
+from moec.targets.common.arguments import expansion, integer, listed, node_of, rank, result_dtype
 from moec.targets.coreml.context import Context, Var
 from moec.targets.coreml.lowerings.elementwise import Lowering
 
@@ -25,46 +24,10 @@ def _reshape(ctx: Context, node: fx.Node) -> Var:
     return ctx.mb.reshape(x=value, shape=ctx.dims(listed(node.args[1])))
 
 
-def _permute(ctx: Context, node: fx.Node) -> Var:
-    return ctx.mb.transpose(x=ctx.tensor(node.args[0]), perm=ctx.ints(*listed(node.args[1])))
-
-
-def _unsqueeze(ctx: Context, node: fx.Node) -> Var:
-    return ctx.mb.expand_dims(x=ctx.tensor(node.args[0]), axes=ctx.ints(integer(node.args[1])))
-
-
-def _squeeze(ctx: Context, node: fx.Node) -> Var:
-    return ctx.mb.squeeze(x=ctx.tensor(node.args[0]), axes=ctx.ints(*listed(node.args[1])))
-
-
-def tile(ctx: Context, value: Var, reps: Sequence[Any]) -> Var:
-    """Repeat along each axis. Booleans travel as integers, since `tile` takes none."""
-    if all(times == 1 for times in reps):
-        return value
-    kind = ctx.type_name(value)
-    carried = ctx.cast(value, "int32") if kind == "bool" else value
-    return ctx.cast(ctx.mb.tile(x=carried, reps=ctx.dims(reps)), kind)
-
-
 def _expand(ctx: Context, node: fx.Node) -> Var:
-    source, sizes = node_of(node.args[0]), listed(node.args[1])
-    value, extra = ctx.tensor(source), len(sizes) - rank(source)
-    if extra:
-        value = ctx.mb.expand_dims(x=value, axes=ctx.ints(*range(extra)))
-    old = [1] * extra + list(source.meta["val"].shape)
-    reps = [
-        1 if size == -1 or str(new) == str(before) else size
-        for size, before, new in zip(sizes, old, node.meta["val"].shape, strict=True)
-    ]
-    return tile(ctx, value, reps)
-
-
-def _repeat(ctx: Context, node: fx.Node) -> Var:
-    source, times = node_of(node.args[0]), listed(node.args[1])
-    value, extra = ctx.tensor(source), len(times) - rank(source)
-    if extra:
-        value = ctx.mb.expand_dims(x=value, axes=ctx.ints(*range(extra)))
-    return tile(ctx, value, times)
+    sizes = expansion(node)
+    value, extra = ctx.tensor(node.args[0]), len(sizes) - rank(node.args[0])
+    return ctx.tile(ctx.unsqueeze(value, range(extra)) if extra else value, sizes)
 
 
 def cut(ctx: Context, value: Var, axis: int, start: Any, stop: Any, step: int = 1) -> Var:
@@ -99,25 +62,7 @@ def _select(ctx: Context, node: fx.Node) -> Var:
     length = source.meta["val"].shape[axis]
     start = index + length if index < 0 and isinstance(length, int) else index
     part = cut(ctx, ctx.tensor(source), axis, start, None if start == -1 else start + 1)
-    return ctx.mb.squeeze(x=part, axes=ctx.ints(axis))
-
-
-def _concat(ctx: Context, node: fx.Node) -> Var:
-    parts, axis = node.args
-    return ctx.mb.concat(values=[ctx.tensor(item) for item in listed(parts)], axis=integer(axis))
-
-
-def _split(ctx: Context, node: fx.Node) -> Sequence[Var]:
-    source, sizes, axis = node.args
-    if len(listed(sizes)) == 1:
-        return [ctx.tensor(source)]
-    parts: Sequence[Var] = ctx.mb.split(x=ctx.tensor(source), split_sizes=listed(sizes), axis=integer(axis))
-    return parts
-
-
-def _getitem(ctx: Context, node: fx.Node) -> Any:
-    source, index = node.args
-    return ctx.get(source)[index]
+    return ctx.squeeze(part, [axis])
 
 
 def _pad(ctx: Context, node: fx.Node) -> Var:
@@ -131,15 +76,8 @@ def _pad(ctx: Context, node: fx.Node) -> Var:
 
 TABLE: Mapping[Any, Lowering] = {
     aten.reshape.default: _reshape,
-    aten.permute.default: _permute,
-    aten.unsqueeze.default: _unsqueeze,
-    aten.squeeze.dims: _squeeze,
     aten.expand.default: _expand,
-    aten.repeat.default: _repeat,
     aten.slice.Tensor: _slice,
     aten.select.int: _select,
-    aten.cat.default: _concat,
-    aten.split_with_sizes.default: _split,
-    operator.getitem: _getitem,
     aten.constant_pad_nd.default: _pad,
 }

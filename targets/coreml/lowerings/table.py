@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from moec.targets.common import lowerings
+from moec.targets.common.table import joined
 from moec.targets.coreml.lowerings import (
     attention,
     convolution,
@@ -19,15 +21,6 @@ from moec.targets.coreml.lowerings import (
 )
 from moec.targets.coreml.lowerings.elementwise import Lowering
 
-TABLE: Mapping[Any, Lowering] = {
-    **elementwise.TABLE,
-    **shape.TABLE,
-    **indexing.TABLE,
-    **reduce.TABLE,
-    **linear.TABLE,
-    **convolution.TABLE,
-    **norm.TABLE,
-    **attention.TABLE,
-    **recurrences.TABLE,
-    **experts.TABLE,
-}
+_MODULES = (attention, convolution, elementwise, experts, indexing, linear, norm, recurrences, reduce, shape)
+
+TABLE: Mapping[Any, Lowering] = joined(lowerings.TABLE, lowerings.SIZES, *(module.TABLE for module in _MODULES))

@@ -2,37 +2,22 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import onnx_ir as ir
 import torch
 from torch import fx
 
-from moec.targets.common.arguments import integer, is_tensor, result_dtype
+from moec.targets.common.arguments import is_tensor, result_dtype
+from moec.targets.common.table import named
 from moec.targets.onnx.context import Context, Lowering
 
 aten = torch.ops.aten
 
 
 ROWS: Mapping[Any, str] = {
-    aten.neg.default: "Neg",
-    aten.abs.default: "Abs",
-    aten.exp.default: "Exp",
-    aten.log.default: "Log",
-    aten.sqrt.default: "Sqrt",
-    aten.reciprocal.default: "Reciprocal",
-    aten.floor.default: "Floor",
-    aten.ceil.default: "Ceil",
-    aten.round.default: "Round",
-    aten.sign.default: "Sign",
-    aten.cos.default: "Cos",
-    aten.sin.default: "Sin",
-    aten.tanh.default: "Tanh",
-    aten.erf.default: "Erf",
-    aten.sigmoid.default: "Sigmoid",
-    aten.relu.default: "Relu",
+    **named("neg abs exp log sqrt reciprocal floor ceil round sign cos sin tanh erf sigmoid relu", str.capitalize),
     aten.add.Tensor: "Add",
     aten.sub.Tensor: "Sub",
     aten.mul.Tensor: "Mul",
@@ -88,10 +73,6 @@ def _clamp(ctx: Context, node: fx.Node) -> ir.Value:
     return ctx.op("Clip", ctx.tensor(source), *limits)
 
 
-def _cast(ctx: Context, node: fx.Node) -> ir.Value:
-    return ctx.tensor(node.args[0], result_dtype(node))
-
-
 def _floor_divide(ctx: Context, node: fx.Node) -> ir.Value:
     dtype = result_dtype(node)
     left, right = (ctx.tensor(argument, dtype) for argument in node.args)
@@ -99,26 +80,6 @@ def _floor_divide(ctx: Context, node: fx.Node) -> ir.Value:
         return ctx.op("Floor", ctx.op("Div", left, right))
     # ONNX Div truncates; with Mod of Python's sign the difference divides exactly.
     return ctx.op("Div", ctx.op("Sub", left, ctx.op("Mod", left, right)), right)
-
-
-def _size_arithmetic(op_type: str) -> Lowering:
-    """Arithmetic on sizes: lazy, since most of it is never asked for."""
-
-    def lower(ctx: Context, node: fx.Node) -> Callable[[], ir.Value]:
-        def make() -> ir.Value:
-            return ctx.shared(
-                ("size", str(node.meta["val"])), lambda: ctx.op(op_type, *(ctx.size(a) for a in node.args))
-            )
-
-        return make
-
-    return lower
-
-
-def _sym_size(ctx: Context, node: fx.Node) -> Callable[[], ir.Value]:
-    source, axis = node.args
-    assert isinstance(source, fx.Node)
-    return lambda: ctx.axis_length(source, integer(axis))
 
 
 TABLE: Mapping[Any, Lowering] = {
@@ -129,11 +90,4 @@ TABLE: Mapping[Any, Lowering] = {
     aten.softplus.default: _softplus,
     aten.clamp.default: _clamp,
     aten.floor_divide.default: _floor_divide,
-    aten._to_copy.default: _cast,
-    aten.sym_size.int: _sym_size,
-    operator.add: _size_arithmetic("Add"),
-    operator.neg: _size_arithmetic("Neg"),
-    operator.sub: _size_arithmetic("Sub"),
-    operator.mul: _size_arithmetic("Mul"),
-    operator.floordiv: _size_arithmetic("Div"),
 }

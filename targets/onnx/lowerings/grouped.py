@@ -31,6 +31,7 @@ from moec.compiler.ir.operands import Experts
 from moec.compiler.ir.ops import Gate
 from moec.compiler.ir.weights import LazyTensor, swap_last
 from moec.targets.common.arguments import result_dtype
+from moec.targets.common.gate import gated
 from moec.targets.onnx.context import DTYPES, Context, np_dtype
 
 
@@ -153,41 +154,37 @@ class _Row(LazyTensor):
 
 def activate(ctx: Context, projected: ir.Value, gate: Gate, dtype: torch.dtype) -> ir.Value:
     """`gate` of `projected` [..., 2I] (or [..., I] without a gate)."""
-
-    def constant(value: float) -> ir.Value:
-        return ctx.constant(np.asarray(value, np_dtype(dtype)))
-
     if not gate.gated:
-        return _activation(ctx, projected, gate)
-    if gate.interleaved:
+        parts = [projected]
+    elif gate.interleaved:
         step, end = ctx.ints(2), ctx.ints(np.iinfo(np.int64).max)
-        first, up = (ctx.op("Slice", projected, ctx.ints(start), end, ctx.ints(-1), step) for start in (0, 1))
+        parts = [ctx.op("Slice", projected, ctx.ints(start), end, ctx.ints(-1), step) for start in (0, 1)]
     else:
-        first, up = ctx.ops("Split", projected, outputs=2, axis=-1, num_outputs=2)
-    if gate.limit:
-        first = first if gate.limit_activated else ctx.op("Min", first, constant(gate.limit))
-        up = ctx.op("Clip", up, constant(-gate.limit), constant(gate.limit))
-    if gate.activation == "silu" and gate.alpha != 1.0:
-        activated = ctx.op("Mul", first, ctx.op("Sigmoid", ctx.op("Mul", first, constant(gate.alpha))))
-    else:
-        activated = _activation(ctx, first, gate)
-    if gate.limit and gate.limit_activated:
-        activated = ctx.op("Min", activated, constant(gate.limit))
-    return ctx.op("Mul", activated, ctx.op("Add", up, constant(gate.up_offset)) if gate.up_offset else up)
+        parts = list(ctx.ops("Split", projected, outputs=2, axis=-1, num_outputs=2))
+    return gated(_Functions(ctx, dtype), gate, parts)
 
 
-def _activation(ctx: Context, x: ir.Value, gate: Gate) -> ir.Value:
-    match gate.activation:
-        case "silu":
-            return ctx.op("Mul", x, ctx.op("Sigmoid", x))
-        case "gelu":
-            return ctx.op("Gelu", x)
-        case "gelu_tanh":
-            return ctx.op("Gelu", x, approximate="tanh")
-        case "relu2":
-            positive = ctx.op("Relu", x)
-            return ctx.op("Mul", positive, positive)
-        case "identity":
-            return x
-        case name:
-            return ctx.op({"relu": "Relu", "sigmoid": "Sigmoid", "tanh": "Tanh"}[name], x)
+@dataclass(frozen=True)
+class _Functions:
+    """See `moec.targets.common.gate.Functions`."""
+
+    ctx: Context
+    dtype: torch.dtype
+
+    def unary(self, name: str, x: ir.Value) -> ir.Value:
+        match name:
+            case "silu":
+                return self.ctx.op("Mul", x, self.ctx.op("Sigmoid", x))
+            case "gelu_tanh":
+                return self.ctx.op("Gelu", x, approximate="tanh")
+            case _:
+                return self.ctx.op(name.capitalize(), x)
+
+    def binary(self, name: str, x: ir.Value, y: ir.Value | float) -> ir.Value:
+        if name == "clip":
+            assert isinstance(y, int | float)
+            return self.ctx.op("Clip", x, self._constant(-y), self._constant(y))
+        return self.ctx.op(name.capitalize(), x, self._constant(y) if isinstance(y, int | float) else y)
+
+    def _constant(self, value: float) -> ir.Value:
+        return self.ctx.constant(np.asarray(value, np_dtype(self.dtype)))

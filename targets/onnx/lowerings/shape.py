@@ -1,8 +1,7 @@
-"""Ops that move, cut, join and make tensors."""
+"""Ops that move, cut and make tensors; those that are alike on every target are in `moec.targets.common.lowerings`."""
 
 from __future__ import annotations
 
-import operator
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,8 +12,7 @@ import torch
 from torch import fx
 
 from moec.quantize.lazy import Quantized
-from moec.targets.common.arguments import integer, listed, rank, result_dtype
-from moec.targets.common.refusals import refuse
+from moec.targets.common.arguments import expansion, integer, listed, rank, result_dtype
 from moec.targets.onnx.context import Context, Lowering, np_dtype
 from moec.targets.onnx.lowerings import quantized
 
@@ -57,27 +55,10 @@ def _reshape(ctx: Context, node: fx.Node) -> ir.Value:
     return ctx.op("Reshape", value, ctx.dims(sizes))
 
 
-def _permute(ctx: Context, node: fx.Node) -> ir.Value:
-    return ctx.op("Transpose", ctx.tensor(node.args[0]), perm=listed(node.args[1]))
-
-
-def _unsqueeze(ctx: Context, node: fx.Node) -> ir.Value:
-    return ctx.op("Unsqueeze", ctx.tensor(node.args[0]), ctx.ints(integer(node.args[1])))
-
-
-def _squeeze(ctx: Context, node: fx.Node) -> ir.Value:
-    return ctx.op("Squeeze", ctx.tensor(node.args[0]), ctx.ints(*listed(node.args[1])))
-
-
 def _expand(ctx: Context, node: fx.Node) -> ir.Value:
-    source, sizes = _source(node), listed(node.args[1])
-    # ONNX Expand broadcasts, so 1 keeps a size, as -1 does in torch.
-    old = [1] * (len(sizes) - rank(source)) + list(source.meta["val"].shape)
-    wanted = [
-        1 if size == -1 or str(new) == str(before) else size
-        for size, before, new in zip(sizes, old, node.meta["val"].shape, strict=True)
-    ]
-    if all(size == 1 for size in wanted) and len(sizes) == rank(source):
+    # ONNX Expand broadcasts, so 1 keeps a size.
+    source, wanted = _source(node), expansion(node)
+    if all(size == 1 for size in wanted) and len(wanted) == rank(source):
         return ctx.tensor(source)
     return ctx.op("Expand", ctx.tensor(source), ctx.dims(wanted))
 
@@ -97,22 +78,6 @@ def _select(ctx: Context, node: fx.Node) -> ir.Value:
     return ctx.op("Gather", ctx.tensor(source), ctx.tensor(index), axis=integer(axis))
 
 
-def _concat(ctx: Context, node: fx.Node) -> ir.Value:
-    parts, axis = node.args
-    return ctx.op("Concat", *(ctx.tensor(item) for item in listed(parts)), axis=integer(axis))
-
-
-def _split(ctx: Context, node: fx.Node) -> Sequence[ir.Value]:
-    source, sizes, axis = node.args
-    wanted = listed(sizes)
-    return ctx.ops("Split", ctx.tensor(source), ctx.ints(*wanted), outputs=len(wanted), axis=integer(axis))
-
-
-def _getitem(ctx: Context, node: fx.Node) -> Any:
-    source, index = node.args
-    return ctx.get(source)[index]
-
-
 def _embedding(ctx: Context, node: fx.Node) -> ir.Value:
     table = node.args[0]
     if isinstance(table, fx.Node) and table.op == "get_attr":
@@ -121,15 +86,6 @@ def _embedding(ctx: Context, node: fx.Node) -> ir.Value:
         if isinstance(own, Quantized):
             return quantized.embedding(ctx, node, ctx.tensor(node.args[1]), name, own)
     return ctx.op("Gather", ctx.tensor(node.args[0]), ctx.tensor(node.args[1]), axis=0)
-
-
-def _index(ctx: Context, node: fx.Node) -> ir.Value:
-    source, indices = node.args
-    used = [(axis, index) for axis, index in enumerate(listed(indices)) if index is not None]
-    if len(used) != 1:
-        raise refuse(node, "indexing by several tensors has no form")
-    ((axis, index),) = used
-    return ctx.op("Gather", ctx.tensor(source), ctx.tensor(index), axis=axis)
 
 
 def _gather(ctx: Context, node: fx.Node) -> ir.Value:
@@ -158,15 +114,6 @@ def _arange(ctx: Context, node: fx.Node) -> ir.Value:
     return ctx.op("Range", *(ctx.tensor(bound, result_dtype(node)) for bound in node.args))
 
 
-def _repeat(ctx: Context, node: fx.Node) -> ir.Value:
-    source, times = node.args
-    assert isinstance(source, fx.Node)
-    value, extra = ctx.tensor(source), len(listed(times)) - rank(source)
-    if extra:
-        value = ctx.op("Unsqueeze", value, ctx.ints(*range(extra)))
-    return ctx.op("Tile", value, ctx.dims(listed(times)))
-
-
 def _pad(ctx: Context, node: fx.Node) -> ir.Value:
     source, pads, fill = _source(node), listed(node.args[1]), node.args[2]
     axes = len(pads) // 2
@@ -182,18 +129,10 @@ def _pad(ctx: Context, node: fx.Node) -> ir.Value:
 
 TABLE: Mapping[Any, Lowering] = {
     aten.reshape.default: _reshape,
-    aten.permute.default: _permute,
-    aten.unsqueeze.default: _unsqueeze,
-    aten.squeeze.dims: _squeeze,
     aten.expand.default: _expand,
-    aten.repeat.default: _repeat,
     aten.slice.Tensor: _slice,
     aten.select.int: _select,
-    aten.cat.default: _concat,
-    aten.split_with_sizes.default: _split,
-    operator.getitem: _getitem,
     aten.embedding.default: _embedding,
-    aten.index.Tensor: _index,
     aten.gather.default: _gather,
     aten.scatter.src: _scatter,
     aten.full.default: _full,

@@ -5,21 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from moec.targets.common import lowerings
+from moec.targets.common.table import joined
 from moec.targets.onnx.context import Dialect, Lowering
-from moec.targets.onnx.lowerings import attention, convolution, elementwise, linear, norm, recurrences, reduce, shape
-from moec.targets.onnx.lowerings.experts import TABLE as EXPERTS
+from moec.targets.onnx.lowerings import (
+    attention,
+    convolution,
+    elementwise,
+    experts,
+    linear,
+    norm,
+    recurrences,
+    reduce,
+    shape,
+)
 
-TABLE: Mapping[Any, Lowering] = {
-    **elementwise.TABLE,
-    **shape.TABLE,
-    **reduce.TABLE,
-    **linear.TABLE,
-    **convolution.TABLE,
-    **norm.TABLE,
-    **attention.TABLE,
-    **recurrences.TABLE,
-    **EXPERTS,
-}
+_MODULES = (attention, convolution, elementwise, experts, linear, norm, recurrences, reduce, shape)
+
+TABLE: Mapping[Any, Lowering] = joined(lowerings.TABLE, lowerings.SIZES, *(module.TABLE for module in _MODULES))
 
 
 def onnx_dialect(*, contrib: bool, shared_buffer: bool = False, grouped: bool = False) -> Dialect:

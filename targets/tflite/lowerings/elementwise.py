@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from moec.targets.common.arguments import result_dtype
+from moec.targets.common.table import named
 from moec.targets.tflite.context import Context
 from moec.targets.tflite.model import Value
 
@@ -28,21 +29,8 @@ ROWS: Mapping[Any, str] = {
     aten.logical_and.default: "LOGICAL_AND",
     aten.logical_or.default: "LOGICAL_OR",
     aten.logical_not.default: "LOGICAL_NOT",
-    aten.neg.default: "NEG",
-    aten.abs.default: "ABS",
-    aten.exp.default: "EXP",
-    aten.log.default: "LOG",
-    aten.sqrt.default: "SQRT",
-    aten.rsqrt.default: "RSQRT",
-    aten.floor.default: "FLOOR",
-    aten.ceil.default: "CEIL",
-    aten.round.default: "ROUND",
-    aten.sign.default: "SIGN",
-    aten.cos.default: "COS",
-    aten.sin.default: "SIN",
-    aten.tanh.default: "TANH",
+    **named("neg abs exp log sqrt rsqrt floor ceil round sign cos sin tanh relu", str.upper),
     aten.sigmoid.default: "LOGISTIC",
-    aten.relu.default: "RELU",
 }
 """Ops that are one operator of LiteRT with the same operands in the same order, and a result of their dtype."""
 
@@ -108,11 +96,6 @@ def _where(ctx: Context, node: fx.Node) -> Value:
     return choose(ctx, condition, yes, no)
 
 
-def _cast(ctx: Context, node: fx.Node) -> Value:
-    """A change of dtype; from float to integer CAST rounds toward zero, as torch does."""
-    return ctx.tensor(node.args[0], result_dtype(node))
-
-
 TABLE: Mapping[Any, Lowering] = {
     **{op: _row(name) for op, name in ROWS.items()},
     **{op: _compare(name) for op, name in COMPARISONS.items()},
@@ -122,5 +105,4 @@ TABLE: Mapping[Any, Lowering] = {
     aten.softplus.default: _softplus,
     aten.clamp.default: _clamp,
     aten.where.self: _where,
-    aten._to_copy.default: _cast,
 }

@@ -7,6 +7,7 @@ and is not even read. Without control flow every expert is computed and what no 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,11 +18,12 @@ from moec.compiler.ir.operands import Experts, Select
 from moec.compiler.ir.ops import Gate
 from moec.compiler.ir.program import EXPERTS, SELECT
 from moec.targets.common.arguments import result_dtype
+from moec.targets.common.gate import gated
 from moec.targets.common.refusals import refuse
 from moec.targets.tflite.context import Context
 from moec.targets.tflite.lowerings.elementwise import Lowering, choose
 from moec.targets.tflite.lowerings.linear import fully_connected
-from moec.targets.tflite.lowerings.shape import one_hot, split
+from moec.targets.tflite.lowerings.shape import one_hot
 from moec.targets.tflite.model import Graph, Value
 
 
@@ -115,35 +117,32 @@ def _project(
 
 
 def activate(ctx: Context, projected: Value, gate: Gate) -> Value:
-    """`Gate` on [T, 2I] (gate and up one after the other) or [T, I]."""
-    if not gate.gated:
-        return _activation(ctx, projected, gate)
-    first, up = split(ctx, projected, [projected.shape[1] // 2] * 2, 1)
-    if gate.limit:
-        first = first if gate.limit_activated else ctx.op("MINIMUM", first, ctx.scalar(gate.limit))
-        up = ctx.op("MINIMUM", ctx.op("MAXIMUM", up, ctx.scalar(-gate.limit)), ctx.scalar(gate.limit))
-    if gate.activation == "silu" and gate.alpha != 1.0:
-        activated = ctx.op("MUL", first, ctx.op("LOGISTIC", ctx.op("MUL", first, ctx.scalar(gate.alpha))))
-    else:
-        activated = _activation(ctx, first, gate)
-    if gate.limit and gate.limit_activated:
-        activated = ctx.op("MINIMUM", activated, ctx.scalar(gate.limit))
-    return ctx.op("MUL", activated, ctx.op("ADD", up, ctx.scalar(gate.up_offset)) if gate.up_offset else up)
+    """`gate` on [T, 2I] (gate and up one after the other) or [T, I]."""
+    parts = ctx.split(projected, [projected.shape[1] // 2] * 2, 1) if gate.gated else [projected]
+    return gated(_Functions(ctx), gate, parts)
 
 
-def _activation(ctx: Context, x: Value, gate: Gate) -> Value:
-    match gate.activation:
-        case "silu":
-            return ctx.op("MUL", x, ctx.op("LOGISTIC", x))
-        case "gelu" | "gelu_tanh" as name:
-            return ctx.op("GELU", x, approximate=name == "gelu_tanh")
-        case "relu2":
-            positive = ctx.op("RELU", x)
-            return ctx.op("MUL", positive, positive)
-        case "identity":
-            return x
-        case name:
-            return ctx.op({"relu": "RELU", "sigmoid": "LOGISTIC", "tanh": "TANH"}[name], x)
+@dataclass(frozen=True)
+class _Functions:
+    """See `moec.targets.common.gate.Functions`."""
+
+    ctx: Context
+
+    def unary(self, name: str, x: Value) -> Value:
+        match name:
+            case "silu":
+                return self.ctx.op("MUL", x, self.ctx.op("LOGISTIC", x))
+            case "gelu" | "gelu_tanh":
+                return self.ctx.op("GELU", x, approximate=name == "gelu_tanh")
+            case _:
+                return self.ctx.op({"sigmoid": "LOGISTIC"}.get(name, name.upper()), x)
+
+    def binary(self, name: str, x: Value, y: Value | float) -> Value:
+        if name == "clip":
+            assert isinstance(y, int | float)
+            return self.ctx.op("MINIMUM", self.ctx.op("MAXIMUM", x, self.ctx.scalar(-y)), self.ctx.scalar(y))
+        kind = {"min": "MINIMUM"}.get(name, name.upper())
+        return self.ctx.op(kind, x, self.ctx.scalar(y) if isinstance(y, int | float) else y)
 
 
 def _select(ctx: Context, node: fx.Node) -> Value:

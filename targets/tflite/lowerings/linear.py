@@ -13,7 +13,6 @@ from moec.targets.common.arguments import node_of, result_dtype
 from moec.targets.common.refusals import refuse
 from moec.targets.tflite.context import Context
 from moec.targets.tflite.lowerings.elementwise import Lowering
-from moec.targets.tflite.lowerings.shape import gather
 from moec.targets.tflite.model import Value, Weight
 
 aten = torch.ops.aten
@@ -57,13 +56,13 @@ def _embedding(ctx: Context, node: fx.Node) -> Value:
     """Rows of a table; those of a quantized one are dequantized as they are fetched."""
     table, index = node_of(node.args[0]), ctx.tensor(node.args[1], torch.int64)
     if table.op != "get_attr":
-        return gather(ctx, ctx.tensor(table), index, 0)
+        return ctx.gather(ctx.tensor(table), index, 0)
     weight = ctx.shared.weights.matrix(str(table.target), result_dtype(node))
     if ctx.settings.older:
         # It can gather neither halves nor codes.
-        return gather(ctx, ctx.float32(ctx.graph.weight(weight)), index, 0)
+        return ctx.gather(ctx.float32(ctx.graph.weight(weight)), index, 0)
     if not weight.block:
-        rows = gather(ctx, ctx.graph.weight(weight), index, 0)
+        rows = ctx.gather(ctx.graph.weight(weight), index, 0)
         return ctx.op("DEQUANTIZE", rows, dtype="FLOAT32") if rows.dtype == "FLOAT16" else rows
     if weight.blockwise:
         raise refuse(node, f"{weight.name}: an embedding in blocks has no form", "give embeddings int8:channel")

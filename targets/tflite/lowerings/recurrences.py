@@ -18,7 +18,6 @@ from moec.compiler.ir.program import LINEAR_ATTENTION
 from moec.targets.tflite.context import Context
 from moec.targets.tflite.engine import TOKEN_COUNT
 from moec.targets.tflite.lowerings.elementwise import Lowering
-from moec.targets.tflite.lowerings.shape import gather
 from moec.targets.tflite.model import Value
 
 Step = Mapping[str, Value]
@@ -59,7 +58,7 @@ def _loop(ctx: Context, node: fx.Node, tokens: Step, state: Value) -> Sequence[V
         for inner in (again, body)
     )
     again.graph.output("again", again.op("LESS", tested["index"], tested["count"], dtype="BOOL"))
-    step = {name: gather(body, given[name], given["index"], 1) for name in tokens}
+    step = {name: body.gather(given[name], given["index"], 1) for name in tokens}
     out, present = _token(body, own, {**step, "state": given["state"]})
     place = body.concat([body.ints(0), given["index"], body.ints(0, 0)], 0)
     found = {
@@ -116,7 +115,7 @@ def _repeated(ctx: Context, value: Value, have: int, wanted: int, axis: int) -> 
     """The heads along `axis`, each repeated."""
     if have == wanted:
         return value
-    return gather(ctx, value, ctx.ints(*(head * have // wanted for head in range(wanted))), axis)
+    return ctx.gather(value, ctx.ints(*(head * have // wanted for head in range(wanted))), axis)
 
 
 TABLE: Mapping[Any, Lowering] = {LINEAR_ATTENTION: _linear_attention}

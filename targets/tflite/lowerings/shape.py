@@ -1,16 +1,18 @@
-"""Ops that move, cut and join tensors. What is made of numbers alone is computed while lowering."""
+"""Ops that move and cut tensors; those that are alike on every target are in `moec.targets.common.lowerings`.
+
+What is made of numbers alone is computed while lowering.
+"""
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import fx
 
-from moec.targets.common.arguments import integer, listed, node_of, result_dtype
+from moec.targets.common.arguments import integer, listed, result_dtype
 from moec.targets.common.refusals import refuse
 from moec.targets.tflite.context import Context
 from moec.targets.tflite.lowerings.elementwise import Lowering, choose
@@ -21,10 +23,6 @@ aten = torch.ops.aten
 
 def _reshape(ctx: Context, node: fx.Node) -> Value:
     return ctx.reshape(ctx.tensor(node.args[0]), tuple(node.meta["val"].shape))
-
-
-def _permute(ctx: Context, node: fx.Node) -> Value:
-    return ctx.transpose(ctx.tensor(node.args[0]), listed(node.args[1]))
 
 
 def _expand(ctx: Context, node: fx.Node) -> Value:
@@ -52,51 +50,6 @@ def _select(ctx: Context, node: fx.Node) -> Value:
     value, place = ctx.tensor(source), integer(axis)
     row = ctx.slice(value, place, integer(index) % value.shape[place], 1)
     return ctx.reshape(row, tuple(node.meta["val"].shape))
-
-
-def _concat(ctx: Context, node: fx.Node) -> Value:
-    parts = [ctx.tensor(item) for item in listed(node.args[0])]
-    return ctx.concat([part for part in parts if 0 not in part.shape] or parts[:1], integer(node.args[1]))
-
-
-def _split(ctx: Context, node: fx.Node) -> Sequence[Value]:
-    source, sizes, axis = node.args
-    return split(ctx, ctx.tensor(source), listed(sizes), integer(axis))
-
-
-def split(ctx: Context, value: Value, sizes: Sequence[int], axis: int) -> Sequence[Value]:
-    """Cut an axis into pieces: SPLIT where they are alike, which XNNPACK takes as well."""
-    shapes = [[*value.shape[:axis], size, *value.shape[axis + 1 :]] for size in sizes]
-    outputs = [(shape, value.dtype) for shape in shapes]
-    place = ctx.constant(np.int32(axis), torch.int32)
-    if len(set(sizes)) == 1:
-        return ctx.graph.op("SPLIT", [place, value], outputs, {"numSplits": len(sizes)})
-    return ctx.graph.op("SPLIT_V", [value, ctx.ints(*sizes), place], outputs, {"numSplits": len(sizes)})
-
-
-def _getitem(ctx: Context, node: fx.Node) -> Any:
-    source, index = node.args
-    return ctx.get(source)[index]
-
-
-def _index(ctx: Context, node: fx.Node) -> Value:
-    source, indices = node.args
-    used = [(axis, index) for axis, index in enumerate(listed(indices)) if index is not None]
-    if len(used) != 1:
-        raise refuse(node, "indexing by several tensors has no form")
-    axis, index = used[0]
-    if node_of(index).meta["val"].dtype is torch.bool:
-        raise refuse(node, "indexing by a mask has a result of unknown size")
-    value = ctx.tensor(source)
-    # Negative indices count from the end, and GATHER takes none.
-    size = ctx.constant(np.int32(value.shape[axis]), torch.int32)
-    return gather(ctx, value, ctx.op("FLOOR_MOD", ctx.tensor(index, torch.int64), size), axis)
-
-
-def gather(ctx: Context, value: Value, index: Value, axis: int) -> Value:
-    """`value` at `index` along `axis`."""
-    shape = (*value.shape[:axis], *index.shape, *value.shape[axis + 1 :])
-    return ctx.op("GATHER", value, index, shape=shape, axis=axis)
 
 
 def _gather(ctx: Context, node: fx.Node) -> Value:
@@ -130,13 +83,6 @@ def _scatter(ctx: Context, node: fx.Node) -> Value:
     return choose(ctx, hit, ctx.cast(spread, target.dtype), target)
 
 
-def _repeat(ctx: Context, node: fx.Node) -> Value:
-    value, times = ctx.tensor(node.args[0]), [integer(item) for item in listed(node.args[1])]
-    padded = ctx.reshape(value, (*(1,) * (len(times) - value.rank), *value.shape))
-    shape = [size * count for size, count in zip(padded.shape, times, strict=True)]
-    return padded if tuple(shape) == padded.shape else ctx.op("TILE", padded, ctx.ints(*times), shape=shape)
-
-
 def _pad(ctx: Context, node: fx.Node) -> Value:
     value, pads, fill = ctx.tensor(node.args[0]), [integer(pad) for pad in listed(node.args[1])], node.args[2]
     pairs = [(0, 0)] * (value.rank - len(pads) // 2) + list(zip(pads[::2], pads[1::2], strict=True))[::-1]
@@ -149,17 +95,9 @@ def _pad(ctx: Context, node: fx.Node) -> Value:
 
 TABLE: Mapping[Any, Lowering] = {
     aten.reshape.default: _reshape,
-    aten.unsqueeze.default: _reshape,
-    aten.squeeze.dims: _reshape,
-    aten.permute.default: _permute,
     aten.expand.default: _expand,
-    aten.repeat.default: _repeat,
     aten.slice.Tensor: _slice,
     aten.select.int: _select,
-    aten.cat.default: _concat,
-    aten.split_with_sizes.default: _split,
-    operator.getitem: _getitem,
-    aten.index.Tensor: _index,
     aten.gather.default: _gather,
     aten.scatter.src: _scatter,
     aten.constant_pad_nd.default: _pad,

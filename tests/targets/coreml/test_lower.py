@@ -15,7 +15,7 @@ import torch
 from moec.compiler.common.errors import LoweringError, UsageError
 from moec.compiler.common.validation import validate
 from moec.compiler.common.verdict import Status
-from moec.compiler.gates.integrity import check_integrity
+from moec.compiler.gates.integrity import Comparisons
 from moec.compiler.ir.interpreter import ProgramRunner
 from moec.compiler.ir.program import EXPERTS, Program
 from moec.compiler.ir.weights import Constant, LazyTensor
@@ -91,7 +91,7 @@ def test_quantized_experts(golden: Golden, lower: Any, text: str) -> None:
     planned = planned_bytes(program)
     assert planned <= lowered.nbytes <= 1.05 * planned
     check_against_interpreter(lowered, 2e-2)
-    verdict = check_integrity(program, CoremlTarget().stored_weights(lowered.directory))
+    verdict = Comparisons(program, CoremlTarget().stored_weights(lowered.directory)).judge()
     assert verdict.status is Status.PASS, verdict.summary
 
 
@@ -133,7 +133,7 @@ def test_palettes(tiny_checkpoint: Any, program_of: Any, lower: Any, dtype: torc
     program = Quantize(plan).run(program).program
     lowered = lower(program, context=32)
     check_against_interpreter(lowered, limit)
-    verdict = check_integrity(program, CoremlTarget().stored_weights(lowered.directory))
+    verdict = Comparisons(program, CoremlTarget().stored_weights(lowered.directory)).judge()
     assert verdict.status is Status.PASS, verdict.summary
     assert lowered.facts["ops"]["decode"]["constexpr_lut_to_dense"] == sum(
         2 * layer.num_experts + 4 for layer in program.layers
@@ -149,7 +149,7 @@ def test_scales_are_widened_and_never_narrowed(tiny_checkpoint: Any, program_of:
     narrow = quantized(program_of(checkpoint, torch.float32), "int8:channel")
     lowered = lower(narrow, context=32)
     check_against_interpreter(lowered, 1e-4)
-    assert check_integrity(narrow, CoremlTarget().stored_weights(lowered.directory)).status is Status.PASS
+    assert Comparisons(narrow, CoremlTarget().stored_weights(lowered.directory)).judge().status is Status.PASS
     wide = quantized(program_of(checkpoint, torch.float16), "int8:channel:fp32")
     with pytest.raises(LoweringError, match="its scales are fp32 and the program computes in fp16") as raised:
         lower(wide, context=32)
@@ -259,7 +259,7 @@ def test_a_dropped_expert_contributes_nothing_even_if_it_yields_nan(
 def test_a_flipped_block_of_any_one_expert_is_caught(tiny_checkpoint: Any, program_of: Any, lower: Any) -> None:
     program = program_of(tiny_checkpoint("olmoe"), torch.float16)
     lowered, target = lower(program, context=64), CoremlTarget()
-    assert check_integrity(program, target.stored_weights(lowered.directory)).status is Status.PASS
+    assert Comparisons(program, target.stored_weights(lowered.directory)).judge().status is Status.PASS
     file, ids = lowered.directory / PACKAGE / WEIGHT_FILE, prompt(program, 48)
     content, want = file.read_bytes(), ProgramRunner(program).prefill(ids)
     for layer in program.layers:
@@ -268,7 +268,7 @@ def test_a_flipped_block_of_any_one_expert_is_caught(tiny_checkpoint: Any, progr
             assert content.count(row) == 1
             start = content.index(row)
             file.write_bytes(content[:start] + bytes(64) + content[start + 64 :])
-            verdict = check_integrity(program, target.stored_weights(lowered.directory))
+            verdict = Comparisons(program, target.stored_weights(lowered.directory)).judge()
             assert verdict.status is Status.FAIL
             assert f"{layer.down_proj} experts {expert}" in verdict.summary
     # The prompt reaches the last of them, and parity sees it too.

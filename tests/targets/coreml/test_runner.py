@@ -76,7 +76,7 @@ def test_prompts_go_in_pieces_and_single_tokens_to_decode(recorded: tuple[Coreml
 @pytest.mark.parametrize(
     ("ids", "mask", "message"),
     [
-        (np.zeros((2, 1), int), None, "one sequence at a time, not 2"),
+        (np.zeros((2, 1), int), None, "2 sequences at once: the CoreML target runs 1"),
         (np.zeros((1, 2), int), np.array([[0, 1]]), "takes no padding"),
         (np.zeros((1, 11), int), None, "11 tokens are more than the 10"),
     ],

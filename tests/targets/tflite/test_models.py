@@ -383,9 +383,9 @@ def test_what_the_runner_does_not_take(build: Any, program_of: Programs) -> None
     runner = build.runner(program_of("golden"), lengths=(1, 8), capacity=10)
     ids = tokens(program_of("golden"), 11)
     for call, message in (
-        (lambda: runner.prefill(np.repeat(ids[:, :2], 2, axis=0)), "runs one"),
+        (lambda: runner.prefill(np.repeat(ids[:, :2], 2, axis=0)), "runs 1"),
         (lambda: runner.prefill(ids[:, :2], np.array([[0, 1]])), "no padding"),
-        (lambda: runner.prefill(ids), "do not fit"),
+        (lambda: runner.prefill(ids), "11 tokens are more than the 10"),
     ):
         with pytest.raises(UsageError, match=message):
             call()

@@ -103,42 +103,38 @@ class Asked:
         return "".join(parts)
 
 
-def test_answers_take_turns_token_by_token(
-    open_with: Callable[..., Generator], schedule: Callable[..., Scheduler]
+LONG = 1030
+"""Tokens of a prompt that is read in three pieces."""
+ORDERS = {
+    # Two places: the third comes when the first two are done.
+    "answers take turns token by token": (
+        (Forking, {"parallel": 2}, [((1000,), 4), ((2000,), 4), ((3000,) * LONG, 2)]),
+        [1, 2, 1, 2, 1, 2, 1, 2, 3, 3, 3, 3],
+    ),
+    "a long prompt lets others go on": (
+        (Forking, {}, [((1000,) * LONG, 1), ((2000,), 3)]),
+        [1, 2, 1, 2, 1, 2],
+    ),
+    "a runner that cannot fork answers one after the other": (
+        (Counting, {}, [((1000,), 3), ((2000,), 3)]),
+        [1, 1, 1, 2, 2, 2],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ORDERS)
+def test_who_takes_each_step(
+    case: str, open_with: Callable[..., Generator], schedule: Callable[..., Scheduler]
 ) -> None:
+    (runner, options, prompts), expected = ORDERS[case]
     steps: list[int] = []
-    scheduler = schedule(open_with(Forking(steps)), parallel=2)
-    asked = [Asked(scheduler, 1000), Asked(scheduler, 2000), Asked(scheduler, *[3000] * 1030, most=2)]
+    scheduler = schedule(open_with(runner(steps)), **options)
+    asked = [Asked(scheduler, *prompt, most=most) for prompt, most in prompts]
     scheduler.start()
     for one in asked:
         one.text()
-    # Two places: the third comes when the first two are done, its prompt in three pieces.
-    assert steps == [1, 2, 1, 2, 1, 2, 1, 2, 3, 3, 3, 3]
-    assert [one.ticket.outcome for one in asked] == ["length"] * 3
-
-
-def test_a_long_prompt_lets_others_go_on(
-    open_with: Callable[..., Generator], schedule: Callable[..., Scheduler]
-) -> None:
-    steps: list[int] = []
-    scheduler = schedule(open_with(Forking(steps)))
-    asked = [Asked(scheduler, *[1000] * 1030, most=1), Asked(scheduler, 2000, most=3)]
-    scheduler.start()
-    for one in asked:
-        one.text()
-    assert steps == [1, 2, 1, 2, 1, 2]
-
-
-def test_a_runner_that_cannot_fork_answers_one_after_the_other(
-    open_with: Callable[..., Generator], schedule: Callable[..., Scheduler]
-) -> None:
-    steps: list[int] = []
-    scheduler = schedule(open_with(Counting(steps)))
-    asked = [Asked(scheduler, 1000, most=3), Asked(scheduler, 2000, most=3)]
-    scheduler.start()
-    for one in asked:
-        one.text()
-    assert steps == [1, 1, 1, 2, 2, 2]
+    assert steps == expected
+    assert {one.ticket.outcome for one in asked} == {"length"}
 
 
 def test_each_request_has_its_own_budget(

@@ -1,0 +1,51 @@
+"""What an expert does between its two projections, for every target: see `moec.compiler.ir.ops.Gate`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, TypeVar
+
+from moec.compiler.ir.ops import Gate
+
+V = TypeVar("V")
+
+
+class Functions(Protocol[V]):
+    """The functions of a runtime that gates are made of. Values are those of the runtime."""
+
+    def unary(self, name: str, x: V) -> V:
+        """`relu`, `sigmoid`, `tanh`, `silu`, `gelu` or `gelu_tanh` of x."""
+
+    def binary(self, name: str, x: V, y: V | float) -> V:
+        """`add`, `mul` or `min` of x and y, or `clip`: x between -y and y. `y` may be a number."""
+
+
+def activated(functions: Functions[V], name: str, x: V) -> V:
+    """An activation, by its name in `moec.compiler.ir.ops.ACTIVATIONS`."""
+    match name:
+        case "identity":
+            return x
+        case "relu2":
+            positive = functions.unary("relu", x)
+            return functions.binary("mul", positive, positive)
+        case _:
+            return functions.unary(name, x)
+
+
+def gated(functions: Functions[V], gate: Gate, parts: Sequence[V]) -> V:
+    """`gate` of its parts, each [..., I]: those of gate and up, or the projection alone where nothing is gated."""
+    if not gate.gated:
+        (whole,) = parts
+        return activated(functions, gate.activation, whole)
+    first, up = parts
+    if gate.limit:
+        first = first if gate.limit_activated else functions.binary("min", first, gate.limit)
+        up = functions.binary("clip", up, gate.limit)
+    if gate.activation == "silu" and gate.alpha != 1.0:
+        share = functions.unary("sigmoid", functions.binary("mul", first, gate.alpha))
+        result = functions.binary("mul", first, share)
+    else:
+        result = activated(functions, gate.activation, first)
+    if gate.limit and gate.limit_activated:
+        result = functions.binary("min", result, gate.limit)
+    return functions.binary("mul", result, functions.binary("add", up, gate.up_offset) if gate.up_offset else up)
