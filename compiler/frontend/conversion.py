@@ -56,24 +56,6 @@ class _Shapes:
         return _Shapes(self.config, {name: (rows, *self.shapes[name][1:])})
 
 
-class _MergeOne(loading.MergeModulelist):
-    """`MergeModulelist` of lists of one tensor, which needs no copy: the tensor gains an axis."""
-
-    def convert(  # type: ignore[override]  # its parent returns tensors too, and says lists of them
-        self,
-        input_dict: dict[str, list[Tensor]],
-        source_patterns: list[str],  # noqa: ARG002
-        target_patterns: list[str],
-        **_: Any,
-    ) -> dict[str, Tensor]:
-        """Dicts as in `MergeModulelist.convert` of transformers/core_model_loading.py."""
-        count = len(input_dict)
-        return {
-            self.get_target_pattern(count, pattern, target_patterns): tensor.unsqueeze(self.dim)
-            for pattern, (tensor,) in input_dict.items()
-        }
-
-
 @dataclass(frozen=True)
 class Converted(LazyTensor):
     """The result `name` of a WeightConverter over stored tensors.
@@ -111,18 +93,15 @@ class Converted(LazyTensor):
         """Convert the slice alone where experts are stacked or stay where they are, else convert all and slice."""
         if self._stacks:
             sources = {key: [tensor.read() for tensor in tensors[start:stop]] for key, tensors in self.sources.items()}
-            return self._convert(sources, self.model, one=stop == start + 1)
+            return self._convert(sources, self.model)
         if self._keeps_rows:
             sources = {key: [tensor.rows(start, stop) for tensor in tensors] for key, tensors in self.sources.items()}
             return self._convert(sources, self.model.sliced(self.first_name, stop - start))
         sources = {key: [tensor.read() for tensor in tensors] for key, tensors in self.sources.items()}
         return self._convert(sources, self.model)[start:stop]
 
-    def _convert(self, sources: Mapping[str, list[Tensor]], model: _Shapes, *, one: bool = False) -> Tensor:
-        """The result of the rule; `one`: its first operation stacks lists of one tensor along axis 0."""
+    def _convert(self, sources: Mapping[str, list[Tensor]], model: _Shapes) -> Tensor:
         converter: Any = copy.copy(self.converter)
-        if one:
-            converter.operations = [_MergeOne(dim=0), *self.converter.operations[1:]]
         converter.collected_tensors = defaultdict(list, sources)
         value = converter.convert(self.first_name, model=model, config=model.config)[self.name]
         converted: Tensor = value[0] if isinstance(value, list) else value
