@@ -225,7 +225,7 @@ def _choose_log_format(arguments: list[str]) -> list[str]:
 
     chosen = find_flag(arguments, "--log-format")
     if chosen not in {None, "text", "json"}:
-        raise UsageError(f"--log-format: {chosen!r} is none", hint="text or json")
+        raise UsageError(f"--log-format: {chosen!r} is not a format of the log", hint="give text or json")
     if chosen is None:
         return arguments
     os.environ[LOG_FORMAT] = chosen

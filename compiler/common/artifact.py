@@ -72,7 +72,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     """
     path = directory / MANIFEST
     if not path.is_file():
-        what = "has no moec.json" if directory.is_dir() else "is no directory"
+        what = "has no moec.json" if directory.is_dir() else "is not a directory"
         raise ArtifactError(f"{directory}: not an artifact: it {what}", hint="give the directory that moec export made")
     manifest = read_json(path, ArtifactError, hint="export it again")
     if "files" not in manifest:

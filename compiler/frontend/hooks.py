@@ -298,8 +298,8 @@ def activation_name(function: Any, where: str) -> str:
             if torch.allclose(values, reference(grid), rtol=1e-5, atol=1e-6):
                 return name
     raise UnsupportedModelError(
-        f"{where}: its activation {type(function).__name__} is none of {', '.join(ACTIVATIONS)}",
-        hint="ACTIVATIONS in moec/compiler/ops.py is the one place to add it",
+        f"{where}: its activation {type(function).__name__} is not one of {', '.join(ACTIVATIONS)}",
+        hint="ACTIVATIONS in compiler/ir/ops.py is the one place to add it",
     )
 
 
@@ -319,7 +319,7 @@ def _gate_of(module: Any, where: str) -> Gate:
                 return candidate
     raise UnsupportedModelError(
         f"{where}: {type(module).__name__} combines gate and up in a form that moec does not know",
-        hint="Gate in moec/compiler/ops.py is the one place to add it",
+        hint="Gate in compiler/ir/ops.py is the one place to add it",
     )
 
 

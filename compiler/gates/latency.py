@@ -94,7 +94,7 @@ def _artifact(given: str) -> Path:
     path = Path(given).expanduser()
     directory = path.parent if path.name == MANIFEST else path
     if not is_artifact(directory):
-        raise UsageError(f"{given}: the baseline is no artifact", hint="give its directory, or the moec.json in it")
+        raise UsageError(f"{given}: the baseline is not an artifact", hint="give its directory, or the moec.json in it")
     if missing := [name for name in read_manifest(directory)["model_files"] if not (directory / name).exists()]:
         raise UsageError(
             f"{directory}: the baseline cannot be run: {', '.join(missing)} missing",

@@ -68,7 +68,7 @@ def test_missing_file_and_missing_artifact(tmp_path: Path) -> None:
         verify(out)
     with pytest.raises(ArtifactError, match=r"no moec\.json"):
         verify(tmp_path)
-    with pytest.raises(ArtifactError, match="is no directory"):
+    with pytest.raises(ArtifactError, match="is not a directory"):
         verify(tmp_path / "nowhere")
 
 
