@@ -307,7 +307,7 @@ class Target(ABC):
                 users.setdefault(str(tensor.format), []).append(name)
         known = f"{', '.join(sorted(self.weight_formats))} with scales of {' or '.join(sorted(self.scale_types))}"
         for form, names in users.items():
-            reason = f"{form} ({len(names)} weights) has no form here; weights may be {known}"
+            reason = f"{form} ({len(names)} weights) is not supported here; weights may be {known}"
             yield Rejection(self.name, names[0], reason)
 
     def _unknown_states(self, program: Program) -> Iterator[Rejection]:
@@ -315,7 +315,7 @@ class Target(ABC):
         for kind in sorted({state.kind for state in program.states} - self.state_kinds):
             layers = [state.layer for state in program.states if state.kind == kind]
             more = f" and {len(layers) - 1} more" if len(layers) > 1 else ""
-            reason = f"a state of kind {kind} has no form here; layers may keep states of the kinds {carried}"
+            reason = f"a state of kind {kind} is not supported here; layers may keep states of the kinds {carried}"
             yield Rejection(self.name, f"layer {layers[0]}{more}", reason)
 
     def auto_formats(self, options: TargetOptions, tensor_class: str) -> tuple[str, ...]:  # noqa: ARG002
@@ -341,7 +341,7 @@ class Target(ABC):
         """Write the model files into `directory`, which exists and is empty.
 
         Raises:
-            LoweringError: An op has no form here, or the builder refuses.
+            LoweringError: An op is not supported here, or the builder refuses.
         """
 
     def package(self, options: TargetOptions, directory: Path) -> tuple[str, ...]:  # noqa: ARG002

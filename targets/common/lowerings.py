@@ -97,7 +97,7 @@ def _index(ctx: Operators, node: fx.Node) -> Any:
     source, indices = node.args
     used = [(axis, index) for axis, index in enumerate(listed(indices)) if index is not None]
     if len(used) != 1:
-        raise refuse(node, "indexing by several tensors has no form")
+        raise refuse(node, "indexing by several tensors is not supported")
     ((axis, places),) = used
     if node_of(places).meta["val"].dtype is torch.bool:
         raise refuse(node, "indexing by a mask has a result of unknown size")

@@ -72,7 +72,7 @@ def state_layout(program: Program, context: int) -> StateLayout:
     """Lay out the states of `program` for `context` tokens.
 
     Raises:
-        LoweringError: A state is of a kind that has no form here.
+        LoweringError: A state is of a kind that is not supported here.
     """
     shapes = {state.input.name: _shape(state, context) for state in program.states}
     counts = Counter((state.kind, shapes[state.input.name]) for state in program.states)
@@ -95,7 +95,7 @@ def _shape(state: StateSpec, context: int) -> tuple[int, ...]:
     """Shape of one layer's state, without the batch."""
     if state.kind not in BASES:
         kinds = ", ".join(BASES)
-        reason = f"a state of kind {state.kind} has no form here; layers may keep states of the kinds {kinds}"
+        reason = f"a state of kind {state.kind} is not supported here; layers may keep states of the kinds {kinds}"
         raise RefusedError(f"layer {state.layer}", reason)
     return tuple(context if size == "past_sequence" else int(size) for size in state.input.shape[1:])
 

@@ -137,7 +137,7 @@ def _outputs(ctx: Context, program: Program, count: Value | None) -> None:
     for name, node in program.outputs().items():
         value = ctx.tensor(node) if count is None or name not in replaced else unpadded(ctx, node, count)
         if value in taken:
-            raise refuse(node, "two outputs of one value have no form")
+            raise refuse(node, "two outputs of one value are not supported")
         taken.add(value)
         ctx.graph.output(names.get(name, name), value)
 

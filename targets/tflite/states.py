@@ -62,7 +62,7 @@ def unpadded(ctx: Context, node: fx.Node, count: Value) -> Value:
     elif node.target is aten.slice.Tensor and source.target is aten.cat.default and _is_last(node, source):
         joined, axis = ctx.tensor(source), int(node.args[1])  # type: ignore[arg-type]
     else:
-        raise refuse(node, "a state that is not the last of what a convolution takes in has no form")
+        raise refuse(node, "a state that is not the last of what a convolution takes in is not supported")
     ends = [ctx.ints(*[0] * size) for size in (axis, joined.rank - axis - 1) if size]
     ends.insert(1 if axis else 0, count)
     begin = ctx.shared_value(("end of state", count, axis, joined.rank), lambda: ctx.concat(ends, 0))

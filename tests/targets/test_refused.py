@@ -42,7 +42,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any], str, str]] = {
     ),
     "onnx, int4 in standard ops": (
         *("olmoe", "onnx", {"flavor": "portable"}, {"format": "int4"}),
-        *("so experts in int4:64 have no form here", "of these layers float"),
+        *("so experts in int4:64 are not supported here", "of these layers float"),
     ),
     "onnx, a gate without a kernel": (
         *("gemma4_text", "onnx", {}, {"format": "int8"}),
@@ -211,7 +211,7 @@ def dtype_of(name: str) -> torch.dtype:
 @pytest.mark.parametrize(
     ("insert", "reason"),
     [
-        (norm_of_two_axes, "a layer norm over several axes has no form"),
+        (norm_of_two_axes, "a layer norm over several axes is not supported"),
         (without_lowering, "no lowering for aten.lgamma.default"),
     ],
 )

@@ -29,7 +29,9 @@ def test_a_kind_that_a_target_does_not_name(name: str, hybrid: Any, monkeypatch:
     monkeypatch.setattr(type(target), "state_kinds", frozenset({"key", "value"}))
     (refused,) = target.refusals(hybrid, target.Options())
     assert (refused.source, refused.where) == (name, "layer 0 and 1 more")
-    assert refused.reason == "a state of kind conv has no form here; layers may keep states of the kinds key, value"
+    assert (
+        refused.reason == "a state of kind conv is not supported here; layers may keep states of the kinds key, value"
+    )
 
 
 def export(checkpoint: Path, out: Path, *flags: str) -> int:

@@ -32,7 +32,7 @@ def _layer_norm(ctx: Context, node: fx.Node) -> Var:
     x, sizes, weight, bias, eps, _cudnn = node.args
     dtype, widths = result_dtype(node), listed(sizes)
     if len(widths) != 1:
-        raise refuse(node, "a layer norm over several axes has no form")
+        raise refuse(node, "a layer norm over several axes is not supported")
     mb, value = ctx.mb, ctx.tensor(x, torch.float32)
     axes = ctx.ints(rank(node) - 1)
     centred = mb.sub(x=value, y=mb.reduce_mean(x=value, axes=axes, keep_dims=True))
@@ -51,7 +51,7 @@ def _rotary(ctx: Context, node: fx.Node) -> Var:
     own, mb, dtype, axis = Rotary.of(node), ctx.mb, result_dtype(node), rank(node) - 1
     value = ctx.tensor(own.x, dtype)
     if integer(int(node.meta["val"].shape[-1])) % 2:
-        raise refuse(node, "a rotary embedding of odd width has no form")
+        raise refuse(node, "a rotary embedding of odd width is not supported")
     first, second = mb.split(x=value, num_splits=2, axis=axis)
     turned = mb.concat(values=[mb.mul(x=second, y=ctx.tensor(-1.0, dtype)), first], axis=axis)
     return mb.add(x=mb.mul(x=value, y=ctx.tensor(own.cos, dtype)), y=mb.mul(x=turned, y=ctx.tensor(own.sin, dtype)))

@@ -60,7 +60,7 @@ def refusals(program: Program, *, contrib: bool) -> tuple[Rejection, ...]:
         form = _format(program, own.gate_up_proj) or _format(program, own.down_proj)
         reason = kernel_refusal(own.gate) if contrib else "standard ONNX has no product of quantized experts"
         if form and reason:
-            reason += f", so experts in {form} have no form here"
+            reason += f", so experts in {form} are not supported here"
             found.append(Rejection("onnx", module_of(node), reason, FLOAT_HINT))
     return tuple(found)
 

@@ -42,7 +42,7 @@ def _layer_norm(ctx: Context, node: fx.Node) -> ir.Value:
     dtype = result_dtype(node)
     widths = listed(sizes)
     if len(widths) != 1:
-        raise refuse(node, "a layer norm over several axes has no form")
+        raise refuse(node, "a layer norm over several axes is not supported")
     width = integer(widths[0])
     scale = ctx.constant(np.ones(width, dtype=np_dtype(dtype))) if weight is None else ctx.tensor(weight, dtype)
     shift = None if bias is None else ctx.tensor(bias, dtype)

@@ -28,7 +28,7 @@ MASKED = -1e9
 def _attention(ctx: Context, node: fx.Node) -> Sequence[Value]:
     own = Attention.of(node)
     if own.attention_mask is not None:
-        raise refuse(node, "attention with a padding mask has no form")
+        raise refuse(node, "attention with a padding mask is not supported")
     keys = _updated(ctx, own.past_key, own.key, own.cache_position)
     values = _updated(ctx, own.past_value, own.value, own.cache_position)
     heads, length, depth = shape_of(own.query)[1:]

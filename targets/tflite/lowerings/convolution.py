@@ -28,7 +28,7 @@ def _conv1d(ctx: Context, node: fx.Node) -> Value:
     arguments: list[Any] = list(node.args)
     x, weight, bias, stride, padding, dilation, groups = arguments
     if integer(groups) > 1 and groups != shape_of(x)[1]:
-        raise refuse(node, "a convolution in groups of several channels has no form")
+        raise refuse(node, "a convolution in groups of several channels is not supported")
     (step,), (pad,), (gap,) = listed(stride), listed(padding), listed(dilation)
     rows = _padded(ctx, ctx.transpose(ctx.tensor(x, result_dtype(node)), (0, 2, 1)), pad)
     apart = integer(groups) > 1

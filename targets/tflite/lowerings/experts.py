@@ -107,7 +107,7 @@ def _project(
         if source is None:
             continue
         if source.op != "get_attr":
-            raise refuse(node, "experts whose weights are computed in the graph have no form")
+            raise refuse(node, "experts whose weights are computed in the graph are not supported")
         name, dtype = str(source.target), source.meta["val"].dtype
         made.append(ctx.shared.weights.expert(name, index, dtype, interleaved=interleaved))
         entry = {"transposed": False, "interleaved": interleaved}

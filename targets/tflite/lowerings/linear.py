@@ -65,7 +65,7 @@ def _embedding(ctx: Context, node: fx.Node) -> Value:
         rows = ctx.gather(ctx.graph.weight(weight), index, 0)
         return ctx.op("DEQUANTIZE", rows, dtype="FLOAT32") if rows.dtype == "FLOAT16" else rows
     if weight.blockwise:
-        raise refuse(node, f"{weight.name}: an embedding in blocks has no form", "give embeddings int8:channel")
+        raise refuse(node, f"{weight.name}: an embedding in blocks is not supported", "give embeddings int8:channel")
     flat = ctx.reshape(index, (-1,) if index.rank == 1 else (_size(index.shape),))
     rows = ctx.op(
         "EMBEDDING_LOOKUP", flat, ctx.graph.weight(weight), shape=(flat.shape[0], weight.shape[1]), dtype="FLOAT32"

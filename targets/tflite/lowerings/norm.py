@@ -36,7 +36,7 @@ def _layer_norm(ctx: Context, node: fx.Node) -> Value:
     x, sizes, weight, bias, eps, _cudnn = node.args
     dtype = result_dtype(node)
     if len(listed(sizes)) != 1:
-        raise refuse(node, "a layer norm over several axes has no form")
+        raise refuse(node, "a layer norm over several axes is not supported")
     value = ctx.tensor(x, dtype)
     mean = ctx.reduce("MEAN", value, [value.rank - 1], keep=True)
     normed = _scaled_by_variance(ctx, value, ctx.op("SUB", value, mean), float(eps))  # type: ignore[arg-type]

@@ -58,7 +58,7 @@ def _gather(ctx: Context, node: fx.Node) -> Value:
     value, places = ctx.tensor(source), ctx.tensor(index, torch.int64)
     last = value.rank - 1
     if axis != last or value.shape[:last] != places.shape[:last]:
-        raise refuse(node, "gather along another axis than the last has no form")
+        raise refuse(node, "gather along another axis than the last is not supported")
     return ctx.op("GATHER", value, places, shape=places.shape, axis=last, batchDims=last)
 
 
@@ -74,7 +74,7 @@ def _scatter(ctx: Context, node: fx.Node) -> Value:
     target, places = ctx.tensor(source), ctx.tensor(index, torch.int64)
     last = target.rank - 1
     if axis != last or target.shape[:last] != places.shape[:last]:
-        raise refuse(node, "scatter along another axis than the last has no form")
+        raise refuse(node, "scatter along another axis than the last is not supported")
     hot = one_hot(ctx, places, target.shape[last])
     hit = ctx.reduce("REDUCE_ANY", hot, [last], keep=False)
     values = ctx.cast(ctx.tensor(updates), "FLOAT32")
@@ -87,7 +87,7 @@ def _pad(ctx: Context, node: fx.Node) -> Value:
     value, pads, fill = ctx.tensor(node.args[0]), [integer(pad) for pad in listed(node.args[1])], node.args[2]
     pairs = [(0, 0)] * (value.rank - len(pads) // 2) + list(zip(pads[::2], pads[1::2], strict=True))[::-1]
     if any(pad < 0 for pair in pairs for pad in pair):
-        raise refuse(node, "negative padding has no form")
+        raise refuse(node, "negative padding is not supported")
     shape = [size + sum(pair) for size, pair in zip(value.shape, pairs, strict=True)]
     places = ctx.constant(np.asarray(pairs), torch.int32)
     return ctx.op("PADV2", value, places, ctx.tensor(fill, result_dtype(node)), shape=shape)
