@@ -128,7 +128,7 @@ def test_where_nothing_is_demanded_it_does_not_run_and_says_so() -> None:
 
 
 def test_a_baseline_must_be_an_artifact_that_can_be_run(out: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="no artifact"):
+    with pytest.raises(UsageError, match="not an artifact"):
         judge(out, measuring(), baseline=str(tmp_path / "nothing"))
     (out / "model.bin").unlink()
     with pytest.raises(UsageError, match=r"model\.bin missing"):
