@@ -20,7 +20,7 @@ sys.exit(dispatch(sys.argv[2:]))
 
 FILLED = """
 import mmap, resource, sys
-import onnx_ir, onnxruntime, torch, transformers
+import onnx_ir, onnxruntime, scipy.linalg, torch, transformers
 from pathlib import Path
 from moec.cli import dispatch
 limit = 3 << 30
@@ -29,7 +29,10 @@ used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesi
 taken = mmap.mmap(-1, limit - used - int(sys.argv[1]))
 sys.exit(dispatch(sys.argv[2:]))
 """
-"""Runs a command line with the libraries in memory and so many bytes of address space left."""
+"""Runs a command line with the libraries in memory and so many bytes of address space left.
+
+SciPy's BLAS is among them since it tries without end where it is loaded with less memory than its buffers take.
+"""
 
 
 def run(script: str, space: int, arguments: list[str]) -> subprocess.CompletedProcess[str]:

@@ -78,6 +78,7 @@ _STARVED = (
     "pthread_create",
     "map segment from shared object",  # a library, which is loaded where it is first used
     "without setting an exception",  # CPython, in an import
+    "error return without exception set",  # CPython, where an extension could not allocate its result
 )
 """What others say where memory runs out, besides raising MemoryError or an OSError of that number."""
 

@@ -192,3 +192,4 @@ def test_little_memory_is_said(
     assert "not enough memory" in capsys.readouterr().err
     assert out_of_memory(RuntimeError("another")) is None
     assert out_of_memory(MemoryError()) is not None
+    assert out_of_memory(SystemError("error return without exception set")) is not None
