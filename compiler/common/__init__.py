@@ -1,1 +1,1 @@
-"""What every room uses: errors, rejections, files that appear whole or not at all, the JSON files of a model."""
+"""What every package of moec uses: errors, rejections, files written atomically, and the JSON files of a model."""

@@ -1,4 +1,4 @@
-"""The output directory: written beside and renamed, described by moec.json, checked by digests.
+"""The artifact directory, its description moec.json, and the digests that verify it.
 
 ```
 out/ moec.json  report.json  report.html  <model files of the target>  config.json  tokenizer files ...
@@ -23,13 +23,13 @@ from moec.compiler.common.files import read_json
 
 MANIFEST = "moec.json"
 REPORTS = frozenset({"report.json", "report.html", "report.xml", "build.log"})
-"""Measurements: they may be written anew at any time, so nothing hashes them."""
+"""Files with measurements. They may be rewritten at any time, so moec.json does not hash them."""
 
 SCHEMA_VERSION = 1
 
 
 class _Sections(BaseModel):
-    """Types of the sections of moec.json, of which any but `files` may be missing."""
+    """Types of the sections of moec.json. Only `files` is required."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
@@ -52,11 +52,11 @@ def write_manifest(directory: Path, content: Mapping[str, Any]) -> dict[str, Any
     """Hash the files of `directory` and write moec.json, byte for byte the same for the same content and files.
 
     Args:
-        directory: Holds everything that the artifact consists of.
+        directory: The complete artifact but for moec.json.
         content: The sections of moec.json; `schema_version`, `files` and `digest` are added here.
 
     Returns:
-        What was written.
+        The content of moec.json.
     """
     manifest = {"schema_version": SCHEMA_VERSION, **content, "files": _digests(directory)}
     manifest["digest"] = _own_digest(manifest)
@@ -65,10 +65,10 @@ def write_manifest(directory: Path, content: Mapping[str, Any]) -> dict[str, Any
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """Read moec.json and check its own digest, but none of the files.
+    """Read moec.json and check its own digest, but not the digests of the other files.
 
     Raises:
-        ArtifactError: No artifact, or a damaged moec.json, or one of a later moec.
+        ArtifactError: The directory is not an artifact, or moec.json is damaged or has another schema version.
     """
     path = directory / MANIFEST
     if not path.is_file():
@@ -94,7 +94,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 
 
 def verify(directory: Path) -> dict[str, str]:
-    """Check that every file is the one that was built.
+    """Check that every file of an artifact has the digest that moec.json gives.
 
     Returns:
         File name -> sha256, in the order of names.
@@ -121,7 +121,7 @@ def verify(directory: Path) -> dict[str, str]:
 
 
 def leads_out(directory: Path, path: Path) -> bool:
-    """Whether `path` in the artifact is, or lies behind, a link to somewhere else."""
+    """Whether `path` resolves to a place outside the artifact."""
     return not path.resolve().is_relative_to(directory.resolve())
 
 
@@ -153,5 +153,5 @@ def _serialise(value: Any, indent: int | None = None) -> str:
 
 
 def is_artifact(directory: Path) -> bool:
-    """Whether `directory` looks like one: it has a moec.json."""
+    """Whether `directory` has a moec.json; its content is not checked."""
     return os.path.lexists(directory / MANIFEST)

@@ -1,4 +1,4 @@
-"""Options with a few values, each of which says what it means where it is defined."""
+"""Options with a fixed set of values, each defined together with its meaning."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""sha256 of whatever moec tells apart by its content: hex digests, as `sha256sum` prints them."""
+"""sha256 of bytes, texts, JSON values and files, as the hex digests that `sha256sum` prints."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 CHUNK_BYTES = 1 << 24
-"""Bytes of a file in memory at a time."""
+"""Bytes read from a file at a time."""
 
 
 def sha256_of_chunks(chunks: Iterable[bytes | memoryview]) -> str:
-    """Digest of some bytes, one piece after the other."""
+    """Digest of the concatenated chunks."""
     found = hashlib.sha256()
     for chunk in chunks:
         found.update(chunk)
@@ -31,7 +31,7 @@ def sha256_of_text(text: str) -> str:
 
 
 def sha256_of_json(value: Any) -> str:
-    """Digest of a JSON-able value, whatever the order of its keys."""
+    """Digest of a value that JSON can hold, independent of the order of its keys."""
     return sha256_of_text(json.dumps(value, sort_keys=True))
 
 

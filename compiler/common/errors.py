@@ -22,19 +22,19 @@ class MoecError(Exception):
 
 
 class UsageError(MoecError):
-    """The command, option or recipe makes no sense."""
+    """A command, option or recipe is not valid."""
 
     exit_code = 2
 
 
 class UnsupportedModelError(MoecError):
-    """The model holds something that cannot be captured; the message names the module and the reason."""
+    """The model has a part that cannot be captured; the message names the module and the reason."""
 
     exit_code = 3
 
 
 class LoweringError(MoecError):
-    """A target has no form for an operation, or its builder refused the graph."""
+    """A target cannot express an operation, or its builder refused the graph."""
 
     exit_code = 4
 
@@ -58,7 +58,7 @@ class CheckpointError(MoecError):
 
 
 class OutOfMemoryError(MoecError):
-    """Memory ran out; see `out_of_memory`."""
+    """Memory ran out; `out_of_memory` recognises it."""
 
     exit_code = 10
 
@@ -69,7 +69,7 @@ class OutputError(MoecError):
     exit_code = 11
 
 
-_STARVED = (
+_NO_MEMORY = (
     "allocate memory",  # torch, the C library
     "alloc_cpu.cpp",  # torch
     "bad_alloc",  # C++
@@ -80,18 +80,18 @@ _STARVED = (
     "without setting an exception",  # CPython, in an import
     "error return without exception set",  # CPython, where an extension could not allocate its result
 )
-"""What others say where memory runs out, besides raising MemoryError or an OSError of that number."""
+"""Parts of the messages by which libraries report a lack of memory, besides MemoryError and OSError with ENOMEM."""
 
 
 def out_of_memory(error: BaseException) -> OutOfMemoryError | None:
-    """What to tell the user where memory ran out; None where `error`, and what it was raised from, say other things."""
+    """The error to show if `error`, or an exception in its chain of causes, means that memory ran out; else None."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OutOfMemoryError):
-        if _starved(cause):
+        if _means_no_memory(cause):
             told = OutOfMemoryError(
                 f"there is not enough memory: {first_line(cause)}",
-                hint="free memory or raise the limit (ulimit -v, that of the container); an export takes about 1 GB "
-                "and the largest expert a few times",
+                hint="free memory or raise the limit (ulimit -v, or that of the container); an export takes about 1 GB "
+                "and a few times the size of the largest expert",
             )
             told.__cause__ = error
             return told
@@ -99,10 +99,10 @@ def out_of_memory(error: BaseException) -> OutOfMemoryError | None:
     return cause
 
 
-def _starved(error: BaseException) -> bool:
+def _means_no_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return True
-    return any(sign in str(error) for sign in _STARVED)
+    return any(sign in str(error) for sign in _NO_MEMORY)
 
 
 def first_line(error: BaseException) -> str:

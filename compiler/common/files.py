@@ -1,4 +1,4 @@
-"""Files: what somebody else may have written is read with limits, and what moec writes appears whole or not at all."""
+"""Reading JSON and YAML from untrusted sources with limits, and writing files atomically."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ import yaml
 from moec.compiler.common.errors import MoecError, first_line
 
 MAX_BYTES = 64 << 20
-"""Largest JSON or YAML file that is read: moec.json of a model with 100,000 tensors takes a tenth of it."""
+"""Largest JSON or YAML file that is read; moec.json of a model with 100,000 tensors takes a tenth of that."""
 MAX_NODES = 200_000
 """Most values that a YAML file may stand for once its aliases are written out."""
 
 MAX_DEPTH = 100
-"""Deepest nesting of brackets in a YAML file: PyYAML looks back over all that are open at each step."""
+"""Deepest nesting of brackets in a YAML file: the time that PyYAML takes grows with the open brackets at each step."""
 
 _BadFile = TypeVar("_BadFile", bound=MoecError)
 
 
 def partial_prefix(path: Path) -> str:
-    """What the name starts with under which `path` is written; files that start with a dot are nobody's result."""
+    """Prefix of the temporary name under which `path` is written; the leading dot marks it as no result."""
     return f".{path.name}.partial-"
 
 
@@ -37,13 +37,14 @@ def _put(partial: Path, path: Path) -> None:
 
 @contextlib.contextmanager
 def beside(path: Path, put: Callable[[Path, Path], None] = _put) -> Iterator[Path]:
-    """Yield a free path next to `path`: what is written there, a file or a directory, takes the place of `path`.
+    """Yield a temporary path next to `path`, for a file or a directory that is to become `path`.
 
-    It does so when the block ends well, and vanishes when it does not, so that nobody ever sees a half of it.
+    When the block ends without an error, what was written there replaces `path`. Otherwise it is removed, so that
+    nobody sees a half-written result.
 
     Args:
-        path: Its directory is made where there is none.
-        put: Moves the first path to the second, by replacing what is there unless told otherwise.
+        path: The destination. Its directory is made if it does not exist.
+        put: Moves the temporary path to the destination; by default it replaces what is there.
 
     Raises:
         OSError: The file system refuses.
@@ -57,12 +58,12 @@ def beside(path: Path, put: Callable[[Path, Path], None] = _put) -> Iterator[Pat
         if partial.is_dir():
             shutil.rmtree(partial, ignore_errors=True)
         else:
-            with contextlib.suppress(OSError):  # it is not there, and else what went wrong before is what counts
+            with contextlib.suppress(OSError):  # it was moved, or an earlier error is the one to report
                 partial.unlink()
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text file in UTF-8, by `beside`.
+    """Write a text file in UTF-8 atomically.
 
     Raises:
         OSError: The file system refuses.
@@ -76,17 +77,17 @@ def read_json(path: Path, error: type[_BadFile], *, hint: str) -> dict[str, Any]
 
     Args:
         path: The file.
-        error: What is raised.
-        hint: What the user can do about a damaged one.
+        error: Class of the exception to raise.
+        hint: What the user can do about a damaged file.
 
     Raises:
-        MoecError: `error`: it cannot be read, is too large, is no JSON, or nests deeper than Python can follow.
+        MoecError: An `error`: the file cannot be read, is too large, is not JSON, or nests deeper than Python allows.
     """
     return parse_json(path, _read(path, "JSON", error, hint), error, hint=hint)
 
 
 def parse_json(path: Path, data: bytes, error: type[_BadFile], *, hint: str) -> dict[str, Any]:
-    """The JSON object in `data`, which was read from `path`; arguments and errors are those of `read_json`."""
+    """Parse the JSON object in `data`, which was read from `path`; arguments and errors are those of `read_json`."""
     value = _parsed(path, data, json.loads, "JSON", error, hint)
     if not isinstance(value, dict):
         raise error(f"{path}: not a JSON object", hint=hint)
@@ -112,7 +113,7 @@ def _read(path: Path, kind: str, error: type[_BadFile], hint: str) -> bytes:
         size = path.stat().st_size
         if size > MAX_BYTES:
             raise error(
-                f"{path}: {size} bytes, and no {kind} file that moec reads is larger than {MAX_BYTES}", hint=hint
+                f"{path}: it has {size} bytes, and moec reads {kind} files of at most {MAX_BYTES} bytes", hint=hint
             )
         return path.read_bytes()
     except OSError as cause:
@@ -145,14 +146,14 @@ def _load_yaml(text: str) -> Any:
 
 
 def _count(node: yaml.Node, known: dict[int, int]) -> int:
-    """How many values `node` stands for; an alias counts each time that it is used.
+    """The number of values that `node` stands for; an alias counts each time it is used.
 
     Raises:
-        ValueError: More than `MAX_NODES`, or a node that holds itself.
+        ValueError: There are more than `MAX_NODES`, or a node contains itself.
     """
     if id(node) in known:
         if not known[id(node)]:
-            raise ValueError("an alias stands for a value that holds it")
+            raise ValueError("an alias stands for a value that contains the alias")
         return known[id(node)]
     known[id(node)] = 0  # while it is being counted
     total = 1 + sum(_count(child, known) for child in _children(node))

@@ -1,4 +1,4 @@
-"""What this machine is: recorded beside everything that was measured on it."""
+"""A description of this machine, which is recorded beside every measurement."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import psutil
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
+    """CPU, cores, memory in bytes, operating system and Python version of this machine."""
     return {
         "cpu": _cpu_name(),
         "cores": psutil.cpu_count(logical=False) or psutil.cpu_count() or 0,

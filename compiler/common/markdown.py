@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """The table, without a line break at its end. White space in a cell becomes one blank, and a bar is escaped."""
+    """The table without a final line break. Runs of white space in a cell become one space; bars are escaped."""
     return "\n".join([_line(header), "|" + "---|" * len(header), *map(_line, rows)])
 
 

@@ -1,4 +1,7 @@
-"""Whether there is room to compile, and what becomes of memory that is freed. Imports nothing heavy."""
+"""Settings of this process that concern memory: limits, the allocator and the garbage collector.
+
+Imports nothing heavy.
+"""
 
 from __future__ import annotations
 
@@ -10,21 +13,21 @@ from collections.abc import Iterator
 from moec.compiler.common.errors import OutOfMemoryError
 
 ADDRESS_SPACE = 3 << 29
-"""What an export maps before it has read a weight, in bytes: torch, transformers and a runtime."""
+"""Bytes of address space that an export maps before it reads a weight: torch, transformers and a runtime."""
 
 KEPT = 128 << 20
-"""Most bytes that are kept."""
+"""Bytes of freed memory that the C library may keep."""
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _LARGEST_THRESHOLD = 32 << 20
-"""The largest of glibc on 64 bits: DEFAULT_MMAP_THRESHOLD_MAX in malloc.c."""
+"""The largest value that glibc accepts on 64 bits: DEFAULT_MMAP_THRESHOLD_MAX in malloc.c."""
 
 
 def check_address_space() -> None:
     """Refuse to compile under a limit (`ulimit -v`, RLIMIT_AS) that the libraries alone exceed.
 
-    With too little the C library ends the process where a library's thread-local data finds no room, or an import
-    tries again and again: neither can be caught when it comes to that.
+    Below it, the C library aborts the process when there is no room for a library's thread-local data, or an import
+    retries without end. Neither can be caught later.
 
     Raises:
         OutOfMemoryError: The limit of this process is below `ADDRESS_SPACE`.
@@ -36,16 +39,16 @@ def check_address_space() -> None:
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     if limit != resource.RLIM_INFINITY and limit < ADDRESS_SPACE:
         raise OutOfMemoryError(
-            f"this process may map {limit / 2**30:.2f} GiB, and the libraries alone take {ADDRESS_SPACE / 2**30}",
-            hint="raise the limit (ulimit -v); the memory of a container is limited without it",
+            f"this process may map {limit / 2**30:.2f} GiB, and the libraries alone take {ADDRESS_SPACE / 2**30} GiB",
+            hint="raise the limit (ulimit -v); to limit memory, use the limit of a container",
         )
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep up to 128 MB that was freed, for the tensors that come next.
+    """Let glibc keep up to `KEPT` bytes of freed memory for the next tensors. Other C libraries are left alone.
 
-    Else glibc hands the memory of every large tensor back to the kernel, which clears each page of it for the next one.
-    Where experts are read one after the other, that took a seventh of the CPU time. Another C library is left alone.
+    By default glibc returns the memory of every large tensor to the kernel, which clears each page before its next use.
+    Where experts are read one after the other, that took a seventh of the CPU time.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
@@ -55,10 +58,10 @@ def keep_freed_memory() -> None:
 
 @contextlib.contextmanager
 def rare_collections() -> Iterator[None]:
-    """Let the garbage collector run more rarely, for a trace: of the objects that it makes, most live until its end.
+    """Let the garbage collector run less often, for a trace: most objects that a trace makes live until its end.
 
-    The thresholds are those of the process, and are set back at the end. With the defaults it takes 6 to 9 % of the CPU
-    time of a capture; without it the peak of memory is a fifth higher.
+    The thresholds are those of the process and are restored at the end. With the default thresholds the collector takes
+    6 to 9 % of the CPU time of a capture; without a collector the peak of memory is a fifth higher.
     """
     before = gc.get_threshold()
     gc.set_threshold(50_000, 20, 50)

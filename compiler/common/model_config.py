@@ -11,14 +11,14 @@ from moec.compiler.common.files import read_json
 
 _CONTEXT = ("max_position_embeddings", "max_seq_len", "n_positions")
 DEFAULT_CONTEXT = 4096
-"""Tokens that a model is taken to be made for where a number is needed and config.json has none."""
+"""Context length in tokens that is assumed where config.json states none."""
 
 
 def read_config(path: Path) -> dict[str, Any]:
     """A JSON object of an artifact, or an empty one where the file does not exist.
 
     Raises:
-        ArtifactError: The file is no JSON object.
+        ArtifactError: The file does not hold a JSON object.
     """
     return read_json(path, ArtifactError, hint="export it again") if path.is_file() else {}
 
@@ -30,16 +30,21 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def context_length(config: Mapping[str, Any]) -> int | None:
-    """The largest number of tokens that the model was made for, or None if config.json does not say."""
+    """The context length of the model in tokens, or None if config.json does not state it."""
     inner = text_config(config)
     return next((int(inner[name]) for name in _CONTEXT if isinstance(inner.get(name), int)), None)
 
 
 def cache_length(config: Mapping[str, Any], wanted: int | None, default: int) -> int:
-    """Tokens that a cache of fixed size is made for: `--context`, else `default` or what the model allows.
+    """Length in tokens of a KV cache of fixed size.
+
+    Args:
+        config: config.json.
+        wanted: The value of `--context`, if one was given.
+        default: Length without `--context`, unless the context of the model is shorter.
 
     Raises:
-        UsageError: More than the model was made for.
+        UsageError: `wanted` exceeds the context length of the model.
     """
     most = context_length(config)
     if wanted is not None and most is not None and wanted > most:
@@ -64,14 +69,14 @@ def end_tokens(generation: Mapping[str, Any], config: Mapping[str, Any]) -> tupl
     """The ids at which generation ends, as transformers' generate has them.
 
     Args:
-        generation: generation_config.json; what it names is all there is.
-        config: config.json, which is asked where that file names none, the nested text_config last.
+        generation: generation_config.json; if it names any id, only its ids count.
+        config: config.json, read where `generation` names none; its nested text_config comes last.
     """
     return token_ids("eos_token_id", generation, config, text_config(config))
 
 
 def vocabulary_size(config: Mapping[str, Any]) -> int | None:
-    """Number of entries of the logits, or None if config.json does not say."""
+    """Vocabulary size, or None if config.json does not state it."""
     size = text_config(config).get("vocab_size")
     return size if isinstance(size, int) else None
 

@@ -1,4 +1,4 @@
-"""What packages of third parties register in the entry-point groups of moec."""
+"""Classes that third-party packages register in the entry-point groups of moec."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from moec.compiler.common.errors import UsageError
 
 
 class Named(Protocol):
-    """A class that is found by its `name`."""
+    """A class with a unique `name`."""
 
     name: ClassVar[str]
 
@@ -21,16 +21,16 @@ Plugin = TypeVar("Plugin", bound=Named)
 def third_party(
     group: str, base: type[Plugin], taken: Collection[str], extra: Iterable[EntryPoint] | None = None
 ) -> dict[str, type[Plugin]]:
-    """The classes that third parties register in a group, by name, in the order of their names.
+    """The classes that third parties register in a group: name -> class, sorted by name.
 
     Args:
         group: The entry-point group, such as `moec.passes`.
-        base: What each entry point must name a subclass of, with the `name` of the entry.
+        base: Each entry point must refer to a subclass of this whose `name` is the name of the entry.
         taken: Names that an entry point may not claim.
         extra: The entry points; None: those installed in the group.
 
     Raises:
-        UsageError: An entry point claims a name that is taken, or names something else.
+        UsageError: An entry point claims a name that is taken, or does not refer to such a class.
     """
     kind = base.__name__
     found: dict[str, type[Plugin]] = {}
@@ -44,7 +44,7 @@ def third_party(
         loaded = entry.load()
         if not (isinstance(loaded, type) and issubclass(loaded, base) and loaded.name == entry.name):
             raise UsageError(
-                f"{where} is no {kind} of that name",
+                f"{where} does not refer to a {kind} of that name",
                 hint=f"it must name a subclass of {base.__module__}.{kind} whose `name` is the entry's",
             )
         found[entry.name] = loaded

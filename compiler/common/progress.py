@@ -1,8 +1,8 @@
-"""How a long stage says how far it is."""
+"""How a long stage reports its progress."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done and how much there is."""
+"""Called with a description of the work, the number of finished steps and the number of all steps."""

@@ -1,4 +1,4 @@
-"""Transformers without bars of its own: moec says itself what it is doing, and `-q` is silent."""
+"""Transformers without progress bars of its own: moec reports progress itself, and `-q` is silent."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 @contextlib.contextmanager
 def no_bars() -> Iterator[None]:
-    """Leave the progress bars of transformers out, and afterwards as they were."""
+    """Disable the progress bars of transformers inside the block, and restore the setting afterwards."""
     from transformers.utils import logging
 
     bars: Any = logging  # untyped there

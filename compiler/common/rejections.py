@@ -1,4 +1,4 @@
-"""A rejection: where and why a pass or a target did not do what it is for. Every one reaches the user's report."""
+"""A rejection: where and why a pass or a target left something unchanged. Every rejection reaches the user's report."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Rejection:
-    """`source` (a pass or target) left `where` (a module or tensor) alone because of `reason`.
+    """`source` (a pass or target) left `where` (a module or tensor) unchanged because of `reason`.
 
-    `hint` is what the user can do about it, where nothing can be built.
+    `hint` tells the user what to do if nothing can be built for this reason.
     """
 
     source: str
@@ -19,5 +19,5 @@ class Rejection:
     hint: str = ""
 
     def record(self) -> Mapping[str, str]:
-        """What the report says of something that was left alone in what was built."""
+        """The rejection as an entry of the report."""
         return {"source": self.source, "where": self.where, "reason": self.reason}

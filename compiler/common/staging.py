@@ -1,7 +1,7 @@
-"""A directory that appears whole or not at all: written beside, then renamed.
+"""An output directory that is written atomically: under a temporary name next to its destination, then renamed.
 
-While it is being written it is called `.NAME.partial-XXXX` and its descriptor is locked, so that the next export can
-tell what a killed process left behind from what a living one is writing.
+While it is being written it is called `.NAME.partial-XXXX` and its descriptor is locked. The lock tells the next export
+whether a living process is still writing it or a killed one left it behind.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 @contextlib.contextmanager
 def staged(output: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Yield an empty directory that becomes `output` when the block ends well and vanishes when it does not.
+    """Yield an empty directory that becomes `output` when the block ends without an error, and is removed otherwise.
 
     Args:
-        output: Where the result shall be. May be an empty directory.
-        overwrite: Whether an artifact that is there already may be replaced. Anything else never is.
+        output: The destination, which may exist as an empty directory.
+        overwrite: Whether an existing artifact may be replaced. Nothing else is ever replaced.
 
     Raises:
         OutputError: `output` exists, or cannot be written, or the disk is full.
     """
     output = output.expanduser().resolve()
     check_output(output, overwrite=overwrite)
-    # What `beside` removes at its end is, after a replacement, the old artifact.
+    # After an exchange the temporary path holds the old artifact, which `beside` then removes.
     with contextlib.ExitStack() as lock, _output_errors(output), beside(output, _publish) as directory:
         _clean(output)
         directory.mkdir()
@@ -59,10 +59,10 @@ def _locked(directory: Path) -> Iterator[None]:
 
 
 def check_output(output: Path, *, overwrite: bool = False) -> None:
-    """Refuse an output that would destroy something.
+    """Refuse an output that would destroy existing files.
 
     Raises:
-        OutputError: It is a file, or a directory that holds something.
+        OutputError: It is a file, a directory with other files than an artifact, or an artifact without `overwrite`.
     """
     if not os.path.lexists(output):
         return
@@ -73,13 +73,13 @@ def check_output(output: Path, *, overwrite: bool = False) -> None:
     if empty:
         return
     if not is_artifact(output):
-        raise OutputError(f"{output}: holds something else than an artifact", hint="give a new or empty directory")
+        raise OutputError(f"{output}: holds files that are not an artifact", hint="give a new or empty directory")
     if not overwrite:
         raise OutputError(f"{output}: holds an artifact already", hint="pass --overwrite to replace it")
 
 
 def _clean(output: Path) -> None:
-    """Remove what killed exports to `output` left behind; what is locked belongs to a living one."""
+    """Remove what killed exports to `output` left behind; a locked directory belongs to a living export."""
     for path in output.parent.iterdir():
         if not path.name.startswith(partial_prefix(output)) or not path.is_dir():
             continue
@@ -130,9 +130,9 @@ def _exchange(directory: Path, output: Path) -> None:
 
 @contextlib.contextmanager
 def _output_errors(output: Path) -> Iterator[None]:
-    """Turn what the file system refuses into an OutputError.
+    """Turn errors of the file system into an OutputError.
 
-    Libraries report a full disk in many ways, so whatever goes wrong while the disk is full is put down to it.
+    Libraries report a full disk in many ways, so any error on a full disk counts as one.
     """
     try:
         yield
@@ -168,6 +168,6 @@ def _is_full(parent: Path) -> bool:
 
 
 def _concerns(error: OSError, output: Path) -> bool:
-    """Whether an error is about the output and not about some other file."""
+    """Whether an error is about the output and not about another file."""
     names = [name for name in (error.filename, error.filename2) if isinstance(name, str | os.PathLike)]
     return any(Path(name).is_relative_to(output.parent) or output.is_relative_to(name) for name in names)

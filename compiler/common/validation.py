@@ -1,4 +1,4 @@
-"""Checks what a user wrote against a pydantic model; an error names the key, and the nearest name that exists."""
+"""Checks user input against a pydantic model; an error names the key, and the nearest name that exists."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def validate(model: type[Model], fields: Mapping[str, Any], *, where: str) -> Mo
     """Make a `model` of `fields`; `where` names their origin in messages.
 
     Raises:
-        UsageError: As for `make_recipe`.
+        UsageError: A key is unknown, or a value does not fit the type of its field.
     """
     try:
         return model.model_validate(dict(fields))
@@ -29,8 +29,8 @@ def unknown(name: str, known: Iterable[str], what: str, listing: str) -> UsageEr
     """An error for a name that does not exist, with the nearest one that does.
 
     Args:
-        name: What the user wrote.
-        known: What would have been valid.
+        name: The name that the user gave.
+        known: The valid names.
         what: Start of the message, such as "unknown target".
         listing: What `known` is, for the hint, such as "the targets".
     """
@@ -41,10 +41,10 @@ def unknown(name: str, known: Iterable[str], what: str, listing: str) -> UsageEr
 
 
 def chosen(names: Sequence[str], known: Sequence[str], what: str, listing: str) -> tuple[str, ...]:
-    """`names`, or all that are known if there are none; `what` and `listing` as for `unknown`.
+    """`names`, or all of `known` if `names` is empty; `what` and `listing` as for `unknown`.
 
     Raises:
-        UsageError: One is unknown.
+        UsageError: One of `names` is unknown.
     """
     for name in names:
         if name not in known:
@@ -53,7 +53,7 @@ def chosen(names: Sequence[str], known: Sequence[str], what: str, listing: str) 
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The one of `known` that `name` is most like, whatever the case and with `-` for `_`; None where none is near."""
+    """The most similar name in `known`, ignoring case and the difference of `-` and `_`; None if none is similar."""
     plain = {_plain(item): item for item in known}
     found = difflib.get_close_matches(_plain(name), plain, n=1, cutoff=0.5)
     return plain[found[0]] if found else None
@@ -101,7 +101,7 @@ def _choices(model: type[BaseModel], location: Sequence[str]) -> tuple[str, ...]
 
 
 def choices_of(annotation: Any) -> tuple[str, ...]:
-    """The strings that an annotation allows: of a Literal or StrEnum, also inside a union; else empty."""
+    """The strings that an annotation allows if it is a Literal or a StrEnum, also inside a union; else none."""
     if isinstance(annotation, type) and hasattr(annotation, "__members__"):
         return tuple(str(member) for member in annotation)  # type: ignore[attr-defined]
     found: list[str] = []

@@ -1,4 +1,4 @@
-"""What a gate says. A gate that did not run is never a pass."""
+"""The verdict of a gate. A gate that did not run is never a pass."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ class Status(StrEnum):
 
     @property
     def failed(self) -> bool:
-        """Whether it fails the command: what the machine was too noisy to prove is not proven."""
+        """Whether it fails the command. Too noisy a measurement proves nothing, so it fails too."""
         return self in (Status.FAIL, Status.NOISY)
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """One gate's outcome.
+    """The outcome of one gate.
 
     Attributes:
-        gate: "parity", "coverage", "integrity", "quality" or "latency", with a step where it has several.
+        gate: Name of the gate, with a step where it has several: "parity: capture", "parity: artifact", "coverage".
         status: The outcome.
         summary: One line for people: figures with their limits, or why it did not run.
         exit_code: Exit code of the command if this gate fails.
-        figures: What was measured, JSON-able, for report.json.
+        figures: The measurements for report.json.
     """
 
     gate: str

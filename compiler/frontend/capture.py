@@ -27,6 +27,8 @@ from moec.compiler.frontend.conversion import open_weights
 from moec.compiler.frontend.frames import roomy
 from moec.compiler.frontend.functional import functional
 from moec.compiler.frontend.masks import MaskUseError
+from moec.compiler.frontend.meta_model import fake_parameters, meta_model
+from moec.compiler.frontend.recording import Recording, recording, watching
 from moec.compiler.frontend.rope import decide_by_tensors
 from moec.compiler.frontend.scans import scans_as_ops
 from moec.compiler.frontend.step_cache import cache_class, check_convolutions, step_cache
@@ -77,7 +79,7 @@ def capture(checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32) -> Pr
 
 def _capture(checkpoint: Checkpoint, dtype: torch.dtype) -> Program:
     hooks.register()
-    model, tables = _meta_model(checkpoint, dtype)
+    model, tables = meta_model(checkpoint, dtype)
     opened = open_weights(checkpoint, model)
     names = {module: name for name, module in model.named_modules()}
     decoder = architecture.text_decoder(model)
@@ -86,7 +88,7 @@ def _capture(checkpoint: Checkpoint, dtype: torch.dtype) -> Program:
     borders = decide_by_tensors(model)
     with torch.no_grad(), rare_collections():
         mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-        _fake_parameters(model, mode)
+        fake_parameters(model, mode)
         states = _states(decoder, names, max_length, mode, dtype)
         step = _Step(model, decoder, names, max_length, states)
         exported, traced = _export(step, states, mode)
@@ -111,70 +113,13 @@ _INPUT_SHAPES: dict[str, tuple[Dim, ...]] = {
 }
 
 
-def _meta_model(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple[PreTrainedModel, dict[str, Tensor]]:
-    """The model without weights, and its non-persistent buffers before they are rounded to `dtype`."""
-    config = checkpoint.config
-    if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(
-            f"{type(config).__name__} describes an encoder-decoder: its decoder also attends to what an encoder made",
-            hint="moec compiles decoders that AutoModelForCausalLM knows",
-        )
-    with torch.device("meta"):
-        model = architecture.build(
-            config, attention=hooks.NAME, dtype=dtype, trust_remote_code=checkpoint.trust_remote_code
-        )
-    architecture.set_experts(model, hooks.NAME)
-    model.eval()  # type: ignore[no-untyped-call]
-    return model, _real_buffers(model)
-
-
-def _real_buffers(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Give the non-persistent buffers their values: they are in no checkpoint. The way of from_pretrained itself.
-
-    Returns:
-        Those values, in float32 where the model rounds them to half precision.
-    """
-    owners: dict[str, nn.Module] = {}
-    dtypes: dict[str, torch.dtype] = {}
-    for name, buffer in list(model.named_non_persistent_buffers()):
-        owner, _, attribute = name.rpartition(".")
-        owners[owner], dtypes[name] = model.get_submodule(owner), buffer.dtype
-        exact = torch.float32 if buffer.dtype == torch.float16 else buffer.dtype
-        real = torch.empty_like(buffer, device="cpu", dtype=exact)
-        setattr(owners[owner], attribute, nn.Buffer(real, persistent=False))
-    for _, module in sorted(owners.items()):
-        model._init_weights(module)  # type: ignore[no-untyped-call]
-    values = {name: model.get_buffer(name) for name in dtypes}
-    for name, value in values.items():
-        owner, _, attribute = name.rpartition(".")
-        setattr(owners[owner], attribute, nn.Buffer(value.to(dtypes[name]), persistent=False))
-    return values
-
-
-def _fake_parameters(model: nn.Module, mode: FakeTensorMode) -> None:
-    """Replace what the checkpoint holds by fake CPU tensors; tied parameters stay one."""
-    fakes: dict[int, Tensor] = {}
-    for module in model.modules():
-        for name, parameter in list(module._parameters.items()):
-            if parameter is not None:
-                if id(parameter) not in fakes:
-                    with mode:
-                        fake = torch.empty(parameter.shape, dtype=parameter.dtype)
-                    fakes[id(parameter)] = nn.Parameter(fake, requires_grad=False)
-                module._parameters[name] = fakes[id(parameter)]  # type: ignore[assignment]
-        for name, buffer in list(module._buffers.items()):
-            if buffer is not None and buffer.is_meta:
-                with mode:
-                    module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
-
-
 def _states(
     model: PreTrainedModel, names: dict[nn.Module, str], max_length: int, mode: FakeTensorMode, dtype: torch.dtype
 ) -> tuple[StateSpec, ...]:
     """The state table, from one fake forward pass."""
-    record = hooks.Recording(max_length, names)
+    record = Recording(max_length, names)
     layers = int(getattr(model.config.get_text_config(), "num_hidden_layers", 0))
-    with mode, hooks.recording(record), hooks.watching(record, model), scans_as_ops(model):
+    with mode, recording(record), watching(record, model), scans_as_ops(model):
         ids = torch.zeros(1, 3, dtype=torch.long)
         _call(model, ids, torch.ones(1, 3, dtype=torch.long), torch.arange(3)[None], record, layers, 0)
     check_convolutions(model, record)
@@ -188,7 +133,7 @@ def _states(
     )
 
 
-def _reject_without_experts(model: nn.Module, record: hooks.Recording) -> None:
+def _reject_without_experts(model: nn.Module, record: Recording) -> None:
     named = [
         name
         for name, module in model.named_modules()
@@ -215,7 +160,7 @@ def _call(
     input_ids: Tensor,
     attention_mask: Tensor,
     position_ids: Tensor,
-    record: hooks.Recording,
+    record: Recording,
     layers: int,
     length: Any,
 ) -> Any:
@@ -248,7 +193,7 @@ def _reason(error: Exception) -> str:
 
 
 class _Box:
-    record: hooks.Recording | None = None
+    record: Recording | None = None
 
 
 class _Step(nn.Module):
@@ -278,13 +223,13 @@ class _Step(nn.Module):
         past: list[Tensor],
     ) -> tuple[Tensor, list[Tensor]]:
         by_state = dict(zip(self.states, past, strict=True))
-        record = hooks.Recording(self.max_length, self.names, cache_position, attention_mask, by_state)
+        record = Recording(self.max_length, self.names, cache_position, attention_mask, by_state)
         self.traced.record = record
         layers = max(layer for layer, _ in self.states) + 1
         length = next(state.shape[2] for (_, kind), state in by_state.items() if kind in CACHE_KINDS)
         (decoder,) = self.decoder
         layers = max(layers, int(decoder.config.get_text_config().num_hidden_layers))
-        with hooks.recording(record), hooks.watching(record, decoder), scans_as_ops(decoder):
+        with recording(record), watching(record, decoder), scans_as_ops(decoder):
             out = _call(decoder, input_ids, attention_mask, position_ids, record, layers, length)
         return out.logits, [record.present[state] for state in self.states]
 
@@ -388,7 +333,7 @@ def _name_inputs(users: Sequence[fx.Node], states: Sequence[StateSpec]) -> dict[
     return dims
 
 
-def _check_layers(model: nn.Module, layers: Sequence[Any], record: hooks.Recording | None) -> None:
+def _check_layers(model: nn.Module, layers: Sequence[Any], record: Recording | None) -> None:
     """Every experts call must be a node: none may have been folded to the experts of the sample."""
     assert record is not None
     if len(layers) != len(record.experts):

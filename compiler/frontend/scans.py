@@ -27,8 +27,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moec.compiler.common.errors import UnsupportedModelError
-from moec.compiler.frontend.hooks import Recording, activation_name, active_record
-from moec.compiler.ir.ops import ACTIVATIONS
+from moec.compiler.frontend.activations import activation_name
+from moec.compiler.frontend.recording import Recording, active_record
+from moec.compiler.ir.experts import ACTIVATIONS
 
 L2_EPS = 1e-6
 """What flash-linear-attention and transformers add to the sum of squares of queries and keys."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin
 
 from moec.compiler.common.errors import UnsupportedModelError
-from moec.compiler.frontend.hooks import Recording
+from moec.compiler.frontend.recording import Recording
 
 
 class StepLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):  # type: ignore[no-untyped-call]

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, fx
 
 from moec.compiler.common.errors import UsageError
+from moec.compiler.ir.experts import NOT_ROUNDED, ExpertCall, ExpertInputs, ExpertWeights, run_experts
 from moec.compiler.ir.operands import Experts
-from moec.compiler.ir.ops import NOT_ROUNDED, ExpertCall, ExpertInputs, ExpertWeights, run_experts
 from moec.compiler.ir.program import EXPERTS, Program
 from moec.compiler.ir.weights import LazyTensor
 

@@ -8,7 +8,7 @@ from typing import Any, Self
 import torch
 from torch import fx
 
-from moec.compiler.ir.ops import Gate
+from moec.compiler.ir.experts import Gate
 
 _WITHOUT_MEANING = frozenset({"device", "layout", "pin_memory", "memory_format", "non_blocking", "requires_grad"})
 """Keywords that say where and how a tensor lies in memory, which a graph of moec says nothing of."""

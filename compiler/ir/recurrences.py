@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moec.compiler.ir.ops import ACTIVATIONS
+from moec.compiler.ir.experts import ACTIVATIONS
 
 UPDATE_RULES = ("linear", "gated", "delta", "gated_delta")
 """How a token changes the state, by the names that ONNX has for it."""
@@ -130,7 +130,7 @@ def causal_conv(
         bias: [C] or None.
         state: Last inputs of the steps before, [B, C, W] with W at least K - 1; zeros before the first token. Models of
             transformers keep K of them, kernels of ONNX Runtime K - 1.
-        activation: A key of `moec.compiler.ir.ops.ACTIVATIONS`.
+        activation: A key of `moec.compiler.ir.experts.ACTIVATIONS`.
 
     Returns:
         Output [B, C, S], and the last W of the state and the new inputs, [B, C, W].

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
+from moec.compiler.ir.experts import ExpertCall
 from moec.compiler.ir.interpreter import ProgramRunner
 from moec.compiler.ir.operands import Experts
-from moec.compiler.ir.ops import ExpertCall
 from moec.compiler.ir.program import Program
 from moec.compiler.ir.weights import LazyTensor
 from moec.quantize.formats import IntegerFormat

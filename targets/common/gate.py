@@ -1,11 +1,11 @@
-"""What an expert does between its two projections, for every target: see `moec.compiler.ir.ops.Gate`."""
+"""What an expert does between its two projections, for every target: see `moec.compiler.ir.experts.Gate`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Protocol, TypeVar
 
-from moec.compiler.ir.ops import Gate
+from moec.compiler.ir.experts import Gate
 
 V = TypeVar("V")
 
@@ -21,7 +21,7 @@ class Functions(Protocol[V]):
 
 
 def activated(functions: Functions[V], name: str, x: V) -> V:
-    """An activation, by its name in `moec.compiler.ir.ops.ACTIVATIONS`."""
+    """An activation, by its name in `moec.compiler.ir.experts.ACTIVATIONS`."""
     match name:
         case "identity":
             return x

@@ -301,7 +301,7 @@ def test_outputs_are_checked_before_any_work(checkpoint: Path, capsys: pytest.Ca
     out.mkdir()
     (out / "thesis.tex").write_text("mine")
     assert export(checkpoint, "--overwrite") == 11
-    assert "holds something else" in capsys.readouterr().err
+    assert "holds files that are not an artifact" in capsys.readouterr().err
     assert names(out) == ["thesis.tex"]
 
 

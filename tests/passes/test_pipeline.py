@@ -126,7 +126,7 @@ def test_two_third_parties_of_one_name():
 
 @pytest.mark.parametrize(("name", "attribute"), [("third", "entry"), ("other", "Third")])
 def test_an_entry_point_that_is_no_pass_of_its_name(name, attribute):
-    with pytest.raises(UsageError, match="is no Pass of that name"):
+    with pytest.raises(UsageError, match="does not refer to a Pass of that name"):
         default_passes(extra=[entry(name, attribute)])
 
 

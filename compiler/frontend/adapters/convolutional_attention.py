@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moec.compiler.frontend.hooks import active_record
+from moec.compiler.frontend.recording import active_record
 
 
 def _fits(module: nn.Module) -> bool:

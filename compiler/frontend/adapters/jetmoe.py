@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moec.compiler.frontend.hooks import activation_name, active_record, attention_hook, emit_experts
-from moec.compiler.ir.ops import Gate
+from moec.compiler.frontend.activations import activation_name
+from moec.compiler.frontend.hooks import attention_hook, emit_experts
+from moec.compiler.frontend.recording import active_record
+from moec.compiler.ir.experts import Gate
 
 
 def _route(router: Any, flat: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moec.compiler.frontend.hooks import active_record
+from moec.compiler.frontend.recording import active_record
 from moec.compiler.frontend.scans import emit_scan
 
 

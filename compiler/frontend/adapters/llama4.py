@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moec.compiler.frontend.hooks import activation_name, active_record, emit_experts
-from moec.compiler.ir.ops import Gate
+from moec.compiler.frontend.activations import activation_name
+from moec.compiler.frontend.hooks import emit_experts
+from moec.compiler.frontend.recording import active_record
+from moec.compiler.ir.experts import Gate
 
 
 def _forward(self: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moec.compiler.frontend.hooks import activation_name, active_record, emit_experts
-from moec.compiler.ir.ops import Gate
+from moec.compiler.frontend.activations import activation_name
+from moec.compiler.frontend.hooks import emit_experts
+from moec.compiler.frontend.recording import active_record
+from moec.compiler.ir.experts import Gate
 
 
 def _forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

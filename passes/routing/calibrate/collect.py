@@ -20,7 +20,7 @@ from moec.passes.routing.policies.layer_k import LayerK
 from moec.passes.routing.policies.top_p import TopP
 
 if TYPE_CHECKING:
-    from moec.compiler.ir.ops import ExpertCall
+    from moec.compiler.ir.experts import ExpertCall
 
 Number = TypeVar("Number", int, float)
 BATCH = 4

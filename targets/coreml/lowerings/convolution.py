@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import fx
 
+from moec.compiler.ir.experts import Gate
 from moec.compiler.ir.operands import CausalConv
-from moec.compiler.ir.ops import Gate
 from moec.compiler.ir.program import CAUSAL_CONV
 from moec.targets.common.arguments import integer, listed, result_dtype, shape_of
 from moec.targets.coreml.context import MIL_NAMES, Context, Var

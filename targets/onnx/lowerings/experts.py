@@ -16,8 +16,8 @@ import torch
 from torch import fx
 
 from moec.compiler.common.rejections import Rejection
+from moec.compiler.ir.experts import Gate
 from moec.compiler.ir.operands import Experts, Select
-from moec.compiler.ir.ops import Gate
 from moec.compiler.ir.program import EXPERTS, SELECT, Program, module_of
 from moec.quantize.lazy import Quantized
 from moec.targets.common.arguments import result_dtype

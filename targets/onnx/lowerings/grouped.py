@@ -27,8 +27,8 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, fx
 
+from moec.compiler.ir.experts import Gate
 from moec.compiler.ir.operands import Experts
-from moec.compiler.ir.ops import Gate
 from moec.compiler.ir.weights import LazyTensor, swap_last
 from moec.targets.common.arguments import result_dtype
 from moec.targets.common.gate import gated

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moec.compiler.ir.ops import Gate
+from moec.compiler.ir.experts import Gate
 from moec.compiler.ir.weights import LazyTensor, Mapped
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, fx
 
 from moec.compiler.common.rejections import Rejection
+from moec.compiler.ir.experts import Gate
 from moec.compiler.ir.operands import Experts
-from moec.compiler.ir.ops import Gate
 from moec.compiler.ir.program import EXPERTS, Program, module_of
 from moec.compiler.ir.weights import LazyTensor, concatenate
 from moec.quantize.formats import Activations

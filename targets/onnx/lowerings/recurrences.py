@@ -10,8 +10,8 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
+from moec.compiler.ir.experts import Gate
 from moec.compiler.ir.operands import CausalConv, LinearAttention
-from moec.compiler.ir.ops import Gate
 from moec.compiler.ir.recurrences import CAUSAL_CONV, LINEAR_ATTENTION
 from moec.targets.common.arguments import result_dtype, shape_of
 from moec.targets.onnx.context import DTYPES, MS, Context, Lowering

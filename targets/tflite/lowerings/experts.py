@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import fx
 
+from moec.compiler.ir.experts import Gate
 from moec.compiler.ir.operands import Experts, Select
-from moec.compiler.ir.ops import Gate
 from moec.compiler.ir.program import EXPERTS, SELECT
 from moec.targets.common.arguments import result_dtype
 from moec.targets.common.gate import gated

@@ -124,7 +124,7 @@ def test_something_else_is_never_replaced(tmp_path: Path) -> None:
         with pytest.raises(OutputError, match="is a file") as caught:
             make(tmp_path / "file", overwrite=overwrite)
         assert caught.value.exit_code == 11
-        with pytest.raises(OutputError, match="something else"):
+        with pytest.raises(OutputError, match="not an artifact"):
             make(tmp_path / "folder", overwrite=overwrite)
     assert names(tmp_path) == ["file", "folder"]
     assert (tmp_path / "folder" / "thesis.tex").read_text() == "mine"

@@ -15,7 +15,7 @@ from moec.compiler.pipeline.recipe import read_recipe
 LAUGHS = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 12))
 BAD_YAML = {
     "aliases that stand for 10^11 values": (LAUGHS, "aliases stand for more than"),
-    "a value that holds itself": ("target: &a [*a]\n", "a value that holds it"),
+    "a value that holds itself": ("target: &a [*a]\n", "a value that contains the alias"),
     "nests deeply": ("target: " + "[" * 100_000, "nests too deeply"),
     "not closed": ("target: [", "cannot be read as YAML"),
     "no mapping": ("3", "not a mapping"),

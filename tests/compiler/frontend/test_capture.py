@@ -17,13 +17,15 @@ from torch import nn
 from moec.compiler.common.errors import UnsupportedModelError
 from moec.compiler.families.tiny_models import tiny_model
 from moec.compiler.frontend import capture as capture_module
-from moec.compiler.frontend import hooks
+from moec.compiler.frontend.activations import gate_of
 from moec.compiler.frontend.capture import capture
 from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.frontend.masks import Mask, MaskPattern, MaskUseError
+from moec.compiler.frontend.meta_model import meta_model
+from moec.compiler.frontend.recording import Recording, active_record, recording, watching
 from moec.compiler.gates.reference import load_source
+from moec.compiler.ir.experts import Gate
 from moec.compiler.ir.interpreter import ProgramRunner
-from moec.compiler.ir.ops import Gate
 from moec.compiler.ir.printing import format_graph
 from moec.compiler.ir.program import Program
 from moec.compiler.measure.summary import model_summary
@@ -212,7 +214,7 @@ def test_the_garbage_collector_is_as_before(
 
 def test_tables_are_kept_as_they_were_before_they_were_rounded(tmp_path: Path) -> None:
     tiny_model("gemma4_text", hidden_size=80).save_pretrained(tmp_path)
-    model, tables = capture_module._meta_model(Checkpoint.open(tmp_path), torch.float16)
+    model, tables = meta_model(Checkpoint.open(tmp_path), torch.float16)
     (name,) = (name for name in tables if name.endswith("embed_scale"))
     rounded = model.get_buffer(name)
     assert rounded.dtype == torch.float16
@@ -223,13 +225,13 @@ def test_tables_are_kept_as_they_were_before_they_were_rounded(tmp_path: Path) -
 def test_a_gated_relu_is_no_steep_silu() -> None:
     """`x * sigmoid(48 * x)` is ReLU but for values near 0, and 48 is a number that the module keeps: its width."""
     experts = tiny_model("mixtral", hidden_act="relu", intermediate_size=48).model.layers[0].mlp.experts
-    assert hooks._gate_of(experts, "here") == Gate("relu")
+    assert gate_of(experts, "here") == Gate("relu")
 
 
 @pytest.mark.parametrize("limit", [0.5, 7.0, 2000.0])
 def test_a_limit_shows_beyond_it(limit: float) -> None:
     experts = tiny_model("gpt_oss", swiglu_limit=limit).model.layers[0].mlp.experts
-    found = hooks._gate_of(experts, "here")
+    found = gate_of(experts, "here")
     assert (found.activation, found.limit) == ("silu", limit)
 
 
@@ -251,9 +253,9 @@ def test_hooks_write_to_the_recording_of_their_thread() -> None:
 
     def record(name: str) -> list[str]:
         module = nn.Linear(1, 1)
-        with hooks.recording(hooks.Recording(8, {module: name})) as mine:
+        with recording(Recording(8, {module: name})) as mine:
             turn.wait()
-            hooks.active_record().attentions.append(hooks.active_record().name(module))
+            active_record().attentions.append(active_record().name(module))
             turn.wait()
         return mine.attentions
 
@@ -267,8 +269,8 @@ def test_modules_of_other_models_are_not_watched() -> None:
             raise ZeroDivisionError
 
     mine, other = Broken(), Broken()
-    record = hooks.Recording(8, {})
-    with hooks.watching(record, mine):
+    record = Recording(8, {})
+    with watching(record, mine):
         for module, running in ((other, []), (mine, [mine])):
             with pytest.raises(ZeroDivisionError):
                 module()

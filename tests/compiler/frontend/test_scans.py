@@ -15,9 +15,10 @@ from transformers.models.qwen3_next import modeling_qwen3_next as qwen
 from moec.compiler.common.errors import UnsupportedModelError
 from moec.compiler.common.verdict import Status
 from moec.compiler.families.tiny_models import tiny_config, tiny_model, write_tiny_checkpoint
-from moec.compiler.frontend import hooks, scans
+from moec.compiler.frontend import scans
 from moec.compiler.frontend.capture import capture
 from moec.compiler.frontend.checkpoint import Checkpoint
+from moec.compiler.frontend.recording import Recording, recording
 from moec.compiler.frontend.scans import FUNCTIONS, scans_as_ops
 from moec.compiler.frontend.step_cache import cache_class
 from moec.compiler.gates.cases import Prompts
@@ -148,8 +149,8 @@ def test_a_masked_token_leaves_the_state_alone_whatever_it_holds(kind: str) -> N
     def last(length: int, used: int) -> Tensor:
         mask = (torch.arange(length) < used).long()[None]
         past = {(0, "recurrent"): rand(1, *shape, seed=9)}
-        record = hooks.Recording(64, {}, torch.arange(length), mask, past, running=[module])
-        with hooks.recording(record):
+        record = Recording(64, {}, torch.arange(length), mask, past, running=[module])
+        with recording(record):
             counted = [item.ndim > axis and item.shape[axis] == 5 for item in arguments]
             cut = [item.narrow(axis, 0, length) if of else item for item, of in zip(arguments, counted, strict=True)]
             scan(*cut, **settings)

@@ -13,7 +13,7 @@ from transformers.models.kimi_linear import modeling_kimi_linear as kimi
 from transformers.models.nemotron_h import modeling_nemotron_h as nemotron
 from transformers.models.qwen3_next import modeling_qwen3_next as qwen
 
-from moec.compiler.ir.ops import ACTIVATIONS
+from moec.compiler.ir.experts import ACTIVATIONS
 from moec.compiler.ir.recurrences import CAUSAL_CONV, LINEAR_ATTENTION, UPDATE_RULES
 from tests.support.one_op import Axes
 from tests.support.op_cases import scan

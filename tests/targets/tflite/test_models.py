@@ -17,8 +17,8 @@ import moec
 from moec import passes
 from moec.compiler.common.errors import ArtifactError, LoweringError, MissingExtraError, UsageError
 from moec.compiler.gates.coverage import run_experts_by_force
+from moec.compiler.ir.experts import ACTIVATIONS, Gate
 from moec.compiler.ir.interpreter import ProgramRunner
-from moec.compiler.ir.ops import ACTIVATIONS, Gate
 from moec.compiler.ir.program import EXPERTS, Program
 from moec.compiler.ir.weights import Constant
 from moec.passes.quantize import Quantize

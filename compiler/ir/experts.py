@@ -1,0 +1,149 @@
+"""What the experts of a layer compute: activations, gates, and the reference of `moec::experts`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "identity": lambda x: x,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """How an expert combines the outputs of its first projection.
+
+    With `gated`, the projection holds gate and up, either concatenated or `interleaved` (gate0, up0, gate1, ...), and
+    the result is `act(min(gate, limit)) * (clamp(up, -limit, limit) + up_offset)`. `act` is `activation`, or
+    `x * sigmoid(alpha * x)` where `activation` is "silu" and `alpha` is not 1 (gpt-oss). Without it: `activation(x)`.
+    A `limit` of 0 clamps nothing. With `limit_activated` it holds for what the activation yields and not for what it
+    takes in (Step 3.7): `min(act(gate), limit) * (clamp(up, -limit, limit) + up_offset)`.
+    """
+
+    activation: str
+    gated: bool = True
+    interleaved: bool = False
+    alpha: float = 1.0
+    limit: float = 0.0
+    up_offset: float = 0.0
+    limit_activated: bool = False
+
+    def split(self, projected: Tensor) -> tuple[Tensor, Tensor]:
+        """Split `projected` [..., 2 * I] into gate and up, each [..., I]."""
+        if self.interleaved:
+            return projected[..., ::2], projected[..., 1::2]
+        gate, up = projected.chunk(2, dim=-1)
+        return gate, up
+
+    def __call__(self, projected: Tensor) -> Tensor:
+        """Apply to `projected` [..., 2 * I] (or [..., I] without gate); return [..., I]."""
+        if not self.gated:
+            return ACTIVATIONS[self.activation](projected)
+        gate, up = self.split(projected)
+        if self.limit:
+            gate, up = gate if self.limit_activated else gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
+        if self.activation == "silu" and self.alpha != 1.0:
+            activated = gate * torch.sigmoid(self.alpha * gate)
+        else:
+            activated = ACTIVATIONS[self.activation](gate)
+        if self.limit and self.limit_activated:
+            activated = activated.clamp(max=self.limit)
+        return activated * (up + self.up_offset if self.up_offset else up)
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertWeights:
+    """The weights of one expert as `linear` wants them: gate_up [2I or I, H], down [H, I]."""
+
+    gate_up: Tensor
+    down: Tensor
+    gate_up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertInputs:
+    """The inputs of an expert's two products as a kernel multiplies them: functions of [n, H] and of [n, I]."""
+
+    gate_up: Callable[[Tensor], Tensor]
+    down: Callable[[Tensor], Tensor]
+
+
+def _as_they_are(activations: Tensor) -> Tensor:
+    return activations
+
+
+NOT_ROUNDED = ExpertInputs(_as_they_are, _as_they_are)
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertCall:
+    """What one expert did in one layer, for calibration and accounting.
+
+    Attributes:
+        expert: Its index.
+        tokens: Rows of the layer's input that it ran on, [n].
+        slots: Routing slot of each, [n].
+        weights: Routing weight of each, [n].
+        inputs: [n, H].
+        inner: Input of the second projection, [n, I].
+        outputs: Its outputs before they are weighted, [n, H].
+    """
+
+    expert: int
+    tokens: Tensor
+    slots: Tensor
+    weights: Tensor
+    inputs: Tensor
+    inner: Tensor
+    outputs: Tensor
+
+
+def run_experts(
+    hidden_states: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    gate: Gate,
+    expert: Callable[[int], ExpertWeights],
+    watch: Callable[[ExpertCall], None] | None = None,
+    rounded: ExpertInputs = NOT_ROUNDED,
+) -> Tensor:
+    """Reference of `moec::experts` with the weights of each expert fetched when it is needed.
+
+    Args:
+        hidden_states: [T, H].
+        indices: Expert of each slot, [T, k], integer. Values outside the experts (padding slots) are dropped.
+        weights: Routing weight of each slot, [T, k]. A weight of exactly 0 drops the slot.
+        gate: Activation of the experts.
+        expert: Returns the weights of one expert; called once per expert that is used.
+        watch: Called after each expert, with activations that are not rounded.
+        rounded: What kernels make of activations before they multiply them.
+
+    Returns:
+        [T, H] in the dtype of `hidden_states`, accumulated in float32 (float64 for float64 input).
+    """
+    accumulate = torch.promote_types(hidden_states.dtype, torch.float32)
+    out = torch.zeros(hidden_states.shape, dtype=accumulate)
+    live = torch.where(weights != 0, indices, -1)
+    for index in torch.unique(live[live >= 0]).tolist():
+        token, slot = torch.where(live == index)
+        own = expert(index)
+        inputs, share = hidden_states[token], weights[token, slot]
+        inner = gate(F.linear(rounded.gate_up(inputs), own.gate_up, own.gate_up_bias))
+        result = F.linear(rounded.down(inner), own.down, own.down_bias)
+        out.index_add_(0, token, result.to(accumulate) * share[:, None].to(accumulate))
+        if watch is not None:
+            watch(ExpertCall(index, token, slot, share, inputs, inner, result))
+    return out.to(hidden_states.dtype)
