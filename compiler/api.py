@@ -30,16 +30,19 @@ def export(
     Args:
         checkpoint: Directory or hub id.
         output: Directory to make.
-        target: Such as "onnx"; `moec.targets.target_names()` lists them.
-        recipe: A recipe file; every other argument overrides what it says.
+        target: Name of the target, such as "onnx"; `moec.targets.target_names()` lists them.
+        recipe: A recipe file; every other argument overrides its keys.
         overwrite: Replace an artifact at `output`.
         gates: Run the gates.
-        progress: Called with a stage, how much of it is done and how much there is.
-        options: Further recipe keys (`dtype`, `trust_remote_code`); everything else is an option of the target.
+        progress: Called with the name of a stage, the number of finished steps and the number of all steps.
+        options: Further recipe keys (`dtype`, `trust_remote_code`); any other key is an option of the target.
+
+    Returns:
+        The artifact directory, its moec.json and the verdicts of the gates.
 
     Raises:
-        GateError: A gate failed. The artifact is at `output` all the same; `error.result` has the verdicts.
-        MoecError: Anything else that stops an export; see `moec.compiler.common.errors`.
+        GateError: A gate failed. The artifact is at `output` nevertheless; `error.result` has the verdicts.
+        MoecError: Anything else that stops an export; its subclasses are in `moec.compiler.common.errors`.
     """
     from moec.compiler.pipeline.export import GateError, compile_recipe
     from moec.compiler.pipeline.stages import silent
@@ -56,9 +59,14 @@ def export(
 
 
 def merge(recipe: Path | None, given: Mapping[str, Any]) -> Recipe:
-    """A recipe of a file and of what was given beside it, which wins; None means not given.
+    """Merge a recipe file with given keys, which override the file; a value of None counts as not given.
 
-    Keys that are no keys of a recipe are options of the target.
+    Args:
+        recipe: The file, or None.
+        given: Recipe keys; any other key is an option of the target.
+
+    Raises:
+        UsageError: The file cannot be read, or a key or value is not valid.
     """
     fields = read_recipe(recipe) if recipe else {}
     extra: dict[str, Any] = {}
@@ -67,7 +75,7 @@ def merge(recipe: Path | None, given: Mapping[str, Any]) -> Recipe:
             (fields if name in Recipe.model_fields else extra)[name] = value
     for name in SECTIONS:
         if isinstance(section := given.get(name), Mapping):
-            # What was said first of the same section goes where it was not said again.
+            # Keys of the section that are not given keep their value from the file.
             in_section = read_recipe(recipe).get(name) if recipe else None
             fields[name] = {**in_section, **section} if isinstance(in_section, Mapping) else dict(section)
     if extra:
@@ -85,8 +93,8 @@ def load(directory: str | Path, *, threads: int = 0, inputs: Mapping[str, float]
         inputs: Values of scalar inputs that have a default, such as {"routing_budget": 0.7}.
 
     Raises:
-        ArtifactError: No artifact, or a damaged one.
-        UsageError: The artifact has no such input.
+        ArtifactError: The directory is not an artifact, or the artifact is damaged.
+        UsageError: The artifact has no input of one of these names.
     """
     from moec.compiler.run.generate import Generator
 

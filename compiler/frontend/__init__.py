@@ -1,1 +1,1 @@
-"""From a checkpoint on disk to a Program: its config, its tensors, its model, and the trace of one step."""
+"""From a checkpoint on disk to a Program: reading its config and tensors, building its model and tracing one step."""

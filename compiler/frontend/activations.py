@@ -1,4 +1,4 @@
-"""Recognise the activation of an expert, or of a convolution, by its values on a grid, whatever its class is called."""
+"""Recognise the activation of an expert or a convolution by its values on a grid, whatever its class is called."""
 
 from __future__ import annotations
 
@@ -15,10 +15,14 @@ from moec.compiler.ir.experts import ACTIVATIONS, Gate
 
 
 def activation_name(function: Any, where: str) -> str:
-    """Name of an activation in `ACTIVATIONS`, found by its values.
+    """The key of `ACTIVATIONS` whose function has the values of `function` on a grid.
+
+    Args:
+        function: Tensor -> tensor of the same shape.
+        where: The module, for messages.
 
     Raises:
-        UnsupportedModelError: It is none of them.
+        UnsupportedModelError: No activation matches.
     """
     with _disable_current_modes():
         grid = _probes(())
@@ -28,12 +32,16 @@ def activation_name(function: Any, where: str) -> str:
                 return name
     raise UnsupportedModelError(
         f"{where}: its activation {type(function).__name__} is not one of {', '.join(ACTIVATIONS)}",
-        hint="ACTIVATIONS in compiler/ir/experts.py is the one place to add it",
+        hint="to support it, add it to ACTIVATIONS in compiler/ir/experts.py",
     )
 
 
 def gate_of(module: Any, where: str) -> Gate:
-    """Recognise the activation of an experts module, whatever its class overrides, by its values on a grid."""
+    """The Gate of an experts module of transformers, found by its values on a grid, whatever its class overrides.
+
+    Raises:
+        UnsupportedModelError: No Gate matches.
+    """
     if not module.has_gate:
         return Gate(activation_name(module.act_fn, where), gated=False)
     interleaved = not module.is_concatenated
@@ -47,13 +55,13 @@ def gate_of(module: Any, where: str) -> Gate:
             if torch.allclose(values, candidate(pair), rtol=1e-5, atol=1e-6):
                 return candidate
     raise UnsupportedModelError(
-        f"{where}: {type(module).__name__} combines gate and up in a form that moec does not know",
-        hint="Gate in compiler/ir/experts.py is the one place to add it",
+        f"{where}: {type(module).__name__} combines gate and up in a way that moec does not know",
+        hint="to support it, extend Gate in compiler/ir/experts.py",
     )
 
 
 def _candidates(module: Any, interleaved: bool) -> Iterator[Gate]:
-    """Every Gate that the numbers kept on the module allow: limits and alphas are among its float attributes."""
+    """Every Gate that the module may have: limits and alphas are taken from its numeric attributes and its config."""
     numbers = {float(value) for value in vars(module).values() if isinstance(value, int | float) and value}
     config = getattr(module, "config", None)
     numbers |= (
@@ -69,9 +77,9 @@ def _candidates(module: Any, interleaved: bool) -> Iterator[Gate]:
 
 
 def _probes(limits: Collection[float]) -> Tensor:
-    """Values that tell activations apart: near 0, where they bend, far out, and on both sides of every limit.
+    """Values that tell activations apart: near 0, in the curved region, far out, and on both sides of every limit.
 
-    `x * sigmoid(alpha * x)` with a large alpha is ReLU but for values near 0, and a limit shows beyond it alone.
+    `x * sigmoid(alpha * x)` with a large alpha differs from ReLU near 0 alone, and a limit shows only beyond it.
     """
     near = torch.logspace(-3, 3, 25)
     edges = torch.tensor([factor * limit for limit in limits for factor in (0.99, 1.01)])

@@ -1,7 +1,9 @@
-"""Which classes of transformers a config.json means, with what training and fine-tuning left in it taken out.
+"""The classes of transformers for a config.json, without the settings that training and fine-tuning left in it.
 
-A class of transformers is used wherever there is one: code that a checkpoint brings along runs only where there is
-none, and only if the user trusts it.
+A class of transformers is used wherever there is one, whatever `auto_map` says. Code of the checkpoint itself runs only
+where transformers has no class, and only if the user trusts it.
+
+A multimodal release is built as its wrapper and called with text alone.
 """
 
 from __future__ import annotations
@@ -22,11 +24,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Alias:
-    """What a model type equals that transformers does not know by its name.
+    """A model type that transformers has under another name.
 
     Attributes:
         known_as: Name of the model type in transformers.
-        renamed: Key of config.json -> its name there, where that is another.
+        renamed: Key of config.json -> its name in transformers, where the two differ.
     """
 
     known_as: str
@@ -37,7 +39,7 @@ ALIASES: Mapping[str, Alias] = {
     "hunyuan": Alias("hunyuan_v1_moe", {"attention_head_dim": "head_dim"}),
     "kimi_k2": Alias("deepseek_v3"),
 }
-"""Model type in config.json -> what it equals: the one place where a name decides."""
+"""Model type in config.json -> the equal type of transformers. Nowhere else does moec decide by the name of a model."""
 
 _RUN_TIME_KEYS = frozenset(
     {
@@ -56,19 +58,19 @@ _RUN_TIME_KEYS = frozenset(
         "use_return_dict",
     }
 )
-"""Keys that say how a model was run when it was saved, and nothing of what it computes."""
+"""Keys that say how a model was run when it was saved, and not what it computes."""
 
-_REFUSED = (ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, OSError, ArithmeticError)
+_BUILD_ERRORS = (ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, OSError, ArithmeticError)
 
 
 def named_type(raw: Mapping[str, Any]) -> str:
-    """The model type of a config.json under the name that transformers has for it."""
+    """The model type of a config.json by its name in transformers."""
     alias, name = _given_type(raw)
     return name if alias is None else alias.known_as
 
 
 def _given_type(raw: Mapping[str, Any]) -> tuple[Alias | None, str]:
-    """The row of the table for a config.json, if it has one, and the model type that is in the file."""
+    """The entry of `ALIASES` for a config.json, if there is one, and the model type that the file names."""
     name = str(raw.get("model_type", ""))
     return ALIASES.get(name), name
 
@@ -81,10 +83,10 @@ def is_native(raw: Mapping[str, Any]) -> bool:
 
 
 def notes(raw: Mapping[str, Any]) -> tuple[str, ...]:
-    """What the user should know about the choice of classes."""
+    """Sentences for the user about how the classes were chosen."""
     found = []
     if "auto_map" in raw and is_native(raw):
-        found.append("config.json names code of its own (auto_map): not run, transformers has the model itself")
+        found.append("config.json names code of its own (auto_map); it is not run, since transformers has the model")
     alias, name = _given_type(raw)
     if alias is not None:
         found.append(f"model_type {name} is read as {alias.known_as}, which it equals")
@@ -114,10 +116,10 @@ def read_config(directory: Path, raw: Mapping[str, Any], *, trust_remote_code: b
         config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=True)
     except MoecError:
         raise
-    except Exception as error:  # whatever classes of exceptions 400 config classes use, it is about these values
+    except Exception as error:  # 400 config classes raise many types of exceptions, all of them about these values
         raise CheckpointError(
             f"{directory / 'config.json'}: transformers refuses it: {' '.join(str(error).split())}",
-            hint="check model_type and the values it complains about",
+            hint="check model_type and the values that the message names",
         ) from error
     for key in _RUN_TIME_KEYS & vars(config).keys():
         if isinstance(getattr(config, key), bool):
@@ -127,11 +129,13 @@ def read_config(directory: Path, raw: Mapping[str, Any], *, trust_remote_code: b
 
 def _check_unknown(directory: Path, raw: Mapping[str, Any], trust_remote_code: bool) -> None:
     if "model_type" not in raw:
-        raise CheckpointError(f"{directory / 'config.json'}: it names no model_type", hint="is it a config.json?")
+        raise CheckpointError(
+            f"{directory / 'config.json'}: it has no model_type", hint="is it the config.json of a model?"
+        )
     name = raw["model_type"]
     if "auto_map" not in raw:
         raise UnsupportedModelError(
-            f"{directory}: transformers has no model of type {name!r}, and the checkpoint names no code of its own",
+            f"{directory}: transformers has no model of type {name!r}, and config.json names no code of its own",
             hint="check model_type in config.json; moec families lists what works",
         )
     if not trust_remote_code:
@@ -143,7 +147,7 @@ def _check_unknown(directory: Path, raw: Mapping[str, Any], trust_remote_code: b
 
 
 def _for_inference(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """`raw` without run-time keys and with the names that transformers knows, nested configs too."""
+    """`raw`, nested configs included, without run-time keys and with the names that transformers has."""
     plain: dict[str, Any] = {}
     for key, value in raw.items():
         if key in _RUN_TIME_KEYS or key == "auto_map":
@@ -159,13 +163,13 @@ def _for_inference(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def model_class(config: PreTrainedConfig) -> tuple[Any, PreTrainedConfig]:
-    """What builds the model, and a copy of the config that it takes.
+    """The class that builds the model, and a copy of the config that it takes.
 
-    It is a causal language model, or the wrapper of a multimodal release that holds one. Where transformers has a class
-    for the text of such a release alone, that class takes the part of the config that describes the text.
+    The class is that of a causal language model, or of the wrapper of a multimodal release. Where transformers has a
+    class for the text model of such a release, that class takes the text part of the config.
 
     Returns:
-        A class of transformers, or `AutoModelForCausalLM` where the checkpoint brings the class along; the config.
+        A class of transformers, or `AutoModelForCausalLM` where the class is code of the checkpoint; and the config.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING, AutoModelForCausalLM
 
@@ -178,13 +182,13 @@ def model_class(config: PreTrainedConfig) -> tuple[Any, PreTrainedConfig]:
 
 
 def build(config: PreTrainedConfig, *, attention: str, dtype: Any, trust_remote_code: bool) -> PreTrainedModel:
-    """A model with the initial weights of transformers, on the device that is set.
+    """Build a model with the initial weights of transformers, on the current default device.
 
     Args:
-        config: Is left as it was.
+        config: The config; it is not changed.
         attention: Name of the attention implementation.
-        dtype: Of the parameters.
-        trust_remote_code: Whether the class may be one that the checkpoint brings along.
+        dtype: Dtype of the parameters.
+        trust_remote_code: Whether the class may be code of the checkpoint.
 
     Raises:
         UnsupportedModelError: transformers cannot build it.
@@ -196,7 +200,7 @@ def build(config: PreTrainedConfig, *, attention: str, dtype: Any, trust_remote_
             model: PreTrainedModel = kind._from_config(own, **options)
         else:
             model = kind.from_config(own, trust_remote_code=trust_remote_code, **options)
-    except _REFUSED as error:
+    except _BUILD_ERRORS as error:
         raise UnsupportedModelError(
             f"{type(config).__name__}: transformers cannot build it as a language model "
             f"with pluggable attention: {first_line(error)}",
@@ -206,7 +210,7 @@ def build(config: PreTrainedConfig, *, attention: str, dtype: Any, trust_remote_
 
 
 def set_experts(model: PreTrainedModel, implementation: str) -> None:
-    """Set the experts implementation of `model` and of the models in it: a wrapper need not hand it on."""
+    """Set the experts implementation of `model` and of every model inside it, since a wrapper may not pass it on."""
     from transformers import PreTrainedModel
 
     for part in model.modules():
@@ -215,9 +219,9 @@ def set_experts(model: PreTrainedModel, implementation: str) -> None:
 
 
 def text_decoder(model: PreTrainedModel) -> PreTrainedModel:
-    """The part of `model` that turns token ids into logits: itself, or the first part of it that can.
+    """The part of `model` that turns token ids into logits: itself, or the first child that can.
 
-    A wrapper without a forward of its own only holds models that talk to each other.
+    A wrapper without a `forward` of its own is only a container of models.
     """
     from transformers import PreTrainedModel
 

@@ -1,8 +1,15 @@
-"""Capture: a checkpoint becomes a Program, without a weight being read.
+"""Capture: turn a checkpoint into a Program without reading a weight.
 
-The model is built on the meta device; the few modules that own non-persistent buffers (rotary tables) get real ones;
-parameters become fake CPU tensors; then torch.export traces a step with the hooks of `moec.compiler.frontend.hooks` in
-place.
+`meta_model` builds the model without weights, and torch.export traces one step with a past through the hooks of
+`moec.compiler.frontend.hooks`. Prefill and decode are the same graph with another past. A first pass over fake tensors
+finds the states: what attention takes as keys and values, and what a layer asks the cache of transformers to keep.
+
+A model is traced once. `functional` turns its writes in place into new values, or torch traces the graph again where
+they are not clear. Where an export in float16 needs the model in float32 too, for calibration or as the reference of
+the quality gate, `moec.compiler.ir.widen` derives it from the same trace.
+
+What cannot be captured is an UnsupportedModelError that names the module and the reason. A model is never frozen to the
+experts of the sample input.
 """
 
 from __future__ import annotations
@@ -20,7 +27,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, S
 from moec.compiler.common.errors import MoecError, UnsupportedModelError, first_line
 from moec.compiler.common.memory import rare_collections
 from moec.compiler.common.model_config import DEFAULT_CONTEXT, context_length
-from moec.compiler.frontend import architecture, hooks
+from moec.compiler.frontend import architecture
 from moec.compiler.frontend.adapters.base import adapt
 from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.frontend.conversion import open_weights
@@ -49,12 +56,12 @@ if TYPE_CHECKING:
 
 INPUTS = ("input_ids", "attention_mask", "position_ids", "cache_position")
 AXES = ("batch", "sequence", "past_sequence", "total_sequence")
-# Distinct sizes, so that no two axes are taken for one.
+# All sizes differ, so that torch.export does not take two axes for one.
 SAMPLE = {"batch": 2, "sequence": 5, "past_sequence": 7, "total_sequence": 12}
 
 
 _ONE_AT_A_TIME = threading.Lock()
-"""Threads take turns: torch keeps the tracing modes of the process, not of a thread, in its mode stack."""
+"""Only one thread traces at a time, since the tracing modes of torch belong to the process."""
 
 
 @roomy
@@ -78,7 +85,6 @@ def capture(checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32) -> Pr
 
 
 def _capture(checkpoint: Checkpoint, dtype: torch.dtype) -> Program:
-    hooks.register()
     model, tables = meta_model(checkpoint, dtype)
     opened = open_weights(checkpoint, model)
     names = {module: name for name, module in model.named_modules()}
@@ -116,7 +122,11 @@ _INPUT_SHAPES: dict[str, tuple[Dim, ...]] = {
 def _states(
     model: PreTrainedModel, names: dict[nn.Module, str], max_length: int, mode: FakeTensorMode, dtype: torch.dtype
 ) -> tuple[StateSpec, ...]:
-    """The state table, from one fake forward pass."""
+    """The state table, found by one forward pass over fake tensors.
+
+    Raises:
+        UnsupportedModelError: The model has no experts or no attention, or one of its modules cannot be traced.
+    """
     record = Recording(max_length, names)
     layers = int(getattr(model.config.get_text_config(), "num_hidden_layers", 0))
     with mode, recording(record), watching(record, model), scans_as_ops(model):
@@ -126,7 +136,7 @@ def _states(
     if not record.experts:
         _reject_without_experts(model, record)
     if not record.attentions:
-        raise UnsupportedModelError(f"{type(model).__name__}: none of its layers attends to earlier tokens")
+        raise UnsupportedModelError(f"{type(model).__name__}: no layer attends to earlier tokens")
     return tuple(
         state_spec(layer, kind, shape, dtype if kind in CACHE_KINDS else own)
         for (layer, kind), (shape, own) in sorted(record.states.items())
@@ -140,7 +150,7 @@ def _reject_without_experts(model: nn.Module, record: Recording) -> None:
         if "expert" in type(module).__name__.lower() or "moe" in type(module).__name__.lower().rsplit("for", 1)[0]
         if not isinstance(module, nn.ModuleList) and name.count(".") > 1
     ]
-    # The name of the model may be in the names of all its classes; stacked weights tell experts from the rest.
+    # "moe" may be part of the model's name and so of every class name; stacked weights tell experts from other modules.
     stacked = [name for name in named if any(p.ndim == 3 for p in model.get_submodule(name).parameters(recurse=False))]
     suspects = stacked or named
     if suspects:
@@ -164,7 +174,7 @@ def _call(
     layers: int,
     length: Any,
 ) -> Any:
-    """Run one step with the hooks in place, and turn whatever goes wrong in the model into a named error."""
+    """Run one step, and turn an exception of the model into an UnsupportedModelError that names the module."""
     try:
         return model(
             input_ids=input_ids,
@@ -184,15 +194,15 @@ def _call(
 
 
 def _reason(error: Exception) -> str:
-    """What went wrong in a module, in the words of those who know the model and not the tracer."""
+    """What went wrong in a module, for readers who know the model and not the tracer."""
     if isinstance(error, MaskUseError):
         return str(error)
     if isinstance(error, GuardOnDataDependentSymNode | DataDependentOutputException):
-        return "its Python code takes a decision by the values of a tensor, which differ from input to input"
+        return "its Python code branches on the values of a tensor, which differ from input to input"
     return f"{type(error).__name__}: {first_line(error)}"
 
 
-class _Box:
+class _LastRecording:
     record: Recording | None = None
 
 
@@ -209,10 +219,10 @@ class _Step(nn.Module):
     ) -> None:
         super().__init__()
         self.model, self.names, self.max_length = model, names, max_length
-        self.decoder = [decoder]  # in a list: its parameters have the names that they have in the whole model
+        self.decoder = [decoder]  # in a list, so that its parameters keep their names in the whole model
         self.states = [(state.layer, state.kind) for state in states]
-        # A box, since torch.export puts attributes that a trace assigns, lists too, back to what they were.
-        self.traced = _Box()
+        # torch.export restores the attributes that a trace assigns, so the recording is kept in another object.
+        self.traced = _LastRecording()
 
     def forward(
         self,
@@ -237,11 +247,11 @@ class _Step(nn.Module):
 def _export(
     step: _Step, states: Sequence[StateSpec], mode: FakeTensorMode
 ) -> tuple[torch.export.ExportedProgram, fx.Graph]:
-    """Trace a step: the program of torch.export, and its graph without writes."""
+    """Trace a step; return the program of torch.export, and its graph without writes in place."""
     batch, sequence, _, total = (SAMPLE[axis] for axis in AXES)
     auto = torch.export.Dim.DYNAMIC
     with mode:
-        # Distinct objects: torch.export silently takes one tensor object given twice for one input.
+        # Every argument is an object of its own: torch.export silently merges a tensor that is given twice.
         args = (
             torch.zeros(batch, sequence, dtype=torch.long),
             torch.ones(batch, total, dtype=torch.long),
@@ -277,7 +287,17 @@ def _export(
 def _own_graph(
     exported: torch.export.ExportedProgram, traced: fx.Graph, states: Sequence[StateSpec], tables: Mapping[str, Tensor]
 ) -> tuple[fx.Graph, dict[str, LazyTensor], dict[str, Any]]:
-    """Turn parameter placeholders into `get_attr` nodes and name what is left."""
+    """Copy the trace into a graph whose parameters are `get_attr` nodes and whose inputs have moec's names.
+
+    Args:
+        exported: The exported program.
+        traced: Its graph without writes in place.
+        states: The state table.
+        tables: Buffer name -> its value before it was rounded.
+
+    Returns:
+        The graph, the constants that it names, and dynamic axis -> its symbol.
+    """
     prefix = "model."
     kinds = {spec.arg.name: spec for spec in exported.graph_signature.input_specs}
     constants: dict[str, LazyTensor] = {}
@@ -301,7 +321,7 @@ def _own_graph(
         if node.op == "placeholder" and mapping[node].op == "placeholder":
             users.append(mapping[node])
     dims = _name_inputs(users, states)
-    # Parameters that no step uses, such as those of a vision tower, are inputs of the trace all the same.
+    # The trace has inputs for parameters that no step uses, such as those of a vision tower.
     graph.eliminate_dead_code()
     return graph, constants, dims
 
@@ -313,13 +333,13 @@ def _constant(exported: torch.export.ExportedProgram, target: str) -> Tensor | N
 
 def _module_path(node: fx.Node, prefix: str) -> str:
     stack = node.meta.get("nn_module_stack") or {}
-    # torch.export gives nodes that its own passes make a stand-in (torch/_export/passes/_node_metadata_hook.py).
+    # Nodes that passes of torch.export made have a placeholder entry (torch/_export/passes/_node_metadata_hook.py).
     path = [str(entry[0]) for key, entry in stack.items() if not key.startswith("_empty_nn_module_stack")]
     return path[-1].removeprefix("L['self'].").removeprefix(prefix) if path else ""
 
 
 def _name_inputs(users: Sequence[fx.Node], states: Sequence[StateSpec]) -> dict[str, Any]:
-    """Rename the placeholders after moec's signature and read the symbols of the dynamic axes off them."""
+    """Give the placeholders the names of moec's inputs and states, and return dynamic axis -> its symbol."""
     dims: dict[str, Any] = {}
     for name, node in zip(INPUTS, users, strict=False):
         node.target = node.name = name
@@ -334,7 +354,11 @@ def _name_inputs(users: Sequence[fx.Node], states: Sequence[StateSpec]) -> dict[
 
 
 def _check_layers(model: nn.Module, layers: Sequence[Any], record: Recording | None) -> None:
-    """Every experts call must be a node: none may have been folded to the experts of the sample."""
+    """Check that every call of experts is a node of the graph, and none was folded to the experts of the sample.
+
+    Raises:
+        UnsupportedModelError: The counts differ.
+    """
     assert record is not None
     if len(layers) != len(record.experts):
         raise UnsupportedModelError(

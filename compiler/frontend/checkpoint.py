@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint on disk: its config and the index of its safetensors files. Reads no weight."""
+"""A Hugging Face checkpoint on disk: its config and the index of its safetensors files. No weight is read here."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ TOKENIZER_FILES = (
 
 _LAYERS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers")
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-"""Keys of config.json that say how many of something there are."""
+"""Keys of config.json that hold the number of layers or of experts."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint directory, opened. Use `Checkpoint.open`."""
+    """A checkpoint directory; made by `Checkpoint.open`."""
 
     directory: Path
     raw_config: Mapping[str, Any]
@@ -58,8 +58,8 @@ class Checkpoint:
             trust_remote_code: Run modelling code of the checkpoint where transformers has none for it.
 
         Raises:
-            CheckpointError: Not a checkpoint, or damaged.
-            UnsupportedModelError: It is stored in a form that moec does not read.
+            CheckpointError: It is not a checkpoint, or it is damaged.
+            UnsupportedModelError: Its weights are stored in a format that moec does not read.
         """
         directory = resolve(str(location), revision)
         data = _read(directory, directory / "config.json")
@@ -71,9 +71,9 @@ class Checkpoint:
 
     @property
     def quantization(self) -> Mapping[str, Any]:
-        """What config.json says of the form in which the weights are stored; empty where they are plain floats.
+        """The quantization_config of config.json; empty where the weights are plain floats.
 
-        A wrapper of several models may say it of its text model alone.
+        A multimodal release may have it in its text_config.
         """
         text = self.raw_config.get("text_config")
         inner = text.get("quantization_config") if isinstance(text, dict) else None
@@ -91,20 +91,21 @@ class Checkpoint:
         self._check_counts()
         config = read_config(self.directory, self.raw_config, trust_remote_code=self.trust_remote_code)
         for part in (config, config.get_text_config()):
-            # Weights are decoded here: to transformers this is a model with float weights.
+            # moec decodes the weights itself, so transformers must build a model with float weights.
             part.__dict__.pop("quantization_config", None)
         return config
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the user should know about how the checkpoint is read."""
+        """Sentences for the user about how the checkpoint is read."""
         return notes(self.raw_config)
 
     def _check_counts(self) -> None:
-        """Refuse what no model of these files can have, before objects are made for each layer and expert.
+        """Refuse impossible counts in config.json before transformers makes objects for each layer and expert.
 
         Raises:
-            CheckpointError: There are more layers than tensors, or more experts than any tensor is long.
+            CheckpointError: It has more layers than there are tensors, or more experts than the longest axis or the
+                number of tensors.
         """
         try:
             entries = self.entries
@@ -118,17 +119,17 @@ class Checkpoint:
                 count = part.get(key)
                 if isinstance(count, int) and count > limit:
                     raise CheckpointError(
-                        f"{self.directory / 'config.json'}: {key} is {count}, and the files hold {len(entries)} "
+                        f"{self.directory / 'config.json'}: {key} is {count}, but the files hold {len(entries)} "
                         "tensors",
-                        hint="config and weights disagree: is this config.json the one of these weights?",
+                        hint="config and weights disagree: does this config.json belong to these weights?",
                     )
 
     @cached_property
     def files(self) -> tuple[Path, ...]:
-        """The safetensors files in the order of their names.
+        """The safetensors files, sorted by name.
 
         Raises:
-            CheckpointError: There are none, or one that the index names is missing.
+            CheckpointError: There are none, or a file that the index names is missing.
         """
         single, index = self.directory / "model.safetensors", self.directory / INDEX
         if index.is_file():
@@ -136,7 +137,7 @@ class Checkpoint:
             if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
                 weight_map = None
             if not weight_map:
-                raise CheckpointError(f"{index}: no weight_map in it", hint="download the file again")
+                raise CheckpointError(f"{index}: it has no weight_map", hint="download the file again")
             files = tuple(self.directory / name for name in sorted(set(weight_map.values())))
             if missing := [file.name for file in files if not file.is_file()]:
                 raise CheckpointError(
@@ -157,7 +158,7 @@ class Checkpoint:
 
     @cached_property
     def opened(self) -> tuple[WeightFile, ...]:
-        """`files`, opened. All that is read of them, their digests included, is what lay there at this moment.
+        """`files`, opened. Later reads, digests included, see the files as they were at this moment.
 
         Raises:
             CheckpointError: There are none, or one cannot be opened or is a link that leads out of the checkpoint.
@@ -169,38 +170,36 @@ class Checkpoint:
         """Tensor name in the files -> entry, from the headers alone.
 
         Raises:
-            CheckpointError: A file is truncated or no safetensors file.
+            CheckpointError: A file is truncated or is not a safetensors file.
         """
         return {entry.name: entry for file in self.opened for entry in file.entries()}
 
     @cached_property
     def tensors(self) -> Mapping[str, LazyTensor]:
-        """Name -> float tensor: names without what wrappers put before them, stored codes decoded on demand.
+        """Name -> float tensor. Names are without the prefixes of training wrappers; codes are decoded on demand.
 
         Raises:
-            CheckpointError: The names are those of an adapter, or what belongs to a quantized tensor is missing.
-            UnsupportedModelError: The weights are stored in a way that moec does not read.
+            CheckpointError: The names are those of an adapter, or a part of a quantized tensor is missing.
+            UnsupportedModelError: The weights are stored in a format that moec does not read.
         """
         return float_tensors(plain_names(self.entries, self.directory), self.quantization, self.directory)
 
     @cached_property
     def weights(self) -> Mapping[str, LazyTensor]:
-        """Those of `tensors` that can be weights; what nothing needs may be of a dtype that cannot be read."""
+        """The readable ones of `tensors`; a tensor that nothing needs may have a dtype that moec cannot read."""
         return {name: tensor for name, tensor in self.tensors.items() if readable(tensor)}
 
     @property
     def stored_plainly(self) -> bool:
-        """Whether the files hold the weights as floats under the names that `tensors` has."""
+        """Whether the files hold the weights as floats under the same names as `tensors`."""
         return not self.quantization and self.tensors.keys() == self.entries.keys()
 
     @cached_property
     def digests(self) -> Mapping[str, str]:
-        """Path below the directory -> sha256 of config.json, every weight file and of code that runs.
-
-        Weight files count as they were when they were opened.
+        """Path below the directory -> sha256, for config.json, every weight file and the code that runs.
 
         Raises:
-            CheckpointError: A weight file has been written to since.
+            CheckpointError: A weight file was written to after it was opened.
         """
         names = [file.relative_to(self.directory).as_posix() for file in self.files]
         weights = {name: file.sha256() for name, file in zip(names, self.opened, strict=True)}
@@ -209,7 +208,7 @@ class Checkpoint:
         return {"config.json": self.config_digest, **weights, **run}
 
     def companions(self) -> tuple[Path, ...]:
-        """Files that travel with every artifact: configs and the tokenizer.
+        """Files that are copied into every artifact: configs and the tokenizer.
 
         Raises:
             CheckpointError: One is a link that leads out of the checkpoint.
@@ -220,17 +219,17 @@ class Checkpoint:
 
 
 def readable(tensor: LazyTensor) -> bool:
-    """Whether `tensor` can be a weight as it is: of a known dtype, and no codes that lack their scales."""
+    """Whether `tensor` can be used as a weight: it has a known dtype and is not fp8, which would lack its scales."""
     return not isinstance(tensor, Stored) or (tensor.entry.kind in DTYPES and not tensor.entry.kind.startswith("F8"))
 
 
 def inside(directory: Path, path: Path) -> Path:
-    """`path`, if what it leads to belongs to the checkpoint in `directory`.
+    """Return `path` after checking that it resolves to a file of the checkpoint in `directory`.
 
-    Files of the hub's cache are links from `snapshots/REVISION/` to `blobs/` of the same repository.
+    In the cache of the hub, files in `snapshots/REVISION/` are links to `blobs/` of the same repository.
 
     Raises:
-        CheckpointError: It leads elsewhere.
+        CheckpointError: It resolves to another place.
     """
     home = directory.resolve()
     homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]

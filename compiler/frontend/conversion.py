@@ -1,7 +1,7 @@
-"""The tensors of a checkpoint under the names of the model, by the conversion rules of transformers itself.
+"""The tensors of a checkpoint under the names of the model, by the conversion rules of transformers.
 
-Old per-expert names, renamed modules and fused projections all go through `WeightConverter` and `WeightRenaming`
-(transformers/core_model_loading.py), applied lazily and, for stacked experts, one expert at a time.
+Per-expert names of older checkpoints, renamed modules and fused projections are handled by `WeightConverter` and
+`WeightRenaming` (transformers/core_model_loading.py). moec applies them lazily, to stacked experts one at a time.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ _MOVING = (
     loading.SplitModulelist,
     loading.Transpose,
 )
-"""Operations of conversion rules that move values and compute none."""
+"""Operations of conversion rules that move values without changing them."""
 
 
 @dataclass(frozen=True)
 class _Shapes:
-    """What a conversion may ask the model for: its config, and the shape of a parameter."""
+    """Stands for the model in a conversion, which asks it for its config and for shapes of parameters."""
 
     config: Any
     shapes: Mapping[str, tuple[int, ...]]
@@ -52,7 +52,7 @@ class _Shapes:
         return torch.empty(self.shapes[name], device="meta")
 
     def sliced(self, name: str, rows: int) -> _Shapes:
-        """The same where axis 0 of parameter `name` has `rows` entries."""
+        """A copy in which parameter `name` has `rows` entries along axis 0."""
         return _Shapes(self.config, {name: (rows, *self.shapes[name][1:])})
 
 
@@ -90,7 +90,7 @@ class Converted(LazyTensor):
         )
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """Convert the slice alone where experts are stacked or stay where they are, else convert all and slice."""
+        """Convert only the sources of the slice if the rule treats each row alone; else convert all, then slice."""
         if self._stacks:
             sources = {key: [tensor.read() for tensor in tensors[start:stop]] for key, tensors in self.sources.items()}
             return self._convert(sources, self.model)
@@ -120,7 +120,7 @@ class Converted(LazyTensor):
 
 @dataclass
 class _Plan:
-    """The checkpoint tensors that make one parameter, or several of a one-to-many rule."""
+    """The checkpoint tensors that make one parameter, or several parameters if the rule is one-to-many."""
 
     rule: loading.WeightConverter | loading.WeightRenaming | None
     sources: dict[str, list[LazyTensor]] = field(default_factory=lambda: defaultdict(list))
@@ -129,13 +129,13 @@ class _Plan:
 
 @dataclass(frozen=True)
 class OpenedWeights:
-    """The tensors of a model, and what they are made of.
+    """The tensors of a model, and the stored tensors that they are made of.
 
     Attributes:
         store: The tensors under the names of the model.
         origins: Name in the store -> names of the stored tensors that it is made of.
         stored: Names of all stored tensors.
-        rejections: Where the files were followed and config.json was not.
+        rejections: Where the files contradict config.json, and the files were followed.
     """
 
     store: WeightStore
@@ -144,10 +144,10 @@ class OpenedWeights:
     rejections: tuple[Rejection, ...]
 
     def left_out(self, names: Iterable[str]) -> dict[str, int]:
-        """What of the checkpoint is no part of the tensors `names`: where it lies, and how many tensors.
+        """The parts of the checkpoint that the tensors `names` do not use: path -> number of tensors.
 
-        A part is the shortest path that no tensor in use shares: a vision tower, say, or a layer that predicts more
-        tokens ahead.
+        The path of a part is the shortest one that no used tensor shares, such as that of a vision tower or of a
+        multi-token prediction layer.
         """
         empty = frozenset[str]()
         used = frozenset[str]().union(*(self.origins.get(self.store.resolve(name), empty) for name in names))
@@ -164,10 +164,10 @@ def _part(name: str, shared: Collection[str]) -> str:
 
 
 def open_weights(checkpoint: Checkpoint, model: PreTrainedModel) -> OpenedWeights:
-    """Name every parameter and persistent buffer of `model` (on the meta device) after the checkpoint.
+    """Find the tensor of the checkpoint for every parameter and persistent buffer of `model` (on the meta device).
 
     Returns:
-        The weights, and what was not done as config.json says.
+        The weights, with a rejection for each place where the files contradict config.json.
 
     Raises:
         CheckpointError: A tensor is missing, or its shape disagrees with the config.
@@ -195,9 +195,10 @@ def open_weights(checkpoint: Checkpoint, model: PreTrainedModel) -> OpenedWeight
 
 
 def _untie_stored(model: PreTrainedModel, tensors: Mapping[str, LazyTensor]) -> tuple[Rejection, ...]:
-    """Give each weight that config.json ties to another one, and that the files hold with other values, its own place.
+    """Untie each weight that config.json ties to another weight if the files hold different values for the two.
 
-    The stored values win, as in `tie_weights` of transformers/modeling_utils.py. Both are read, as far as they agree.
+    The stored values win, as in `tie_weights` of transformers/modeling_utils.py. Both tensors are read up to the first
+    difference.
 
     Args:
         model: The model on the meta device.
@@ -212,7 +213,7 @@ def _untie_stored(model: PreTrainedModel, tensors: Mapping[str, LazyTensor]) -> 
             setattr(model.get_submodule(owner), attribute, nn.Parameter(torch.empty_like(old), requires_grad=False))
             del tied[name]
             reason = (
-                "config.json ties it, but the files hold other values for it, which were kept, as transformers does"
+                "config.json ties the two, but the files hold different values, which were kept, as in transformers"
             )
             rejections.append(Rejection("capture", f"{name} = {source}", reason))
     return tuple(rejections)
@@ -264,10 +265,10 @@ def _lazy(name: str, plan: _Plan, model: _Shapes) -> dict[str, LazyTensor]:
 
 
 def _float(tensor: LazyTensor) -> LazyTensor:
-    """`tensor`, if it can be a weight as it is.
+    """Return `tensor` after checking that it can be used as a weight.
 
     Raises:
-        CheckpointError: It is of a dtype that is not read, or holds codes without their scales.
+        CheckpointError: It has a dtype that moec does not read, or holds codes without their scales.
     """
     if isinstance(tensor, Stored) and not readable(tensor):
         raise tensor.entry.unreadable()
@@ -283,10 +284,10 @@ def _check(
     missing = sorted(name for name in wanted if aliases.get(name, name) not in tensors)
     if missing:
         raise CheckpointError(
-            f"{checkpoint.directory}: {len(missing)} tensors that config.json asks for are not in the files: "
+            f"{checkpoint.directory}: the files lack {len(missing)} tensors that config.json asks for: "
             + ", ".join(missing[:4])
             + (" ..." if len(missing) > 4 else ""),
-            hint="config and weights disagree: wrong config.json, or an incomplete checkpoint",
+            hint="config and weights disagree: config.json is wrong, or the checkpoint is incomplete",
         )
     for name, shape in wanted.items():
         tensor = tensors[aliases.get(name, name)]
@@ -294,7 +295,7 @@ def _check(
         if found != shape:
             raise CheckpointError(
                 f"{checkpoint.directory}: tensor {name} has shape {list(found)} but config.json asks for {list(shape)}",
-                hint="config and weights disagree: is this config.json the one of these weights?",
+                hint="config and weights disagree: does this config.json belong to these weights?",
             )
 
 

@@ -1,8 +1,9 @@
-"""Room for the frames of many nested calls.
+"""Room for the Python frames of many nested calls in one chunk of memory.
 
-CPython keeps the frames of a thread in chunks of 16 KiB (`DATA_STACK_CHUNK_SIZE` in pystate.c). A call that crosses the
-border of a chunk maps another, and its return unmaps that. A loop that happens to lie at a border pays for it at every
-call: half a million times in a capture of 16 layers, a sixth of its time, and not at all with one caller more or less.
+CPython keeps the frames of a thread in chunks of 16 KiB (`DATA_STACK_CHUNK_SIZE` in pystate.c). A call that does not
+fit into the current chunk maps a new one, and its return unmaps it. A loop whose frame ends at such a border pays for
+this at every call: half a million times in a capture of 16 layers, which took a sixth of its time. One caller more or
+less makes the cost vanish.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 SLOTS = 2**16
-"""Values that the frame asks for: with 8 bytes each half a MiB, which CPython rounds up to a chunk of one MiB."""
+"""Stack slots of the frame: 8 bytes each make half a MiB, which CPython rounds up to a chunk of one MiB."""
 
 
 def roomy(function: Callable[P, R]) -> Callable[P, R]:
-    """`function` with a frame in front of its own, in whose chunk all calls below find room: half a MiB, mapped once.
+    """Wrap `function` in a frame so large that all calls below it fit into the chunk of that frame, mapped once.
 
-    Pages that no call reaches take no memory. A frame is as large as its code object says, and nothing in Python asks
-    for a larger one, so that of the frame in front is a copy that says more. `function` itself stays as it is.
+    Pages that no call reaches take no memory. The size of a frame comes from `co_stacksize` of its code object, so the
+    wrapper is a function whose code object has a larger one. `function` itself is unchanged.
     """
 
     def call(*args: P.args, **kwargs: P.kwargs) -> R:

@@ -1,8 +1,8 @@
-"""Graphs without writes: what a trace does to tensors in place becomes new values.
+"""Functionalization of a traced graph: writes in place become new values.
 
-`ExportedProgram.run_decompositions` gets there by tracing the graph once more, which takes as long as the first trace.
-Models write to few tensors, and in few ways: a router divides its weights, a layer fills an empty tensor slice by
-slice. Those are read off the graph here, and a graph with anything else in it is left to torch.
+`ExportedProgram.run_decompositions` does this by tracing the graph once more, which takes as long as the first trace.
+Models write to few tensors, and in few ways: a router divides its weights in place, or a layer fills an empty tensor
+slice by slice. This module handles those ways on the graph itself; a graph with any other write is left to torch.
 """
 
 from __future__ import annotations
@@ -25,27 +25,27 @@ _SCATTERS: Mapping[Any, OpOverload] = {
     aten.slice.Tensor: aten.slice_scatter.default,
     aten.select.int: aten.select_scatter.default,
 }
-"""View -> the op that puts it back into what it is a view of."""
+"""View op -> the op that writes a view back into its base."""
 
 _UNMARKED = frozenset({aten.dropout.default, aten.type_as.default})
 """Ops that may return their argument although their schema does not say so."""
 
 
 class _UnclearError(Exception):
-    """What a node does to the tensors of the graph is not known here."""
+    """A node may write to, or alias, a tensor in a way that this module does not handle."""
 
 
 def functional(graph: fx.Graph) -> fx.Graph | None:
-    """A copy of `graph` in which no call changes its arguments.
+    """Copy `graph` so that no call changes its arguments.
 
-    Casts become `aten._to_copy`, and casts that do nothing, copies, and dropout at inference go.
+    Casts become `aten._to_copy`. Casts that change nothing, `contiguous` and dropout at inference are dropped.
 
     Args:
-        graph: Of `torch.export.export`.
+        graph: The graph of a program of `torch.export.export`.
 
     Returns:
-        The copy; None where it is not clear here what is written, or what a composite op of torch that may return its
-        argument does.
+        The copy; None if the graph has a write, or a composite op that may return its argument, which this module does
+        not handle.
     """
     try:
         return _Copy(graph).run()
@@ -54,24 +54,24 @@ def functional(graph: fx.Graph) -> fx.Graph | None:
 
 
 class _Copy:
-    """Copies a graph in its order."""
+    """Copies a graph node by node."""
 
     def __init__(self, graph: fx.Graph) -> None:
         self.graph, self.new, self.mode = graph, fx.Graph(), fake_mode(graph)
         self.now: dict[fx.Node, fx.Node] = {}
-        """Tensor -> the node of the copy that has its value at this point."""
+        """Tensor -> the node of the copy that holds its current value."""
         self.same: dict[fx.Node, fx.Node] = {}
-        """Result of a write, or of a cast that does nothing -> the tensor that it is."""
+        """Result of a write, or of a cast that changes nothing -> the tensor that it aliases."""
         self._order = {node: position for position, node in enumerate(graph.nodes)}
         self._root: dict[fx.Node, fx.Node] = {}
         """Tensor -> the one whose memory it may share."""
         self._sharing: dict[fx.Node, list[fx.Node]] = defaultdict(list)
 
     def run(self) -> fx.Graph:
-        """The copy.
+        """Copy the graph.
 
         Raises:
-            _UnclearError: See `functional`.
+            _UnclearError: `functional` returns None for this graph.
         """
         for node in self.graph.nodes:
             if node.op == "output":
@@ -84,11 +84,11 @@ class _Copy:
         return self.new
 
     def value(self, node: fx.Node) -> fx.Node:
-        """The node of the copy that has the value of `node` at this point."""
+        """The node of the copy that holds the current value of `node`."""
         return self.now[self.same.get(node, node)]
 
     def call(self, node: fx.Node, target: OpOverload, *args: Any, **kwargs: Any) -> fx.Node:
-        """Add a call of `target` in the place of `node`, with arguments of the copy."""
+        """Add a call of `target` with the metadata of `node`; the arguments are nodes of the copy."""
         added = self.new.create_node("call_function", target, args, kwargs, target._schema.name.rpartition("::")[2])
         added.meta = {**node.meta, "val": infer(target, args, kwargs, self.mode)}
         return added
@@ -117,7 +117,7 @@ class _Copy:
         return self._root[source] if shares else node
 
     def _written(self, node: fx.Node) -> fx.Node:
-        """The value that a write leaves in the tensor that it is for, and in what that is a slice of."""
+        """Replace a write by the value that it leaves in its tensor, and in the tensor that this is a slice of."""
         target: Any = node.target
         written = [argument.name for argument in target._schema.arguments if argument.is_write]
         operand: Any = node.args[0] if node.args else None
@@ -140,7 +140,11 @@ class _Copy:
         return value
 
     def _check_others(self, node: fx.Node, operand: fx.Node, root: fx.Node) -> None:
-        """No tensor but `operand` and the one that it is a slice of may be read after it is written to by `node`."""
+        """Check that after the write `node` no alias is read but `operand` and the tensor that it is a slice of.
+
+        Raises:
+            _UnclearError: Another alias is read later.
+        """
         is_slice = operand.target in _SCATTERS and operand.args[0] is root
         others = (other for other in self._sharing[root] if other is not root and not self._is(other, operand))
         read_later = any(self._order[user] > self._order[node] for other in others for user in other.users)
@@ -157,7 +161,7 @@ def _form(node: fx.Node) -> tuple[str, torch.dtype]:
 
 
 def _not_in_place(target: OpOverload) -> OpOverload:
-    """The op that returns what `target` writes."""
+    """The out-of-place op of `target`."""
     namespace, _, name = target._schema.name.partition("::")
     packet = getattr(getattr(torch.ops, namespace), name.removesuffix("_"), None)
     found: OpOverload | None = getattr(packet, target._overloadname, None)
@@ -167,7 +171,7 @@ def _not_in_place(target: OpOverload) -> OpOverload:
 
 
 def _may_be_argument(target: OpOverload) -> bool:
-    """Whether `target` is made up of other ops, and returns its argument in some cases and a copy in others."""
+    """Whether `target` is a composite op that returns its argument in some cases and a copy in others."""
     composite = target.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
     marked = torch.Tag.maybe_aliasing_or_mutating in target.tags
     return composite and (marked or any(argument.alias_info for argument in target._schema.arguments))
@@ -220,7 +224,7 @@ def _view_as(copy: _Copy, node: fx.Node) -> fx.Node:
 
 
 def _sizes(copy: _Copy, node: fx.Node, source: fx.Node) -> list[int | fx.Node]:
-    """The shape of `source` in the place of `node`: numbers, and the sizes of dynamic axes."""
+    """The shape of `source`: numbers, and `sym_size` nodes for dynamic axes, added in the place of `node`."""
     return [
         size if isinstance(size, int) else copy.call(node, aten.sym_size.int, copy.value(source), axis)
         for axis, size in enumerate(source.meta["val"].shape)
@@ -243,4 +247,4 @@ _RULES: Mapping[Any, Callable[[_Copy, fx.Node], fx.Node]] = {
     aten.reshape.default: lambda copy, node: copy.new.node_copy(node, copy.value),
     aten.view_as.default: _view_as,
 }
-"""Ops that may return their argument -> what they are in a Program, where layout in memory means nothing."""
+"""Ops that may return their argument -> their replacement in a Program, which knows no memory layout."""

@@ -26,7 +26,7 @@ NAME = "moec"
 
 
 def mask_hook(*_: Any, mask_function: Any, **__: Any) -> Mask:
-    """Mask implementation: return the function instead of a tensor. It reaches the attention function unharmed."""
+    """Mask implementation: return the mask function itself, which transformers hands on to the attention function."""
     return Mask(mask_function, active_record().max_length)
 
 
@@ -46,7 +46,7 @@ def attention_hook(
     """Attention implementation: one `moec::attention` node per layer.
 
     Args:
-        module: The attention module; its `layer_idx` names the state unless the keys tell better.
+        module: The attention module. The state is that of the layer whose keys these are, else of its `layer_idx`.
         query: [B, Hq, S, D].
         key: [B, Hkv, S, D], the new tokens alone.
         value: [B, Hkv, S, Dv].
@@ -57,8 +57,12 @@ def attention_hook(
         s_aux: Attention sinks, [Hq].
         position_bias: Must be None.
 
+    Returns:
+        Output [B, S, Hq, Dv], and None in place of the attention weights.
+
     Raises:
-        UnsupportedModelError: The mask or a bias has a form that moec does not know.
+        UnsupportedModelError: The mask is not from transformers or not of a known pattern, a position bias is given, or
+            the keys are not in the cache.
     """
     record = active_record()
     where = record.name(module)
@@ -97,7 +101,7 @@ def attention_hook(
 
 
 def _layer_of(record: Recording, module: nn.Module, key: Tensor) -> int:
-    """The state that `key` was appended to. Layers that share keys attend over the state of the first of them."""
+    """The layer whose cache `key` was appended to. Layers that share keys use the cache of the first of them."""
     for layer, (fresh, _) in record.fresh.items():
         if fresh is key:
             return layer
@@ -111,7 +115,20 @@ def _layer_of(record: Recording, module: nn.Module, key: Tensor) -> int:
 
 
 def experts_hook(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """Experts implementation: one `moec::experts` node per layer, by the flags that transformers keeps on the class."""
+    """Experts implementation: one `moec::experts` node per layer, from the flags that transformers sets on the class.
+
+    Args:
+        module: The experts module.
+        hidden_states: [T, H].
+        top_k_index: [T, k].
+        top_k_weights: [T, k].
+
+    Returns:
+        [T, H].
+
+    Raises:
+        UnsupportedModelError: Its experts compute something that `moec::experts` cannot express.
+    """
     record = active_record()
     where = record.name(module)
     if getattr(module, "has_post_expert_norm", False):
@@ -147,7 +164,24 @@ def emit_experts(
     down_bias: Tensor | None = None,
     transposed: bool = False,
 ) -> Tensor:
-    """Call `moec::experts` and count it; adapters use this too. Shapes as in `moec.compiler.ir.ops.experts`."""
+    """Call `moec::experts` and record the call; adapters use this too.
+
+    Args:
+        record: The recording of the trace.
+        where: Path of the experts module.
+        hidden_states: [T, H].
+        indices: [T, k].
+        weights: [T, k].
+        gate: Activation of the experts.
+        gate_up_proj: [E, 2I, H], or [E, I, H] without gate; the last two axes swapped where `transposed`.
+        down_proj: [E, H, I]; the last two axes swapped where `transposed`.
+        gate_up_bias: [E, 2I] or [E, I], or None.
+        down_bias: [E, H] or None.
+        transposed: Whether the projections are stored [in, out].
+
+    Returns:
+        [T, H].
+    """
     record.experts.append(where)
     out: Tensor = EXPERTS(
         hidden_states,
@@ -170,7 +204,7 @@ def emit_experts(
 
 
 def register() -> None:
-    """Enter the hooks into the registries of transformers; calling it again changes nothing."""
+    """Register the hooks with transformers; calling this again changes nothing."""
     ALL_EXPERTS_FUNCTIONS.register(NAME, experts_hook)
     AttentionInterface.register(NAME, attention_hook)
     ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, mask_hook)

@@ -1,7 +1,7 @@
 """Classify an attention mask by probing the mask function of transformers on index grids.
 
-A family says nowhere in one place whether a layer is causal, sliding or chunked: the `sliding_window` keyword is absent
-for some and stale for others. The mask function itself, `(batch, head, q, kv) -> bool`, always tells the truth.
+No single attribute tells whether a layer is causal, sliding or chunked: some families lack the `sliding_window` keyword
+and others pass a stale one. The mask function itself, `(batch, head, q, kv) -> bool`, is always right.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ MaskFunction = Callable[[Any, Any, Tensor, Tensor], Tensor]
 
 
 class MaskUseError(AttributeError):
-    """A model computes on its mask. To `hasattr` it is a no; a TypeError, which operators swallow, would say less."""
+    """A model computes on its mask. It is an AttributeError, so that `hasattr` on a Mask is False."""
 
     def __init__(self, *_: object) -> None:
-        super().__init__("it computes on its attention mask, of which moec knows the pattern alone")
+        super().__init__("it computes on its attention mask, and moec supports a mask only as an input of attention")
 
 
 @dataclass(frozen=True, slots=True)
 class MaskPattern:
-    """What a layer may attend to: a `kind` of `moec::attention` and its `window`."""
+    """Which tokens a layer may attend to: `kind` and `window` of `moec::attention`."""
 
     kind: str
     window: int = 0
@@ -37,19 +37,19 @@ class MaskPattern:
 
 @dataclass(frozen=True, slots=True)
 class Mask:
-    """What a layer is given in place of a mask tensor: the mask function, classified when a layer attends with it.
+    """Stands for a mask tensor: it holds the mask function, which is classified when a layer attends with it.
 
-    A model may make masks that none of its layers uses. Whatever takes it for a tensor raises `MaskUseError`.
+    A mask that no layer uses is never classified. Using a Mask as a tensor raises `MaskUseError`.
     """
 
     function: MaskFunction
     max_length: int
 
     def pattern(self) -> MaskPattern:
-        """The pattern that it draws.
+        """The pattern of the mask function.
 
         Raises:
-            UnsupportedModelError: See `classify`.
+            UnsupportedModelError: The mask is not causal, sliding or chunked.
         """
         return classify(self.function, self.max_length)
 
@@ -61,16 +61,16 @@ class Mask:
 
     @classmethod
     def __torch_function__(cls, *_: Any, **__: Any) -> Any:
-        """Called by every function of torch that is given one."""
+        """Called by every function of torch that gets a Mask."""
         raise MaskUseError
 
 
 def classify(mask_function: MaskFunction, max_length: int) -> MaskPattern:
-    """Find the pattern that `mask_function` draws.
+    """Find the pattern of `mask_function`.
 
     Args:
         mask_function: As transformers passes it to a mask implementation, without padding.
-        max_length: Longest sequence that the model is made for; a window larger than this is no window.
+        max_length: Context length of the model in tokens; a larger window counts as causal.
 
     Raises:
         UnsupportedModelError: The mask is not causal, sliding or chunked.
@@ -84,7 +84,7 @@ def classify(mask_function: MaskFunction, max_length: int) -> MaskPattern:
             candidates.append(MaskPattern("causal"))
         elif first <= last:
             candidates = [MaskPattern("sliding", last - first + 1)]
-            # A chunk starts at `first` and holds `last`, and so does the chunk one earlier: both fix its size.
+            # The chunk of `last` starts at `first`; the start of the chunk before it gives the size of a chunk.
             candidates.append(MaskPattern("chunked", first - _first(function, first - 1)))
         for pattern in candidates:
             if _draws(function, pattern, last):
@@ -96,13 +96,13 @@ def classify(mask_function: MaskFunction, max_length: int) -> MaskPattern:
 
 
 def _first(function: MaskFunction, query: int) -> int:
-    """The first slot that the token at `query` sees, or one behind all if it sees none."""
+    """The first slot that the token at `query` attends to, or `query + 3` if there is none."""
     seen = _row(function, query).nonzero()
     return int(seen[0]) if len(seen) else query + 3
 
 
 def _row(function: MaskFunction, query: int) -> Tensor:
-    """Evaluate one row of the mask: which of the slots 0 .. query + 2 the token at `query` sees."""
+    """One row of the mask: which of the slots 0 .. query + 2 the token at `query` attends to, [query + 3] bool."""
     slots = torch.arange(query + 3)
     zero = torch.zeros((), dtype=torch.long)
     result = function(zero, zero, torch.tensor(query), slots)
@@ -129,8 +129,8 @@ def _draws(function: MaskFunction, pattern: MaskPattern, last: int) -> bool:
 def _without_padding(function: Any) -> Any:
     """Rebuild a mask function with zeros for the fake tensors that it closes over.
 
-    While tracing, a chunked mask closes over the number of padding tokens, which has no value then. Padding is an
-    operand of `moec::attention`, so the pattern is the one without padding.
+    During a trace, a chunked mask closes over the number of padding tokens, a fake tensor without a value. Padding is
+    an operand of `moec::attention`, so the pattern is that without padding.
     """
     if isinstance(function, Tensor):
         # One sequence is probed; asking a symbolic shape for its size would freeze it.

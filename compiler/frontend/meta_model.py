@@ -1,4 +1,8 @@
-"""A model without its weights: built on the meta device, with real rotary tables and fake parameters."""
+"""A model without its weights: built on the meta device, with real rotary tables and fake parameters.
+
+The modules that own non-persistent buffers (rotary tables) get real ones, since no checkpoint holds them. Parameters
+become fake CPU tensors before the trace.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +21,23 @@ if TYPE_CHECKING:
 
 
 def meta_model(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple[PreTrainedModel, dict[str, Tensor]]:
-    """The model without weights, and its non-persistent buffers before they are rounded to `dtype`."""
+    """Build the model of a checkpoint on the meta device, with moec's hooks for attention, masks and experts.
+
+    Args:
+        checkpoint: The checkpoint; its weights are not read.
+        dtype: Dtype of the parameters.
+
+    Returns:
+        The model, and buffer name -> value of its non-persistent buffers before they are rounded to `dtype`.
+
+    Raises:
+        UnsupportedModelError: It is an encoder-decoder, or transformers cannot build it.
+    """
+    hooks.register()
     config = checkpoint.config
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(
-            f"{type(config).__name__} describes an encoder-decoder: its decoder also attends to what an encoder made",
+            f"{type(config).__name__} describes an encoder-decoder, whose decoder also attends to an encoder's output",
             hint="moec compiles decoders that AutoModelForCausalLM knows",
         )
     with torch.device("meta"):
@@ -34,10 +50,10 @@ def meta_model(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple[PreTrainedMo
 
 
 def _real_buffers(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Give the non-persistent buffers their values: they are in no checkpoint. The way of from_pretrained itself.
+    """Give the non-persistent buffers their values, by `_init_weights` as `from_pretrained` does.
 
     Returns:
-        Those values, in float32 where the model rounds them to half precision.
+        Buffer name -> value, in float32 where the model rounds it to float16.
     """
     owners: dict[str, nn.Module] = {}
     dtypes: dict[str, torch.dtype] = {}
@@ -57,7 +73,7 @@ def _real_buffers(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def fake_parameters(model: nn.Module, mode: FakeTensorMode) -> None:
-    """Replace what the checkpoint holds by fake CPU tensors; tied parameters stay one."""
+    """Replace parameters and persistent buffers by fake CPU tensors; tied parameters stay one tensor."""
     fakes: dict[int, Tensor] = {}
     for module in model.modules():
         for name, parameter in list(module._parameters.items()):

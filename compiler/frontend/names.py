@@ -1,4 +1,4 @@
-"""Names of stored tensors: what training wrappers add is taken away, what is no model is refused with its reason."""
+"""Names of stored tensors: prefixes of training wrappers are removed; adapters and training shards are refused."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from moec.compiler.common.errors import CheckpointError
 from moec.compiler.ir.safetensors_file import StoredEntry
 
 _ANYWHERE = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-"""Modules that torch.compile, FSDP and activation checkpointing put around others."""
+"""Wrapper modules of torch.compile, FSDP and activation checkpointing."""
 
-_AROUND = "module."
-"""What DistributedDataParallel and DeepSpeed put before every name."""
+_PREFIX = "module."
+"""Prefix that DistributedDataParallel and DeepSpeed put before every name."""
 
 _ADAPTERS = (
     "lora_A",
@@ -27,30 +27,30 @@ _ADAPTERS = (
     "base_model.model.",
     "modules_to_save.",
 )
-"""Parts of the names that the peft library gives to adapters (https://github.com/huggingface/peft)."""
+"""Parts of names by which the tensors of an adapter are known (https://github.com/huggingface/peft)."""
 
 _FLAT = ("_flat_param", "flat_param_")
 """Names of FSDP's flattened parameters."""
 
 
 def plain_names(entries: Mapping[str, StoredEntry], where: Path) -> Mapping[str, StoredEntry]:
-    """The entries under the names that the model gives them.
+    """The entries under the names that the model without training wrappers gives them.
 
     Args:
         entries: Name in the files -> entry.
         where: The checkpoint, for messages.
 
     Raises:
-        CheckpointError: The names are those of an adapter or of shards of a training run, or two names become one.
+        CheckpointError: The names are those of an adapter or of flattened FSDP parameters, or two names become equal.
     """
     _refuse_parts_of_training(entries, where)
-    around = bool(entries) and all(name.startswith(_AROUND) for name in entries)
+    around = bool(entries) and all(name.startswith(_PREFIX) for name in entries)
     named: dict[str, StoredEntry] = {}
     for name, entry in entries.items():
-        plain = _ANYWHERE.sub("", name.removeprefix(_AROUND) if around else name)
+        plain = _ANYWHERE.sub("", name.removeprefix(_PREFIX) if around else name)
         if plain in named:
             raise CheckpointError(
-                f"{where}: {name} and {named[plain].name} are both {plain} without what a training wrapper added",
+                f"{where}: {name} and {named[plain].name} are both {plain} without the prefix of a training wrapper",
                 hint="save the model without its wrapper (torch.compile, DDP, FSDP), once",
             )
         named[plain] = entry

@@ -15,16 +15,29 @@ from moec.compiler.common.errors import UnsupportedModelError
 from moec.compiler.ir.program import Dim
 
 StateKey = tuple[int, str]
-"""Layer and kind of a state, see `moec.compiler.ir.program.StateSpec`."""
+"""Layer and kind of a state, as in `moec.compiler.ir.program.StateSpec`."""
 
 
 @dataclass
 class Recording:
-    """What one forward pass told us.
+    """What the hooks record of one forward pass.
 
-    `past` is None while the shapes of the states are still being found out. A state is what attention takes as keys and
-    values, which for multi-head latent attention is more than what the family puts into its cache, what a short
-    convolution keeps of its inputs, or what a scan over the tokens carries on.
+    A state is one of: the keys or values that attention takes (for multi-head latent attention these are more than the
+    family's own cache holds), the last inputs of a short convolution, or the state of a scan over the tokens.
+
+    Attributes:
+        max_length: Context length of the model in tokens.
+        names: Module -> its path in the model.
+        cache_position: Slots of the new tokens in the cache, [S] int64.
+        attention_mask: [B, P + S], 0 where a slot is padding.
+        past: State -> its value before the step; None in the first pass, which finds the shapes of the states.
+        present: State -> its value after the step.
+        fresh: Layer -> the keys and values of the new tokens that it put into the cache.
+        states: State -> its shape and dtype, filled in the first pass.
+        conv_inputs: Layer -> kernel size of a convolution that asked the cache to keep its inputs and has not run yet.
+        experts: Paths of the experts modules that ran.
+        attentions: Paths of the attention modules that ran.
+        running: Stack of the modules that run now, the innermost last.
     """
 
     max_length: int
@@ -45,21 +58,21 @@ class Recording:
         return self.names.get(module, type(module).__name__)
 
     def layer(self) -> int:
-        """Index of the layer whose module runs.
+        """The `layer_idx` of the module that runs.
 
         Raises:
-            UnsupportedModelError: The module does not say.
+            UnsupportedModelError: The module has none.
         """
         index = getattr(self.running[-1], "layer_idx", None) if self.running else None
         if not isinstance(index, int):
-            raise UnsupportedModelError(f"{self.where()} keeps a state and does not say which layer it belongs to")
+            raise UnsupportedModelError(f"{self.where()} keeps a state and has no layer_idx that tells its layer")
         return index
 
     def state(self, layer: int, kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
-        """The state [B, *`shape`] that a layer starts from; None while the shapes are still being found out.
+        """The state [B, *`shape`] that a layer starts from; None in the first pass, which notes its shape.
 
         Raises:
-            UnsupportedModelError: The layer has had one of this kind already.
+            UnsupportedModelError: The layer has a state of this kind already.
         """
         if self.past is not None:
             return self.past[layer, kind]
@@ -69,13 +82,13 @@ class Recording:
         return None
 
     def token_mask(self, like: Tensor) -> Tensor:
-        """1 where a token of this step is none of padding, in the dtype of `like`: [B, S]."""
-        if self.attention_mask is None or self.cache_position is None:  # while shapes are found out
+        """[B, S] in the dtype of `like`: 1 for a token of this step, 0 for padding."""
+        if self.attention_mask is None or self.cache_position is None:  # the first pass
             return like.new_ones(like.shape[:2])
         return self.attention_mask[:, -self.cache_position.shape[0] :].to(like.dtype)
 
     def where(self) -> str:
-        """Path and class of the module that runs, or that an error stopped."""
+        """Path and class of the module that runs, or in which an error ended the pass."""
         if not self.running:
             return "the model"
         module = self.running[-1]
@@ -87,10 +100,10 @@ _ACTIVE: ContextVar[Recording] = ContextVar("recording of the trace in progress"
 
 @contextlib.contextmanager
 def recording(record: Recording) -> Iterator[Recording]:
-    """Make `record` the one that the hooks write to in this thread.
+    """Let the hooks write to `record` in this thread, inside the block.
 
-    Transformers calls them with what an implementation of attention, masks or experts takes, and hands nothing of ours
-    on to them.
+    Transformers calls the hooks with the arguments of an attention, mask or experts implementation, among which a
+    recording has no place.
     """
     before = _ACTIVE.set(record)
     try:
@@ -101,9 +114,9 @@ def recording(record: Recording) -> Iterator[Recording]:
 
 @contextlib.contextmanager
 def watching(record: Recording, model: nn.Module) -> Iterator[None]:
-    """Keep the stack of modules of `model` that run in `record`; where an error ends the pass, it stays as it was then.
+    """Keep the stack of running modules of `model` in `record.running`, inside the block.
 
-    An error that comes up deep in a model names the module by it, which a traceback does not.
+    An error leaves the stack as it was, so that the message can name the module, which a traceback does not.
     """
 
     def enter(module: nn.Module, _: Any) -> None:
@@ -122,5 +135,9 @@ def watching(record: Recording, model: nn.Module) -> Iterator[None]:
 
 
 def active_record() -> Recording:
-    """The recording that the trace in progress in this thread writes to."""
+    """The recording of the trace in progress in this thread.
+
+    Raises:
+        LookupError: No trace is in progress.
+    """
     return _ACTIVE.get()

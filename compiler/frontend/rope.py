@@ -1,9 +1,12 @@
-"""Rotary tables whose frequencies depend on how long the sequence is, without a decision in Python.
+"""Rotary tables whose frequencies depend on the length of the sequence, without a branch in Python.
 
-`longrope` (Ding et al., 2024, arXiv:2402.13753) has one set of frequencies up to the original length and another past
-it; `dynamic` (NTK-aware scaling with the length of the sequence) has frequencies of each length past it. Transformers
-decides at every step by `max(position_ids) + 1` over the whole batch (modeling_rope_utils.py). Here the module's own
-forward runs for both sides of the decision, and a `where` on the positions chooses: the graph is the same on either.
+`longrope` (Ding et al., 2024, arXiv:2402.13753) has one set of frequencies up to the original context length and
+another beyond it; `dynamic` (NTK-aware scaling) has its own frequencies for each length beyond it. At every step,
+transformers branches on `max(position_ids) + 1` over the whole batch (modeling_rope_utils.py). Here the module's own
+forward is traced for both branches, and a `where` on the positions chooses, so one graph serves both.
+
+The parity gate feeds the reference the same steps as the artifact, since cached keys keep the frequencies of the step
+that made them.
 """
 
 from __future__ import annotations
@@ -26,10 +29,10 @@ _SUMS = (Tensor.__add__, Tensor.add, torch.add, Tensor.__radd__)
 
 
 def decide_by_tensors(model: nn.Module) -> set[int]:
-    """Give every rotary module of `model` whose frequencies depend on the length a forward that takes no decision.
+    """Replace the forward of every rotary module whose frequencies depend on the length by one without a branch.
 
     Returns:
-        The lengths past which frequencies are others, filled when the model runs.
+        The lengths in tokens beyond which the frequencies change; empty until the model has run.
     """
     borders: set[int] = set()
     for module in model.modules():
@@ -52,7 +55,7 @@ def _forward(module: nn.Module, own: Callable[..., Any], borders: set[int]) -> C
                 f"{type(module).__name__}: its frequencies change at several lengths: {sorted(beyond.borders)}"
             )
         borders.update(beyond.borders)
-        # One number, of the rank of the positions.
+        # One number with the rank of the positions, so that it broadcasts.
         longest = position_ids.amax(tuple(range(position_ids.ndim)), keepdim=True)
         is_long = longest + 1 > beyond.borders.pop()
         if isinstance(within, Tensor):
@@ -63,7 +66,7 @@ def _forward(module: nn.Module, own: Callable[..., Any], borders: set[int]) -> C
 
 
 def _either(is_long: Tensor, long: Tensor, short: Tensor) -> Tensor:
-    """One table or the other; the condition has their shape, since not every runtime broadcasts one number here."""
+    """`torch.where` with a condition of the full shape, since not every runtime broadcasts the condition."""
     return torch.where(is_long.expand(short.shape), long, short)
 
 
@@ -73,7 +76,7 @@ def _longest(position_ids: Tensor) -> Tensor:
 
 
 def _run(side: _Side, module: nn.Module, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Run the forward on a stand-in of `module`, since it keeps what it worked out last."""
+    """Run the forward on a copy of `module`, since it stores the frequencies that it computed last."""
     stand_in = copy.copy(module)
     stand_in._buffers = dict(module._buffers)
     side.buffers = stand_in._buffers
@@ -82,7 +85,7 @@ def _run(side: _Side, module: nn.Module, own: Callable[..., Any], *args: Any, **
 
 
 class _Side(TorchFunctionMode):
-    """Answers every comparison of the length of the sequence as on one side of the border."""
+    """Answers every comparison of the length of the sequence as if it were on one side of the border."""
 
     def __init__(self, *, long: bool) -> None:
         super().__init__()
@@ -104,7 +107,7 @@ class _Side(TorchFunctionMode):
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Let `function` run unless it compares the length, or acts on the comparison."""
+        """Run `function`, unless it compares the length or uses the result of such a comparison."""
         first = args[0] if args else None
         handled, result = self._decided(function, first, args)
         if handled:
@@ -119,7 +122,7 @@ class _Side(TorchFunctionMode):
         return result
 
     def _decided(self, function: Any, first: Any, args: tuple[Any, ...]) -> tuple[bool, Any]:
-        """Whether `function` is answered here, and the answer."""
+        """Whether `function` is answered here without running it, and the answer."""
         if self._is_length(first):
             if function in _MORE:
                 self.borders.add(int(args[1]))
@@ -133,7 +136,7 @@ class _Side(TorchFunctionMode):
                 return True, args[1 if value else 2]
         if function is Tensor.copy_:
             for name, buffer in self.buffers.items():
-                if buffer is first:  # what is kept for the next call is kept in the stand-in
+                if buffer is first:  # the copy keeps the value, not the module
                     self.buffers[name] = args[1]
                     return True, args[1]
         return False, None

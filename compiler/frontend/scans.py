@@ -1,8 +1,9 @@
-"""What recurrent layers of transformers call for their scan and their convolution, as the ops of moec.
+"""Replacements for the scan and convolution functions of recurrent layers of transformers, which emit moec's ops.
 
-The modeling files of transformers keep each scan in a function of its own, under one name wherever it occurs, so that
-kernels of other packages can take its place. While a model is traced, ours do. A layer hands over neither itself nor,
-in some families, the state that it starts from: both are those of the module that runs.
+The modeling files of transformers keep each scan, and the short convolution before it, in a module-level function that
+has the same name in every family, so that kernels of other packages can replace it. While a model is traced, the
+functions of this module do; no family is named. Neither the layer nor, in some families, its state is among the
+arguments, so both are taken from the module that runs.
 
 ```
 gated delta rule       S = exp(g) S;  S = S + b k (v - S' k)'     a decay per head         (arXiv 2412.06464)
@@ -11,8 +12,8 @@ Mamba-2                S = exp(A dt) S + B (dt x)'                a decay per he
 Mamba                  the same, a head for each channel          a decay per key channel  (arXiv 2312.00752)
 ```
 
-A token of padding reaches no state: its log decay is 0, its update rate, or its value, is 0, and a convolution is
-handed zeros for it.
+Padding does not change a state: a padding token has log decay 0 and update rate (or value) 0, and a convolution gets
+zeros for it.
 """
 
 from __future__ import annotations
@@ -32,26 +33,31 @@ from moec.compiler.frontend.recording import Recording, active_record
 from moec.compiler.ir.experts import ACTIVATIONS
 
 L2_EPS = 1e-6
-"""What flash-linear-attention and transformers add to the sum of squares of queries and keys."""
+"""Epsilon that flash-linear-attention and transformers add to the sum of squares of queries and keys."""
 
 
 def scans_as_ops(model: nn.Module) -> contextlib.AbstractContextManager[None]:
-    """Let the modeling files of `model` call ours in place of their own functions, inside a with block."""
+    """Replace the functions in the modeling files of `model` by those of `FUNCTIONS`, inside the block."""
     return _replaced(model, lambda scope: {name: FUNCTIONS[name] for name in FUNCTIONS.keys() & scope.keys()})
 
 
 def scans_token_by_token(model: nn.Module) -> contextlib.AbstractContextManager[None]:
-    """Let them go from token to token in prompts too, as they do for single tokens: the reference of a parity check.
+    """Let transformers scan prompts token by token too, as it does for single tokens, inside the block.
 
-    Their form in chunks takes differences of sums of log decays: it is off by 1e-5 where the other is by 1e-7, and the
-    norm behind a scan makes more of that.
+    The parity gate uses this for its reference. The chunked form of a scan subtracts sums of log decays: with strong
+    decays its error is 1e-5, that of the form by token 1e-7, and the norm after the scan amplifies it.
     """
     return _replaced(model, lambda scope: {name: scope[one] for name, one in STEPS.items() if name in scope})
 
 
 @contextlib.contextmanager
 def _replaced(model: nn.Module, chosen: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> Iterator[None]:
-    """Put what `chosen` says of the names of a modeling file in their place there."""
+    """Replace names in the modeling files of `model`, and restore them afterwards.
+
+    Args:
+        model: The model.
+        chosen: The names of a modeling file -> the names to replace, with their new values.
+    """
     files = {type(module).__module__ for module in model.modules()}
     scopes = [vars(sys.modules[file]) for file in sorted(files & sys.modules.keys())]
     replaced = [(scope, dict(chosen(scope))) for scope in scopes]
@@ -81,8 +87,8 @@ def emit_scan(
         query: [B, S, Hq, Dk].
         key: [B, S, Hk, Dk].
         value: [B, S, H, Dv].
-        decay: Log decay, [B, S, H] or [B, S, H, Dk].
-        beta: Update rate, [B, S, H], of the delta rules.
+        decay: Log decay, [B, S, H] or [B, S, H, Dk]; None for a rule without decay.
+        beta: Update rate, [B, S, H], for the delta rules; else None.
         scale: Factor on the output.
         delta: Whether the update rule is a delta rule.
 
@@ -105,7 +111,20 @@ def emit_scan(
 def causal_conv(
     hidden_states: Tensor, weight: Tensor, bias: Tensor | None = None, activation: Any = None, **_: Any
 ) -> Tensor:
-    """`causal_conv1d_fn`: [B, C, S], weight [C, K] -> [B, C, S], after `update_conv_state` of the cache."""
+    """Replaces `causal_conv1d_fn`, which a layer calls after `update_conv_state` of the cache.
+
+    Args:
+        hidden_states: [B, C, S].
+        weight: [C, K].
+        bias: [C] or None.
+        activation: A name or a function of transformers, or None.
+
+    Returns:
+        [B, C, S].
+
+    Raises:
+        UnsupportedModelError: The layer did not ask the cache to keep the inputs, or the activation is not known.
+    """
     record = active_record()
     layer = record.layer()
     kept = record.conv_inputs.pop(layer, None)
@@ -123,7 +142,7 @@ def causal_conv(
 
 
 def _activation(activation: Any, record: Recording) -> str:
-    """The name in `ACTIVATIONS` of what a convolution ends with: a name of transformers, a function, or None."""
+    """The key of `ACTIVATIONS` for the activation of a convolution: a name of transformers, a function or None."""
     if activation is None:
         return "identity"
     if isinstance(activation, str):
@@ -145,7 +164,7 @@ def gated_delta_rule(
     use_qk_l2norm_in_kernel: bool = False,
     **__: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Gated delta networks and Kimi delta attention, whichever `g` has.
+    """Gated delta rule: a gated delta network if `g` has a decay per head, Kimi delta attention if per key channel.
 
     Args:
         query: [B, S, Hk, Dk].
@@ -153,13 +172,16 @@ def gated_delta_rule(
         value: [B, S, H, Dv].
         g: Log decay, [B, S, H] or [B, S, H, Dk].
         beta: Update rate, [B, S, H].
-        use_qk_l2norm_in_kernel: Whether queries and keys are brought to unit length first.
+        use_qk_l2norm_in_kernel: Whether queries and keys are normalized to unit length first.
+
+    Returns:
+        Output [B, S, H, Dv], and the new state [B, H, Dk, Dv] in float32.
     """
     width, dtype = key.shape[-1], value.dtype
     scale = width**-0.5
     query, key = query.float(), key.float()
     if use_qk_l2norm_in_kernel:
-        # Unit length is a root mean square of 1 / sqrt(Dk): the scale of the queries goes to the output.
+        # A vector of unit length has a root mean square of 1 / sqrt(Dk); for queries the factor moves to the output.
         query, key = (torch.ops.moec.rms_norm(item, None, L2_EPS / width) for item in (query, key))
         key, scale = key * width**-0.5, scale * width**-0.5
     mask = active_record().token_mask(beta)[:, :, None].float()
@@ -183,7 +205,7 @@ def mamba2_scan(
     return_final_states: bool = False,
     **__: Any,
 ) -> Any:
-    """`mamba2_chunk_scan`: keys are B, queries C, values the inputs times their time step.
+    """Replaces `mamba2_chunk_scan`: keys are B, queries C, and values the inputs times their time step.
 
     Args:
         hidden_states: x, [B, S, H, P].
@@ -191,12 +213,15 @@ def mamba2_scan(
         rate: A, the rate of the decay, negative, [H].
         key: B, [B, S, groups, N].
         query: C, [B, S, groups, N].
-        D: What goes past the scan, [H].
+        D: Factor on the skip connection around the scan, [H].
         z: Gate, [B, S, H, P].
         dt_bias: [H].
         dt_softplus: Whether a softplus makes the time step positive.
         dt_limit: Bounds of the time step.
         return_final_states: Whether the state is returned too, as [B, H, P, N].
+
+    Returns:
+        Output [B, S, H, P] in float32, with the state if it is asked for.
     """
     dt = _time_step(dt, dt_bias, dt_softplus, dt_limit) * active_record().token_mask(dt)[:, :, None].float()
     x = hidden_states.float()
@@ -221,7 +246,7 @@ def mamba_scan(
     return_last_state: bool = False,
     **_: Any,
 ) -> Any:
-    """`mamba_selective_scan`: a head for each channel, with values of width 1 and a decay for each key channel.
+    """Replaces `mamba_selective_scan`: each channel is a head with values of width 1 and a decay per key channel.
 
     Args:
         hidden_states: x, [B, E, S].
@@ -229,11 +254,14 @@ def mamba_scan(
         rate: A, the rate of the decay, negative, [E, N].
         key: B, [B, N, S].
         query: C, [B, N, S].
-        D: What goes past the scan, [E].
+        D: Factor on the skip connection around the scan, [E].
         z: Gate, [B, E, S].
         delta_bias: [E].
         delta_softplus: Whether a softplus makes the time step positive.
         return_last_state: Whether the state is returned too, as [B, E, N].
+
+    Returns:
+        Output [B, E, S] in float32, with the state if it is asked for.
     """
     step = _time_step(dt.transpose(1, 2), delta_bias, delta_softplus, (0.0, float("inf")))
     step = step * active_record().token_mask(step)[:, :, None].float()
@@ -251,7 +279,7 @@ def mamba_scan(
 
 
 def _time_step(dt: Tensor, bias: Tensor | None, softplus: bool, limit: tuple[float, float]) -> Tensor:
-    """The time step in float32, from its projection."""
+    """The time step in float32: the projection `dt` plus bias, after softplus and clamping."""
     step = dt.float() if bias is None else dt.float() + bias.float()
     step = F.softplus(step) if softplus else step
     low, high = limit
@@ -261,7 +289,7 @@ def _time_step(dt: Tensor, bias: Tensor | None, softplus: bool, limit: tuple[flo
 
 
 def _unmasked(hidden_states: Tensor, _: Tensor | None) -> Tensor:
-    """`apply_mask_to_padding_states`: padding is kept from the states where they are made, and nowhere else."""
+    """Replaces `apply_mask_to_padding_states`: the scans and convolutions here mask padding themselves."""
     return hidden_states
 
 
@@ -273,10 +301,10 @@ FUNCTIONS: Mapping[str, Callable[..., Any]] = {
     "mamba2_chunk_scan": mamba2_scan,
     "mamba_selective_scan": mamba_scan,
 }
-"""Functions of the modeling files of transformers, by the names that they have there, and what takes their place."""
+"""Name of a function in the modeling files of transformers -> its replacement."""
 
 STEPS: Mapping[str, str] = {
     "torch_chunk_gated_delta_rule": "torch_recurrent_gated_delta_rule",
     "chunk_kimi_delta_attention": "recurrent_kimi_delta_attention",
 }
-"""Their scans in chunks, and the same from token to token."""
+"""Name of a chunked scan of transformers -> the name of the same scan token by token."""

@@ -1,4 +1,4 @@
-"""Where a checkpoint lies, and what identifies it, without a library that takes seconds to import."""
+"""The location and the digests of a checkpoint. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from moec.compiler.common.errors import CheckpointError, UsageError, first_line
 from moec.compiler.common.files import write_whole
 
 SUFFIXES = frozenset({".json", ".safetensors", ".jinja", ".txt", ".model", ".py"})
-"""Files of a checkpoint that may decide what is built of it."""
+"""Suffixes of the files of a checkpoint on which the result of an export may depend."""
 
 
 def resolve(location: str, revision: str | None = None) -> Path:
@@ -22,14 +22,14 @@ def resolve(location: str, revision: str | None = None) -> Path:
         revision: Branch, tag or commit on the hub.
 
     Raises:
-        CheckpointError: There is none.
-        UsageError: A directory has no revisions.
+        CheckpointError: There is no checkpoint at the location, or the hub does not deliver it.
+        UsageError: A revision is given for a directory.
     """
     directory = Path(location).expanduser()
     if directory.is_dir():
         if revision is not None:
             raise UsageError(
-                f"{directory} is a directory, which has no revision {revision!r}", hint="--revision is for hub ids"
+                f"{directory} is a directory and has no revision {revision!r}", hint="--revision is for hub ids"
             )
         if not (directory / "config.json").is_file():
             raise CheckpointError(
@@ -47,7 +47,7 @@ def resolve(location: str, revision: str | None = None) -> Path:
 
 
 PATTERNS = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.py")
-"""Files that are downloaded; those of Python run only where the user trusts them."""
+"""Files that are downloaded. Python files run only with --trust-remote-code."""
 
 
 def _download(hub_id: str, revision: str | None) -> Path:
@@ -64,10 +64,10 @@ def _download(hub_id: str, revision: str | None) -> Path:
 
 
 class Digests:
-    """sha256 of files, each read once: size, time and inode tell whether it is still the same file."""
+    """sha256 of files, cached on disk: a file is read again only if its size, times or inode have changed."""
 
     def __init__(self, memory: Path) -> None:
-        """Remember in the file `memory`, which may be missing or damaged."""
+        """Use the cache file `memory`, which may be missing or damaged."""
         self._memory = memory
         self._known: dict[str, list[str]] = {}
         try:
@@ -89,7 +89,7 @@ class Digests:
             raise CheckpointError(f"{location}: cannot be read: {first_line(error)}") from error
 
     def save(self) -> None:
-        """Keep what was learned for the next time."""
+        """Write the cache file."""
         write_whole(self._memory, json.dumps(self._known))
 
     def _digest(self, path: Path) -> str:

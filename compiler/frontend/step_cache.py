@@ -1,4 +1,4 @@
-"""The cache that a model is traced with: it takes note of what layers ask it to keep, and gives them one step alone."""
+"""The cache that a model is traced with: it records the states that layers ask it to keep, and holds no past."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from moec.compiler.frontend.recording import Recording
 
 
 class StepLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):  # type: ignore[no-untyped-call]
-    """One layer of the cache: it hands over the new keys and values unchanged and remembers them.
+    """One layer of the cache: it returns the new keys and values unchanged and records them.
 
-    No layer says that it has a previous state, which is what leads recurrent layers into their form for one new token.
+    `has_previous_state` is always False: otherwise recurrent layers would take their branch for a single new token.
     """
 
     is_sliding = False
@@ -32,37 +32,37 @@ class StepLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):  # type: ignor
         """Nothing to set up: the past is an input."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Remember the new tokens' keys and values; `moec::attention` appends them."""
+        """Record the keys and values of the new tokens; `moec::attention` appends them to the past."""
         self.record.fresh[self.index] = (key_states, value_states)
         return key_states, value_states
 
     def update_conv_state(
         self, conv_states: Tensor, state_idx: int = 0, conv_kernel_size: int | None = None, **_: Any
     ) -> Tensor:
-        """Hand the new inputs [B, C, S] of a convolution back: it joins them to the ones before by itself.
+        """Return the new inputs [B, C, S] of a convolution; `moec::causal_conv` joins them to the past ones.
 
         Raises:
-            UnsupportedModelError: It is one of several, or of no given length.
+            UnsupportedModelError: The layer has several convolutions, or states no kernel size.
         """
         if state_idx or conv_kernel_size is None:
             raise UnsupportedModelError(
-                f"{self.record.where()} keeps more than the inputs of one convolution of known length",
+                f"{self.record.where()} keeps the inputs of several convolutions, or of one without a kernel size",
                 hint="moec families lists what works and why the rest does not",
             )
         self.record.conv_inputs[self.index] = conv_kernel_size
         return conv_states
 
     def update_recurrent_state(self, recurrent_states: Tensor, *_: Any, **__: Any) -> Tensor:
-        """Take note that the scan of a layer is over, whose state it has handed on already.
+        """Check that a scan that moec knows has recorded the state already, and return it unchanged.
 
         Raises:
-            UnsupportedModelError: It was none of those that moec knows.
+            UnsupportedModelError: The layer computed its state in another way.
         """
         record = self.record
         if (self.index, "recurrent") not in (record.states if record.past is None else record.present):
             raise UnsupportedModelError(
-                f"{record.where()} keeps a recurrent state that it makes in a way of its own",
-                hint="a scan that is none of those in moec/compiler/frontend/scans.py needs an adapter",
+                f"{record.where()} keeps a recurrent state that no scan known to moec computed",
+                hint="a scan that is not in compiler/frontend/scans.py needs an adapter",
             )
         return recurrent_states
 
@@ -71,7 +71,7 @@ class StepLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):  # type: ignor
         return self.length
 
     def get_mask_sizes(self, query_length: Any) -> tuple[Any, int]:
-        """Length and offset of the mask, of which only the pattern is used."""
+        """Length and offset of the mask; only the pattern of the mask is used."""
         return self.length + query_length, 0
 
     def get_max_length(self) -> int:
@@ -83,10 +83,10 @@ def step_cache(record: Recording, layers: int, length: Any, kind: type[Cache] = 
     """A cache of `layers` StepLayers whose past has `length` tokens.
 
     Args:
-        record: What the layers write to.
-        layers: How many.
+        record: The recording that the layers write to.
+        layers: Number of layers.
         length: Tokens in the past, a number or a symbol.
-        kind: Class of the cache, where a family takes none but its own.
+        kind: Class of the cache, for a family that accepts only its own class.
     """
     own: list[Any] = [StepLayer(record, index, length) for index in range(layers)]
     if kind is Cache:
@@ -97,20 +97,21 @@ def step_cache(record: Recording, layers: int, length: Any, kind: type[Cache] = 
 
 
 def cache_class(model: nn.Module) -> type[Cache]:
-    """The class of cache that the modeling file of `model` defines for it, or that of all others."""
+    """The cache class that the modeling file of `model` defines, or else `Cache`."""
     scope = vars(sys.modules[type(model).__module__])
     own = (item for item in scope.values() if isinstance(item, type) and issubclass(item, Cache))
     return next((item for item in own if item.__module__ == type(model).__module__), Cache)
 
 
 def check_convolutions(model: nn.Module, record: Recording) -> None:
-    """Check, after a pass, that every convolution whose inputs were to be kept was one that moec knows.
+    """Check after a forward pass that every convolution with inputs in the cache ran as `causal_conv1d_fn`.
 
     Raises:
-        UnsupportedModelError: One was not.
+        UnsupportedModelError: One did not.
     """
     if record.conv_inputs:
         raise UnsupportedModelError(
-            f"{type(model).__name__}: layer {min(record.conv_inputs)} convolves in a way of its own",
+            f"{type(model).__name__}: layer {min(record.conv_inputs)} keeps the inputs of a convolution that moec does "
+            "not know",
             hint="moec families lists what works and why the rest does not",
         )

@@ -1,1 +1,1 @@
-"""Gates: each returns a Verdict, and a gate that did not run is never a pass."""
+"""The gates: one file per gate. Each gate returns a Verdict; a gate that did not run is never a pass."""

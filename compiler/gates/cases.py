@@ -1,4 +1,4 @@
-"""The inputs of the parity and coverage gates: fixed seeds, so that a verdict can be repeated."""
+"""The inputs of the parity gate, drawn with fixed seeds so that a verdict can be reproduced."""
 
 from __future__ import annotations
 
@@ -8,22 +8,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from moec.compiler.common.model_config import context_length
 from moec.compiler.ir.operands import Attention
-from moec.compiler.ir.program import ATTENTION
+from moec.compiler.ir.program import ATTENTION, Program
 from moec.compiler.text.tokenizer import open_tokenizer
 from moec.targets.base import RunnerLimits
 
-if TYPE_CHECKING:
-    from moec.compiler.ir.operands import Attention
-from moec.compiler.ir.program import Program
-
 SHAPES = ((1, 1, 9), (2, 5, 0), (2, 5, 7))
-"""Batch, new tokens, past: single and several, odd, without and with a past."""
+"""Batch size, new tokens and tokens in the past."""
 
 PADDED_LENGTHS = (9, 5)
 TEXT = ("golden_models", "olmoe-tiny", "texts", "calibration.txt")
@@ -32,14 +27,14 @@ TEXT_CHARACTERS = 50_000  # more text than the gates can use would only cost tim
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """Some sequences and how they are fed.
+    """A batch of sequences, and the steps in which they are fed.
 
     Attributes:
         name: For reports.
         input_ids: [B, T] int64.
         attention_mask: [B, T] int64 with 0 where a slot is left padding, or None.
         steps: Number of tokens of the prefill and of each decode step; their sum is T.
-        new_tokens: How many tokens are generated greedily after them.
+        new_tokens: Number of tokens that are then generated greedily.
     """
 
     name: str
@@ -50,12 +45,12 @@ class Case:
 
 
 class Prompts:
-    """An endless supply of token ids, the same for the same seed.
+    """An endless supply of token ids, determined by a seed.
 
     Args:
-        vocab_size: Ids are below it.
-        text_ids: Ids of a text to cut pieces from; random ids where it is empty.
-        seed: Seed of every draw.
+        vocab_size: Vocabulary size; ids are smaller.
+        text_ids: Ids of a text from which pieces are taken; without it, ids are random.
+        seed: Seed of the random generator.
     """
 
     def __init__(self, vocab_size: int, text_ids: np.ndarray | None = None, *, seed: int = 0) -> None:
@@ -65,7 +60,7 @@ class Prompts:
 
     @classmethod
     def of(cls, directory: Path, vocab_size: int, *, seed: int = 0) -> Prompts:
-        """Prompts for the checkpoint in `directory`: text where it has a tokenizer.json, else random ids."""
+        """Prompts for the checkpoint in `directory`: text if it has a tokenizer.json, else random ids."""
         text = importlib.resources.files("moec").joinpath(*TEXT)
         tokenizer = directory / "tokenizer.json"
         if not (tokenizer.is_file() and text.is_file()):
@@ -78,7 +73,7 @@ class Prompts:
         return "calibration text" if self._text.size else "random ids"
 
     def text(self, batch: int, length: int) -> np.ndarray:
-        """Pieces of the text (random ids where there is none): [batch, length] int64."""
+        """Pieces of the text, or random ids without a text: [batch, length] int64."""
         if self._text.size <= length:
             return self.random(batch, length)
         starts = self._random.integers(0, self._text.size - length, size=batch)
@@ -90,23 +85,23 @@ class Prompts:
 
 
 @lru_cache(maxsize=1)
-def _encoded(directory: Path, changed: int) -> np.ndarray:  # noqa: ARG001 - a tokenizer that changed is another one
-    """Ids of the text that moec brings, which every gate of an export cuts its prompts from."""
+def _encoded(directory: Path, changed: int) -> np.ndarray:  # noqa: ARG001 - part of the key of the cache
+    """Ids of the text that comes with moec; all gates of an export take their prompts from it."""
     words = importlib.resources.files("moec").joinpath(*TEXT).read_text(encoding="utf-8")[:TEXT_CHARACTERS]
     return np.asarray(open_tokenizer(directory).encode(words, add_special_tokens=False).ids, dtype=np.int64)
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """What limits the shapes: the runner, and the tokens that model, runner and budget allow in one sequence."""
+    """Limits of the shapes: those of the runner, and the tokens that model, runner and gate allow in one sequence."""
 
     runner: RunnerLimits
     max_tokens: int
 
 
 def bounds(program: Program, limits: RunnerLimits, max_tokens: int) -> Bounds:
-    """Bounds of the sequences for `program` on a runner with `limits`; `max_tokens` is the gate's own budget."""
-    # Where the length that a model was made for is the border of its rotary scaling, the other side is checked too.
+    """Bounds for `program` on a runner with `limits`; `max_tokens` is the gate's own limit."""
+    # If rotary frequencies change at some length, longer sequences are checked too.
     scaled = 2 * max(program.rotary_borders, default=0)
     lengths = [max_tokens, max(context_length(program.config) or max_tokens, scaled)]
     if limits.max_sequence is not None:
@@ -117,14 +112,14 @@ def bounds(program: Program, limits: RunnerLimits, max_tokens: int) -> Bounds:
 def base_cases(
     program: Program, prompts: Prompts, bound: Bounds, long_prompt: int, new_tokens: int
 ) -> tuple[list[Case], list[str]]:
-    """The cases that every parity check runs, and what was left out of them and why.
+    """The cases of a parity check, and the cases that were left out, with reasons.
 
     Args:
-        program: Its attention windows have cases of their own.
-        prompts: Where the ids come from.
-        bound: What limits the shapes.
+        program: The Program; its attention windows and rotary borders get cases of their own.
+        prompts: Source of the token ids.
+        bound: Limits of the shapes.
         long_prompt: Tokens of the longest prompt.
-        new_tokens: How many tokens are generated greedily.
+        new_tokens: Number of tokens that are generated greedily.
     """
     cases: list[Case] = []
     left_out: list[str] = []
@@ -150,7 +145,7 @@ def attention_windows(program: Program) -> list[tuple[str, int]]:
 
 
 def split_steps(steps: tuple[int, ...], limits: RunnerLimits) -> tuple[int, ...]:
-    """Cut decode steps into what the runner takes at once."""
+    """Split decode steps that are longer than the runner takes at once."""
     if limits.max_decode is None:
         return steps
     return (steps[0], *itertools.chain.from_iterable(_pieces(size, limits.max_decode) for size in steps[1:]))
@@ -202,7 +197,7 @@ def _add_padded(cases: list[Case], left_out: list[str], prompts: Prompts, bound:
 def _add_window(
     cases: list[Case], left_out: list[str], prompts: Prompts, bound: Bounds, kind: str, window: int
 ) -> None:
-    """Past the window within the prefill, and past it while decoding."""
+    """Add a case that exceeds the window in the prefill, and one that exceeds it while decoding."""
     for name, steps in (
         (f"prefill past the {kind} window of {window}", (window + 5, 1, 2)),
         (f"decode past the {kind} window of {window}", (max(window - 1, 1), 1, 1, 1, 2)),

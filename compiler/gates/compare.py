@@ -19,16 +19,16 @@ Step = Callable[[np.ndarray, np.ndarray | None], np.ndarray]
 
 @dataclass(frozen=True)
 class CaseResult:
-    """How one case went.
+    """The result of one case.
 
     Attributes:
         name: Name of the case.
         error: Largest difference of a position that is not excused, relative to the largest logit.
-        excused_error: The same over the excused positions, 0 where there are none.
-        positions: Number of positions that are no padding.
-        excused: How many of them are out of tolerance because of a tie.
-        tied: How many of them hold a tie.
-        top1: Share of positions where both prefer the same token.
+        excused_error: Largest difference of an excused position, 0 if there is none.
+        positions: Number of positions without padding.
+        excused: Number of these positions that are out of tolerance because of a tie.
+        tied: Number of these positions whose router decision is a tie.
+        top1: Share of these positions at which both have the same most likely token.
         tokens: Number of tokens generated greedily.
         mismatch: Index of the first generated token that the reference would not have chosen, or None.
     """
@@ -46,17 +46,17 @@ class CaseResult:
 
 @dataclass(frozen=True, eq=False)
 class Output:
-    """What a runner made of a case: the ids [B, T] with those generated, and the logits [B, T, V]."""
+    """The output of a runner for a case: the ids [B, T], generated ones included, and the logits [B, T, V]."""
 
     input_ids: np.ndarray
     logits: np.ndarray
 
 
 def run_case(runner: Runner, case: Case) -> Output:
-    """Feed a case step by step, then generate. The last generated token is not fed: its logits are not needed.
+    """Feed a case step by step, then generate. The last generated token is not fed, since its logits are not needed.
 
     Raises:
-        ArtifactError: The runtime fails, or the logits do not have the shape that was asked for.
+        ArtifactError: The runtime fails, or the logits do not have the shape [B, S, V].
     """
     ids, pieces, offset = case.input_ids, list[np.ndarray](), 0
     runner.reset()
@@ -79,15 +79,15 @@ def _call(step: Step, ids: np.ndarray, mask: np.ndarray | None, name: str) -> np
         logits = step(ids, mask)
     except MoecError:
         raise
-    except Exception as error:  # the exceptions of runtimes share no base class but this one
+    except Exception as error:  # runtimes raise exceptions without a narrower common base class
         raise ArtifactError(
             f"{name}: the artifact fails at run time: {type(error).__name__}: {first_line(error)}",
-            hint="it was built but cannot be run; please report this with the recipe",
+            hint="the artifact was built but cannot be run; please report this with the recipe",
         ) from error
     if logits.ndim != 3 or logits.shape[:2] != ids.shape:
         raise ArtifactError(
             f"{name}: the runner returned logits of shape {logits.shape} for input_ids of shape {ids.shape}",
-            hint="a runner returns logits for every new token: [batch, sequence, vocabulary]",
+            hint="a runner must return logits for every new token: [batch, sequence, vocabulary]",
         )
     return logits
 
@@ -96,13 +96,13 @@ def compare(case: Case, output: Output, trace: Trace, tolerance: Tolerance) -> t
     """Compare a runner's output with the reference.
 
     Args:
-        case: What was run.
-        output: What the runner made of it.
-        trace: The reference on `output.input_ids`, or on all of them but the last.
+        case: The case.
+        output: The runner's output for it.
+        trace: The reference's output for `output.input_ids`, with or without the last token.
         tolerance: The limits.
 
     Returns:
-        The result, and which positions count as proven: [B, T] bool, neither padding nor excused.
+        The result, and the positions that are proven, [B, T] bool: those that are neither padding nor excused.
 
     Raises:
         ArtifactError: The vocabularies differ.
@@ -111,7 +111,8 @@ def compare(case: Case, output: Output, trace: Trace, tolerance: Tolerance) -> t
     want = trace.logits[:, :length]
     if output.logits.shape != want.shape:
         raise ArtifactError(
-            f"{case.name}: the logits have {output.logits.shape[-1]} entries, the model's vocabulary {want.shape[-1]}"
+            f"{case.name}: the logits have {output.logits.shape[-1]} entries, but the model's vocabulary has "
+            f"{want.shape[-1]}"
         )
     valid = np.ones(want.shape[:2], dtype=bool)
     if case.attention_mask is not None:
@@ -135,10 +136,16 @@ def compare(case: Case, output: Output, trace: Trace, tolerance: Tolerance) -> t
 
 
 def position_errors(got: np.ndarray, want: np.ndarray, valid: np.ndarray) -> np.ndarray:
-    """Largest |got - want| of each position over the largest |want| of all valid ones: [B, T]; infinite for NaN."""
+    """Largest |got - want| of each position, divided by the largest |want| of all valid ones: [B, T]; infinite for NaN.
+
+    Args:
+        got: [B, T, V].
+        want: [B, T, V].
+        valid: [B, T] bool; other positions get 0.
+    """
     scale = float(np.abs(want[valid]).max(initial=0.0))
     errors: np.ndarray = np.empty(want.shape[:2], dtype=np.float64)
-    for row in range(want.shape[0]):  # row by row: the difference is as large as the logits
+    for row in range(want.shape[0]):  # row by row, since the difference takes as much memory as the logits
         errors[row] = np.abs(got[row] - want[row]).max(-1)
     errors /= scale if scale > 0 else 1.0
     errors[~np.isfinite(errors)] = np.inf
@@ -149,9 +156,9 @@ def position_errors(got: np.ndarray, want: np.ndarray, valid: np.ndarray) -> np.
 def excused_positions(errors: np.ndarray, tied: np.ndarray, limit: float) -> np.ndarray:
     """Positions out of tolerance that a tie explains: [B, T] bool.
 
-    An expert that flips at a tied token changes the logits there and at the tokens that attend to it. So a position is
-    excused when it, or an earlier token of its sequence, is tied and shows a difference of its own: more than a quarter
-    of the limit. A NaN is never excused.
+    If another expert is chosen at a tied token, the logits of that token and of later tokens change. So a position is
+    excused if it or an earlier position of its sequence is tied and differs by more than a quarter of the limit. A NaN
+    is never excused.
     """
     flipped: np.ndarray = np.logical_or.accumulate(tied & (errors > limit / 4), axis=1)
     excused: np.ndarray = flipped & (errors > limit) & np.isfinite(errors)
@@ -159,7 +166,7 @@ def excused_positions(errors: np.ndarray, tied: np.ndarray, limit: float) -> np.
 
 
 def _mismatch(ids: np.ndarray, want: np.ndarray, excused: np.ndarray, new_tokens: int) -> int | None:
-    """Index of the first generated token that is not the reference's choice, ties aside."""
+    """Index of the first generated token that the reference would not have chosen, ties aside, or None."""
     if not new_tokens:
         return None
     first = want.shape[1] - new_tokens  # position whose logits choose the first generated token

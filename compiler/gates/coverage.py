@@ -1,10 +1,12 @@
-"""Coverage by force: every live expert of every layer is run, whether a prompt reaches it or not.
+"""Coverage: every live expert of every layer is run, whether a prompt reaches it or not.
 
-Routers leave some experts to one token in ten thousand. Whether such an expert computes what it should does not hang on
-a prompt that happens to reach it: the artifact is entered at the operands of a layer's experts, with hidden states
-that the reference met there and a routing that sends each of them to one expert. One pass goes over the experts: each
-is read once by the reference, and what is in memory is a batch of activations and one expert. The gate of integrity
-looks on (`watch`), so that it need not make the values of the experts a second time.
+A trained router sends one token in ten thousand to some experts. So this gate needs no prompt: it runs the experts of
+one layer of the artifact with hidden states that the reference saw there, and with a routing that sends each token to
+one chosen expert. What runs are the nodes and weights of the artifact (`Target.open_experts`). A target that cannot do
+this is not covered, and its verdict is "not run".
+
+The reference reads each expert once, so memory is a batch of activations and one expert. The integrity gate gets these
+values too (`watch`), so that they are not computed twice.
 """
 
 from __future__ import annotations
@@ -31,15 +33,15 @@ EXIT_CODE = 5
 LISTED = 6
 
 ROWS = 4
-"""Hidden states that an expert is run with: enough that a product of several rows takes the place of one of one row."""
+"""Tokens per expert: more than one, so that the runtime's kernels for several rows are used."""
 
-TOGETHER = 16
-"""Experts of one call."""
+EXPERTS_PER_CALL = 16
+"""Experts that are run in one call."""
 
 
 @dataclass
 class LayerResult:
-    """What became of the experts of one layer.
+    """The errors of the experts of one layer.
 
     Attributes:
         layer: The layer.
@@ -63,19 +65,19 @@ def run_experts_by_force(
     watch: WeightObserver | None = None,
     rounding: ActivationRounding | None = None,
 ) -> list[LayerResult]:
-    """Run the experts of every layer and compare them with the reference.
+    """Run the experts of every layer on the artifact and compare them with the reference.
 
     Args:
         program: The final Program.
-        runners: The artifact's experts, see `Target.open_experts`.
-        hidden: MoE layer -> hidden states that it met, [n, H].
-        share: Least share of the experts of a layer that are run; they are spread evenly.
-        progress: Told about every layer.
-        watch: Told of the values of every expert that is read, once each.
-        rounding: How the kernels that are judged round activations, see `Target.activation_rounding`.
+        runners: Name of a graph -> its experts, from `Target.open_experts`.
+        hidden: MoE layer -> hidden states that its experts got, [n, H].
+        share: Share of the experts of a layer to run; they are spread evenly.
+        progress: Called for every layer.
+        watch: Called with the values of every expert that the reference reads, once each.
+        rounding: How the artifact's kernels round activations, from `Target.activation_rounding`.
 
     Raises:
-        ArtifactError: A runner returned another shape than [T, H].
+        ArtifactError: A runner returned an output that is not [T, H].
     """
     reference, results = Interpreter(program, cache_bytes=0, weight_observer=watch, rounding=rounding), []
     for done, (row, node) in enumerate(zip(program.layers, program.nodes(EXPERTS), strict=True)):
@@ -89,11 +91,11 @@ def run_experts_by_force(
 
 
 def _batches(count: int, share: float) -> Iterator[list[int]]:
-    """The experts of a layer that are run, some at a time."""
+    """The experts of a layer to run, in batches of one call."""
     wanted = math.ceil(count * share)
     chosen = np.unique(np.linspace(0, count - 1, wanted).round().astype(np.int64)).tolist() if wanted else []
-    for start in range(0, len(chosen), TOGETHER):
-        yield chosen[start : start + TOGETHER]
+    for start in range(0, len(chosen), EXPERTS_PER_CALL):
+        yield chosen[start : start + EXPERTS_PER_CALL]
 
 
 def _run_batch(
@@ -104,7 +106,7 @@ def _run_batch(
     states: Tensor,
     experts: Sequence[int],
 ) -> dict[int, float]:
-    """Largest relative difference of each of `experts`."""
+    """Expert -> largest relative difference over all graphs, for `experts`."""
     x, indices, weights = _operands(node, row, states, experts)
     want = reference.experts(node, x, indices, weights).float().numpy()
     given = (x.numpy(), indices.numpy(), weights.numpy())
@@ -120,10 +122,13 @@ def _run_batch(
 
 
 def _operands(node: fx.Node, row: MoeLayer, states: Tensor, experts: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states, indices and weights of a step in which `ROWS` tokens go to each of `experts` and nowhere else.
+    """Operands of `moec::experts` in which each of `experts` gets `ROWS` tokens and no other expert gets any.
 
-    The other slots of a token name other experts and have the weight 0, which drops them. The slot that is kept moves
-    from token to token. Weights are such that half precision holds them.
+    The other slots of a token name other experts with weight 0, which drops them. The kept slot changes from token to
+    token. The weights are exact in half precision.
+
+    Returns:
+        Hidden states [T, H], indices [T, k] and weights [T, k], in the dtypes of the graph.
     """
     tokens = torch.arange(len(experts) * ROWS)
     own = torch.tensor(experts, dtype=torch.int64).repeat_interleave(ROWS)
@@ -132,7 +137,7 @@ def _operands(node: fx.Node, row: MoeLayer, states: Tensor, experts: Sequence[in
     indices = (own[:, None] + slots[None, :] - kept[:, None]) % row.num_experts
     weights = torch.where(slots[None, :] == kept[:, None], (0.5 + 0.125 * (tokens % ROWS))[:, None], 0.0)
     dtypes = [argument.meta["val"].dtype for argument in node.args[:3]]  # type: ignore[union-attr]
-    # A stride that shares no factor with their number: each expert sees states from all along the sequence.
+    # A stride of 37 spreads the states of each expert over the whole sequence.
     chosen = (tokens * 37 + own) % len(states)
     return states[chosen].to(dtypes[0]), indices.to(dtypes[1]), weights.to(dtypes[2])
 
@@ -152,14 +157,14 @@ def judge_coverage(
     *,
     rounding_known: bool = False,
 ) -> Verdict:
-    """Pass when enough experts were run and every one of them is within tolerance.
+    """Pass if enough experts were run and every one of them is within tolerance.
 
     Args:
         results: One for each layer.
-        graphs: What was run.
-        precision: Decides the limit.
+        graphs: Names of the graphs that were run.
+        precision: Precision of the artifact, which gives the limit.
         minimum: Share of the live experts that must have been run.
-        usage: What the text of the parity cases used; a figure, which decides nothing.
+        usage: The experts that the text of the parity cases used; reported, but not part of the verdict.
         rounding_known: Whether the reference rounded activations as the kernels do.
     """
     limit = expert_limit(precision, rounding_known=rounding_known)
@@ -168,7 +173,7 @@ def judge_coverage(
     errors = [(error, result.layer.module, expert) for result in results for expert, error in result.errors.items()]
     worst = max(errors, default=(0.0, "", 0))
     wrong = {result.layer.module: found for result in results if (found := result.wrong(limit))}
-    parts = [f"{run} of {total} experts in {len(results)} layers run by themselves on {' and '.join(graphs)}"]
+    parts = [f"{run} of {total} experts in {len(results)} layers run one by one on {' and '.join(graphs)}"]
     parts.append(f"max |difference| {worst[0]:.1e} of an expert's largest output (limit {limit:.0e}, {precision})")
     if wrong:
         parts.append(f"wrong: {_listing(wrong)}")
@@ -196,6 +201,6 @@ def judge_coverage(
 
 
 def _listing(experts: Mapping[str, list[int]]) -> str:
-    """Experts by layer, the first few layers of them: all are in the figures."""
+    """The experts of the first few layers; the figures of the report have all of them."""
     rows = [f"{module} {', '.join(map(str, found))}" for module, found in experts.items()]
     return "; ".join(rows[:LISTED]) + (f"; and {len(rows) - LISTED} more layers" if len(rows) > LISTED else "")

@@ -1,7 +1,8 @@
-"""Weights of the final Program whose codes come from the artifact that is judged.
+"""Checks of weights whose codes were read back from the artifact under test.
 
-Codes that calibration chose are not chosen again to judge an artifact: they are read back from it. Comparing them with
-the artifact would prove nothing, so they are held against the record of the export and against the checkpoint.
+When an existing artifact is validated, codes that calibration chose are read back from it instead of being calibrated
+again. Comparing them with the artifact would prove nothing, so they are compared with the digests in moec.json and with
+the weights of the checkpoint.
 """
 
 from __future__ import annotations
@@ -16,43 +17,43 @@ from moec.quantize.recorded import Finding, Recorded
 
 @dataclass(frozen=True)
 class Examined:
-    """What was found, by name of the weight."""
+    """Weight name -> result of its check."""
 
     findings: dict[str, Finding] = field(default_factory=dict)
 
     @property
     def summary(self) -> str:
-        """What was compared, for the verdict; empty where nothing was."""
+        """One sentence for the verdict; empty if no weight was checked."""
         if not self.findings:
             return ""
         worst = max(finding.error for finding in self.findings.values())
         return (
-            f"{len(self.findings)} tensors with calibrated codes: as moec.json records them, on the plan's grid, "
-            f"at most {worst:.2f} steps of it from the checkpoint"
+            f"{len(self.findings)} tensors with calibrated codes: equal to the digests in moec.json, in the plan's "
+            f"format, at most {worst:.2f} quantization steps from the checkpoint"
         )
 
     @property
     def figures(self) -> list[dict[str, Any]]:
-        """For the report."""
+        """One entry per weight for the report."""
         return [
             {"name": name, "recorded": item.recorded, "near": item.near, "steps": item.error}
             for name, item in self.findings.items()
         ]
 
     def not_recorded(self) -> list[str]:
-        """Weights with other codes than the export recorded."""
+        """Weights whose codes do not have the digest in moec.json."""
         return [name for name, item in self.findings.items() if not item.recorded]
 
     def too_far(self) -> list[str]:
-        """Weights that are farther from the checkpoint than rounding leaves them."""
+        """Weights that differ from the checkpoint by more than rounding can cause."""
         return [f"{name} by {item.error:.2g} steps" for name, item in self.findings.items() if not item.near]
 
 
 def examine(program: Program, what: str, progress: Progress) -> Examined:
-    """Examine every weight of `program` that was read back, one matrix at a time.
+    """Check every weight of `program` that was read back, one matrix at a time; `what` is the name for `progress`.
 
     Raises:
-        ArtifactError: The artifact holds one on no grid of the plan.
+        ArtifactError: A weight of the artifact is not in the format of the plan.
     """
     names = dict.fromkeys(map(program.weights.resolve, program.weight_names()))
     found = {name: tensor for name in names if isinstance(tensor := program.weights[name], Recorded)}

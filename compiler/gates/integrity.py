@@ -1,6 +1,6 @@
-"""Integrity: the artifact holds the final Program's experts, every one of them, in the format of the plan.
+"""Integrity: the artifact holds every expert of the final Program, in the format of the plan.
 
-Weights whose codes were read back from the artifact are held against its record and the checkpoint (`examination`).
+Weights whose codes were read back from the artifact are checked by `examination` instead.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ EXIT_CODE = 5
 LISTED = 4
 
 ROUNDING = 1e-6
-"""Dequantized values may differ by this share of the largest: (code - zero) * scale in float32, in another order."""
+"""Largest difference of dequantized values relative to the largest one, from the order of float32 operations."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One expert tensor: its name, how many of its experts differ and the largest difference, relative."""
+    """Result for one expert tensor: number of experts, indices of those that differ, largest relative difference."""
 
     name: str
     experts: int
@@ -42,10 +42,10 @@ class Comparison:
 
 
 def expert_weights(program: Program) -> dict[str, torch.dtype]:
-    """Name of every weight of the experts of `program` -> dtype in the graph, in the order of the layers.
+    """Name of every expert weight of `program` -> its dtype in the graph, in the order of the layers.
 
     Raises:
-        ArtifactError: A weight is computed in the graph, so that no tensor of the artifact stands for it.
+        ArtifactError: A weight is computed in the graph, so the artifact has no tensor for it.
     """
     found: dict[str, torch.dtype] = {}
     for node in program.nodes(EXPERTS):
@@ -60,10 +60,10 @@ def expert_weights(program: Program) -> dict[str, torch.dtype]:
 
 
 class Comparisons:
-    """Compares every expert of every tensor with the artifact's, each when somebody makes its values.
+    """Compares every expert of every expert tensor with the artifact's.
 
-    To make them takes longer than anything else here. The gate of coverage makes those of every expert, and hands them
-    to `compare` while it has them; `judge` makes what is missing.
+    Computing the values of the Program's experts takes most of the time. The coverage gate computes them anyway and
+    passes them to `compare`; `judge` computes those that are missing.
 
     Args:
         program: The final Program.
@@ -76,7 +76,7 @@ class Comparisons:
     def __init__(self, program: Program, stored: Mapping[str, StoredWeight]) -> None:
         self._program, self._stored = program, stored
         self._names = expert_weights(program)
-        # Codes that were read back from the artifact equal those in it: they are held against something else.
+        # Codes that were read back from the artifact are equal to it by construction; `examine` checks them.
         own = [name for name in self._names if name in stored and not isinstance(program.weights[name], Recorded)]
         self._errors: dict[str, dict[int, float]] = {name: {} for name in own}
 
@@ -84,21 +84,21 @@ class Comparisons:
         """Compare one expert of the tensor `name`.
 
         Args:
-            name: Where it is no tensor of experts, nothing happens.
-            index: The expert.
-            values: Its values as the Program has them: one index of the tensor along axis 0.
+            name: Name of a weight; a weight that is not an expert tensor is ignored.
+            index: Index of the expert along axis 0.
+            values: The values of this expert in the Program.
         """
         if name in self._errors:
-            # Codes times scales is computed in float32, whatever the graph computes in.
+            # Weights are dequantized in float32, whatever the dtype of the graph.
             dtype = self._names[name] if _format(self._program, name) is None else torch.float32
             want = values.to(dtype).float().numpy()
             self._errors[name][index] = _error(self._stored[name].values(index, index + 1)[0], want)
 
     def judge(self, progress: Progress = lambda *_: None) -> Verdict:
-        """Compare what has not been compared yet, one expert at a time, and say what was found.
+        """Compare the experts that were not compared yet, one at a time, and return the verdict.
 
         Args:
-            progress: Told about every tensor.
+            progress: Called for every tensor.
         """
         examined = examine(self._program, GATE, progress)
         for done, (name, errors) in enumerate(self._errors.items()):
@@ -125,7 +125,7 @@ def _judge(comparisons: list[Comparison], missing: list[str], other: list[str], 
         *_listed("different", [f"{item.name} experts {_numbers(item.wrong)}" for item in wrong]),
         *_listed("in another format than planned", other),
         *_listed("codes that moec.json does not record", examined.not_recorded()),
-        *_listed("no rounding of the checkpoint", examined.too_far()),
+        *_listed("too far from the checkpoint for a rounding of it", examined.too_far()),
     ]
     total = sum(item.experts for item in comparisons)
     figures = {**_figures(comparisons, missing, other), "read_back": examined.figures}
@@ -136,7 +136,7 @@ def _judge(comparisons: list[Comparison], missing: list[str], other: list[str], 
 
 
 def _error(got: np.ndarray, want: np.ndarray) -> float:
-    """Largest difference relative to the largest value; infinite for another shape or NaN."""
+    """Largest difference relative to the largest value; infinite if the shapes differ or for NaN."""
     if got.shape != want.shape:
         return float("inf")
     if np.array_equal(got, want):
@@ -148,7 +148,7 @@ def _error(got: np.ndarray, want: np.ndarray) -> float:
 
 
 def _format(program: Program, name: str) -> CodedFormat | None:
-    """The format of the codes that the plan gives to a weight, or None where it stays float."""
+    """The format that the plan gives to a weight, or None if it stays float."""
     tensor = program.weights[name]
     return tensor.format if isinstance(tensor, Coded) else None
 
@@ -156,7 +156,7 @@ def _format(program: Program, name: str) -> CodedFormat | None:
 def _in_other_formats(
     program: Program, names: Mapping[str, torch.dtype], stored: Mapping[str, StoredWeight]
 ) -> list[str]:
-    """Quantized weights whose codes have another width than the plan's, or that are stored as floats."""
+    """Quantized weights whose codes do not have the bits of the plan, or that are stored as floats."""
     found = []
     for name in names:
         planned, held = _format(program, name), stored.get(name)

@@ -1,8 +1,8 @@
-"""Latency: is the artifact as fast, as small and as quick to start as demanded, and no slower than a baseline?
+"""Latency: is the artifact within its budgets of time and size, and no slower than a baseline?
 
-Candidate and baseline are called in turns in one process that holds nothing but their Runners; starts are measured in
-processes of their own. A demand is met when the whole confidence interval is within the limit, missed when all of it
-lies beyond. A machine too noisy to tell is a verdict of its own and never a pass, as is one that cannot measure.
+Candidate and baseline are called alternately in one process that holds only their Runners; each start is measured in a
+process of its own. A demand is met if the whole confidence interval is within the limit, and missed if all of it is
+beyond. A machine that is too noisy, or that cannot measure, has a verdict of its own, which is not a pass.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ STARTS, JUDGED_STARTS = 3, 8
 QUANTILES = (0.5, 0.9, 0.99)
 
 Measure = Callable[[Mapping[str, Any], Callable[[int, int], None]], dict[str, Any]]
-"""Runs a job; see `moec.compiler.measure.latency.process.measure`."""
+"""Runs a job, as `moec.compiler.measure.latency.process.measure` does."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,12 @@ class LatencyOptions:
     """Settings of the gate.
 
     Attributes:
-        budgets: Budgets; see `parse_budgets`.
-        baseline: Artifact that this one is compared with, or None.
-        max_regression: How much slower than the baseline it may be: 0.05 is 5 %.
+        budgets: Budgets, from `parse_budgets`.
+        baseline: Artifact to compare with, or None.
+        max_regression: How much slower than the baseline the artifact may be: 0.05 is 5 %.
         threads: Threads of the runtimes.
-        contexts: Lengths of the prompt that are measured, besides those that budgets name.
-        seconds: Most seconds of sampling; starts come on top.
+        contexts: Prompt lengths in tokens to measure, besides those that budgets name.
+        seconds: Longest time of sampling in seconds; the time of the starts is added to it.
     """
 
     budgets: tuple[Demand, ...] = ()
@@ -65,7 +65,7 @@ class LatencyOptions:
 
     @property
     def every_context(self) -> tuple[int, ...]:
-        """Those given and those of the budgets, sorted."""
+        """`contexts` and the prompt lengths of the budgets, sorted."""
         named = (demand.subject.context for demand in self.budgets if isinstance(demand.subject, Workload))
         return tuple(sorted({*self.contexts, *named}))
 
@@ -78,10 +78,10 @@ def make_options(
     contexts: Sequence[int],
     seconds: float,
 ) -> LatencyOptions | None:
-    """The gate's settings from a recipe; None where nothing is demanded.
+    """The gate's settings from the latency section of a recipe; None without a budget and a baseline.
 
     Raises:
-        UsageError: A budget is wrong, or the baseline is no artifact whose files are there.
+        UsageError: A budget is not valid, or the baseline is not a complete artifact.
     """
     if budget is None and baseline is None:
         return None
@@ -98,13 +98,13 @@ def _artifact(given: str) -> Path:
     if missing := [name for name in read_manifest(directory)["model_files"] if not (directory / name).exists()]:
         raise UsageError(
             f"{directory}: the baseline cannot be run: {', '.join(missing)} missing",
-            hint="keep its files: figures of another run, on another machine or day, are no baseline",
+            hint="keep its model files: it must be measured again, since figures of an earlier run cannot be compared",
         )
     return directory
 
 
 def not_run(reason: str = "") -> Verdict:
-    """The verdict where nothing is demanded, or nothing can be measured."""
+    """The verdict "not run", by default because neither a budget nor a baseline is given."""
     nothing = "no budget and no baseline is given (--latency-budget decode.p50=12ms, --latency-baseline DIR)"
     return Verdict(GATE, Status.NOT_RUN, reason or nothing, EXIT_CODE)
 
@@ -116,14 +116,17 @@ def judge_latency(
     progress: Progress,
     measure: Measure = process.measure,
 ) -> Verdict:
-    """Measure and judge.
+    """Measure the artifact, and the baseline if there is one, and judge the demands.
 
     Args:
         target: Target of the artifact.
         directory: The artifact.
-        options: What is demanded.
-        progress: Told how many of the seconds are spent.
+        options: The demands.
+        progress: Called with the seconds spent and the seconds allowed.
         measure: Runs a job in a process of its own.
+
+    Raises:
+        UsageError: A budget names a prompt length that does not fit the model or the artifact.
     """
     if reason := cannot_measure(target):
         return not_run(f"not measured: {reason}")
@@ -153,7 +156,7 @@ def judge_latency(
 
 
 def _starts(name: str, path: str, options: LatencyOptions, measure: Measure) -> dict[str, list[float]]:
-    """Load time, time to first token and peak memory of a few starts, and the size of the files."""
+    """Load time and time to first token in seconds, and peak memory in bytes, of several starts; size of the files."""
     judged = name == CANDIDATE and any(demand.subject in TIMES for demand in options.budgets)
     job = {
         "kind": "cold",
@@ -194,8 +197,8 @@ class _Outcome:
 def _outcome(demand: Demand, measured: Measured, threads: int) -> _Outcome:
     if str(demand.subject) not in measured:
         raise UsageError(
-            f"latency budget: {demand.key}: the context does not fit the model or the artifact",
-            hint="budget a shorter one, such as decode64.p50",
+            f"latency budget: {demand.key}: a prompt of this length does not fit the model or the artifact",
+            hint="give a budget for a shorter prompt, such as decode64.p50",
         )
     interval, decision = judge(demand, measured, threads)
     clock = ratio(measured[str(demand.subject)], threads).clock if demand.statistic == "ratio" else Clock.WALL
@@ -223,11 +226,11 @@ def _verdict(
     elif Decision.NOISY in decisions:
         status = Status.NOISY
     if status is not Status.PASS:
-        # What failed comes first.
+        # Failed demands come first in the summary.
         said.sort(key=lambda outcome: list(_WORST).index(outcome.decision))
     parts = [f"{_WORST[one.decision](one)}{one}" for one in said]
     if found["unstable"]:
-        parts.append(f"{found['unstable']} warm-ups did not settle")
+        parts.append(f"{found['unstable']} warm-ups did not reach a steady time")
     return Verdict(GATE, status, "; ".join(parts), EXIT_CODE, _figures(outcomes, found, measured, options))
 
 
@@ -283,7 +286,7 @@ def _figures(
 
 
 def _quantiles(series: Series) -> dict[str, Any]:
-    """Quantiles of both clocks in seconds."""
+    """Quantiles of wall and CPU time in seconds, and the number of calls."""
     clocks: dict[str, Any] = {
         clock: {f"p{share * 100:g}": asdict(quantile(series.calls(clock), share)) for share in QUANTILES}
         for clock in Clock
@@ -292,7 +295,7 @@ def _quantiles(series: Series) -> dict[str, Any]:
 
 
 def _plain(series: Series) -> dict[str, list[list[float]]]:
-    """Seconds of the calls of every session."""
+    """Clock -> for every session, the seconds of its calls."""
     return {
         clock: [[round(seconds, 7) for turn in session for seconds in turn] for session in series.sessions(clock)]
         for clock in Clock

@@ -1,10 +1,12 @@
 """Parity in two steps: the captured Program against the model in transformers, the artifact against the final Program.
 
-Both run the same way. The cases of `moec.compiler.gates.cases` are fed step by step to what is checked, the reference
-sees each sequence whole, and every position is compared. Experts that no case reaches are the business of
-`moec.compiler.gates.coverage`.
-Greedy generation is checked in one pass: the artifact generates, and by induction its tokens are those of the
-reference if the reference, given them, would have chosen each.
+In both steps the candidate is fed the cases of `moec.compiler.gates.cases` step by step, the reference gets each
+sequence as a whole, and every position is compared. Greedy generation is checked in one pass: the artifact generates,
+and the reference, given these tokens, must choose each of them; by induction both generate the same text.
+
+Where kernels round activations before they multiply them with a quantized weight, and the target says how
+(`Target.activation_rounding`), the reference rounds in the same way. What is left is an error, or a value that float
+rounding moves across the border of a quantization step. The cost of the rounding itself is part of the quality gate.
 """
 
 from __future__ import annotations
@@ -41,12 +43,12 @@ class ParityOptions:
 
     Attributes:
         seed: Seed of the inputs.
-        greedy_tokens: How many tokens are generated greedily.
-        long_prompt: Tokens of the longest prompt: so many that every thread of the artifact's runtime has work.
-        max_tokens: Longest sequence that is tried; windows beyond it are left out and named.
+        greedy_tokens: Number of tokens that are generated greedily.
+        long_prompt: Tokens of the longest prompt, which gives work to every thread of the artifact's runtime.
+        max_tokens: Longest sequence in tokens; cases of longer attention windows are left out and named.
         coverage_min: Share of the live experts of each layer that the coverage gate runs.
         memory_share: Share of the free memory that the model in transformers may take.
-        max_excused: Share of the positions that ties may excuse.
+        max_excused: Largest share of the positions that ties may excuse.
     """
 
     seed: int = 0
@@ -60,15 +62,15 @@ class ParityOptions:
 
 @dataclass
 class Evidence:
-    """What a parity step saw.
+    """The results of a parity step, and what later gates need of it.
 
     Attributes:
-        precision: Precision whose tolerance holds.
-        usage: The experts that the compared positions reached.
-        source: Where the inputs come from.
+        precision: Precision whose tolerance applies.
+        usage: The experts that the compared positions used.
+        source: Source of the input ids: "calibration text" or "random ids".
         left_out: Cases that could not be run, each with its reason.
         results: One per case.
-        hidden: MoE layer -> some of the hidden states that its experts were given, [n, H].
+        hidden: MoE layer -> a sample of the hidden states that its experts got, [n, H].
     """
 
     precision: Precision
@@ -80,7 +82,7 @@ class Evidence:
 
     @property
     def tolerance(self) -> Tolerance:
-        """The limits that hold."""
+        """The limits that apply."""
         return TOLERANCES[self.precision]
 
 
@@ -94,7 +96,21 @@ def gather(
     options: ParityOptions,
     progress: Progress,
 ) -> Evidence:
-    """Run the cases on `runner` and compare each with `oracle`."""
+    """Run the cases of `program` on `runner` and compare each with `oracle`.
+
+    Args:
+        gate: Name of the gate, for `progress`.
+        program: The Program that `runner` should compute.
+        runner: The candidate.
+        oracle: The reference.
+        prompts: Source of the token ids.
+        precision: Precision whose tolerance applies.
+        options: Settings.
+        progress: Called for every case.
+
+    Raises:
+        ArtifactError: The runner fails, or its logits have another shape than the reference's.
+    """
     bound = bounds(program, limits_of(runner), options.max_tokens)
     cases, left_out = base_cases(program, prompts, bound, options.long_prompt, options.greedy_tokens)
     evidence = Evidence(precision, Usage(program.layers), prompts.source, tuple(dict.fromkeys(left_out)))
@@ -111,7 +127,7 @@ def gather(
 
 
 def judge_parity(gate: str, evidence: Evidence, options: ParityOptions) -> Verdict:
-    """Pass when every compared position is within tolerance, ties excuse few, and the generated tokens agree."""
+    """Pass if every position that ties do not excuse is within tolerance, few are excused, and generation agrees."""
     limit, results = evidence.tolerance.limit, evidence.results
     positions = sum(result.positions for result in results)
     excused = sum(result.excused for result in results)
@@ -128,7 +144,7 @@ def judge_parity(gate: str, evidence: Evidence, options: ParityOptions) -> Verdi
         parts.append(f"{excused} positions excused by router ties")
     too_many = excused > options.max_excused * positions
     if too_many:
-        parts.append(f"more than {options.max_excused:.0%} excused proves nothing")
+        parts.append(f"more than {options.max_excused:.0%} of the positions are excused, which proves nothing")
     if evidence.left_out:
         parts.append(f"left out: {', '.join(evidence.left_out)}")
     status = Status.FAIL if wrong or different or too_many else Status.PASS
@@ -165,7 +181,11 @@ def gather_artifact(
     progress: Progress,
     rounding: ActivationRounding | None = None,
 ) -> Evidence:
-    """Evidence of step (b): the artifact against the final Program, with activations rounded as its kernels do it."""
+    """Compare the artifact with the final Program; `rounding` is how its kernels round activations.
+
+    Raises:
+        ArtifactError: The artifact fails at run time, or its logits have another shape than the reference's.
+    """
     precision = precision_of(program)
     oracle = Oracle(program, TOLERANCES[precision].tie_margin, rounding=rounding)
     return gather(ARTIFACT_GATE, program, runner, oracle, prompts, precision, options, progress)
@@ -179,22 +199,24 @@ def gather_capture(
     progress: Progress,
     free_memory: Callable[[], int] = available_bytes,
 ) -> Evidence | Verdict:
-    """Evidence of step (a): the captured Program against transformers; a verdict where it cannot be run.
+    """Compare the captured Program with the model in transformers.
 
-    Both run in float32, also where the Program was captured in half precision: its rounding is part of step (b), and
-    here it would hide what capture did wrong.
+    Both run in float32, even if the Program was captured in float16, whose rounding would hide errors of the capture.
+
+    Returns:
+        The evidence, or the verdict "not run" if the model does not fit into memory.
     """
     needed, allowed = source_bytes(checkpoint), int(free_memory() * options.memory_share)
     if needed > allowed:
         reason = (
-            f"the model in transformers would take {needed / 2**30:.1f} GiB in float32 "
+            f"the model in transformers would take {needed / 2**30:.1f} GiB in float32, "
             f"and {allowed / 2**30:.1f} GiB may be used here"
         )
         return Verdict(CAPTURE_GATE, Status.NOT_RUN, reason, EXIT_CODE, {"needed": needed, "allowed": allowed})
     program = widened(program)
     precision = precision_of(program)
     oracle = Oracle(program, TOLERANCES[precision].tie_margin, load_source(checkpoint))
-    # Both sides are torch here: what threads of another runtime do is not in question.
+    # Both sides run in torch, so a prompt long enough for the threads of another runtime is not needed.
     options = dataclasses.replace(options, greedy_tokens=0, long_prompt=min(options.long_prompt, SHORTER_PROMPT))
     return gather(CAPTURE_GATE, program, ProgramRunner(program), oracle, prompts, precision, options, progress)
 
@@ -206,7 +228,7 @@ def check_capture(
     options: ParityOptions | None = None,
     progress: Progress = lambda *_: None,
 ) -> Verdict:
-    """Step (a) by itself: the captured `program` by the interpreter against the model in transformers, in float32."""
+    """The verdict on the captured `program`, run by the interpreter, against the model in transformers in float32."""
     options = options or ParityOptions()
     evidence = gather_capture(checkpoint, program, prompts, options, progress)
     return evidence if isinstance(evidence, Verdict) else judge_parity(CAPTURE_GATE, evidence, options)

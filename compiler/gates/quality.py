@@ -1,8 +1,8 @@
-"""Quality: how much perplexity the artifact loses against the source model, on text that nothing was calibrated on.
+"""Quality: how much the perplexity of the artifact exceeds that of the source model, on held-out text.
 
-Both models read the same windows by teacher forcing. The gate passes when the whole 95 % interval of the increase
-(paired bootstrap over windows) lies within the limit: a text too short to tell is no proof. Without a limit it does not
-run, for it costs two passes over the text; and a gate that did not run is never a pass.
+Both models read the same windows by teacher forcing. The gate passes if the whole 95 % confidence interval of the
+increase (paired bootstrap over windows) is within the limit, so a text that is too short fails. Without a limit the
+gate does not run, since it costs two passes over the text.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class QualityOptions:
 
     Attributes:
         max_loss: Largest relative increase of perplexity: 0.01 is 1 %.
-        text: Held-out text, a file or a directory; None: the texts that moec brings along.
-        windows: Windows that are judged, spread over the text.
-        window: Tokens of a window; fewer where model or runner take fewer.
+        text: Held-out text, a file or a directory; None: the texts that come with moec.
+        windows: Number of windows, spread over the text.
+        window: Tokens per window; fewer if model or runner take fewer.
     """
 
     max_loss: float
@@ -43,7 +43,7 @@ class QualityOptions:
 
 
 def held_out_text(location: str | None) -> str:
-    """The text that quality is judged on.
+    """The held-out text.
 
     Raises:
         CheckpointError: It is missing, empty or binary.
@@ -54,15 +54,15 @@ def held_out_text(location: str | None) -> str:
 def judge_quality(
     program: Program, reference: Runner, candidate: Runner, directory: Path, options: QualityOptions, progress: Progress
 ) -> Verdict:
-    """Compare two models on held-out text, one window's logits in memory at a time.
+    """Compare two models on held-out text, with the logits of one window in memory at a time.
 
     Args:
         program: The captured Program, for the context length.
         reference: Runs the source model.
         candidate: Runs the artifact.
-        directory: Where tokenizer.json is.
+        directory: The directory with tokenizer.json.
         options: Limit and text.
-        progress: Told after every window.
+        progress: Called for every window.
 
     Raises:
         CheckpointError: There is no tokenizer, or the text is shorter than two windows.
@@ -89,12 +89,12 @@ def judge_quality(
         f"KL {found.divergence:.2g}, top-1 agreement {found.agreement:.1%}; {found.tokens} tokens"
     )
     if not passed and found.increase <= options.max_loss and np.isfinite(high):
-        summary += "; the interval reaches beyond the limit: judge more windows, or allow more"
+        summary += "; the interval reaches beyond the limit: use more windows, or allow a larger loss"
     return Verdict(GATE, Status.PASS if passed else Status.FAIL, summary, EXIT_CODE, figures)
 
 
 def not_run() -> Verdict:
-    """The verdict where no limit is given."""
+    """The verdict "not run" without a limit."""
     return Verdict(GATE, Status.NOT_RUN, "no limit is given (--max-quality-loss 1%)", EXIT_CODE)
 
 

@@ -1,4 +1,4 @@
-"""What the logits should be: the reference side of a parity check, with ties and experts of every token."""
+"""The reference side of a parity check: logits, router ties and experts of every token."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Logits = Callable[[np.ndarray, Sequence[int]], np.ndarray]
-"""Input ids [B, T] without padding, and the lengths of the steps that they are fed in -> logits [B, T, V] float32."""
+"""Input ids [B, T] without padding, and the lengths of the steps in which they are fed -> logits [B, T, V] float32."""
 
 
 @dataclass(frozen=True, eq=False)
 class Trace:
-    """What the reference says about some sequences.
+    """The reference's output for a batch of sequences.
 
     Attributes:
         logits: [B, T, V] float32, 0 in padding.
-        tied: [B, T] bool: some router decision of the token is a tie.
-        slots: MoE layer -> expert of each slot that is not dropped, else -1: [B, T, k] int32.
+        tied: [B, T] bool: whether a router decision of the token is a tie.
+        slots: MoE layer -> [B, T, k] int32: the expert of each slot, or -1 for a dropped slot.
     """
 
     logits: np.ndarray
@@ -47,11 +47,11 @@ class Trace:
 
 
 SAMPLED = 64
-"""Hidden states that are kept of each layer."""
+"""Number of hidden states that are kept per layer."""
 
 
 class HiddenStates:
-    """Keeps some of the hidden states that the experts of every layer are given: those of the longest sequence.
+    """Keeps a sample of the hidden states that the experts of each layer get, from the longest sequence.
 
     Args:
         program: The Program that will run.
@@ -61,10 +61,10 @@ class HiddenStates:
         self._layers = {node: index for index, node in enumerate(program.nodes(EXPERTS))}
         self._tokens: dict[int, int] = {}
         self.rows: dict[int, Tensor] = {}
-        """MoE layer -> hidden states [n, H] from all along the sequence, in the dtype of the graph."""
+        """MoE layer -> hidden states [n, H] spread over the sequence, in the dtype of the graph."""
 
     def __call__(self, node: fx.Node, args: tuple[Any, ...], result: Any) -> None:  # noqa: ARG002
-        """See `moec.compiler.ir.interpreter.Observer`."""
+        """Called by the interpreter after each node (`moec.compiler.ir.interpreter.Observer`)."""
         layer = self._layers.get(node)
         if layer is not None and len(args[0]) > self._tokens.get(layer, 0):
             self._tokens[layer] = len(args[0])
@@ -73,16 +73,16 @@ class HiddenStates:
 
 
 class Oracle:
-    """Traces sequences through the reference, each without padding and without a cache: one pass from the first token.
+    """Runs sequences through the reference, each without padding and in one pass from the first token.
 
-    Where rotary frequencies depend on how long the sequence is at a step, the keys in the cache keep those of their
-    own step, in transformers as in an artifact. There the reference is fed the steps that the case is.
+    If rotary frequencies depend on the length of the sequence, cached keys keep the frequencies of their own step, in
+    transformers as in an artifact. Then the reference is fed the same steps as the candidate.
 
     Args:
-        program: Gives ties and experts, and the logits too unless `logits` does.
-        margin: See `Tolerance.tie_margin`.
+        program: The Program that gives ties and experts, and the logits unless `logits` is given.
+        margin: `Tolerance.tie_margin`.
         logits: Another source of logits, such as the model in transformers.
-        rounding: How the kernels that are judged round activations, see `Target.activation_rounding`.
+        rounding: How the artifact's kernels round activations, from `Target.activation_rounding`.
     """
 
     def __init__(
@@ -105,12 +105,12 @@ class Oracle:
     def trace(
         self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None, steps: Sequence[int] = ()
     ) -> Trace:
-        """Trace sequences.
+        """Run a batch of sequences.
 
         Args:
             input_ids: [B, T] int64.
             attention_mask: [B, T], 0 in left padding. Each row is run alone, without its padding.
-            steps: Lengths of the steps that the case is fed in; tokens behind them come one by one.
+            steps: Lengths of the steps of the case; tokens after them are fed one by one.
         """
         if attention_mask is None:
             return self._trace(input_ids, steps)
@@ -147,7 +147,7 @@ class Oracle:
 
 
 def _joined(pieces: Sequence[Trace]) -> Trace:
-    """The traces of steps that follow each other, as one."""
+    """Join the traces of successive steps."""
     if len(pieces) == 1:
         return pieces[0]
     return Trace(
@@ -171,7 +171,7 @@ def load_source(checkpoint: Checkpoint) -> Logits:
     """Load the checkpoint in transformers: eager attention and experts, float32, on the CPU.
 
     Raises:
-        CheckpointError: It lacks weights that the model needs.
+        CheckpointError: Weights that the model needs are missing.
     """
     kind, config = architecture.model_class(checkpoint.config)
     settings = {
@@ -186,7 +186,7 @@ def load_source(checkpoint: Checkpoint) -> Logits:
         if checkpoint.stored_plainly:
             loaded: Any = kind.from_pretrained(checkpoint.directory, **settings)
         else:
-            # Decoded weights under the names of the files, which transformers converts as it does always.
+            # Decoded weights under the names in the files, which transformers converts as usual.
             weights = {name: tensor.read().to(torch.float32) for name, tensor in checkpoint.weights.items()}
             loaded = kind.from_pretrained(None, state_dict=weights, **settings)
     model: PreTrainedModel = loaded[0]
@@ -194,7 +194,7 @@ def load_source(checkpoint: Checkpoint) -> Logits:
     if missing := sorted(info["missing_keys"]):
         raise CheckpointError(
             f"{checkpoint.directory}: transformers finds no weights for {missing[0]} ({len(missing)} tensors)",
-            hint="the reference would be random there; download the checkpoint again",
+            hint="these weights of the reference would be random; download the checkpoint again",
         )
     architecture.set_experts(model, "eager")
     settle_rates(model)
@@ -217,7 +217,7 @@ def load_source(checkpoint: Checkpoint) -> Logits:
 
 def _step_by_step(decoder: Any, ids: Tensor, steps: Sequence[int]) -> np.ndarray:
     """Logits [B, T, V] of `ids` [B, T] fed in steps of these lengths."""
-    # A short sequence takes dynamic rotary scaling back to where it starts: it keeps what the last one came to.
+    # A short sequence resets dynamic rotary scaling, which otherwise keeps the frequencies of the last sequence.
     decoder(input_ids=ids[:, :1], use_cache=False)
     cache, past, pieces, offset = architecture.cache_argument(decoder), None, list[np.ndarray](), 0
     for step in steps:
@@ -230,16 +230,16 @@ def _step_by_step(decoder: Any, ids: Tensor, steps: Sequence[int]) -> np.ndarray
 
 
 def source_bytes(checkpoint: Checkpoint) -> int:
-    """Memory that the model in transformers takes: every weight as float32, and a quarter for loading and running.
+    """Bytes of memory that the model in transformers takes: every weight in float32, and a quarter more for running.
 
-    Decoded weights stand beside the model while it is loaded.
+    Decoded weights are in memory beside the model while it is loaded.
     """
     values = sum(torch.Size(tensor.shape).numel() for tensor in checkpoint.weights.values())
     return values * (5 if checkpoint.stored_plainly else 9)
 
 
 def available_bytes() -> int:
-    """Memory that this process may still take: what the machine has left, or the container."""
+    """Bytes of memory that this process may still take: those free on the machine, or in the container if fewer."""
     available = int(psutil.virtual_memory().available)
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
     with suppress(OSError, ValueError):  # no control groups, or no limit ("max")

@@ -1,7 +1,7 @@
-"""Repeatability: the same prompt gives the same logits, run after run, with as many threads as a user has.
+"""Repeatability: the same prompt gives the same logits in every run, with the runtime's default threads.
 
-A kernel whose threads write to one place loses updates now and then. Parity meets such a fault by luck, a few times in
-a hundred prompts; here one long prompt is run again and again in one session and compared with its first run.
+A kernel whose threads write to the same location loses an update now and then. Parity finds such a race only by luck, a
+few times in a hundred prompts. Here one long prompt is run many times in one session and compared with its first run.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ GATE = "repeatability"
 EXIT_CODE = 5
 
 SHARE = 0.1
-"""Share of the limit of parity by which runs may differ where the runtime does not repeat its bits.
+"""Share of the parity limit by which runs may differ if the runtime does not guarantee equal bits.
 
-Runtimes on a CPU compute each element of a result in one thread, in one order: equal bits are asked for. A difference
-in the last bit is the sign of threads that add to one place in an order left to chance, and what they lose then and
-there is rare on a busy machine. A GPU may add in any order, at the price of 2e-7 to 1e-5 in float32, which correct
-implementations differ by too; a lost update leaves a whole term out of a sum and costs 1e-3 and far more.
+Runtimes on a CPU compute each element in one thread and in one order, so equal bits are required there: a difference in
+the last bit means that threads add to the same location in a random order, and lost updates are rare on a busy machine.
+A GPU may add in any order, which costs 2e-7 to 1e-5 in float32, as between correct implementations. A lost update
+drops a whole term of a sum and costs 1e-3 or far more.
 """
 
 
@@ -35,10 +35,10 @@ class RepeatabilityOptions:
     """Settings of the gate.
 
     Attributes:
-        runs: How often the prompt is run.
-        tokens: Its length, where model and runner take so many: work enough for every thread.
-        seconds: No further run is begun after so long, once there are `fewest`.
-        fewest: Least number of runs.
+        runs: Number of runs.
+        tokens: Length of the prompt, if model and runner take so many; it gives work to every thread.
+        seconds: After this time no further run is started, once there are `fewest`.
+        fewest: Smallest number of runs.
     """
 
     runs: int = 20
@@ -59,13 +59,14 @@ def judge_repeatability(
     Args:
         runner: The artifact, opened as users open it.
         ids: The prompt, [1, T] int64.
-        precision: Decides the limit.
-        options: See `RepeatabilityOptions`.
-        progress: Told about every run.
+        precision: Precision of the artifact, which gives the limit.
+        options: Settings; None for the defaults.
+        progress: Called for every run.
     """
     options, limits = options or RepeatabilityOptions(), limits_of(runner)
     if limits.stands_in:
-        return Verdict(GATE, Status.NOT_RUN, f"{limits.stands_in} stands in here, which says nothing of it", EXIT_CODE)
+        reason = f"{limits.stands_in} is used here instead of the target's runtime, whose threads it cannot test"
+        return Verdict(GATE, Status.NOT_RUN, reason, EXIT_CODE)
     limit = 0.0 if limits.repeats_bits else SHARE * TOLERANCES[precision].limit
     valid, started = np.ones(ids.shape, dtype=bool), time.perf_counter()
     first = runner.prefill(ids)
@@ -100,7 +101,7 @@ def _verdict(tokens: int, errors: list[float], identical: int, rows: int, limit:
     if wrong:
         summary = (
             f"{wrong} of {what} differ from the first, by up to {worst:.1e} of max |logit| (limit {limit:.0g}): "
-            "what this artifact answers is left to chance"
+            "the output of this artifact is not deterministic"
         )
         return Verdict(GATE, Status.FAIL, summary, EXIT_CODE, figures)
     found = "the same bits" if identical == len(errors) else f"max |difference| {worst:.1e} (limit {limit:.0e})"

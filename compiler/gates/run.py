@@ -1,4 +1,4 @@
-"""Runs the gates in order and turns their verdicts into a table and an exit code."""
+"""Runs the gates in order, and makes a table and an exit code of their verdicts."""
 
 from __future__ import annotations
 
@@ -43,17 +43,17 @@ from moec.targets.base import GateSubject, Runner, Target, limits_of
 SEVERAL_FAILED = 12
 
 REPORTED = (MoecError, RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, OSError, MemoryError)
-"""What a gate may raise because the artifact, the checkpoint or the machine is at fault: the gate then failed."""
+"""Exceptions that mean a fault of the artifact, the checkpoint or the machine: a gate that raises one has failed."""
 
 Gate = Callable[[], Verdict]
 
 
 @dataclass(frozen=True)
 class GateInputs:
-    """What the gates look at.
+    """The inputs of the gates.
 
     Attributes:
-        checkpoint: The source.
+        checkpoint: The source checkpoint.
         captured: The Program as captured.
         program: The final Program, from which the artifact was lowered.
         target: The target.
@@ -82,11 +82,11 @@ def run_gates(
     """Run parity, coverage, integrity and repeatability, the gates of the target, then `further` gates.
 
     Args:
-        inputs: What to look at.
+        inputs: The artifact, and what it was built from.
         options: Settings of parity and coverage.
-        progress: Told what is being done.
+        progress: Called for every step of a gate.
         repeatability: Settings of repeatability.
-        further: Later gates: name, exit code and the function that runs each.
+        further: More gates: name, exit code and the function that runs each.
 
     Returns:
         One verdict per gate, always in the same order. Each carries its duration as the figure "seconds".
@@ -106,7 +106,7 @@ def run_gates(
 
 
 class _Run:
-    """The gates that every target goes through, with what one of them leaves for the next."""
+    """The gates that every target goes through, and the state that they share."""
 
     def __init__(
         self, inputs: GateInputs, options: ParityOptions, repeatability: RepeatabilityOptions, progress: Progress
@@ -150,12 +150,12 @@ class _Run:
 
 
 class ExpertTensors:
-    """The expert tensors of an artifact, compared with the plan's while the gate of coverage runs.
+    """The comparison of an artifact's expert tensors with the plan's, made while the coverage gate runs.
 
-    What goes wrong there is the verdict of integrity, and none of coverage.
+    An error of the comparison is kept for the integrity gate and does not fail the coverage gate.
 
     Args:
-        inputs: What to look at.
+        inputs: The artifact, and what it was built from.
     """
 
     def __init__(self, inputs: GateInputs) -> None:
@@ -164,10 +164,10 @@ class ExpertTensors:
         self._broken: Exception | None = None
 
     def comparisons(self) -> Comparisons:
-        """What has been compared so far.
+        """The comparisons so far.
 
         Raises:
-            Exception: What came up while something was compared, or when the artifact was opened.
+            Exception: An error that occurred when an expert was compared, or when the artifact was opened.
         """
         if self._broken is not None:
             raise self._broken
@@ -176,7 +176,7 @@ class ExpertTensors:
         return self._opened
 
     def watch(self, name: str, index: int, values: Tensor) -> None:
-        """A WeightObserver: compare one expert."""
+        """Compare one expert (a `WeightObserver` of the interpreter)."""
         if self._broken is None:
             try:
                 self.comparisons().compare(name, index, values)
@@ -187,12 +187,12 @@ class ExpertTensors:
 def cover(
     inputs: GateInputs, seen: Evidence | None, options: ParityOptions, progress: Progress, watch: WeightObserver
 ) -> Verdict:
-    """Run the experts by themselves, with hidden states that the reference met while the artifact was compared."""
+    """The verdict of the coverage gate, with the hidden states `seen.hidden` of the artifact's parity step."""
     if seen is None:
         return Verdict(COVERAGE_GATE, Status.NOT_RUN, f"'{ARTIFACT_GATE}' did not finish", EXIT_CODE)
     runners = inputs.target.open_experts(inputs.directory, threads=inputs.threads)
     if not runners:
-        reason = f"the target {inputs.target.name} does not run experts by themselves"
+        reason = f"the target {inputs.target.name} cannot run single experts"
         figures = {"steps": {ARTIFACT_GATE: seen.usage.figures()}}
         return Verdict(COVERAGE_GATE, Status.NOT_RUN, reason, EXIT_CODE, figures)
     rounding = inputs.target.activation_rounding(inputs.directory)
@@ -203,14 +203,14 @@ def cover(
 
 
 def repeat(inputs: GateInputs, runner: Runner, seed: int, options: RepeatabilityOptions, progress: Progress) -> Verdict:
-    """Run one prompt of random tokens again and again."""
+    """The verdict of the repeatability gate on a prompt of random tokens."""
     length = bounds(inputs.program, limits_of(runner), options.tokens).max_tokens
     ids = Prompts(inputs.program.vocab_size, seed=seed).random(1, length)
     return judge_repeatability(runner, ids, precision_of(inputs.program), options, progress)
 
 
 def run_gate(name: str, code: int, gate: Gate) -> Verdict:
-    """Run one gate. A gate that raises has failed, with the reason: it is never a pass."""
+    """Run one gate, and time it. A gate that raises one of `REPORTED` has failed with that reason."""
     started = time.perf_counter()
     try:
         verdict = gate()
@@ -228,12 +228,12 @@ def exit_code(verdicts: Iterable[Verdict], *, strict: bool = False) -> int:
     """Exit code of a command that ran gates.
 
     Args:
-        verdicts: What the gates said.
-        strict: Whether a gate that did not run counts as failed. It is never a pass, but without this it
-            does not fail the command either: a machine without a GPU cannot measure TensorRT's latency.
+        verdicts: The verdicts.
+        strict: Whether a gate that did not run fails the command. By default it does not: a machine without a GPU
+            cannot measure TensorRT's latency, for example.
 
     Returns:
-        0, the code of the gates that failed, or 12 where several with different codes did.
+        0 if no gate failed, the exit code of the failed gates, or 12 if several with different codes failed.
     """
     codes = {
         verdict.exit_code

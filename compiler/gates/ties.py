@@ -1,9 +1,9 @@
-"""Where a router's decision is a tie, and which experts each token reached.
+"""Finds router decisions that are ties, and the experts of each token.
 
-Routing is discontinuous: when the k-th and the (k+1)-th score of a token are almost equal, two correct implementations
-may choose different experts, and their logits differ by far more than rounding. Such a decision is found by watching
-the decision nodes of the reference: top-k and argmax whose indices are used, and comparisons of floats (thresholds of
-routing policies), where they lead to an experts node without another experts or attention node in between.
+Routing is discontinuous: if the k-th and the (k+1)-th score of a token are almost equal, two correct implementations
+may choose different experts, and their logits differ by far more than rounding. Ties are found at the decision nodes of
+the reference: top-k and argmax whose indices are used, and comparisons of floats (thresholds of routing policies), if
+they lead to an experts node without another experts or attention node in between.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ aten = torch.ops.aten
 
 
 def _top_k_gap(scores: Tensor, count: int, dim: int = -1, largest: bool = True, *_: object) -> Tensor:
-    """Gap between the last score taken and the first one left, relative to the score: [...] without `dim`."""
+    """Relative gap between the last score taken and the first one left out: the shape of `scores` without `dim`."""
     scores = (scores.double() if largest else -scores.double()).movedim(dim, -1)
     return _cut_gap(scores, torch.full(scores.shape[:-1], count), negated=not largest)
 
 
 def _cut_gap(scores: Tensor, counts: Tensor, negated: bool = False) -> Tensor:
-    """Gap behind the `counts` largest of `scores` [..., N], relative to the score: [...]; infinite if nothing is left.
+    """Relative gap after the `counts` largest of `scores` [..., N]: [...]; infinite if no score is left out.
 
-    Relative to the last score taken where no score is negative (probabilities: their errors scale with their value),
-    else to the largest |score| (logits). `negated`: smaller scores are better, and all were turned round.
+    It is relative to the last score taken if no score is negative (probabilities, whose errors scale with their value),
+    else to the largest |score| (logits). `negated`: smaller scores are better, and `scores` holds their negatives.
     """
     if not scores.shape[-1]:
         return torch.full(counts.shape, torch.inf)
@@ -54,10 +54,10 @@ def _argmax_gap(scores: Tensor, dim: int | None = -1, *_: object) -> Tensor:
 
 
 def _comparison_gap(left: Tensor, right: Tensor | float, *_: object) -> Tensor:
-    """Difference of the two sides, relative to the larger one, or to 1 where both are less.
+    """Difference of the two sides, relative to the larger one, or to 1 if both are smaller.
 
-    Small sides are shares of a sum or differences of scores (a jitter threshold, say), whose errors are those of the
-    sum and of the scores. Sides that are equal bit by bit are one value by construction, unless `_independent`.
+    Small sides are shares of a sum or differences of scores (as in a jitter threshold), whose errors are those of the
+    sum or the scores. Sides with equal bits are the same value by construction, unless the node is `_independent`.
     """
     first = left.double()
     second = right.double() if isinstance(right, Tensor) else torch.tensor(float(right), dtype=torch.float64)
@@ -83,7 +83,7 @@ _VALUES_AND_INDICES = frozenset({aten.topk.default, aten.max.dim})
 
 
 def decision_nodes(graph: fx.Graph) -> frozenset[fx.Node]:
-    """The nodes of `graph` at which a small change of a router's scores changes the experts."""
+    """The nodes of `graph` at which a small change of a router's scores can change the experts."""
     operands = (Experts.of(node) for node in graph.find_nodes(op="call_function", target=EXPERTS))
     start = [item for own in operands for item in (own.hidden_states, own.indices, own.weights)]
     seen = [node for node in ancestors(start, is_mixer) if not is_mixer(node)]
@@ -102,9 +102,9 @@ def _decides(node: fx.Node) -> bool:
 
 
 def _independent(node: fx.Node) -> bool:
-    """Whether `node` compares two values of which neither is made from the other, as a row's best is from the row.
+    """Whether `node` compares two values of which neither is computed from the other.
 
-    Half precision has so few numbers that two such values may be equal by chance.
+    A row's maximum, for example, is computed from the row. Independent values may be equal by chance in half precision.
     """
     sides = node.args[:2]
     if node.target in _VALUES_AND_INDICES or not all(isinstance(side, fx.Node) for side in sides):
@@ -113,11 +113,11 @@ def _independent(node: fx.Node) -> bool:
 
 
 class RouterWatch:
-    """An observer of the interpreter that notes ties and experts, token by token.
+    """An observer of the interpreter that records ties and experts of every token.
 
     Args:
         program: The Program that will run.
-        margin: See `Tolerance.tie_margin`.
+        margin: `Tolerance.tie_margin`.
     """
 
     def __init__(self, program: Program, margin: float) -> None:
@@ -129,7 +129,7 @@ class RouterWatch:
         self.begin(0, 0)
 
     def begin(self, batch: int, length: int) -> None:
-        """Forget what was seen: the next step has `batch` sequences of `length` tokens."""
+        """Clear the records before a step of `batch` sequences of `length` tokens."""
         self._shape = (batch, length)
         self.tied = np.zeros((batch, length), dtype=bool)
         self.slots: dict[int, np.ndarray] = {}
@@ -152,7 +152,7 @@ class RouterWatch:
             self._note_experts(node, args[1], args[2])
 
     def _note_cut(self, weights: Tensor) -> None:
-        """A policy that drops the smallest slots decides between the last one kept and the first one dropped."""
+        """Record ties of a policy that drops slots: between the last slot kept and the first one dropped."""
         tokens, scores = self._shape[0] * self._shape[1], self._ranked
         if scores is not None and scores.dim() == weights.dim() == 2 and len(scores) == len(weights) == tokens:
             tied = _cut_gap(scores.double(), (weights != 0).sum(-1)) < self._margin
@@ -160,7 +160,7 @@ class RouterWatch:
 
     def _note_experts(self, node: fx.Node, indices: Tensor, weights: Tensor) -> None:
         layer = self._layers[node]
-        # A family may hand over each slot of a token as a row of its own, the slots of a token side by side (Llama 4).
+        # A family may pass each slot of a token as a row of its own, with the slots of a token in sequence (Llama 4).
         if indices.shape[0] % max(self._shape[0] * self._shape[1], 1):
             raise UnsupportedModelError(
                 f"MoE layer {layer}: its experts see {indices.shape[0]} rows in a step of {self._shape}",

@@ -1,8 +1,8 @@
-"""How far an artifact may be from its reference, by precision: one table, each row with its reason.
+"""Tolerances of the parity and coverage gates by precision: one table, each row with its reason.
 
-A difference is max |difference| over a position's logits, divided by max |logit| of the reference over the whole case.
-It is relative to the largest logit because rounding errors of a matrix product scale with the largest terms and not
-with the result: a logit near 0 has no fewer rounding errors than a large one.
+An error is max |difference| over a position's logits, divided by max |logit| of the reference over the whole case: the
+rounding error of a matrix product scales with its largest terms and not with its result, so a logit near 0 has an error
+as large as any other.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Tolerance:
         tie_margin: A router decision is a tie when the two scores that it separates differ by less than this,
             relative to the score (see `moec.compiler.gates.ties`).
         identical_tokens: Whether greedy generation must give the same tokens.
-        reason: Why these numbers.
+        reason: Justification of the numbers, for the report.
     """
 
     limit: float
@@ -53,8 +53,8 @@ TOLERANCES: Mapping[Precision, Tolerance] = {
         1e-4,
         1e-4,
         True,
-        "correct fp32 implementations differ by 2e-7 to 1e-5 through the order of summation; "
-        "a wrong mask, norm or expert shows at 1e-3 and above",
+        "correct fp32 implementations differ by 2e-7 to 1e-5 because of the order of summation; "
+        "a wrong mask, norm or expert causes 1e-3 or more",
     ),
     Precision.FP16: Tolerance(
         1e-2,
@@ -66,14 +66,14 @@ TOLERANCES: Mapping[Precision, Tolerance] = {
         3e-2,
         5e-2,
         False,
-        "the reference holds the dequantized weights, so what is left is the rounding of activations to int8: "
+        "the reference has the dequantized weights, so only the rounding of activations to int8 is left: "
         "1.1e-2 to 1.5e-2 for one experts kernel, 2.0e-2 for the worst of 600 positions of a trained model",
     ),
     Precision.INT4: Tolerance(
         3e-2,
         5e-2,
         False,
-        "as for int8: the reference holds the dequantized weights and int4 kernels round activations to int8, 1.1e-2",
+        "as for int8: the reference has the dequantized weights, and int4 kernels round activations to int8, 1.1e-2",
     ),
 }
 
@@ -83,34 +83,39 @@ EXPERT_LIMITS: Mapping[Precision, float] = {
     Precision.INT8: 5e-2,
     Precision.INT4: 5e-2,
 }
-"""Largest difference of one expert's outputs, relative to its largest output, where it is run by itself.
+"""Largest difference of the outputs of one expert that is run alone, relative to its largest output.
 
-In floating point as for logits, and for the same reasons. Kernels of int8 and int4 round the activations of both
-products to int8, by the largest value of a row or a block: a hidden state with an outlier loses the more, and an expert
-by itself is not averaged with others as in the logits. An expert that is another one, or whose scales are, is off by
-more than half.
+The limits for floating point are those of logits, for the same reasons. int8 and int4 kernels round the activations of
+both products to int8, with a scale from the largest value of a row or block: outliers in a hidden state increase the
+error, and it is not averaged with other experts as in the logits. A wrong expert, or wrong scales, are off by more than
+half.
 """
 
 ROUNDED_EXPERT_LIMIT = 1e-2
-"""The same for kernels of int8 and int4 where the reference rounds activations as they do.
+"""The limit for int8 and int4 kernels if the reference rounds activations as they do.
 
-Then they differ where float32 rounding moves an activation across the border between two codes, by one step, which is
-1/255 of the range of its row. LiteRT's kernels differ by less than 1e-6 where none is moved.
+A difference then arises only if float32 rounding moves an activation across the border between two codes: one step,
+which is 1/255 of the range of its row. Otherwise LiteRT's kernels differ by less than 1e-6.
 """
 
 
 def expert_limit(precision: Precision, *, rounding_known: bool) -> float:
-    """Largest difference of one expert's outputs; `rounding_known`: see `Target.activation_rounding`."""
+    """Largest allowed relative difference of one expert's outputs.
+
+    Args:
+        precision: Precision of the artifact.
+        rounding_known: Whether the reference rounds activations as the kernels do (`Target.activation_rounding`).
+    """
     limit = EXPERT_LIMITS[precision]
     return min(limit, ROUNDED_EXPERT_LIMIT) if rounding_known else limit
 
 
 TOKEN_TIE = 1e-5
-"""Two logits closer than this share of the largest are a coin toss that fp32 rounding may decide either way."""
+"""Two logits that differ by less than this share of the largest logit may be ordered either way by fp32 rounding."""
 
 
 def precision_of(program: Program) -> Precision:
-    """The coarsest precision in `program`: that of its quantized weights, else its activation dtype.
+    """The coarsest precision in `program`: that of its quantized weights if it has any, else its activation dtype.
 
     Raises:
         UsageError: There is no tolerance for its activation dtype.

@@ -1,4 +1,4 @@
-"""Which experts the text of the parity cases used: a figure for people who prune, not a gate."""
+"""Which experts the text of the parity cases used: a figure that helps to decide on pruning, and not a gate."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Usage:
     """Tokens per expert of every MoE layer.
 
     Args:
-        layers: The live layers with their live experts.
+        layers: The MoE layers of the final Program.
     """
 
     def __init__(self, layers: Sequence[MoeLayer]) -> None:
@@ -31,13 +31,13 @@ class Usage:
             self._hits[layer] += np.bincount(reached[reached >= 0], minlength=self._hits[layer].size)
 
     def never(self) -> dict[str, list[int]]:
-        """Module of each layer -> experts that no token used; layers without any are left out."""
+        """Module of a layer -> experts that no token used; layers without such experts are left out."""
         found = {row.module: np.flatnonzero(self._hits[row.index] == 0).tolist() for row in self.layers}
         return {module: experts for module, experts in found.items() if experts}
 
     @property
     def share(self) -> float:
-        """Experts that were used, of all experts."""
+        """Share of all experts that were used."""
         hits = np.concatenate([self._hits[row.index] for row in self.layers]) if self.layers else np.zeros(0)
         return float((hits > 0).mean()) if hits.size else 1.0
 

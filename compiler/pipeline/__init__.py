@@ -1,1 +1,1 @@
-"""The one way from a recipe to an artifact: the recipe, what its sections mean, the export and its gates."""
+"""From a recipe to an artifact: reading the recipe, building the Program, exporting it and running the gates."""

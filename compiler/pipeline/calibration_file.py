@@ -12,7 +12,7 @@ from moec.compiler.common.files import read_json
 
 
 class CalibrationEntry(BaseModel):
-    """Parameters of a policy for one budget; what was measured beside them is kept as it is."""
+    """Parameters of a policy for one budget, and any measurements beside them."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -21,7 +21,7 @@ class CalibrationEntry(BaseModel):
 
 
 class CalibrationFile(BaseModel):
-    """What `moec calibrate` writes."""
+    """The content of a file that `moec calibrate` writes."""
 
     policy: str
     checkpoint: dict[str, str]
@@ -29,16 +29,16 @@ class CalibrationFile(BaseModel):
 
 
 def read_calibration_file(path: Path) -> CalibrationFile:
-    """Read the file.
+    """Read and validate a calibration file.
 
     Raises:
-        UsageError: It is missing, or not what `moec calibrate` writes; the message names the key.
+        UsageError: The file is missing or is not a calibration file; the message names the wrong key.
     """
     try:
-        return CalibrationFile.model_validate(read_json(path, UsageError, hint="moec calibrate writes one"))
+        return CalibrationFile.model_validate(read_json(path, UsageError, hint="make one with moec calibrate"))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"])
         raise UsageError(
-            f"{path}: not a calibration file: {where}: {first['msg']}", hint="moec calibrate writes one"
+            f"{path}: not a calibration file: {where}: {first['msg']}", hint="make one with moec calibrate"
         ) from error

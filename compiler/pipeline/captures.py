@@ -1,4 +1,4 @@
-"""The captured Programs of one checkpoint, for builds that share them."""
+"""Captured Programs of one checkpoint, shared by several builds."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from moec.passes.base import Pass
 
 Prepared = tuple["Program", tuple[passes.PassRecord, ...]]
-"""A Program after passes, and their log."""
+"""A Program after passes, and the log of these passes."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,11 @@ class _Held:
 
 
 class Captures:
-    """Captures a checkpoint once in each dtype, and runs the passes that builds have in common once.
+    """Captures a checkpoint once per dtype, and runs the passes that builds have in common once.
 
-    What belongs to one checkpoint is held at a time. A Program never changes, so that builds which share one do not
-    disturb each other. Its fake values are of one mode, though, in which every pass infers others: where a build that
-    failed has fixed a dynamic axis in it, the checkpoint is captured anew.
+    Only one checkpoint is held at a time. Builds can share a Program because no pass, target or gate changes it. They
+    also share the fake mode of its fake values, so if a failed build has fixed a dynamic axis there, the checkpoint is
+    captured anew.
     """
 
     def __init__(self) -> None:
@@ -42,10 +42,10 @@ class Captures:
         self._held: dict[torch.dtype, _Held] = {}
 
     def of(self, checkpoint: Checkpoint, dtype: torch.dtype) -> Program:
-        """What `capture` returns, from memory where directory, files and dtype are those of an earlier call.
+        """The captured Program; it is reused if directory, files and dtype are those of an earlier call.
 
         Raises:
-            MoecError: See `capture`.
+            MoecError: As for `capture`.
         """
         if not self._is_held(checkpoint):
             self._checkpoint, self._held = None, {}
@@ -59,15 +59,15 @@ class Captures:
     def after(
         self, captured: Program, common: Sequence[Pass], told: Callable[[passes.PassRecord], None] | None = None
     ) -> Prepared:
-        """What `run_passes` returns, from memory where the passes are those of an earlier call.
+        """The Program after passes, with their log; it is reused if the passes are those of an earlier call.
 
         Args:
-            captured: What `of` returned last for its dtype.
-            common: Passes.
+            captured: The Program that `of` returned last for its dtype.
+            common: The passes.
             told: Called after each pass that runs.
 
         Raises:
-            MoecError: See `run_passes`.
+            MoecError: As for `run_passes`.
         """
         prepared, key = self._held[captured.dtype].prepared, tuple(common)
         if key not in prepared:
@@ -84,4 +84,4 @@ class Captures:
         try:
             return held.digests == checkpoint.digests
         except CheckpointError:
-            return False  # its files have been written to since
+            return False  # its files were written to after they were opened

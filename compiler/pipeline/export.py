@@ -1,4 +1,4 @@
-"""From a recipe to an artifact: the order of the stages, their times, and the name of the one that failed."""
+"""From a recipe to an artifact: the stages of an export in their order, and validating an existing artifact."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ _TOOLS = ("torch", "transformers", "safetensors", "numpy")
 
 @dataclass(frozen=True)
 class Result:
-    """What an export or a validation ended with.
+    """The result of an export or a validation.
 
     Attributes:
-        directory: The artifact. It is there even if a gate failed, so that it can be examined.
+        directory: The artifact. It exists even if a gate failed, so that it can be examined.
         manifest: Its moec.json.
-        verdicts: One for each gate, those that did not run included.
+        verdicts: One for each gate, including those that did not run.
         timings: Stage -> seconds of wall-clock time, in the order in which they ran.
     """
 
@@ -62,12 +62,12 @@ class Result:
 
     @property
     def exit_code(self) -> int:
-        """0 if no gate failed, their exit code if those that failed have one in common, else 12."""
+        """0 if no gate failed; the exit code of the failed gates if it is the same for all of them; else 12."""
         return exit_code(self.verdicts)
 
 
 class GateError(MoecError):
-    """A gate failed. The artifact and its report are there: `result` has the directory and every verdict."""
+    """A gate failed. The artifact and its report exist; `result` has the directory and every verdict."""
 
     exit_code = 5
 
@@ -92,23 +92,23 @@ def compile_recipe(
         recipe: What to build.
         output: A directory that does not exist or is empty, or an artifact if `overwrite` is set.
         overwrite: Replace the artifact at `output`.
-        gates: Prove the artifact. Without, the report says "not run" for every gate.
-        progress: Told about every stage.
-        captures: Shared by builds of one checkpoint, which is then captured once.
+        gates: Whether to run the gates. If not, the report says "not run" for every gate.
+        progress: Called for every stage.
+        captures: Captures that builds of one checkpoint share, so that it is captured once.
 
     Returns:
-        The result; a gate that failed is in it and no exception.
+        The result, with the verdicts; a failed gate raises no exception.
 
     Raises:
-        MoecError: Its subclass and message say what is wrong with recipe, checkpoint, model or output; nothing is
-            left at `output`, and an artifact that was there before still is.
+        MoecError: Recipe, checkpoint, model or output is wrong, as subclass and message say. Nothing new is left at
+            `output`, and an artifact that was there before is unchanged.
     """
     target, options = target_of(recipe)
     recipe = completed(recipe, target)
     check_inputs(recipe)
     if recipe.inputs_embeds and not target.takes_embeddings:
         raise UsageError(
-            f"an artifact for {target.name} has no input of embeddings", hint="export without --inputs-embeds"
+            f"the target {target.name} does not support an input of embeddings", hint="export without --inputs-embeds"
         )
     check_output(output.expanduser().resolve(), overwrite=overwrite)
     stages = Stages(progress)
@@ -130,7 +130,7 @@ def compile_recipe(
 def _package(
     directory: Path, recipe: Recipe, target: Target, options: TargetOptions, built: Built, lowered: Lowered
 ) -> dict[str, Any]:
-    """Put beside the model files what runs them, and moec.json; returns its content."""
+    """Add configs, tokenizer, the target's own files and moec.json to the model files; return moec.json's content."""
     for path in built.checkpoint.companions():
         shutil.copyfile(path, directory / path.name)
     make_loadable(directory)
@@ -160,19 +160,22 @@ def validate_artifact(
     trust_remote_code: bool = False,
     progress: Progress = silent,
 ) -> Result:
-    """Run the gates on an artifact that exists, and write its report anew. Nothing is calibrated or chosen again.
+    """Run the gates on an existing artifact and rewrite its report. Nothing is calibrated or searched again.
 
     Args:
         directory: The artifact.
         against: Directory or hub id of the checkpoint that it was built from.
-        demands: Sections of a recipe that only gates read (`recipe.DEMANDS`), which moec.json does not hold.
+        demands: The sections of a recipe that only gates read (`recipe.DEMANDS`), which moec.json does not hold.
         revision: Branch, tag or commit of a hub id.
-        trust_remote_code: Run modelling code that the checkpoint brings along.
-        progress: Told about every stage.
+        trust_remote_code: Whether to run modelling code of the checkpoint.
+        progress: Called for every stage.
+
+    Returns:
+        The result, with the new verdicts.
 
     Raises:
         ArtifactError: The artifact is damaged.
-        CheckpointError: `against` is another checkpoint.
+        CheckpointError: The artifact was built from another checkpoint than `against`.
     """
     stages = Stages(progress)
     with stages("verify"):
@@ -198,7 +201,7 @@ def validate_artifact(
 
 
 def _recorded(recipe: Recipe, options: TargetOptions, built: Built) -> dict[str, Any]:
-    """The recipe for moec.json, with what was calibrated in place of how."""
+    """The recipe for moec.json, in which calibrated parameters replace the settings of calibration."""
     return {
         **recipe.canonical(options),
         "routing": built.routing.recorded,
@@ -226,7 +229,7 @@ def _gate_inputs(built: Built, target: Target, directory: Path, manifest: Mappin
 def _recipe_of(directory: Path, manifest: Mapping[str, Any], given: Mapping[str, Any]) -> Recipe:
     recorded = manifest.get("recipe")
     if not isinstance(recorded, Mapping):
-        raise ArtifactError(f"{directory}: its moec.json holds no recipe", hint="export it again")
+        raise ArtifactError(f"{directory}: its moec.json has no recipe", hint="export it again")
     return make_recipe({**recorded, **given}, where=f"recipe of {directory}")
 
 
@@ -237,5 +240,5 @@ def _check_source(directory: Path, manifest: Mapping[str, Any], checkpoint: Chec
         raise CheckpointError(
             f"{checkpoint.directory}: not the checkpoint that {directory} was built from: "
             f"{', '.join(differing[:4])} differ",
-            hint="give the checkpoint that it was exported from, or export this one",
+            hint="give the checkpoint that the artifact was exported from, or export this checkpoint",
         )

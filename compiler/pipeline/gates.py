@@ -1,4 +1,4 @@
-"""The proof of an artifact: the gates that its recipe asks for, and the verdicts of those that it does not."""
+"""Running the gates that a recipe asks for, and the verdicts "not run" of the others."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def prove(inputs: GateInputs, recipe: Recipe, manifest: Mapping[str, Any], progr
 
     Args:
         inputs: The artifact, and what it was built from.
-        recipe: What it demands of coverage, quality and latency is judged.
+        recipe: The recipe, with its demands on coverage, quality and latency.
         manifest: The artifact's moec.json.
-        progress: Told about every gate.
+        progress: Called for every gate.
 
     Returns:
-        One verdict for each gate, those that the recipe does not ask for included.
+        One verdict for each gate, including those that the recipe does not ask for.
     """
     further: list[tuple[str, int, Gate]] = [
         (QUALITY_GATE, QUALITY_EXIT_CODE, partial(_quality, inputs, recipe, progress)),
@@ -45,7 +45,7 @@ def prove(inputs: GateInputs, recipe: Recipe, manifest: Mapping[str, Any], progr
 
 
 def not_proven(target: Target, reason: str) -> tuple[Verdict, ...]:
-    """The verdicts where no gate is run."""
+    """The verdicts "not run" of all gates, with `reason` as their summary."""
     gates = (CAPTURE_GATE, ARTIFACT_GATE, COVERAGE_GATE, INTEGRITY_GATE, REPEATABILITY_GATE)
     proofs = (Verdict(gate, Status.NOT_RUN, reason, EXIT_CODE) for gate in gates)
     own = (Verdict(gate.name, Status.NOT_RUN, reason, gate.exit_code) for gate in target.gates())
@@ -54,7 +54,11 @@ def not_proven(target: Target, reason: str) -> tuple[Verdict, ...]:
 
 
 def latency_options(recipe: Recipe) -> latency.LatencyOptions | None:
-    """What the recipe demands of latency; None where it demands nothing."""
+    """The latency demands of the recipe; None if it has none.
+
+    Raises:
+        UsageError: A budget is not valid, or the baseline is not an artifact.
+    """
     given = recipe.latency
     return None if given is None else latency.make_options(**given.model_dump())
 
@@ -64,7 +68,7 @@ def _quality(inputs: GateInputs, recipe: Recipe, progress: Progress) -> Verdict:
     if asked is None or asked.max_loss is None:
         return not_run()
     options = QualityOptions(asked.max_loss, asked.text, asked.windows, asked.window)
-    # The source model is what the checkpoint holds, not what is left of it in half precision.
+    # The reference is the checkpoint's model in float32, without the rounding of an export in float16.
     source = ProgramRunner(widened(inputs.captured))
     runner = inputs.target.open_reference(inputs.directory, threads=0)
     return judge_quality(inputs.captured, source, runner, inputs.checkpoint.directory, options, progress)
@@ -79,8 +83,8 @@ def _latency(inputs: GateInputs, recipe: Recipe, manifest: Mapping[str, Any], pr
 
 
 def _beside_estimate(verdict: Verdict, inputs: GateInputs, manifest: Mapping[str, Any], recipe: Recipe) -> Verdict:
-    """The verdict with the error of `moec estimate`, where this machine is calibrated for target and formats."""
-    # The estimate builds Programs itself.
+    """Add the error of `moec estimate` to the verdict, if this machine is calibrated for target and formats."""
+    # Imported here, since the estimate builds Programs by this pipeline.
     from moec.compiler.measure.estimate.error import estimate_error
 
     if "workloads" not in verdict.figures:

@@ -1,4 +1,4 @@
-"""What can be said of the inputs that a recipe names before anything is built."""
+"""Checks of a recipe's inputs before anything is built."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from moec.compiler.pipeline.routing import check_routing
 
 
 def check_inputs(recipe: Recipe) -> None:
-    """Read the texts, the plan, the budgets and the baseline that the recipe names before anything is built.
+    """Read and check the texts, the quantization plan, the routing, the budgets and the baseline of a recipe.
 
     Raises:
         CheckpointError: A text is missing, empty or binary.
-        UsageError: The plan, the routing or a budget is wrong, or the baseline is no artifact.
+        UsageError: The plan, the routing or a budget is not valid, or the baseline is not an artifact.
     """
     check_demands(recipe)
     if recipe.routing is not None:
@@ -25,11 +25,11 @@ def check_inputs(recipe: Recipe) -> None:
 
 
 def check_demands(recipe: Recipe) -> None:
-    """The part of it that gates read.
+    """Check the sections that only gates read: the latency demands and the held-out text.
 
     Raises:
         CheckpointError: The held-out text is missing, empty or binary.
-        UsageError: A budget is wrong, or the baseline is no artifact.
+        UsageError: A budget is not valid, or the baseline is not an artifact.
     """
     latency_options(recipe)
     if recipe.quality is not None and recipe.quality.max_loss is not None:

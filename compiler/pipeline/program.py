@@ -1,4 +1,4 @@
-"""From a recipe to the final Program: what is captured, which passes run, and what is calibrated for them."""
+"""From a recipe to the final Program: capture, passes, routing and quantization."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Built:
-    """The final Program with what its making recorded."""
+    """The final Program, the captured one, and the records of the steps between them."""
 
     checkpoint: Checkpoint
     captured: Program
@@ -53,7 +53,7 @@ def build_program(recipe: Recipe) -> Program:
 
 
 def completed(recipe: Recipe, target: Target) -> Recipe:
-    """`recipe` with what `target` means where it says nothing of precision, or names a preset."""
+    """`recipe` with the target's default dtype if it has none, and with the formats of the target's preset it names."""
     recipe = recipe.model_copy(update={"dtype": recipe.dtype or target.default_dtype})
     settings = recipe.quantize
     if settings is None or not isinstance(settings.format, str) or settings.format not in target.presets:
@@ -66,7 +66,7 @@ def target_of(recipe: Recipe) -> tuple[Target, TargetOptions]:
     """The target of a recipe and its options.
 
     Raises:
-        UsageError: There is no such target, or an option makes no sense.
+        UsageError: There is no such target, or an option is not valid.
     """
     target = get_target(recipe.target)
     return target, validate(target.Options, recipe.options, where=f"options of target {target.name}")
@@ -84,11 +84,15 @@ def build(
 
     Args:
         recipe: What to build.
-        target: Its target.
-        options: Its options.
-        stages: Told about each stage.
+        target: The target of the recipe.
+        options: The target's options.
+        stages: Called for each stage.
         captures: Programs that were captured before.
-        codes: Calibrated codes of the artifact that was built from the recipe; None where there is no artifact yet.
+        codes: Weight name -> calibrated codes of the artifact that was built from the recipe, which replace
+            calibration; None if there is no artifact yet.
+
+    Raises:
+        MoecError: A stage failed; subclass and message say why.
     """
     with stages("capture"):
         checkpoint = _opened(recipe)
@@ -101,7 +105,7 @@ def build(
     weights = None if recipe.quantize is None or recipe.quantize.does_nothing else recipe.quantize
 
     def check(program: Program, *quantize: Pass) -> None:
-        """Calibration and search take minutes to hours: what the target refuses is refused before."""
+        """Let the target refuse the Program now, since calibration and search take minutes to hours."""
         if codes is None:
             check_target(target, _run((*quantize, *target.passes(options)), program, log)[0], options)
 
@@ -129,12 +133,12 @@ def _opened(recipe: Recipe) -> Checkpoint:
 
 
 def _in_float32(captured: Program, program: Program, done: Sequence[Pass]) -> Program:
-    """`program`, which is `captured` after the passes of `done`, with activations in float32."""
+    """`program` with activations in float32; it is `captured` after the passes `done`."""
     return program if captured.dtype == torch.float32 else passes.run_passes(widened(captured), done)[0]
 
 
 def _formats(recipe: Recipe, target: Target, options: TargetOptions) -> Held:
-    """What the target holds, of the formats that `keep` asks for and `auto` may choose from."""
+    """The formats in which the target can hold weights: those that `keep` may use, and those that `auto` may choose."""
     dtype = recipe.dtype or target.default_dtype
     return Held(
         functools.partial(target.kept_formats, options, dtype=dtype), functools.partial(target.auto_formats, options)
@@ -147,13 +151,13 @@ def _run(
     log: Sequence[passes.PassRecord],
     on_pass: Callable[[passes.PassRecord], None] | None = None,
 ) -> tuple[Program, tuple[passes.PassRecord, ...]]:
-    """Run `more` passes on a program that has had those of `log`."""
+    """Run the passes `more` after those of `log`; return the Program and the log of all."""
     program, new = passes.run_passes(program, more, on_pass, completed=[record.name for record in log])
     return program, (*log, *new)
 
 
 def _pass_log(log: Sequence[passes.PassRecord]) -> list[dict[str, Any]]:
-    """For moec.json: without the times, since it is the same on every rebuild."""
+    """The log for moec.json: without times, since moec.json is the same on every rebuild."""
     return [
         {"name": record.name, "modified": record.modified, "rejections": [item.record() for item in record.rejections]}
         for record in log
@@ -161,14 +165,14 @@ def _pass_log(log: Sequence[passes.PassRecord]) -> list[dict[str, Any]]:
 
 
 def _described(captured: Program, final: Program, removed: Sequence[Sequence[int]] | None) -> dict[str, Any]:
-    """The model that was built, and what it was built from."""
+    """The summary of the final model, with parameters and MoE layers of the source model beside it."""
     before = model_summary(captured)
     _check_removed(captured, final, removed or [])
     return {**model_summary(final), "source": {key: before[key] for key in ("parameters", "moe_layers")}}
 
 
 def _check_removed(captured: Program, final: Program, removed: Sequence[Sequence[int]]) -> None:
-    """Compare what moec.json will say was pruned with what is left.
+    """Check that the final Program lacks exactly the experts that moec.json records as removed.
 
     Raises:
         LoweringError: A layer has another number of experts.
@@ -177,6 +181,6 @@ def _check_removed(captured: Program, final: Program, removed: Sequence[Sequence
         if after.num_experts != before.num_experts - len(gone):
             raise LoweringError(
                 f"{before.module}: {len(gone)} of its {before.num_experts} experts should be pruned, "
-                f"and {after.num_experts} are left",
+                f"but {after.num_experts} are left",
                 hint="this is a fault of moec: please report it with the recipe",
             )

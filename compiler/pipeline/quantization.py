@@ -1,4 +1,4 @@
-"""From what a recipe says of quantization to a pass: the plan, calibrated rounding, and what moec.json records."""
+"""From the quantize section of a recipe to a pass: the plan, calibrated rounding, and the records in moec.json."""
 
 from __future__ import annotations
 
@@ -34,9 +34,10 @@ from moec.quantize.recorded import RecordedCodes, matrices_of, sha256_of
 from moec.quantize.tensor_classes import weight_roles
 
 KEEP = "keep"
-"""The format that keeps the codes of a checkpoint that is stored quantized."""
+"""The format that keeps the codes of a quantized checkpoint."""
 SENSITIVITY_WINDOWS = 16
-"""Windows that `auto` measures each part on: their divergences vary by a few percent, formats by factors."""
+"""Windows of text on which `auto` measures each part. Divergences vary by a few percent between windows, and by
+factors between formats."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,9 @@ class Quantization:
     """What quantization adds to an export.
 
     Attributes:
-        passes: To run after the common ones and routing.
-        recorded: The recipe's section for moec.json: with it the same Program comes out again, without a search.
-        facts: What was decided and measured, for moec.json.
+        passes: The passes that run after the common passes and routing.
+        recorded: The quantize section for moec.json, which gives the same Program again without a search.
+        facts: Decisions and measurements for moec.json.
     """
 
     passes: tuple[Pass, ...] = ()
@@ -59,11 +60,11 @@ class Material:
     """What a plan is made from.
 
     Attributes:
-        checkpoint: Where the tokenizer comes from.
+        checkpoint: The checkpoint, for its tokenizer.
         program: The float Program after the common passes and routing.
-        in_float32: Makes the same Program with activations in fp32, which calibration runs.
-        check: Raises a LoweringError where the target has no form for the Program after a pass that quantizes it.
-        progress: Told how far it is.
+        in_float32: Makes the same Program with activations in float32, which calibration runs.
+        check: Raises a LoweringError if the target refuses the Program after a quantizing pass.
+        progress: Called during calibration and search.
     """
 
     checkpoint: Checkpoint
@@ -76,19 +77,19 @@ class Material:
 def plan_quantization(
     settings: QuantizeRecipe | None, material: Material, held: Held, recorded_codes: Mapping[str, RecordedCodes] | None
 ) -> Quantization:
-    """Decide a recipe's quantization. Text is read and the model run only where rounding or `auto` wants it.
+    """Decide a recipe's quantization. Text is read and the model is run only for calibrated rounding and for `auto`.
 
     Args:
-        settings: The section of the recipe.
-        material: What it is decided from.
-        held: What `keep` may leave as it is, and the formats that it may round to and `auto` may choose from.
-        recorded_codes: Codes of an artifact of this recipe, which take the place of calibration; None where there is
-            none yet.
+        settings: The quantize section of the recipe.
+        material: Checkpoint and Program.
+        held: The formats that the target can hold, for `keep` and `auto`.
+        recorded_codes: Weight name -> codes of an artifact of this recipe, which replace calibration; None if there is
+            no artifact yet.
 
     Raises:
-        UsageError: The plan is wrong, or a block size does not divide a dimension.
-        LoweringError: The target has no form for the formats of the plan.
-        CheckpointError: There is no tokenizer, or the text does not serve.
+        UsageError: The plan is not valid, or a block size does not divide a dimension.
+        LoweringError: The target does not support a format of the plan.
+        CheckpointError: There is no tokenizer, or the text is missing, empty, binary or too short.
     """
     if settings is None or settings.does_nothing:
         return Quantization()
@@ -101,7 +102,7 @@ def plan_quantization(
     method = _method(settings, plan, material.checkpoint)
     if recorded_codes is not None:
         return Quantization((Quantize(plan, recorded=recorded_codes),))
-    # Where the text lies is left out, as for the checkpoint; what of it counts is in the plan and the codes.
+    # moec.json holds no path of the text; its effect is in the plan and the codes.
     fixed = {"format": plan.to_dict(), "rounding": method.value, "calibration": None}
     recorded = settings.model_dump(mode="json") | fixed
     facts: dict[str, Any] = {"plan": plan.to_dict(), "rounding": method.value}
@@ -120,8 +121,8 @@ def plan_quantization(
 def _calibrated(
     settings: QuantizeRecipe, plan: QuantizationPlan, material: Material
 ) -> tuple[Mapping[str, RoundingResult], dict[str, Any]]:
-    """Codes by GPTQ on calibration text, and what moec.json says of them."""
-    # Before anything is calibrated: a block may not divide, or a format have no form.
+    """Codes by GPTQ on calibration text, and their facts for moec.json."""
+    # Before calibration, which is slow: a block may not divide a dimension, or the target may refuse a format.
     material.check(material.program, Quantize(plan))
     text, tokens = _calibration_windows(settings, material.checkpoint)
     found = calibrate(material.in_float32(), plan, tokens, progress=material.progress)
@@ -138,7 +139,7 @@ def _calibrated(
 
 def _kept(settings: QuantizeRecipe, program: Program, held: Held) -> Quantization:
     keep = KeepCodes(held, Activations(settings.activations))
-    # What becomes of each weight is known before one is written.
+    # The outcome for each weight is decided before any weight is written.
     kept = keep.decide(program).outcomes
     return Quantization((keep,), settings.model_dump(mode="json"), {"plan": KEEP, "kept": kept})
 
@@ -166,10 +167,10 @@ def _calibration_windows(settings: QuantizeRecipe, checkpoint: Checkpoint) -> tu
 
 
 def check_plan(settings: QuantizeRecipe) -> None:
-    """Read the plan of a recipe, as far as that goes without the model.
+    """Check the plan of a recipe as far as this is possible without the model.
 
     Raises:
-        UsageError: It is wrong.
+        UsageError: The plan is not valid.
     """
     if settings.format not in ("auto", KEEP):
         requested(settings.format)
@@ -181,7 +182,7 @@ def calibration_text(settings: QuantizeRecipe) -> str:
     """The calibration text of a recipe.
 
     Raises:
-        CheckpointError: It is missing, empty or binary, or not the text that the recipe names the digest of.
+        CheckpointError: The text is missing, empty or binary, or does not have the digest that the recipe gives.
     """
     text = read_text(settings.calibration)
     if settings.calibration_sha256 not in {None, sha256_of_text(text)}:
@@ -193,10 +194,10 @@ def calibration_text(settings: QuantizeRecipe) -> str:
 
 
 def manifest_facts(quantization: Quantization, program: Program) -> dict[str, Any]:
-    """The facts, and formats and errors by tensor class and by layer, known once the tensors have been written.
+    """The facts of quantization, with formats and relative errors per tensor class and layer.
 
-    The error is the root of squared error over squared norm: of the outputs on the calibration text where GPTQ
-    rounded, else of the weights.
+    The errors are known once the tensors have been written. A relative error is the root of the squared error over the
+    squared norm: of the outputs on the calibration text for GPTQ, else of the weights.
     """
     if not quantization.facts:
         return {}
@@ -224,7 +225,7 @@ def manifest_facts(quantization: Quantization, program: Program) -> dict[str, An
 
 
 def tensor_bytes(program: Program) -> dict[str, int]:
-    """Tensor class -> bytes of its weights: quantized ones in their formats, the others in the dtype of the Program."""
+    """Tensor class -> bytes of its weights, each in its format, or in the Program's dtype if it is not quantized."""
     roles = weight_roles(program)
     found: dict[str, int] = defaultdict(int)
     for name in dict.fromkeys(map(program.weights.resolve, program.weight_names())):
@@ -257,7 +258,7 @@ def _method(settings: QuantizeRecipe, plan: QuantizationPlan, checkpoint: Checkp
 
 
 def _fallbacks(found: Calibration) -> dict[str, dict[str, str]]:
-    """Name -> expert -> why it was rounded to nearest although GPTQ was asked for."""
+    """Weight name -> index of an expert -> why it was rounded to nearest instead of by GPTQ."""
     listed = {
         name: {str(index): report.reason for index, report in enumerate(result.matrices) if report.reason}
         for name, result in found.rounded.items()

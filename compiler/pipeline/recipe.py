@@ -1,4 +1,4 @@
-"""Recipe: what to build. A YAML file, the command line and `moec.export` all end here.
+"""The recipe: what to build. A YAML file, the command line and `moec.export` all make one.
 
 ```yaml
 checkpoint: allenai/OLMoE-1B-7B-0924   # a hub id or a directory; "./..." is relative to the recipe
@@ -36,9 +36,9 @@ from moec.compiler.common.validation import unknown, validate
 
 DType = Literal["fp32", "fp16"]
 DEMANDS = ("coverage", "quality", "latency")
-"""Sections that only gates read: they decide nothing of the artifact, so moec.json does not hold them."""
+"""Sections that only gates read. They do not change the artifact, so moec.json does not hold them."""
 SECTIONS = ("routing", "quantize", *DEMANDS)
-"""Keys of a recipe that hold keys of their own; flags go into them one by one."""
+"""Keys of a recipe whose values are mappings; flags set the keys of these mappings one by one."""
 
 
 _PATHS = ("calibration", "text", "baseline")
@@ -61,7 +61,7 @@ def _section_of_format(value: Any) -> Any:
 
 
 class RoutingRecipe(BaseModel):
-    """Which experts a token may do without."""
+    """Which experts a token may skip, and which experts are pruned."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -72,10 +72,12 @@ class RoutingRecipe(BaseModel):
     max_quality_loss: Annotated[float | None, BeforeValidator(_fraction)] = Field(
         default=None,
         ge=0,
-        description="Largest relative increase of perplexity that the saving may cost.",
+        description="Largest allowed relative increase of perplexity.",
     )
     calibration: str | None = Field(default=None, description="File that moec calibrate wrote.")
-    parameters: dict[str, Any] | None = Field(default=None, description="Parameters of the policy, not calibrated.")
+    parameters: dict[str, Any] | None = Field(
+        default=None, description="Parameters of the policy, instead of calibration."
+    )
     text: str | None = Field(default=None, description="Calibration text: a file or a directory.")
     runtime_input: bool = Field(default=False, description="Make the policy's threshold an input with a default.")
     prune: Annotated[float | None, BeforeValidator(_fraction)] = Field(
@@ -85,21 +87,21 @@ class RoutingRecipe(BaseModel):
 
     @property
     def does_nothing(self) -> bool:
-        """Whether it leaves the model as it is."""
+        """Whether the section leaves the model unchanged."""
         return self.policy == "off" and not self.prune and self.removed is None
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         sources = [self.max_quality_loss, self.parameters, self.calibration or self.budget]
         if sum(source is not None for source in sources) > 1:
-            raise ValueError("budget or calibration, max_quality_loss and parameters exclude each other")
+            raise ValueError("give only one of: budget or calibration, max_quality_loss, parameters")
         if self.policy == "off" and (self.runtime_input or any(source is not None for source in sources)):
-            raise ValueError("settings of a policy are given, but no policy")
+            raise ValueError("settings of a routing policy are given without a policy")
         return self
 
 
 class QuantizeRecipe(BaseModel):
-    """What weights are stored as."""
+    """The formats in which weights are stored."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -109,26 +111,27 @@ class QuantizeRecipe(BaseModel):
         "plan: formats and overrides.",
     )
     rounding: Literal["auto", "rtn", "gptq"] = Field(
-        default="auto", description="To nearest, or GPTQ on calibration text; auto takes GPTQ where 4 bits are planned."
+        default="auto",
+        description="To nearest, or GPTQ on calibration text; auto takes GPTQ if a format has 4 bits.",
     )
     calibration: str | None = Field(default=None, description="Calibration text: a file or a directory.")
     calibration_sha256: str | None = Field(default=None, description="Digest that the calibration text must have.")
-    windows: int = Field(default=96, gt=0, description="Windows of calibration text.")
-    window: int = Field(default=256, gt=1, description="Tokens of a window.")
+    windows: int = Field(default=96, gt=0, description="Number of windows of calibration text.")
+    window: int = Field(default=256, gt=1, description="Tokens per window.")
     activations: Literal["float", "int8-dynamic"] = Field(
         default="float", description="What kernels may round activations to."
     )
     max_size: str | int | None = Field(
         default=None,
-        description="For auto: most that the weights may take: 300MB, 1.5GB, or 0.3x of their size in fp16.",
+        description="For auto: largest size of the weights: 300MB, 1.5GB, or 0.3x of their size in fp16.",
     )
     max_perplexity_increase: Annotated[float | None, BeforeValidator(_fraction)] = Field(
-        default=None, gt=0, description="For auto: most that perplexity may rise by its own prediction."
+        default=None, gt=0, description="For auto: largest relative increase of perplexity that it may predict."
     )
 
     @property
     def does_nothing(self) -> bool:
-        """Whether it leaves the model as it is."""
+        """Whether the section leaves the model unchanged."""
         return self.format == "none"
 
     @model_validator(mode="after")
@@ -142,60 +145,60 @@ class QuantizeRecipe(BaseModel):
 
 
 class CoverageRecipe(BaseModel):
-    """What the coverage gate demands."""
+    """Demands of the coverage gate."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     min: Annotated[float, BeforeValidator(_fraction)] = Field(
-        default=1.0, ge=0, le=1, description="Least share of the live experts of each layer that are run by themselves."
+        default=1.0, ge=0, le=1, description="Share of the live experts of each layer that the gate runs one by one."
     )
 
     @model_validator(mode="before")
     @classmethod
     def _without_search(cls, given: Any) -> Any:
         if isinstance(given, dict) and "tokens" in given:
-            raise ValueError("tokens is no longer a key: experts are run by themselves, and no prompt is looked for")
+            raise ValueError("the key tokens was removed: experts are run one by one, without a search for prompts")
         return given
 
 
 class QualityRecipe(BaseModel):
-    """What the quality gate demands."""
+    """Demands of the quality gate."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     max_loss: Annotated[float | None, BeforeValidator(_fraction)] = Field(
-        default=None, ge=0, description="Most that perplexity may rise against the source model; None: the gate is off."
+        default=None, ge=0, description="Largest relative increase of perplexity; None: the gate is off."
     )
     text: str | None = Field(default=None, description="Held-out text: a file or a directory.")
-    windows: int = Field(default=64, gt=1, description="Windows of text.")
-    window: int = Field(default=256, gt=1, description="Tokens of a window.")
+    windows: int = Field(default=64, gt=1, description="Number of windows of text.")
+    window: int = Field(default=256, gt=1, description="Tokens per window.")
 
 
 class LatencyRecipe(BaseModel):
-    """What the latency gate demands."""
+    """Demands of the latency gate."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     budget: str | dict[str, str] | None = Field(
-        default=None, description="Most that it may take: decode.p50=12ms,prefill128.p90=300ms,load=2s,size=400MB."
+        default=None, description="Limits: decode.p50=12ms,prefill128.p90=300ms,load=2s,size=400MB."
     )
-    baseline: str | None = Field(default=None, description="Artifact that it is compared with.")
+    baseline: str | None = Field(default=None, description="Artifact to compare with.")
     max_regression: Annotated[float, BeforeValidator(_fraction)] = Field(
-        default=0.05, gt=0, description="How much slower than the baseline it may be."
+        default=0.05, gt=0, description="How much slower than the baseline the artifact may be, as a share."
     )
     threads: int = Field(default=1, ge=1, description="Threads of the runtime.")
-    contexts: tuple[int, ...] = Field(default=(128, 512), min_length=1, description="Lengths of the prompt.")
-    seconds: float = Field(default=120.0, gt=0, description="Most seconds of sampling.")
+    contexts: tuple[int, ...] = Field(default=(128, 512), min_length=1, description="Prompt lengths in tokens.")
+    seconds: float = Field(default=120.0, gt=0, description="Longest time of sampling in seconds.")
 
     @model_validator(mode="after")
     def _positive(self) -> Self:
         if min(self.contexts) < 1:
-            raise ValueError("a context has at least one token")
+            raise ValueError("every context must have at least one token")
         return self
 
 
 class Recipe(BaseModel):
-    """Everything that decides what an export writes, and nothing else: no output path, no display option."""
+    """Everything that determines the artifact and its gates; no output path and no display option."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -208,21 +211,22 @@ class Recipe(BaseModel):
     options: dict[str, Any] = Field(default_factory=dict, description="Options of the target.")
     routing: RoutingRecipe | None = Field(default=None, description="Dynamic routing and expert pruning.")
     quantize: Annotated[QuantizeRecipe | None, BeforeValidator(_section_of_format)] = Field(
-        default=None, description="What weights are stored as."
+        default=None, description="The formats in which weights are stored."
     )
-    coverage: CoverageRecipe = Field(default=CoverageRecipe(), description="What the coverage gate demands.")
-    quality: QualityRecipe | None = Field(default=None, description="What the quality gate demands.")
-    latency: LatencyRecipe | None = Field(default=None, description="What the latency gate demands.")
+    coverage: CoverageRecipe = Field(default=CoverageRecipe(), description="Demands of the coverage gate.")
+    quality: QualityRecipe | None = Field(default=None, description="Demands of the quality gate.")
+    latency: LatencyRecipe | None = Field(default=None, description="Demands of the latency gate.")
     inputs_embeds: bool = Field(
-        default=False, description="An input of embeddings, for tokens that have no id, such as images."
+        default=False, description="Add an input of embeddings, for tokens without an id, such as images."
     )
     revision: str | None = Field(default=None, description="Branch, tag or commit of a hub id.")
-    trust_remote_code: bool = Field(default=False, description="Run modelling code that the checkpoint brings along.")
+    trust_remote_code: bool = Field(default=False, description="Run modelling code of the checkpoint.")
 
     def canonical(self, options: BaseModel) -> dict[str, Any]:
-        """The recipe for moec.json: complete, with every default, and without what changes nothing in the artifact.
+        """The recipe for moec.json, with every default and without the keys that do not change the artifact.
 
-        Where the checkpoint lies is left out (moec.json has its digests), and so is the consent to run its code.
+        The location of the checkpoint is left out, since moec.json has its digests, and so is the consent to run its
+        code.
 
         Args:
             options: `self.options` as the target's own Options object.
@@ -234,10 +238,10 @@ class Recipe(BaseModel):
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """Read a recipe file as a mapping, so that the command line can still complete or override it.
+    """Read a recipe file as a mapping, which the command line may complete or override.
 
     Raises:
-        UsageError: The file cannot be read, is no YAML mapping, or has a key that no recipe has.
+        UsageError: The file cannot be read, is not a YAML mapping, or has an unknown key.
     """
     fields = read_yaml(path, UsageError, hint="a recipe is a mapping of keys, such as 'target: onnx'")
     for key in fields:
@@ -247,7 +251,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 
 def located(fields: Mapping[str, Any], directory: Path) -> dict[str, Any]:
-    """`fields` of a recipe whose file lies in `directory`, with the paths that are relative to it made absolute."""
+    """`fields` of a recipe with its paths made absolute; relative ones are relative to `directory`."""
     found, directory = dict(fields), directory.resolve()
     checkpoint = found.get("checkpoint")
     if isinstance(checkpoint, str) and checkpoint.startswith("."):
@@ -260,10 +264,10 @@ def located(fields: Mapping[str, Any], directory: Path) -> dict[str, Any]:
 
 
 def make_recipe(fields: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
-    """Validate a mapping.
+    """Make a Recipe of a mapping; `where` names its origin in messages.
 
     Raises:
-        UsageError: A key is unknown or a value is wrong; the message names it and the hint what is valid.
+        UsageError: A key is unknown or a value is not valid; the message names it, and the hint the valid ones.
     """
     for key, flag in (("checkpoint", "CHECKPOINT"), ("target", "--target")):
         if not fields.get(key):

@@ -1,4 +1,4 @@
-"""Calibrated codes of an artifact, on the grid that the plan gives them and with the digests that moec.json records."""
+"""The calibrated codes of an artifact, checked against the formats of the plan and the digests in moec.json."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ HINT = "export it again"
 
 
 def recorded_codes(target: Target, directory: Path, manifest: Mapping[str, Any]) -> Mapping[str, RecordedCodes]:
-    """The codes that calibration chose for an artifact, by name of the weight. Nothing is read before it is asked for.
+    """Weight name -> the codes that calibration chose for an artifact, read lazily; empty without calibration.
 
     Args:
-        target: Its target.
+        target: The target of the artifact.
         directory: The artifact.
         manifest: Its moec.json.
 
     Raises:
-        ArtifactError: It was rounded on calibration text, and moec.json records no codes, or a weight is not there.
+        ArtifactError: moec.json does not record the codes, or the artifact lacks a weight.
     """
     facts = manifest.get("quantization", {})
     if "calibration" not in facts:
@@ -38,27 +38,27 @@ def recorded_codes(target: Target, directory: Path, manifest: Mapping[str, Any])
     if not isinstance(digests, Mapping):
         raise ArtifactError(f"{directory}: its moec.json does not record the codes that calibration chose", hint=HINT)
     if missing := sorted(digests.keys() - stored.keys()):
-        raise ArtifactError(f"{directory}: it holds no codes of {', '.join(missing[:4])}", hint=HINT)
+        raise ArtifactError(f"{directory}: the codes of {', '.join(missing[:4])} are missing", hint=HINT)
     return {name: RecordedCodes(partial(on_grid, name, stored[name]), str(digest)) for name, digest in digests.items()}
 
 
 def on_grid(name: str, stored: StoredWeight, start: int, stop: int, fmt: IntegerFormat) -> QuantizedTensor:
-    """Some rows of a weight as the plan has them.
+    """Rows [start, stop) of a stored weight in the format of the plan.
 
     Args:
         name: Name of the weight, for messages.
         stored: The weight in the artifact.
-        start: First of the rows along axis 0, which for stacked experts are experts.
-        stop: Behind the last of them.
-        fmt: The format that the plan gives to it, with the block size resolved.
+        start: First row along axis 0; for stacked experts a row is an expert.
+        stop: End of the rows, exclusive.
+        fmt: The weight's format in the plan, with the block size resolved.
 
     Raises:
-        ArtifactError: They are not on the grid of the plan.
+        ArtifactError: The codes, scales or zero points are not in this format.
     """
     found = stored.rows(start, stop)
     reason = "holds floats" if not isinstance(found, Codes) else _misfit(found, fmt)
     if reason or not isinstance(found, Codes):
-        raise ArtifactError(f"{name}: the artifact {reason}, the plan says {fmt}", hint=HINT)
+        raise ArtifactError(f"{name}: the artifact {reason}, but the plan says {fmt}", hint=HINT)
     blocks = found.codes.shape[-1] // fmt.block_length(found.codes.shape[-1], name)
     scales, points = (None if part is None else _by_block(part, blocks) for part in (found.scales, found.zero_points))
     if scales is None or (points is None) != (found.zero_points is None):
@@ -66,13 +66,13 @@ def on_grid(name: str, stored: StoredWeight, start: int, stop: int, fmt: Integer
     exact = torch.tensor(scales)
     kept = exact.to(fmt.scale_type.dtype)
     if not bool(((kept == exact) & (kept > 0) & kept.isfinite()).all()):
-        raise ArtifactError(f"{name}: the artifact has scales that {fmt} has not", hint=HINT)
+        raise ArtifactError(f"{name}: the artifact has scales that {fmt} cannot hold", hint=HINT)
     zeros = None if points is None else torch.tensor(points)
     return QuantizedTensor(fmt, torch.tensor(found.codes), kept, zeros)
 
 
 def _misfit(found: Codes, fmt: IntegerFormat) -> str:
-    """Why codes are not those of a format; empty where they are."""
+    """Why codes are not in a format; empty if they are."""
     low, high = fmt.code_range
     if found.table is not None or found.scales is None:
         return "looks its values up in a table"
@@ -84,7 +84,7 @@ def _misfit(found: Codes, fmt: IntegerFormat) -> str:
 
 
 def _by_block(parts: np.ndarray, blocks: int) -> np.ndarray | None:
-    """[..., G] -> [..., blocks], where a target repeats a number for smaller blocks; None where they differ."""
+    """[..., G] -> [..., blocks], undoing a target's split into smaller blocks; None if values differ in a block."""
     if parts.shape[-1] % blocks:
         return None
     groups = parts.reshape(*parts.shape[:-1], blocks, -1)

@@ -1,4 +1,4 @@
-"""What a target cannot build is refused before anything is calibrated, measured or written."""
+"""Refuses what a target cannot build before anything is calibrated, measured or written."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from moec.compiler.ir.program import Program
 from moec.targets.base import Target, TargetOptions
 
 NAMED = 5
-"""Most refusals that the message names."""
+"""Largest number of refusals in a message."""
 
 
 def check_target(target: Target, program: Program, options: TargetOptions) -> None:
-    """Ask a target what it refuses.
+    """Check that a target can build a Program.
 
     Args:
-        target: Is asked.
-        program: As it is to be lowered, or before codes of its weights are chosen.
+        target: The target.
+        program: The final Program, or one whose weights are not rounded yet.
         options: The target's options.
 
     Raises:
-        LoweringError: Something; the message names the modules or tensors and the reasons.
+        LoweringError: The target refuses a part; the message names modules or tensors, and reasons.
     """
     refused = target.refusals(program, options)
     if not refused:
@@ -29,5 +29,5 @@ def check_target(target: Target, program: Program, options: TargetOptions) -> No
     hints = [rejection.hint for rejection in refused if rejection.hint]
     raise LoweringError(
         f"target {target.name} cannot build this model: {'; '.join(lines)}{more}",
-        hint=hints[0] if hints else f"moec export --target {target.name} --help lists other forms",
+        hint=hints[0] if hints else f"moec export --target {target.name} --help lists the options of the target",
     )

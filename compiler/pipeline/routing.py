@@ -1,4 +1,4 @@
-"""From what a recipe says of routing to passes: calibration, its file, and the search under a quality bound."""
+"""From the routing section of a recipe to passes: calibration, its file, and the search under a quality bound."""
 
 from __future__ import annotations
 
@@ -52,9 +52,9 @@ class RoutingPlan:
     """What routing adds to an export.
 
     Attributes:
-        passes: To run after the common ones.
-        recorded: The recipe's routing section for moec.json: complete, so that it needs no text again.
-        facts: What was measured, for moec.json.
+        passes: The passes that run after the common ones.
+        recorded: The routing section for moec.json, with the parameters that calibration found.
+        facts: Measurements for moec.json.
     """
 
     passes: tuple[Pass, ...] = ()
@@ -64,7 +64,7 @@ class RoutingPlan:
 
 @dataclass(frozen=True)
 class _Material:
-    """The text of a calibration, in windows, and the model that reads it."""
+    """The model to calibrate, and the calibration text as token windows [windows, length]."""
 
     checkpoint: Checkpoint
     program: Program
@@ -75,7 +75,7 @@ class _Material:
     def of(cls, checkpoint: Checkpoint, program: Program, location: str | None) -> _Material:
         text = read_text(location)
         every = windows(tokenize(checkpoint.directory, text), LENGTH)
-        # A text may have several sources, one after the other: take windows from all over it.
+        # Windows are spread over the whole text, since its parts may come from different sources.
         return cls(checkpoint, program, text, every[:: max(1, len(every) // WINDOWS)][:WINDOWS])
 
     def traces(self, progress: Progress) -> list[RoutingTrace]:
@@ -105,18 +105,21 @@ def calibrate(
     text: str | None = None,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Fit a policy to several budgets: the content of a calibration file, the same on every run.
+    """Fit a policy to several budgets; the result is deterministic.
 
     Args:
-        checkpoint: Where tokenizer and digests come from.
-        program: It, captured and with the common passes run.
-        name: The policy.
-        budgets: Shares of slots to keep, each in (0, 1].
-        text: A text file or a directory of them; None: the text that moec brings along.
-        progress: Told how far it is.
+        checkpoint: The checkpoint, for its tokenizer and digests.
+        program: The checkpoint's Program after capture and the common passes.
+        name: Name of the policy.
+        budgets: Shares of the routing slots to keep, each in (0, 1].
+        text: A text file or a directory of text files; None: the text that comes with moec.
+        progress: Called during calibration.
+
+    Returns:
+        The content of a calibration file.
 
     Raises:
-        UsageError: An unknown or batch-dependent policy, or a budget that makes no sense or cannot be reached.
+        UsageError: The policy is unknown or depends on the batch, or a budget is not valid or cannot be reached.
         CheckpointError: The text is missing, empty, binary or too short.
     """
     policy_type(name)
@@ -162,22 +165,22 @@ def _text_facts(material: _Material) -> dict[str, Any]:
 
 
 def read_calibration(path: Path, checkpoint: Checkpoint, name: str, budget: float | None) -> dict[str, Any]:
-    """The entry of a calibration file for a budget.
+    """The entry of a calibration file for a budget; None stands for the only one.
 
     Raises:
-        UsageError: The file is none, belongs to another policy, or has no such budget.
+        UsageError: It is not a calibration file, or it has another policy or no such budget.
         CheckpointError: It was made from another checkpoint.
     """
     content = read_calibration_file(path)
     if content.policy != name:
         raise UsageError(
-            f"{path} calibrates the policy {content.policy}, not {name}", hint=f"give --routing {content.policy}"
+            f"{path} is for the policy {content.policy}, not {name}", hint=f"give --routing {content.policy}"
         )
     own = checkpoint.digests
     if differing := sorted(key for key in {*content.checkpoint, *own} if content.checkpoint.get(key) != own.get(key)):
         raise CheckpointError(
             f"{path} was made from another checkpoint: {', '.join(differing[:4])} differ",
-            hint="calibrate this one: moec calibrate CHECKPOINT --policy ... -o calibration.json",
+            hint="calibrate this checkpoint: moec calibrate CHECKPOINT --policy ... -o calibration.json",
         )
     if budget is None and len(content.entries) == 1:
         return content.entries[0].model_dump()
@@ -192,11 +195,11 @@ def read_calibration(path: Path, checkpoint: Checkpoint, name: str, budget: floa
 
 
 def check_routing(settings: RoutingRecipe) -> None:
-    """Refuse what can be told to make no sense without the model.
+    """Check the routing section as far as this is possible without the model.
 
     Raises:
-        UsageError: There is no such policy, a parameter of it is wrong, or nothing says how much it shall save.
-        CheckpointError: The calibration text does not serve.
+        UsageError: The policy is unknown, a parameter is not valid, or neither parameters nor a saving are given.
+        CheckpointError: The calibration text is missing, empty or binary.
     """
     if settings.text is not None:
         read_text(settings.text)
@@ -209,7 +212,7 @@ def check_routing(settings: RoutingRecipe) -> None:
         read_calibration_file(Path(settings.calibration))
     elif settings.budget is None and settings.max_quality_loss is None:
         raise UsageError(
-            f"policy {settings.policy} is given neither parameters nor how much it shall save",
+            f"the policy {settings.policy} has neither parameters nor a budget nor a quality bound",
             hint="give --expert-budget, --max-quality-loss or --calibration",
         )
 
@@ -217,17 +220,19 @@ def check_routing(settings: RoutingRecipe) -> None:
 def plan_routing(
     settings: RoutingRecipe | None, checkpoint: Checkpoint, program: Program, progress: Progress
 ) -> RoutingPlan:
-    """Decide a recipe's routing. Text is read and the model run only where parameters have to be found.
+    """Decide a recipe's routing. Text is read and the model is run only if parameters must be found.
 
     Args:
-        settings: The section of the recipe.
-        checkpoint: Where the tokenizer comes from.
-        program: It, captured and with the common passes run.
-        progress: Told how far it is.
+        settings: The routing section of the recipe.
+        checkpoint: The checkpoint, for its tokenizer and digests.
+        program: The checkpoint's Program after capture and the common passes.
+        progress: Called during calibration and search.
 
     Raises:
-        UsageError: The section makes no sense for this model.
-        CheckpointError: The text or the calibration file does not serve.
+        UsageError: The section is not valid for this model, or no saving stays within the quality bound.
+        LoweringError: Experts cannot be pruned.
+        CheckpointError: The text is missing, empty, binary or too short, or the calibration file belongs to another
+            checkpoint.
     """
     if settings is None:
         return RoutingPlan()
@@ -273,7 +278,7 @@ def measure_savings(
     program: Program,
     capabilities: Mapping[Phase, Capabilities],
 ) -> dict[str, Any]:
-    """What the final Program executes on the calibration text; see `account`. Empty where there is no tokenizer."""
+    """What the final Program executes on the calibration text, as `account` reports it; empty without a tokenizer."""
     if not (checkpoint.directory / "tokenizer.json").is_file():
         return {}
     material = _Material.of(checkpoint, program, settings.text)
@@ -299,9 +304,9 @@ def _policy(
         tried = [{"budget": budget, "loss": loss} for budget, loss in saving.tried]
         if saving.policy is None:
             raise UsageError(
-                f"policy {name} saves nothing at a quality loss of at most {settings.max_quality_loss:.2%}:"
+                f"the policy {name} saves nothing at a quality loss of at most {settings.max_quality_loss:.2%}:"
                 f" even a budget of {max(budget for budget, _ in saving.tried):.2f} loses more",
-                hint="allow more, take another policy, or export with --routing off",
+                hint="allow a larger loss, choose another policy, or export with --routing off",
             )
         chosen, searched = saving.policy, {"max_quality_loss": settings.max_quality_loss, "tried": tried}
         budget = saving.budget
@@ -341,17 +346,17 @@ def _search(
 
 
 def parse_budgets(text: str) -> list[float]:
-    """Budgets from "0.5,0.6".
+    """Parse budgets such as "0.5,0.6".
 
     Raises:
-        UsageError: Not numbers in (0, 1].
+        UsageError: An item is not a number in (0, 1], or there is none.
     """
     try:
         budgets = [float(item) for item in text.split(",") if item.strip()]
     except ValueError as error:
-        raise UsageError(f"--budget {text}: not a list of numbers", hint="such as --budget 0.5,0.6,0.7") from error
+        raise UsageError(f"--budget {text}: not a list of numbers", hint="give --budget 0.5,0.6,0.7, say") from error
     if not budgets:
-        raise UsageError("--budget is empty", hint="such as --budget 0.5,0.6,0.7")
+        raise UsageError("--budget is empty", hint="give --budget 0.5,0.6,0.7, say")
     for budget in budgets:
         _check_budget(budget)
     return budgets
@@ -368,10 +373,11 @@ def calibrate_file(
     trust_remote_code: bool,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Calibrate a checkpoint and write the file; see `calibrate`.
+    """Calibrate a checkpoint as `calibrate` does, write the file and return its content.
 
     Raises:
         OutputError: The file cannot be written.
+        MoecError: As for `calibrate`, `Checkpoint.open` and `capture`.
     """
     policy_type(name)
     where = None if text is None else str(text)

@@ -1,4 +1,4 @@
-"""The stages of an export: how long each took, and which one failed."""
+"""The stages of an export: the time of each, and the name of the stage that failed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from moec.passes import PassRecord
 
 @dataclass
 class Stages:
-    """Times each stage, tells progress, and notes on an exception in which stage it came up."""
+    """Times each stage, reports progress, and adds the name of the stage to an exception."""
 
     progress: Progress
     timings: dict[str, float] = field(default_factory=dict)
@@ -27,16 +27,16 @@ class Stages:
         try:
             yield
         except Exception as error:
-            starved = out_of_memory(error)
-            (starved or error).add_note(f"stage: {name}")
-            if starved is not None:
-                raise starved from error
+            no_memory = out_of_memory(error)
+            (no_memory or error).add_note(f"stage: {name}")
+            if no_memory is not None:
+                raise no_memory from error
             raise
         self.timings[name] = time.perf_counter() - start
         self.progress(name, 1, 1)
 
     def ran(self, record: PassRecord) -> None:
-        """Tell about a pass that ran."""
+        """Report a pass that ran."""
         self.progress(f"pass {record.name}", 1, 1)
 
 

@@ -55,7 +55,7 @@ def test_an_app_can_feed_images(name: str, tiny_checkpoint: Any, tmp_path: Path)
 @pytest.mark.usefixtures("fake_target")
 def test_a_target_without_such_an_input_says_so(tiny_checkpoint: Any, tmp_path: Path) -> None:
     fields = {"checkpoint": str(tiny_checkpoint("olmoe")), "target": "fake", "inputs_embeds": True}
-    with pytest.raises(UsageError, match="fake has no input of embeddings"):
+    with pytest.raises(UsageError, match="fake does not support an input of embeddings"):
         compile_recipe(make_recipe(fields), tmp_path / "out")
 
 

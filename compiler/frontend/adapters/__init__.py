@@ -1,1 +1,1 @@
-"""Families that bypass the registries of transformers: one adapter each."""
+"""Adapters for model families that bypass the registries of transformers: one file per block."""

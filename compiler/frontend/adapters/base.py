@@ -1,8 +1,7 @@
-"""The contract of an adapter, and the one table of them.
+"""The adapters, and the contract of an adapter.
 
-An adapter swaps the block of a family that bypasses the registries of transformers for one that calls
-`moec::experts`, or whatever op of moec it is. It is found by the class or structure of the block, never by the name of
-the model.
+An adapter replaces the forward of a block that bypasses the registries of transformers by one that calls the op of
+moec, such as `moec::experts`. The block is found by its class or structure, never by the name of the model.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from moec.compiler.frontend.adapters.step3p7 import STEP3P7_EXPERTS
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """Replaces `forward` of the modules that are `block`: the name of their class, or what tells them by structure."""
+    """Replaces `forward` of every module that is a `block`, given as a class name or as a predicate."""
 
     block: str | Callable[[nn.Module], bool]
     forward: Callable[..., object]
@@ -46,7 +45,7 @@ ADAPTERS: tuple[Adapter, ...] = (
 
 
 def adapt(model: nn.Module) -> None:
-    """Give every block of `model` that an adapter knows the forward of that adapter."""
+    """Replace the forward of every block of `model` for which there is an adapter."""
     for module in model.modules():
         if adapter := next((adapter for adapter in ADAPTERS if adapter.fits(module)), None):
             module.forward = adapter.forward.__get__(module)

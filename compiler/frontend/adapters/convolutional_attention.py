@@ -1,8 +1,8 @@
-"""Compressed convolutional attention (arXiv 2510.04476): what attends are mixtures of neighbouring tokens; ZAYA.
+"""Compressed convolutional attention (arXiv 2510.04476), as in ZAYA: queries and keys mix neighbouring tokens.
 
-Queries and keys go through a convolution of each channel and one within each head, and half of each value is that of
-the token before. What the convolutions have seen is a state of the kind "conv", the value of the last token one of the
-kind "recurrent".
+Queries and keys pass a depthwise convolution and one within each head. Half of each value comes from the token before.
+The last inputs of the convolutions are a state of the kind "conv", the value of the last token is one of the kind
+"recurrent".
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from moec.compiler.frontend.recording import active_record
 
 
 def _fits(module: nn.Module) -> bool:
-    """It is found by its two convolutions and its two projections of values."""
+    """Whether `module` has the two convolutions and the two value projections."""
     return {"conv_qk_depthwise", "conv_qk_grouped", "v_proj_current", "v_proj_delayed"} <= module._modules.keys()
 
 
@@ -37,7 +37,7 @@ def _forward(self: Any, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tens
 
 
 def _mixed(self: Any, x: Tensor) -> Tensor:
-    """Both convolutions of queries and keys [B, C, S] and the inputs before them."""
+    """Apply both convolutions to queries and keys [B, C, S], continuing from the state."""
     record, layer = active_record(), active_record().layer()
     kept = int(self.conv_kernel_size)
     state = record.state(layer, "conv", (int(x.shape[1]), kept), x.dtype)
@@ -50,7 +50,7 @@ def _mixed(self: Any, x: Tensor) -> Tensor:
 
 
 def _delayed(self: Any, hidden_states: Tensor) -> Tensor:
-    """The half of the values [B, S, C] that comes from the token before; before the first there is nothing."""
+    """The half of the values [B, S, C] that comes from the token before; zeros for the first token."""
     record, layer = active_record(), active_record().layer()
     projection = self.v_proj_delayed
     own = F.linear(hidden_states, projection.weight)

@@ -1,4 +1,4 @@
-"""DBRX: its experts are stacked along the rows of 2-D parameters w1, v1 and w2, and looped over in eager mode."""
+"""DBRX: the experts are stacked along the rows of the 2-D parameters w1, v1 and w2, and eager mode loops over them."""
 
 from __future__ import annotations
 

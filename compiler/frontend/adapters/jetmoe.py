@@ -1,4 +1,4 @@
-"""JetMoE: experts in lists of matrices, in its MLP and in its attention, whose experts project queries and outputs."""
+"""JetMoE: lists of expert matrices in the MLP, and in attention, where experts project queries and outputs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from moec.compiler.ir.experts import Gate
 
 
 def _route(router: Any, flat: Tensor) -> tuple[Tensor, Tensor]:
-    """Experts and weights of each token: [T, H] -> [T, k], [T, k]."""
+    """Route tokens: [T, H] -> expert indices [T, k] and weights [T, k]."""
     values, indices = router.layer(flat).float().topk(router.top_k, dim=1)
     return indices, torch.softmax(values, dim=1).type_as(flat)
 
@@ -43,8 +43,9 @@ def _attention(
 ) -> tuple[Tensor, None, None]:
     """Forward of `JetMoeAttention`: [B, S, H] -> [B, S, H].
 
-    An expert of attention is a projection of the queries and one of what they attended to. All of them are computed,
-    as one product each, and those that a token chose are taken: routing policies leave them alone.
+    An expert of attention is a projection of the queries and one of the attention outputs. The projections of all
+    experts are computed in one matrix product, and those that a token chose are selected, so routing policies do not
+    apply to them.
     """
     from transformers.models.jetmoe.modeling_jetmoe import apply_rotary_pos_emb
 

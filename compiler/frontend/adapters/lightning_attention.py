@@ -1,4 +1,4 @@
-"""Lightning attention (arXiv 2401.04658): linear attention whose heads each decay at a constant rate; MiniMax-01."""
+"""Lightning attention (arXiv 2401.04658), as in MiniMax-01: linear attention with a constant decay rate per head."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from moec.compiler.frontend.scans import emit_scan
 
 
 def _fits(module: nn.Module) -> bool:
-    """It is found by its rates, and by the factors for chunks that it derives from them."""
+    """Whether `module` has the decay rates and the chunk factors that are derived from them."""
     return {"slope_rate", "query_decay", "key_decay", "diagonal_decay"} <= module._buffers.keys()
 
 
 def _forward(self: Any, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
-    """[B, S, H] -> [B, S, H]; the scan has as many keys and queries as values, and no scale."""
+    """[B, S, H] -> [B, S, H]; queries, keys and values have the same number of heads, and there is no scale."""
     shape, heads, width = hidden_states.shape[:-1], self.num_attention_heads, self.head_dim
     mixed = self.act_fn(self.qkv_proj(hidden_states)).reshape(*shape, heads, 3 * width)
     query, key, value = mixed.float().split(width, dim=-1)
@@ -29,10 +29,11 @@ def _forward(self: Any, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tens
 
 
 def settle_rates(model: nn.Module) -> None:
-    """Make the factors for chunks of the rates again, in a model that is loaded.
+    """Compute the chunk factors of a loaded model anew from its decay rates.
 
-    All of them are buffers of the checkpoint. In one of half precision each was rounded by itself, so that a prompt in
-    transformers decays otherwise than the tokens after it, which go by the rates alone: by 6e-4 of the largest logit.
+    Rates and factors are buffers of the checkpoint, in half precision each rounded by itself. Transformers uses the
+    factors for a prompt and the rates for the tokens after it, and so differs between the two by 6e-4 of the largest
+    logit.
     """
     for module in model.modules():
         if _fits(module):

@@ -1,4 +1,4 @@
-"""Llama 4: every expert runs on every token in eager mode, and the routing weight scales the input of an expert."""
+"""Llama 4: eager mode runs every expert on every token, and the routing weight scales the input of an expert."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from moec.compiler.ir.experts import Gate
 def _forward(self: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
     """Forward of `Llama4TextMoe`: [B, S, H] -> ([B * S, H], router logits [B * S, E]).
 
-    The weight multiplies the input, which `moec::experts` cannot say: each slot becomes a token of its own with
-    the scaled input and weight 1. With top-1 routing, as in the released models, that costs nothing.
+    `moec::experts` multiplies outputs by the routing weight, not inputs. So each slot becomes a token of its own with
+    the scaled input and weight 1. With top-1 routing, as in the released models, this costs nothing.
     """
     record = active_record()
     flat = hidden_states.reshape(-1, self.hidden_dim)

@@ -1,4 +1,4 @@
-"""LongCat-Flash: the last of its experts, the zero-computation ones, hand their token over as it is."""
+"""LongCat-Flash: its last experts, the zero-computation experts, return their token unchanged."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from moec.compiler.ir.experts import Gate
 def _forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Forward of `LongcatFlashExperts`: [T, H], [T, k], [T, k] -> [T, H].
 
-    A slot of an expert that computes nothing is a slot of weight 0, which `moec::experts` drops. Its share of the
-    token is added beside: what no expert computes, no policy drops.
+    A slot of a zero-computation expert gets weight 0, so `moec::experts` drops it. Its share of the token is added
+    separately, where routing policies cannot drop it.
     """
     record = active_record()
     routed = self.num_routed_experts

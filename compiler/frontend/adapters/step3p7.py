@@ -1,4 +1,4 @@
-"""Step 3.7: its experts clamp the activated gate (`swiglu_limits`), where others clamp what the activation takes in."""
+"""Step 3.7: its experts clamp the gate after the activation (`swiglu_limits`), where others clamp it before."""
 
 from __future__ import annotations
 

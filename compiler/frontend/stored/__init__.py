@@ -1,7 +1,7 @@
-"""Quantized weights as checkpoints store them: one file, one format, and one line in `FORMATS`.
+"""Quantized weights as checkpoints store them: one file and one line in `FORMATS` per format.
 
-Each makes float weights of the stored tensors, lazily: of a stack of experts one at a time. They keep their codes
-(`moec.compiler.ir.encoded_weights.Encoded`), which `--quantize keep` passes on.
+A format decodes stored tensors to float weights lazily, a stack of experts one expert at a time. The decoded weights
+keep their codes (`moec.compiler.ir.encoded_weights.Encoded`), which `--quantize keep` writes to the artifact.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ def stored_format(settings: Settings, where: Path) -> StoredFormat:
     """The format that `settings` name.
 
     Raises:
-        UnsupportedModelError: It is none that moec reads, or a variant that it does not read.
+        UnsupportedModelError: moec does not read the format, or this variant of it.
     """
     method = settings.get("quant_method")
     if method is None and (settings.get("load_in_4bit") or settings.get("load_in_8bit")):
         method = "bitsandbytes"  # as older releases of transformers wrote it
     if not isinstance(method, str) or method not in FORMATS:
         raise UnsupportedModelError(
-            f"{where}: the weights are stored quantized ({method or 'no quant_method is named'}), "
+            f"{where}: the weights are quantized ({method or 'quantization_config has no quant_method'}), "
             f"and moec reads {', '.join(sorted(FORMATS))}",
             hint=SAVE_FLOAT,
         )
@@ -57,13 +57,13 @@ def float_tensors(entries: Mapping[str, StoredEntry], settings: Settings, where:
     """Name -> float tensor of a checkpoint.
 
     Args:
-        entries: What the files hold.
+        entries: Name -> tensor in the files.
         settings: `quantization_config`; empty where nothing is quantized.
         where: The checkpoint, for messages.
 
     Raises:
-        UnsupportedModelError: The format or a variant of it is not read.
-        CheckpointError: Tensors that make a weight are missing or do not fit together.
+        UnsupportedModelError: moec does not read the format, or this variant of it.
+        CheckpointError: Tensors of a weight are missing or do not fit together.
     """
     tensors = {name: Stored(entry) for name, entry in entries.items()}
     if not settings:

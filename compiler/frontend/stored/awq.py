@@ -16,11 +16,11 @@ from moec.compiler.ir.weights import LazyTensor, swap_last
 
 BITS = 4
 ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
-"""Which number of a word, from its lowest bits, is the i-th along the axis."""
+"""Position in a word, from its lowest bits, of the i-th number along the axis."""
 
 
 def _unpacked(words: Tensor, start: int, stop: int) -> Tensor:
-    """Columns [start, stop) of what [R, N / 8] words hold, as rows: signed codes int8 [stop - start, R]."""
+    """Unpack columns [start, stop) of words [R, N / 8], transposed: signed codes int8 [stop - start, R]."""
     first, last = start // 8, -(-stop // 8)
     codes = unpack(words[:, first:last], BITS).reshape(len(words), last - first, 8)[..., list(ORDER)].flatten(-2)
     return signed(codes[:, start - 8 * first : stop - 8 * first].T.contiguous(), BITS)
@@ -48,8 +48,8 @@ def _decode(parts: Parts) -> LazyTensor:
 def _refuse(settings: Settings) -> str:
     version, bits = str(settings.get("version") or "gemm").lower(), settings.get("bits", settings.get("w_bit", BITS))
     if version != "gemm":
-        return f"AWQ's version {version!r} is not read, gemm is"
-    return "" if bits == BITS else f"AWQ of {bits} bits is not read, {BITS} are"
+        return f"moec reads AWQ of version gemm, not {version!r}"
+    return "" if bits == BITS else f"moec reads AWQ of {BITS} bits, not of {bits} bits"
 
 
 AWQ = StoredFormat((Rule("qweight", ("qzeros", "scales"), "weight", _decode),), _refuse)

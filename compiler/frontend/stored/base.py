@@ -1,4 +1,4 @@
-"""What all stored formats share: the tensors of one weight, rules that find them, and unpacking of integers."""
+"""Common parts of the stored formats: the tensors of one weight, the rules that find them, and unpacking integers."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Parts:
     """The stored tensors that make one weight.
 
     Attributes:
-        name: What their names begin with.
-        tensors: The rest of its name -> tensor.
+        name: Common prefix of their names.
+        tensors: Rest of the name -> tensor.
         settings: `quantization_config`.
         where: The checkpoint, for messages.
     """
@@ -34,28 +34,28 @@ class Parts:
     where: Path
 
     def __getitem__(self, rest: str) -> Stored:
-        """A tensor that must be there.
+        """A required tensor.
 
         Raises:
-            CheckpointError: It is not.
+            CheckpointError: It is missing.
         """
         if rest not in self.tensors:
             found = ", ".join(sorted(f"{self.name}{other}" for other in self.tensors))
             raise CheckpointError(
-                f"{self.where}: {self.name}{rest} is not in the files, which {found} needs",
+                f"{self.where}: {self.name}{rest} is missing from the files; {found} cannot be decoded without it",
                 hint="the checkpoint is incomplete; download it again",
             )
         return self.tensors[rest]
 
     def get(self, rest: str) -> Stored | None:
-        """A tensor that may be missing."""
+        """A tensor, or None if it is missing."""
         return self.tensors.get(rest)
 
     def expect(self, rest: str, *shapes: tuple[int, ...], dtypes: tuple[torch.dtype, ...] = ()) -> Stored:
-        """A tensor that must be there with one of these shapes (any where none is given) and dtypes.
+        """A required tensor with one of these shapes and dtypes; any shape or dtype if none is given.
 
         Raises:
-            CheckpointError: It is missing or another one.
+            CheckpointError: It is missing, or has another shape or dtype.
         """
         tensor = self[rest]
         if (shapes and tensor.shape not in shapes) or (dtypes and tensor.dtype not in dtypes):
@@ -63,26 +63,26 @@ class Parts:
         return tensor
 
     def misfit(self, rest: str) -> CheckpointError:
-        """What to raise where a tensor does not go with the others."""
+        """The error for a tensor that does not fit the other tensors of the weight."""
         all_of = ", ".join(
             f"{self.name}{other} {list(tensor.shape)} {tensor.entry.kind}"
             for other, tensor in sorted(self.tensors.items())
         )
         return CheckpointError(
-            f"{self.where}: {self.name}{rest} does not fit the others that make the weight: {all_of}",
-            hint="the checkpoint is damaged, or its quantization_config is that of another one",
+            f"{self.where}: {self.name}{rest} does not fit the other tensors of the weight: {all_of}",
+            hint="the checkpoint is damaged, or its quantization_config belongs to another one",
         )
 
     def unsupported(self, what: str) -> UnsupportedModelError:
-        """What to raise where the weight is stored in a variant that moec does not read."""
+        """The error for a weight that is stored in a variant that moec does not read."""
         return UnsupportedModelError(f"{self.where}: {self.name}: {what}", hint=SAVE_FLOAT)
 
 
 def packed_matrices(parts: Parts) -> tuple[Stored, Stored, Stored]:
-    """Codes and zero points packed in words of 32 bits, and scales, as AWQ and GPTQ name them: three matrices.
+    """The matrices `qweight`, `qzeros` (packed in int32 words) and `scales` of AWQ and GPTQ.
 
     Raises:
-        CheckpointError: One is missing or another one.
+        CheckpointError: One is missing, or has another dtype or rank.
     """
     qweight, qzeros = (parts.expect(rest, dtypes=(torch.int32,)) for rest in ("qweight", "qzeros"))
     scales = parts["scales"]
@@ -99,9 +99,9 @@ class Rule:
     """How the weights of a format are found and decoded.
 
     Attributes:
-        anchor: End of the name of a tensor that tells that there is such a weight.
-        companions: Ends of the names of the other tensors that may belong to it.
-        target: End of the name of the float weight.
+        anchor: Name suffix of the tensor by which a weight is found.
+        companions: Name suffixes of the other tensors that may belong to it.
+        target: Name suffix of the float weight.
         decode: Makes the float weight.
     """
 
@@ -116,19 +116,19 @@ class StoredFormat:
     """One way to store quantized weights.
 
     Attributes:
-        rules: One for each form that a weight may have. What no rule finds is stored as it is.
-        refuse: Why a checkpoint with these settings cannot be read; empty where it can.
+        rules: One for each form that a weight may have. A tensor that no rule finds is kept as it is.
+        refuse: Settings -> why a checkpoint with them cannot be read; empty if it can.
     """
 
     rules: tuple[Rule, ...]
     refuse: Callable[[Settings], str] = lambda _: ""
 
     def decoded(self, tensors: Mapping[str, Stored], settings: Settings, where: Path) -> dict[str, LazyTensor]:
-        """`tensors` with each quantized weight in the place of those that make it.
+        """Replace the stored tensors of each quantized weight by the float weight.
 
         Raises:
-            CheckpointError: Some are missing or do not fit together.
-            UnsupportedModelError: A variant that is not read.
+            CheckpointError: Tensors of a weight are missing or do not fit together.
+            UnsupportedModelError: A weight is stored in a variant that moec does not read.
         """
         rest: dict[str, LazyTensor] = dict(tensors)
         made: dict[str, LazyTensor] = {}
@@ -144,7 +144,7 @@ class StoredFormat:
 
 
 def unpack(words: Tensor, bits: int) -> Tensor:
-    """Unsigned numbers of 2, 4 or 8 bits that lie in integers along the last axis, the lowest bits first.
+    """Unpack unsigned numbers of 2, 4 or 8 bits from integers along the last axis, lowest bits first.
 
     Args:
         words: Integers of any width, [..., W].
@@ -162,5 +162,5 @@ def unpack(words: Tensor, bits: int) -> Tensor:
 
 
 def signed(codes: Tensor, bits: int) -> Tensor:
-    """Unsigned codes, uint8, less half their range: int8 for codes, exact."""
+    """Unsigned codes (uint8) minus half their range, as int8."""
     return (codes.to(torch.int16) - (1 << (bits - 1))).to(torch.int8)

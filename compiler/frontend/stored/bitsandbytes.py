@@ -1,9 +1,9 @@
 """bitsandbytes: NF4 and FP4 (a table of 16 values, a scale for each block of values in row-major order), and LLM.int8.
 
-Four bits: `weight` uint8 [N * K / 2, 1], the upper half of a byte first, `weight.quant_map` [16], `weight.absmax` for
-each block, and JSON in `weight.quant_state.bitsandbytes__nf4`. With double quantization absmax is a code of
-`weight.nested_quant_map` [256], times `weight.nested_absmax` for each of its blocks, plus an offset
-(bitsandbytes/functional.py, QuantState). Eight bits: `weight` int8 [N, K], `SCB` [N]; `weight = code * SCB / 127`.
+4 bits: `weight` uint8 [N * K / 2, 1] with the upper half of a byte first, `weight.quant_map` [16], `weight.absmax` for
+each block, and JSON in `weight.quant_state.bitsandbytes__nf4`. With double quantization, absmax is an index into
+`weight.nested_quant_map` [256], scaled by `weight.nested_absmax` for each block of absmax, plus an offset
+(bitsandbytes/functional.py, QuantState). 8 bits: `weight` int8 [N, K] and `SCB` [N]; `weight = code * SCB / 127`.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def _decode(parts: Parts, kind: str) -> LazyTensor:
         spread = _absmax(parts, state, first, last).repeat_interleave(size)
         return spread[start * inner - first * size : stop * inner - first * size].reshape(stop - start, *shape[1:])
 
-    # Blocks run on across rows, so every element is a block of its own.
+    # Blocks continue across rows, so each element gets its own scale.
     each = Spread(Made(shape, torch.float32, scales), shape, (1, 1))
     return Encoded(kind, 4, False, Made(shape, torch.float32, codes), each)
 
@@ -70,7 +70,7 @@ def _state(parts: Parts, rest: str) -> Mapping[str, Any]:
 
 
 def _absmax(parts: Parts, state: Mapping[str, Any], first: int, last: int) -> Tensor:
-    """Largest magnitudes of blocks [first, last), float32."""
+    """Largest magnitudes (absmax) of blocks [first, last), float32 [last - first]."""
     stored = parts["weight.absmax"].rows(first, last)
     if parts.get("weight.nested_absmax") is None:
         return stored.to(torch.float32)

@@ -1,9 +1,9 @@
 """compressed-tensors (llm-compressor, vLLM): packed integers, plain int8 and fp8, MXFP4 and NVFP4.
 
-- packed integers: `weight_packed` int32 [N, K * bits / 32], `weight_scale` [N, G], `weight_shape` [2]; asymmetric ones
-  with `weight_zero_point` int32 [N * bits / 32, G], packed along N; `weight_g_idx` [K] with activation order. All codes
-  are stored plus half their range.
-- `weight` int8 or fp8 with `weight_scale`: one number, one for each row, group or block, and `weight_zero_point` int8.
+- packed integers: `weight_packed` int32 [N, K * bits / 32], `weight_scale` [N, G], `weight_shape` [2]; if asymmetric,
+  `weight_zero_point` int32 [N * bits / 32, G], packed along N; with activation order, `weight_g_idx` [K]. Codes and
+  zero points are stored with half their range added.
+- `weight` int8 or fp8 with `weight_scale`, one per tensor, row, group or block, and `weight_zero_point` int8.
 - `weight_packed` uint8 [N, K / 2] of E2M1 values with `weight_scale` uint8 [N, K / 32] (exponents), or fp8 [N, K / 16]
   divided by `weight_global_scale`.
 
@@ -37,7 +37,7 @@ def _decode_packed(parts: Parts) -> LazyTensor:
     columns = shape[-1]
     bits = next((bits for bits in range(1, 9) if -(-columns * bits // 32) == packed.shape[-1]), 0)
     if bits not in BITS:
-        raise parts.unsupported(f"packed integers of {bits} bits are not read, {', '.join(map(str, BITS))} are")
+        raise parts.unsupported(f"moec reads packed integers of {', '.join(map(str, BITS))} bits, not of {bits} bits")
 
     def codes(start: int, stop: int) -> Tensor:
         return signed(unpack(packed.rows(start, stop), bits)[..., :columns], bits)
@@ -82,7 +82,7 @@ def _decode_plain(parts: Parts) -> LazyTensor:
 
 
 def _decode_floats(parts: Parts) -> LazyTensor:
-    """Two E2M1 values in a byte; `encoded` doubles them, so scales are halved."""
+    """Decode MXFP4 or NVFP4: two E2M1 values per byte. `encoded` takes doubled values, so scales are halved."""
     packed, scale = parts["weight_packed"], parts["weight_scale"]
     shape = (*packed.shape[:-1], packed.shape[-1] * 2)
     if scale.dtype == torch.uint8:
@@ -102,7 +102,7 @@ def _decode_floats(parts: Parts) -> LazyTensor:
 
 
 def _structure(settings: Settings) -> tuple[int, int] | None:
-    """Rows and columns of a block, where any group of the settings says so."""
+    """Rows and columns of a block, if a group of the settings has a block_structure."""
     groups = settings.get("config_groups")
     for group in groups.values() if isinstance(groups, dict) else ():
         weights = group.get("weights") if isinstance(group, dict) else None
@@ -116,8 +116,8 @@ def _refuse(settings: Settings) -> str:
     sparsity = settings.get("sparsity_config")
     sparse = sparsity.get("format", "dense") if isinstance(sparsity, dict) else "dense"
     if sparse != "dense":
-        return f"compressed-tensors with the sparse format {sparse!r} is not read"
-    return "compressed-tensors with transforms is not read" if settings.get("transform_config") else ""
+        return f"moec does not read compressed-tensors with the sparse format {sparse!r}"
+    return "moec does not read compressed-tensors with transforms" if settings.get("transform_config") else ""
 
 
 COMPRESSED_TENSORS = StoredFormat(

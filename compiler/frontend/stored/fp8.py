@@ -1,6 +1,6 @@
-"""Floats of 8 bits with a scale for each block, row or tensor: `NAME` and `NAME_scale_inv` (DeepSeek-V3, Qwen3-FP8).
+"""fp8 with a scale for each block, row or tensor: `NAME` and `NAME_scale_inv` (DeepSeek-V3, Qwen3-FP8).
 
-`weight = value * scale_inv`, blocks as `weight_block_size` says, the last of a row or column cut off
+`weight = value * scale_inv`. Blocks have the size `weight_block_size`; the last block of a row or column may be partial
 (transformers/integrations/finegrained_fp8.py, DeepSeek-V3's inference/fp8_cast_bf16.py). Scales may be exponents
 (`scale_fmt: ue8m0`).
 """
@@ -19,13 +19,16 @@ FLOATS = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 def blocks_of(parts: Parts, rest: str, shape: tuple[int, ...], block: tuple[int, int] | None) -> Spread:
-    """The scales `rest` of a weight of `shape` [..., N, K] for each of its elements.
+    """The scales of a weight, spread over its elements.
 
     Args:
         parts: The tensors of the weight.
-        rest: Rest of the name of the scales: one number, one for each row, or one for each block.
-        shape: Shape of the weight.
-        block: Rows and columns of a block where the settings say so; else both are found by division.
+        rest: Name suffix of the scales, of which there is one per tensor, row or block.
+        shape: Shape of the weight, [..., N, K].
+        block: Rows and columns of a block if the settings give them; else they follow from the shapes.
+
+    Returns:
+        [..., N, K] float32.
 
     Raises:
         CheckpointError: The scales do not fit.
@@ -47,12 +50,12 @@ def blocks_of(parts: Parts, rest: str, shape: tuple[int, ...], block: tuple[int,
 
 
 def _numbers(stored: Tensor) -> Tensor:
-    """Scales as float32; bytes are exponents."""
+    """Scales as float32; uint8 means exponents (ue8m0)."""
     return (stored.view(torch.float8_e8m0fnu) if stored.dtype == torch.uint8 else stored).to(torch.float32)
 
 
 def _step(length: int, count: int, given: int | None) -> int:
-    """Length of `count` blocks that cover `length`; 0 where there is none."""
+    """The block size with which `count` blocks cover `length`; 0 if there is none."""
     if count == 1:
         return length
     if given is not None and -(-length // given) == count:
@@ -73,4 +76,4 @@ def _decode(parts: Parts) -> LazyTensor:
 FP8 = StoredFormat(
     tuple(Rule(f"{name}_scale_inv", (name,), name, _decode) for name in ("weight", "gate_up_proj", "down_proj"))
 )
-"""A matrix of a linear, or a stack of experts."""
+"""Weights of linear layers, and stacks of experts."""

@@ -1,9 +1,9 @@
-"""GPTQ: whole numbers of 2, 4 or 8 bits with a scale and a zero point for each group of columns.
+"""GPTQ: integers of 2, 4 or 8 bits with a scale and a zero point for each group of columns.
 
 `qweight` [K * bits / 32, N] int32, packed along K; `qzeros` [G, N * bits / 32] int32, packed along N; `scales` [G, N];
-`g_idx` [K], the group of each column of the weight, no simple count where `desc_act` is set. `weight[n, k] =
-scales[g, n] * (q[k, n] - z[g, n])`. `checkpoint_format: gptq` stores zero points less one, `gptq_v2` as they are
-(auto_gptq/nn_modules/qlinear/qlinear_cuda_old.py, gptqmodel/nn_modules/qlinear/torch.py).
+`g_idx` [K], the group of each column of the weight, which is not in ascending order with `desc_act`.
+`weight[n, k] = scales[g, n] * (q[k, n] - z[g, n])`. `checkpoint_format: gptq` stores zero points minus one, `gptq_v2`
+as they are (auto_gptq/nn_modules/qlinear/qlinear_cuda_old.py, gptqmodel/nn_modules/qlinear/torch.py).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def _decode(parts: Parts) -> LazyTensor:
     groups, rows = scales.shape
     bits = qzeros.shape[1] * 32 // rows
     if bits not in BITS:
-        raise parts.unsupported(f"GPTQ of {bits} bits is not read, {', '.join(map(str, BITS))} are")
+        raise parts.unsupported(f"moec reads GPTQ of {', '.join(map(str, BITS))} bits, not of {bits} bits")
     columns = qweight.shape[0] * 32 // bits
     if qweight.shape[1] != rows or qzeros.shape[0] != groups:
         raise parts.misfit("qweight")
@@ -58,7 +58,9 @@ def _format(settings: Settings) -> str:
 
 def _refuse(settings: Settings) -> str:
     chosen = "marlin" if settings.get("is_marlin_format") else _format(settings)
-    return "" if chosen in FORMATS else f"GPTQ's checkpoint_format {chosen!r} is not read, {' and '.join(FORMATS)} are"
+    if chosen in FORMATS:
+        return ""
+    return f"moec reads GPTQ with checkpoint_format {' or '.join(FORMATS)}, not {chosen!r}"
 
 
 GPTQ = StoredFormat((Rule("qweight", ("qzeros", "scales", "g_idx"), "weight", _decode),), _refuse)

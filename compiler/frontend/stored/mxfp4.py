@@ -1,7 +1,7 @@
-"""MXFP4 (OCP Microscaling Formats 1.0): E2M1 floats of 4 bits, a power of two for each 32; gpt-oss's experts.
+"""MXFP4 (OCP Microscaling Formats 1.0), the format of gpt-oss's experts: E2M1 floats of 4 bits in blocks of 32.
 
-`NAME_blocks` [E, N, K/32, 16] uint8 holds two values in a byte, the lower half first; `NAME_scales` [E, N, K/32] uint8
-holds exponents with bias 127. The weight NAME is [E, K, N], as transformers has it (integrations/mxfp4.py).
+`NAME_blocks` [E, N, K/32, 16] uint8 holds two values per byte, the lower half first; `NAME_scales` [E, N, K/32] uint8
+holds the exponent of each block (bias 127). The weight NAME is [E, K, N] as in transformers (integrations/mxfp4.py).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from moec.compiler.ir.encoded_weights import Encoded, Made, Spread
 from moec.compiler.ir.weights import LazyTensor, swap_last
 
 E2M1 = torch.tensor([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], dtype=torch.int8)
-"""Twice the value of each code, which makes all of them whole; the scales are halved in turn."""
+"""Twice the value of each code, so that all are integers; the scales are halved in turn."""
 
 HALF_SCALES = torch.tensor([2.0 ** (exponent - 128) for exponent in range(256)])
 """Half the scale of each exponent, exact in float32."""
@@ -26,7 +26,7 @@ _HALVES = torch.tensor([[byte & 15, byte >> 4] for byte in range(256)], dtype=to
 """Both codes of each byte."""
 
 _PAIRS = E2M1[_HALVES.to(torch.int32)].view(torch.int16).flatten()
-"""Both values of each byte in one number."""
+"""Both values of each byte, as one int16."""
 
 BLOCK = 32
 
@@ -40,9 +40,12 @@ def encoded(kind: str, packed: Callable[[int, int], Tensor], scales: Spread) -> 
     """A weight of E2M1 values.
 
     Args:
-        kind: What a report calls its form.
-        packed: Start and stop along axis 0 -> bytes of these rows, uint8 [..., K / 2].
+        kind: Name of the format in reports.
+        packed: Start and stop along axis 0 -> the packed codes of these rows, uint8 [..., K / 2].
         scales: Half the scale of each value.
+
+    Returns:
+        A weight of the shape of `scales`, with its indices into the table `E2M1`.
     """
     return Encoded(
         kind,
@@ -56,10 +59,10 @@ def encoded(kind: str, packed: Callable[[int, int], Tensor], scales: Spread) -> 
 
 
 def exponents(parts: Parts, rest: str, start: int, stop: int) -> Tensor:
-    """Half the scales of some rows, float32: 2 ^ (exponent - 127) / 2.
+    """Half the scales of rows [start, stop), float32: 2 ^ (exponent - 127) / 2.
 
     Raises:
-        CheckpointError: One is 255, which means NaN.
+        CheckpointError: An exponent is 255, which means NaN.
     """
     data = parts[rest].rows(start, stop).view(torch.uint8)
     if data.numel() and int(data.max()) == 255:

@@ -112,7 +112,7 @@ def test_aliases_of_architectures_are_read_as_what_they_equal(tmp_path: Path) ->
     checkpoint = Checkpoint.open(write_released_checkpoint("Kimi-K2-Instruct", tmp_path))
     assert checkpoint.config.model_type == "deepseek_v3"
     assert checkpoint.notes == (
-        "config.json names code of its own (auto_map): not run, transformers has the model itself",
+        "config.json names code of its own (auto_map); it is not run, since transformers has the model",
         "model_type kimi_k2 is read as deepseek_v3, which it equals",
     )
 

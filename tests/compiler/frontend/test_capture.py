@@ -135,7 +135,7 @@ MASKED = r"^model\.layers\.0: MixtralDecoderLayer of .* cannot be traced: it com
 @pytest.mark.parametrize(
     ("deed", "message"),
     [
-        (lambda hidden, *_: bool(hidden.sum() > 0), "takes a decision by the values of a tensor"),
+        (lambda hidden, *_: bool(hidden.sum() > 0), "branches on the values of a tensor"),
         (lambda _, mask, __: mask.dtype, MASKED),
         (lambda _, mask, __: mask[:, :, 0], MASKED),
         (lambda hidden, mask, _: hidden + mask, MASKED),
@@ -143,19 +143,19 @@ MASKED = r"^model\.layers\.0: MixtralDecoderLayer of .* cannot be traced: it com
         (lambda hidden, *_: hidden.no_such_thing, "AttributeError: .* no attribute 'no_such_thing'"),
         (
             lambda hidden, _, cache: [cache.update_conv_state(hidden, 0, i, conv_kernel_size=4) for i in range(2)],
-            r"^model\.layers\.0: MixtralDecoderLayer keeps more than the inputs of one convolution",
+            r"^model\.layers\.0: MixtralDecoderLayer keeps the inputs of several convolutions",
         ),
         (
             lambda hidden, _, cache: cache.update_conv_state(hidden, 0),
-            r"^model\.layers\.0: MixtralDecoderLayer keeps more than the inputs of one convolution of known length",
+            r"^model\.layers\.0: MixtralDecoderLayer keeps .*, or of one without a kernel size",
         ),
         (
             lambda hidden, _, cache: cache.update_conv_state(hidden, 0, conv_kernel_size=4),
-            "MixtralForCausalLM: layer 0 convolves in a way of its own",
+            "MixtralForCausalLM: layer 0 keeps the inputs of a convolution that moec does not know",
         ),
         (
             lambda hidden, _, cache: cache.update_recurrent_state(hidden, 0),
-            r"^model\.layers\.0: MixtralDecoderLayer keeps a recurrent state that it makes in a way of its own",
+            r"^model\.layers\.0: MixtralDecoderLayer keeps a recurrent state that no scan known to moec computed",
         ),
     ],
 )

@@ -238,7 +238,7 @@ def test_a_layer_that_does_not_say_which_it_is(opened: Any, monkeypatch: pytest.
         del self.layer_idx
         return qwen.causal_conv1d_fn(hidden_states, self.conv1d.weight, None)
 
-    with pytest.raises(UnsupportedModelError, match="does not say which layer it belongs to"):
+    with pytest.raises(UnsupportedModelError, match="has no layer_idx that tells its layer"):
         captured_with({"forward": unnamed}, opened, monkeypatch)
 
 

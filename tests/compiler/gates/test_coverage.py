@@ -79,7 +79,7 @@ def test_a_right_artifact_passes_and_text_decides_nothing(mixtral: Captured, hid
     verdict = _judge(program, program, hidden)
     assert verdict.status is Status.PASS
     total = sum(row.num_experts for row in program.layers)
-    assert f"{total} of {total} experts in {len(program.layers)} layers run by themselves" in verdict.summary
+    assert f"{total} of {total} experts in {len(program.layers)} layers run one by one" in verdict.summary
     assert "0 tokens of text used 0 of them" in verdict.summary
     assert verdict.figures["max_error"] == 0.0
 

@@ -134,7 +134,7 @@ class ClosedTarget(InterpreterTarget):
 def test_a_target_that_runs_no_expert_by_itself_is_not_covered(mixtral: Captured) -> None:
     verdict = next(item for item in _run(mixtral, ClosedTarget(mixtral[1])) if item.gate == "coverage")
     assert verdict.status is Status.NOT_RUN
-    assert verdict.summary == "the target interpreter does not run experts by themselves"
+    assert verdict.summary == "the target interpreter cannot run single experts"
     assert verdict.figures["steps"]["parity: artifact"]["layers"]
 
 

@@ -67,7 +67,7 @@ def test_validate_neither_calibrates_nor_chooses(
     assert code == 0
     assert {gate for gate, verdict in verdicts.items() if verdict["status"] != "pass"} == {"quality", "latency"}
     said = verdicts["integrity"]["summary"]
-    assert "tensors with calibrated codes: as moec.json records them, on the plan's grid, at most 0." in said
+    assert "tensors with calibrated codes: equal to the digests in moec.json, in the plan's format, at most 0." in said
     codes = read_manifest(artifact)["quantization"]["codes"]
     assert {entry["name"] for entry in verdicts["integrity"]["figures"]["read_back"]} == codes.keys()
     assert (artifact / "moec.json").read_bytes() == before
@@ -130,8 +130,8 @@ def tensor(**parts: Any) -> QuantizedTensor:
         (Codes(4, np.full((2, 64), 9, np.int8), np.ones((2, 2)), 32), r"codes outside of -8 \.\. 7"),
         (Codes(4, np.zeros((2, 64), np.int8), np.ones((2, 1)), 64), "several scales in a block"),
         (Codes(4, np.zeros((2, 64), np.int8), np.array([[1, 1, 1, 2]] * 2), 16), "several scales in a block"),
-        (Codes(4, np.zeros((2, 64), np.int8), np.full((2, 2), 0.1), 32), "scales that int4:32 has not"),
-        (Codes(4, np.zeros((2, 64), np.int8), np.zeros((2, 2)), 32), "scales that int4:32 has not"),
+        (Codes(4, np.zeros((2, 64), np.int8), np.full((2, 2), 0.1), 32), "scales that int4:32 cannot hold"),
+        (Codes(4, np.zeros((2, 64), np.int8), np.zeros((2, 2)), 32), "scales that int4:32 cannot hold"),
         (Codes(4, np.zeros((2, 64), np.int8), np.ones((2, 2)), 32, np.ones((2, 2), np.int8)), "has zero points"),
         (Codes(4, np.zeros((2, 64), np.uint8), table=np.zeros((1, 16))), "looks its values up in a table"),
     ],
@@ -181,7 +181,7 @@ def test_an_artifact_of_calibrated_codes_without_record_is_damaged(tmp_path: Pat
     assert codes({"rounding": "rtn"}) == {}
     with pytest.raises(ArtifactError, match="does not record the codes"):
         codes({"calibration": {}})
-    with pytest.raises(ArtifactError, match="holds no codes of w"):
+    with pytest.raises(ArtifactError, match="the codes of w"):
         codes({"calibration": {}, "codes": {"w": ""}})
 
 

@@ -73,7 +73,7 @@ def test_a_calibration_file_serves_its_checkpoint_policy_and_budgets(
     assert "0.5, 0.75" in caught.value.hint
     with pytest.raises(UsageError, match="several budgets"):
         routing.read_calibration(path, checkpoint, "ratio", None)
-    with pytest.raises(UsageError, match="calibrates the policy ratio, not top-p"):
+    with pytest.raises(UsageError, match="is for the policy ratio, not top-p"):
         routing.read_calibration(path, checkpoint, "top-p", 0.5)
     path.write_text(json.dumps({**content, "checkpoint": {"config.json": "0"}}))
     with pytest.raises(CheckpointError, match="another checkpoint"):
@@ -148,7 +148,7 @@ def test_sections_that_contradict_themselves(fields: dict[str, Any]) -> None:
 
 
 def test_a_policy_needs_to_know_how_much(checkpoint: Checkpoint, program: Program) -> None:
-    with pytest.raises(UsageError, match="neither parameters nor how much"):
+    with pytest.raises(UsageError, match="neither parameters nor a budget"):
         plan(checkpoint, program, policy="top-p")
 
 
