@@ -1,4 +1,4 @@
-"""Every error that moec raises on purpose, and the exit code of each."""
+"""Every error that moec raises on purpose: one class per exit code, so that callers can catch what they handle."""
 
 from __future__ import annotations
 
