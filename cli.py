@@ -1,6 +1,6 @@
-"""The `moec` command: it parses, calls the compiler and shows. A MoecError becomes its exit code.
+"""The `moec` command: it parses the command line, calls the compiler and prints the result or the error.
 
-Heavy imports happen inside the commands, so that `moec --help` answers at once.
+Heavy modules are imported inside the commands, so that `moec --help` answers at once.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ def export(
     quantize: Quantize,
     demands: Demands,
     console: Shown,
-    checkpoint: Annotated[str | None, typer.Argument(help="Directory or hub id; or in the recipe.")] = None,
+    checkpoint: Annotated[str | None, typer.Argument(help="Directory or hub id; may be in the recipe instead.")] = None,
     target: Annotated[
-        str | None, typer.Option("--target", "-t", help="What to build for: 'moec doctor' lists the targets.")
+        str | None, typer.Option("--target", "-t", help="Name of the target; 'moec doctor' lists them.")
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Directory to make.")] = None,
     dtype: Annotated[
@@ -54,17 +54,17 @@ def export(
         typer.Option(metavar="PATH", help="Calibration text (file or directory), or a JSON file of moec calibrate."),
     ] = None,
     inputs_embeds: Annotated[
-        bool, typer.Option("--inputs-embeds", help="Add an input of embeddings, for images, say.")
+        bool, typer.Option("--inputs-embeds", help="Add an input of embeddings, for example of images.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an artifact at the output.")] = False,
-    no_gates: Annotated[bool, typer.Option("--no-gates", help="Do not prove the artifact.")] = False,
+    no_gates: Annotated[bool, typer.Option("--no-gates", help="Run no gates on the artifact.")] = False,
     revision: Revision = None,
     trust_remote_code: Trust = False,
     **options: Any,
 ) -> int:
-    """Compile CHECKPOINT into an artifact and prove it.
+    """Compile CHECKPOINT into an artifact and prove it by gates.
 
-    Name a target to see its own options: moec export --target NAME --help.
+    The options of a target are shown by: moec export --target NAME --help.
     """
     from moec.compiler.api import merge
     from moec.compiler.commands.flags import sections_of_flags
@@ -94,7 +94,7 @@ def calibrate(
     policy: Annotated[str, typer.Option("--policy", help="Routing policy, such as top-p.")],
     budget: Annotated[str, typer.Option("--budget", metavar="0.5,0.6,...", help="Shares of the slots to keep.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write.")],
-    text: Annotated[Path | None, typer.Option(help="A text file or a directory; moec brings one along.")] = None,
+    text: Annotated[Path | None, typer.Option(help="A text file or a directory. (default: moec's own)")] = None,
     revision: Revision = None,
     trust_remote_code: Trust = False,
 ) -> int:
@@ -122,11 +122,11 @@ def validate(
     demands: Demands,
     console: Shown,
     directory: ArtifactDirectory,
-    against: Annotated[str, typer.Option(metavar="CHECKPOINT", help="What it was built from.")],
+    against: Annotated[str, typer.Option(metavar="CHECKPOINT", help="The checkpoint it was built from.")],
     revision: Revision = None,
     trust_remote_code: Trust = False,
 ) -> int:
-    """Run the gates again on an artifact that exists."""
+    """Run the gates again on an existing artifact."""
     from moec.compiler.commands.flags import sections_of_flags
     from moec.compiler.pipeline.export import validate_artifact
 
@@ -143,11 +143,11 @@ def validate(
 
 
 def _guarded(command: Callable[..., int], *, compiles: bool) -> Callable[..., None]:
-    """Turn what a command raises into a message and an exit code.
+    """Wrap a command so that an exception becomes a message and an exit code.
 
     Args:
         command: The command.
-        compiles: Whether it runs what takes the memory of an export.
+        compiles: Whether it needs the memory of an export.
     """
 
     @functools.wraps(command)
@@ -168,9 +168,9 @@ def _guard(console: Console, call: Callable[[], int]) -> int:
         return call()
     except KeyboardInterrupt:
         return console.interrupted()
-    except Exception as error:  # noqa: BLE001 - the last stop: whatever was not foreseen is reported as a fault of moec
-        told = out_of_memory(error) or error
-        return console.error(told) if isinstance(told, MoecError) else console.crash(told)
+    except Exception as error:  # noqa: BLE001 - the top level: an unexpected exception is reported as a fault of moec
+        known = out_of_memory(error) or error
+        return console.error(known) if isinstance(known, MoecError) else console.crash(known)
 
 
 def _version(wanted: bool) -> None:
@@ -180,7 +180,7 @@ def _version(wanted: bool) -> None:
 
 
 def _application(arguments: list[str]) -> typer.Typer:
-    """The commands; `export` has the flags of the target that the command line or its recipe names."""
+    """The application; `export` has the flags of the target that the command line or its recipe names."""
     app = typer.Typer(name="moec", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
     @app.callback()
@@ -189,10 +189,10 @@ def _application(arguments: list[str]) -> typer.Typer:
             bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
         ] = False,
         _log_format: Annotated[
-            str, typer.Option("--log-format", metavar="text|json", help="What stderr is; works after a command too.")
+            str, typer.Option("--log-format", metavar="text|json", help="Format of stderr, also after a command.")
         ] = "text",
     ) -> None:
-        """Compile mixture-of-experts checkpoints into deployment artifacts, with proof."""
+        """Compile Mixture-of-Experts checkpoints into deployable artifacts, with proof."""
 
     app.command("export")(_guarded(_export_command(arguments), compiles=True))
     compiling = (build, calibrate, estimate, validate, families)
@@ -215,12 +215,16 @@ def _export_command(arguments: list[str]) -> Callable[..., int]:
 
 
 def _terminate(_signal: int, _frame: FrameType | None) -> NoReturn:
-    """Leave through every `finally`, so that nothing half-written stays."""
+    """Exit through every `finally`, so that nothing half-written is left."""
     raise SystemExit(128 + signal.SIGTERM)
 
 
 def _choose_log_format(arguments: list[str]) -> list[str]:
-    """Take `--log-format` out of a command line, wherever it stands, and set the variable that it stands for."""
+    """Remove `--log-format` from anywhere in a command line, and set its environment variable.
+
+    Raises:
+        UsageError: Its value is neither "text" nor "json".
+    """
     from moec.compiler.commands.flags import find_flag
 
     chosen = find_flag(arguments, "--log-format")
@@ -237,7 +241,7 @@ def _choose_log_format(arguments: list[str]) -> list[str]:
 
 
 def dispatch(arguments: list[str]) -> int:
-    """Run one command line, without the name of the program, and return its exit code."""
+    """Run a command line without the name of the program, and return its exit code."""
     console = Console("--json" in arguments, debug="--debug" in arguments)
 
     def call() -> int:
@@ -255,12 +259,12 @@ def main() -> None:
     """Entry point of the `moec` command."""
     signal.signal(signal.SIGTERM, _terminate)
     any_character()
-    # Before torch is imported, and unless the user has said otherwise.
+    # Set before torch is imported; variables of the user win.
     os.environ.update({**WAIT_WITHOUT_SPINNING, **os.environ})
     keep_freed_memory()
     arguments = sys.argv[1:]
     if "--debug" not in arguments:
-        # torch, torchao and transformers warn of matters that are theirs.
+        # Warnings of torch, torchao and transformers are about their own internals.
         logging.disable(logging.WARNING)
         warnings.simplefilter("ignore")
     raise SystemExit(dispatch(arguments))

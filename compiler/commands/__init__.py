@@ -1,1 +1,1 @@
-"""The commands of `moec`, a file per group. Like `moec.cli`, they import what is heavy when they run."""
+"""The commands of `moec`, one file per group. Like `moec.cli`, they import heavy modules only when they run."""

@@ -1,4 +1,4 @@
-"""`moec verify`: whether an artifact is the one that was built."""
+"""`moec verify`: check that an artifact is unchanged since it was built."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ def verify(
     directory: ArtifactDirectory,
     public_key: Annotated[
         str | None,
-        typer.Option(metavar="FILE|KEY", envvar="MOEC_PUBLIC_KEY", help="Demand a signature (minisign) by this key."),
+        typer.Option(metavar="FILE|KEY", envvar="MOEC_PUBLIC_KEY", help="Require a minisign signature by this key."),
     ] = None,
-    ignore_signature: Annotated[bool, typer.Option("--ignore-signature", help="Check the digests alone.")] = False,
+    ignore_signature: Annotated[bool, typer.Option("--ignore-signature", help="Check only the digests.")] = False,
 ) -> int:
-    """Check by digests, and by its signature if there is one, that the artifact is the one that was built."""
+    """Check by digests, and by the signature if there is one, that the artifact is unchanged since it was built."""
     from moec.compiler.build import signature
     from moec.compiler.common import artifact
 
@@ -30,7 +30,7 @@ def verify(
     def show() -> None:
         console.line(f"{directory}: {len(digests)} files are as they were built")
         if signed is not None:
-            console.line(f"the signature is right: {signed}")
+            console.line(f"the signature is valid: {signed}")
 
     console.result({"files": digests, "signature": signed}, show)
     return 0

@@ -1,4 +1,4 @@
-"""`moec chat`: a conversation, from the artifact alone, without torch."""
+"""`moec chat`: a conversation with an artifact, without torch."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 HELP = """\
 /reset        start a new conversation; the system prompt stays
-/system TEXT  tell the model TEXT before everything else; without TEXT, nothing
-/stats        counts of the last answer and of the conversation
-/help         this
-/exit         end; so does Ctrl-D. Ctrl-C stops an answer and keeps the conversation.
-A line that begins with // is a turn that begins with /."""
+/system TEXT  set the system prompt; without TEXT, remove it
+/stats        show counts of the last answer and of the conversation
+/help         show this help
+/exit         end, as Ctrl-D does. Ctrl-C stops an answer and keeps the conversation.
+A line that begins with // is sent as a turn that begins with /."""
 
 
 def chat(
@@ -34,15 +34,15 @@ def chat(
     generation: Generation,
     console: Annotated[Console, Talk],
     directory: ArtifactDirectory,
-    system: Annotated[str, typer.Option(metavar="TEXT", help="What the model is told before everything else.")] = "",
+    system: Annotated[str, typer.Option(metavar="TEXT", help="The system prompt.")] = "",
     raw: Annotated[
-        bool, typer.Option("--raw", help="No chat template and no history: continue each line by itself.")
+        bool, typer.Option("--raw", help="Complete each line on its own, without chat template and history.")
     ] = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 1024,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Largest number of tokens of an answer.")] = 1024,
 ) -> int:
-    """Talk with a model, from the artifact alone.
+    """Hold a conversation with a model, from the artifact alone.
 
-    Lines of a pipe are turns too: answers go to stdout, everything else to stderr.
+    In a pipe each line is a turn. Answers go to stdout, everything else to stderr.
     """
     from moec.compiler.run.conversation import Conversation
 
@@ -64,17 +64,17 @@ class _Chat:
     """Reads turns and commands, and shows answers.
 
     Args:
-        console: Where to.
-        conversation: With whom.
-        stats: Whether counts follow every answer.
-        terminal: Whether a person types. Elsewhere a turn that cannot be answered ends the program.
+        console: The streams of the command.
+        conversation: The conversation.
+        stats: Whether to print counts after every answer.
+        terminal: Whether stdin is a terminal. If not, a turn that cannot be answered ends the program.
     """
 
     def __init__(self, console: Console, conversation: Conversation, *, stats: bool, terminal: bool) -> None:
         self.console, self.conversation, self.stats, self.terminal = console, conversation, stats, terminal
 
     def run(self) -> int:
-        """Until the end of the input, /exit, or a reader that goes away."""
+        """Answer turns until the input ends, /exit, or the reader of stdout is gone; return the exit code."""
         if self.terminal:
             self.console.note("/help lists the commands; Ctrl-D ends")
         for line in self._lines():
@@ -94,7 +94,7 @@ class _Chat:
             for line in sys.stdin.buffer:
                 yield _decoded(line)
             return
-        import readline  # noqa: F401 - gives `input` a history and keys to edit a line with
+        import readline  # noqa: F401 - gives `input` line editing and a history
 
         while True:
             try:
@@ -107,7 +107,7 @@ class _Chat:
                 self.console.note("Ctrl-D or /exit ends")
 
     def _turn(self, line: str) -> bool:
-        """Do what a line says; False where it is the last one."""
+        """Run a command or answer a turn; return False if it is the last line."""
         if line.startswith("//") or not line.startswith("/"):
             return self._answer(line[1:] if line.startswith("//") else line)
         command, _, rest = line[1:].partition(" ")
@@ -120,7 +120,7 @@ class _Chat:
         return True
 
     def _answer(self, text: str) -> bool:
-        """Show the answer to a turn; False where nobody reads it any more."""
+        """Print the answer to a turn; return False if the reader of stdout is gone."""
         pieces = self.conversation.ask(text)
         with _interruptible(self.terminal) as stopped:
             for piece in pieces:
@@ -169,7 +169,7 @@ def _decoded(line: bytes) -> str:
 
 @contextmanager
 def _interruptible(wanted: bool) -> Iterator[threading.Event]:
-    """Ctrl-C sets the event, so that no step is torn; the second one raises KeyboardInterrupt as ever."""
+    """Let Ctrl-C set an event, so that no step is interrupted midway; a second one raises KeyboardInterrupt."""
     event = threading.Event()
 
     def interrupt(_signal: int, _frame: FrameType | None) -> None:

@@ -1,4 +1,4 @@
-"""What a command shows: results on stdout for machines or people, progress and errors on stderr."""
+"""The output of a command: results on stdout for programs or people, progress and errors on stderr."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
 INTERNAL, INTERRUPTED = 70, 130
 LOG_FORMAT = "MOEC_LOG_FORMAT"
-"""Variable that says what stderr is written as, "text" or "json"; `--log-format` sets it."""
+"""Environment variable for the format of stderr, "text" or "json"; `--log-format` sets it."""
 _INTERVAL = 5.0
-"""Seconds between two lines of a step where there is no terminal to draw a bar on."""
+"""Seconds between two progress lines of a step if there is no terminal."""
 _STYLES = {
     "pass": "green",
     "fail": "bold red",
@@ -47,10 +47,10 @@ class Console:
     """The two streams of a command.
 
     Attributes:
-        json: Results as JSON on stdout, errors too.
-        quiet: No progress.
-        debug: The traceback of an error.
-        log_json: Progress, notes and errors on stderr as one JSON object per line.
+        json: Whether results and errors are printed as JSON on stdout.
+        quiet: Whether to omit progress and notes.
+        debug: Whether to print the traceback of an error.
+        log_json: Whether stderr has one JSON object per line.
     """
 
     json: bool = False
@@ -80,15 +80,15 @@ class Console:
             show()
 
     def line(self, text: str) -> None:
-        """A line on stdout, however long."""
+        """Print a line on stdout without wrapping it."""
         self._out.print(text, soft_wrap=True)
 
     def show(self, text: rich.text.Text) -> None:
-        """A styled text on stdout."""
+        """Print a styled text on stdout."""
         self._out.print(text, soft_wrap=True)
 
     def note(self, text: str) -> None:
-        """A line on stderr, unless quiet."""
+        """Print a line on stderr, unless quiet."""
         if self.quiet:
             return
         if self.log_json:
@@ -97,7 +97,7 @@ class Console:
             self._err.print(text, style="dim", soft_wrap=True)
 
     def rows(self, rows: Iterable[Sequence[str]], header: Sequence[str] = ()) -> None:
-        """A table on stdout."""
+        """Print a table on stdout."""
         from rich.table import Table
         from rich.text import Text
 
@@ -112,7 +112,7 @@ class Console:
         self._out.print(table)
 
     def pieces(self, pieces: Iterable[str]) -> str:
-        """Print text on stdout as it comes and return it whole; a reader that goes away ends it quietly."""
+        """Print text on stdout piece by piece and return the whole; stop quietly when the reader is gone."""
         written = []
         for piece in pieces:
             written.append(piece)
@@ -122,7 +122,7 @@ class Console:
         return "".join(written)
 
     def verdicts(self, result: Result) -> int:
-        """Print what the gates said of an export or a validation; return the exit code."""
+        """Print the verdicts of an export or a validation; return the exit code."""
         judged = [
             {"gate": v.gate, "status": str(v.status), "summary": v.summary, "figures": dict(v.figures)}
             for v in result.verdicts
@@ -148,7 +148,7 @@ class Console:
         return result.exit_code
 
     def _trade_off(self, manifest: Mapping[str, Any]) -> None:
-        """The curve that `--quantize auto` chose from, if it did."""
+        """Print the curve from which `--quantize auto` chose, if it was used."""
         found = manifest.get("quantization", {}).get("auto")
         if found is None:
             return
@@ -173,7 +173,7 @@ class Console:
         return error.exit_code
 
     def crash(self, error: Exception) -> int:
-        """Print that this is a fault of moec and where its details are; return the exit code."""
+        """Report an internal error and the place of its details; return the exit code."""
         where = "the traceback is above"
         if self.debug or not (path := _write_crash_log(error)):
             traceback.print_exception(error)
@@ -205,14 +205,14 @@ class Console:
         self._json_error(message, hint, code)
 
     def _tell(self, text: str, style: str = "") -> None:
-        """A line on stderr; without its style where there is too little memory left to load what prints it."""
+        """Print a line on stderr; without style if there is too little memory to load rich."""
         try:
             self._err.print(text, style=style, soft_wrap=True)
         except (ImportError, MemoryError, SystemError):
             print(text, file=sys.stderr)
 
     def _log(self, level: str, **fields: Any) -> None:
-        """A line of JSON on stderr."""
+        """Print a line of JSON on stderr."""
         when = datetime.now(UTC).isoformat(timespec="milliseconds")
         print(json.dumps({"time": when, "level": level, **fields}, ensure_ascii=False), file=sys.stderr, flush=True)
 
@@ -261,7 +261,7 @@ class Console:
             def update(name: str, done: int, total: int) -> None:
                 if name not in tasks:
                     tasks[name] = bars.add_task(name, total=total or None, rate="")
-                # A bar that knows no more than begun and done pulses in between.
+                # A step with a single unit of work has an indeterminate bar until it is done.
                 known = total if total > 1 or done else None
                 rate = bars.tasks[tasks[name]].speed
                 bars.update(tasks[name], completed=done, total=known, rate=_rate(rate) if total > 1 else "")
@@ -269,7 +269,7 @@ class Console:
             yield update
 
     def _print_step(self, name: str, done: int, total: int) -> None:
-        """A line when a step is done, and every few seconds while it lasts, with its rate and the time left."""
+        """Print a line when a step is done, and every few seconds during it, with rate and remaining time."""
         now = time.perf_counter()
         start = self._seen.setdefault(name, now)
         finished = bool(total) and done >= total
@@ -283,7 +283,7 @@ class Console:
             self._told[name] = now
 
     def _print(self, text: str, **fields: Any) -> None:
-        """A line of progress, as text or as JSON."""
+        """Print a line of progress, as text or as JSON."""
         if self.log_json:
             self._log("info", **fields)
         else:
@@ -291,38 +291,38 @@ class Console:
 
 
 def as_json(value: Any) -> str:
-    """JSON for stdout, in ASCII where stdout is not UTF-8."""
+    """JSON for stdout, in ASCII if stdout is not UTF-8."""
     return json.dumps(value, indent=2, ensure_ascii="utf" not in (sys.stdout.encoding or "").lower())
 
 
 def write(text: str) -> bool:
-    """Write to stdout at once; False where its reader has gone away, which ends the output quietly."""
+    """Write to stdout and flush; return False if the reader is gone, after which output is discarded."""
     try:
         sys.stdout.write(text)
         sys.stdout.flush()
     except BrokenPipeError:
-        # What is still in the buffer would raise once more when Python ends.
+        # Otherwise the rest of the buffer would raise again when Python exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return False
     return True
 
 
 def any_character() -> None:
-    """Let stdout and stderr take every character: what their encoding does not have is written as an escape."""
+    """Let stdout and stderr accept every character; those outside their encoding are written as escapes."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
 def _rate(per_second: float | None) -> str:
-    """A rate in the unit that reads best."""
+    """A rate as units per second, or as seconds per unit if it is below one per second."""
     if not per_second:
         return ""
     return f"{per_second:.3g}/s" if per_second >= 1 else f"{1 / per_second:.3g} s each"
 
 
 def _write_crash_log(error: Exception) -> str | None:
-    """Write what a report needs into a file of its own; None if even that fails."""
+    """Write version, command and traceback into a temporary file; return its path, or None if this fails too."""
     try:
         lines = [
             f"moec {moec.__version__}, Python {platform.python_version()}, {platform.platform()}",

@@ -1,4 +1,4 @@
-"""What this machine can build, run and measure."""
+"""`moec doctor`: what this machine can build, run and measure."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _TOOLS = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
 
 
 def doctor() -> dict[str, Any]:
-    """The environment, and what can be done here with each target and each command that needs an extra.
+    """The environment, and for each target and each command with an extra what works here.
 
-    Beside it stands the command that adds the rest.
+    Each entry has the pip command that installs what is missing.
     """
     return {
         "environment": {

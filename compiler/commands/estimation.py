@@ -1,4 +1,4 @@
-"""`moec estimate`: what an artifact will be like, before it is built."""
+"""`moec estimate`: size, work, latency and cost of an artifact before it is built."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from moec.compiler.commands.options import Revision, Shown, Trust
 def estimate(
     console: Shown,
     checkpoint: Annotated[str, typer.Argument(help="Directory or hub id.")],
-    target: Annotated[str, typer.Option("--target", "-t", help="What it would be built for.")],
-    quantize: Annotated[str, typer.Option(metavar="FORMAT", help="What weights would be stored as.")] = "none",
+    target: Annotated[str, typer.Option("--target", "-t", help="Name of the target.")],
+    quantize: Annotated[str, typer.Option(metavar="FORMAT", help="Format of the weights.")] = "none",
     dtype: Annotated[str, typer.Option(metavar="fp32|fp16", help="Precision of what is not quantized.")] = "fp32",
     routing: Annotated[
         str | None, typer.Option(metavar="POLICY", help="Policy that drops experts, with --expert-budget.")
@@ -21,15 +21,15 @@ def estimate(
     expert_budget: Annotated[
         float, typer.Option(min=0.01, max=1.0, help="Share of the pretrained top-k that routing keeps.")
     ] = 1.0,
-    context: Annotated[int, typer.Option(min=1, help="Tokens before the one that is decoded.")] = 128,
-    device: Annotated[str | None, typer.Option(help="A device profile; without it this machine.")] = None,
+    context: Annotated[int, typer.Option(min=1, help="Tokens in the KV cache at the decode step.")] = 128,
+    device: Annotated[str | None, typer.Option(help="A device profile. (default: this machine)")] = None,
     price_per_hour: Annotated[float | None, typer.Option(min=0, help="Price of the device, in any currency.")] = None,
     revision: Revision = None,
     trust_remote_code: Trust = False,
 ) -> int:
-    """Estimate size, work, latency and cost before anything is built. Reads no weight.
+    """Estimate size, work, latency and cost without building the artifact or reading a weight.
 
-    The first estimate for a target and format on a machine builds and measures a few small models.
+    The first estimate for a target and a format on a machine builds and measures a few small models.
     """
     from moec.compiler.build.estimate import Wanted, describe
     from moec.compiler.build.estimate import estimate as compute

@@ -1,4 +1,4 @@
-"""Command-line flags made of a pydantic model: one per field, with its description as help."""
+"""Command-line flags from pydantic models (one per field, with its description as help) and from groups."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ _SEQUENCES = (list, tuple, set, frozenset)
 
 
 class Group:
-    """Flags that go together: a dataclass whose fields are annotated as arguments of a command are.
+    """Flags that belong together: a dataclass whose fields are annotated like arguments of a command.
 
-    A command takes the group as one argument (see `with_groups`).
+    A command takes the group as one argument; `with_groups` makes flags of its fields.
     """
 
     def made(self) -> Any:
-        """What the command is given: the group itself, or what it stands for."""
+        """The value that the command gets: the group itself, unless a subclass makes another object of it."""
         return self
 
 
 def with_groups(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` with the fields of its groups of flags in their place, after its other arguments.
+    """Wrap `function` so that its groups are replaced by their fields, after its other arguments.
 
-    An argument is a group where its annotation is a `Group`, or `Annotated[..., Group]` for what the group makes.
+    An argument is a group if its annotation is a `Group`, or `Annotated[..., Group]` for the value that a group makes.
     """
     signature = inspect.signature(function, eval_str=True)
     groups = {item.name: group for item in signature.parameters.values() if (group := _group_of(item.annotation))}
@@ -75,15 +75,15 @@ def _signed(
 
 
 def with_flags(function: Callable[..., Any], fields: Mapping[str, FieldInfo], panel: str) -> Callable[..., Any]:
-    """`function` with a keyword argument more for every one of `fields`, for typer to make flags of.
+    """Wrap `function` so that it has a keyword argument for each of `fields`, of which typer makes flags.
 
-    A flag that is not given is None; values are strings, which pydantic converts and judges (booleans come as such,
-    sequences are separated by commas).
+    A flag that is not given is None. Values are strings, which pydantic later converts and checks; booleans are passed
+    as such, and sequences are split at commas.
 
     Args:
-        function: Takes `**options`.
+        function: A command that takes `**options`.
         fields: The `model_fields` of a pydantic model.
-        panel: Title that the flags stand under in the help.
+        panel: Title of these flags in the help.
 
     Raises:
         UsageError: A field has the name of an argument of `function`.
@@ -91,7 +91,7 @@ def with_flags(function: Callable[..., Any], fields: Mapping[str, FieldInfo], pa
     signature = inspect.signature(function, eval_str=True)
     fixed = [item for item in signature.parameters.values() if item.kind is not inspect.Parameter.VAR_KEYWORD]
     if clash := sorted({item.name for item in fixed} & fields.keys()):
-        raise UsageError(f"{panel}: {', '.join(clash)} would hide an argument that moec itself has")
+        raise UsageError(f"{panel}: {', '.join(clash)} would hide an argument of moec itself")
     added = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_annotation(name, info, panel))
         for name, info in fields.items()
@@ -111,7 +111,7 @@ def with_flags(function: Callable[..., Any], fields: Mapping[str, FieldInfo], pa
 
 
 def without_flags(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` without its `**options`, which typer cannot make anything of."""
+    """Wrap `function` so that it lacks its `**options`, which typer cannot handle."""
     return with_flags(function, {}, "")
 
 
@@ -156,7 +156,7 @@ def _is_sequence(annotation: Any) -> bool:
 
 
 def find_flag(arguments: list[str], *names: str) -> str | None:
-    """Value of the last `--name value` or `--name=value` on a command line that is not parsed yet."""
+    """The value of the last `--name value` or `--name=value` on an unparsed command line, or None."""
     found = None
     for position, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")
@@ -168,7 +168,7 @@ def find_flag(arguments: list[str], *names: str) -> str | None:
 
 
 def named_target(arguments: list[str]) -> str | None:
-    """The target that a command line, not parsed yet, or its recipe names."""
+    """The target that an unparsed command line or its recipe names, or None."""
     name, recipe = find_flag(arguments, "--target", "-t"), find_flag(arguments, "--recipe")
     if name is None and recipe is not None:
         from moec.compiler.pipeline.recipe import read_recipe
@@ -179,10 +179,10 @@ def named_target(arguments: list[str]) -> str | None:
 
 
 def numbers(assignments: Iterable[str], flag: str) -> dict[str, float]:
-    """`NAME=VALUE` of a repeated flag as numbers by name.
+    """Parse the values `NAME=NUMBER` of a repeated flag: name -> number.
 
     Raises:
-        UsageError: One is not of that form.
+        UsageError: A value does not have this form.
     """
     found: dict[str, float] = {}
     for assignment in assignments:
@@ -191,24 +191,28 @@ def numbers(assignments: Iterable[str], flag: str) -> dict[str, float]:
             found[name] = float(value)
         except ValueError as error:
             raise UsageError(
-                f"{flag} {assignment}: not NAME=NUMBER", hint=f"such as {flag} routing_budget=0.7"
+                f"{flag} {assignment}: not NAME=NUMBER", hint=f"give {flag} routing_budget=0.7, say"
             ) from error
     return found
 
 
 def given(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that were given."""
+    """The options whose value is not None."""
     return {name: value for name, value in options.items() if value is not None}
 
 
 def sections_of_flags(
     flags: Mapping[str, Mapping[str, Any]], calibration: Sequence[Path] = ()
 ) -> dict[str, dict[str, Any]]:
-    """The sections of a recipe that flags speak of.
+    """The sections of a recipe from flags: section -> key -> value.
 
-    One flag may speak to several sections: `--calibration` names a file of `moec calibrate` by its suffix .json, else
-    a text; a text serves quantization, and routing where weights stay as they are. `--max-quality-loss` bounds the
-    search of routing only where nothing else says how much routing shall save.
+    One flag may set keys in several sections. `--calibration` is a file of `moec calibrate` if its suffix is .json, and
+    else a text, which is for quantization if weights are quantized and otherwise for routing. `--max-quality-loss`
+    bounds the search of routing only if neither a budget nor a calibration file is given.
+
+    Args:
+        flags: Section -> key -> value; None means not given.
+        calibration: The values of `--calibration`.
     """
     sections = {name: {k: _plain(v) for k, v in given(part).items()} for name, part in flags.items()}
     routed, quantized = sections.get("routing", {}), sections.get("quantize", {})

@@ -1,4 +1,4 @@
-"""`moec run`: text from the artifact alone, without torch."""
+"""`moec run`: generate text from an artifact, without torch."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from moec.compiler.common.errors import UsageError
 
 
 def _one_prompt(argument: str | None, option: str | None) -> str:
-    """The prompt, however it was given.
+    """The prompt, from the argument or the option.
 
     Raises:
-        UsageError: It was not, or twice, or it is not UTF-8.
+        UsageError: Neither or both are given, or the prompt is not UTF-8.
     """
     if (argument is None) == (option is None):
-        reason = "no prompt is given" if argument is None else "the prompt is given twice: by itself and with --prompt"
+        reason = "no prompt is given" if argument is None else "the prompt is given twice: as argument and by --prompt"
         raise UsageError(reason, hint="moec run DIRECTORY \"PROMPT\"; '-' reads standard input")
     return argument_text(argument, "the prompt") if argument is not None else argument_text(str(option), "--prompt")
 
 
 def argument_text(given: str, where: str) -> str:
-    """A text of the command line; "-" reads standard input.
+    """A text given on the command line; "-" reads standard input. `where` names it in messages.
 
     Raises:
-        UsageError: It is not UTF-8.
+        UsageError: The text is not UTF-8.
     """
     try:
         if given == "-":
@@ -47,13 +47,13 @@ def run(
     text: Annotated[
         str | None, typer.Argument(metavar="[PROMPT]", help="The text to continue; '-' reads standard input.")
     ] = None,
-    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="The same, as an option.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="At most so many new tokens.")] = 128,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="The text to continue, as an option.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Largest number of new tokens.")] = 128,
     chat: Annotated[bool, typer.Option("--chat", help="Wrap the prompt in the model's chat template.")] = False,
 ) -> int:
     """Continue a text, from the artifact alone.
 
-    How tokens are chosen follows the model's generation_config.json, as in transformers, where no flag says otherwise.
+    Sampling follows the model's generation_config.json, as in transformers; flags override it.
     """
     given = _one_prompt(text, prompt)
     generator = generation.generator(directory)

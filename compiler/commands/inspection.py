@@ -1,4 +1,4 @@
-"""`moec inspect`, `moec doctor` and `moec families`: what there is, before anything is built."""
+"""`moec inspect`, `moec doctor` and `moec families`: information about models and this machine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def inspect(
     location: Annotated[str, typer.Argument(metavar="CHECKPOINT|DIRECTORY", help="Checkpoint, hub id or artifact.")],
     text: Annotated[str | None, typer.Option(help="Colour this text by the experts that each token uses.")] = None,
     against: Annotated[
-        str | None, typer.Option(metavar="CHECKPOINT", help="What the artifact was built from; for --text.")
+        str | None, typer.Option(metavar="CHECKPOINT", help="The checkpoint of the artifact, for --text.")
     ] = None,
     revision: Revision = None,
     trust_remote_code: Trust = False,
@@ -38,7 +38,7 @@ def inspect(
 
 
 def doctor(console: Shown) -> int:
-    """Show which targets can be built, run and measured here, what other extras add, and the commands that add each."""
+    """Show which targets can be built, run and measured here, and the pip commands that add the others."""
     from moec.compiler.commands.doctor import doctor as examine
 
     found = examine()
@@ -61,22 +61,22 @@ def families(
     console: Shown,
     names: Annotated[list[str] | None, typer.Argument(help="Families; all if none is named.")] = None,
     check: Annotated[
-        bool, typer.Option("--check", help="Build a tiny model of each, capture it and prove it.")
+        bool, typer.Option("--check", help="Build a tiny model of each family, capture it and prove it.")
     ] = False,
-    target: Annotated[str | None, typer.Option("--target", "-t", help="Lower to this target as well.")] = None,
+    target: Annotated[str | None, typer.Option("--target", "-t", help="Lower to this target too.")] = None,
     recipe: Annotated[
         list[Path] | None,
-        typer.Option("--recipe", help="Build each by this recipe, which names no checkpoint; may be repeated."),
+        typer.Option("--recipe", help="Build each family by this recipe without a checkpoint; may be repeated."),
     ] = None,
     released: Annotated[
-        bool, typer.Option("--released", help="Released models, each built for every target in four forms.")
+        bool, typer.Option("--released", help="Check released models, each for every target in four configurations.")
     ] = False,
     resume: Annotated[
-        Path | None, typer.Option(help="With --released: keep what is found in this file, and build only the rest.")
+        Path | None, typer.Option(help="With --released: file of results; only missing ones are built and added.")
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the table (Markdown) here.")] = None,
 ) -> int:
-    """List the model families that moec knows tiny models of, or check what works for each."""
+    """List the model families of which moec has tiny models, or check what works for each."""
     from moec.compiler.commands.flags import given
     from moec.compiler.families import families_page as checks
     from moec.compiler.pipeline.recipe import read_recipe

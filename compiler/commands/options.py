@@ -15,16 +15,14 @@ from moec.compiler.commands.flags import Group, numbers
 if TYPE_CHECKING:
     from moec.compiler.run.generate import Generator
 
-Trust = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run modelling code that the checkpoint brings along.")
-]
-Revision = Annotated[str | None, typer.Option(metavar="BRANCH|TAG|COMMIT", help="Which revision of a hub id to take.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run modelling code of the checkpoint.")]
+Revision = Annotated[str | None, typer.Option(metavar="BRANCH|TAG|COMMIT", help="Revision of a hub id.")]
 ArtifactDirectory = Annotated[Path, typer.Argument(metavar="DIRECTORY", help="The artifact.")]
 
 
 @dataclass(frozen=True)
 class Talk(Group):
-    """How a command prints that has no result."""
+    """Output flags of a command without a result."""
 
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False
 
@@ -35,7 +33,7 @@ class Talk(Group):
 
 @dataclass(frozen=True)
 class Output(Talk):
-    """How a command prints."""
+    """Output flags of a command."""
 
     json_output: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False
@@ -46,7 +44,7 @@ class Output(Talk):
 
 
 Shown = Annotated[Console, Output]
-"""What a command prints to."""
+"""The console of a command, made from its output flags."""
 
 
 def _routing(metavar: str | None, text: str) -> Any:
@@ -70,12 +68,12 @@ class Routing(Group):
 
     routing: Annotated[str | None, _routing("POLICY|off", "Let tokens use fewer experts.")] = None
     expert_budget: Annotated[str | None, _routing("SHARE", "Share of the pretrained top-k to keep.")] = None
-    routing_text: Annotated[Path | None, _routing("PATH", "Calibration text; moec brings one along.")] = None
+    routing_text: Annotated[Path | None, _routing("PATH", "Calibration text. (default: moec's own)")] = None
     routing_input: Annotated[bool | None, _routing(None, "Make the policy's threshold an input.")] = None
     prune_experts: Annotated[str | None, _routing("SHARE", "Share of every layer's experts to remove.")] = None
 
     def section(self) -> Mapping[str, Any]:
-        """The section; None is what was not given."""
+        """The section; None means not given."""
         return {
             "policy": self.routing,
             "budget": self.expert_budget,
@@ -91,21 +89,19 @@ class Quantize(Group):
 
     quantize: Annotated[
         str | None,
-        _quantize(
-            "fp16|int8|int4|palettize4|none|auto|keep", "What weights are stored as; also a format such as int4:128."
-        ),
+        _quantize("fp16|int8|int4|palettize4|none|auto|keep", "Format of the weights; also one such as int4:128."),
     ] = None
     rounding: Annotated[str | None, _quantize("auto|rtn|gptq", "How weights are rounded. (default: auto)")] = None
     activations: Annotated[
         str | None, _quantize("float|int8-dynamic", "What kernels may round activations to. (default: float)")
     ] = None
-    max_size: Annotated[str | None, _quantize("300MB|0.3x", "For auto: most that weights take; x: of fp16.")] = None
+    max_size: Annotated[str | None, _quantize("300MB|0.3x", "For auto: largest size; x: of fp16.")] = None
     max_perplexity_increase: Annotated[
-        str | None, _quantize("0.5%", "For auto: most that perplexity may rise, as predicted.")
+        str | None, _quantize("0.5%", "For auto: largest predicted increase of perplexity.")
     ] = None
 
     def section(self) -> Mapping[str, Any]:
-        """The section; None is what was not given."""
+        """The section; None means not given."""
         flags = dict(vars(self))
         return {"format": flags.pop("quantize"), **flags}
 
@@ -115,23 +111,27 @@ class Demands(Group):
     """Flags of the sections of a recipe that gates read."""
 
     max_quality_loss: Annotated[
-        str | None, typer.Option(metavar="1%", help="Most that perplexity may rise: a gate, and a bound of routing.")
+        str | None, typer.Option(metavar="1%", help="Largest increase of perplexity: for the gate, and for routing.")
     ] = None
-    quality_text: Annotated[Path | None, typer.Option(metavar="PATH", help="Held-out text; moec brings one.")] = None
+    quality_text: Annotated[Path | None, typer.Option(metavar="PATH", help="Held-out text. (default: moec's own)")] = (
+        None
+    )
     coverage_min: Annotated[
         str | None,
-        typer.Option(metavar="SHARE", help="Least share of the experts that are run one by one. (default: 1)"),
+        typer.Option(metavar="SHARE", help="Share of the experts that the coverage gate runs. (default: 1)"),
     ] = None
     latency_budget: Annotated[
         str | None, _latency("KEY=VALUE,...", "Budgets: decode.p50=12ms,prefill128.p90=300ms,load=2s,size=400MB.")
     ] = None
-    latency_baseline: Annotated[Path | None, _latency("DIRECTORY", "Artifact to compare with, in turns.")] = None
-    max_regression: Annotated[str | None, _latency("5%", "How much slower than that it may be. (default: 5%)")] = None
+    latency_baseline: Annotated[Path | None, _latency("DIRECTORY", "Artifact to compare with.")] = None
+    max_regression: Annotated[str | None, _latency("5%", "How much slower it may be. (default: 5%)")] = None
     latency_threads: Annotated[int | None, _latency("N", "Threads of the runtime. (default: 1)")] = None
-    latency_seconds: Annotated[float | None, _latency("S", "Most seconds of sampling. (default: 120)")] = None
+    latency_seconds: Annotated[float | None, _latency("S", "Longest time of sampling in seconds. (default: 120)")] = (
+        None
+    )
 
     def sections(self) -> Mapping[str, Mapping[str, Any]]:
-        """The sections by name; None is what was not given."""
+        """Section -> key -> value; None means not given."""
         latency = {
             "budget": self.latency_budget,
             "baseline": self.latency_baseline,
@@ -144,7 +144,7 @@ class Demands(Group):
 
 
 def _sampling(text: str) -> Any:
-    """A flag that goes over the model's own generation_config.json."""
+    """A flag that overrides the model's generation_config.json."""
     return typer.Option(help=f"{text} (default: the model's own)", rich_help_panel="Sampling")
 
 
@@ -154,15 +154,15 @@ class Sampling(Group):
 
     temperature: Annotated[float | None, _sampling("Divides the logits; 0 takes the most likely token.")] = None
     top_k: Annotated[int | None, _sampling("Draw among the k most likely tokens; 0 means all.")] = None
-    top_p: Annotated[float | None, _sampling("Draw among the likeliest tokens that together reach p.")] = None
-    min_p: Annotated[float | None, _sampling("Leave out tokens below p times the likeliest one.")] = None
+    top_p: Annotated[float | None, _sampling("Draw among the most likely tokens that together reach p.")] = None
+    min_p: Annotated[float | None, _sampling("Leave out tokens below p times the most likely one.")] = None
     repetition_penalty: Annotated[float | None, _sampling("Above 1, tokens that occurred become less likely.")] = None
-    seed: Annotated[int, typer.Option(help="Seed of the draws.", rich_help_panel="Sampling")] = 0
+    seed: Annotated[int, typer.Option(help="Seed of sampling.", rich_help_panel="Sampling")] = 0
 
 
 @dataclass(frozen=True)
 class Running(Group):
-    """How an artifact is opened to generate from it."""
+    """Flags for opening an artifact to generate from it."""
 
     threads: Annotated[int, typer.Option(help="Threads of the runtime; 0 leaves it to the runtime.")] = 0
     inputs: Annotated[
@@ -171,7 +171,12 @@ class Running(Group):
     ] = None
 
     def generator(self, directory: Path) -> Generator:
-        """Open an artifact."""
+        """Open an artifact.
+
+        Raises:
+            ArtifactError: The directory is not an artifact, or the artifact is damaged.
+            UsageError: An input is not `NAME=NUMBER`, or the artifact has no such input.
+        """
         from moec.compiler.run.generate import Generator
 
         return Generator(directory, threads=self.threads, inputs=numbers(self.inputs or (), "--input"))
@@ -179,7 +184,7 @@ class Running(Group):
 
 @dataclass(frozen=True)
 class Generation(Running):
-    """What else generates from an artifact."""
+    """Flags for generating from an artifact on the command line."""
 
     stop: Annotated[
         list[str] | None, typer.Option("--stop", metavar="TEXT", help="End before this text; may be repeated.")

@@ -1,4 +1,4 @@
-"""`moec build`, `moec diff` and `moec publish`: what a build pipeline runs."""
+"""`moec build`, `moec diff` and `moec publish`: the commands of a build pipeline."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def build(
     jobs: Annotated[int, typer.Option("--jobs", "-j", min=0, help="Builds at a time; 0: one per two cores.")] = 0,
     executor: Annotated[str, typer.Option(metavar="process|ray", help="Where cells are built.")] = "process",
     cache: Annotated[Path | None, typer.Option(help="Directory of the cache. (default: ~/.cache/moec/builds)")] = None,
-    no_gates: Annotated[bool, typer.Option("--no-gates", help="Prove nothing, cache nothing.")] = False,
+    no_gates: Annotated[bool, typer.Option("--no-gates", help="Run no gates and use no cache.")] = False,
 ) -> int:
-    """Build every cell of a matrix; go on past failures, and take what was built before from the cache."""
+    """Build every cell of a matrix, with results of earlier builds from the cache; failures do not stop the others."""
     from moec.compiler.build import batch
     from moec.compiler.build.cache import default_directory
     from moec.compiler.build.matrix import read_matrix
@@ -96,9 +96,9 @@ def publish(
     registry: Annotated[str, typer.Option(metavar="PATH|URI", help="The directory, or MLflow's tracking URI.")],
     name: Annotated[str, typer.Option(help="Name of the model in the registry.")],
     version: Annotated[str | None, typer.Option("--as", help="Version; for dir. (default: the next number)")] = None,
-    allow_failed: Annotated[bool, typer.Option("--allow-failed", help="Also what a gate failed on.")] = False,
+    allow_failed: Annotated[bool, typer.Option("--allow-failed", help="Publish even if a gate failed.")] = False,
 ) -> int:
-    """Put an artifact into a registry, with its version, digests and what the gates said."""
+    """Put an artifact into a registry, with its version, digests and verdicts."""
     from moec.compiler.build.publish import publish as put
 
     found = put(directory, to, registry, name, version=version, allow_failed=allow_failed)

@@ -1,4 +1,4 @@
-"""`moec serve`: an artifact behind HTTP, with OpenAI's interface."""
+"""`moec serve`: an artifact behind OpenAI's HTTP API."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from moec.compiler.commands.options import ArtifactDirectory, Running, Talk
 from moec.compiler.common.errors import MissingExtraError, UsageError
 
 MODULES = ("fastapi", "uvicorn", "prometheus_client")
-"""What the extra `serve` brings."""
+"""Modules that the extra `serve` installs."""
 INSTALL = "pip install 'moec[serve]'"
 
 
@@ -22,23 +22,23 @@ def serve(
     running: Running,
     console: Annotated[Console, Talk],
     directory: ArtifactDirectory,
-    host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen at; 0 takes a free one.")] = 8000,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8000,
     api_key: Annotated[
-        str | None, typer.Option(metavar="KEY", envvar="MOEC_API_KEY", help="What requests must bear.")
+        str | None, typer.Option(metavar="KEY", envvar="MOEC_API_KEY", help="Bearer token that requests must have.")
     ] = None,
     no_key: Annotated[
-        bool, typer.Option("--no-key", help="Let everyone in who reaches an address that is not this machine's own.")
+        bool, typer.Option("--no-key", help="Allow requests without a key on an address that others can reach.")
     ] = False,
     model_name: Annotated[
-        str | None, typer.Option(metavar="NAME", help="What requests call the model. (default: the directory's name)")
+        str | None, typer.Option(metavar="NAME", help="Name of the model in requests. (default: the directory's name)")
     ] = None,
-    parallel: Annotated[int, typer.Option(min=1, help="Answers that take turns at most.")] = 8,
-    max_requests: Annotated[int, typer.Option(min=1, help="Requests at most, those that wait among them.")] = 64,
-    max_tokens: Annotated[int, typer.Option(min=1, help="New tokens of a request at most.")] = 4096,
-    max_bytes: Annotated[int, typer.Option(min=1, help="Bytes of a request at most.")] = 4 * 2**20,
+    parallel: Annotated[int, typer.Option(min=1, help="Largest number of answers that take turns.")] = 8,
+    max_requests: Annotated[int, typer.Option(min=1, help="Largest number of running and waiting requests.")] = 64,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Largest number of new tokens per request.")] = 4096,
+    max_bytes: Annotated[int, typer.Option(min=1, help="Largest size of a request in bytes.")] = 4 * 2**20,
 ) -> int:
-    """Serve a model by OpenAI's interface: /v1/chat/completions, /v1/completions, /v1/models, /health, /metrics."""
+    """Serve a model by OpenAI's API: /v1/chat/completions, /v1/completions, /v1/models, /health, /metrics."""
     _check_extra()
     _check_reach(host, api_key, no_key)
     import uvicorn
@@ -68,28 +68,32 @@ def serve(
 
 
 def missing_modules() -> list[str]:
-    """What the extra `serve` would bring and is not installed."""
+    """The modules of the extra `serve` that are not installed."""
     return [name for name in MODULES if importlib.util.find_spec(name) is None]
 
 
 def _check_extra() -> None:
-    """Refuse to begin without the libraries.
+    """Check that the extra `serve` is installed.
 
     Raises:
-        MissingExtraError: One is not installed.
+        MissingExtraError: A module is missing.
     """
     if missing := missing_modules():
         raise MissingExtraError(f"moec serve needs {', '.join(missing)}, not installed here", hint=INSTALL)
 
 
 def _check_reach(host: str, api_key: str | None, no_key: bool) -> None:
-    """Refuse to let a network in without a key."""
+    """Refuse to listen on an address that others can reach without a key.
+
+    Raises:
+        UsageError: The key is empty, or missing on such an address.
+    """
     if api_key == "":
-        raise UsageError("the key is empty", hint="give --api-key or MOEC_API_KEY a text")
+        raise UsageError("the API key is empty", hint="give a text with --api-key or MOEC_API_KEY")
     if not (_is_loopback(host) or api_key or no_key):
         raise UsageError(
-            f"--host {host}: others reach this address, and there is no key",
-            hint="set MOEC_API_KEY (or --api-key), or say --no-key",
+            f"--host {host}: others can reach this address, and there is no API key",
+            hint="set MOEC_API_KEY (or --api-key), or give --no-key",
         )
 
 
@@ -101,10 +105,10 @@ def _is_loopback(host: str) -> bool:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """A socket at the address.
+    """A socket that listens on the address.
 
     Raises:
-        UsageError: Nobody can listen there.
+        UsageError: The address or port cannot be used.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -118,6 +122,6 @@ def _listen(host: str, port: int) -> socket.socket:
             raise
     except OSError as error:
         raise UsageError(
-            f"cannot listen at {host}, port {port}: {error}", hint="give another --port or --host"
+            f"cannot listen on {host}, port {port}: {error}", hint="give another --port or --host"
         ) from error
     return listener

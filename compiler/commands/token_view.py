@@ -1,4 +1,4 @@
-"""The text of `moec inspect --text`: every token coloured by the experts that it uses."""
+"""`moec inspect --text`: every token of a text coloured by the share of its experts that it uses."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from moec.compiler.text.corpus import tokenize
 from moec.compiler.text.tokenizer import open_tokenizer
 
 COLOURS = ("#1a9850", "#91cf60", "#d9ef8b", "#fee08b", "#fc8d59", "#d73027")
-"""From few experts to all."""
+"""Colours from few experts to all experts."""
 
 
 def experts_by_token(
     location: str, text: str, against: str | None, *, trust_remote_code: bool = False
 ) -> list[dict[str, Any]]:
-    """Run a text through the Program of an artifact (or through a checkpoint as it is).
+    """Run a text through the Program of an artifact, or of a checkpoint without dynamic routing.
 
     Args:
-        location: An artifact, or a checkpoint.
+        location: An artifact or a checkpoint.
         text: The text.
         against: The checkpoint that the artifact was built from.
-        trust_remote_code: Run modelling code that the checkpoint brings along.
+        trust_remote_code: Whether to run modelling code of the checkpoint.
 
     Returns:
-        Per token `text`, `share` of the slots used and `slots` per MoE layer.
+        For each token: `text`, `share` of the slots used, and number of used `slots` in each MoE layer.
 
     Raises:
         UsageError: An artifact is given without its checkpoint, or the text is empty.
@@ -43,8 +43,8 @@ def experts_by_token(
     if is_artifact(directory):
         if against is None:
             raise UsageError(
-                "the weights of an artifact are in the form of its runtime: --text runs the checkpoint",
-                hint="give --against CHECKPOINT, what the artifact was built from",
+                "--text runs the checkpoint, since an artifact has its weights in the format of its runtime",
+                hint="give --against CHECKPOINT with the checkpoint that the artifact was built from",
             )
         fields, location = dict(read_manifest(directory)["recipe"]), against
     recipe = make_recipe({**fields, "checkpoint": location, "trust_remote_code": trust_remote_code})
@@ -60,7 +60,7 @@ def experts_by_token(
 
 
 def coloured(view: Sequence[dict[str, Any]]) -> Text:
-    """The tokens side by side in colours from green (few experts) to red (all), with the mean below."""
+    """The text with a colour per token from green (few experts) to red (all), and the mean share below."""
     text = Text()
     for token in view:
         colour = COLOURS[min(int(token["share"] * len(COLOURS)), len(COLOURS) - 1)]

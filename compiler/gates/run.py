@@ -253,7 +253,7 @@ def table(verdicts: Iterable[Verdict]) -> Table:
     result = Table(title="Gates", title_justify="left", expand=False)
     result.add_column("Gate", no_wrap=True)
     result.add_column("Verdict", no_wrap=True)
-    result.add_column("What it found")
+    result.add_column("Result")
     for verdict in verdicts:
         result.add_row(verdict.gate, Text(verdict.status.upper(), _STYLES[verdict.status]), Text(verdict.summary))
     return result

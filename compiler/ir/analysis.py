@@ -1,4 +1,4 @@
-"""What a graph says of itself: what a node is made of, which nodes route, and which layer a node belongs to."""
+"""Graph analysis: the ancestors of nodes, the router of an experts node, and the layer of a node."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from moec.compiler.ir.program import module_of
 from moec.compiler.ir.recurrences import CAUSAL_CONV, LINEAR_ATTENTION
 
 TOKEN_MIXERS = frozenset({ATTENTION, LINEAR_ATTENTION, CAUSAL_CONV})
-"""Ops through which tokens see each other."""
+"""Ops that mix tokens."""
 MIXERS = TOKEN_MIXERS | {EXPERTS}
-"""Ops that end a layer's router, and a walk from a later layer to an earlier one."""
+"""Ops at which a walk from a router back through the graph stops, since they belong to an earlier block."""
 
 
 def ancestors(start: Iterable[Any], stop: Callable[[fx.Node], bool] = lambda _: False) -> dict[fx.Node, None]:
-    """The nodes of `start` and all that they are made of, nearest first.
+    """The nodes of `start` and their ancestors, nearest first.
 
     Args:
-        start: Nodes; whatever else is among them is skipped.
-        stop: A node for which it holds is among the result, and what it is made of is not.
+        start: Nodes; items of other types are skipped.
+        stop: If it holds for a node, the node is in the result, but the walk does not go on to its inputs.
     """
     waiting = [node for node in start if isinstance(node, fx.Node)]
     found: dict[fx.Node, None] = {}
@@ -36,15 +36,15 @@ def ancestors(start: Iterable[Any], stop: Callable[[fx.Node], bool] = lambda _: 
 
 
 def is_mixer(node: fx.Node) -> bool:
-    """Whether `node` lets tokens see each other, or is an experts node."""
+    """Whether `node` mixes tokens or is an experts node."""
     return node.target in MIXERS
 
 
 def router_nodes(experts: fx.Node) -> list[fx.Node]:
     """The router of an experts node, in the order of the graph.
 
-    It is whatever the indices and weights are made of and the hidden states of the layer are not, up to the mixer of
-    tokens or the experts before.
+    These are the ancestors of its indices and weights that are not ancestors of its hidden states, up to the previous
+    token mixer or experts node.
     """
     operands = Experts.of(experts)
     before = ancestors([operands.hidden_states], is_mixer)
@@ -53,9 +53,9 @@ def router_nodes(experts: fx.Node) -> list[fx.Node]:
 
 
 def layer_of(node: fx.Node) -> int:
-    """Number of the model's layer that `node` belongs to, as the path of its module has it; -1 outside of all.
+    """Number of the layer of `node`, from the path of its module; -1 outside of the layers.
 
-    `model.layers.3.self_attn.0` belongs to layer 3. The same number stands in the names of states, in the overrides of
-    a quantization plan and in the report.
+    `model.layers.3.self_attn.0` belongs to layer 3. Names of states, overrides of a quantization plan and reports use
+    the same number.
     """
     return next((int(part) for part in module_of(node).split(".") if part.isdecimal()), -1)

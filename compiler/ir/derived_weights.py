@@ -1,7 +1,7 @@
-"""Lazy tensors that are views of others: reshaped, sliced, permuted, mapped value by value.
+"""Lazy tensors that are views of others: reshaped, sliced or permuted.
 
-Each still reads a slice along axis 0 from no more of its source than it must, so that one expert of a derived stack
-costs one expert of the checkpoint.
+A slice along axis 0 reads no more of the source than it needs, so one expert of a derived stack costs one expert of the
+checkpoint.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from moec.compiler.ir.weights import Computed, LazyTensor, Leaf, Mapped
 
 @dataclass(frozen=True)
 class Reshaped(LazyTensor):
-    """The values of `source` in row-major order under another shape."""
+    """`source` reshaped to `shape`, in row-major order."""
 
     source: LazyTensor
     shape: tuple[int, ...]
@@ -79,7 +79,7 @@ class Sliced(LazyTensor):
 
 
 def permute(source: LazyTensor, order: Sequence[int]) -> LazyTensor:
-    """The axes of `source` in another order, contiguous; row by row where axis 0 stays the first."""
+    """The axes of `source` in another order, contiguous; computed row by row if axis 0 stays first."""
     order = [axis % len(source.shape) for axis in order]
     shape = tuple(source.shape[axis] for axis in order)
 
@@ -92,7 +92,7 @@ def permute(source: LazyTensor, order: Sequence[int]) -> LazyTensor:
 
 
 def slice_axis(source: LazyTensor, axis: int, start: int, stop: int) -> LazyTensor:
-    """The slice [start, stop) of `source` along `axis`; bounds lie within the axis."""
+    """The slice [start, stop) of `source` along `axis`; the bounds must be within the axis."""
     if axis == 0:
         return Sliced(source, start, stop - start)
     shape = (*source.shape[:axis], stop - start, *source.shape[axis + 1 :])

@@ -1,7 +1,7 @@
-"""Weights that are stored as codes, as lazy tensors: the float values, and the codes that they are made of.
+"""Weights that a checkpoint stores as codes, as lazy tensors of their float values that keep the codes.
 
 `weight = (code - zero point) * scale`. Codes, scales and zero points are lazy tensors of the shape of the weight, so
-that whatever moves weights (`LazyTensor.over`) moves them alike.
+every operation that moves weights (`LazyTensor.over`) can move them too.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from moec.compiler.ir.weights import LazyTensor
 
 @dataclass(frozen=True)
 class Made(LazyTensor):
-    """What `make(start, stop)` gives for the rows of that slice."""
+    """A tensor whose rows [start, stop) are the result of `make(start, stop)`."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -30,13 +30,13 @@ class Made(LazyTensor):
 
 @dataclass(frozen=True)
 class Spread(LazyTensor):
-    """A number for each block of a matrix or stack, [..., R, C], repeated for each element: [..., N, K].
+    """One number per block of a matrix or stack, [..., R, C], repeated over the elements: [..., N, K].
 
     Attributes:
         source: The numbers.
         shape: [..., N, K].
-        block: Rows and columns of a block; the last one may be cut off.
-        index: Block of each column where that is not `column // block[1]`, [K].
+        block: Rows and columns of a block; the last block of an axis may be partial.
+        index: Block of each column, [K], if it is not `column // block[1]`.
     """
 
     source: LazyTensor
@@ -57,9 +57,9 @@ class Spread(LazyTensor):
         return part.repeat_interleave(self.block[1], -1)[..., : self.shape[-1]]
 
     def against(self, start: int, stop: int) -> tuple[Tensor, int]:
-        """The numbers of the slice for a weight that is viewed as [..., N, K / width, width], and the width.
+        """The numbers of the slice for a weight viewed as [..., N, K / width, width], and the width.
 
-        As a tensor that broadcasts it takes no memory worth speaking of where all blocks are whole.
+        The tensor broadcasts over the last axis, so it is small if all blocks are whole; otherwise the width is 1.
         """
         width = self.block[1]
         if self.index is not None or self.shape[-1] % width:
@@ -82,13 +82,13 @@ class Encoded(LazyTensor):
     """A weight [..., N, K] that is stored as codes.
 
     Attributes:
-        kind: What a report calls the form that it is stored in.
+        kind: Name of the format in reports.
         bits: Bits of a code in the file.
-        whole: Whether codes are whole signed numbers of `bits` bits, and not values of a table or floats.
-        codes: The codes: whole numbers, values of the table or floats.
+        whole: Whether codes are signed integers of `bits` bits, and not values of a table or floats.
+        codes: The codes: integers, values of the table, or floats.
         scales: The scale of each element.
         zeros: The zero point of each element, or None.
-        indices: Where the file holds indices of one table for the whole weight, these, uint8; else None.
+        indices: Indices into the table, uint8, if the file holds indices into one table for the weight; else None.
         table: The values of the table, [2 ** bits]; None without indices.
     """
 
@@ -103,7 +103,7 @@ class Encoded(LazyTensor):
 
     @property
     def dtype(self) -> torch.dtype:  # type: ignore[override]
-        """float32, which holds every value of every format."""
+        """float32, in which weights are decoded."""
         return torch.float32
 
     @property

@@ -25,11 +25,11 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class Gate:
     """How an expert combines the outputs of its first projection.
 
-    With `gated`, the projection holds gate and up, either concatenated or `interleaved` (gate0, up0, gate1, ...), and
-    the result is `act(min(gate, limit)) * (clamp(up, -limit, limit) + up_offset)`. `act` is `activation`, or
-    `x * sigmoid(alpha * x)` where `activation` is "silu" and `alpha` is not 1 (gpt-oss). Without it: `activation(x)`.
-    A `limit` of 0 clamps nothing. With `limit_activated` it holds for what the activation yields and not for what it
-    takes in (Step 3.7): `min(act(gate), limit) * (clamp(up, -limit, limit) + up_offset)`.
+    If `gated`, the projection is gate and up, concatenated or `interleaved` (gate0, up0, gate1, ...), and the result is
+    `act(min(gate, limit)) * (clamp(up, -limit, limit) + up_offset)`. `act` is `activation`, or
+    `x * sigmoid(alpha * x)` if `activation` is "silu" and `alpha` is not 1 (gpt-oss). If not gated, the result is
+    `activation(x)`. A `limit` of 0 means no clamp. With `limit_activated`, the gate is clamped after the activation
+    (Step 3.7): `min(act(gate), limit) * (clamp(up, -limit, limit) + up_offset)`.
     """
 
     activation: str
@@ -65,7 +65,7 @@ class Gate:
 
 @dataclass(frozen=True, slots=True)
 class ExpertWeights:
-    """The weights of one expert as `linear` wants them: gate_up [2I or I, H], down [H, I]."""
+    """The weights of one expert as operands of `linear`: gate_up [2I or I, H], down [H, I]."""
 
     gate_up: Tensor
     down: Tensor
@@ -75,7 +75,7 @@ class ExpertWeights:
 
 @dataclass(frozen=True, slots=True)
 class ExpertInputs:
-    """The inputs of an expert's two products as a kernel multiplies them: functions of [n, H] and of [n, I]."""
+    """How a kernel rounds the inputs of an expert's two products: functions of [n, H] and of [n, I]."""
 
     gate_up: Callable[[Tensor], Tensor]
     down: Callable[[Tensor], Tensor]
@@ -90,16 +90,16 @@ NOT_ROUNDED = ExpertInputs(_as_they_are, _as_they_are)
 
 @dataclass(frozen=True, slots=True)
 class ExpertCall:
-    """What one expert did in one layer, for calibration and accounting.
+    """Inputs and outputs of one expert in one layer, for calibration and accounting.
 
     Attributes:
-        expert: Its index.
-        tokens: Rows of the layer's input that it ran on, [n].
-        slots: Routing slot of each, [n].
-        weights: Routing weight of each, [n].
-        inputs: [n, H].
+        expert: Index of the expert.
+        tokens: Rows of the layer's input that are routed to it, [n].
+        slots: Routing slot of each row, [n].
+        weights: Routing weight of each row, [n].
+        inputs: The rows, [n, H].
         inner: Input of the second projection, [n, I].
-        outputs: Its outputs before they are weighted, [n, H].
+        outputs: Outputs before they are multiplied by the routing weights, [n, H].
     """
 
     expert: int
@@ -120,16 +120,16 @@ def run_experts(
     watch: Callable[[ExpertCall], None] | None = None,
     rounded: ExpertInputs = NOT_ROUNDED,
 ) -> Tensor:
-    """Reference of `moec::experts` with the weights of each expert fetched when it is needed.
+    """Reference of `moec::experts` that fetches the weights of each expert when it is needed.
 
     Args:
         hidden_states: [T, H].
         indices: Expert of each slot, [T, k], integer. Values outside the experts (padding slots) are dropped.
         weights: Routing weight of each slot, [T, k]. A weight of exactly 0 drops the slot.
         gate: Activation of the experts.
-        expert: Returns the weights of one expert; called once per expert that is used.
-        watch: Called after each expert, with activations that are not rounded.
-        rounded: What kernels make of activations before they multiply them.
+        expert: Index -> weights of the expert; called once per expert that is used.
+        watch: Called after each expert, with activations before rounding.
+        rounded: How kernels round the inputs of the two products.
 
     Returns:
         [T, H] in the dtype of `hidden_states`, accumulated in float32 (float64 for float64 input).

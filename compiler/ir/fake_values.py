@@ -1,4 +1,4 @@
-"""Fake values: the shape and dtype of a call without its values, and without a symbol turning into its sample."""
+"""Fake values: infer shape and dtype of a call without computing it and without fixing a dynamic axis."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def fake_mode(graph: fx.Graph) -> FakeTensorMode:
 
 
 def settled_axes(graph: fx.Graph) -> int:
-    """How many symbols of dynamic axes are known to be numbers or other symbols; more than before if one was fixed."""
+    """The number of axis symbols that were replaced by numbers or other symbols; it grows when an axis is fixed."""
     environment = fake_mode(graph).shape_env
     return len(environment.replacements) if environment is not None else 0
 
@@ -34,7 +34,7 @@ def infer(target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
         mode: Where the fake values live.
 
     Raises:
-        MoecError: The op would fix a dynamic axis to the size that it was traced with.
+        MoecError: The op fixes a dynamic axis to the size of the trace.
     """
     environment = mode.shape_env
     assert environment is not None
@@ -55,7 +55,7 @@ def fake_value(node: fx.Node) -> Any:
 
 
 def _polar(radius: Tensor, angle: Tensor) -> Tensor:
-    """Shape function of `aten.polar`, whose own one knows no dynamic axes."""
+    """Shape function of `aten.polar`; torch's own does not support dynamic axes."""
     dtype = torch.complex128 if angle.dtype == torch.float64 else torch.complex64
     return torch.empty_like(radius * angle, dtype=dtype)
 

@@ -1,7 +1,7 @@
-"""Runs a Program in torch, node by node, with the weights streamed from the store: the reference for everything.
+"""The reference: runs a Program in torch, node by node, with weights streamed from the store.
 
-Values are freed after their last use and weights are read when a node needs them, so that memory is one layer, or one
-expert where experts are concerned, and not the model. A small cache keeps what fits.
+Values are freed after their last use, and weights are read when a node needs them, so memory holds one layer (or one
+expert), not the model. A cache keeps recently used weights.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ Observer = Callable[[fx.Node, tuple[Any, ...], Any], None]
 """Called after each node with the node, its evaluated arguments and its result."""
 
 WeightObserver = Callable[[str, int, Tensor], None]
-"""Called for every slice of a weight that is read: name, index along axis 0, and values as the store gives them."""
+"""Called for every slice of a weight that is read from the store: name, index along axis 0, and values."""
 
 ExpertObserver = Callable[[fx.Node, ExpertCall], None]
 """Called for every expert that a layer runs, with the experts node."""
 
 ActivationRounding = Callable[[LazyTensor, Tensor], Tensor]
-"""The weight of a product and the activations [..., K] -> the activations as a kernel multiplies them."""
+"""The weight of a product and the activations [..., K] -> the activations as the kernel rounds them."""
 
 LINEAR = torch.ops.aten.linear.default
 
 
 class WeightReader:
-    """Reads weights in the dtype that the graph wants, and keeps the most recently used ones.
+    """Reads weights in the dtype of the graph, and keeps the most recently used ones.
 
     Args:
-        cache_bytes: How much may be kept.
+        cache_bytes: Largest size of the cache in bytes.
         observer: See `WeightObserver`.
     """
 
@@ -73,12 +73,12 @@ class Interpreter:
     """Evaluates the graph of a Program.
 
     Args:
-        program: What to run.
-        cache_bytes: Memory for weights that may be kept between steps; 1 GiB by default.
+        program: The Program.
+        cache_bytes: Memory for weights that are kept between steps; 1 GiB by default.
         observer: See `Observer`.
         expert_observer: See `ExpertObserver`.
-        weight_observer: See `WeightObserver`; told of what is read, and not of what was kept.
-        rounding: What kernels make of the activations of a product with a weight; None: nothing.
+        weight_observer: See `WeightObserver`; not called for weights from the cache.
+        rounding: How kernels round the activations of a product with a weight; None: they do not.
     """
 
     def __init__(
@@ -129,10 +129,10 @@ class Interpreter:
 
     @torch.no_grad()
     def experts(self, node: fx.Node, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-        """Run the experts of one layer by themselves.
+        """Run the experts of one layer alone.
 
         Args:
-            node: A `moec::experts` whose weights are weights of the Program.
+            node: A `moec::experts` node whose stacks are weights of the Program.
             hidden: [T, H].
             indices: [T, k].
             weights: [T, k]; 0 drops a slot.
@@ -161,7 +161,7 @@ class Interpreter:
         return result
 
     def _rounded(self, weight: Any) -> Callable[[Tensor], Tensor] | None:
-        """What a kernel makes of the activations of a product with `weight`, if the Program holds it."""
+        """How a kernel rounds the activations of a product with `weight`; None if not at all or not known."""
         if self._rounding is None or weight.op != "get_attr":
             return None
         return partial(self._rounding, self.program.weights[self.program.weights.resolve(str(weight.target))])
@@ -201,7 +201,7 @@ class Interpreter:
 
 
 def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
-    """Node -> the nodes whose value nobody needs after it."""
+    """Node -> the nodes whose value is not needed after it."""
     last: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         for argument in node.all_input_nodes:
@@ -213,7 +213,15 @@ def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
 
 
 def empty_states(program: Program, batch: int) -> dict[str, Tensor]:
-    """States of a sequence that has not begun: caches of no tokens, and zeros."""
+    """States of new sequences: caches without tokens, and zeros.
+
+    Args:
+        program: The Program.
+        batch: Number of sequences.
+
+    Returns:
+        Input name -> tensor.
+    """
     return {
         state.input.name: torch.zeros(
             [batch if size == "batch" else 0 if isinstance(size, str) else size for size in state.input.shape],
@@ -224,16 +232,13 @@ def empty_states(program: Program, batch: int) -> dict[str, Tensor]:
 
 
 def default_positions(attention_mask: Tensor, length: int) -> Tensor:
-    """Position ids of the last `length` slots: how many tokens that are no padding come before. [B, S] int64."""
+    """Position ids of the last `length` slots, the number of tokens before each without padding: [B, S] int64."""
     positions = (attention_mask.to(torch.int64).cumsum(-1) - 1).clamp(min=0)
     return positions[:, -length:] if length else positions[:, :0]
 
 
 class ProgramRunner(Interpreter):
-    """Runs a Program as if it were an artifact: an interpreter that keeps the states from one step to the next.
-
-    It is a Runner as `moec.targets.base` has it.
-    """
+    """An interpreter that keeps the states between steps, with the interface of `moec.targets.base.Runner`."""
 
     _states: Mapping[str, Tensor] = MappingProxyType({})
     _length = 0
@@ -275,5 +280,5 @@ class ProgramRunner(Interpreter):
         return {spec.name: defaults[spec.name] for spec in self.program.inputs if spec.name not in feeds}
 
     def facts(self) -> dict[str, Any]:
-        """What ran, for the report."""
+        """Facts about the runtime, for the report."""
         return {"runtime": "moec interpreter", "torch": torch.__version__}

@@ -1,4 +1,4 @@
-"""What must hold of a Program between passes: one small rule each, and one table of them."""
+"""The invariants of a Program that are checked between passes: one function per rule, and a table of the rules."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ SIZE_OPERATORS = frozenset(
         torch.sym_not,
     }
 )
-"""Python functions that a graph may call: arithmetic on sizes, and taking one of several results."""
+"""Python functions that a graph may call: arithmetic on sizes, and `getitem` on a tuple of results."""
 
 
 class InvariantError(MoecError):
-    """A pass left a Program that breaks a rule: a fault of moec, never of the user."""
+    """A pass broke a rule: a fault of moec, never of the user."""
 
 
 Finding = tuple[fx.Node | None, str]
-"""The node that breaks a rule (None: the program as a whole), and how."""
+"""The node that breaks a rule (None: the whole program), and the reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """`check` yields what breaks the rule; with `after`, it holds once the pass of that name has run."""
+    """`check` yields the violations; a rule with `after` holds only once the pass of that name has run."""
 
     name: str
     check: Callable[[Program], Iterator[Finding]]
@@ -54,7 +54,7 @@ def check_invariants(program: Program, completed: Collection[str] = ()) -> None:
     """Check every rule.
 
     Args:
-        program: What to check.
+        program: The Program to check.
         completed: Names of the passes that have run.
 
     Raises:
@@ -76,7 +76,7 @@ def _order(program: Program) -> Iterator[Finding]:
     for node in program.graph.nodes:
         for source in node.all_input_nodes:
             if source not in seen:
-                yield node, f"it uses %{source.name}, which comes later or is in no graph"
+                yield node, f"it uses %{source.name}, which comes later or is not in the graph"
         seen.add(node)
     if not any(node.op == "output" for node in seen):
         yield None, "it has no output"
@@ -95,7 +95,7 @@ def _returns_something(node: fx.Node) -> bool:
 def _targets(program: Program) -> Iterator[Finding]:
     for node in program.graph.nodes:
         if node.op not in ("placeholder", "get_attr", "call_function", "output"):
-            yield node, f"nodes of kind {node.op} have no meaning here"
+            yield node, f"nodes of kind {node.op} are not allowed"
         elif node.op == "call_function" and not _is_known(node.target):
             yield node, f"it calls {node.target}, which is neither an op nor arithmetic on sizes"
 
@@ -132,7 +132,7 @@ def _outputs(program: Program) -> Iterator[Finding]:
 
 
 def _disagreement(value: Tensor, spec: TensorSpec, program: Program) -> str:
-    """How a fake value differs from what the signature says, or nothing."""
+    """How a fake value differs from the signature; empty if it does not."""
     if value.dtype != spec.dtype:
         return f"it is {value.dtype}, and {spec.name} is {spec.dtype}"
     if value.ndim != len(spec.shape) or not all(
@@ -208,14 +208,14 @@ def _tensor(argument: Any) -> Tensor | None:
 
 
 RULES = (
-    Rule("a node comes after what it uses", _order),
+    Rule("a node comes after its inputs", _order),
     Rule("a node has a fake value", _fake_values),
     Rule("a node calls an op", _targets),
     Rule("placeholders are the inputs and states", _signature),
     Rule("outputs are the logits and states", _outputs),
     Rule("a get_attr names a weight of its shape", _weights),
     Rule("the table of MoE layers is that of the graph", _layers),
-    Rule("nothing is complex", _real, after="real-rotary"),
+    Rule("no value is complex", _real, after="real-rotary"),
     Rule("a call of a core op has all its arguments", _complete, after="decompose"),
     Rule("both sides of arithmetic have one dtype", _one_dtype, after="decompose"),
 )

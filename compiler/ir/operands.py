@@ -1,4 +1,4 @@
-"""The operands of calls by name: of any op of torch by its schema, of moec's own as frozen views."""
+"""The operands of calls by name: for any op by its schema, for moec's ops as frozen views."""
 
 from __future__ import annotations
 
@@ -11,15 +11,14 @@ from torch import fx
 from moec.compiler.ir.experts import Gate
 
 _WITHOUT_MEANING = frozenset({"device", "layout", "pin_memory", "memory_format", "non_blocking", "requires_grad"})
-"""Keywords that say where and how a tensor lies in memory, which a graph of moec says nothing of."""
+"""Keyword arguments about device and memory layout, which a graph of moec does not specify."""
 
 
 def bound(node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of a call of an op of torch, complete and in the order of its schema.
+    """The arguments of a call of an op, completed by the defaults of its schema.
 
     Returns:
-        The arguments that may be given by position, with the defaults of the schema where none was given; and by name
-        those that are keywords alone and were given a value other than their default.
+        All positional arguments, and the keyword-only arguments whose value differs from their default.
     """
     assert isinstance(node.target, torch._ops.OpOverload)
     given = dict(node.kwargs)
@@ -36,7 +35,7 @@ def bound(node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def operands(node: fx.Node) -> dict[str, Any]:
-    """The arguments of a call of an op of torch by the names of its schema, defaults included."""
+    """The arguments of a call of an op by name, including defaults of positional arguments."""
     assert isinstance(node.target, torch._ops.OpOverload)
     positional, keywords = bound(node)
     names = [argument.name for argument in node.target._schema.arguments if not argument.kwarg_only]
@@ -44,7 +43,7 @@ def operands(node: fx.Node) -> dict[str, Any]:
 
 
 class _View:
-    """A frozen view of the operands of one op; `of` makes it of a call."""
+    """A frozen view of the operands of one op; `of` makes it from a node."""
 
     @classmethod
     def of(cls, node: fx.Node) -> Self:
@@ -59,7 +58,7 @@ class _View:
 
 @dataclass(frozen=True, slots=True)
 class Experts(_View):
-    """Operands of `moec::experts`; shapes and meaning as there."""
+    """Operands of `moec::experts`, with the same shapes and meaning."""
 
     hidden_states: fx.Node
     indices: fx.Node
@@ -84,7 +83,7 @@ class Experts(_View):
 
     @property
     def stacks(self) -> dict[str, fx.Node]:
-        """The stacked weights and biases that are there, by the name of their operand."""
+        """Operand name -> stacked weight or bias, without those that are None."""
         named = {
             "gate_up_proj": self.gate_up_proj,
             "gate_up_bias": self.gate_up_bias,
@@ -95,28 +94,28 @@ class Experts(_View):
 
     @property
     def num_experts(self) -> int:
-        """E."""
+        """E, the number of experts."""
         return int(self.gate_up_proj.meta["val"].shape[0])
 
     @property
     def top_k(self) -> int:
-        """Slots of each row of `indices` and `weights`."""
+        """k, the number of slots per token."""
         return int(self.indices.meta["val"].shape[1])
 
     @property
     def hidden_size(self) -> int:
-        """H."""
+        """H, the width of the hidden states."""
         return int(self.hidden_states.meta["val"].shape[1])
 
     @property
     def intermediate_size(self) -> int:
-        """I."""
+        """I, the width between the two projections."""
         return int(self.down_proj.meta["val"].shape[1 if self.transposed else 2])
 
 
 @dataclass(frozen=True, slots=True)
 class Select(_View):
-    """Operands of `moec::select`; shapes and meaning as there."""
+    """Operands of `moec::select`, with the same shapes and meaning."""
 
     weights: fx.Node
     keep: fx.Node
@@ -125,7 +124,7 @@ class Select(_View):
 
 @dataclass(frozen=True, slots=True)
 class Attention(_View):
-    """Operands of `moec::attention`; shapes and meaning as there."""
+    """Operands of `moec::attention`, with the same shapes and meaning."""
 
     query: fx.Node
     key: fx.Node
@@ -143,7 +142,7 @@ class Attention(_View):
 
 @dataclass(frozen=True, slots=True)
 class RmsNorm(_View):
-    """Operands of `moec::rms_norm`; shapes and meaning as there."""
+    """Operands of `moec::rms_norm`, with the same shapes and meaning."""
 
     hidden_states: fx.Node
     weight: fx.Node | None
@@ -152,7 +151,7 @@ class RmsNorm(_View):
 
 @dataclass(frozen=True, slots=True)
 class Rotary(_View):
-    """Operands of `moec::rotary`; shapes and meaning as there."""
+    """Operands of `moec::rotary`, with the same shapes and meaning."""
 
     x: fx.Node
     cos: fx.Node
@@ -161,7 +160,7 @@ class Rotary(_View):
 
 @dataclass(frozen=True, slots=True)
 class LinearAttention(_View):
-    """Operands of `moec::linear_attention`; shapes and meaning as there."""
+    """Operands of `moec::linear_attention`, with the same shapes and meaning."""
 
     query: fx.Node
     key: fx.Node
@@ -174,19 +173,19 @@ class LinearAttention(_View):
 
     @property
     def heads(self) -> tuple[int, int, int]:
-        """Hq, Hk and H."""
+        """The numbers of query, key and value heads: Hq, Hk and H."""
         query, key, value = (int(node.meta["val"].shape[2]) for node in (self.query, self.key, self.value))
         return query, key, value
 
     @property
     def widths(self) -> tuple[int, int]:
-        """Dk and Dv."""
+        """The widths of a key head and a value head: Dk and Dv."""
         return int(self.key.meta["val"].shape[3]), int(self.value.meta["val"].shape[3])
 
 
 @dataclass(frozen=True, slots=True)
 class CausalConv(_View):
-    """Operands of `moec::causal_conv`; shapes and meaning as there."""
+    """Operands of `moec::causal_conv`, with the same shapes and meaning."""
 
     x: fx.Node
     weight: fx.Node

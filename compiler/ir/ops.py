@@ -1,10 +1,10 @@
-"""The semantic ops of moec: schemas, reference semantics and shape functions.
+"""The semantic ops of moec: schemas, references and shape functions.
 
-Importing this module registers the namespace `torch.ops.moec`. The references are written for clarity and exactness;
-they are what every target is measured against.
+Importing this module registers them in the namespace `torch.ops.moec`. Every target is compared with the references,
+which are written for clarity and exactness.
 
-The contract that all of dynamic routing rests on: in `moec::experts` a slot whose weight is exactly 0 is dropped. It
-contributes exactly nothing, even if that expert would yield NaN.
+The contract of dynamic routing: `moec::experts` drops a slot whose weight is exactly 0. The slot contributes exactly
+nothing, even if its expert would yield NaN.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ def experts(
 
     Args:
         hidden_states: [T, H].
-        indices: [T, k] integer, unsorted, distinct within a row where their weight is not 0.
+        indices: [T, k] integer, in any order; within a row, those with a weight other than 0 are distinct.
         weights: [T, k]; a weight of exactly 0 drops the slot.
         gate_up_proj: [E, 2I, H] ([E, I, H] without gate), or its last two axes swapped where `transposed`.
         gate_up_bias: [E, 2I] or None.
         down_proj: [E, H, I], or its last two axes swapped where `transposed`.
         down_bias: [E, H] or None.
-        activation: A key of `ACTIVATIONS`; the rest of the arguments are the fields of `Gate`.
+        activation: A key of `moec.compiler.ir.experts.ACTIVATIONS`, and a field of `moec.compiler.ir.experts.Gate`.
         gated: See `Gate`.
         interleaved: See `Gate`.
         transposed: Whether the projections are stored [in, out].
@@ -90,8 +90,9 @@ def select(weights: Tensor, keep: Tensor, renormalize: bool) -> Tensor:
 
     Args:
         weights: [T, k], not negative.
-        keep: [T, k] or [1, k] bool, what stays. It holds the largest slot of every row: who inserts the op sees to it.
-        renormalize: Whether the kept weights are scaled so that the sum of the row stays what it was.
+        keep: [T, k] or [1, k] bool, true for kept slots. The pass that inserts the op ensures that the slot with the
+            largest weight of every row is kept.
+        renormalize: Whether the kept weights are rescaled to the original sum of the row.
 
     Returns:
         [T, k]: dropped slots are exactly 0, and a row of zeros stays a row of zeros.
@@ -117,14 +118,14 @@ torch.library.define(
 
 
 def visible(cache_position: Tensor, total: int, attention_mask: Tensor | None, kind: str, window: int) -> Tensor:
-    """Which cached token each new token may attend to.
+    """The mask of attention: which cached tokens each new token may attend to.
 
     Args:
         cache_position: Slot of each new token in the cache, [S].
         total: Number of slots T.
         attention_mask: [B, T], nonzero where the slot holds a token; None where all do.
-        kind: "causal", "sliding" (the last `window` slots) or "chunked" (the slots of the same chunk of `window`,
-            counted from the first token that is no padding).
+        kind: "causal", "sliding" (the last `window` slots) or "chunked" (the slots of the same chunk of `window` slots,
+            counted from the first token after the padding).
         window: Size for "sliding" and "chunked".
 
     Returns:
@@ -160,7 +161,7 @@ def attention(
     window: int,
     softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Scaled dot product attention over a cache that grows; each target chooses its own layout of it.
+    """Scaled dot product attention over a growing KV cache, whose layout each target chooses.
 
     Args:
         query: [B, Hq, S, D], rotary embedding applied.
@@ -168,8 +169,8 @@ def attention(
         value: [B, Hkv, S, Dv].
         past_key: [B, Hkv, P, D].
         past_value: [B, Hkv, P, Dv].
-        cache_position: Slots of the new tokens in the cache, [S] int64: P, P + 1, ... here.
-        attention_mask: [B, P + S] integer or bool, 0 where the slot is padding; None where nothing is.
+        cache_position: Slots of the new tokens in the cache, [S] int64: P, P + 1, ...
+        attention_mask: [B, P + S] integer or bool, 0 where the slot is padding; None without padding.
         sinks: Logit per head that joins the softmax and is then dropped, [Hq] (gpt-oss), or None.
         scale: Factor on the logits.
         kind: "causal", "sliding" or "chunked"; see `visible`.
@@ -177,8 +178,8 @@ def attention(
         softcap: `cap * tanh(logits / cap)` where it is not 0 (Gemma 2).
 
     Returns:
-        Output [B, S, Hq, Dv], present key [B, Hkv, P + S, D] and present value [B, Hkv, P + S, Dv]. A row that may
-        attend to nothing (padding) is the mean over all slots, as in eager mode of transformers; never NaN.
+        Output [B, S, Hq, Dv], present key [B, Hkv, P + S, D] and present value [B, Hkv, P + S, Dv]. A padding token
+        that may attend to nothing yields the mean over all slots, as in the eager mode of transformers, and not NaN.
     """
     keys, values = torch.cat([past_key, key], dim=2), torch.cat([past_value, value], dim=2)
     groups = query.shape[1] // keys.shape[1]
@@ -217,7 +218,7 @@ def rms_norm(hidden_states: Tensor, weight: Tensor | None, eps: float) -> Tensor
 
     Args:
         hidden_states: [..., H].
-        weight: [H], or None for a norm without scale.
+        weight: [H], or None for a norm without weight.
         eps: Added to the mean square.
 
     Returns:

@@ -1,4 +1,4 @@
-"""The text form of a Program: one line per node, with named axes. For golden graphs, documents and debugging."""
+"""The text of a Program, one line per node with named axes, for golden graphs, documents and debugging."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ _DTYPES = {
 def format_graph(program: Program) -> str:
     """Print the graph of `program`.
 
-    A line reads `%name: dtype[shape] = op(arguments)`. Weights stand at the place where they are used, as
-    `@name`; the inputs come first and the outputs last. Two programs whose graphs differ have different texts.
+    A line reads `%name: dtype[shape] = op(arguments)`. A weight is written as `@name` where it is used; inputs come
+    first and outputs last. Different graphs have different texts.
     """
     axes = {str(_expression(symbol)): axis for axis, symbol in reversed(list(program.dims.items()))}
     lines = []
@@ -73,7 +73,7 @@ def _size(size: Any, axes: dict[str, str]) -> str:
     expression = _expression(size)
     symbols = getattr(expression, "free_symbols", ())
     text = str(expression)
-    # Longest first, so that s1 is not taken for the head of s12.
+    # Longest first, so that s1 is not replaced in s12.
     for symbol in sorted(map(str, symbols), key=len, reverse=True):
         text = text.replace(symbol, axes.get(symbol, symbol))
     return text

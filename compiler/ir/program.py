@@ -1,8 +1,8 @@
-"""Program: an exported graph, the weights it names, the states it carries and its table of MoE layers.
+"""Program: a graph, the weights that it refers to, its states and its table of MoE layers.
 
 The graph is a `torch.fx.Graph` of aten and moec ops. Placeholders are inputs and states; a `get_attr` node names a
-tensor of the WeightStore, so that no pass ever holds weights. Every node keeps the fake value of its result in
-`meta["val"]` and the module that it came from in `meta["module"]`.
+tensor of the WeightStore, so a graph holds no weights. `meta["val"]` of a node is the fake value of its result, and
+`meta["module"]` the path of the module that it came from.
 """
 
 from __future__ import annotations
@@ -57,14 +57,19 @@ class TensorSpec:
 
 
 CACHE_KINDS = ("key", "value")
-"""Kinds of state that grow by the new tokens of a step; [B, heads, past_sequence, width]."""
+"""Kinds of state that grow by the new tokens of a step: [B, heads, past_sequence, width]."""
 
 
 @dataclass(frozen=True, slots=True)
 class StateSpec:
-    """One state that a step reads and replaces. It starts as zeros, and a cache with no tokens.
+    """One state that a step reads and replaces. It starts as zeros, a KV cache with no tokens.
 
-    `kind` is "key" or "value", or "conv": the last inputs of a short causal convolution, [B, channels, kernel size].
+    Attributes:
+        layer: Index of the layer.
+        kind: "key" or "value" (`CACHE_KINDS`); "conv", the last inputs of a short causal convolution, [B, channels,
+            kernel size]; or "recurrent", the state of a scan over the tokens, [B, heads, key width, value width].
+        input: Name, shape and dtype before a step.
+        output: Name, shape and dtype after a step.
     """
 
     layer: int
@@ -74,13 +79,13 @@ class StateSpec:
 
 
 def state_spec(layer: int, kind: str, shape: tuple[Dim, ...], dtype: torch.dtype) -> StateSpec:
-    """The state of a layer under the names that ONNX models of Hugging Face have.
+    """The state of a layer, with the names of ONNX models of Hugging Face.
 
     Args:
         layer: Index of the layer.
         kind: See `StateSpec`.
-        shape: Before a step.
-        dtype: Of both ends.
+        shape: Shape before a step.
+        dtype: Dtype of input and output.
     """
     past, present = f"past_{kind}.{layer}", f"present_{kind}.{layer}"
     if kind in CACHE_KINDS:
@@ -91,7 +96,19 @@ def state_spec(layer: int, kind: str, shape: tuple[Dim, ...], dtype: torch.dtype
 
 @dataclass(frozen=True, slots=True)
 class MoeLayer:
-    """One row of the MoE layer table; sizes as in the checkpoint's config."""
+    """One row of the table of MoE layers.
+
+    Attributes:
+        index: Number of the MoE layer, counting only MoE layers.
+        module: Path of the experts module.
+        node: Name of the experts node.
+        num_experts: E.
+        top_k: Slots per token.
+        hidden_size: H.
+        intermediate_size: I, the width between the two projections.
+        gate_up_proj: Name of the stacked weight, or empty if it is computed in the graph.
+        down_proj: Likewise.
+    """
 
     index: int
     module: str
@@ -109,8 +126,8 @@ class Provenance:
     """How a checkpoint was read, for reports.
 
     Attributes:
-        notes: Sentences that the user should know, such as which classes stand for the model type.
-        left_out: Part of the checkpoint that the graph does not use -> number of its tensors.
+        notes: Sentences for the user, such as which classes were used for the model type.
+        left_out: Path of a part of the checkpoint that the graph does not use -> number of its tensors.
     """
 
     notes: tuple[str, ...] = ()
@@ -122,18 +139,18 @@ class Program:
     """A model between capture and lowering.
 
     Attributes:
-        graph: See the module docstring.
+        graph: The graph, as described at the top of this module.
         weights: The tensors that the graph's `get_attr` nodes name.
-        inputs: Inputs that are no states, in placeholder order.
-        states: Every state, in placeholder order.
+        inputs: The inputs except states, in placeholder order.
+        states: The states, in placeholder order.
         layers: The MoE layers in execution order.
         dtype: Activation dtype.
         config: The checkpoint's config.json as a plain mapping.
-        dims: Dynamic axis name -> the symbol that stands for it in fake shapes.
-        input_defaults: Input name -> the tensor that stands for it where nobody feeds it, for inputs that passes added.
-        rotary_borders: Lengths in tokens past which rotary tables have other frequencies, ascending.
+        dims: Dynamic axis name -> its symbol in fake shapes.
+        input_defaults: Name of an input that a pass added -> its default value.
+        rotary_borders: Lengths in tokens beyond which rotary frequencies change, ascending.
         provenance: How the checkpoint was read.
-        rejections: Where capture did not do as config.json says.
+        rejections: Where capture deviated from config.json.
     """
 
     graph: fx.Graph
@@ -162,18 +179,18 @@ class Program:
         return self.graph.find_nodes(op="call_function", target=target)
 
     def weight_names(self) -> tuple[str, ...]:
-        """The tensors that the graph names, each once, in the order of first use."""
+        """Names of the tensors that the graph refers to, each once, in the order of first use."""
         names = (str(node.target) for node in self.graph.nodes if node.op == "get_attr")
         return tuple(dict.fromkeys(names))
 
     @property
     def caches(self) -> tuple[StateSpec, ...]:
-        """The states that hold the tokens so far, whose number their axis 2 is."""
+        """The states of the KV cache, whose axis 2 is the number of past tokens."""
         return tuple(state for state in self.states if state.kind in CACHE_KINDS)
 
     @property
     def replaced(self) -> tuple[StateSpec, ...]:
-        """The states that a step replaces as a whole, whose shape does not depend on the tokens so far."""
+        """The states of fixed shape, which a step replaces as a whole."""
         return tuple(state for state in self.states if state.kind not in CACHE_KINDS)
 
     @property
@@ -190,7 +207,7 @@ class Program:
 
 
 def copy_graph(graph: fx.Graph) -> fx.Graph:
-    """Copy `graph` node by node, fake values and all."""
+    """Copy `graph` node by node, including metadata."""
     new, mapping = fx.Graph(), dict[fx.Node, fx.Node]()
     for node in graph.nodes:
         mapping[node] = new.node_copy(node, lambda n: mapping[n])
@@ -203,12 +220,12 @@ def module_of(node: fx.Node) -> str:
 
 
 def weight_name(argument: object) -> str | None:
-    """Name of the weight that an operand is, or None where it is none."""
+    """Name of the weight that an operand refers to, or None if it is not a weight."""
     return str(argument.target) if isinstance(argument, fx.Node) and argument.op == "get_attr" else None
 
 
 def moe_layers(graph: fx.Graph) -> tuple[MoeLayer, ...]:
-    """Read the MoE layer table off the experts nodes of `graph`."""
+    """The table of MoE layers, from the experts nodes of `graph`."""
     return tuple(_rows(graph))
 
 

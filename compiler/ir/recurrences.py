@@ -1,10 +1,10 @@
-"""The ops of layers that keep a state of fixed size in place of a cache: linear attention and short convolutions.
+"""The ops of layers with a state of fixed size instead of a KV cache: linear attention and short convolutions.
 
-Importing this module registers them in the namespace `torch.ops.moec`. Their references are the definition, one token
-after the other; how a model or a runtime cuts a prompt into chunks means nothing here.
+Importing this module registers them in the namespace `torch.ops.moec`. Their references go token by token and define
+the ops, however a model or a runtime splits a prompt into chunks.
 
-Gated delta networks, Kimi delta attention, Mamba, Mamba-2 and lightning attention are all `moec::linear_attention`,
-see `moec.compiler.frontend.scans` for what each of them hands to it.
+Gated delta networks, Kimi delta attention, Mamba, Mamba-2 and lightning attention are all `moec::linear_attention`;
+`moec.compiler.frontend.scans` shows the operands for each of them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from moec.compiler.ir.experts import ACTIVATIONS
 
 UPDATE_RULES = ("linear", "gated", "delta", "gated_delta")
-"""How a token changes the state, by the names that ONNX has for it."""
+"""How a token updates the state, with the names of ONNX."""
 
 torch.library.define(
     "moec::linear_attention",
@@ -49,13 +49,13 @@ def linear_attention(
     ```
 
     Args:
-        query: [B, S, Hq, Dk]. H is a multiple of Hq, or Hq one of H: a query head serves consecutive heads, or several
-            consecutive ones share a head.
-        key: [B, S, Hk, Dk]; H is a multiple of Hk, each of which serves consecutive heads.
+        query: [B, S, Hq, Dk]. H is a multiple of Hq, and a query head serves consecutive value heads; or Hq is a
+            multiple of H, and consecutive query heads share a value head.
+        key: [B, S, Hk, Dk]; H is a multiple of Hk, and a key head serves consecutive value heads.
         value: [B, S, H, Dv].
-        decay: Log of the decay, not positive: [B, S, H], or [B, S, H, Dk] where each key channel has its own. Of the
-            gated rules alone.
-        beta: Update rate, [B, S, H]. Of the delta rules alone.
+        decay: Log of the decay, not positive: [B, S, H], or [B, S, H, Dk] with a decay per key channel; only for the
+            gated rules.
+        beta: Update rate, [B, S, H]; only for the delta rules.
         state: [B, H, Dk, Dv]; zeros before the first token.
         update_rule: One of `UPDATE_RULES`.
         scale: Factor on the output.
@@ -65,7 +65,7 @@ def linear_attention(
         Both are computed in float32 (float64 for float64 values).
 
     Raises:
-        ValueError: `decay` or `beta` is missing, or given to a rule that has none.
+        ValueError: `decay` or `beta` is missing, or is given to a rule without it.
     """
     _check_rule(decay, beta, update_rule)
     exact = torch.promote_types(value.dtype, torch.float32)
@@ -88,7 +88,7 @@ def linear_attention(
 
 def _check_rule(decay: Tensor | None, beta: Tensor | None, update_rule: str) -> None:
     if update_rule not in UPDATE_RULES:
-        raise ValueError(f"the update rule {update_rule!r} is none of {', '.join(UPDATE_RULES)}")
+        raise ValueError(f"the update rule {update_rule!r} is not one of {', '.join(UPDATE_RULES)}")
     for name, operand, wanted in (("decay", decay, "gated"), ("beta", beta, "delta")):
         if (operand is not None) != (wanted in update_rule):
             raise ValueError(f"the update rule {update_rule} takes {name if operand is None else f'no {name}'}")
@@ -119,21 +119,20 @@ torch.library.define(
 def causal_conv(
     x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, activation: str
 ) -> tuple[Tensor, Tensor]:
-    """A short convolution of each channel over its last inputs (arXiv 2111.00396 and later, before the scan).
+    """A short causal depthwise convolution (arXiv 2111.00396 and later, before the scan).
 
-    `y[t] = activation(bias + sum over j of weight[j] * x[t - K + 1 + j])`; inputs before the first of this step are in
-    the state.
+    `y[t] = activation(bias + sum over j of weight[j] * x[t - K + 1 + j])`; inputs of earlier steps come from the state.
 
     Args:
         x: [B, C, S].
         weight: [C, 1, K].
         bias: [C] or None.
-        state: Last inputs of the steps before, [B, C, W] with W at least K - 1; zeros before the first token. Models of
-            transformers keep K of them, kernels of ONNX Runtime K - 1.
+        state: Last inputs of earlier steps, [B, C, W] with W at least K - 1; zeros before the first token. Models of
+            transformers keep W = K inputs, kernels of ONNX Runtime K - 1.
         activation: A key of `moec.compiler.ir.experts.ACTIVATIONS`.
 
     Returns:
-        Output [B, C, S], and the last W of the state and the new inputs, [B, C, W].
+        Output [B, C, S], and the new state: the last W inputs, [B, C, W].
     """
     joined = torch.cat([state.to(x.dtype), x], dim=-1)
     taken = joined[..., state.shape[-1] + 1 - weight.shape[-1] :]

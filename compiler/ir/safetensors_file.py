@@ -1,6 +1,6 @@
-"""A safetensors file, opened once: its header, its digest and the bytes of its tensors come from one and the same file.
+"""A safetensors file that is opened once, so that header, digest and tensors come from the same file.
 
-Format: 8 bytes of length (little-endian), a JSON object of that length, then the data
+Format: 8 bytes with the length of the header (little-endian), a JSON object of that length, then the data
 (https://github.com/huggingface/safetensors#format).
 """
 
@@ -37,16 +37,16 @@ DTYPES: Mapping[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""Safetensors dtype names that can be read. A tensor of another dtype is refused where something needs it."""
+"""Safetensors dtype name -> dtype. A tensor of another dtype is refused only if it is needed."""
 
 MAX_HEADER = 100_000_000
-"""Largest header in bytes that the safetensors library itself reads."""
+"""Largest header in bytes, as in the safetensors library."""
 
 _DAMAGED = "download the file again"
 
 
 class WeightFile:
-    """An open file. Whatever comes to lie under its path later, this reads what lay there when it was opened.
+    """An open safetensors file. It reads the file that was opened, even if another one takes its path later.
 
     Args:
         path: The file.
@@ -71,10 +71,10 @@ class WeightFile:
         return found.st_size, found.st_mtime_ns
 
     def read(self, offset: int, count: int) -> Tensor:
-        """`count` bytes from `offset`, uint8 [count].
+        """Read `count` bytes from `offset`: uint8 [count].
 
         Raises:
-            CheckpointError: They are not there any more, or the file has been written to since it was opened.
+            CheckpointError: The file is too short, cannot be read, or was written to after it was opened.
         """
         data = torch.empty(count, dtype=torch.uint8)
         view, done = memoryview(data.numpy().data), 0
@@ -94,10 +94,10 @@ class WeightFile:
         return data
 
     def check_unchanged(self) -> None:
-        """Fail if the file was written to.
+        """Check that the file was not written to after it was opened.
 
         Raises:
-            CheckpointError: It was.
+            CheckpointError: It was written to.
         """
         if self._now() != self._state:
             raise CheckpointError(
@@ -106,10 +106,10 @@ class WeightFile:
             )
 
     def sha256(self) -> str:
-        """Hex digest of the bytes that are read here, whatever lies under the path by now.
+        """Hex digest of the opened file.
 
         Raises:
-            CheckpointError: The file was written to since it was opened.
+            CheckpointError: The file was written to after it was opened.
         """
         starts = range(0, self.size, CHUNK_BYTES)
         found = sha256_of_chunks(self.read(start, min(CHUNK_BYTES, self.size - start)).numpy().data for start in starts)
@@ -120,25 +120,25 @@ class WeightFile:
         """The tensors, from the header alone.
 
         Raises:
-            CheckpointError: No safetensors file, or a damaged one.
+            CheckpointError: The file is not a safetensors file, or it is damaged.
         """
         prefix = self.read(0, min(8, self.size)).numpy().tobytes()
         length = int.from_bytes(prefix, "little")
         if len(prefix) < 8 or length > self.size - 8:
-            raise self._damaged("no safetensors file, or truncated in its header")
+            raise self._damaged("not a safetensors file, or truncated in its header")
         if length > MAX_HEADER:
-            raise self._damaged(f"its header claims {length} bytes, and {MAX_HEADER} is the most that there may be")
+            raise self._damaged(f"its header claims {length} bytes, and at most {MAX_HEADER} are allowed")
         try:
             table = json.loads(self.read(8, length).numpy().tobytes())
         except (ValueError, RecursionError) as error:
-            raise self._damaged("no safetensors file, or truncated in its header") from error
+            raise self._damaged("not a safetensors file, or truncated in its header") from error
         if not isinstance(table, dict):
-            raise self._damaged("its header is no JSON object")
+            raise self._damaged("its header is not a JSON object")
         table.pop("__metadata__", None)
         entries = [self._entry(name, values, 8 + length) for name, values in table.items()]
         expected = max((entry.offset + entry.count for entry in entries), default=8 + length)
         if self.size != expected:
-            raise self._damaged(f"truncated: it has {self.size} bytes and its header describes {expected}")
+            raise self._damaged(f"truncated: it has {self.size} bytes, but its header describes {expected}")
         return entries
 
     def _damaged(self, what: str) -> CheckpointError:
@@ -163,15 +163,15 @@ class WeightFile:
 
 @dataclass(frozen=True, slots=True)
 class StoredEntry:
-    """Where a tensor lies.
+    """A tensor in a safetensors file.
 
     Attributes:
         source: The file.
         name: Name in the file.
         shape: Shape.
         kind: Name of its dtype in safetensors.
-        offset: Its first byte in the file.
-        count: Its bytes.
+        offset: Position of its first byte in the file.
+        count: Number of bytes.
     """
 
     source: WeightFile
@@ -186,21 +186,21 @@ class StoredEntry:
         """The dtype.
 
         Raises:
-            CheckpointError: It is none that can be read.
+            CheckpointError: moec cannot read it.
         """
         if self.kind not in DTYPES:
             raise self.unreadable()
         return DTYPES[self.kind]
 
     def unreadable(self) -> CheckpointError:
-        """What to raise where this tensor is needed and its dtype is none that moec takes for weights."""
+        """The error for a needed tensor whose dtype moec does not accept for weights."""
         return CheckpointError(
             f"{self.source.path}: tensor {self.name} has dtype {self.kind}, which moec does not read as a weight",
             hint="save the checkpoint as float32, float16 or bfloat16",
         )
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """The slice [start, stop) along axis 0 (the tensor itself where it has no axis).
+        """Read the slice [start, stop) along axis 0, or the whole tensor if it is a scalar.
 
         Raises:
             CheckpointError: The file is damaged, has changed, or has a dtype that cannot be read.

@@ -23,7 +23,7 @@ _MOVES = frozenset(
         *(aten._to_copy.default, aten.permute.default),
     }
 )
-"""What makes ones of ones."""
+"""Ops whose result is all ones if their input is."""
 
 
 def specialise(
@@ -34,19 +34,19 @@ def specialise(
     past_sequence: int | None = None,
     total_sequence: int | None = None,
 ) -> Program:
-    """Make axes constant; those that are None stay dynamic.
+    """Fix axes to constants; those that are None stay dynamic.
 
-    Every fake value is inferred anew, and arithmetic on sizes that became constant is gone from the graph.
+    Every fake value is inferred anew, and arithmetic on constant sizes is removed from the graph.
 
     Args:
-        program: It stays as it is.
+        program: The Program; it is not changed.
         batch: Number of sequences.
         sequence: New tokens of a step.
-        past_sequence: Tokens in the states; may be 0.
-        total_sequence: Their sum; taken as that where both are given.
+        past_sequence: Tokens in the KV cache; may be 0.
+        total_sequence: Sum of `sequence` and `past_sequence`; derived if both are given.
 
     Raises:
-        UsageError: A size is impossible, or the axis is constant already.
+        UsageError: A size is not possible, or the axis is constant already.
     """
     given = {"batch": batch, "sequence": sequence, "past_sequence": past_sequence, "total_sequence": total_sequence}
     sizes = {axis: size for axis, size in given.items() if size is not None}
@@ -76,7 +76,11 @@ def _check(program: Program, sizes: Mapping[str, int]) -> None:
 
 
 def _derive(program: Program, sizes: dict[str, int]) -> None:
-    """Of sequence, past and total, two give the third."""
+    """Derive the third of sequence, past and total if two are known.
+
+    Raises:
+        UsageError: They contradict each other.
+    """
     known = {axis: size for axis in _LENGTHS if (size := sizes.get(axis, _constant(program, axis))) is not None}
     if len(known) == 2:
         (axis,) = set(_LENGTHS) - set(known)
@@ -94,7 +98,7 @@ def _derive(program: Program, sizes: dict[str, int]) -> None:
 
 
 def _constant(program: Program, axis: str) -> int | None:
-    """The size of an axis that was fixed earlier, read off the first input or cache that has it."""
+    """The size of an axis that was fixed earlier, from an input or cache that has it; None if it is dynamic."""
     if axis in program.dims:
         return None
     position = {"sequence": ("input_ids", 1), "total_sequence": ("attention_mask", 1)}.get(axis)
@@ -112,11 +116,11 @@ def _fixed(spec: TensorSpec, sizes: Mapping[str, int]) -> TensorSpec:
 
 
 def infer_again(program: Program, sizes: Mapping[str, int]) -> fx.Graph:
-    """Copy the graph with its fake values inferred anew, one node after the other.
+    """Copy the graph and infer its fake values anew, node by node.
 
     Args:
-        program: Its signature says which axis is which; each axis becomes one symbol.
-        sizes: Axes that become numbers. Arithmetic on sizes that yields a number leaves the graph.
+        program: The Program; each axis name in its signature becomes one symbol.
+        sizes: Axis -> number, for axes that become constant. Arithmetic on sizes that yields a number is removed.
     """
     specs = iter([*program.inputs, *(state.input for state in program.states)])
     mode = fake_mode(program.graph)
@@ -141,7 +145,7 @@ def _mapped(argument: Any, mapping: Mapping[fx.Node, Any]) -> Any:
 
 
 def _called(graph: fx.Graph, node: fx.Node, mapping: Mapping[fx.Node, Any], mode: FakeTensorMode) -> fx.Node | int:
-    """The call of `node` in the new graph, or the number that its size has become."""
+    """The call of `node` in the new graph, or a number if it computes a size that is now constant."""
     args, kwargs = _mapped(node.args, mapping), _mapped(node.kwargs, mapping)
     assert callable(node.target)
     value = infer(node.target, args, kwargs, mode)
@@ -155,13 +159,13 @@ def _called(graph: fx.Graph, node: fx.Node, mapping: Mapping[fx.Node, Any], mode
 
 
 def without_padding(program: Program) -> Program:
-    """Drop the input `attention_mask`, for targets that run one sequence without padding at a time.
+    """Remove the input `attention_mask`, for targets that run a single sequence without padding.
 
-    The mask of such a sequence is all ones: attention takes none, and what is multiplied by it stays as it is. A size
-    that is read from the mask is read from another input.
+    The mask of such a sequence is all ones. Attention gets no mask, multiplications by the mask are removed, and sizes
+    that are read from the mask are read from another input.
 
     Raises:
-        UnsupportedModelError: The mask is read in another way.
+        UnsupportedModelError: The mask is used in another way.
     """
     graph = program.copy_graph()
     mask = next((node for node in graph.find_nodes(op="placeholder") if node.target == "attention_mask"), None)
@@ -180,7 +184,11 @@ def without_padding(program: Program) -> Program:
 
 
 def _without_ones(node: fx.Node, ones: set[fx.Node]) -> None:
-    """Make `node` independent of what is all ones, or add it to `ones`."""
+    """Make `node` independent of the nodes in `ones`, or add it to `ones` if it is all ones too.
+
+    Raises:
+        UnsupportedModelError: Neither is possible.
+    """
     if node.target is ATTENTION:
         mask = Attention.of(node).attention_mask
         node.args = tuple(None if argument is mask else argument for argument in node.args)
@@ -192,13 +200,13 @@ def _without_ones(node: fx.Node, ones: set[fx.Node]) -> None:
         node.args = source
     elif node.users:
         raise UnsupportedModelError(
-            f"{module_of(node)}: %{node.name} reads the attention mask, so that it cannot be left out",
-            hint="a target that takes padding can build it",
+            f"{module_of(node)}: %{node.name} uses the attention mask, so the mask cannot be removed",
+            hint="a target that supports padding can build this model",
         )
 
 
 def _of_same_size(size: fx.Node, ones: set[fx.Node]) -> tuple[fx.Node, int] | None:
-    """An input that is no mask, and its axis of the size `size`."""
+    """Another input than the mask and its axis with the size `size`, or None."""
     for source in size.graph.find_nodes(op="placeholder"):
         if source not in ones:
             for axis, length in enumerate(source.meta["val"].shape):
@@ -208,7 +216,7 @@ def _of_same_size(size: fx.Node, ones: set[fx.Node]) -> tuple[fx.Node, int] | No
 
 
 def _unchanged(product: fx.Node, ones: set[fx.Node]) -> fx.Node | None:
-    """The factor that `product` equals in values, shape and dtype, the other one being all ones."""
+    """The factor that equals `product` in shape and dtype, the other factor being all ones; or None."""
     for factor in product.all_input_nodes:
         if factor not in ones and _form(factor) == _form(product):
             return factor

@@ -1,19 +1,20 @@
-"""The specification of the IR: which ops a graph may hold at which stage, and what each of them means.
+"""The specification of the IR: the ops that a graph may have at each stage, and their meaning.
 
 ```
 CAPTURED   what torch.export traces: any op of aten, and the semantic ops of moec
 NORMAL     the semantic ops recognised (moec::rms_norm, moec::rotary), no complex numbers, experts in one layout
-CORE       the ops of this file and no others: what a target lowers
-STATIC     CORE with the axes fixed that a target wants fixed (moec.compiler.ir.specialise)
+CORE       only the ops of this file, which a target lowers
+STATIC     CORE with some axes fixed, as a target needs it (moec.compiler.ir.specialise)
 ```
 
-At CORE every call names all its arguments: those that aten passes by position are in `args`, in the order of the op's
-schema and with its defaults filled in; of those that it passes by keyword only the ones named here are left. Operands
-of arithmetic, comparisons and choices have the dtype that the op computes in, so a target never promotes. A number may
-stand for a tensor in `NUMBERS` alone; elsewhere it is a `full` of no axes.
+At CORE every call has all its arguments: positional ones are in `args`, in the order of the op's schema and with its
+defaults filled in; of the keyword-only ones only those named here are left. Operands of arithmetic, comparisons and
+`where` have the dtype in which the op computes, so a target never promotes. Only the ops in `NUMBERS` take a number in
+place of a tensor; elsewhere it is a `full` without axes.
 
-`moec.passes.decompose` brings a graph here. An op that has no rule there and is none of these stays as it is: a target
-that has a form for it lowers it, and the others refuse the model.
+`moec.passes.decompose` brings a graph to CORE. An op that has no rule there and is not listed here stays unchanged: a
+target may lower it, and other targets refuse the model. These tables define the ops; those of the targets, with the
+same keys, say how a runtime calls them.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ SELECTION: Mapping[Any, str] = {
     aten.embedding.default: "rows of a matrix by index",
     aten.index.Tensor: "entries along one axis by an integer tensor of any rank; the other indices are None",
     aten.gather.default: "one entry along an axis for each index of a tensor of the same rank",
-    aten.scatter.src: "self with entries along an axis replaced; no index comes twice",
+    aten.scatter.src: "self with entries along an axis replaced; indices are distinct",
 }
 
 REDUCTIONS: Mapping[Any, str] = {
@@ -104,7 +105,7 @@ SHAPES: Mapping[Any, str] = {
     aten.expand.default: "axes of size 1 repeated without a copy; -1 keeps a size",
     aten.repeat.default: "the whole repeated along each axis",
     aten.slice.Tensor: "every `step`th element of an axis from `start` to `end`",
-    aten.select.int: "one element of an axis, which goes",
+    aten.select.int: "one element of an axis, which is removed",
     aten.cat.default: "tensors one after the other along an axis",
     aten.split_with_sizes.default: "pieces of an axis, of the given sizes",
     aten.constant_pad_nd.default: "a number around the last axes; pads come in pairs, the last axis first",
@@ -114,7 +115,7 @@ SHAPES: Mapping[Any, str] = {
 
 PRODUCTS: Mapping[Any, str] = {
     aten.linear.default: "x @ weight.T + bias",
-    aten.matmul.default: "product over the last two axes, of which both operands have two; the others broadcast",
+    aten.matmul.default: "matrix product over the last two axes of operands of rank 2 or more; the others broadcast",
     aten.conv1d.default: "convolution [B, C, S] with weight [O, C / groups, K]",
     aten.layer_norm.default: "layer norm over the last axes (arXiv 1607.06450)",
 }
@@ -128,7 +129,7 @@ SEMANTIC: Mapping[Any, str] = {
     RMS_NORM: "root mean square norm over the last axis (arXiv 1910.07467)",
     ROTARY: "rotation of halves of the last axis by tables of cosines and sines (arXiv 2104.09864)",
 }
-"""Their exact meaning is their reference in `moec.compiler.ir.ops` and `moec.compiler.ir.recurrences`."""
+"""Defined exactly by their references in `moec.compiler.ir.ops` and `moec.compiler.ir.recurrences`."""
 
 SIZES: Mapping[Any, str] = {
     aten.sym_size.int: "a size of a tensor",
@@ -139,7 +140,7 @@ SIZES: Mapping[Any, str] = {
     operator.floordiv: "quotient of sizes",
     operator.neg: "a size with its sign changed",
 }
-"""Arithmetic on dynamic sizes; none is left where all axes are fixed."""
+"""Arithmetic on dynamic sizes; none is left if all axes are fixed."""
 
 CORE: Mapping[Any, str] = {
     **ELEMENTWISE,

@@ -1,7 +1,7 @@
-"""Lazy tensors, and the WeightStore that names them.
+"""Lazy tensors, and the WeightStore of named lazy tensors.
 
-Nothing here is read before `read` or `rows` is called, and nothing is kept afterwards. `rows` gives a slice along
-axis 0, which for stacked experts is one expert, so that a whole stack need never be in memory.
+Values are read only when `read` or `rows` is called, and are not kept. `rows` reads a slice along axis 0, which for
+stacked experts is one expert, so a whole stack need never be in memory.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from moec.compiler.common.errors import CheckpointError
 from moec.compiler.ir.safetensors_file import StoredEntry
 
 Leaf = Callable[["LazyTensor"], "LazyTensor | None"]
-"""What `LazyTensor.over` puts in the place of a tensor at the ends of an arrangement."""
+"""Replacement for a source tensor in `LazyTensor.over`; None if there is none."""
 
 
 class LazyTensor(ABC):
@@ -28,7 +28,11 @@ class LazyTensor(ABC):
 
     @abstractmethod
     def rows(self, start: int, stop: int) -> Tensor:
-        """Return the slice [start, stop) along axis 0 (the tensor itself where it has no axis)."""
+        """Return the slice [start, stop) along axis 0, or the whole tensor if it is a scalar.
+
+        Raises:
+            CheckpointError: A file is damaged, or holds NaN or infinity.
+        """
 
     def read(self) -> Tensor:
         """Return the whole tensor."""
@@ -40,7 +44,7 @@ class LazyTensor(ABC):
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
     def chunks(self, limit: int = 1 << 23) -> Iterator[Tensor]:
-        """Yield the tensor in slices along axis 0 of about `limit` bytes each, at least one row."""
+        """Yield the tensor in slices along axis 0 of about `limit` bytes, but at least one row."""
         if not self.shape or self.nbytes <= limit:
             yield self.read()
             return
@@ -55,16 +59,16 @@ class LazyTensor(ABC):
         return Cast(self, dtype)
 
     def over(self, leaf: Leaf) -> LazyTensor | None:
-        """The same arrangement of other values: what this is made of, with `leaf` applied to each tensor at its ends.
+        """This tensor with each of its source tensors replaced by `leaf` of it, and casts left out.
 
-        So the codes of a quantized tensor can follow their weights through stacking, joining and transposing. None
-        where values are computed and not only moved, and where `leaf` returns None. Casts are left out.
+        So the codes of a quantized tensor can follow their weight through stacking, joining and transposing. None if
+        values are computed and not only moved, or if `leaf` returns None.
         """
         return leaf(self)
 
 
 class Converted(LazyTensor):
-    """Other values, or another dtype, in the shape of `source`."""
+    """A tensor of the shape of `source` with other values or another dtype."""
 
     source: LazyTensor
 
@@ -86,7 +90,7 @@ class Cast(Converted):
         return self.source.rows(start, stop).to(self.dtype)
 
     def over(self, leaf: Leaf) -> LazyTensor | None:
-        """See `LazyTensor.over`: a dtype is no part of an arrangement."""
+        """See `LazyTensor.over`; the cast is left out."""
         return self.source.over(leaf)
 
 
@@ -121,8 +125,8 @@ def _check_finite(value: Tensor, entry: StoredEntry) -> None:
     if not value.is_floating_point() or not value.numel():
         return
     if value.dtype.itemsize == 1:
-        value = value.to(torch.float32)  # torch finds no extremes among numbers of 8 bits
-    # The extremes carry every NaN and infinity, and need no temporary as large as the tensor.
+        value = value.to(torch.float32)  # aminmax does not support fp8
+    # Extremes show every NaN and infinity without a temporary of the size of the tensor.
     low, high = value.aminmax()
     if not (low.isfinite() and high.isfinite()):
         bad = int((~value.isfinite()).sum())
@@ -134,7 +138,7 @@ def _check_finite(value: Tensor, entry: StoredEntry) -> None:
 
 @dataclass(frozen=True)
 class Constant(LazyTensor):
-    """A small tensor that is held in memory: rotary tables and lifted constants."""
+    """A small tensor that is held in memory, such as a rotary table or a constant of the trace."""
 
     value: Tensor
 
@@ -155,9 +159,9 @@ class Constant(LazyTensor):
 
 @dataclass(frozen=True)
 class Mapped(LazyTensor):
-    """`function` of another tensor, row by row: it must treat each index of axis 0 alone and keep axis 0.
+    """`function` of another tensor, row by row: it must keep axis 0 and treat each index of it independently.
 
-    `moves`: the function moves values and computes none.
+    `moves` means that the function only moves values.
     """
 
     source: LazyTensor
@@ -178,7 +182,7 @@ class Mapped(LazyTensor):
 
 @dataclass(frozen=True)
 class Computed(LazyTensor):
-    """A function of other tensors as a whole; `moves` as for `Mapped`."""
+    """A function of whole tensors; `moves` as for `Mapped`."""
 
     sources: tuple[LazyTensor, ...]
     function: Callable[..., Tensor]
@@ -221,7 +225,7 @@ class Concatenated(LazyTensor):
         return self.sources[0].dtype
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """Join the rows that fall into the slice."""
+        """Join the rows that are in the slice."""
         if self.axis:
             return torch.cat([source.rows(start, stop) for source in self.sources], self.axis)
         pieces, offset = [], 0
@@ -239,18 +243,18 @@ class Concatenated(LazyTensor):
 
 
 def all_over(sources: Sequence[LazyTensor], leaf: Leaf) -> tuple[LazyTensor, ...] | None:
-    """`LazyTensor.over` of each of `sources`; None unless all have one."""
+    """`LazyTensor.over` of each of `sources`; None if it is None for any of them."""
     found = [source.over(leaf) for source in sources]
     return tuple(item for item in found if item is not None) if None not in found else None
 
 
 def concatenate(sources: Sequence[LazyTensor], axis: int) -> LazyTensor:
-    """Join tensors along `axis`; one tensor is itself."""
+    """Join tensors along `axis`; a single tensor is returned unchanged."""
     return sources[0] if len(sources) == 1 else Concatenated(tuple(sources), axis)
 
 
 def swap_last(source: LazyTensor) -> LazyTensor:
-    """Swap the last two axes: [E, N, K] row by row, [N, K] as a whole."""
+    """Swap the last two axes, reading [E, N, K] row by row and [N, K] as a whole; swapping twice is undone."""
     if isinstance(source, Swapped):
         return source.source
     if isinstance(source, Cast) and isinstance(source.source, Swapped):
@@ -260,7 +264,7 @@ def swap_last(source: LazyTensor) -> LazyTensor:
 
 @dataclass(frozen=True)
 class Swapped(LazyTensor):
-    """`source` with its last two axes swapped; use `swap_last`, which swaps nothing twice."""
+    """`source` with its last two axes swapped; made by `swap_last`."""
 
     source: LazyTensor
 
@@ -275,7 +279,7 @@ class Swapped(LazyTensor):
         return self.source.dtype
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """Swap the same rows of a stack; of a matrix read the whole."""
+        """Swap the same rows of a stack; a matrix is read as a whole."""
         if len(self.shape) > 2:
             return self.source.rows(start, stop).transpose(-1, -2).contiguous()
         return self.source.read().T[start:stop].contiguous()
@@ -287,7 +291,7 @@ class Swapped(LazyTensor):
 
 
 class WeightStore(Mapping[str, LazyTensor]):
-    """Named lazy tensors. Tied weights are one tensor under one name: aliases resolve to it."""
+    """Named lazy tensors. Tied weights are stored once; their other names are aliases."""
 
     def __init__(self, tensors: Mapping[str, LazyTensor], aliases: Mapping[str, str] | None = None) -> None:
         self._tensors = dict(tensors)
@@ -304,7 +308,7 @@ class WeightStore(Mapping[str, LazyTensor]):
         return len(self._tensors)
 
     def resolve(self, name: str) -> str:
-        """The name that a tied weight is stored under."""
+        """The name under which a weight is stored, which differs for an alias."""
         return self._aliases.get(name, name)
 
     def read(self, name: str) -> Tensor:
@@ -312,11 +316,11 @@ class WeightStore(Mapping[str, LazyTensor]):
         return self[name].read()
 
     def with_tensors(self, tensors: Mapping[str, LazyTensor]) -> WeightStore:
-        """A store that holds `tensors` too."""
+        """A store that also holds `tensors`."""
         return WeightStore({**self._tensors, **tensors}, self._aliases)
 
     def only(self, names: Iterable[str]) -> WeightStore:
-        """A store that holds the tensors called `names` alone, with the aliases that lead to them."""
+        """A store with only the tensors called `names`, and their aliases."""
         kept = {self.resolve(name) for name in names}
         return WeightStore(
             {name: tensor for name, tensor in self._tensors.items() if name in kept},

@@ -1,7 +1,6 @@
-"""A Program in float32 from one that was captured in float16, so that a model is traced once.
+"""Make a float32 Program from one that was captured in float16, so that a model is traced only once.
 
-A trace in float16 is the one to start from: it has the casts to float32 that the code of the model asks for, which a
-trace in float32 lacks, since they do nothing there.
+The opposite direction would not work: a trace in float32 lacks the casts to float32 in the model's code.
 """
 
 from __future__ import annotations
@@ -20,16 +19,16 @@ _CAST = torch.ops.aten._to_copy.default
 
 
 def widened(program: Program) -> Program:
-    """What capture in float32 gives: all that is float16 in `program` is float32, and casts that do nothing are gone.
+    """The Program that capture in float32 would give: float16 becomes float32, and casts without effect are removed.
 
-    Weights are read from the checkpoint in the dtype that the graph asks for, and tables that capture made are kept in
-    float32: nothing has been rounded to float16.
+    Nothing has been rounded to float16 before: weights are read from the checkpoint in the dtype of the graph, and
+    capture keeps its tables in float32.
 
     Args:
-        program: As captured, before any pass; it stays as it is.
+        program: The captured Program, before any pass; it is not changed.
 
     Returns:
-        The Program; `program` itself if it is in float32.
+        The float32 Program; `program` itself if it is in float32.
     """
     if program.dtype == torch.float32:
         return program

@@ -1,1 +1,1 @@
-"""What people and programs read about a model or an artifact."""
+"""Descriptions and reports of models and artifacts, for people and programs."""

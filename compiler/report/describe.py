@@ -1,4 +1,4 @@
-"""What a checkpoint or an artifact is, as rows for people: `moec inspect` and report.html show the same."""
+"""A checkpoint or an artifact as rows of a table for people, for `moec inspect` and report.html."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ from typing import Any
 
 Row = tuple[str, str]
 _LONGEST = 300
-"""Characters of a row: the parameters of a policy may be a list of hundreds of layers."""
+"""Longest text of a row in characters, since the parameters of a policy may list hundreds of layers."""
 
 
 def describe(found: Mapping[str, Any]) -> list[Row]:
-    """Rows of what and how much.
+    """All rows for a checkpoint or an artifact.
 
     Args:
-        found: What `moec.compiler.report.inspect.inspect` returns.
+        found: The result of `moec.compiler.report.inspect.inspect`.
+
+    Returns:
+        Name and text of each row.
     """
     model: Mapping[str, Any] = found.get("model", {})
     rows = [(found["kind"], found["location"]), ("model", _names(model))]
@@ -36,10 +39,10 @@ def describe(found: Mapping[str, Any]) -> list[Row]:
 
 
 def describe_built(found: Mapping[str, Any]) -> list[Row]:
-    """Rows of what was built, or of what a checkpoint can be built from.
+    """The rows on target, model, routing and weights.
 
     Args:
-        found: The sections `model`, `recipe`, `routing`, `quantization` and `tensor_bytes` of moec.json; any may lack.
+        found: The sections `model`, `recipe`, `routing`, `quantization` and `tensor_bytes` of moec.json, all optional.
     """
     rows = []
     if recipe := found.get("recipe"):
@@ -79,7 +82,7 @@ def _model_rows(model: Mapping[str, Any]) -> list[Row]:
 
 
 def remarks(model: Mapping[str, Any]) -> list[Row]:
-    """How the checkpoint was read, and what of it is not used."""
+    """The rows on how the checkpoint was read, and which parts of it are not used."""
     rows = [("note", note) for note in model.get("notes", ())]
     if left_out := model.get("left_out"):
         rows.append(("left out", ", ".join(f"{part} ({count} tensors)" for part, count in left_out.items())))
@@ -102,7 +105,7 @@ def _parameters(model: Mapping[str, Any]) -> str:
 
 
 def _beside(built: str, source: str) -> str:
-    """What was built, and in brackets what the source model has where that is something else."""
+    """The text on the built model, followed in brackets by that on the source model if it differs."""
     return built if source in ("", built) else f"{built} (the source model: {source})"
 
 
@@ -126,7 +129,7 @@ def _routing_rows(routing: Mapping[str, Any]) -> list[Row]:
 
 
 def _weights(found: Mapping[str, Any]) -> str:
-    """Bytes of every tensor class, with its formats where weights are quantized."""
+    """Bytes of every tensor class, with its formats if weights are quantized."""
     classes = found.get("quantization", {}).get("classes", {})
     parts = []
     for name, size in found["tensor_bytes"].items():
@@ -136,7 +139,7 @@ def _weights(found: Mapping[str, Any]) -> str:
 
 
 def _kept(quantization: Mapping[str, Any]) -> str:
-    """What became of the codes that the checkpoint stores, by tensor class, and at what error."""
+    """For every tensor class, what happened to the checkpoint's codes, and the relative error."""
     parts = []
     for name, outcomes in quantization["kept"].items():
         error = quantization.get("classes", {}).get(name, {}).get("relative_error")
@@ -157,7 +160,7 @@ def _count(number: int) -> str:
 
 
 def size_text(number: int) -> str:
-    """A number of bytes in the unit that reads best."""
+    """A number of bytes with a decimal unit, such as "1.50 GB"."""
     for size, unit in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
         if number >= size:
             return f"{number / size:.2f} {unit}"

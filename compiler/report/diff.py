@@ -1,4 +1,4 @@
-"""`moec diff A B`: what differs between two artifacts, from their manifests and reports alone."""
+"""`moec diff A B`: the differences between the moec.json and report.json of two artifacts."""
 
 from __future__ import annotations
 
@@ -11,19 +11,18 @@ from moec.compiler.common.artifact import read_manifest
 from moec.compiler.report.schema import Report, read_report
 
 _FIGURES = ("max_error", "increase", "divergence", "top1_agreement", "minimum", "limit")
-"""Figures of gates that are single numbers, where a gate has them."""
+"""Figures of gates that are compared, where a gate has them."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One thing that differs.
+    """One difference.
 
     Attributes:
         section: "source", "recipe", "tools", "graph", "sizes", "files", "routing", "quantization" or "gates".
-        what: Its name in the section.
-        first: In A; None: not there.
-        second: In B; None: not there.
-        change: (second - first) / first, where both are numbers.
+        what: Name of the differing value in the section.
+        first: Its value in A; None if A does not have it.
+        second: Its value in B; None if B does not have it.
     """
 
     section: str
@@ -33,14 +32,14 @@ class Difference:
 
     @property
     def change(self) -> float | None:
-        """Relative change of a number that is not zero."""
+        """(second - first) / first if both are numbers and the first is not zero; else None."""
         numbers = [value for value in (self.first, self.second) if isinstance(value, int | float)]
         if len(numbers) < 2 or not self.first or isinstance(self.first, bool):
             return None
         return float(numbers[1] / numbers[0] - 1)
 
     def as_dict(self) -> dict[str, Any]:
-        """For programs."""
+        """The difference as a mapping for JSON."""
         return {**asdict(self), "change": self.change}
 
 
@@ -48,7 +47,7 @@ def diff(first: Path, second: Path) -> list[Difference]:
     """Compare two artifacts.
 
     Raises:
-        ArtifactError: One is none, or its manifest or report is damaged.
+        ArtifactError: A directory is not an artifact, or its moec.json or report.json is damaged.
     """
     before, after = (dict(_facts(read_manifest(place), read_report(place))) for place in (first, second))
     found = []
@@ -61,7 +60,7 @@ def diff(first: Path, second: Path) -> list[Difference]:
 
 
 def _facts(manifest: Mapping[str, Any], report: Report) -> Iterator[tuple[tuple[str, str], Any]]:
-    """(section, name) -> value of all that is compared, in the order in which it is shown."""
+    """Pairs of (section, name) and value for everything that is compared, in display order."""
     facts = manifest.get("facts", {})
     sections: tuple[tuple[str, Any], ...] = (
         ("source", manifest.get("source", {}).get("digests", {})),
@@ -83,7 +82,7 @@ def _facts(manifest: Mapping[str, Any], report: Report) -> Iterator[tuple[tuple[
 
 
 def _passes(manifest: Mapping[str, Any]) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """Every pass with how often it ran before: one may run several times."""
+    """Every pass, numbered, since a pass may run several times."""
     seen: dict[str, int] = {}
     for record in manifest.get("passes", ()):
         seen[record["name"]] = seen.get(record["name"], 0) + 1

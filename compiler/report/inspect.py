@@ -1,4 +1,4 @@
-"""What a checkpoint or an artifact holds, as one JSON-able mapping."""
+"""The contents of a checkpoint or an artifact as one mapping for JSON."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from moec.compiler.common.model_config import read_config
 
 
 def inspect(location: str, *, revision: str | None = None, trust_remote_code: bool = False) -> dict[str, Any]:
-    """Describe an artifact, or a checkpoint (directory or hub id) and whether it can be captured.
+    """Describe an artifact or a checkpoint (directory or hub id) without reading a weight.
 
-    No weight is read. A model that cannot be captured is described too: `captured` is False and `reason` says why.
+    A checkpoint is captured. If that is not possible, `captured` is False and `reason` says why.
 
     Raises:
         ArtifactError: The artifact's moec.json is damaged.
-        CheckpointError: Not a checkpoint, or a damaged one.
+        CheckpointError: The location is not a checkpoint, or the checkpoint is damaged.
     """
     directory = Path(location).expanduser()
     if is_artifact(directory):

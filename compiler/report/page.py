@@ -1,6 +1,6 @@
-"""report.html: one page that needs nothing else (no network, no script), of sections with tables and plots.
+"""report.html: a self-contained page (no network, no script) of sections with tables and plots.
 
-Every plot stands beside the table of its figures. A section whose data was not measured says so, and how to get it.
+Every plot is next to a table of its figures. A section without data says why, and how to measure it.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ class Cell:
     """One cell of a table.
 
     Attributes:
-        text: What it says.
+        text: Its text.
         number: Whether it is aligned as a number.
-        heat: Depth of its colour in 0..1; None: no colour.
-        alarm: Whether it is framed.
+        heat: Intensity of its colour in 0..1; None: no colour.
+        alarm: Whether it has a red frame.
     """
 
     text: str
@@ -41,7 +41,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """A table: the first cell of each row is its head."""
+    """A table; the first cell of each row is the row's header."""
 
     caption: str
     header: Sequence[str]
@@ -60,7 +60,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Section:
-    """A section of the page; without parts it says why there are none."""
+    """A section of the page; without parts it shows `missing`, the reason."""
 
     key: str
     title: str
@@ -88,11 +88,11 @@ def to_html(report: Mapping[str, Any]) -> str:
 
 
 def sections(report: Mapping[str, Any]) -> list[Section]:
-    """Every section below the verdicts, in order."""
+    """The sections after the verdicts, in order."""
     figures = {verdict["gate"]: verdict["figures"] for verdict in report["verdicts"]}
     accounting = report["routing"].get("accounting", {}).get("layers", [])
     return [
-        Section("built", "What was built", _built(report), "moec.json says nothing of the model"),
+        Section("built", "What was built", _built(report), "moec.json has no facts about the model"),
         Section("parity", "Parity by case", _cases(report["verdicts"]), "the parity gates did not run"),
         Section("latency", "Latency", _latency(figures.get("latency", {})), "give --latency-budget to measure it"),
         _sizes(report),
@@ -110,7 +110,7 @@ def sections(report: Mapping[str, Any]) -> list[Section]:
             "the artifact has no dynamic routing (--routing)",
         ),
         Section("errors", "Error of the weights by layer", _errors(report), "no weight is quantized (--quantize)"),
-        Section("trade-off", "Size against quality", _trade_off(report), "formats were given, not sought"),
+        Section("trade-off", "Size against quality", _trade_off(report), "formats were not chosen by --quantize auto"),
         Section("timings", "Time by stage", _timings(report["timings"]), "no stage was timed"),
     ]
 
@@ -199,8 +199,8 @@ def _shares(caption: str, of: str, values: Mapping[str, int]) -> Table:
 def _coverage(figures: Mapping[str, Any]) -> list[Part]:
     return [
         _heat_map(
-            f"{step}: compared tokens that reached each expert, layer by layer; {seen['share']:.1%} of the experts "
-            "were reached. A framed 0 was not.",
+            f"{step}: number of compared tokens that used each expert, by layer; {seen['share']:.1%} of the experts "
+            "were used. A framed 0 marks an unused expert.",
             seen["layers"],
         )
         for step, seen in figures.get("steps", {}).items()
@@ -208,7 +208,7 @@ def _coverage(figures: Mapping[str, Any]) -> list[Part]:
 
 
 def _heat_map(caption: str, layers: Sequence[Mapping[str, Any]]) -> Part:
-    """Layers by experts, coloured on a logarithmic scale."""
+    """A table of layers by experts, coloured by the number of tokens on a logarithmic scale."""
     largest = max((tokens for layer in layers for tokens in layer["tokens"]), default=0)
     scale = math.log1p(largest) or 1.0
     width = max((len(layer["tokens"]) for layer in layers), default=0)
@@ -291,14 +291,14 @@ def _trade_off(report: Mapping[str, Any]) -> list[Part]:
         )
         for point, note in listed
     ]
-    caption = "What formats offer, as predicted from the sensitivities; the ring is what was built."
+    caption = "Predicted increase of perplexity by size, from the sensitivities; the ring marks the built artifact."
     return [Part(Table(caption, ("Weights", "Of fp16", "Perplexity", ""), rows), Markup(plot))]
 
 
 def _built(report: Mapping[str, Any]) -> list[Part]:
     rows = [(_text(name), _text(value)) for name, value in describe_built(report)]
     return (
-        [Part(Table("The artifact; where it differs, the source model in brackets.", ("", ""), rows))] if rows else []
+        [Part(Table("The artifact, with the source model in brackets if it differs.", ("", ""), rows))] if rows else []
     )
 
 
@@ -320,7 +320,7 @@ def _number(text: str) -> Cell:
 
 
 def size(count: float) -> str:
-    """Bytes in the unit that fits."""
+    """Bytes with a decimal unit, such as "1.5 MB"."""
     for unit in ("B", "kB", "MB"):
         if count < 1000:
             return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"

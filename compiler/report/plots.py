@@ -1,7 +1,4 @@
-"""Small plots as inline SVG: a few kilobytes each, coloured by the style of the page, with a title and a description.
-
-A plot is never the only carrier of its figures: the report puts the table of the same figures beside it.
-"""
+"""Small plots as inline SVG, coloured by the style of the page, with title and description for screen readers."""
 
 from __future__ import annotations
 
@@ -15,17 +12,17 @@ WIDTH, HEIGHT = 640, 320
 LEFT, RIGHT, TOP, BOTTOM = 84, 20, 14, 66
 _TICKS = 5
 _CHARACTER = 11.0
-"""Width of a letter at most: on a phone letters are larger, as plots are smaller."""
+"""Largest width of a letter in units of the plot; it is reached on phones, where the font is larger."""
 
 
 @dataclass(frozen=True)
 class Labels:
-    """What a screen reader says of a plot.
+    """Texts of a plot for screen readers.
 
     Attributes:
         key: Prefix of the ids, unique on the page.
-        title: What is shown.
-        description: What is to be seen in it, in a sentence.
+        title: Title of the plot.
+        description: What the plot shows, in a sentence.
     """
 
     key: str
@@ -34,13 +31,16 @@ class Labels:
 
 
 def bars(labels: Labels, names: Sequence[str], values: Sequence[float], label: str) -> str:
-    """Bars side by side, from zero.
+    """A bar chart.
 
     Args:
-        labels: For screen readers.
-        names: One per bar; where there are many, some of them are left out below the axis.
-        values: Their heights.
-        label: Of the vertical axis.
+        labels: Texts for screen readers.
+        names: One per bar; if there are many, some are left out below the axis.
+        values: Heights of the bars.
+        label: Label of the vertical axis.
+
+    Returns:
+        The SVG source.
     """
     scale = _Scale.of([0.0, *values])
     svg = _canvas(labels)
@@ -64,7 +64,7 @@ def line(
     axes: tuple[str, str],
     marked: tuple[float, float] | None = None,
 ) -> str:
-    """Points joined by a line, one of them marked by a ring; `axes` labels across and up."""
+    """A line chart of (x, y) points with a ring around `marked`; `axes` are the labels of x and y."""
     every = [*points, *([marked] if marked else [])]
     across, up = _Scale.of([x for x, _ in every]), _Scale.of([y for _, y in every])
     svg = _canvas(labels)
@@ -83,7 +83,7 @@ BINS = 25
 
 
 def histogram(labels: Labels, values: Sequence[float], label: str) -> str:
-    """How many values fall into each of equal intervals; the last also holds what lies beyond the 99.5th percentile."""
+    """A histogram with equal bins; the last bin includes all values beyond the 99.5th percentile."""
     ordered = sorted(values)
     across = _Scale.of([ordered[0], ordered[math.ceil(len(ordered) * 0.995) - 1]])
     width = (across.high - across.low) / BINS
@@ -104,7 +104,7 @@ def histogram(labels: Labels, values: Sequence[float], label: str) -> str:
 
 @dataclass(frozen=True)
 class _Scale:
-    """From values to places in 0..1, between two round numbers."""
+    """Maps values to places in 0..1 on an axis between two round numbers."""
 
     low: float
     high: float
@@ -127,7 +127,7 @@ class _Scale:
 
 
 def _nice(step: float) -> float:
-    """The next larger of 1, 2, 2.5, 5 times a power of ten."""
+    """The smallest of 1, 2, 2.5 or 5 times a power of ten that is not below `step`."""
     power = 10.0 ** math.floor(math.log10(step))
     return next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= step * 0.999)
 

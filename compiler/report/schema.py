@@ -1,7 +1,7 @@
-"""The schema of report.json: what a reader of another program may rely on.
+"""The schema of report.json, on which other programs may rely.
 
-`docs/report.schema.json` is this as JSON Schema; a test compares the two. `schema_version` is raised when a key
-changes its meaning or goes, not when one is added. A figure that is no finite number is a string ("inf", "nan").
+`docs/report.schema.json` is the same as JSON Schema; a test compares the two. `schema_version` is raised when a key is
+removed or changes its meaning, not when one is added. Infinity and NaN are the strings "inf" and "nan".
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class _Part(BaseModel):
 
 
 class VerdictRecord(_Part):
-    """What one gate said."""
+    """The verdict of one gate."""
 
     gate: str = Field(description="Name of the gate, with a step where it has several.")
     status: Status = Field(description="A gate that did not run is never a pass.")
@@ -31,13 +31,13 @@ class VerdictRecord(_Part):
     exit_code: int = Field(description="Exit code of the command if this gate fails.")
     figures: dict[str, Any] = Field(
         default_factory=dict,
-        description="What was measured; the keys belong to the gate. `seconds` is how long it ran, `cases` every "
-        "case of a parity gate, `steps` the tokens that reached each expert of each layer (coverage).",
+        description="Measurements, with keys that depend on the gate: `seconds` is its duration, `cases` lists the "
+        "cases of a parity gate, `steps` has the number of tokens of each expert of each layer (coverage).",
     )
 
 
 class Machine(_Part):
-    """What the figures were measured on."""
+    """The machine on which the figures were measured."""
 
     cpu: str
     cores: int
@@ -48,7 +48,7 @@ class Machine(_Part):
 
 
 class RejectionRecord(_Part):
-    """Where a pass or the target left something alone."""
+    """Where and why a pass or the target left something unchanged."""
 
     source: str
     where: str
@@ -58,23 +58,25 @@ class RejectionRecord(_Part):
 class Report(_Part):
     """report.json."""
 
-    schema_version: int = Field(description="Raised when a key changes its meaning or goes.")
-    created: str = Field(description="When the gates ran: UTC, ISO 8601.")
+    schema_version: int = Field(description="Raised when a key is removed or changes its meaning.")
+    created: str = Field(description="Time of the gates: UTC, ISO 8601.")
     exit_code: int = Field(description="0 unless a gate failed.")
-    verdicts: list[VerdictRecord] = Field(description="One per gate, also of those that did not run.")
+    verdicts: list[VerdictRecord] = Field(description="One per gate, including gates that did not run.")
     timings: dict[str, float] = Field(description="Stage -> seconds of wall-clock time, in order.")
     machine: Machine
     versions: dict[str, str] = Field(description="Tool -> version, from moec.json.")
-    model: dict[str, Any] = Field(description="What was compiled, from moec.json.")
-    recipe: dict[str, Any] = Field(description="How, from moec.json.")
-    routing: dict[str, Any] = Field(default_factory=dict, description="What routing decided and saves, from moec.json.")
+    model: dict[str, Any] = Field(description="The compiled model, from moec.json.")
+    recipe: dict[str, Any] = Field(description="The recipe, from moec.json.")
+    routing: dict[str, Any] = Field(
+        default_factory=dict, description="Decisions and savings of dynamic routing, from moec.json."
+    )
     quantization: dict[str, Any] = Field(
-        default_factory=dict, description="What quantization decided and its errors, from moec.json."
+        default_factory=dict, description="Decisions and errors of quantization, from moec.json."
     )
     rejections: list[RejectionRecord]
     files: dict[str, int] = Field(description="File of the artifact -> bytes.")
     tensor_bytes: dict[str, int] = Field(
-        description="Tensor class -> bytes that its weights take in the formats of the plan, or as the target states."
+        description="Tensor class -> bytes of its weights in the formats of the plan, or as stated by the target."
     )
 
 
@@ -88,7 +90,7 @@ def read_report(directory: Path) -> Report:
     """Read the report.json of an artifact.
 
     Raises:
-        ArtifactError: There is none, it is damaged, or of another version.
+        ArtifactError: The file is missing or damaged, or has another schema version.
     """
     path = directory / JSON
     try:
@@ -96,17 +98,17 @@ def read_report(directory: Path) -> Report:
     except OSError as error:
         raise ArtifactError(
             f"{path}: cannot be read: {error.strerror or error}",
-            hint="moec validate writes the report of an artifact anew",
+            hint="moec validate writes a new report",
         ) from error
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
         raise ArtifactError(
-            f"{path}: not a report: {where}: {first['msg']}", hint="moec validate writes it anew"
+            f"{path}: not a report: {where}: {first['msg']}", hint="moec validate writes a new report"
         ) from error
     if report.schema_version != SCHEMA_VERSION:
         raise ArtifactError(
             f"{path}: schema version {report.schema_version}, this moec reads {SCHEMA_VERSION}",
-            hint="moec validate writes it anew",
+            hint="moec validate writes a new report",
         )
     return report

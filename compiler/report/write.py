@@ -1,6 +1,6 @@
-"""The report of an artifact: report.json for machines, report.html for people, report.xml (JUnit) for CI systems.
+"""The report of an artifact: report.json for programs, report.html for people, report.xml (JUnit) for CI systems.
 
-`report_schema.py` says what report.json holds, `report_page.py` makes the page.
+`schema.py` defines report.json, and `page.py` makes report.html.
 """
 
 from __future__ import annotations
@@ -42,13 +42,15 @@ def write(
         (directory / HTML).write_text(to_html(report), encoding="utf-8")
         (directory / JUNIT).write_bytes(to_junit(verdicts))
     except OSError as error:
-        raise OutputError(f"{directory}: the report cannot be written: {error}", hint="free space there") from error
+        raise OutputError(
+            f"{directory}: the report cannot be written: {error}", hint="check free space and permissions"
+        ) from error
 
 
 def make_report(
     directory: Path, manifest: Mapping[str, Any], verdicts: Sequence[Verdict], timings: Mapping[str, float]
 ) -> dict[str, Any]:
-    """The content of report.json."""
+    """The content of report.json; arguments as for `write`."""
     report = {
         "schema_version": SCHEMA_VERSION,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -75,14 +77,14 @@ def _rejections(manifest: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 
 
 def _files(directory: Path) -> dict[str, int]:
-    """Size of every file in the artifact but the reports; those in a folder (an .mlpackage) by their path."""
+    """Path in the artifact -> bytes, for every file but the reports."""
     paths = sorted(path for path in directory.rglob("*") if path.is_file())
     names = {path.relative_to(directory).as_posix(): path for path in paths}
     return {name: path.stat().st_size for name, path in names.items() if name not in (JSON, HTML, JUNIT)}
 
 
 def _plain(value: Any) -> Any:
-    """`value` in the types of JSON, with what is no finite number as a string."""
+    """`value` in the types of JSON, with infinity and NaN as strings."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, str):
@@ -95,7 +97,7 @@ def _plain(value: Any) -> Any:
 
 
 def to_junit(verdicts: Sequence[Verdict]) -> bytes:
-    """The verdicts as JUnit XML: one test case per gate; one that did not run is skipped, never passed."""
+    """The verdicts as JUnit XML: one test case per gate; a gate that did not run is skipped, never passed."""
     failures = sum(verdict.status.failed for verdict in verdicts)
     skipped = sum(verdict.status is Status.NOT_RUN for verdict in verdicts)
     seconds = [float(verdict.figures.get("seconds", 0.0)) for verdict in verdicts]

@@ -246,7 +246,7 @@ def test_a_padding_mask_that_is_read_otherwise(name: str, program_of: Any) -> No
     reader.replace_input_with(mask, made)
     target = get_target(name)
     (found,) = target.refusals(program.replace(graph=graph), target.Options())
-    assert "model.mask: %neg_default reads the attention mask" in found.reason
+    assert "model.mask: %neg_default uses the attention mask" in found.reason
 
 
 def test_no_weight_is_read_to_know_it(program_of: Any) -> None:

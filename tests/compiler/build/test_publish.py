@@ -186,7 +186,7 @@ def test_a_right_signature(tmp_path: Path, keys: minisign.KeyPair, capsys: pytes
     (tmp_path / "key.pub").write_bytes(bytes(keys.public_key))
     for given in (key, str(tmp_path / "key.pub")):
         assert cli.dispatch(["verify", str(place), "--public-key", given]) == 0
-        assert "the signature is right: release 7" in capsys.readouterr().out
+        assert "the signature is valid: release 7" in capsys.readouterr().out
     assert cli.dispatch(["verify", str(place), "--ignore-signature", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["signature"] is None
 

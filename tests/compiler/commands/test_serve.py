@@ -22,7 +22,7 @@ def test_a_network_is_let_in_with_a_key_alone(
     monkeypatch.delenv("MOEC_API_KEY", raising=False)
     assert cli.dispatch(["serve", str(golden_onnx), "--host", host]) == 2
     told = capsys.readouterr().err
-    assert "there is no key" in told
+    assert "there is no API key" in told
     assert "--no-key" in told
     serve._check_reach(host, "key", no_key=False)
     serve._check_reach(host, None, no_key=True)
@@ -47,7 +47,7 @@ def test_a_port_that_is_taken(golden_onnx: Path, capsys: pytest.CaptureFixture[s
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         assert cli.dispatch(["serve", str(golden_onnx), "--port", port]) == 2
-    assert f"cannot listen at 127.0.0.1, port {port}" in capsys.readouterr().err
+    assert f"cannot listen on 127.0.0.1, port {port}" in capsys.readouterr().err
 
 
 def test_it_answers_until_it_is_interrupted(golden_onnx: Path) -> None:

@@ -86,7 +86,7 @@ def renamed_layer(graph):
 
 
 GRAPHS = [
-    (disorder, "comes after what it uses", "embedding"),
+    (disorder, "comes after its inputs", "embedding"),
     (no_fake_value, "has a fake value", "embedding"),
     (python_function, "calls an op", "print"),
     (module_call, "calls an op", "call_module"),
@@ -134,7 +134,7 @@ def test_complex_numbers_are_a_fault_once_they_are_written_out(program):
     node = first(graph, aten.cos.default)
     node.meta["val"] = node.meta["val"].to(torch.complex64)
     check_invariants(program.replace(graph=graph))
-    with pytest.raises(InvariantError, match="nothing is complex"):
+    with pytest.raises(InvariantError, match="no value is complex"):
         check_invariants(program.replace(graph=graph), completed=["real-rotary"])
 
 

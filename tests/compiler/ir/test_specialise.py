@@ -159,7 +159,7 @@ def test_a_product_with_the_mask_that_changes_something_stops_it(program, factor
     product.meta = {"val": mask.meta["val"], "module": "model.gate"}
     negative.meta = dict(product.meta)
     graph.call_function(torch.ops.aten.neg.default, (negative,))
-    with pytest.raises(UnsupportedModelError, match=r"model.gate: %mul.* reads the attention mask"):
+    with pytest.raises(UnsupportedModelError, match=r"model.gate: %mul.* uses the attention mask"):
         without_padding(program.replace(graph=graph))
 
 
@@ -185,7 +185,7 @@ def test_a_mask_that_something_else_reads_cannot_go(program):
         total = graph.call_function(torch.ops.aten.sum.default, (mask,))
     with graph.inserting_after(total):
         graph.call_function(torch.ops.aten.neg.default, (total,))
-    with pytest.raises(UnsupportedModelError, match="reads the attention mask"):
+    with pytest.raises(UnsupportedModelError, match="uses the attention mask"):
         without_padding(program.replace(graph=graph))
 
 
