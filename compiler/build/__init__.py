@@ -1,1 +1,1 @@
-"""Many builds: a matrix, the cache of artifacts, executors, registries, and estimates before building."""
+"""Many builds: the matrix, the cache of artifacts, executors, registries, and estimates before building."""

@@ -1,4 +1,4 @@
-"""`moec build`: every cell of a matrix, from the cache where it is there, past failures, with one summary."""
+"""`moec build`: build every cell of a matrix or take it from the cache, and write a summary."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 SUMMARY = "summary.json"
 FAILED = 1
-"""Exit code where cells failed for different reasons; where all have one in common, it is theirs."""
+"""Exit code if cells failed with different exit codes."""
 
 
 def build_matrix(
@@ -41,16 +41,16 @@ def build_matrix(
     """Build all cells into `output`/NAME and write `output`/summary.json after each of them.
 
     Args:
-        cells: What to build.
+        cells: The cells to build.
         output: Directory of the artifacts.
-        cache: Directory of the cache; cells that are there are not built again.
-        jobs: Builds at a time; 0: one per two cores.
+        cache: Directory of the cache; cells in it are not built again.
+        jobs: Number of parallel builds; 0: one per two cores.
         executor: A name in `EXECUTORS`.
-        gates: Prove the artifacts. Those that are not proven are not cached.
-        progress: Told how many cells are done.
+        gates: Whether to run the gates. Artifacts without gates are not cached.
+        progress: Called with the number of finished cells.
 
     Returns:
-        One outcome per cell, in their order.
+        One outcome per cell, in the order of `cells`.
 
     Raises:
         UsageError: There is no such executor.
@@ -81,7 +81,7 @@ def build_matrix(
 
 
 def exit_code(outcomes: Sequence[Outcome]) -> int:
-    """0 if no cell failed, the exit code of those that did if they have one in common, else 1."""
+    """0 if no cell failed, the exit code of the failed cells if it is the same for all, else 1."""
     codes = {outcome.exit_code for outcome in outcomes if outcome.status == "failed"}
     if not codes:
         return 0
@@ -89,7 +89,7 @@ def exit_code(outcomes: Sequence[Outcome]) -> int:
 
 
 def _key(cell: Cell, cache: Cache) -> str:
-    """Key of a cell, or nothing where its recipe is wrong or its checkpoint missing: the build will say so."""
+    """Cache key of a cell, or empty if its recipe is wrong or its checkpoint missing, which the build will report."""
     try:
         return cache.key(make_recipe(cell.fields, where=cell.name))
     except (UsageError, CheckpointError, ArtifactError):
@@ -97,7 +97,7 @@ def _key(cell: Cell, cache: Cache) -> str:
 
 
 def _from_cache(cell: Cell, key: str, cache: Cache, output: Path) -> Outcome | None:
-    """The outcome of a cell that was built before; None if it was not."""
+    """The outcome of a cell that is in the cache, or None."""
     started = time.perf_counter()
     if not cache.restore(key, output / cell.name):
         return None
@@ -109,7 +109,7 @@ def _from_cache(cell: Cell, key: str, cache: Cache, output: Path) -> Outcome | N
 
 
 def _write(output: Path, cells: Sequence[Cell], done: dict[str, Outcome]) -> None:
-    """Write the summary of what is done so far, whole or not at all."""
+    """Write the summary of the finished cells atomically."""
     outcomes = [asdict(done[cell.name]) for cell in cells if cell.name in done]
     content = {
         "schema_version": 1,

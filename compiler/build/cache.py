@@ -1,7 +1,7 @@
-"""A cache of artifacts by their content: the digests of the source, the recipe and the versions of all tools.
+"""A cache of artifacts. The key is a digest of the source, the recipe and the versions of all tools.
 
-An entry appears whole or not at all, so a build that was killed leaves nothing that could be taken for a result. Large
-files are hard links where the file system allows: an entry and what was built of it take the place of one.
+Entries are written atomically, so a killed build leaves none. Large files are hard links if the file system supports
+them, so an entry and the artifacts made from it take the space of one artifact.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ _TEXTS = ("calibration", "text")
 
 
 def default_directory() -> Path:
-    """Where builds are cached unless another place is named."""
+    """The default directory of the cache."""
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "moec" / "builds"
 
 
 class Cache:
-    """A directory of artifacts by key."""
+    """A directory of artifacts, each under its key."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory.expanduser().resolve()
         self._digests = Digests(self.directory / "digests.json")
 
     def key(self, recipe: Recipe) -> str:
-        """What decides every byte of the artifact of `recipe`, as a hex digest.
+        """The key of `recipe`: a hex digest of everything on which its artifact and verdicts depend.
 
         Raises:
             CheckpointError: The checkpoint or a text is missing.
-            ArtifactError: The baseline is no artifact.
+            ArtifactError: The baseline is not an artifact.
         """
         plain = recipe.model_dump(mode="json", exclude={"checkpoint", "revision", "trust_remote_code"})
         texts = {}
@@ -55,7 +55,7 @@ class Cache:
                 if location := (plain.get(section) or {}).pop(name, None):
                     texts[f"{section}.{name}"] = self._digests.of(Path(location))
         if baseline := (plain.get("latency") or {}).get("baseline"):
-            # Another artifact at the same place asks for another verdict.
+            # The verdict depends on the baseline's content, not on its path.
             plain["latency"]["baseline"] = read_manifest(Path(baseline))["digest"]
         decides = {
             "source": self._digests.of(resolve(recipe.checkpoint, recipe.revision)),
@@ -67,10 +67,13 @@ class Cache:
         return sha256_of_json(decides)
 
     def restore(self, key: str, output: Path) -> bool:
-        """Put the artifact of `key` at `output`, replacing an artifact there; False if it is not here, or was changed.
+        """Put the artifact of `key` at `output`, replacing an artifact there.
+
+        Returns:
+            False if the cache has no such entry, or its files have changed.
 
         Raises:
-            OutputError: `output` holds something else, or cannot be written.
+            OutputError: `output` holds other files than an artifact, or cannot be written.
         """
         entry = self._entry(key)
         try:
@@ -88,7 +91,7 @@ class Cache:
         return True
 
     def store(self, key: str, artifact: Path) -> None:
-        """Keep an artifact. One that is here already stays.
+        """Add an artifact to the cache; an existing entry is kept.
 
         Raises:
             OutputError: The cache cannot be written.
@@ -103,7 +106,7 @@ class Cache:
         except OSError as error:
             raise OutputError(
                 f"{self.directory}: the cache cannot be written: {error.strerror or error}",
-                hint="name another directory with --cache",
+                hint="give another directory with --cache",
             ) from error
 
     def _entry(self, key: str) -> Path:
@@ -115,7 +118,7 @@ class Cache:
         except OSError as error:
             raise OutputError(
                 f"{self.directory}: the cache cannot be written: {error.strerror or error}",
-                hint="name another directory with --cache",
+                hint="give another directory with --cache",
             ) from error
 
 
@@ -126,7 +129,7 @@ def _unless_there(whole: Path, entry: Path) -> None:
 
 @functools.cache
 def tools() -> Mapping[str, Any]:
-    """What else decides an artifact: moec, its code, Python, and every distribution that is installed."""
+    """The tools on which an artifact depends: moec and its code, Python, and all installed distributions."""
     root = Path(moec.__file__).parent
     packages = ("compiler", "passes", "quantize", "targets")
     modules = (path for package in packages for path in sorted((root / package).rglob("*.py")))
@@ -140,7 +143,7 @@ def tools() -> Mapping[str, Any]:
 
 
 def _states(directory: Path) -> dict[str, list[int]]:
-    """File -> size and time of its last change: what is cheap to compare for any size."""
+    """File -> size and time of last change, which are cheap to compare for files of any size."""
     files = sorted(path for path in directory.rglob("*") if path.is_file())
     return {
         path.relative_to(directory).as_posix(): [(found := path.stat()).st_size, found.st_mtime_ns] for path in files
@@ -148,7 +151,7 @@ def _states(directory: Path) -> dict[str, list[int]]:
 
 
 def _same(output: Path, artifact: Path) -> bool:
-    """Whether `output` is this artifact already, but for its reports."""
+    """Whether `output` is this artifact already, apart from its reports."""
     if not is_artifact(output) or not (output / JSON).is_file():
         return False
     found, wanted = (
@@ -158,7 +161,7 @@ def _same(output: Path, artifact: Path) -> bool:
 
 
 def _link(source: Path, destination: Path) -> None:
-    """Fill `destination` with the files of `source`; reports are copied, since `moec validate` writes them anew."""
+    """Link the files of `source` into `destination`; reports are copied, since `moec validate` rewrites them."""
 
     def transfer(first: str, second: str) -> str:
         if Path(first).name not in REPORTS:

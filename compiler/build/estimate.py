@@ -1,4 +1,4 @@
-"""`moec estimate`: bytes, FLOPs, latency, whether it fits, and what a million tokens cost."""
+"""`moec estimate`: bytes, FLOPs, latency, memory and the cost of a million tokens."""
 
 from __future__ import annotations
 
@@ -28,18 +28,20 @@ HERE = "this machine, one thread"
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is asked for.
+    """The configuration to estimate.
 
     Attributes:
         checkpoint: Directory or hub id.
         target: Name of the target.
-        quantize: Format; formats that are chosen by measuring (`auto`) are refused.
+        quantize: Format of the weights; `auto`, which needs measurements, is refused.
         dtype: Precision of what is not quantized.
         routing: Name of a policy, or None.
-        kept_share: Share of the pretrained top-k that it keeps.
-        context: Tokens before the decode step.
-        device: Name of a profile; None is this machine.
-        price_per_hour: Of the device.
+        kept_share: Share of the pretrained top-k that the policy keeps.
+        context: Tokens in the KV cache before the decode step.
+        device: Name of a device profile; None is this machine.
+        price_per_hour: Price of the device per hour.
+        trust_remote_code: Whether to run modelling code of the checkpoint.
+        revision: Branch, tag or commit of a hub id.
     """
 
     checkpoint: str
@@ -56,28 +58,31 @@ class Wanted:
 
 
 def estimate(wanted: Wanted, progress: Progress) -> dict[str, Any]:
-    """Estimate; JSON-able. No weight is read.
+    """The estimate as a mapping for JSON. No weight is read.
 
     Raises:
-        UsageError: The format needs the model to be measured, or the device is unknown.
+        UsageError: The format is `auto`, the device or policy is unknown, or the policy has no budget.
         MoecError: As for an export.
     """
     if wanted.quantize == "auto":
-        raise UsageError("auto chooses formats by measuring the model", hint="name a format, such as int4")
+        raise UsageError(
+            "--quantize auto cannot be estimated: it chooses formats by measuring the model",
+            hint="give a format, such as int4",
+        )
     if wanted.device is not None:
         load_device(wanted.device)
     if wanted.routing is not None:
         policy_type(wanted.routing)
         if not 0 < wanted.kept_share < 1:
             raise UsageError(
-                f"what {wanted.routing} saves depends on its budget",
+                f"the saving of {wanted.routing} depends on its budget, and none is given",
                 hint="give the share of the top-k that it keeps, such as --expert-budget 0.6",
             )
     return predict(*counted(wanted), wanted, progress)
 
 
 def predict(counts: Counts, stored: Mapping[str, str], wanted: Wanted, progress: Progress) -> dict[str, Any]:
-    """The estimate of a Program that is counted already; `stored` are its formats, see `counting.formats`."""
+    """The estimate from the counts of a Program; `stored` are its formats, from `counting.formats`."""
     device = None if wanted.device is None else load_device(wanted.device)
     where = _device(device) if device else _here()
     found = {
@@ -95,7 +100,7 @@ def predict(counts: Counts, stored: Mapping[str, str], wanted: Wanted, progress:
 
 
 def counted(wanted: Wanted) -> tuple[Counts, dict[str, str]]:
-    """What the Program counts, and the formats in it."""
+    """The counts of the Program of a configuration, and its formats."""
     fields: dict[str, Any] = {"checkpoint": wanted.checkpoint, "target": wanted.target, "dtype": wanted.dtype}
     recipe = make_recipe(
         {
@@ -132,7 +137,7 @@ def _latency(
     device: Device | None,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Roofline, which nothing is faster than, and on this machine the time by measured speeds."""
+    """The roofline (a lower bound), on this machine also the time by measured speeds; memory; cost."""
     read = sum(counts.read_bytes.values()) + counts.states_at(wanted.context)
     roofline = read / where["bandwidth"]
     if where["flops"]:
@@ -151,17 +156,17 @@ def _latency(
 
 
 def _states(states: Mapping[str, int]) -> str:
-    """What the states of a sequence take, which of recurrent layers does not grow."""
+    """The size of the states of a sequence; those of recurrent layers do not grow."""
     growing = f"{states['bytes_per_token'] / 1e3:.3g} kB per token"
     fixed = states["bytes_fixed"]
     return f"{growing} and {fixed / 1e3:.3g} kB whatever the context" if fixed else growing
 
 
 def describe(found: dict[str, Any]) -> list[tuple[str, str]]:
-    """The same for people."""
+    """The estimate as rows for people."""
     decode, memory, device = found["decode"], found["memory"], found["device"]
     unverified = "" if device["verified"] else " (figures not verified)"
-    bound = f"{decode['roofline'] * 1e3:.3g} ms at best, by bandwidth and peak FLOP/s"
+    bound = f"at least {decode['roofline'] * 1e3:.3g} ms, by bandwidth and peak FLOP/s"
     rows = [
         ("weights", f"{found['weights']['bytes'] / 1e6:.1f} MB"),
         (

@@ -1,4 +1,4 @@
-"""Calibration of one target and format: small random models are built, and their decode steps measured."""
+"""Calibration of the estimate for a target and formats: builds small random models and measures decode steps."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ SHAPES: tuple[Mapping[str, Any], ...] = (
     {"hidden_size": 1024, "layers": 2, "heads": 16, "experts": 8, "top_k": 1, "width": 256, "vocab_size": 16000},
     {"hidden_size": 256, "layers": 12, "heads": 8, "experts": 8, "top_k": 2, "width": 128, "vocab_size": 1000},
 )
-"""Each makes another kind of work dominate: nothing, experts, dense products, the number of operations."""
+"""Shapes of which each is dominated by other work: none, experts, dense products, the number of operations."""
 
 
 def speeds(target: str, dtype: str, formats: Mapping[str, str], progress: Progress) -> Speeds:
-    """Speeds of a target and of formats on this machine: from the cache, or measured now.
+    """Speeds of a target and formats on this machine, from the cache or measured now.
 
     Args:
         target: Name of the target.
         dtype: Precision of what is not quantized.
-        formats: Tensor class -> format of what is; see `counting.formats`.
-        progress: Told how many shapes are done.
+        formats: Tensor class -> format of its quantized weights, from `counting.formats`.
+        progress: Called for every shape that is measured.
     """
     found = known_speeds(target, dtype, formats, lambda: _calibrate(target, dtype, formats, progress))
     assert found is not None, "they were measured"
@@ -58,9 +58,13 @@ def _calibrate(target: str, dtype: str, formats: Mapping[str, str], progress: Pr
 def measure_decode(
     checkpoint: Path, output: Path, target: str, dtype: str, quantize: str | Mapping[str, Any]
 ) -> list[tuple[Counts, int, float]]:
-    """Build a checkpoint and measure decode steps on one thread: counts, context and seconds of each context."""
+    """Build a checkpoint and measure decode steps on one thread.
+
+    Returns:
+        Counts, context and seconds of a decode step, for each of `CONTEXTS` that fits.
+    """
     fields = {"checkpoint": str(checkpoint), "target": target, "dtype": dtype}
-    # No gate looks at these models, and what their weights are does not change how fast they run.
+    # Rounding to nearest suffices: the values of the weights do not change the speed.
     recipe = make_recipe({**fields, "quantize": {"format": quantize, "rounding": "rtn"}})
     counts = count(build_program(recipe))
     compile_recipe(recipe, output, gates=False)
@@ -74,12 +78,12 @@ def measure_decode(
 
 
 def undisturbed(series: Series) -> float:
-    """Median seconds of a call on an otherwise idle machine, as far as they can be told."""
+    """Median seconds of a call: CPU time if the machine was busy, else wall-clock time."""
     return statistics.median(series.calls(Clock.CPU if series.without_core() > BUSY else Clock.WALL))
 
 
 def write_random(directory: Path, shape: Mapping[str, Any]) -> Path:
-    """A checkpoint of random values."""
+    """Write an OLMoE checkpoint of random values with the sizes of `shape`; return `directory`."""
     import torch
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, OlmoeConfig

@@ -1,4 +1,4 @@
-"""Where the cells of a matrix are built: in processes of this machine, or on a Ray cluster."""
+"""Executors that build the cells of a matrix: in processes of this machine, or on a Ray cluster."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ Executor = Callable[[Sequence[Task], int], Iterator[Outcome]]
 
 
 def in_processes(tasks: Sequence[Task], jobs: int) -> Iterator[Outcome]:
-    """Build `jobs` cells at a time, each in a new process; outcomes come as they are ready.
+    """Build `jobs` cells at a time, each in a new process, and yield outcomes as they are ready.
 
-    The cores are shared out among the processes, unless OMP_NUM_THREADS says otherwise.
+    The processes share the cores equally, unless OMP_NUM_THREADS is set.
     """
     threads = max(1, (os.cpu_count() or 1) // jobs)
     environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
@@ -52,7 +52,7 @@ def _in_process(task: Task, environment: Mapping[str, str], running: set[subproc
         assert process.stdin is not None
         assert process.stdout is not None
         assert process.stderr is not None
-        # A worker that is dead already is found by what it leaves. The pipe stays open: the worker ends when it closes.
+        # A dead worker is noticed below. The pipe stays open, because the worker exits when it closes.
         with contextlib.suppress(BrokenPipeError):
             os.write(process.stdin.fileno(), (json.dumps(asdict(task)) + "\n").encode())
         with ThreadPoolExecutor(1) as reader:
@@ -68,10 +68,10 @@ def _in_process(task: Task, environment: Mapping[str, str], running: set[subproc
 
 
 def on_ray(tasks: Sequence[Task], jobs: int) -> Iterator[Outcome]:
-    """Build the cells on the Ray cluster that RAY_ADDRESS names, or on one that is started here.
+    """Build the cells on the Ray cluster that RAY_ADDRESS names, or on a local one that is started for it.
 
-    Checkpoints, outputs and the cache must be at the same place on every node. A cell takes one of the `jobs` shares of
-    the cores of a machine like this one; a worker that dies is started again once.
+    Checkpoints, outputs and the cache must have the same paths on every node. A cell takes 1 / `jobs` of the cores of a
+    machine like this one. A worker that dies is restarted once.
 
     Raises:
         MissingExtraError: Ray is not installed.
@@ -100,7 +100,7 @@ def on_ray(tasks: Sequence[Task], jobs: int) -> Iterator[Outcome]:
 
 
 def _on_node(task: dict[str, Any], path: list[str]) -> dict[str, Any]:
-    """Build one cell in a worker of Ray, which finds moec where the driver found it."""
+    """Build one cell in a Ray worker, which imports moec from the driver's path."""
     sys.path[:] = [*sys.path, *(entry for entry in path if entry not in sys.path)]
     return asdict(build(Task(**task)))
 

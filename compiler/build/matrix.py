@@ -1,4 +1,4 @@
-"""A matrix of builds: models x targets x quantization x routing, each combination a cell with a recipe of its own.
+"""A matrix of builds: models x targets x quantization x routing. Each combination is a cell with its own recipe.
 
 ```yaml
 models: [allenai/OLMoE-1B-7B-0924, ../golden_models/olmoe-tiny]
@@ -8,7 +8,7 @@ routing: {full: off, lean: {policy: top-p, budget: 0.7}}       # as in a recipe;
 common: {dtype: fp32, quality: {max_loss: 2%}}                 # in every recipe
 ```
 
-An axis is a list, or a mapping of short names, which cells and their directories are then called by.
+An axis is a list, or a mapping from short names, which then name the cells and their directories.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class Cell:
     """One build.
 
     Attributes:
-        name: Unique in the matrix; its directory is called so.
-        fields: Its recipe, not yet validated: what is wrong with it fails this cell alone.
+        name: Name of the cell and its directory, unique in the matrix.
+        fields: The recipe, which is validated when the cell is built, so that an error fails only this cell.
     """
 
     name: str
@@ -50,7 +50,7 @@ def read_matrix(path: Path) -> tuple[Cell, ...]:
     """Read a matrix file.
 
     Raises:
-        UsageError: It cannot be read, has an unknown key, an empty axis, or two cells of one name.
+        UsageError: It cannot be read, has an unknown key or an empty axis, or two cells have the same name.
     """
     content = read_yaml(path, UsageError, hint=f"a matrix is a mapping of the keys {', '.join(_KEYS)}")
     for key in content:
@@ -67,8 +67,8 @@ def read_matrix(path: Path) -> tuple[Cell, ...]:
     counts = Counter(cell.name for cell in cells)
     if twice := sorted(name for name, count in counts.items() if count > 1):
         raise UsageError(
-            f"{path}: two cells are called {twice[0]}",
-            hint="give names: 'quantize: {a: ..., b: ...}' in place of a list",
+            f"{path}: two cells have the name {twice[0]}",
+            hint="give names: 'quantize: {a: ..., b: ...}' instead of a list",
         )
     return cells
 
@@ -77,7 +77,7 @@ def _cells(content: Mapping[str, Any], common: Mapping[str, Any], path: Path) ->
     axes = [list(_axis(content.get(axis), axis, path)) for axis in AXES]
     if (count := math.prod(map(len, axes))) > MAX_CELLS:
         raise UsageError(
-            f"{path}: {count} cells, and a matrix may have {MAX_CELLS}", hint="split it, or shorten an axis"
+            f"{path}: it has {count} cells, and at most {MAX_CELLS} are allowed", hint="split it, or shorten an axis"
         )
     used = [len(axis) > 1 or number < 2 for number, axis in enumerate(axes)]
     for chosen in itertools.product(*axes):
@@ -93,7 +93,7 @@ def _axis(values: Any, axis: str, path: Path) -> Iterator[tuple[str, Mapping[str
         yield "", {}
         return
     if not isinstance(values, list | dict) or not values:
-        raise UsageError(f"{path}: {axis}: a list or a mapping of names is wanted, got {values!r}")
+        raise UsageError(f"{path}: {axis}: it must be a list or a mapping of names, got {values!r}")
     named = values.items() if isinstance(values, dict) else ((None, value) for value in values)
     for name, value in named:
         part = located(_part(axis, value), path.parent)

@@ -1,6 +1,6 @@
-"""`moec publish`: an artifact into a registry, with its version, digests and what the gates said.
+"""`moec publish`: put a verified artifact into a registry, with its version, digests and verdicts.
 
-A registry is a directory, or an MLflow tracking server. What goes in has just been verified.
+A registry is a directory or an MLflow tracking server. A directory has this layout:
 
 ```
 REGISTRY/NAME/index.json  VERSION/<the artifact>
@@ -52,16 +52,16 @@ def publish(
         directory: The artifact.
         to: A name in `REGISTRIES`.
         registry: Directory or address of the registry.
-        name: Of the model.
-        version: None: the next number.
-        allow_failed: Also take an artifact of which a gate failed or none ran.
+        name: Name of the model.
+        version: Version; None: the next number.
+        allow_failed: Whether to accept an artifact of which a gate failed or no gate has run.
 
     Returns:
-        `name`, `version`, `location` and the metadata that was stored.
+        `name`, `version`, `location` and the stored `metadata`.
 
     Raises:
-        ArtifactError: It is damaged, or a gate failed.
-        UsageError: There is no such kind of registry, or `name` or `version` cannot be one.
+        ArtifactError: The artifact is damaged, or a gate failed.
+        UsageError: The kind of registry is unknown, or `name` or `version` has invalid characters.
         OutputError: The registry cannot be written, or has this version already.
         MissingExtraError: MLflow is not installed.
     """
@@ -69,7 +69,9 @@ def publish(
         raise unknown(to, REGISTRIES, "unknown registry", "the registries")
     for what, text in (("name", name), ("as", version)):
         if text is not None and (not text or text.startswith(".") or set(text) & set("/\\:")):
-            raise UsageError(f"--{what}: {text!r} cannot be one", hint="no /, \\ or :, and no dot at the beginning")
+            raise UsageError(
+                f"--{what}: {text!r} is not allowed", hint="it must not have /, \\ or :, or begin with a dot"
+            )
     verify(directory)
     report = read_report(directory)
     if not allow_failed:
@@ -84,12 +86,12 @@ def _check_gates(directory: Path, report: Report) -> None:
         what = f"failed: {', '.join(failed)}" if failed else "no gate has run"
         raise ArtifactError(
             f"{directory}: not published: {what}",
-            hint="build it anew, or pass --allow-failed to publish it all the same",
+            hint="build it again, or pass --allow-failed to publish it nevertheless",
         )
 
 
 def _metadata(manifest: Mapping[str, Any], report: Report) -> dict[str, Any]:
-    """What a registry keeps beside the files."""
+    """The metadata that a registry stores with the files."""
     return {
         "digest": manifest["digest"],
         "files": manifest["files"],
@@ -110,8 +112,8 @@ def _to_directory(
     numbers = [int(entry["version"]) for entry in index if entry["version"].isdigit()]
     if version is not None and (shelf / version).exists():
         raise OutputError(
-            f"{shelf}: it has a version {version} already",
-            hint=f"give another one with --as, or leave it out: the next number is {max(numbers, default=0) + 1}",
+            f"{shelf}: version {version} exists already",
+            hint=f"give another version with --as, or omit it to get {max(numbers, default=0) + 1}",
         )
     version = version or str(max(numbers, default=0) + 1)
     with staged(shelf / version) as place:
@@ -125,7 +127,7 @@ def _read_index(shelf: Path) -> list[dict[str, Any]]:
     path = shelf / INDEX
     if not path.exists():
         return []
-    hint = "restore it, or name another registry"
+    hint = "restore the file, or give another registry"
     content = read_json(path, OutputError, hint=hint)
     try:
         return [entry.model_dump() for entry in _Index.model_validate(content).versions]
@@ -144,7 +146,7 @@ def _to_mlflow(
     directory: Path, name: str, version: str | None, registry: str, metadata: Mapping[str, Any]
 ) -> dict[str, Any]:
     if version is not None:
-        raise UsageError("--as: MLflow numbers versions itself", hint="leave it out")
+        raise UsageError("--as: MLflow numbers versions itself", hint="omit --as")
     if importlib.util.find_spec("mlflow") is None:
         raise MissingExtraError("mlflow is not installed", hint="pip install 'moec[mlflow]'")
     import mlflow
@@ -166,7 +168,7 @@ def _to_mlflow(
         made = client.create_model_version(name, source, run.info.run_id, tags=dict(_tags(metadata)))
         client.set_terminated(run.info.run_id)
     except (MlflowException, ImportError, OSError) as error:
-        # Files and databases need the whole package mlflow, which refuses some of them; a server serves all.
+        # File and database URIs need the full mlflow package, and some are refused; a server always works.
         hint = "" if registry.startswith(("http://", "https://")) else "mlflow server --backend-store-uri ..., then "
         raise OutputError(
             f"{registry}: MLflow refuses: {first_line(error)}",
@@ -176,7 +178,7 @@ def _to_mlflow(
 
 
 def _tags(metadata: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Metadata as tags, which are flat and short."""
+    """The metadata as MLflow tags, which are flat and limited in length."""
     yield "moec.digest", metadata["digest"]
     yield "moec.proven", metadata["proven"]
     for gate, status in metadata["gates"].items():
@@ -192,5 +194,5 @@ REGISTRIES: Mapping[str, Registry] = {"dir": _to_directory, "mlflow": _to_mlflow
 
 
 def _outside(directory: Path) -> Callable[[str, list[str]], list[str]]:
-    """What `shutil.copytree` leaves out: links that lead out of the artifact, which are no part of it."""
+    """An `ignore` function for `shutil.copytree` that leaves out links to places outside the artifact."""
     return lambda folder, names: [name for name in names if leads_out(directory, Path(folder, name))]

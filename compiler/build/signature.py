@@ -1,6 +1,6 @@
 """Signatures of artifacts: `moec.json.minisig`, made by `minisign -Sm out/moec.json`.
 
-moec.json holds the digest of every other file, so its signature is one for the whole artifact.
+moec.json holds the digest of every other file, so its signature covers the whole artifact.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ FILE = f"{MANIFEST}.minisig"
 
 
 def is_signed(directory: Path) -> bool:
-    """Whether there is a signature."""
+    """Whether the artifact has a signature file."""
     return (directory / FILE).is_file()
 
 
@@ -29,17 +29,17 @@ def check(directory: Path, public_key: str | None) -> str:
         The trusted comment of the signature.
 
     Raises:
-        UsageError: There is a signature and no key, or what is given is none.
-        ArtifactError: There is no signature, or it is not one of this key for this moec.json.
-        MissingExtraError: The library is missing.
+        UsageError: No key is given, or it is neither a key nor a key file.
+        ArtifactError: There is no signature, or it is not valid for this key and this moec.json.
+        MissingExtraError: py-minisign is not installed.
     """
     path = directory / FILE
     if not path.is_file():
         raise ArtifactError(f"{directory}: not signed: it has no {FILE}", hint=f"minisign -Sm {directory / MANIFEST}")
     if public_key is None:
         raise UsageError(
-            f"{directory}: signed, and no key is given to check it by",
-            hint="give --public-key FILE, or --ignore-signature to check the digests alone",
+            f"{directory}: it is signed, and no key is given to check the signature",
+            hint="give --public-key FILE, or --ignore-signature to check only the digests",
         )
     try:
         import minisign
@@ -50,14 +50,14 @@ def check(directory: Path, public_key: str | None) -> str:
         key = minisign.PublicKey.from_file(where) if where.is_file() else minisign.PublicKey.from_base64(public_key)
     except (minisign.ParseError, ValueError, OSError) as error:
         raise UsageError(
-            f"--public-key: neither a file of minisign nor a key: {public_key}", hint="such as minisign.pub"
+            f"--public-key: neither a key file of minisign nor a key: {public_key}", hint="give minisign.pub, say"
         ) from error
     try:
         signature = minisign.Signature.from_file(path)
         key.verify((directory / MANIFEST).read_bytes(), signature)
     except (minisign.ParseError, minisign.VerifyError, ValueError, OSError) as error:
         raise ArtifactError(
-            f"{path}: not a signature of this {MANIFEST} by the given key: {error}",
+            f"{path}: not a valid signature of this {MANIFEST} by the given key: {error}",
             hint="get the artifact again from a source that you trust",
         ) from error
     return str(signature.trusted_comment)

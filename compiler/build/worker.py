@@ -1,7 +1,7 @@
-"""One cell of a matrix, built in a process of its own: what one build does to memory or crashes concerns no other.
+"""Builds one cell of a matrix in a process of its own, so that its memory use and crashes do not affect other cells.
 
-`python -m moec.compiler.build.worker` reads the cell as one line of JSON and prints what came of it as one line. It
-ends when its standard input does, so that nothing is left running when the process that started it is killed.
+`python -m moec.compiler.build.worker` reads the cell as one line of JSON and prints the outcome as one line. It exits
+when its standard input is closed, so nothing keeps running when the parent process is killed.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ INTERNAL = 70
 
 @dataclass(frozen=True)
 class Task:
-    """What a worker is told.
+    """The task of a worker.
 
     Attributes:
-        name: Of the cell.
-        fields: Its recipe.
-        output: Where the artifact shall be.
+        name: Name of the cell.
+        fields: Recipe of the cell.
+        output: Directory of the artifact.
         cache: Directory of the cache.
-        key: Under which the cache keeps it; empty: not at all.
-        gates: Whether the artifact is proven.
+        key: Key in the cache; empty: do not cache.
+        gates: Whether to run the gates.
     """
 
     name: str
@@ -50,13 +50,13 @@ class Task:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a cell.
+    """The outcome of a cell.
 
     Attributes:
-        name: Of the cell.
+        name: Name of the cell.
         status: "built", "cached" or "failed".
-        exit_code: What `moec export` would have returned.
-        summary: Why it failed, or the gates in a line.
+        exit_code: Exit code that `moec export` would have.
+        summary: Why it failed, or the first verdicts in one line.
         seconds: Wall-clock time.
         bytes: Size of the artifact.
         verdicts: Gate -> status.
@@ -72,9 +72,9 @@ class Outcome:
 
 
 def build(task: Task) -> Outcome:
-    """Build one cell and keep it in the cache if nothing failed.
+    """Build one cell, and add it to the cache if nothing failed.
 
-    Never raises what a recipe, a checkpoint or a fault of moec may bring up: a cell that fails is an outcome.
+    Every error, including a fault of moec, becomes an outcome with the status "failed".
     """
     from moec.compiler.pipeline.export import compile_recipe
 
@@ -87,7 +87,7 @@ def build(task: Task) -> Outcome:
             Cache(Path(task.cache)).store(task.key, output)
     except MoecError as error:
         return failed(task, error.message + (f" ({error.hint})" if error.hint else ""), error.exit_code, started)
-    except Exception as error:  # noqa: BLE001 - a fault that nobody foresaw fails this cell, and no other
+    except Exception as error:  # noqa: BLE001 - an unexpected error fails only this cell
         return failed(task, f"internal: {type(error).__name__}: {first_line(error)}", INTERNAL, started)
     said = result.failed or result.verdicts
     return Outcome(
@@ -102,7 +102,7 @@ def build(task: Task) -> Outcome:
 
 
 def failed(task: Task, why: str, code: int, started: float) -> Outcome:
-    """The outcome of a cell without an artifact; one of an earlier matrix does not stay in its place."""
+    """The outcome of a cell without an artifact; an artifact of an earlier run is removed."""
     output = Path(task.output)
     if is_artifact(output):
         shutil.rmtree(output)

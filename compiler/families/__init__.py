@@ -1,1 +1,1 @@
-"""Tiny models of every family and released model, and the pages that say what works for each."""
+"""Tiny models of every family and released model, and the pages that list what works for each."""

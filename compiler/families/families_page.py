@@ -1,7 +1,7 @@
-"""What works for which model family: tiny random checkpoints, captured, proven and, if asked, lowered.
+"""`moec families --check`: capture and prove a tiny random checkpoint of each family, and lower it if asked.
 
-`moec families --check --target onnx -o docs/families.md` writes the page of the documentation. With `--recipe`, once or
-several times, every family is built by each of these recipes: with dynamic routing, say, or quantized.
+`moec families --check --target onnx -o docs/families.md` writes the page of the documentation. With one or several
+`--recipe`, every family is built by each of these recipes, for example with dynamic routing or quantized.
 """
 
 from __future__ import annotations
@@ -37,16 +37,15 @@ Written by `{command}`.
 
 @dataclass(frozen=True, slots=True)
 class FamilyRow:
-    """What was found for one family.
+    """The results of one family.
 
     Attributes:
-        family: Its name.
+        family: Name of the family.
         captured: Whether it can be captured.
-        proven: Whether the captured Program equals the model of transformers.
-        artifacts: For each recipe, by its title, whether the artifact passed its gates; `IN_PART` if none failed, but
-            one could not run here.
-        reasons: What does not work, or could not be proven here -> module and cause; `captured`, `proven` or the title
-            of a recipe.
+        proven: Whether the captured Program computes the same as the model of transformers.
+        artifacts: Title of a recipe -> `YES` if the artifact passed its gates, `NO` if one failed, `IN_PART` if none
+            failed but one could not run here.
+        reasons: "captured", "proven" or the title of a recipe -> why it does not work or could not be proven here.
     """
 
     family: str
@@ -57,19 +56,19 @@ class FamilyRow:
 
     @property
     def works(self) -> bool:
-        """Whether all that was asked for is proven."""
+        """Whether the capture is proven and no artifact failed."""
         return self.proven and NO not in self.artifacts.values()
 
     def as_dict(self) -> dict[str, Any]:
-        """The row, JSON-able."""
+        """The row as a mapping for JSON."""
         return asdict(self)
 
 
 def choose(names: Sequence[str]) -> tuple[str, ...]:
-    """`names`, or all families if there are none.
+    """`names`, or all families if `names` is empty.
 
     Raises:
-        UsageError: One is unknown.
+        UsageError: A family is unknown.
     """
     return chosen(names, family_names(), "unknown model family", "the families")
 
@@ -78,13 +77,13 @@ def check(names: Iterable[str], recipes: Mapping[str, Mapping[str, Any]], *, pro
     """Check one family after the other.
 
     Args:
-        names: Families.
-        recipes: Recipes by title, each whole but for the checkpoint. A family is built by every one of them, and the
-            artifact goes through all gates; without any, the check stops after capture.
-        progress: Told about every family.
+        names: Names of families.
+        recipes: Title -> recipe without a checkpoint. Every family is built by each recipe, and the artifact goes
+            through all gates; without recipes, the check stops after capture.
+        progress: Called for every family.
 
     Raises:
-        UsageError: A recipe makes no sense.
+        UsageError: A recipe is not valid.
     """
     for title, fields in recipes.items():
         make_recipe({**fields, "checkpoint": "tiny"}, where=title)
@@ -125,7 +124,13 @@ def _check(name: str, recipes: Mapping[str, Mapping[str, Any]], folder: Path) ->
 
 
 def build(fields: Mapping[str, Any], output: Path, captures: Captures) -> tuple[str, str]:
-    """Whether the artifact passed its gates, and what those say that did not. Builds of one model share `captures`."""
+    """Build an artifact: `YES`, `IN_PART` or `NO`, and the reason unless it is `YES`.
+
+    Args:
+        fields: The recipe.
+        output: Directory of the artifact.
+        captures: Captures that builds of one model share.
+    """
     from moec.compiler.common.verdict import Status
     from moec.compiler.gates.parity import EXIT_CODE
     from moec.compiler.pipeline.export import compile_recipe
@@ -134,7 +139,7 @@ def build(fields: Mapping[str, Any], output: Path, captures: Captures) -> tuple[
         result = compile_recipe(make_recipe(fields, where="recipe"), output, captures=captures)
     except MoecError as error:
         return NO, error.message
-    # Quality and latency ask for limits, which tiny random models have none of; the proof must be whole.
+    # Quality and latency need limits, which make no sense for tiny random models; all other gates must pass.
     asked = [verdict for verdict in result.verdicts if verdict.exit_code == EXIT_CODE or verdict.status.failed]
     open_ = [verdict for verdict in asked if verdict.status is not Status.PASS]
     failed = [verdict for verdict in open_ if verdict.status.failed]
@@ -146,13 +151,13 @@ def _summary(verdicts: Sequence[Verdict]) -> str:
 
 
 class Notes:
-    """Reasons below a table, each once, to which its cells refer by number."""
+    """Numbered notes below a table, each listed once, to which cells refer."""
 
     def __init__(self) -> None:
         self._numbers: dict[str, int] = {}
 
     def of(self, reasons: Mapping[str, str]) -> str:
-        """The cell for what does not work -> why."""
+        """The text of a cell for `reasons` (title of a column -> reason)."""
         titles: dict[int, list[str]] = {}
         for title, reason in reasons.items():
             number = self._numbers.setdefault(" ".join(reason.split()), len(self._numbers) + 1)
@@ -160,13 +165,13 @@ class Notes:
         return "; ".join(f"{', '.join(found)}: [{number}]" for number, found in titles.items())
 
     def text(self) -> str:
-        """The list, empty where nothing has a reason."""
+        """The list of notes; empty if there are none."""
         rows = (f"{number}. {reason}" for reason, number in self._numbers.items())
         return "\n".join(["", "## Notes", "", *rows]) if self._numbers else ""
 
 
 def markdown(rows: Sequence[FamilyRow], command: str) -> str:
-    """The page: the command that made it, counts, then one table row for each family."""
+    """The page in Markdown: the command that wrote it, counts, and a table with a row for each family."""
     titles = list(rows[0].artifacts) if rows else []
     header = [
         "family",
@@ -187,10 +192,10 @@ def markdown(rows: Sequence[FamilyRow], command: str) -> str:
 
 
 def write_page(path: Path, text: str) -> None:
-    """Write the page.
+    """Write a page.
 
     Raises:
-        OutputError: It cannot be written.
+        OutputError: The file cannot be written.
     """
     try:
         path.write_text(text + "\n", encoding="utf-8")

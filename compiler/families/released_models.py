@@ -1,7 +1,7 @@
 """Tiny random checkpoints with the configurations of released models, from `golden_models/released.yaml`.
 
-config.json is the published one with its sizes reduced: keys, layer patterns, flags, windows, scaling, dtypes and
-wrappers are as people download them. The tensors have the names and the dtype of the release.
+config.json is the published one with reduced sizes: keys, layer patterns, flags, windows, scaling, dtypes and wrappers
+are those of the release. The tensors have the names and the dtype of the release.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _STORED = "quantization_config"
 
 @functools.cache
 def _released() -> dict[str, dict[str, Any]]:
-    """The table of the data file: name -> source, config, and what the test reduces."""
+    """The table of the data file: name -> source, config, and reduced sizes."""
     text = (importlib.resources.files("moec") / "golden_models" / "released.yaml").read_text(encoding="utf-8")
     data: dict[str, dict[str, dict[str, Any]]] = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     return data["released"]
@@ -52,7 +52,7 @@ def released_config(name: str) -> dict[str, Any]:
 
 
 def _merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """`values` with `changes`, mappings key by key."""
+    """`values` updated with `changes`, recursively for mappings."""
     result = copy.deepcopy(dict(values))
     for key, change in changes.items():
         old = result.get(key)
@@ -66,7 +66,7 @@ def _merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, 
 def write_released_checkpoint(name: str, directory: Path, *, seed: int = 0) -> Path:
     """Write config.json, model.safetensors and tokenizer.json of a tiny model with a released configuration.
 
-    Weights that the release stores quantized are written in its float dtype, and config.json says nothing of it.
+    If the release is quantized, the weights are written in its float dtype, without a quantization_config.
 
     Args:
         name: One of `released_names()`.

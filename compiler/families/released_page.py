@@ -1,4 +1,4 @@
-"""What works for which released model: a tiny checkpoint of each configuration, built in every way and proven.
+"""`moec families --released`: build and prove a tiny checkpoint with the configuration of each released model.
 
 `moec families --released --resume rows.jsonl -o docs/released.md` writes the page of the documentation.
 """
@@ -30,7 +30,7 @@ FORMS: Mapping[str, Mapping[str, Any]] = {
     "static int4": {"quantize": _INT4},
     "top-p int4": {"quantize": _INT4, "routing": _TOP_P},
 }
-"""What each model is built as, by the title of its column."""
+"""Title of a column -> recipe keys of the configuration in which each model is built."""
 
 _INTRODUCTION = """# Released models
 
@@ -46,14 +46,14 @@ Written by `{command}`.
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """What was found for one released model, built for one target in one form.
+    """The result of one released model for one target in one of `FORMS`.
 
     Attributes:
-        model: Its name.
+        model: Name of the model.
         target: Name of the target.
         form: One of `FORMS`.
         found: YES, IN_PART or NO.
-        reason: What the gates say that did not pass, or why there is no artifact; empty where all is well.
+        reason: The gates that did not pass, or why there is no artifact; empty for YES.
     """
 
     model: str
@@ -64,10 +64,10 @@ class Cell:
 
 
 def choose(names: Sequence[str]) -> tuple[str, ...]:
-    """`names`, or all released models if there are none.
+    """`names`, or all released models if `names` is empty.
 
     Raises:
-        UsageError: One is unknown.
+        UsageError: A model is unknown.
     """
     return chosen(names, released_names(), "unknown released model", "the models")
 
@@ -83,14 +83,14 @@ def check(
     """Build and prove one released model after the other.
 
     Args:
-        names: Released models.
+        names: Names of released models.
         targets: Names of targets.
-        forms: Titles in `FORMS`.
-        resume: File of one JSON object a line: what it has is not built again, what is built is added at once.
-        progress: Told about every cell.
+        forms: Keys of `FORMS`.
+        resume: File with one result per line in JSON. Results in it are not built again, and new ones are appended.
+        progress: Called for every result.
 
     Raises:
-        UsageError: `resume` holds something else.
+        UsageError: `resume` does not hold such results.
         OutputError: `resume` cannot be written.
     """
     known = {(cell.model, cell.target, cell.form): cell for cell in _read(resume)}
@@ -109,7 +109,7 @@ def check(
 
 
 class _Checkpoints:
-    """The checkpoint of the model that is being built, written once, and captured once in each dtype."""
+    """The checkpoint of the current model, which is written once and captured once per dtype."""
 
     def __init__(self, folder: Path) -> None:
         from moec.compiler.pipeline.captures import Captures
@@ -146,7 +146,9 @@ def _read(resume: Path | None) -> list[Cell]:
     try:
         return [Cell(**json.loads(line)) for line in resume.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, ValueError, TypeError) as error:
-        raise UsageError(f"{resume}: no rows of released models: {error}", hint="give another file") from error
+        raise UsageError(
+            f"{resume}: not a file of results of released models: {error}", hint="give another file"
+        ) from error
 
 
 def _append(resume: Path | None, cell: Cell) -> None:
@@ -160,7 +162,7 @@ def _append(resume: Path | None, cell: Cell) -> None:
 
 
 def markdown(cells: Sequence[Cell], command: str) -> str:
-    """The page: the command that made it, counts, then one table row for each model and target."""
+    """The page in Markdown: the command that wrote it, counts, and a table with a row for each model and target."""
     forms = list(dict.fromkeys(cell.form for cell in cells))
     rows: dict[tuple[str, str], dict[str, Cell]] = {}
     for cell in cells:

@@ -1,8 +1,7 @@
-"""Tiny random checkpoints of many MoE families, made in code from `golden_models/families.yaml`.
+"""Tiny random checkpoints of many MoE families, from the configurations in `golden_models/families.yaml`.
 
-They are what a family is checked with: `moec families --check` and the tests build one, capture it and
-compare with Transformers. Every trait of the family is kept (window, grouped-query heads, dense-first
-layers, biases, group-limited routing) at a size that runs in milliseconds.
+`moec families --check` and the tests capture them and compare them with transformers. They have every trait of the
+family (window, grouped-query heads, dense first layers, biases, group-limited routing) and run in milliseconds.
 """
 
 from __future__ import annotations
@@ -40,12 +39,12 @@ def _families() -> dict[str, dict[str, Any]]:
 
 
 def family_names() -> tuple[str, ...]:
-    """Names of all families that a tiny checkpoint can be made of, sorted."""
+    """Names of all families with a tiny configuration, sorted."""
     return tuple(sorted(_families()))
 
 
 def tiny_config(family: str, **overrides: Any) -> PreTrainedConfig:
-    """Transformers config of a tiny model.
+    """The transformers config of a tiny model.
 
     Args:
         family: One of `family_names()`.
@@ -64,11 +63,11 @@ def tiny_config(family: str, **overrides: Any) -> PreTrainedConfig:
 
 
 def tiny_model(family: str, *, seed: int = 0, **overrides: Any) -> PreTrainedModel:
-    """Random float32 model on the CPU in evaluation mode, with eager attention.
+    """A random float32 model on the CPU in evaluation mode, with eager attention.
 
     Args:
         family: One of `family_names()`.
-        seed: Seed of every weight; the global random state is left as it was.
+        seed: Seed of every weight; the global random state is not changed.
         overrides: See `tiny_config`.
 
     Raises:
@@ -80,13 +79,13 @@ def tiny_model(family: str, *, seed: int = 0, **overrides: Any) -> PreTrainedMod
     config = tiny_config(family, **overrides)
     auto_class: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     with torch.random.fork_rng(devices=[]):
-        # Some classes draw their initial values, and `randomise` builds on those of vectors.
+        # Some classes initialise vectors randomly, and `randomise` adds noise to these values.
         torch.manual_seed(seed)
         model: PreTrainedModel = auto_class.from_config(config, attn_implementation="eager").float().eval()
     randomise(model, torch.Generator().manual_seed(seed), expert_count(config))
     for name, buffer in model.named_buffers():
         if name.endswith("balancing_biases"):
-            buffer[-1] = -1.0  # transformers 5.24 sets it so whenever it loads a checkpoint
+            buffer[-1] = -1.0  # as transformers 5.24 does whenever it loads a checkpoint
     return model
 
 
@@ -95,14 +94,14 @@ def write_tiny_checkpoint(
 ) -> Path:
     """Write config.json, generation_config.json and model.safetensors of a tiny random model.
 
-    The tensors get the names of released checkpoints (one tensor per expert where the family has them so).
+    The tensors have the names of released checkpoints, with one tensor per expert if the family has that.
 
     Args:
         family: One of `family_names()`.
-        directory: Where to write; made if it does not exist.
+        directory: Destination; made if it does not exist.
         seed: Seed of every weight.
         dtype: Name of a torch floating-point dtype, such as "float16".
-        tokenizer: Write a tokenizer.json too, of one token per character, so that text can be used.
+        tokenizer: Whether to write a tokenizer.json too, with one token per character, so that text can be used.
 
     Returns:
         `directory`.
@@ -126,7 +125,7 @@ def write_tiny_checkpoint(
 
 
 def character_tokenizer(vocab_size: int) -> Tokenizer:
-    """A token for every character below `vocab_size`; all others are token 0."""
+    """A tokenizer with a token for each character code below `vocab_size`; other characters are token 0."""
     from tokenizers import Tokenizer
     from tokenizers.models import BPE
 
@@ -135,7 +134,7 @@ def character_tokenizer(vocab_size: int) -> Tokenizer:
 
 
 def expert_count(config: PreTrainedConfig) -> int:
-    """Number of routed experts, 0 for a dense model; the key differs between families."""
+    """Number of routed experts, under any of the keys that families use; 0 for a dense model."""
     holders = [config, getattr(config, "ffn_config", None)]
     keys = ("n_routed_experts", "num_local_experts", "num_experts", "moe_num_experts")
     counts = [getattr(holder, key, None) for holder in holders if holder is not None for key in keys]
@@ -143,13 +142,18 @@ def expert_count(config: PreTrainedConfig) -> int:
 
 
 def randomise(model: PreTrainedModel, generator: torch.Generator, experts: int) -> None:
-    """Replace every floating-point weight so that nothing is degenerate and activations stay of order one.
+    """Replace every floating-point weight by random values that are not degenerate and keep activations of order one.
 
-    Freshly initialised models hide errors: biases and sinks are 0, norms are 1, and all experts are almost
-    equally likely. Matrices get a gain of 1 (router weights 2, which makes routing decided: the logits of the
-    experts spread by about 2), vectors keep their initial value plus noise, because whether a norm weight
-    belongs near 0 or near 1 is the family's choice. Tables that the class derives from each other, such as the rates of
-    lightning attention, stay as they are: they are buffers of three axes and more.
+    Freshly initialised models hide errors: biases and sinks are 0, norms are 1, and all experts are almost equally
+    likely. Matrices get a gain of 1, router weights a gain of 2, which spreads the router logits by about 2, so that
+    routing is decided. Vectors keep their initial value plus noise, because a norm weight may belong near 0 or near 1,
+    depending on the family. Buffers with three axes or more are not changed: they are tables that the class derives
+    from each other, such as the rates of lightning attention.
+
+    Args:
+        model: The model, changed in place.
+        generator: Source of the random values.
+        experts: Number of routed experts, by which router weights are recognised; 0 for a dense model.
     """
     import torch
 

@@ -1,1 +1,1 @@
-"""What an artifact or a Program costs: latency, bytes and FLOPs, and what routing saves."""
+"""Latency, bytes and FLOPs of artifacts and Programs, and the savings of dynamic routing."""

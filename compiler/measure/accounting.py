@@ -1,4 +1,4 @@
-"""What routing saves, always against the pretrained top-k: slots, expert FLOPs and weight bytes, experts by token."""
+"""Savings of dynamic routing relative to the pretrained top-k: slots, expert FLOPs and weight bytes."""
 
 from __future__ import annotations
 
@@ -20,18 +20,19 @@ if TYPE_CHECKING:
 def account(
     captured: Program, program: Program, windows: np.ndarray, capabilities: Mapping[Phase, Capabilities]
 ) -> dict[str, Any]:
-    """Count what `program` executes of the experts on text; JSON-able and the same on every run.
+    """Count the experts that `program` executes on text. The result is for JSON, and deterministic.
 
     Args:
-        captured: The Program without routing: its top-k is what shares are relative to.
+        captured: The Program without routing, whose top-k is the basis of all shares.
         program: The final Program.
         windows: Token ids [n, length].
-        capabilities: What the target does in each phase; one that cannot skip executes every slot that it routes.
+        capabilities: Phase -> capabilities of the target; a phase that cannot skip experts executes all routed slots.
 
     Returns:
-        `layers` (per MoE layer: pretrained top_k, `kept_share`, `kept_by_k`: share of the tokens that use 0, 1, ...
-        slots, `tokens`: per expert), `kept_share` of all slots, and per phase `executed_flops_share`, in
-        decode `bytes_per_token_share` (expert weights that one token reads), where nothing is skipped `reason`.
+        `layers`: for each MoE layer the pretrained `top_k`, `kept_share`, `kept_by_k` (share of the tokens that use 0,
+        1, ... slots) and `tokens` per expert. `kept_share`: share of all slots. `phases`: for each phase
+        `executed_flops_share`; in decode also `bytes_per_token_share` (expert weights that one token reads); and
+        `reason` if experts are not skipped.
     """
     collector = Collector(program)
     collector.run(windows)
@@ -63,7 +64,7 @@ def _layer(top_k: int, experts: int, trace: RoutingTrace) -> dict[str, Any]:
 
 
 def _expert_size(node: fx.Node) -> int:
-    """Weights of one expert: its FLOPs per token are twice that, its bytes are proportional to it."""
+    """Number of weights of one expert, to which its FLOPs and bytes are proportional."""
     first, second = (node.args[position] for position in (3, 5))
     assert isinstance(first, fx.Node)
     assert isinstance(second, fx.Node)
@@ -75,19 +76,19 @@ def _phase(phase: Phase, given: Capabilities, live: float, routed: float) -> dic
     found: dict[str, Any] = {"executed_flops_share": share}
     if not given.skips_experts:
         return {**found, "reason": f"logical saving only: {given.reason}"}
-    # In prefill many tokens share the experts that are read: only of a single token the bytes follow the slots.
+    # In prefill many tokens share the weights that are read, so only in decode the bytes follow the slots.
     return {**found, "bytes_per_token_share": live} if phase is Phase.DECODE else found
 
 
 def token_view(program: Program, ids: Sequence[int]) -> list[tuple[int, float, tuple[int, ...]]]:
-    """Experts that each token of a text uses.
+    """The number of experts that each token of a text uses.
 
     Args:
         program: The final Program.
         ids: Token ids of one sequence.
 
     Returns:
-        Per token: its id, the share of the slots that it uses, and the number of slots in each MoE layer.
+        For each token: its id, the share of the slots that it uses, and the number of used slots in each MoE layer.
     """
     collector = Collector(program)
     collector.run(np.asarray([ids], dtype=np.int64))

@@ -1,4 +1,4 @@
-"""What a model is, in figures: for moec.json, `moec inspect` and reports."""
+"""A model in figures, for moec.json, `moec inspect` and reports."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from moec.compiler.ir.weights import Constant
 
 
 def model_summary(program: Program) -> dict[str, Any]:
-    """Layers, parameters and states of a captured Program; JSON-able and the same on every rebuild.
+    """Layers, parameters and states of a Program, as a deterministic mapping for JSON.
 
-    `parameters.active` counts what one token uses: everything but the experts that it does not go to. Embeddings
-    are counted as a whole, a tied weight once.
+    `parameters.active` counts the parameters that one token uses: all but those of the experts to which it is not
+    routed. Embeddings are counted as a whole, and tied weights once.
     """
     total, active = _parameters(program)
     config = text_config(program.config)
@@ -62,11 +62,11 @@ def _states(program: Program) -> dict[str, Any]:
         "layers": len({state.layer for state in program.states}),
         "kinds": sorted({state.kind for state in program.states}),
         "bytes_per_token": per_token,
-        # Of a sequence, however long it is.
+        # Per sequence, independent of its length.
         "bytes_fixed": sum(map(_bytes, program.states)) - per_token,
     }
 
 
 def _bytes(state: StateSpec) -> int:
-    """Of one sequence, and of one token where there is a state of each."""
+    """Bytes of a state for one sequence, or per token for a KV cache."""
     return math.prod(size for size in state.input.shape if isinstance(size, int)) * state.input.dtype.itemsize

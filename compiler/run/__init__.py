@@ -1,1 +1,1 @@
-"""Running an artifact alone: text in, text out. Imports neither torch nor transformers."""
+"""Running artifacts: generation, chat and serving. Imports neither torch nor transformers."""

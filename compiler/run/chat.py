@@ -1,4 +1,4 @@
-"""Chat templates, rendered as transformers renders them, without importing it."""
+"""Chat templates, rendered as in transformers, without importing it."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from moec.compiler.common.model_config import chat_template, read_config
 
 
 class GenerationTag(Extension):
-    """`{% generation %}...{% endgeneration %}`, which marks the model's own turns for training: it changes no text."""
+    """`{% generation %}...{% endgeneration %}`, which marks the model's turns for training and changes no text."""
 
     tags = {"generation"}  # noqa: RUF012 - declared as an instance variable by jinja2
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
-        """Replace the block by what it encloses."""
+        """Replace the block by its body."""
         next(parser.stream)
         body: list[nodes.Node] = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return body
 
 
 def render_chat(directory: Path, messages: Sequence[Mapping[str, str]]) -> str:
-    """Text of a conversation, ready for the model's answer.
+    """The text of a conversation in the model's chat template, up to the start of the model's answer.
 
     Args:
-        directory: An artifact with `chat_template.jinja`, or a template in tokenizer_config.json.
+        directory: An artifact whose template is in `chat_template.jinja` or tokenizer_config.json.
         messages: Mappings with "role" and "content".
 
     Raises:
@@ -42,7 +42,7 @@ def render_chat(directory: Path, messages: Sequence[Mapping[str, str]]) -> str:
     """
     source = chat_template(directory)
     if source is None:
-        hint = "it continues texts alone: leave out --chat, ask /v1/completions"
+        hint = "it can only continue texts: omit --chat, or use /v1/completions"
         raise UsageError(f"{directory}: the model has no chat template", hint=hint)
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, GenerationTag]
@@ -58,15 +58,15 @@ def render_chat(directory: Path, messages: Sequence[Mapping[str, str]]) -> str:
     except TemplateSyntaxError as error:
         raise ArtifactError(f"{directory}: its chat template is damaged: {error}") from error
     except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, RecursionError) as error:
-        # A template is a program: what it computes on the messages may fail in any of these ways.
+        # A template is a program, which may fail on the messages in any of these ways.
         raise UsageError(f"{directory}: the chat template refuses the prompt: {first_line(error)}") from error
     return text
 
 
 def _tokenizer_config(directory: Path) -> dict[str, Any]:
-    """tokenizer_config.json; special tokens of the older special_tokens_map.json count where it lists no added tokens.
+    """tokenizer_config.json, merged with the older special_tokens_map.json if it lists no added tokens.
 
-    This is the order of `PreTrainedTokenizerBase._from_pretrained` in transformers 5.
+    The precedence is that of `PreTrainedTokenizerBase._from_pretrained` in transformers 5.
     """
     config = read_config(directory / "tokenizer_config.json")
     if "added_tokens_decoder" in config:
@@ -75,9 +75,9 @@ def _tokenizer_config(directory: Path) -> dict[str, Any]:
 
 
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    """What templates may use by name: bos_token and its like, and the tokens that the model names itself.
+    """Name -> special token that templates may use, such as bos_token, and the named tokens of the model.
 
-    These are the rules of `PreTrainedTokenizerBase.__init__` in transformers 5: keys that end in `_token`, and named
+    As in `PreTrainedTokenizerBase.__init__` of transformers 5, these are the keys that end in `_token` and the named
     tokens of `extra_special_tokens`.
     """
     named = {name: value for name, value in config.items() if name.endswith("_token")}
@@ -88,7 +88,7 @@ def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _text(token: Any) -> str:
-    """A special token is a string, or an object with its content."""
+    """The text of a special token, which is a string or a mapping with "content"."""
     return str(token.get("content", "")) if isinstance(token, Mapping) else str(token or "")
 
 
@@ -99,7 +99,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """The filter of transformers: jinja2's own escapes for HTML."""
+    """The `tojson` filter of transformers, which unlike jinja2's does not escape HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

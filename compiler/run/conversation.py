@@ -1,4 +1,4 @@
-"""A conversation with an artifact: turns in the model's chat template, on one session."""
+"""A conversation with an artifact: turns in the model's chat template, in one session."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from moec.compiler.text.sampling import Sampling
 
 
 class Conversation:
-    """Turns of a user and of the model.
+    """Turns of a user and the model.
 
-    A turn is the whole conversation in the model's chat template. Where its tokens begin with those that the session
-    has seen, only the rest is computed; templates that change what was said before (trimmed text, thoughts left out)
-    make it start again.
+    For each turn, the whole conversation is put into the model's chat template. If its tokens begin with those that the
+    session has seen, only the rest is computed. Templates that change earlier turns (by trimming text or leaving out
+    thoughts) make the session start again.
 
     Args:
         generator: The artifact.
-        session: A session of it, for this conversation alone.
-        sampling: How tokens are chosen.
-        max_new_tokens: Most tokens of an answer.
+        session: A session of it, used only by this conversation.
+        sampling: Sampling settings.
+        max_new_tokens: Largest number of tokens of an answer.
         stop: Strings before which an answer ends.
-        system: What the model is told before everything else; empty for nothing.
-        raw: No template, and the model sees no history: each text is continued by itself.
+        system: The system prompt; empty for none.
+        raw: Whether each text is continued on its own, without template and history.
 
     Raises:
         UsageError: The model has no chat template, unless `raw`.
@@ -46,13 +46,13 @@ class Conversation:
         if not raw and chat_template(generator.directory) is None:
             raise UsageError(
                 f"{generator.directory}: the model has no chat template, so it was not made for conversations",
-                hint="--raw continues each line by itself; a template of the model goes into chat_template.jinja",
+                hint="give --raw to complete each line on its own, or put a template into chat_template.jinja",
             )
         self.generator, self.session, self.sampling = generator, session, sampling
         self.max_new_tokens, self.stop, self.system, self.raw = max_new_tokens, tuple(stop), system, raw
         self.messages: list[dict[str, str]] = []
         self.statistics = Statistics()
-        """Of the last answer."""
+        """Statistics of the last answer."""
 
     @property
     def is_full(self) -> bool:
@@ -61,13 +61,14 @@ class Conversation:
         return limit is not None and counts.finish == "length" and counts.prompt_tokens + counts.new_tokens == limit
 
     def reset(self) -> None:
-        """Forget all turns; the system prompt stays."""
+        """Start a new conversation with the same system prompt."""
         self.messages.clear()
 
     def ask(self, text: str) -> abc.Generator[str, None, None]:
-        """Yield the answer to `text` step by step; a step that finishes no character yields an empty string.
+        """Yield the answer to `text` step by step; a step that completes no character yields an empty string.
 
-        What was said until the iterator is closed is part of the conversation. A turn without any answer is not.
+        The text yielded until the iterator is closed becomes part of the conversation. A turn without any answer does
+        not.
 
         Raises:
             UsageError: The context is full, or the template refuses the conversation.
@@ -94,7 +95,11 @@ class Conversation:
         return self.generator.encode_chat([*told, *messages])
 
     def _room(self, tokens: int) -> int:
-        """Tokens that an answer to a prompt of so many may have."""
+        """The largest number of tokens of an answer to a prompt of `tokens` tokens.
+
+        Raises:
+            UsageError: The context is full.
+        """
         limit = self.generator.context_length
         if limit is None:
             return self.max_new_tokens
@@ -102,6 +107,6 @@ class Conversation:
             what = "the text" if self.raw or not self.messages else "the conversation"
             raise UsageError(
                 f"the context is full: {what} has {tokens} tokens with this turn, and the artifact allows {limit}",
-                hint="say it in fewer words" if what == "the text" else "/reset starts a new conversation",
+                hint="shorten the text" if what == "the text" else "/reset starts a new conversation",
             )
         return min(self.max_new_tokens, limit - tokens)

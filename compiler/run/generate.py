@@ -1,4 +1,4 @@
-"""Text from an artifact alone: its Runner, its tokenizer file and its configs. Imports no torch and no transformers."""
+"""Generate text from an artifact by its Runner, tokenizer and configs. Imports neither torch nor transformers."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ GENERATION_CONFIG = "generation_config.json"
 
 
 class Generator:
-    """An artifact that writes text. `moec.load(directory)` makes one.
+    """Generates text from an artifact; made by `moec.load(directory)`.
 
     Args:
         directory: The artifact.
@@ -43,9 +43,9 @@ class Generator:
         inputs: Values of scalar inputs that have a default, such as {"routing_budget": 0.7}.
 
     Raises:
-        ArtifactError: No artifact, or a file is missing.
-        UsageError: The artifact has no such input.
-        MissingExtraError: Its runtime is not installed.
+        ArtifactError: The directory is not an artifact, or a file is missing.
+        UsageError: The artifact has no input of one of these names.
+        MissingExtraError: The runtime of the target is not installed.
     """
 
     def __init__(self, directory: str | Path, *, threads: int = 0, inputs: Mapping[str, float] | None = None) -> None:
@@ -54,13 +54,13 @@ class Generator:
         if missing := [name for name in self.manifest["files"] if not (self.directory / name).is_file()]:
             raise ArtifactError(f"{self.directory}: damaged: {', '.join(missing)} missing", hint="copy it again")
         self.statistics = Statistics()
-        """Of the generation that began last."""
+        """Statistics of the generation that was started last."""
         config = read_config(self.directory / "config.json")
         self._generation = read_config(self.directory / GENERATION_CONFIG)
         self.eos_token_ids = end_tokens(self._generation, config)
         self._bos_token_ids = token_ids("bos_token_id", self._generation, config, text_config(config))
         self._vocabulary = vocabulary_size(config)
-        self.sampling()  # a generation_config.json that makes no sense is said at once
+        self.sampling()  # raises for an invalid generation_config.json
         name = str(self.manifest.get("recipe", {}).get("target"))
         self.runner = get_target(name).open(self.directory, threads=threads)
         self.context_length = _least(context_length(config), limits_of(self.runner).max_sequence)
@@ -70,20 +70,24 @@ class Generator:
         self._lock = threading.Lock()
 
     def _scalars(self, inputs: Mapping[str, float]) -> dict[str, np.ndarray]:
-        """Values of scalar inputs as a runner takes them."""
+        """Values of scalar inputs as arrays for a runner.
+
+        Raises:
+            UsageError: The artifact has no such input, or its runner cannot set it.
+        """
         for name in inputs:
             if name not in self.scalar_inputs:
                 known = ", ".join(self.scalar_inputs)
-                hint = f"it has {known}" if known else "export with --routing-input to get one"
-                raise UsageError(f"{self.directory}: no scalar input '{name}' that could be set", hint=hint)
+                hint = f"its scalar inputs: {known}" if known else "export with --routing-input to get one"
+                raise UsageError(f"{self.directory}: it has no scalar input '{name}'", hint=hint)
             if not isinstance(self.runner, AdjustableRunner):
-                reason = f"{self.directory}: what runs it here feeds '{name}' its default and nothing else"
+                reason = f"{self.directory}: its runner supports only the default of '{name}'"
                 raise UsageError(reason, hint="export with another default: --expert-budget")
         return {name: np.asarray(value, np.float32) for name, value in inputs.items()}
 
     @property
     def scalar_inputs(self) -> tuple[str, ...]:
-        """Names of the inputs that hold one number and have a default, such as "routing_budget"."""
+        """Names of the scalar inputs, which have a default, such as "routing_budget"."""
         rows = self.manifest.get("signature", {}).get("inputs", [])
         return tuple(row["name"] for row in rows if isinstance(row, Mapping) and row.get("shape") == [])
 
@@ -92,19 +96,19 @@ class Generator:
         """The tokenizer of the artifact.
 
         Raises:
-            ArtifactError: It has none, or a damaged one.
+            ArtifactError: The artifact has no tokenizer.json, or it is damaged.
         """
         return open_tokenizer(self.directory, ArtifactError)
 
     def sampling(self, **given: Any) -> Sampling:
-        """How tokens are chosen: as generation_config.json says, and what is given over it.
+        """The sampling settings of generation_config.json, overridden by `given`.
 
         Args:
-            given: Fields of `Sampling`; None is not given.
+            given: Fields of `Sampling`; None means not given.
 
         Raises:
-            UsageError: A value is out of range.
-            ArtifactError: One of generation_config.json is.
+            UsageError: A given value is out of range.
+            ArtifactError: A value of generation_config.json is out of range.
         """
         return sampling_of(self._generation, given, where=str(self.directory / GENERATION_CONFIG))
 
@@ -112,17 +116,17 @@ class Generator:
         """Token ids of `prompt`; with `chat`, as a user's message in the model's chat template.
 
         Raises:
-            UsageError: There is nothing to start from, or no chat template.
+            UsageError: The prompt is empty and the model has no bos token, or the model has no chat template.
         """
         if chat:
             return self.encode_chat([{"role": "user", "content": prompt}])
         ids = list(self.tokenizer.encode(prompt).ids) or list(self._bos_token_ids[:1])
         if not ids:
-            raise UsageError("the prompt is empty, and the model has no token to start from", hint="give --prompt")
+            raise UsageError("the prompt is empty, and the model has no bos token", hint="give a prompt")
         return ids
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Token ids of a conversation in the model's chat template, up to where its answer begins.
+        """Token ids of a conversation in the model's chat template, up to the start of the model's answer.
 
         Args:
             messages: Mappings with "role" and "content".
@@ -138,18 +142,18 @@ class Generator:
     def tokens(
         self, input_ids: Sequence[int], *, max_new_tokens: int = DEFAULT_NEW_TOKENS, sampling: Sampling | None = None
     ) -> Iterator[int]:
-        """Yield new tokens until an end-of-sequence token, which is not yielded, or `max_new_tokens`.
+        """Yield new tokens until an end-of-sequence token, which is not yielded, or until `max_new_tokens`.
+
+        Several generations may run at the same time, in one thread or several; each has its own states.
 
         Args:
             input_ids: The prompt, at least one token.
-            max_new_tokens: At most so many.
-            sampling: None: what the model's generation_config.json says.
-
-        Several generations may be under way at a time, in one thread or in several: each has states of its own.
+            max_new_tokens: Largest number of new tokens.
+            sampling: Sampling settings; None: those of the model's generation_config.json.
 
         Raises:
-            UsageError: Prompt and new tokens are more than the model allows, or a token is not in its vocabulary; or
-                another generation is under way and the runner of the target keeps one sequence alone.
+            UsageError: Prompt and new tokens exceed the context, a token is not in the vocabulary, or another
+                generation is running and the runner supports only one sequence.
         """
         with self.session() as session:
             answer = self.answer(session, input_ids, max_new_tokens=max_new_tokens, sampling=sampling)
@@ -157,14 +161,13 @@ class Generator:
 
     @contextmanager
     def session(self, inputs: Mapping[str, float] | None = None) -> Iterator[Session]:
-        """A sequence of its own, on an idle runner or on a fork of it, which is given back at the end.
+        """Open a new sequence on an idle runner or a fork of it, which is released at the end of the block.
 
         Args:
-            inputs: Values of scalar inputs, over those that the generator was made with.
+            inputs: Values of scalar inputs, which override those of the generator.
 
         Raises:
-            UsageError: The artifact has no such input; or another sequence is in use and the runner of the target
-                keeps one alone.
+            UsageError: The artifact has no such input, or another sequence is in use and the runner supports only one.
         """
         own = self._scalars(inputs or {})
         with self._lock:
@@ -187,17 +190,18 @@ class Generator:
         sampling: Sampling | None = None,
         stop: Sequence[str] = (),
     ) -> Answer:
-        """An answer to a prompt, which is computed as its tokens or pieces are taken.
+        """An answer to a prompt, which is computed while its tokens or pieces are iterated.
 
         Args:
-            session: What it continues, if the prompt begins with what the session has seen.
+            session: The session; its KV cache is reused if the prompt begins with the tokens that it has seen.
             prompt: Token ids, at least one.
-            max_new_tokens: At most so many.
-            sampling: None: what the model's generation_config.json says.
-            stop: Of these, special tokens end the answer, since no text shows them; `Answer.pieces` takes care of all.
+            max_new_tokens: Largest number of new tokens.
+            sampling: Sampling settings; None: those of the model's generation_config.json.
+            stop: Stop strings. Here those that are special tokens end the answer, since they do not appear in the text;
+                `Answer.pieces` handles the others.
 
         Raises:
-            UsageError: Prompt and new tokens are more than the artifact allows, or a token is not in its vocabulary.
+            UsageError: Prompt and new tokens exceed the context, or a token is not in the vocabulary.
         """
         self.check(prompt, max_new_tokens)
         ends = (*self.eos_token_ids, *(self._special_tokens[text] for text in stop if text in self._special_tokens))
@@ -214,13 +218,16 @@ class Generator:
     def stream(
         self, prompt: str | Sequence[int], *, chat: bool = False, stop: Sequence[str] = (), **options: Any
     ) -> Iterator[str]:
-        """Yield the text of the answer piece by piece, each as soon as its last character is finished.
+        """Yield the text of the answer piece by piece, each as soon as its last character is complete.
 
         Args:
             prompt: Text or token ids.
-            chat: Wrap a text in the model's chat template.
+            chat: Whether to wrap a text in the model's chat template.
             stop: Strings before which the text ends.
-            options: `max_new_tokens` and `sampling` of `tokens`.
+            options: `max_new_tokens` and `sampling`, as for `tokens`.
+
+        Raises:
+            UsageError: As for `tokens` and `encode`.
         """
         ids = self.encode(prompt, chat=chat) if isinstance(prompt, str) else list(prompt)
         with self.session() as session:
@@ -236,14 +243,14 @@ class Generator:
         stop: Sequence[str] = (),
         **sampling: float | None,
     ) -> str:
-        """Text that follows a prompt.
+        """Return the text that follows a prompt.
 
         Args:
-            prompt: A text, or token ids.
-            max_new_tokens: At most so many new tokens.
-            chat: Wrap a text in the model's chat template.
+            prompt: Text or token ids.
+            max_new_tokens: Largest number of new tokens.
+            chat: Whether to wrap a text in the model's chat template.
             stop: Strings before which the text ends.
-            sampling: Fields of `Sampling`, over what the model's generation_config.json says.
+            sampling: Fields of `Sampling`, which override the model's generation_config.json.
 
         Raises:
             UsageError: As for `tokens` and `encode`.
@@ -253,10 +260,10 @@ class Generator:
         return "".join(self.stream(prompt, chat=chat, stop=stop, **options))
 
     def check(self, prompt: Sequence[int], max_new_tokens: int) -> None:
-        """Refuse a prompt that cannot be answered.
+        """Check that a prompt can be answered.
 
         Raises:
-            UsageError: Prompt and new tokens are more than the artifact allows, or a token is not in its vocabulary.
+            UsageError: Prompt and new tokens exceed the context, or a token is not in the vocabulary.
         """
         self._check_length(len(prompt), max_new_tokens)
         self._check_ids(prompt)
@@ -265,8 +272,8 @@ class Generator:
         limit = self._vocabulary
         if limit is not None and (wrong := [index for index in ids if not 0 <= index < limit]):
             raise UsageError(
-                f"the prompt holds token {wrong[0]}, and the model's vocabulary has {limit} entries",
-                hint="the tokenizer.json of the artifact belongs to another model, or has tokens that were added to it",
+                f"the prompt has the token {wrong[0]}, and the model's vocabulary has {limit} entries",
+                hint="the tokenizer.json of the artifact belongs to another model, or tokens were added to it",
             )
 
     def _check_length(self, prompt: int, new: int) -> None:
@@ -277,7 +284,7 @@ class Generator:
         limit = self.context_length
         if limit is not None and prompt + new > limit:
             raise UsageError(
-                f"the prompt has {prompt} tokens; with {new} new tokens that is more than the {limit} "
+                f"the prompt has {prompt} tokens; with {new} new tokens it exceeds the {limit} tokens "
                 f"that the artifact allows",
                 hint=f"shorten the prompt to {limit - new} tokens, or lower --max-new-tokens"
                 if new < limit

@@ -1,4 +1,4 @@
-"""A sequence of tokens on a runner, and one answer that continues it."""
+"""A session (one sequence on a runner), and an answer that is generated in it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 PIECE = 512
-"""Most tokens of a prompt that are fed at once: their logits are [tokens, vocabulary], and others wait so long."""
+"""Largest number of prompt tokens that are fed at once: it limits the logits [tokens, vocabulary] and the time of a
+step, for which other requests wait."""
 
 
 @dataclass
@@ -27,11 +28,12 @@ class Statistics:
 
     Attributes:
         prompt_tokens: Tokens of the prompt.
-        kept_tokens: How many of these the runner had seen already.
-        new_tokens: Tokens of the answer, the one that ends it not among them.
-        prefill_seconds: From the start to the logits after the prompt, without the time between two pieces.
-        decode_seconds: Of all steps after that.
-        finish: Why it ended: at an end token or a stop string, or at the most tokens; empty where it did not end yet.
+        kept_tokens: Tokens of the prompt that were in the KV cache already.
+        new_tokens: Tokens of the answer, without the one that ends it.
+        prefill_seconds: Time of the prefill, without the time between its pieces.
+        decode_seconds: Time of all decode steps.
+        finish: "stop" after an end token or a stop string, "length" after the largest number of tokens; empty before
+            the end.
     """
 
     prompt_tokens: int = 0
@@ -43,12 +45,12 @@ class Statistics:
 
     @property
     def decode_rate(self) -> float:
-        """Tokens per second after the first one, which the prefill yields; 0 if there were none."""
+        """Decoded tokens per second, without the first token, which the prefill yields; 0 if there are none."""
         return (self.new_tokens - 1) / self.decode_seconds if self.new_tokens > 1 and self.decode_seconds else 0.0
 
     def line(self) -> str:
         """The figures in one line."""
-        kept = f", {self.kept_tokens} of them kept from before," if self.kept_tokens else ""
+        kept = f" ({self.kept_tokens} of them from the KV cache)" if self.kept_tokens else ""
         return (
             f"prompt: {self.prompt_tokens} tokens{kept} in {self.prefill_seconds:.3f} s; "
             f"new: {self.new_tokens} tokens, {self.decode_rate:.1f} tokens/s"
@@ -56,10 +58,10 @@ class Statistics:
 
 
 class Session:
-    """One sequence on a runner. What it has computed of a sequence is kept for the next one that begins with it.
+    """One sequence on a runner. Its KV cache is reused for the next sequence if that begins with the same tokens.
 
     Attributes:
-        tokens: What the runner has seen.
+        tokens: The tokens that the runner has seen.
     """
 
     def __init__(self, runner: Runner) -> None:
@@ -67,20 +69,20 @@ class Session:
         self.tokens: list[int] = []
 
     def reset(self) -> None:
-        """Forget the sequence."""
+        """Start a new sequence."""
         self.tokens = []
         self.runner.reset()
 
     def kept(self, ids: Sequence[int]) -> int:
         """How many tokens of the sequence `ids` need not be computed again: all that were seen, or none.
 
-        A runner cannot go back, and logits come with a new token alone.
+        A runner cannot rewind, and at least one new token is needed to get logits.
         """
         seen = len(self.tokens)
         return seen if seen < len(ids) and self.tokens == list(ids[:seen]) else 0
 
     def feed(self, ids: Sequence[int]) -> Iterator[np.ndarray]:
-        """Bring the sequence to `ids`, piece by piece.
+        """Extend the sequence to `ids`, piece by piece.
 
         Args:
             ids: The whole sequence, at least one token.
@@ -97,16 +99,16 @@ class Session:
             try:
                 logits = step(np.asarray([piece], dtype=np.int64))
             except BaseException:
-                self.tokens = []  # nobody knows how far the runner came: the next sequence starts again
+                self.tokens = []  # the state of the runner is unknown, so the next sequence starts again
                 raise
             self.tokens += piece
             position += len(piece)
             yield logits[0, -1]
 
     def _most(self, position: int, length: int) -> int:
-        """Tokens that may be fed after the first `position` of `length` ones.
+        """The number of tokens to feed after the first `position` of `length` tokens.
 
-        A runner that decodes few tokens at once is handed the whole prompt, which it cuts as it likes.
+        A runner that decodes few tokens at once gets the whole prompt in one piece and splits it itself.
         """
         most = limits_of(self.runner).max_decode
         return PIECE if most is None else most if position else length
@@ -116,11 +118,11 @@ class Answer:
     """One answer, computed step by step.
 
     Args:
-        session: The sequence that it continues; nobody else may use it meanwhile.
+        session: The session, which must not be used otherwise meanwhile.
         prompt: Token ids, at least one.
-        sampling: How tokens are chosen.
-        end_tokens: Tokens that end the answer and are no part of it.
-        max_new_tokens: At most so many.
+        sampling: Sampling settings.
+        end_tokens: Tokens that end the answer and are not part of it.
+        max_new_tokens: Largest number of new tokens.
     """
 
     def __init__(
@@ -137,11 +139,11 @@ class Answer:
         self.statistics = Statistics(prompt_tokens=len(prompt), kept_tokens=session.kept(prompt))
 
     def tokens(self) -> Iterator[int | None]:
-        """Yield a token after each step, and None after a piece of the prompt that is not its last."""
+        """Yield the new token after each step, and None after each piece of the prompt but the last."""
         counts, seen = self.statistics, list(self.prompt)
         random = np.random.default_rng(self.sampling.seed)
         logits = np.empty(0)
-        for logits in self._prefill():  # noqa: B007 - those of the last piece are what the first token is chosen by
+        for logits in self._prefill():  # noqa: B007 - the logits of the last piece give the first token
             if len(self.session.tokens) < len(seen):
                 yield None
         while (token := self.sampling.choose(logits, random, seen)) not in self.end_tokens:
@@ -168,7 +170,7 @@ class Answer:
             yield logits
 
     def pieces(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> Iterator[str]:
-        """Yield text after each step, which is empty where no character was finished.
+        """Yield text after each step; it is empty if the step completes no character.
 
         Args:
             tokenizer: Decodes the tokens.

@@ -1,1 +1,1 @@
-"""Text: tokens, windows of a corpus, perplexity on them, and how the next token is chosen. Imports no torch."""
+"""Text: tokenizers, windows of a corpus, perplexity, sampling and stop strings. Imports no torch."""

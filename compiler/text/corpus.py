@@ -1,4 +1,4 @@
-"""Text for calibration and judgement: read, checked, tokenized and cut into windows. Imports no torch."""
+"""Text for calibration and evaluation: reading, tokenizing and splitting into windows. Imports no torch."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from moec.compiler.text.tokenizer import open_tokenizer
 _SHIPPED = ("golden_models", "olmoe-tiny", "texts")
 CALIBRATION = ("calibration.txt",)
 HELD_OUT = ("heldout_python.txt", "heldout_austen.txt", "heldout_kjv.txt")
-"""No line of these is in the calibration text, and no text is of the same source."""
+"""Held-out texts; they share no line and no source with the calibration text."""
 SUFFIXES = (".txt", ".md", ".rst", ".text")
 
 
 def read_text(location: str | Path | None = None, *, shipped: Sequence[str] = CALIBRATION) -> str:
-    """Read a file, or every text file of a directory in the order of their names.
+    """Read a file, or all text files of a directory, sorted by name and separated by blank lines.
 
     Args:
-        location: File or directory; None: the texts that moec brings along.
-        shipped: Which of those, `CALIBRATION` or `HELD_OUT`.
+        location: File or directory; None: the texts that come with moec.
+        shipped: Which of moec's texts, `CALIBRATION` or `HELD_OUT`.
 
     Raises:
-        CheckpointError: It is missing, empty, or no UTF-8 text.
+        CheckpointError: The text is missing, empty or not UTF-8.
     """
     if location is None:
         folder = importlib.resources.files("moec").joinpath(*_SHIPPED)
@@ -37,7 +37,7 @@ def read_text(location: str | Path | None = None, *, shipped: Sequence[str] = CA
         files = sorted(item for item in path.rglob("*") if item.suffix in SUFFIXES and item.is_file())
         if not files:
             raise CheckpointError(
-                f"{path}: no text in it ({', '.join(SUFFIXES)})", hint="give a file, or another directory"
+                f"{path}: it has no text file ({', '.join(SUFFIXES)})", hint="give a file, or another directory"
             )
     else:
         files = [path]
@@ -57,7 +57,7 @@ def _read(path: Path) -> str:
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{path}: not UTF-8 text (byte {error.start})", hint="convert it to UTF-8") from error
     if "\0" in text:
-        raise CheckpointError(f"{path}: a binary file, not text", hint="give a text file")
+        raise CheckpointError(f"{path}: it is a binary file, not text", hint="give a text file")
     return text
 
 
@@ -65,10 +65,10 @@ def tokenize(directory: Path, text: str) -> np.ndarray:
     """Token ids of `text` by the tokenizer.json in `directory`, without special tokens: [n] int64.
 
     Raises:
-        CheckpointError: There is no tokenizer.json, it is damaged, or it makes tokens that the model does not have.
+        CheckpointError: There is no tokenizer.json, it is damaged, or it has tokens outside of the model's vocabulary.
     """
     tokenizer = open_tokenizer(directory)
-    # Long strings cost more than their parts together; lines are where tokenizers cut anyway.
+    # Encoding takes more than linear time in the length of a string, so the text is encoded in pieces.
     pieces = [text[start : start + 20_000] for start in range(0, len(text), 20_000)]
     encoded = tokenizer.encode_batch(pieces, add_special_tokens=False)
     ids = np.asarray([index for piece in encoded for index in piece.ids], dtype=np.int64)
@@ -76,26 +76,26 @@ def tokenize(directory: Path, text: str) -> np.ndarray:
     if limit is not None and ids.size and ids.max() >= limit:
         raise CheckpointError(
             f"{directory}: tokenizer.json makes the token {ids.max()}, and the model's vocabulary has {limit} entries",
-            hint="is it the tokenizer of this model? Tokens that were added later need embeddings of their own",
+            hint="does the tokenizer belong to this model? Tokens that were added later need embeddings too",
         )
     return ids
 
 
 def windows(ids: np.ndarray, length: int, count: int | None = None, *, start: int = 0) -> np.ndarray:
-    """Cut token ids into windows that do not overlap: [n, length].
+    """Split token ids into windows without overlap: [windows, length].
 
     Args:
         ids: Token ids, [n].
-        length: Tokens of a window.
-        count: At most so many; all if None.
-        start: Windows to leave out at the beginning.
+        length: Tokens per window.
+        count: Largest number of windows; None: all.
+        start: Number of windows to leave out at the beginning.
 
     Raises:
         CheckpointError: The text is shorter than one window.
         UsageError: `length` is less than 2.
     """
     if length < 2:
-        raise UsageError(f"a window of {length} tokens has nothing to predict", hint="take 2 or more")
+        raise UsageError(f"a window of {length} tokens has no token to predict", hint="give 2 or more")
     whole = len(ids) // length - start
     if whole < 1:
         raise CheckpointError(
@@ -108,6 +108,6 @@ def windows(ids: np.ndarray, length: int, count: int | None = None, *, start: in
 
 
 def spread(every: np.ndarray, count: int) -> np.ndarray:
-    """At most `count` of the windows [n, length], evenly spaced: a text may have several sources, one after another."""
+    """At most `count` of the windows [n, length], evenly spaced, since parts of a text may have different sources."""
     taken = min(count, len(every))
     return every[np.arange(taken) * len(every) // taken]

@@ -1,4 +1,4 @@
-"""Perplexity by teacher forcing, and how two models differ on the same windows. Imports no torch."""
+"""Perplexity by teacher forcing, and the comparison of two models on the same windows. Imports no torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ RESAMPLES, LEVEL = 2000, 0.95
 
 
 class LanguageModel(Protocol):
-    """What perplexity asks of a model: every Runner of a target is one, and the interpreter's."""
+    """The interface of a model for perplexity, which Runners of targets and the interpreter's runner have."""
 
     def prefill(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None) -> np.ndarray:
         """Logits [B, S, V] float32 of input_ids [B, S]."""
@@ -22,14 +22,14 @@ class LanguageModel(Protocol):
 
 @dataclass(frozen=True)
 class Comparison:
-    """How a model does on windows of text against a reference.
+    """Comparison of a candidate with a reference on windows of text.
 
     Attributes:
         reference: Mean negative log likelihood of each window under the reference, nats, [n].
-        candidate: The same under the candidate.
+        candidate: Mean negative log likelihood of each window under the candidate, nats, [n].
         divergences: Mean KL(reference || candidate) per token of each window, nats, [n].
-        agreement: Share of tokens whose most likely successor is the same.
-        tokens: Tokens judged.
+        agreement: Share of tokens with the same most likely next token.
+        tokens: Number of predicted tokens.
     """
 
     reference: np.ndarray
@@ -58,7 +58,7 @@ class Comparison:
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Log probabilities [..., V] in float32, computed in place of a copy."""
+    """Log probabilities [..., V] float32 from logits [..., V], with one temporary copy."""
     shifted = logits - logits.max(axis=-1, keepdims=True)
     shifted -= np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
     result: np.ndarray = shifted
@@ -72,10 +72,10 @@ def kl_divergence(expected: np.ndarray, found: np.ndarray) -> float:
 
     Args:
         expected: Log probabilities under P, [..., V] float32.
-        found: Those under Q.
+        found: Log probabilities under Q, [..., V] float32.
 
     Returns:
-        Nats; divide by the number of positions for the mean.
+        The sum in nats; divide by the number of positions for the mean.
     """
     return float((np.exp(expected) * (expected - found)).sum(dtype=np.float64))
 
@@ -84,9 +84,9 @@ def losses(runner: LanguageModel, windows: np.ndarray, *, told: Told = lambda _d
     """Mean negative log likelihood of each window, nats.
 
     Args:
-        runner: What is judged.
-        windows: Token ids [n, length]; the first token of each is given, the others are predicted.
-        told: Called after each window with how many are done and how many there are.
+        runner: The model.
+        windows: Token ids [n, length]; the first token of each window is given, the others are predicted.
+        told: Called after each window with the number of finished and of all windows.
 
     Returns:
         [n] float64.
@@ -100,14 +100,14 @@ def losses(runner: LanguageModel, windows: np.ndarray, *, told: Told = lambda _d
 
 
 def perplexity(values: Sequence[float] | np.ndarray) -> float:
-    """Perplexity of windows of equal length from their mean losses."""
+    """Perplexity from the mean losses of windows of equal length, in nats."""
     return math.exp(float(np.mean(values)))
 
 
 def compare(
     reference: LanguageModel, candidate: LanguageModel, windows: np.ndarray, *, told: Told = lambda _done, _total: None
 ) -> Comparison:
-    """Run both over the windows; one window's logits in memory at a time. Arguments as for `losses`."""
+    """Run both models over the windows, with the logits of one window in memory; arguments as for `losses`."""
     both, divergences = np.empty((2, len(windows))), np.empty(len(windows))
     same = 0.0
     for index, window in enumerate(windows):

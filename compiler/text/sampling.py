@@ -1,4 +1,4 @@
-"""How the next token is chosen, and what the model's generation_config.json says of it."""
+"""Sampling of the next token, with defaults from the model's generation_config.json."""
 
 from __future__ import annotations
 
@@ -11,40 +11,43 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from moec.compiler.common.errors import ArtifactError, UsageError
 
 DEFAULT_TOP_K = 50
-"""What transformers takes where a model samples and names no top_k (`_get_default_generation_params`)."""
+"""Default of top_k in transformers for a model that samples (`_get_default_generation_params`)."""
 
 
 class Sampling(BaseModel):
-    """How the next token is chosen: the logits processors of transformers, in its order."""
+    """Sampling settings: the logits processors of transformers, in the same order."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     temperature: float = Field(0.0, ge=0, description="Divides the logits; 0 takes the most likely token (greedy).")
     top_k: int = Field(0, ge=0, description="Draw among the k most likely tokens; 0 means all.")
     top_p: float = Field(
-        1.0, gt=0, le=1, description="Draw among the likeliest tokens that together reach p (arXiv 1904.09751)."
+        1.0, gt=0, le=1, description="Draw among the most likely tokens that together reach p (arXiv 1904.09751)."
     )
     min_p: float = Field(
-        0.0, ge=0, le=1, description="Leave out tokens below p times the likeliest one (arXiv 2407.01082)."
+        0.0, ge=0, le=1, description="Leave out tokens below p times the most likely one (arXiv 2407.01082)."
     )
     repetition_penalty: float = Field(
-        1.0, gt=0, description="Makes tokens that occurred less likely, where it is above 1 (arXiv 1909.05858)."
+        1.0, gt=0, description="Above 1, tokens that occurred become less likely (arXiv 1909.05858)."
     )
-    seed: int = Field(0, ge=0, description="Seed of the draws.")
+    seed: int = Field(0, ge=0, description="Seed of sampling.")
 
     @model_validator(mode="after")
     def _restricts_draws(self) -> Sampling:
         if self.temperature == 0 and (self.top_k or self.top_p < 1 or self.min_p):
-            raise ValueError("top-k, top-p and min-p choose among random draws: set a temperature above 0 as well")
+            raise ValueError("top-k, top-p and min-p restrict random sampling: set a temperature above 0 as well")
         return self
 
     def choose(self, logits: np.ndarray, random: np.random.Generator, seen: Sequence[int] = ()) -> int:
-        """Next token.
+        """Choose the next token.
 
         Args:
             logits: [V] float.
-            random: Where draws come from.
-            seen: Tokens so far, those of the prompt included; only a repetition penalty asks for them.
+            random: Source of random numbers.
+            seen: Tokens so far, including the prompt, for the repetition penalty.
+
+        Returns:
+            The token id.
         """
         if self.repetition_penalty != 1 and len(seen):
             logits = self._penalised(logits, np.unique(np.asarray(seen)))
@@ -70,19 +73,19 @@ class Sampling(BaseModel):
 
 
 def sampling_of(generation: Mapping[str, Any], given: Mapping[str, Any], *, where: str) -> Sampling:
-    """The sampling of a model's generation_config.json, with what the user gave over it.
+    """The sampling settings of a model's generation_config.json, overridden by the user's.
 
-    A model that does not say `do_sample` is greedy, whatever else it says, as in transformers. A `temperature` that the
-    user gives decides between drawing and greedy.
+    Without `do_sample`, a model is greedy, whatever its other settings, as in transformers. If the user gives a
+    `temperature`, it decides whether decoding is greedy.
 
     Args:
         generation: generation_config.json.
-        given: Fields of `Sampling` that the user set; a value of None is not given.
+        given: Fields of `Sampling` from the user; None means not given.
         where: The file, for messages.
 
     Raises:
         UsageError: A value of the user is out of range.
-        ArtifactError: A value of the model is.
+        ArtifactError: A value of the file is out of range.
     """
     own = {name: value for name, value in given.items() if value is not None}
     model: dict[str, Any] = {"repetition_penalty": generation.get("repetition_penalty")}
@@ -94,7 +97,7 @@ def sampling_of(generation: Mapping[str, Any], given: Mapping[str, Any], *, wher
     try:
         defaults = Sampling.model_validate(model).model_dump(exclude_unset=True)
     except ValidationError as error:
-        raise ArtifactError(f"{where}: {_said(error)}", hint="mend the file, or export again") from error
+        raise ArtifactError(f"{where}: {_said(error)}", hint="correct the file, or export again") from error
     try:
         return Sampling.model_validate({**defaults, **own})
     except ValidationError as error:

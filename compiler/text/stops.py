@@ -1,4 +1,4 @@
-"""Strings at which a text ends, found while it grows."""
+"""Stop strings, found while a text grows."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ from moec.compiler.common.errors import UsageError
 
 
 class StopStrings:
-    """Ends a text before the first stop string, which may be spread over several pieces.
+    """Ends a text before the first stop string, which may extend over several pieces.
 
-    What may be the beginning of a stop string is held back until the next piece tells. Of two strings, the one that is
-    whole first ends the text; of two that the same piece completes, the one that begins first.
+    Text that may be the beginning of a stop string is held back until the next piece decides. The stop string that is
+    complete first ends the text; if a piece completes two of them, the one that begins first does.
 
     Args:
-        stops: The strings; none of them never ends anything.
+        stops: The stop strings; without any, the text never ends.
 
     Raises:
-        UsageError: One of them is empty.
+        UsageError: A stop string is empty.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
         if "" in stops:
-            raise UsageError("a stop string is empty", hint="leave it out, or give at least one character")
+            raise UsageError("a stop string is empty", hint="omit it, or give at least one character")
         self._stops = tuple(stops)
         self._held = ""
         self.found = False
-        """Whether the text has ended."""
+        """Whether a stop string was found, which ends the text."""
 
     def add(self, piece: str) -> str:
-        """What can be shown after `piece`; nothing more once a stop string was found."""
+        """Add a piece and return the text that can be shown now; empty after a stop string."""
         if self.found:
             return ""
         text = self._held + piece
@@ -40,11 +40,11 @@ class StopStrings:
         return text[:shown]
 
     def end(self) -> str:
-        """What was held back and belongs to the text, since nothing follows."""
+        """Return the text that was held back, since no piece follows."""
         return "" if self.found else self._held
 
     def _begun(self, text: str) -> int:
-        """Characters at the end of `text` with which a stop string may begin."""
+        """Number of characters at the end of `text` that may begin a stop string."""
         longest = max((len(stop) for stop in self._stops), default=1) - 1
         sizes = range(min(longest, len(text)), 0, -1)
         return next((size for size in sizes if any(stop.startswith(text[-size:]) for stop in self._stops)), 0)

@@ -1,4 +1,4 @@
-"""The tokenizer file of a checkpoint or an artifact, and text that grows token by token. Imports no torch."""
+"""The tokenizer of a checkpoint or an artifact, and decoding token by token. Imports no torch."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ if TYPE_CHECKING:
 
 FILE = "tokenizer.json"
 _UNFINISHED = "\ufffd"
-"""What a decoder puts in place of bytes that are not, or not yet, a character."""
+"""Replacement character of a decoder for bytes that are not, or not yet, a character."""
 _LONGEST_CHARACTER = 4
-"""Bytes of the longest character in UTF-8: no more tokens than that wait for their character to be finished."""
+"""Bytes of the longest character in UTF-8, and so the largest number of tokens of one incomplete character."""
 
 
 def open_tokenizer(directory: Path, error: type[ArtifactError | CheckpointError] = CheckpointError) -> Tokenizer:
     """Open `tokenizer.json`.
 
-    Padding and truncation that the file switches on are left from training: transformers ignores both when it encodes
-    a prompt, and so does moec.
+    Padding and truncation in the file are left over from training. moec ignores them when it encodes a prompt, as
+    transformers does.
 
     Args:
-        directory: Where the file lies.
-        error: What is raised, `ArtifactError` for an artifact.
+        directory: The directory of the file.
+        error: Class of the exception to raise: `ArtifactError` for an artifact.
 
     Raises:
-        CheckpointError: There is no such file, or it is damaged.
+        CheckpointError: The file is missing or damaged (or `ArtifactError`, as given by `error`).
     """
     from tokenizers import Tokenizer
 
     path = directory / FILE
     if not path.is_file():
         raise error(
-            f"{directory}: it has no {FILE}, so text can be neither read nor written",
+            f"{directory}: it has no {FILE}, which is needed to encode and decode text",
             hint="save the fast tokenizer with the checkpoint (AutoTokenizer...save_pretrained)",
         )
     try:
@@ -52,10 +52,10 @@ def open_tokenizer(directory: Path, error: type[ArtifactError | CheckpointError]
 
 
 def make_loadable(directory: Path) -> None:
-    """Name a tokenizer class in tokenizer_config.json that every release of transformers has.
+    """Replace the tokenizer class in tokenizer_config.json by a name that every release of transformers knows.
 
-    `TokenizersBackend` is new in transformers 5, which saves it for every tokenizer that needs no class of its own;
-    release 4 cannot load it. `PreTrainedTokenizerFast` is the same class under the name that both have.
+    transformers 5 saves `TokenizersBackend` for every tokenizer without a class of its own, and release 4 cannot load
+    it. `PreTrainedTokenizerFast` is the same class under a name that both releases know.
     """
     path = directory / "tokenizer_config.json"
     if not path.is_file():
@@ -67,36 +67,36 @@ def make_loadable(directory: Path) -> None:
 
 
 class TextStream:
-    """Turns tokens into text one by one: what was yielded, joined, is the text of all tokens.
+    """Decodes tokens one by one; the pieces joined are the text of all tokens.
 
-    A token is decoded together with those before it, since decoders drop spaces at the start of a text. Bytes that are
-    not yet a character are held back until they are one, or until they cannot become one. (`DecodeStream` of tokenizers
-    raises where bytes never form a character, and it drops what is held back at the end.)
+    A token is decoded together with earlier ones, since decoders drop spaces at the start of a text. Bytes of an
+    incomplete character are held back until it is complete, or until they cannot form a character. (`DecodeStream` of
+    tokenizers raises for bytes that never form a character, and drops held-back bytes at the end.)
 
     Args:
         tokenizer: Decodes the tokens.
-        prompt: The tokens before the first one.
+        prompt: The tokens before the first decoded one.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
         self._tokenizer = tokenizer
-        # A few tokens are context enough for the first space; a prompt that ends within a character needs its bytes.
+        # A few tokens suffice as context for the first space, and for a prompt that ends within a character.
         self._ids = list(prompt)[-2 * _LONGEST_CHARACTER :]
         self._done = len(self._ids)
         self._start = 0
 
     def add(self, token: int) -> str:
-        """The text that `token` finishes; empty where its character is not finished yet."""
+        """The text that `token` completes; empty if its character is not complete yet."""
         self._ids.append(token)
         waiting = len(self._ids) - self._done
         finished = (stop for stop in range(len(self._ids), self._done, -1) if self._is_finished(stop))
         if (stop := next(finished, None)) is not None:
             return self._take(stop)
-        # The first of so many bytes cannot become a character any more; those behind it still can.
+        # The first of so many tokens cannot become part of a character any more; later ones can.
         return self._take(self._done + 1) if waiting >= _LONGEST_CHARACTER else ""
 
     def end(self) -> str:
-        """What is left of the text: characters that no further token finishes."""
+        """The rest of the text: bytes that no further token completes to a character."""
         return self._take(len(self._ids)) if self._done < len(self._ids) else ""
 
     def _is_finished(self, stop: int) -> bool:
@@ -109,9 +109,9 @@ class TextStream:
         return text
 
     def _text(self, stop: int) -> str:
-        """Text of the tokens that were not yielded yet, up to `stop`."""
+        """Text of the tokens that were not returned yet, up to `stop`."""
         before, after = self._decode(self._ids[self._start : self._done]), self._decode(self._ids[self._start : stop])
-        # Where bytes before them join the new ones to another character, what was yielded stays.
+        # Earlier bytes may form another character together with new ones; returned text is not changed.
         same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(before, after, strict=False))
         return after[sum(1 for _ in same) :]
 

@@ -221,7 +221,7 @@ def quantized(checkpoint: Path) -> None:
         (header_of_three_gigabytes, 10, ["its header claims 3221225472 bytes"]),
         (nested_header, 10, ["truncated in its header"]),
         (nested_config, 10, ["config.json: cannot be read as JSON"]),
-        (header_that_is_a_list, 10, ["its header is no JSON object"]),
+        (header_that_is_a_list, 10, ["its header is not a JSON object"]),
         (index_of_wrong_types, 10, ["no weight_map"]),
         (shard_outside, 10, ["leads out of the checkpoint"]),
         (adapter_in_the_files, 10, ["an adapter that is not merged", "lora_A", "merge_and_unload"]),

@@ -1,1 +1,1 @@
-"""Prediction before building: what an artifact will weigh, compute and cost, on this machine or on another."""
+"""Estimates before building: size, work and latency of an artifact on this machine or another device."""

@@ -1,4 +1,4 @@
-"""What one decode step of a Program reads and computes."""
+"""Counts the bytes that one decode step of a Program reads, and its FLOPs."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ EXPERTS = (TensorClass.EXPERTS_GATE_UP.value, TensorClass.EXPERTS_DOWN.value)
 
 @dataclass(frozen=True)
 class Counts:
-    """Figures of a Program in which every weight has its final format.
+    """Counts of a final Program.
 
     Attributes:
         weight_bytes: Tensor class -> bytes of its weights.
         read_bytes: Tensor class -> bytes of its weights that one token reads.
-        flops: Of the products with weights, for one token.
-        state_bytes: Bytes of the states by token of context.
-        state_flops: FLOPs of the attention to one token of context.
-        parameters: All.
-        active: Those that one token uses.
-        nodes: Operations of one step.
-        fixed_state_bytes: Bytes of the states that do not grow with the context: convolutions and scans.
+        flops: FLOPs of the products with weights, per token.
+        state_bytes: Bytes of the KV cache per token of context.
+        state_flops: FLOPs of attention per token of context.
+        parameters: Number of all parameters.
+        active: Number of the parameters that one token uses.
+        nodes: Number of operations of one step.
+        fixed_state_bytes: Bytes of the states of convolutions and scans, which do not grow with the context.
     """
 
     weight_bytes: Mapping[str, int]
@@ -64,13 +64,13 @@ class Counts:
     def state_flops_at(self, context: int) -> float:
         """FLOPs of attention and scans for one token after `context` others.
 
-        A scan decays each value of its state, compares it with the key, adds to it and reads it: 7 for one of 4 bytes.
+        A scan takes 7 FLOPs for each float32 value of its state: decay, comparison with the key, update and output.
         """
         return self.state_flops * context + 7 / 4 * self.fixed_state_bytes
 
 
 def formats(program: Program) -> dict[str, str]:
-    """Tensor class -> format of most of its weights, without the classes that stayed in the dtype of the graph."""
+    """Tensor class -> format of most of its weights, for the classes that are quantized or stored as fp16."""
     found: dict[str, Counter[str]] = defaultdict(Counter)
     for name, role in weight_roles(program).items():
         tensor = program.weights[name]
@@ -84,7 +84,7 @@ def count(program: Program, kept_share: float = 1.0) -> Counts:
     """Count a final Program.
 
     Args:
-        program: With quantized weights; no value is read.
+        program: The Program with its quantized weights, whose values are not read.
         kept_share: Share of the pretrained top-k that a token uses and the target executes.
     """
     roles, weights = weight_roles(program), program.weights

@@ -1,4 +1,4 @@
-"""Device profiles: published figures with their source, in `devices/*.yaml`."""
+"""Device profiles in `devices/*.yaml`: published figures with their sources."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from moec.compiler.common.validation import unknown
 
 
 class Device(BaseModel):
-    """Peak figures of a device; what it reaches with a given runtime is less."""
+    """Peak figures of a device, which a runtime does not reach."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str = Field(description="For people.")
+    name: str = Field(description="Name for people.")
     bandwidth: float = Field(gt=0, description="Memory bandwidth, bytes per second.")
-    memory: int = Field(gt=0, description="Memory, bytes, shared with everything else that runs.")
+    memory: int = Field(gt=0, description="Memory, bytes, including what other software uses.")
     flops: float | None = Field(default=None, gt=0, description="Peak FLOP per second in 16 bits, dense; if published.")
     source: str = Field(description="Where the figures are from.")
-    verified: bool = Field(description="Whether somebody compared the figures with their source for this file.")
+    verified: bool = Field(description="Whether somebody compared this file with the source.")
 
 
 def device_names() -> tuple[str, ...]:
@@ -30,10 +30,10 @@ def device_names() -> tuple[str, ...]:
 
 
 def load_device(name: str) -> Device:
-    """The profile of that name.
+    """The device profile `name`.
 
     Raises:
-        UsageError: There is none; the hint has the nearest.
+        UsageError: The device is unknown; the hint has the nearest name.
     """
     if name not in device_names():
         raise unknown(name, device_names(), "unknown device", "the devices")

@@ -1,4 +1,4 @@
-"""How far the estimate of a decode step is off: what was predicted beside what the latency gate measured."""
+"""The error of the estimated decode latency relative to the measurement of the latency gate."""
 
 from __future__ import annotations
 

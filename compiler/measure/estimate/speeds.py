@@ -1,6 +1,6 @@
-"""What this machine does: its bandwidth and how fast each kind of work is, measured once and kept.
+"""The memory bandwidth of this machine and the time of each kind of work, measured once and cached.
 
-The cache is one file per machine, moec and runtime version in the user's cache directory.
+The cache has one file per machine, moec version and runtime version in the user's cache directory.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ FEATURES = ("operations", "experts", "dense", "states")
 
 @dataclass(frozen=True)
 class Speeds:
-    """Seconds by unit of work for one target and format on one machine.
+    """Seconds per unit of work for a target and formats on a machine.
 
     Attributes:
-        operations: Seconds for an operation, whatever it computes.
-        experts: Seconds for a byte of expert weights.
-        dense: Seconds for a byte of other weights.
-        states: Seconds for a byte of states.
-        residual: Largest relative error on the shapes that it was fitted to.
+        operations: Seconds per operation, independent of its size.
+        experts: Seconds per byte of expert weights.
+        dense: Seconds per byte of other weights.
+        states: Seconds per byte of states.
+        residual: Largest relative error on the models to which the speeds were fitted.
     """
 
     operations: float
@@ -58,10 +58,10 @@ def features(counts: Counts, context: int) -> list[float]:
 
 
 def fit(measured: Sequence[tuple[Counts, int, float]]) -> Speeds:
-    """Speeds that explain measured decode steps: no negative ones, least squares of the relative errors.
+    """Fit speeds to measured decode steps by non-negative least squares of the relative errors.
 
     Args:
-        measured: Counts, context and seconds of each.
+        measured: Counts, context and seconds of each decode step.
     """
     rows = np.array([features(counts, context) for counts, context, _ in measured])
     seconds = np.array([value for _, _, value in measured])
@@ -89,13 +89,13 @@ def _cpu_seconds(call: Callable[[], object]) -> float:
 def known_speeds(
     target: str, dtype: str, formats: Mapping[str, str], measure: Callable[[], Speeds] | None = None
 ) -> Speeds | None:
-    """Speeds of a target and of formats on this machine, as they were measured once.
+    """Speeds of a target and formats on this machine, from the cache or from `measure`.
 
     Args:
         target: Name of the target.
         dtype: Precision of what is not quantized.
-        formats: Tensor class -> format of what is; see `counting.formats`.
-        measure: Measures what is not in the cache; without it None is returned then.
+        formats: Tensor class -> format of its quantized weights, from `counting.formats`.
+        measure: Measures speeds that are not in the cache; without it, the result is None for these.
     """
     tools = {name: importlib.metadata.version(name) for name in get_target(target).tools}
     key = {
@@ -111,12 +111,12 @@ def known_speeds(
 
 
 def cached(kind: str, key: Mapping[str, Any], make: Callable[[], Mapping[str, Any]] | None) -> Mapping[str, Any] | None:
-    """What was measured for `key`, or what `make` measures now; None where there is neither.
+    """Cached figures for `key`, or those that `make` measures now; None if there are neither.
 
     Args:
-        kind: First part of the file's name.
-        key: Everything that the figures depend on.
-        make: Measures; None only looks.
+        kind: Prefix of the file name.
+        key: Everything on which the figures depend.
+        make: Measures the figures; None: only look into the cache.
     """
     digest = sha256_of_json(key)[:16]
     file = platformdirs.user_cache_path("moec") / f"{kind}-{digest}.json"
@@ -126,7 +126,7 @@ def cached(kind: str, key: Mapping[str, Any], make: Callable[[], Mapping[str, An
             found: Mapping[str, Any] = content["figures"]
             return found
     except (OSError, ValueError, KeyError, TypeError):
-        pass  # not there, or damaged: measured anew
+        pass  # missing or damaged, so measure again
     if make is None:
         return None
     figures = dict(make())
@@ -135,6 +135,6 @@ def cached(kind: str, key: Mapping[str, Any], make: Callable[[], Mapping[str, An
 
 
 def _write(file: Path, content: Mapping[str, Any]) -> None:
-    """A cache that cannot be written costs time alone."""
+    """Write a cache file; an error is ignored, since it only means measuring again."""
     with contextlib.suppress(OSError):
         write_whole(file, json.dumps(content, indent=2))

@@ -1,1 +1,1 @@
-"""Measuring an artifact: statistics, interleaved sampling, cold starts, and what is demanded of the figures."""
+"""Measuring the latency of artifacts: demands, interleaved sampling, cold starts and statistics."""

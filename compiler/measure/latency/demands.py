@@ -1,4 +1,4 @@
-"""What is demanded of an artifact's figures: budgets, and how much slower than a baseline it may be."""
+"""Demands on an artifact: budgets of latency and size, and the largest regression from a baseline."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from enum import StrEnum
 from moec.compiler.common.errors import UsageError
 
 DEFAULT_CONTEXT = 128
-"""Tokens of the prompt where a budget names none: `decode` is `decode128`."""
+"""Prompt length of a budget without a number: `decode` means `decode128`."""
 
 SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0}
 BYTES = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -22,7 +22,7 @@ _AMOUNT = re.compile(r"([0-9]*\.?[0-9]+)\s*([A-Za-z]+)")
 
 
 class Cold(StrEnum):
-    """Figures of a start in a process of its own, and of the files."""
+    """Figures of a start in a new process, and the size of the files."""
 
     LOAD = "load"
     FIRST_TOKEN = "first_token"
@@ -35,7 +35,7 @@ TIMES = (Cold.LOAD, Cold.FIRST_TOKEN)
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """One kind of call: a prefill of `context` tokens, or a decode step after so many."""
+    """One kind of call: a prefill of `context` tokens, or a decode step after `context` tokens."""
 
     phase: str
     context: int
@@ -46,13 +46,13 @@ class Workload:
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """A limit.
+    """A limit on a figure.
 
     Attributes:
-        key: As the user wrote it.
+        key: The key as the user wrote it.
         subject: A workload, or a figure of a cold start.
-        statistic: "p50", "p90", "p99", "ratio" (to the baseline), or "" where there is one value.
-        limit: Seconds, bytes, or the largest ratio.
+        statistic: "p50", "p90", "p99", "ratio" (to the baseline), or "" for a single value.
+        limit: The largest allowed value, in seconds or bytes, or as a ratio.
     """
 
     key: str
@@ -62,10 +62,10 @@ class Demand:
 
 
 def parse_budgets(given: str | Mapping[str, str | float]) -> tuple[Demand, ...]:
-    """Budgets from "decode.p50=12ms,size=400MB" or the mapping of a recipe.
+    """Parse budgets from "decode.p50=12ms,size=400MB" or the mapping of a recipe.
 
     Raises:
-        UsageError: An unknown key, a value without its unit, or a key that is given twice.
+        UsageError: A key is unknown or given twice, or a value is not a positive number with a unit.
     """
     if isinstance(given, str):
         pairs = [item.partition("=")[::2] for item in given.split(",") if item.strip()]
@@ -98,12 +98,15 @@ def _budget(key: str, text: str) -> Demand:
 def _amount(key: str, text: str, units: Mapping[str, float]) -> float:
     match = _AMOUNT.fullmatch(text)
     if not match or match[2] not in units or not float(match[1]):
-        raise UsageError(f"latency budget: {key} is '{text}'", hint=f"a positive number of {', '.join(units)}")
+        raise UsageError(
+            f"latency budget: {key} has the value '{text}'",
+            hint=f"give a positive number with a unit: {', '.join(units)}",
+        )
     return float(match[1]) * units[match[2]]
 
 
 def regressions(contexts: tuple[int, ...], most: float) -> tuple[Demand, ...]:
-    """That no workload becomes slower than `1 + most` times the baseline."""
+    """The demands that decode and prefill at every context take at most `1 + most` times as long as the baseline."""
     return tuple(
         Demand(f"{phase}{context}", Workload(phase, context), "ratio", 1 + most)
         for context in contexts

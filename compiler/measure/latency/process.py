@@ -1,7 +1,7 @@
-"""Measuring in processes of their own: nothing of the compiler, of torch or of an earlier artifact is in them.
+"""Measures in a separate process, which contains neither the compiler nor torch nor an earlier artifact.
 
-`measure` starts `python -m moec.compiler.measure.latency.process`, which reads a job from standard input and answers
-with lines of JSON: progress, then the result. The process opens artifacts through their Runner alone.
+`measure` starts `python -m moec.compiler.measure.latency.process`, which reads a job from standard input and prints
+lines of JSON: progress, then the result. The process opens artifacts only through their Runner.
 """
 
 from __future__ import annotations
@@ -32,14 +32,17 @@ Told = Callable[[int, int], None]
 
 
 def measure(job: Mapping[str, Any], told: Told = lambda *_: None) -> dict[str, Any]:
-    """Run a job of `warm` or `cold` in a process of its own.
+    """Run `warm` or `cold` in a new process.
 
     Args:
-        job: "kind" and the arguments of that function.
-        told: Told how far it is.
+        job: "kind" ("warm" or "cold") and the arguments of that function.
+        told: Called with the seconds spent and the seconds allowed.
+
+    Returns:
+        The result of the function.
 
     Raises:
-        ArtifactError: The process failed; the message has its last line.
+        ArtifactError: The process failed; the message has the last line of its stderr.
     """
     command = [sys.executable, "-m", "moec.compiler.measure.latency.process"]
     threads = {name: str(job["threads"]) for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
@@ -78,7 +81,16 @@ def warm(
     seconds: float,
     told: Told,
 ) -> dict[str, Any]:
-    """Interleaved calls of one or two artifacts; see `sampling.sample`. A context that does not fit is left out."""
+    """Measure interleaved calls of one or two artifacts by `sampling.sample`; contexts that do not fit are left out.
+
+    Args:
+        artifacts: "candidate", and "baseline" if there is one -> directory.
+        contexts: Prompt lengths in tokens.
+        demands: Demands on workloads; sampling ends when they are decided.
+        threads: Threads of the runtimes.
+        seconds: Longest sampling time.
+        told: Called with the seconds spent and the seconds allowed.
+    """
     order = list(artifacts)
 
     def opened(session: int) -> dict[str, Runner]:
@@ -108,7 +120,7 @@ def warm(
 
 
 def cold(artifacts: Mapping[str, str], context: int, threads: int) -> dict[str, float]:
-    """One start: seconds to open the artifact, seconds to the first token, and the peak memory of the process."""
+    """Measure one start: seconds to open the artifact, seconds to the first token, and peak memory in bytes."""
     directory = Path(artifacts["candidate"])
     ids = np.random.default_rng(0).integers(0, _vocab_size(directory), (1, context), dtype=np.int64)
     start = time.perf_counter()
@@ -130,7 +142,7 @@ def _vocab_size(directory: Path) -> int:
 
 
 def _peak_rss() -> float:
-    """Bytes. On Linux `ru_maxrss` is at least what the parent had when it started this process; VmHWM is our own."""
+    """Peak memory in bytes, on Linux from VmHWM, since `ru_maxrss` includes the parent's memory at the fork."""
     status = Path("/proc/self/status")
     if status.is_file():
         for line in status.read_text().splitlines():
@@ -140,7 +152,7 @@ def _peak_rss() -> float:
 
 
 def plain_demand(demand: Demand) -> dict[str, Any]:
-    """For a job."""
+    """A demand as a mapping for a job."""
     return asdict(demand)
 
 
@@ -149,8 +161,8 @@ def _demand(plain: Mapping[str, Any]) -> Demand:
 
 
 def main() -> None:
-    """Answer one job."""
-    # A runtime that prints would break the lines of JSON: they go to the real stdout, all else to stderr.
+    """Read a job from standard input and print its result."""
+    # JSON goes to the original stdout; other output, such as that of a runtime, is redirected to stderr.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     job = json.load(sys.stdin)

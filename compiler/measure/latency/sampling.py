@@ -1,7 +1,7 @@
-"""Times calls of one or two runners in turns, A B B A, until what is demanded is decided or time is up.
+"""Times alternating calls of one or two runners (A B B A) until all demands are decided or the time is up.
 
-After every few turns the artifacts are opened anew, for where their weights come to lie in memory moves the times of
-one and the same artifact by a few percent.
+After a few turns the artifacts are opened anew, since the place of the weights in memory changes the times of the same
+artifact by a few percent.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from moec.compiler.measure.latency.timings import Call, Decision, Series, judge
 from moec.targets.base import Runner, limits_of
 
 STEPS = 4
-"""Decode steps of a turn; one more goes before them, which loads the caches with this artifact's weights."""
+"""Counted decode steps of a turn; one more before them loads the CPU caches with this artifact's weights."""
 
 LOOKS = (10, 14, 20, 28, 40, 56, 80)
-"""Sessions after which the demands are looked at; the last is the most there are."""
+"""Numbers of sessions after which the demands are evaluated; the last one ends the sampling."""
 
 STABLE = 0.05
 WARM_UPS = 40
@@ -34,14 +34,14 @@ WARM_UP_SECONDS = DECODE_SECONDS = 2.0
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured.
+    """Settings of the measurement.
 
     Attributes:
-        contexts: Lengths of the prompt.
-        demands: Demands on workloads: sampling ends when they are decided.
+        contexts: Prompt lengths in tokens.
+        demands: Demands on workloads; sampling ends when they are decided.
         threads: Threads of the runners.
-        seconds: Most seconds for all contexts.
-        vocab_size: Token ids are below it.
+        seconds: Longest sampling time for all contexts.
+        vocab_size: Vocabulary size; token ids are smaller.
     """
 
     contexts: tuple[int, ...]
@@ -53,11 +53,11 @@ class Plan:
 
 @dataclass
 class Samples:
-    """What was measured.
+    """The measurements.
 
     Attributes:
         series: Workload -> artifact -> its series.
-        unstable: Warm-ups that did not settle.
+        unstable: Number of warm-ups that did not reach a steady time.
     """
 
     series: dict[str, dict[str, Series]] = field(default_factory=dict)
@@ -69,7 +69,7 @@ Opener = Callable[[int], Mapping[str, Runner]]
 
 
 def growth(context: int) -> int:
-    """Tokens that decode steps may add to a context before it starts anew."""
+    """Tokens that decode steps may add to a context before the prompt is prefilled again."""
     return max(2 * (STEPS + 1), context // 4)
 
 
@@ -84,9 +84,9 @@ def timed(call: Callable[[], object]) -> Call:
 
 @contextmanager
 def pinned(threads: int) -> Iterator[tuple[int, ...]]:
-    """Keep this thread, and those that it starts, on the idlest CPUs, as many as `threads`; yields them.
+    """Pin this thread and those that it starts to the `threads` idlest CPUs, and yield these CPUs.
 
-    Where the system cannot pin, nothing is done and nothing yielded.
+    If the system cannot pin threads, nothing is done, and an empty tuple is yielded.
     """
     if not hasattr(os, "sched_setaffinity"):
         yield ()
@@ -107,9 +107,9 @@ def sample(opened: Opener, plan: Plan, told: Callable[[int, int], None] = lambda
     """Measure prefill and decode of every context, session by session, until the demands are decided or time is up.
 
     Args:
-        opened: Opens the runners anew: "candidate", and "baseline" if there is one.
-        plan: What to measure.
-        told: Told the seconds spent and those there are.
+        opened: Number of a session -> new runners: "candidate", and "baseline" if there is one.
+        plan: Settings.
+        told: Called with the seconds spent and the seconds allowed.
     """
     samples = Samples()
     start = time.perf_counter()
@@ -140,11 +140,11 @@ class _Session:
 
     def __post_init__(self) -> None:
         self.random = np.random.default_rng(self.context)
-        # The runners come in an order that changes from session to session.
+        # `opened` changes the order of the runners from session to session.
         self.order = list(self.runners)
 
     def run(self) -> None:
-        """Warm up, one turn of prefill, then turns of decode steps until the context has grown or time is up."""
+        """Warm up, prefill once, then take turns of decode steps until the context has grown or the time is up."""
         for name in self.runners:
             self._warm_up(name)
         prefill, decode = self._series("prefill"), self._series("decode")
@@ -170,7 +170,7 @@ class _Session:
         return each
 
     def _warm_up(self, name: str) -> None:
-        """Call until the fastest calls of two windows in a row are alike."""
+        """Call decode until the fastest calls of two successive windows take about the same time."""
         runner = self.runners[name]
         prompt, start = self._ids(self.context), time.perf_counter()
         runner.prefill(prompt)
@@ -190,6 +190,6 @@ class _Session:
 
 
 def longest(runner: Runner, context_length: int | None) -> int | None:
-    """Most tokens of a sequence that runner and model take; None where nothing limits them."""
+    """The longest sequence in tokens that runner and model take; None if there is no limit."""
     limits = [limit for limit in (limits_of(runner).max_sequence, context_length) if limit is not None]
     return min(limits, default=None)

@@ -1,4 +1,4 @@
-"""Intervals that assume no distribution: latencies have long tails, several peaks and neighbours that come and go."""
+"""Distribution-free confidence intervals: latencies have long tails, several peaks, and noise of other processes."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ LEVEL = 0.95
 """Confidence level of a quantile."""
 
 RATIO_LEVEL = 0.99
-"""Confidence level of a ratio: it is looked at several times before it is decided."""
+"""Confidence level of a ratio; it is higher because a ratio is evaluated several times before it is decided."""
 
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """An estimate with its confidence interval; an end that the samples cannot tell is infinite."""
+    """An estimate with its confidence interval; the high end is infinite if there are too few samples."""
 
     value: float
     low: float
@@ -26,7 +26,7 @@ class Interval:
 
     @property
     def spread(self) -> float:
-        """Half of the width, relative to the value; infinite where an end is."""
+        """Half of the width relative to the value; infinite if an end is infinite."""
         return (self.high - self.low) / 2 / self.value if self.value > 0 else math.inf
 
 
@@ -34,11 +34,11 @@ def quantile(samples: Sequence[float], share: float) -> Interval:
     """A quantile with the interval between two order statistics (Conover, Practical Nonparametric Statistics, 3.2).
 
     Args:
-        samples: At least one.
-        share: 0.5 is the median.
+        samples: At least one sample.
+        share: The quantile; 0.5 is the median.
 
     Returns:
-        The interval; its high end is infinite where there are too few samples for so high a quantile.
+        The interval; its high end is infinite if there are too few samples for the quantile.
     """
     ordered, tail = np.sort(samples), (1 - LEVEL) / 2
     below = int(stats.binom.ppf(tail, len(ordered), share))
@@ -49,23 +49,23 @@ def quantile(samples: Sequence[float], share: float) -> Interval:
 
 
 def samples_needed(share: float) -> int:
-    """Samples from which on the interval of a quantile has two finite ends."""
+    """Smallest number of samples for which the interval of a quantile has two finite ends."""
     tail = (1 - LEVEL) / 2
     return math.ceil(math.log(tail) / math.log(max(share, 1 - share)))
 
 
 def paired_ratio(ratios: Sequence[float]) -> Interval:
-    """The typical one of ratios that were measured in pairs: the Hodges-Lehmann estimate of their logarithms.
+    """The location of ratios that were measured in pairs: the Hodges-Lehmann estimate of their logarithms.
 
-    It is the median of the means of all pairs of logarithms, its interval that of the signed rank test (Hollander,
-    Wolfe and Chicken, Nonparametric Statistical Methods, 3.1 to 3.3): almost as narrow as that of a mean, and deaf to
-    a few disturbed samples.
+    This is the median of the means of all pairs of logarithms, with the interval of the signed rank test (Hollander,
+    Wolfe and Chicken, Nonparametric Statistical Methods, 3.1 to 3.3). The interval is almost as narrow as that of a
+    mean, and robust against a few disturbed samples.
 
     Args:
-        ratios: Positive.
+        ratios: Positive ratios.
 
     Returns:
-        The interval is from 0 to infinity where there are too few ratios: ten are needed for the level 0.99.
+        The interval; it is from 0 to infinity if there are too few ratios (ten are needed for the level 0.99).
     """
     logs = np.log(np.asarray(ratios))
     count = len(logs)

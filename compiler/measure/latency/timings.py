@@ -1,4 +1,4 @@
-"""The times of one kind of call, and what they say of a demand."""
+"""The measured times of one kind of call, and the decision on a demand."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from moec.compiler.measure.latency.demands import QUANTILES, Demand
 from moec.compiler.measure.latency.statistics import Interval, paired_ratio, quantile
 
 NOISE = 0.05
-"""An undecided budget whose interval is wider than this, half of it and relative, tells of the machine."""
+"""An undecided budget is "too noisy" if half the width of its interval exceeds this share of the value."""
 
 BUSY = 0.05
-"""Share of the time without a core from which on the wall clock tells of the neighbours."""
+"""Share of the time without a core above which the machine counts as busy."""
 
 
 class Clock(StrEnum):
-    """What times are taken by: the clock on the wall, or the CPU seconds of the process."""
+    """The clock of a time: wall-clock time, or the CPU time of the process."""
 
     WALL = "wall"
     CPU = "cpu"
@@ -31,7 +31,7 @@ CANDIDATE, BASELINE = "candidate", "baseline"
 
 
 class Decision(StrEnum):
-    """What the samples say of a demand."""
+    """The decision on a demand."""
 
     MET = "met"
     MISSED = "missed"
@@ -42,7 +42,7 @@ class Decision(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """Seconds of one call, by the clock on the wall and of the process, and whether it gave up the core by itself."""
+    """Wall-clock and CPU seconds of one call, and whether it gave up the core voluntarily."""
 
     wall: float
     cpu: float
@@ -57,10 +57,10 @@ class Series:
     """Calls of one workload by one artifact.
 
     Attributes:
-        wall: Per session (between two openings of the artifact) its turns, and of a turn the seconds of its calls. The
-            same turns of two artifacts are neighbours in time.
-        cpu: CPU seconds of the process, likewise.
-        waits: How many calls gave up the core by themselves, to wait for a device, a lock or a file.
+        wall: Sessions (between two openings of the artifact) of turns of wall-clock seconds of calls. Turns of two
+            artifacts with the same number were measured one after the other.
+        cpu: The CPU seconds of the process, in the same structure.
+        waits: Number of calls that gave up the core voluntarily, to wait for a device, a lock or a file.
     """
 
     wall: list[list[Turn]] = field(default_factory=list)
@@ -68,18 +68,18 @@ class Series:
     waits: int = 0
 
     def begin(self) -> None:
-        """Begin a session."""
+        """Start a session."""
         self.wall.append([])
         self.cpu.append([])
 
     def add(self, turn: Sequence[Call]) -> None:
-        """Add a turn to the session."""
+        """Add a turn to the current session."""
         self.wall[-1].append([call.wall for call in turn])
         self.cpu[-1].append([call.cpu for call in turn])
         self.waits += sum(call.waited for call in turn)
 
     def sessions(self, clock: Clock) -> list[list[Turn]]:
-        """The times by one clock."""
+        """Sessions of turns of seconds by one clock."""
         return self.cpu if clock is Clock.CPU else self.wall
 
     def calls(self, clock: Clock = Clock.WALL) -> list[float]:
@@ -87,7 +87,7 @@ class Series:
         return [seconds for session in self.sessions(clock) for turn in session for seconds in turn]
 
     def without_core(self) -> float:
-        """Share of the time in which others had the core; 0 where calls also wait by themselves, as for a device."""
+        """Share of the time in which other processes had the core; 0 if calls wait voluntarily, as for a device."""
         calls = self.calls()
         if self.waits > BUSY * len(calls):
             return 0.0
@@ -95,18 +95,18 @@ class Series:
 
     @classmethod
     def of(cls, plain: Mapping[str, Any]) -> Series:
-        """From its plain form, that of `dataclasses.asdict`."""
+        """Make a series from the result of `dataclasses.asdict`."""
         return cls(plain["wall"], plain["cpu"], plain["waits"])
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """Candidate to baseline.
+    """The time of the candidate relative to the baseline.
 
     Attributes:
-        interval: The ratio.
-        clock: CPU seconds where the machine was busy with other things.
-        sessions: How many.
+        interval: The ratio with its confidence interval.
+        clock: The clock: CPU time if the machine was busy with other processes.
+        sessions: Number of sessions.
     """
 
     interval: Interval
@@ -119,13 +119,13 @@ Measured = Mapping[str, Mapping[str, Series]]
 
 
 def ratio(series: Mapping[str, Series], threads: int) -> Ratio:
-    """How many times as long the candidate takes as the baseline.
+    """The ratio of the candidate's time to the baseline's.
 
-    A session is one sample: where the weights come to lie in memory makes an artifact a few percent faster or slower
-    than itself, and stays the same until it is opened anew. Within a session the median over pairs of turns counts.
+    A session is one sample, because the place of its weights in memory makes an artifact a few percent faster or slower
+    until it is opened anew. The ratio of a session is the median over its pairs of turns.
 
-    With one thread the CPU time is what the wall time would be on an idle machine, so it counts where the machine is
-    busy. With several threads it does not tell: some of them only wait for the others.
+    With one thread, CPU time equals the wall-clock time of an idle machine, so it is used on a busy machine. With
+    several threads it is not comparable, since threads wait for each other.
     """
     candidate, baseline = series[CANDIDATE], series[BASELINE]
     busy = max(candidate.without_core(), baseline.without_core()) > BUSY
@@ -141,7 +141,7 @@ def _session_ratio(candidate: Sequence[Turn], baseline: Sequence[Turn]) -> float
 
 
 def decide(interval: Interval, limit: float, noise: float = NOISE) -> Decision:
-    """Compare by the interval: what it does not settle is never met."""
+    """Decide by the interval: a demand is met only if the whole interval is within the limit."""
     if interval.high <= limit:
         return Decision.MET
     if interval.low > limit:
@@ -152,7 +152,7 @@ def decide(interval: Interval, limit: float, noise: float = NOISE) -> Decision:
 
 
 def judge(demand: Demand, measured: Measured, threads: int) -> tuple[Interval, Decision]:
-    """What the samples say of a demand on a workload."""
+    """The interval and the decision for a demand on a workload."""
     series = measured[str(demand.subject)]
     if demand.statistic == "ratio":
         interval = ratio(series, threads).interval

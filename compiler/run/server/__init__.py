@@ -1,1 +1,1 @@
-"""An artifact behind HTTP with OpenAI's interface. Needs the extra `serve`; imports neither torch nor transformers."""
+"""An artifact behind OpenAI's HTTP API. Needs the extra `serve`; imports neither torch nor transformers."""

@@ -1,4 +1,4 @@
-"""The application: routes of OpenAI's interface, health and metrics."""
+"""The web application: routes of OpenAI's API, health and metrics."""
 
 from __future__ import annotations
 
@@ -38,23 +38,23 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 OPEN = ("/health",)
 """Paths that need no key."""
 TICKETS = "moec.tickets"
-"""Where the scope of a request keeps the jobs that end with it."""
+"""Key in the scope of a request for its jobs, which are cancelled when the request ends."""
 BUDGET = "routing_budget"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a server allows.
+    """Settings of a server.
 
     Attributes:
-        model: The name that requests give.
-        api_key: What they must bear; None for nothing.
-        hosts: Names by which the server may be called, without ports; None for any. A page that a browser shows can
-            make a name of its own mean this machine, and would then be let in.
-        parallel: Answers that take turns at most.
-        max_requests: Requests at most, those that wait among them.
-        max_tokens: New tokens of a request at most.
-        max_bytes: Bytes of a request's body at most.
+        model: Name of the model in requests.
+        api_key: Bearer token that requests must have; None for none.
+        hosts: Host names, without ports, under which the server answers; None for any. This keeps out a web page whose
+            own host name resolves to this machine (DNS rebinding).
+        parallel: Largest number of answers that take turns.
+        max_requests: Largest number of running and waiting requests.
+        max_tokens: Largest number of new tokens per request.
+        max_bytes: Largest size of a request body in bytes.
     """
 
     model: str
@@ -67,12 +67,12 @@ class Settings:
 
 
 class _Frame:
-    """Around every request: the key, a count, and the end of its jobs, however the request ended.
+    """Middleware: checks host and key, counts responses, and cancels the jobs of a request when it ends.
 
     Args:
-        app: What it is around.
-        settings: Who is let in.
-        metrics: What counts.
+        app: The wrapped application.
+        settings: Settings of the server.
+        metrics: Counts the responses.
     """
 
     def __init__(self, app: Any, settings: Settings, metrics: Metrics) -> None:
@@ -80,7 +80,7 @@ class _Frame:
         self._expected = None if settings.api_key is None else f"Bearer {settings.api_key}".encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request."""
+        """Handle one request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -105,16 +105,16 @@ class _Frame:
     def _refusal(self, scope: Scope) -> ApiError | None:
         headers = dict(scope["headers"])
         if self._hosts is not None and _host(headers.get(b"host", b"")) not in self._hosts:
-            return ApiError(403, "the server is not called so (Host)", code="invalid_host")
+            return ApiError(403, "the server does not answer under this host name (Host)", code="invalid_host")
         if self._expected is None or scope["path"] in OPEN:
             return None
         if hmac.compare_digest(headers.get(b"authorization", b""), self._expected):
             return None
-        return ApiError(401, "no key, or a wrong one (Authorization: Bearer KEY)", code="invalid_api_key")
+        return ApiError(401, "the API key is missing or wrong (Authorization: Bearer KEY)", code="invalid_api_key")
 
 
 def _host(header: bytes) -> str:
-    """The name of a Host header, without its port; empty where it is none."""
+    """The host name in a Host header, without the port; empty if the header is not valid."""
     try:
         return urlsplit(f"//{header.decode('latin-1')}").hostname or ""
     except ValueError:
@@ -122,7 +122,7 @@ def _host(header: bytes) -> str:
 
 
 class _Service:
-    """The routes."""
+    """The handlers of the routes."""
 
     def __init__(self, generator: Generator, settings: Settings) -> None:
         self.generator, self.settings = generator, settings
@@ -137,19 +137,19 @@ class _Service:
         self._started = int(time.time())
 
     async def health(self) -> Response:
-        """The server answers, so it is well."""
+        """Tell that the server is running."""
         return JSONResponse({"status": "ok"})
 
     async def prometheus(self) -> Response:
-        """Counters and histograms."""
+        """Counters and histograms in the text format of Prometheus."""
         return Response(self.metrics.text(), headers={"Content-Type": CONTENT_TYPE})
 
     async def models(self) -> Response:
-        """The one model that is served."""
+        """The list of models, which has one entry."""
         return JSONResponse({"object": "list", "data": [self._model()]})
 
     async def model(self, name: str) -> Response:
-        """The same by its name."""
+        """The model `name`."""
         self._check_model(name)
         return JSONResponse(self._model())
 
@@ -159,14 +159,14 @@ class _Service:
         return described if limit is None else {**described, "max_model_len": limit}
 
     async def chat_completions(self, request: Request) -> Response:
-        """An answer to a conversation."""
+        """Answer a conversation."""
         asked = await self._parse(request, ChatRequest)
         turns = [message.turn for message in asked.messages]
         ids = await asyncio.to_thread(self.generator.encode_chat, turns)
         return await self._respond(request, asked, ids, asked.max_completion_tokens or asked.max_tokens, CHAT)
 
     async def completions(self, request: Request) -> Response:
-        """A text that goes on."""
+        """Continue a text or token ids."""
         asked = await self._parse(request, CompletionRequest)
         prompt = asked.prompt
         if isinstance(prompt, list) and prompt and isinstance(prompt[0], str):
@@ -178,9 +178,13 @@ class _Service:
         return await self._respond(request, asked, ids, asked.max_tokens or COMPLETION_TOKENS, COMPLETION)
 
     async def _parse(self, request: Request, kind: type[Asked]) -> Asked:
-        """The request, if it is one that this server answers."""
+        """Read and validate a request.
+
+        Raises:
+            ApiError: It is not valid, too large, or for another model.
+        """
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-            # A page of another site may send other types without asking the server first.
+            # A page of another site may send other content types without a CORS preflight request.
             raise ApiError(400, "the Content-Type must be application/json", code="invalid_content_type")
         parts, size = [], 0
         async for part in request.stream():
@@ -194,14 +198,20 @@ class _Service:
 
     def _check_model(self, name: str) -> None:
         if name != self.settings.model:
-            reason = f"no model '{name}'; this server has '{self.settings.model}'"
+            reason = f"there is no model '{name}'; this server has '{self.settings.model}'"
             raise ApiError(404, reason, param="model", code="model_not_found")
 
     def _job(self, asked: Common, ids: list[int], most: int | None) -> Job:
-        """What is asked, within the limits."""
+        """The job for a request.
+
+        Raises:
+            ApiError: The request exceeds a limit, or sets an input that the artifact does not have.
+        """
         if most is not None and most > self.settings.max_tokens:
             raise ApiError(
-                400, f"{most} tokens; this server gives at most {self.settings.max_tokens}", param="max_tokens"
+                400,
+                f"{most} tokens are requested; this server allows at most {self.settings.max_tokens}",
+                param="max_tokens",
             )
         limit = self.generator.context_length
         room = self.settings.max_tokens if limit is None else limit - len(ids)
@@ -210,7 +220,7 @@ class _Service:
             raise ApiError(
                 400,
                 f"the artifact allows {limit} tokens; the prompt has {len(ids)}"
-                + (f", and {most} new ones are asked for" if most else ""),
+                + (f", and {most} new ones are requested" if most else ""),
                 param="messages" if isinstance(asked, ChatRequest) else "prompt",
                 code="context_length_exceeded",
             )
@@ -235,7 +245,7 @@ class _Service:
         if not asked.stream:
             text = await self._whole(request, events)
             return JSONResponse(telling.whole(text, ticket.statistics))
-        first = await events.get()  # an error is told by its status, and not in the middle of a stream
+        first = await events.get()  # an error at the start gives an error status instead of a stream
         if isinstance(first, Exception):
             raise told(first)
 
@@ -262,19 +272,23 @@ class _Service:
         try:
             ticket = self.scheduler.submit(job, lambda event: _hand_over(loop, events, event))
         except TooManyRequestsError:
-            reason = f"{self.settings.max_requests} requests are under way; try again later"
+            reason = f"{self.settings.max_requests} requests are running or waiting; try again later"
             raise ApiError(429, reason, code="rate_limit_exceeded") from None
         request.scope[TICKETS].append(ticket)
         return ticket, events
 
     async def _whole(self, request: Request, events: asyncio.Queue[str | Exception | None]) -> str:
-        """The text, unless the client goes away meanwhile."""
+        """Collect the whole text.
+
+        Raises:
+            ApiError: The client disconnected, or the job failed.
+        """
         collecting = asyncio.ensure_future(_collect(events))
         leaving = asyncio.ensure_future(_disconnected(request))
         try:
             await asyncio.wait((collecting, leaving), return_when=asyncio.FIRST_COMPLETED)
             if not collecting.done():
-                raise ApiError(499, "the client went away", code="cancelled")
+                raise ApiError(499, "the client disconnected", code="cancelled")
             return collecting.result()
         finally:
             collecting.cancel()
@@ -284,7 +298,11 @@ class _Service:
 def _hand_over(
     loop: asyncio.AbstractEventLoop, events: asyncio.Queue[str | Exception | None], event: str | Exception | None
 ) -> None:
-    """From the thread of the scheduler to that of the server; RuntimeError where its loop is closed."""
+    """Pass an event from the scheduler's thread to the server's event loop.
+
+    Raises:
+        RuntimeError: The event loop is closed.
+    """
     loop.call_soon_threadsafe(events.put_nowait, event)
 
 
@@ -303,17 +321,17 @@ async def _disconnected(request: Request) -> None:
 
 
 def _event(value: dict[str, Any]) -> bytes:
-    """One event of a stream."""
+    """A server-sent event."""
     return f"data: {json.dumps(value, ensure_ascii=False)}\n\n".encode()
 
 
 def make_app(generator: Generator, settings: Settings) -> FastAPI:
-    """The application that serves `generator`; its lifespan starts and stops the scheduler.
+    """Make the application that serves `generator`; its lifespan starts and stops the scheduler.
 
     Raises:
-        ArtifactError: The artifact has no tokenizer.
+        ArtifactError: The artifact has no tokenizer, or it is damaged.
     """
-    _ = generator.tokenizer  # a damaged one is said at once
+    _ = generator.tokenizer  # opened now, so that an error is reported at the start
     service = _Service(generator, settings)
 
     @contextlib.asynccontextmanager
@@ -341,7 +359,7 @@ def make_app(generator: Generator, settings: Settings) -> FastAPI:
 
 
 async def _tell(_request: Request, error: Exception) -> Response:
-    """An exception as OpenAI's error object."""
+    """The response for an exception: OpenAI's error object."""
     if isinstance(error, HTTPException) or hasattr(error, "status_code"):
         error = ApiError(error.status_code, str(getattr(error, "detail", error)))
     found = told(error)

@@ -1,4 +1,4 @@
-"""Errors as OpenAI's interface tells them."""
+"""Errors in the form of OpenAI's API."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from moec.compiler.common.errors import MoecError, UsageError
 
 
 class ApiError(Exception):
-    """An answer that is an error.
+    """An error response.
 
     Args:
         status: The HTTP status.
         message: What is wrong, and what to do.
-        param: The field of the request, if it is one.
-        code: A word for programs.
+        param: The field of the request that is wrong, if any.
+        code: Identifier of the error for programs.
     """
 
     def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
@@ -31,7 +31,7 @@ class ApiError(Exception):
 
 
 def told(error: Exception) -> ApiError:
-    """What to answer where `error` was raised."""
+    """The error response for an exception."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, MoecError):

@@ -1,4 +1,4 @@
-"""Figures of the server in Prometheus' text format."""
+"""Metrics of the server in the text format of Prometheus."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from moec.compiler.run.server.scheduler import Scheduler, Ticket
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-"""The form that `generate_latest` writes; its own name for it is not the same in every release."""
+"""Content type of the output of `generate_latest`; the library's own constant differs between releases."""
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)
 _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
@@ -21,18 +21,18 @@ class Metrics:
         self._responses = Counter(
             "moec_http_responses", "Responses by path and status.", ["path", "status"], registry=own
         )
-        self._ended = Counter("moec_generations", "Answers by how they ended.", ["outcome"], registry=own)
+        self._ended = Counter("moec_generations", "Answers by outcome.", ["outcome"], registry=own)
         self._prompt = Counter("moec_prompt_tokens", "Tokens of prompts.", registry=own)
         self._new = Counter("moec_generated_tokens", "Tokens of answers.", registry=own)
         self._whole = Histogram(
-            "moec_request_seconds", "From a request to its last token.", buckets=_SECONDS, registry=own
+            "moec_request_seconds", "Time from a request to its last token.", buckets=_SECONDS, registry=own
         )
         self._first = Histogram(
-            "moec_first_token_seconds", "From a request to its first token.", buckets=_SECONDS, registry=own
+            "moec_first_token_seconds", "Time from a request to its first token.", buckets=_SECONDS, registry=own
         )
         self._token = Histogram(
             "moec_token_seconds",
-            "From one token of an answer to the next, mean of each answer.",
+            "Mean time between two tokens of an answer.",
             buckets=_TOKEN_SECONDS,
             registry=own,
         )
@@ -40,7 +40,7 @@ class Metrics:
             self._ended.labels(outcome)
 
     def watch(self, scheduler: Scheduler) -> None:
-        """Tell how many requests of `scheduler` are under way and wait."""
+        """Add gauges of the running and waiting requests of `scheduler`."""
         active = Gauge("moec_requests_active", "Requests that are being answered.", registry=self._registry)
         waiting = Gauge("moec_requests_waiting", "Requests that wait for a place.", registry=self._registry)
         active.set_function(lambda: scheduler.active)
@@ -51,7 +51,7 @@ class Metrics:
         self._responses.labels(path, str(status)).inc()
 
     def ended(self, ticket: Ticket) -> None:
-        """Count a job."""
+        """Count a job that ended."""
         counts = ticket.statistics
         self._ended.labels(ticket.outcome).inc()
         if not ticket.first:
@@ -64,6 +64,6 @@ class Metrics:
             self._token.observe((ticket.last - ticket.first) / (counts.new_tokens - 1))
 
     def text(self) -> bytes:
-        """Everything, as Prometheus reads it."""
+        """All metrics in the text format."""
         told: bytes = generate_latest(self._registry)
         return told

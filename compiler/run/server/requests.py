@@ -1,4 +1,4 @@
-"""Requests of OpenAI's interface: which fields there are, and what is said of the others."""
+"""Requests of OpenAI's API: the supported fields, and the handling of others."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pydantic_core import ErrorDetails
 from moec.compiler.run.server.errors import ApiError
 
 COMPLETION_TOKENS = 16
-"""`max_tokens` of /v1/completions where a request has none, as OpenAI documents it."""
+"""Default of `max_tokens` for /v1/completions, as in OpenAI's documentation."""
 
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "n": (1,),
@@ -39,22 +39,22 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "service_tier": ("auto", "default"),
     "web_search_options": (),
 }
-"""Fields of OpenAI's that this server does not have: values besides null that ask for nothing and are let through."""
+"""Field of OpenAI's API that is not supported -> values besides null that have no effect and are allowed."""
 
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 
 
 class StreamOptions(BaseModel):
-    """How a stream is told."""
+    """Options of a stream."""
 
     model_config = ConfigDict(extra="forbid")
 
-    include_usage: bool = Field(False, description="Count the tokens in a last chunk.")
-    include_obfuscation: bool = Field(False, description="Not done.")
+    include_usage: bool = Field(False, description="Send token counts in a last chunk.")
+    include_obfuscation: bool = Field(False, description="Ignored.")
 
 
 class Common(BaseModel):
-    """Fields of both endpoints. Those below `user` are not OpenAI's."""
+    """Fields of both endpoints; those after `metadata` are extensions of OpenAI's API."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True)
 
@@ -80,7 +80,7 @@ class Common(BaseModel):
 
     @property
     def sampling(self) -> dict[str, float | None]:
-        """Fields of `Sampling` that were given; what restricts draws is left out where nothing is drawn."""
+        """The given fields of `Sampling`, without top_p, top_k and min_p if the temperature is 0."""
         given = {"temperature": self.temperature, "repetition_penalty": self.repetition_penalty}
         if self.temperature != 0:
             given |= {"top_p": self.top_p, "top_k": self.top_k, "min_p": self.min_p}
@@ -88,7 +88,7 @@ class Common(BaseModel):
 
 
 class TextPart(BaseModel):
-    """A part of a message."""
+    """A text part of a message."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -97,7 +97,7 @@ class TextPart(BaseModel):
 
 
 class Message(BaseModel):
-    """A turn."""
+    """A message of a conversation."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -112,7 +112,7 @@ class Message(BaseModel):
 
     @property
     def turn(self) -> dict[str, str]:
-        """Role and content as chat templates take them."""
+        """Role and content for a chat template."""
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
@@ -134,18 +134,18 @@ Asked = TypeVar("Asked", bound=Common)
 
 
 def parse(body: bytes, kind: type[Asked]) -> Asked:
-    """A request.
+    """Parse a request.
 
     Raises:
-        ApiError: It is none; the status is 400 and the message names the field.
+        ApiError: The request is not valid; the status is 400, and the message names the field.
     """
     try:
         fields = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant)
-        json.dumps(fields, ensure_ascii=False).encode("utf-8")  # half a surrogate pair is no text
+        json.dumps(fields, ensure_ascii=False).encode("utf-8")  # raises for an unpaired surrogate
     except (ValueError, RecursionError) as error:
         raise ApiError(400, f"the body is not JSON: {error}", code="invalid_json") from error
     if not isinstance(fields, dict):
-        raise ApiError(400, "the body is no JSON object", code="invalid_json")
+        raise ApiError(400, "the body is not a JSON object", code="invalid_json")
     fields = {name: value for name, value in fields.items() if not _asks_nothing(name, value)}
     try:
         return kind.model_validate(fields)
@@ -159,13 +159,11 @@ def _asks_nothing(name: str, value: Any) -> bool:
     same = (value == neutral and isinstance(value, bool) == isinstance(neutral, bool) for neutral in _NEUTRAL[name])
     if value is None or any(same):
         return True
-    raise ApiError(
-        400, f"'{name}' is not supported by this server; leave it out", param=name, code="unsupported_parameter"
-    )
+    raise ApiError(400, f"'{name}' is not supported by this server; omit it", param=name, code="unsupported_parameter")
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON number")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _api_error(error: ValidationError, kind: type[BaseModel]) -> ApiError:
@@ -181,13 +179,13 @@ def _api_error(error: ValidationError, kind: type[BaseModel]) -> ApiError:
 
 
 def _most_telling(errors: list[ErrorDetails]) -> ErrorDetails:
-    """Of a field that may have several forms, each form says why it is not the one: take the one that came farthest."""
+    """Of the errors of a union field, one per member, the error of the member that matched best."""
     same_field = [error for error in errors if error["loc"][:1] == errors[0]["loc"][:1]]
     return max(same_field, key=lambda error: (not error["type"].endswith("_type"), len(error["loc"])))
 
 
 def _path(location: tuple[int | str, ...]) -> str:
-    """`messages[1].content`; names of the forms of a union, which pydantic adds, are left out."""
+    """A path such as `messages[1].content`, without the names of union members that pydantic adds."""
     text = ""
     for part in location:
         if isinstance(part, int):

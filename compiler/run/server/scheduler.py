@@ -1,4 +1,4 @@
-"""Several answers at once: each has a sequence of its own, and they take turns, token by token."""
+"""Runs several answers at once: each has its own sequence, and they take turns token by token."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from moec.targets.base import ForkableRunner
 
 @dataclass(frozen=True)
 class Job:
-    """What is asked.
+    """A request for an answer.
 
     Attributes:
         prompt: Token ids.
-        max_new_tokens: At most so many new ones.
-        sampling: How they are chosen.
+        max_new_tokens: Largest number of new tokens.
+        sampling: Sampling settings.
         stop: Strings before which the answer ends.
         inputs: Values of scalar inputs of the artifact, such as {"routing_budget": 0.7}.
     """
@@ -34,16 +34,16 @@ class Job:
 
 
 Deliver = Callable[["str | Exception | None"], None]
-"""Takes a piece of text, then None at the end or the exception that ended it. Called from the scheduler's thread."""
+"""Called in the scheduler's thread with each piece of text, then with None, or with the exception that ended it."""
 
 
 class Ticket:
-    """A job under way.
+    """A submitted job.
 
     Attributes:
-        job: What was asked.
-        statistics: Counts, which grow.
-        submitted: Time (`time.perf_counter`) when it was asked.
+        job: The job.
+        statistics: Counts so far.
+        submitted: Time of submission (`time.perf_counter`).
         first: Time of the first token, or 0.
         last: Time of the last token so far, or 0.
         outcome: "stop", "length", "cancelled" or "error" at the end, empty before.
@@ -59,32 +59,32 @@ class Ticket:
         self.pieces: abc.Generator[str, None, None] | None = None
 
     def cancel(self) -> None:
-        """Nobody waits for it any more: its place is free after the step that is under way."""
+        """Cancel the job; it ends after the current step."""
         self.cancelled = True
 
     def deliver(self, event: str | Exception | None) -> None:
-        """Hand an event to whoever asked; if he is gone, the job is cancelled."""
+        """Pass an event to the receiver; if its event loop is closed, cancel the job."""
         try:
             self._deliver(event)
-        except RuntimeError:  # his event loop is closed
+        except RuntimeError:  # the event loop is closed
             self.cancel()
 
 
 class TooManyRequestsError(Exception):
-    """As many requests as are allowed are under way or wait."""
+    """The number of running and waiting requests has reached its limit."""
 
 
 class Scheduler:
-    """Runs jobs in a thread of its own, each step of one token or one piece of a prompt, in turns.
+    """Runs jobs in turns in its own thread; a step is one token or one piece of a prompt.
 
-    Every answer is decoded by itself; the runtime uses all of its threads for one step. A job that comes when all
-    places are taken waits in line.
+    Answers are not batched: the runtime uses all of its threads for one step of one answer. When all places are taken,
+    further jobs wait in order of arrival.
 
     Args:
         generator: The artifact.
-        parallel: Answers that take turns at most; one where the runner cannot fork.
-        max_requests: Jobs at most, those that wait among them.
-        on_end: Called with each ticket at its end.
+        parallel: Largest number of answers that take turns; 1 if the runner cannot fork.
+        max_requests: Largest number of running and waiting jobs.
+        on_end: Called with each ticket when its job ends.
     """
 
     def __init__(
@@ -105,11 +105,11 @@ class Scheduler:
         self._thread = threading.Thread(target=self._run, name="moec-scheduler", daemon=True)
 
     def start(self) -> None:
-        """Begin to work."""
+        """Start the thread."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Cancel all jobs and wait for the step that is under way."""
+        """Cancel all jobs and wait for the current step."""
         with self._changed:
             self._stopped = True
             self._changed.notify()
@@ -117,19 +117,19 @@ class Scheduler:
 
     @property
     def active(self) -> int:
-        """Jobs that take turns now."""
+        """Number of jobs that take turns now."""
         return len(self._active)
 
     @property
     def waiting(self) -> int:
-        """Jobs that wait for a place."""
+        """Number of jobs that wait."""
         return len(self._waiting)
 
     def submit(self, job: Job, deliver: Deliver) -> Ticket:
-        """Take a job.
+        """Submit a job.
 
         Raises:
-            TooManyRequestsError: There are too many.
+            TooManyRequestsError: The limit of running and waiting jobs is reached, or the scheduler was stopped.
         """
         ticket = Ticket(job, deliver)
         with self._changed:
@@ -152,7 +152,7 @@ class Scheduler:
             self._end(ticket, "cancelled", None)
 
     def _admit(self) -> list[Ticket]:
-        """Wait for work and give free places to those who came first; returns those who went away while they waited."""
+        """Wait for work, start waiting jobs in free places, and return the jobs that were cancelled while waiting."""
         with self._changed:
             self._changed.wait_for(lambda: self._stopped or self._active or self._waiting)
             gone = [ticket for ticket in self._waiting if ticket.cancelled]
@@ -171,7 +171,7 @@ class Scheduler:
             yield from answer.pieces(self._generator.tokenizer, job.stop)
 
     def _step(self, ticket: Ticket) -> None:
-        """One token, or the end."""
+        """Run one step of a job, or end it."""
         if ticket.cancelled:
             self._end(ticket, "cancelled", None)
             return
@@ -180,7 +180,7 @@ class Scheduler:
         before = ticket.statistics.new_tokens
         try:
             piece = next(ticket.pieces, None)
-        except Exception as error:  # noqa: BLE001 - whoever asked is told, and the others go on
+        except Exception as error:  # noqa: BLE001 - the receiver gets the error, and other jobs continue
             self._end(ticket, "error", error)
             return
         if ticket.statistics.new_tokens > before:
@@ -193,7 +193,7 @@ class Scheduler:
 
     def _end(self, ticket: Ticket, outcome: str, event: Exception | None) -> None:
         if ticket.pieces is not None:
-            ticket.pieces.close()  # gives the runner back
+            ticket.pieces.close()  # releases the runner
         with self._changed:
             if ticket in self._active:
                 self._active.remove(ticket)

@@ -1,4 +1,4 @@
-"""Answers in the forms of OpenAI's two endpoints."""
+"""Responses in the formats of OpenAI's two endpoints."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from moec.compiler.run.session import Statistics
 
 @dataclass(frozen=True)
 class Shape:
-    """How an endpoint tells an answer.
+    """The response format of an endpoint.
 
     Attributes:
-        prefix: Of identifiers.
-        whole: Name of the object of a whole answer.
-        chunk: Name of the object of a piece of a stream.
-        is_chat: Whether text is a message with a role.
+        prefix: Prefix of identifiers.
+        whole: Object name of a whole answer.
+        chunk: Object name of a chunk of a stream.
+        is_chat: Whether the text is a message with a role.
     """
 
     prefix: str
@@ -28,7 +28,7 @@ class Shape:
     is_chat: bool
 
     def begin(self, model: str) -> Telling:
-        """A new answer of `model`."""
+        """Start a new response of `model`."""
         return Telling(self, model, f"{self.prefix}-{uuid.uuid4().hex}", int(time.time()))
 
 
@@ -38,7 +38,7 @@ COMPLETION = Shape("cmpl", "text_completion", "text_completion", is_chat=False)
 
 @dataclass(frozen=True)
 class Telling:
-    """One answer: its objects share a name and a time."""
+    """One response, whose objects share an identifier and a time."""
 
     shape: Shape
     model: str
@@ -46,26 +46,26 @@ class Telling:
     created: int
 
     def whole(self, text: str, counts: Statistics) -> dict[str, Any]:
-        """The answer in one object."""
+        """The whole response as one object."""
         told = {"message": {"role": "assistant", "content": text}} if self.shape.is_chat else {"text": text}
         choice = self._choice(told, counts.finish)
         return {**self._object(self.shape.whole, [choice]), "usage": _usage(counts)}
 
     def opening(self) -> Iterator[dict[str, Any]]:
-        """What comes before the first piece of a stream."""
+        """The chunks before the text of a stream."""
         if self.shape.is_chat:
             yield self._chunk({"delta": {"role": "assistant", "content": ""}})
 
     def piece(self, text: str) -> dict[str, Any]:
-        """A piece of a stream."""
+        """A chunk of a stream with text."""
         return self._chunk({"delta": {"content": text}} if self.shape.is_chat else {"text": text})
 
     def closing(self, counts: Statistics) -> dict[str, Any]:
-        """The end of a stream, with its reason."""
+        """The last chunk of a stream, with the finish reason."""
         return self._chunk({"delta": {}} if self.shape.is_chat else {"text": ""}, counts.finish)
 
     def usage(self, counts: Statistics) -> dict[str, Any]:
-        """The counts after a stream."""
+        """The chunk with token counts after a stream."""
         return {**self._object(self.shape.chunk, []), "usage": _usage(counts)}
 
     def _chunk(self, told: dict[str, Any], finish: str = "") -> dict[str, Any]:

@@ -76,7 +76,7 @@ def test_an_axis_of_one_value_is_no_part_of_the_name(tmp_path: Path) -> None:
         ("models: [a]\n", "no targets"),
         ("models: [a]\ntarget: [onnx]\n", "unknown key 'target'"),
         ("models: a\ntargets: [onnx]\n", "a list or a mapping"),
-        ("models: [a, x/a]\ntargets: [onnx]\n", "two cells are called a-onnx"),
+        ("models: [a, x/a]\ntargets: [onnx]\n", "two cells have the name a-onnx"),
         ("models: [a]\ntargets: [onnx]\ncommon: {dtyp: fp16}\n", "unknown recipe key 'dtyp'"),
         ("[", "cannot be read as YAML"),
         ("3", "a mapping of keys"),

@@ -68,11 +68,11 @@ def test_what_cannot_be_estimated_says_why() -> None:
     with pytest.raises(UsageError, match="unknown device 'h20'") as error:
         estimate(Wanted("nothing", "onnx", device="h20"), lambda *_: None)
     assert "h200" in error.value.hint
-    with pytest.raises(UsageError, match="auto chooses formats by measuring"):
+    with pytest.raises(UsageError, match="auto cannot be estimated"):
         estimate(Wanted("nothing", "onnx", "auto"), lambda *_: None)
     with pytest.raises(UsageError, match="unknown routing policy 'top-q'"):
         estimate(Wanted("nothing", "onnx", routing="top-q", kept_share=0.5), lambda *_: None)
-    with pytest.raises(UsageError, match="what top-p saves depends on its budget") as error:
+    with pytest.raises(UsageError, match="the saving of top-p depends on its budget") as error:
         estimate(Wanted("nothing", "onnx", routing="top-p"), lambda *_: None)
     assert "--expert-budget" in error.value.hint
 

@@ -166,4 +166,4 @@ def test_no_template_is_exit_2(golden_onnx: Path, tmp_path: Path, capsys: pytest
     shutil.copytree(golden_onnx, out)
     (out / "chat_template.jinja").unlink()
     assert cli.dispatch(["chat", str(out)]) == 2
-    assert "--raw continues each line by itself" in capsys.readouterr().err
+    assert "give --raw to complete each line on its own" in capsys.readouterr().err

@@ -209,7 +209,7 @@ def test_rows_are_kept_and_not_built_again(tmp_path: Path, monkeypatch: pytest.M
     assert "2. transformers has no model of type" in notes
     assert max(map(len, rows.splitlines())) < 160
     kept.write_text("no rows")
-    with pytest.raises(UsageError, match="no rows of released models"):
+    with pytest.raises(UsageError, match="not a file of results of released models"):
         released_page.check([], [], resume=kept, progress=silent)
 
 

@@ -105,7 +105,7 @@ def test_a_full_context(golden_onnx: Path, tmp_path: Path) -> None:
         conversation.reset()
         with pytest.raises(UsageError, match="the text has") as caught:
             list(conversation.ask("word " * 30))
-        assert caught.value.hint == "say it in fewer words"
+        assert caught.value.hint == "shorten the text"
         assert not conversation.messages
 
 

@@ -95,4 +95,4 @@ def test_an_answer_counts_what_was_kept() -> None:
     second = answer([3, 4, 5, 6, 7, 8, 9, 20], most=2)
     assert list(second.tokens()) == [21, 22]
     assert (second.statistics.kept_tokens, second.statistics.finish) == (6, "length")
-    assert second.statistics.line().startswith("prompt: 8 tokens, 6 of them kept from before, in ")
+    assert second.statistics.line().startswith("prompt: 8 tokens (6 of them from the KV cache) in ")

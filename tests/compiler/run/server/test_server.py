@@ -114,8 +114,8 @@ def test_prompts_of_tokens(served: Any, generator: Any) -> None:
     [
         ({"extra_body": {"colour": 1}}, "colour", "unknown_parameter", "unknown parameter 'colour'"),
         ({"n": 2}, "n", "unsupported_parameter", "'n' is not supported"),
-        ({"logprobs": 5}, "logprobs", "unsupported_parameter", "leave it out"),
-        ({"extra_body": {"tools": [{}]}}, "tools", "unsupported_parameter", "leave it out"),
+        ({"logprobs": 5}, "logprobs", "unsupported_parameter", "omit it"),
+        ({"extra_body": {"tools": [{}]}}, "tools", "unsupported_parameter", "omit it"),
         ({"temperature": -1}, "temperature", "invalid_value", "greater than or equal to 0"),
         ({"temperature": "hot"}, "temperature", "invalid_value", "valid number"),
         ({"top_p": 0}, "top_p", "invalid_value", "greater than 0"),
@@ -158,7 +158,7 @@ def turn(**fields: Any) -> dict[str, Any]:
             404,
             "no model 'gpt'; this server has 'golden'",
         ),
-        ([], 400, "no JSON object"),
+        ([], 400, "not a JSON object"),
         (b"{", 400, "not JSON"),
         (b'{"model": NaN}', 400, "not JSON"),
         (b'{"model": "\\ud800"}', 400, "not JSON"),
@@ -212,7 +212,7 @@ def test_a_model_without_a_chat_template(golden_onnx: Path, tmp_path: Path, serv
     shutil.copytree(golden_onnx, out)
     (out / "chat_template.jinja").unlink()
     served = serve(moec.load(out))
-    with pytest.raises(openai.BadRequestError, match=r"no chat template; .* ask /v1/completions"):
+    with pytest.raises(openai.BadRequestError, match=r"no chat template; .* use /v1/completions"):
         served.chat("Hello")
 
 
@@ -255,7 +255,7 @@ def test_too_many_requests(serve: Callable[..., Any]) -> None:
     with ThreadPoolExecutor(1) as pool:
         waits = pool.submit(served.complete, PROMPTS[1])
         served.until("moec_requests_waiting", 1)
-        with pytest.raises(openai.RateLimitError, match="2 requests are under way") as caught:
+        with pytest.raises(openai.RateLimitError, match="2 requests are running or waiting") as caught:
             served.complete(PROMPTS[2])
         assert caught.value.response.headers["retry-after"] == "1"
         streams[0].close()
