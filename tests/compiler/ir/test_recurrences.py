@@ -129,7 +129,11 @@ def test_half_precision_is_computed_in_single() -> None:
 
 @pytest.mark.parametrize(
     ("rule", "decay", "beta", "said"),
-    [("gated", False, False, "takes decay"), ("delta", True, True, "takes no decay"), ("sum", False, False, "none of")],
+    [
+        ("gated", False, False, "takes decay"),
+        ("delta", True, True, "takes no decay"),
+        ("sum", False, False, "not one of"),
+    ],
 )
 def test_operands_that_do_not_fit_the_rule(rule: str, decay: bool, beta: bool, said: str) -> None:
     query, key, value, g, b, state, _, scale = scan(Axes(1, 2), "gated_delta")

@@ -84,7 +84,7 @@ def test_too_long_a_prompt_says_the_numbers(make: Make, prompt: int, new: int) -
 
 def test_the_limit_of_a_nested_config(make: Make) -> None:
     generator = Generator(make({"max_position_embeddings": None, "text_config": {"max_position_embeddings": 8}}))
-    with pytest.raises(UsageError, match="the 8 that"):
+    with pytest.raises(UsageError, match="exceeds the 8 tokens"):
         next(generator.tokens([1] * 8, max_new_tokens=1))
 
 
@@ -101,7 +101,7 @@ def test_run_prints_the_text_and_the_statistics(make: Make, capsys: pytest.Captu
     found = json.loads(capsys.readouterr().out)
     assert (found["text"], found["new_tokens"]) == (text, 6)
     assert cli.dispatch([*command[:-1], "900"]) == 2
-    assert "more than the 64" in capsys.readouterr().err
+    assert "exceeds the 64 tokens" in capsys.readouterr().err
 
 
 def test_the_prompt_is_an_argument_or_an_option(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
