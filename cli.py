@@ -21,12 +21,12 @@ import typer
 import moec
 from moec.compiler.commands.artifacts import verify
 from moec.compiler.commands.chat import chat
-from moec.compiler.commands.console import LOG_FORMAT, Console, any_character
+from moec.compiler.commands.console import LOG_FORMAT, Console, accept_any_character
 from moec.compiler.commands.estimation import estimate
 from moec.compiler.commands.flags import with_groups
 from moec.compiler.commands.generation import run
 from moec.compiler.commands.inspection import doctor, families, inspect
-from moec.compiler.commands.options import ArtifactDirectory, Demands, Quantize, Revision, Routing, Shown, Trust
+from moec.compiler.commands.options import ArtifactDirectory, Demands, OutputConsole, Quantize, Revision, Routing, Trust
 from moec.compiler.commands.pipelines import build, diff, publish
 from moec.compiler.commands.serve import serve
 from moec.compiler.common.errors import MoecError, UsageError, out_of_memory
@@ -38,7 +38,7 @@ def export(
     routing: Routing,
     quantize: Quantize,
     demands: Demands,
-    console: Shown,
+    console: OutputConsole,
     checkpoint: Annotated[str | None, typer.Argument(help="Directory or hub id; may be in the recipe instead.")] = None,
     target: Annotated[
         str | None, typer.Option("--target", "-t", help="Name of the target; 'moec doctor' lists them.")
@@ -89,7 +89,7 @@ def export(
 
 
 def calibrate(
-    console: Shown,
+    console: OutputConsole,
     checkpoint: Annotated[str, typer.Argument(help="Directory or hub id.")],
     policy: Annotated[str, typer.Option("--policy", help="Routing policy, such as top-p.")],
     budget: Annotated[str, typer.Option("--budget", metavar="0.5,0.6,...", help="Shares of the slots to keep.")],
@@ -120,7 +120,7 @@ def calibrate(
 
 def validate(
     demands: Demands,
-    console: Shown,
+    console: OutputConsole,
     directory: ArtifactDirectory,
     against: Annotated[str, typer.Option(metavar="CHECKPOINT", help="The checkpoint it was built from.")],
     revision: Revision = None,
@@ -258,7 +258,7 @@ def dispatch(arguments: list[str]) -> int:
 def main() -> None:
     """Entry point of the `moec` command."""
     signal.signal(signal.SIGTERM, _terminate)
-    any_character()
+    accept_any_character()
     # Set before torch is imported; variables of the user win.
     os.environ.update({**WAIT_WITHOUT_SPINNING, **os.environ})
     keep_freed_memory()

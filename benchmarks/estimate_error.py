@@ -13,7 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from moec.compiler.build.estimate import Wanted, counted
+from moec.compiler.build.estimate import EstimateRequest, count_program
 from moec.compiler.build.estimate_calibration import measure_decode, speeds, write_random
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -37,7 +37,7 @@ def main() -> None:
         for shape in SHAPES:
             with tempfile.TemporaryDirectory() as folder:
                 checkpoint = write_random(Path(folder) / "model", shape)
-                _, formats = counted(Wanted(str(checkpoint), options.target, quantize))
+                _, formats = count_program(EstimateRequest(str(checkpoint), options.target, quantize))
                 fitted = speeds(options.target, "fp32", formats, lambda *_: None)
                 assert fitted is not None
                 measured = measure_decode(checkpoint, Path(folder) / "out", options.target, "fp32", quantize)

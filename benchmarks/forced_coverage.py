@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from moec.compiler.common.memory import keep_freed_memory
 from moec.compiler.frontend.capture import capture
 from moec.compiler.frontend.checkpoint import Checkpoint
-from moec.compiler.gates.coverage import judge_coverage, run_experts_by_force
+from moec.compiler.gates.coverage import judge_coverage, run_every_expert
 from moec.compiler.gates.integrity import Comparisons
 from moec.compiler.gates.reference import SAMPLED
 from moec.compiler.gates.tolerance import precision_of
@@ -114,7 +114,7 @@ def main() -> None:
 
     runners = target.open_experts(artifact)
     comparisons = Comparisons(program, {} if options.coverage_alone else target.stored_weights(artifact))
-    found = run_experts_by_force(program, runners, hidden, 1.0, progress, comparisons.compare)
+    found = run_every_expert(program, runners, hidden, 1.0, progress, comparisons.compare)
     verdicts = [judge_coverage(found, list(runners), precision_of(program), 1.0, Usage(program.layers))]
     if not options.coverage_alone:
         verdicts.append(comparisons.judge())

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from importlib.metadata import EntryPoint
 
 from moec.compiler.common.errors import MoecError, UsageError
-from moec.compiler.common.plugins import third_party
+from moec.compiler.common.plugins import load_plugins
 from moec.compiler.common.rejections import Rejection
 from moec.compiler.ir.invariants import check_invariants
 from moec.compiler.ir.program import Program
@@ -63,7 +63,7 @@ def default_passes(extra: Iterable[EntryPoint] | None = None) -> tuple[Pass, ...
         CommonSubexpressions(),
         DeadCode(),
     )
-    added = third_party(GROUP, Pass, {item.name for item in own}, extra)  # type: ignore[type-abstract]
+    added = load_plugins(GROUP, Pass, {item.name for item in own}, extra)  # type: ignore[type-abstract]
     return (*own, *(loaded() for loaded in added.values()))
 
 

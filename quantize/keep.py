@@ -1,8 +1,8 @@
 """Codes of a checkpoint that is stored quantized, kept: on the same grid bit for bit where a target holds that grid.
 
 Codes, scales and zero points take the way of their weights through stacking, joining and transposing
-(`LazyTensor.over`). What comes out is a grid again if the last axis still falls into blocks of one scale. Codes are
-whole numbers, or indices of one table for the whole weight.
+(`LazyTensor.map_sources`). What comes out is a grid again if the last axis still falls into blocks of one scale. Codes
+are whole numbers, or indices of one table for the whole weight.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from moec.compiler.common.errors import CheckpointError
-from moec.compiler.ir.encoded_weights import Encoded, Made, Spread
+from moec.compiler.ir.encoded_weights import Encoded, FromFunction, PerBlock
 from moec.compiler.ir.weights import LazyTensor
 from moec.quantize.formats import BLOCK_SIZES, Activations, IntegerFormat, ScaleType, TableFormat, parse_held
 from moec.quantize.lazy import Coded, Given
@@ -232,7 +232,7 @@ def kept(name: str, tensor: LazyTensor, fmt: KeptFormat, *, exact: bool) -> Kept
 
 
 def _view(tensor: LazyTensor, part: Callable[[Encoded], LazyTensor | None]) -> LazyTensor | None:
-    return tensor.over(lambda leaf: part(leaf) if isinstance(leaf, Encoded) else None)
+    return tensor.map_sources(lambda leaf: part(leaf) if isinstance(leaf, Encoded) else None)
 
 
 def _leaves(tensor: LazyTensor) -> list[LazyTensor]:
@@ -243,13 +243,13 @@ def _leaves(tensor: LazyTensor) -> list[LazyTensor]:
         found.append(leaf)
         return leaf
 
-    return found if tensor.over(note) is not None else [tensor]
+    return found if tensor.map_sources(note) is not None else [tensor]
 
 
 def _zeros(leaf: Encoded) -> LazyTensor:
     if leaf.zeros is not None:
         return leaf.zeros
-    return Made(
+    return FromFunction(
         leaf.shape, torch.int8, lambda start, stop: torch.zeros(stop - start, *leaf.shape[1:], dtype=torch.int8)
     )
 
@@ -267,7 +267,7 @@ def _blocks(leaf: Encoded) -> LazyTensor:
         value = rows[:, None] * count + index
         return value.expand(stop - start, *leaf.shape[1:]) if len(leaf.shape) > 2 else value
 
-    return Made(leaf.shape, torch.int64, numbers)
+    return FromFunction(leaf.shape, torch.int64, numbers)
 
 
 def _common_run(blocks: LazyTensor) -> int:
@@ -287,7 +287,7 @@ def _common_table(leaves: Sequence[Encoded]) -> Tensor | None:
     return tables[0] if bool(_exact_in_half(tables[0].to(torch.float32)).all()) else None
 
 
-def _scales_are(kind: Callable[[Tensor], Tensor], scales: Spread) -> bool:
+def _scales_are(kind: Callable[[Tensor], Tensor], scales: PerBlock) -> bool:
     if scales.dtype == torch.float16:
         return True
     return all(bool(kind(part.to(torch.float32)).all()) for part in scales.source.chunks())

@@ -15,7 +15,7 @@ from moec.compiler.build.executors import EXECUTORS
 from moec.compiler.build.matrix import Cell
 from moec.compiler.build.worker import Outcome, Task, size
 from moec.compiler.common.errors import ArtifactError, CheckpointError, OutputError, UsageError
-from moec.compiler.common.files import write_whole
+from moec.compiler.common.files import write_atomically
 from moec.compiler.common.validation import unknown
 from moec.compiler.pipeline.recipe import make_recipe
 from moec.compiler.report.schema import read_report
@@ -118,7 +118,7 @@ def _write(output: Path, cells: Sequence[Cell], done: dict[str, Outcome]) -> Non
         "exit_code": exit_code(list(done.values())),
     }
     try:
-        write_whole(output / SUMMARY, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        write_atomically(output / SUMMARY, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     except OSError as error:
         raise OutputError(
             f"{output}: cannot be written: {error.strerror or error}", hint="choose another directory with -o"

@@ -19,7 +19,7 @@ import moec
 from moec.compiler.common.artifact import REPORTS, is_artifact, read_manifest
 from moec.compiler.common.digest import sha256_of_chunks, sha256_of_json
 from moec.compiler.common.errors import OutputError
-from moec.compiler.common.files import beside
+from moec.compiler.common.files import replacing
 from moec.compiler.common.staging import staged
 from moec.compiler.frontend.source import Digests, resolve
 from moec.compiler.pipeline.recipe import SECTIONS, Recipe
@@ -98,7 +98,7 @@ class Cache:
         """
         entry = self._entry(key)
         try:
-            with beside(entry, _unless_there) as whole:
+            with replacing(entry, _unless_there) as whole:
                 (whole / "artifact").mkdir(parents=True)
                 _link(artifact, whole / "artifact")
                 index = {"artifact": str(artifact), "files": _states(whole / "artifact")}

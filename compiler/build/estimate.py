@@ -27,7 +27,7 @@ HERE = "this machine, one thread"
 
 
 @dataclass(frozen=True)
-class Wanted:
+class EstimateRequest:
     """The configuration to estimate.
 
     Attributes:
@@ -57,7 +57,7 @@ class Wanted:
     revision: str | None = None
 
 
-def estimate(wanted: Wanted, progress: Progress) -> dict[str, Any]:
+def estimate(wanted: EstimateRequest, progress: Progress) -> dict[str, Any]:
     """The estimate as a mapping for JSON. No weight is read.
 
     Raises:
@@ -78,10 +78,10 @@ def estimate(wanted: Wanted, progress: Progress) -> dict[str, Any]:
                 f"the saving of {wanted.routing} depends on its budget, and none is given",
                 hint="give the share of the top-k that it keeps, such as --expert-budget 0.6",
             )
-    return predict(*counted(wanted), wanted, progress)
+    return predict(*count_program(wanted), wanted, progress)
 
 
-def predict(counts: Counts, stored: Mapping[str, str], wanted: Wanted, progress: Progress) -> dict[str, Any]:
+def predict(counts: Counts, stored: Mapping[str, str], wanted: EstimateRequest, progress: Progress) -> dict[str, Any]:
     """The estimate from the counts of a Program; `stored` are its formats, from `counting.formats`."""
     device = None if wanted.device is None else load_device(wanted.device)
     where = _device(device) if device else _here()
@@ -99,7 +99,7 @@ def predict(counts: Counts, stored: Mapping[str, str], wanted: Wanted, progress:
     return {**found, **_latency(wanted, counts, stored, where, device, progress)}
 
 
-def counted(wanted: Wanted) -> tuple[Counts, dict[str, str]]:
+def count_program(wanted: EstimateRequest) -> tuple[Counts, dict[str, str]]:
     """The counts of the Program of a configuration, and its formats."""
     fields: dict[str, Any] = {"checkpoint": wanted.checkpoint, "target": wanted.target, "dtype": wanted.dtype}
     recipe = make_recipe(
@@ -130,7 +130,7 @@ def _here() -> dict[str, Any]:
 
 
 def _latency(
-    wanted: Wanted,
+    wanted: EstimateRequest,
     counts: Counts,
     stored: Mapping[str, str],
     where: dict[str, Any],

@@ -25,7 +25,7 @@ from typing import Any
 from moec.compiler.common.errors import UsageError
 from moec.compiler.common.files import read_yaml
 from moec.compiler.common.validation import unknown
-from moec.compiler.pipeline.recipe import Recipe, located
+from moec.compiler.pipeline.recipe import Recipe, with_absolute_paths
 
 AXES = ("models", "targets", "quantize", "routing")
 _KEYS = (*AXES, "common")
@@ -63,7 +63,7 @@ def read_matrix(path: Path) -> tuple[Cell, ...]:
     if not isinstance(common, dict) or (odd := [key for key in common if key not in Recipe.model_fields]):
         what = f"unknown recipe key {odd[0]!r}" if isinstance(common, dict) else "not a mapping"
         raise UsageError(f"{path}: common: {what}", hint=f"the keys of a recipe: {', '.join(Recipe.model_fields)}")
-    cells = tuple(_cells(content, located(common, path.parent), path))
+    cells = tuple(_cells(content, with_absolute_paths(common, path.parent), path))
     counts = Counter(cell.name for cell in cells)
     if twice := sorted(name for name, count in counts.items() if count > 1):
         raise UsageError(
@@ -96,7 +96,7 @@ def _axis(values: Any, axis: str, path: Path) -> Iterator[tuple[str, Mapping[str
         raise UsageError(f"{path}: {axis}: it must be a list or a mapping of names, got {values!r}")
     named = values.items() if isinstance(values, dict) else ((None, value) for value in values)
     for name, value in named:
-        part = located(_part(axis, value), path.parent)
+        part = with_absolute_paths(_part(axis, value), path.parent)
         yield _NAME.sub("-", str(name) if name is not None else _title(value)).strip("-.") or axis, part
 
 

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from moec.compiler.common.artifact import leads_out, read_manifest, verify
 from moec.compiler.common.errors import ArtifactError, MissingExtraError, OutputError, UsageError, first_line
-from moec.compiler.common.files import read_json, write_whole
+from moec.compiler.common.files import read_json, write_atomically
 from moec.compiler.common.staging import staged
 from moec.compiler.common.validation import unknown
 from moec.compiler.report.schema import Report, read_report
@@ -137,7 +137,7 @@ def _read_index(shelf: Path) -> list[dict[str, Any]]:
 
 def _write_index(shelf: Path, entries: list[dict[str, Any]]) -> None:
     try:
-        write_whole(shelf / INDEX, json.dumps({"schema_version": 1, "versions": entries}, indent=2) + "\n")
+        write_atomically(shelf / INDEX, json.dumps({"schema_version": 1, "versions": entries}, indent=2) + "\n")
     except OSError as error:
         raise OutputError(f"{shelf}: cannot be written: {error.strerror or error}") from error
 

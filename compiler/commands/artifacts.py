@@ -6,11 +6,11 @@ from typing import Annotated
 
 import typer
 
-from moec.compiler.commands.options import ArtifactDirectory, Shown
+from moec.compiler.commands.options import ArtifactDirectory, OutputConsole
 
 
 def verify(
-    console: Shown,
+    console: OutputConsole,
     directory: ArtifactDirectory,
     public_key: Annotated[
         str | None,

@@ -14,7 +14,7 @@ import typer
 
 from moec.compiler.commands.console import Console, write
 from moec.compiler.commands.generation import argument_text
-from moec.compiler.commands.options import ArtifactDirectory, Generation, Sampling, Talk
+from moec.compiler.commands.options import ArtifactDirectory, DebugOutput, Generation, Sampling
 from moec.compiler.common.errors import MoecError, UsageError
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ A line that begins with // is sent as a turn that begins with /."""
 def chat(
     sampling: Sampling,
     generation: Generation,
-    console: Annotated[Console, Talk],
+    console: Annotated[Console, DebugOutput],
     directory: ArtifactDirectory,
     system: Annotated[str, typer.Option(metavar="TEXT", help="The system prompt.")] = "",
     raw: Annotated[

@@ -307,7 +307,7 @@ def write(text: str) -> bool:
     return True
 
 
-def any_character() -> None:
+def accept_any_character() -> None:
     """Let stdout and stderr accept every character; those outside their encoding are written as escapes."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

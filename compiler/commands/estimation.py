@@ -6,11 +6,11 @@ from typing import Annotated
 
 import typer
 
-from moec.compiler.commands.options import Revision, Shown, Trust
+from moec.compiler.commands.options import OutputConsole, Revision, Trust
 
 
 def estimate(
-    console: Shown,
+    console: OutputConsole,
     checkpoint: Annotated[str, typer.Argument(help="Directory or hub id.")],
     target: Annotated[str, typer.Option("--target", "-t", help="Name of the target.")],
     quantize: Annotated[str, typer.Option(metavar="FORMAT", help="Format of the weights.")] = "none",
@@ -31,10 +31,10 @@ def estimate(
 
     The first estimate for a target and a format on a machine builds and measures a few small models.
     """
-    from moec.compiler.build.estimate import Wanted, describe
+    from moec.compiler.build.estimate import EstimateRequest, describe
     from moec.compiler.build.estimate import estimate as compute
 
-    wanted = Wanted(
+    wanted = EstimateRequest(
         checkpoint,
         target,
         quantize,

@@ -25,7 +25,7 @@ class Group:
     A command takes the group as one argument; `with_groups` makes flags of its fields.
     """
 
-    def made(self) -> Any:
+    def value(self) -> Any:
         """The value that the command gets: the group itself, unless a subclass makes another object of it."""
         return self
 
@@ -50,7 +50,7 @@ def with_groups(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def command(**arguments: Any) -> Any:
         made = {
-            name: groups[name](**{item.name: arguments.pop(item.name) for item in items}).made()
+            name: groups[name](**{item.name: arguments.pop(item.name) for item in items}).value()
             for name, items in of_group.items()
         }
         return function(**arguments, **made)

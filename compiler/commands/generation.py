@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from moec.compiler.commands.options import ArtifactDirectory, Generation, Sampling, Shown
+from moec.compiler.commands.options import ArtifactDirectory, Generation, OutputConsole, Sampling
 from moec.compiler.common.errors import UsageError
 
 
@@ -42,7 +42,7 @@ def argument_text(given: str, where: str) -> str:
 def run(
     sampling: Sampling,
     generation: Generation,
-    console: Shown,
+    console: OutputConsole,
     directory: ArtifactDirectory,
     text: Annotated[
         str | None, typer.Argument(metavar="[PROMPT]", help="The text to continue; '-' reads standard input.")

@@ -9,11 +9,11 @@ from typing import Annotated
 import typer
 
 from moec.compiler.commands.console import Console
-from moec.compiler.commands.options import Revision, Shown, Trust
+from moec.compiler.commands.options import OutputConsole, Revision, Trust
 
 
 def inspect(
-    console: Shown,
+    console: OutputConsole,
     location: Annotated[str, typer.Argument(metavar="CHECKPOINT|DIRECTORY", help="Checkpoint, hub id or artifact.")],
     text: Annotated[str | None, typer.Option(help="Colour this text by the experts that each token uses.")] = None,
     against: Annotated[
@@ -37,7 +37,7 @@ def inspect(
     return 0
 
 
-def doctor(console: Shown) -> int:
+def doctor(console: OutputConsole) -> int:
     """Show which targets can be built, run and measured here, and the pip commands that add the others."""
     from moec.compiler.commands.doctor import doctor as examine
 
@@ -58,7 +58,7 @@ def doctor(console: Shown) -> int:
 
 
 def families(
-    console: Shown,
+    console: OutputConsole,
     names: Annotated[list[str] | None, typer.Argument(help="Families; all if none is named.")] = None,
     check: Annotated[
         bool, typer.Option("--check", help="Build a tiny model of each family, capture it and prove it.")

@@ -21,29 +21,29 @@ ArtifactDirectory = Annotated[Path, typer.Argument(metavar="DIRECTORY", help="Th
 
 
 @dataclass(frozen=True)
-class Talk(Group):
+class DebugOutput(Group):
     """Output flags of a command without a result."""
 
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False
 
-    def made(self) -> Console:
+    def value(self) -> Console:
         """The streams of the command."""
         return Console(debug=self.debug)
 
 
 @dataclass(frozen=True)
-class Output(Talk):
+class Output(DebugOutput):
     """Output flags of a command."""
 
     json_output: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False
 
-    def made(self) -> Console:
+    def value(self) -> Console:
         """The streams of the command."""
         return Console(self.json_output, self.quiet, self.debug)
 
 
-Shown = Annotated[Console, Output]
+OutputConsole = Annotated[Console, Output]
 """The console of a command, made from its output flags."""
 
 

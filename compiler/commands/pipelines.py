@@ -8,13 +8,13 @@ from typing import Annotated, Any
 
 import typer
 
-from moec.compiler.commands.options import ArtifactDirectory, Shown
+from moec.compiler.commands.options import ArtifactDirectory, OutputConsole
 
 _WIDTH = 20
 
 
 def build(
-    console: Shown,
+    console: OutputConsole,
     matrix: Annotated[Path, typer.Argument(metavar="MATRIX.YAML", help="Models, targets, quantization, routing.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory of the artifacts and of summary.json.")],
     jobs: Annotated[int, typer.Option("--jobs", "-j", min=0, help="Builds at a time; 0: one per two cores.")] = 0,
@@ -54,7 +54,7 @@ def build(
 
 
 def diff(
-    console: Shown,
+    console: OutputConsole,
     first: Annotated[Path, typer.Argument(metavar="A", help="An artifact.")],
     second: Annotated[Path, typer.Argument(metavar="B", help="Another one.")],
     exit_code: Annotated[bool, typer.Option("--exit-code", help="Return 1 if anything differs.")] = False,
@@ -90,7 +90,7 @@ def _short(value: Any) -> str:
 
 
 def publish(
-    console: Shown,
+    console: OutputConsole,
     directory: ArtifactDirectory,
     to: Annotated[str, typer.Option(metavar="dir|mlflow", help="Kind of the registry.")],
     registry: Annotated[str, typer.Option(metavar="PATH|URI", help="The directory, or MLflow's tracking URI.")],

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from moec.compiler.commands.console import Console
-from moec.compiler.commands.options import ArtifactDirectory, Running, Talk
+from moec.compiler.commands.options import ArtifactDirectory, DebugOutput, Running
 from moec.compiler.common.errors import MissingExtraError, UsageError
 
 MODULES = ("fastapi", "uvicorn", "prometheus_client")
@@ -20,7 +20,7 @@ INSTALL = "pip install 'moec[serve]'"
 
 def serve(
     running: Running,
-    console: Annotated[Console, Talk],
+    console: Annotated[Console, DebugOutput],
     directory: ArtifactDirectory,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8000,

@@ -36,7 +36,7 @@ def _put(partial: Path, path: Path) -> None:
 
 
 @contextlib.contextmanager
-def beside(path: Path, put: Callable[[Path, Path], None] = _put) -> Iterator[Path]:
+def replacing(path: Path, put: Callable[[Path, Path], None] = _put) -> Iterator[Path]:
     """Yield a temporary path next to `path`, for a file or a directory that is to become `path`.
 
     When the block ends without an error, what was written there replaces `path`. Otherwise it is removed, so that
@@ -62,13 +62,13 @@ def beside(path: Path, put: Callable[[Path, Path], None] = _put) -> Iterator[Pat
                 partial.unlink()
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str) -> None:
     """Write a text file in UTF-8 atomically.
 
     Raises:
         OSError: The file system refuses.
     """
-    with beside(path) as partial:
+    with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 

@@ -57,7 +57,7 @@ def keep_freed_memory() -> None:
 
 
 @contextlib.contextmanager
-def rare_collections() -> Iterator[None]:
+def fewer_garbage_collections() -> Iterator[None]:
     """Let the garbage collector run less often, for a trace: most objects that a trace makes live until its end.
 
     The thresholds are those of the process and are restored at the end. With the default thresholds the collector takes

@@ -18,7 +18,7 @@ class Named(Protocol):
 Plugin = TypeVar("Plugin", bound=Named)
 
 
-def third_party(
+def load_plugins(
     group: str, base: type[Plugin], taken: Collection[str], extra: Iterable[EntryPoint] | None = None
 ) -> dict[str, type[Plugin]]:
     """The classes that third parties register in a group: name -> class, sorted by name.

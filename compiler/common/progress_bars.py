@@ -8,7 +8,7 @@ from typing import Any
 
 
 @contextlib.contextmanager
-def no_bars() -> Iterator[None]:
+def no_progress_bars() -> Iterator[None]:
     """Disable the progress bars of transformers inside the block, and restore the setting afterwards."""
     from transformers.utils import logging
 

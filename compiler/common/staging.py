@@ -18,7 +18,7 @@ from pathlib import Path
 
 from moec.compiler.common.artifact import is_artifact
 from moec.compiler.common.errors import MoecError, OutputError
-from moec.compiler.common.files import beside, partial_prefix
+from moec.compiler.common.files import partial_prefix, replacing
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _SPARE_BYTES = 1 << 20
@@ -38,8 +38,8 @@ def staged(output: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """
     output = output.expanduser().resolve()
     check_output(output, overwrite=overwrite)
-    # After an exchange the temporary path holds the old artifact, which `beside` then removes.
-    with contextlib.ExitStack() as lock, _output_errors(output), beside(output, _publish) as directory:
+    # After an exchange the temporary path holds the old artifact, which `replacing` then removes.
+    with contextlib.ExitStack() as lock, _output_errors(output), replacing(output, _publish) as directory:
         _clean(output)
         directory.mkdir()
         lock.enter_context(_locked(directory))

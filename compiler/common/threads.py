@@ -14,7 +14,7 @@ golden model took 110 s of CPU time with spinning threads and 25 s with sleeping
 """
 
 
-def is_shared() -> bool:
+def is_machine_busy() -> bool:
     """Whether other processes keep this process's cores busy, so that a runtime's threads should not spin."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     # This process may itself count as one in the load of the last minute, so the load must exceed the cores.

@@ -40,7 +40,7 @@ def unknown(name: str, known: Iterable[str], what: str, listing: str) -> UsageEr
     return UsageError(f"{what} '{name}'", hint=every if near is None else f"did you mean '{near}'? {every}")
 
 
-def chosen(names: Sequence[str], known: Sequence[str], what: str, listing: str) -> tuple[str, ...]:
+def checked_names(names: Sequence[str], known: Sequence[str], what: str, listing: str) -> tuple[str, ...]:
     """`names`, or all of `known` if `names` is empty; `what` and `listing` as for `unknown`.
 
     Raises:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from moec.compiler.common.errors import MoecError, OutputError
 from moec.compiler.common.markdown import table
-from moec.compiler.common.validation import chosen
+from moec.compiler.common.validation import checked_names
 from moec.compiler.families.tiny_models import family_names, write_tiny_checkpoint
 from moec.compiler.pipeline.recipe import make_recipe
 
@@ -70,7 +70,7 @@ def choose(names: Sequence[str]) -> tuple[str, ...]:
     Raises:
         UsageError: A family is unknown.
     """
-    return chosen(names, family_names(), "unknown model family", "the families")
+    return checked_names(names, family_names(), "unknown model family", "the families")
 
 
 def check(names: Iterable[str], recipes: Mapping[str, Mapping[str, Any]], *, progress: Progress) -> list[FamilyRow]:

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from moec.compiler.common.errors import UsageError
-from moec.compiler.common.progress_bars import no_bars
+from moec.compiler.common.progress_bars import no_progress_bars
 from moec.compiler.families.tiny_models import character_tokenizer, expert_count, randomise
 
 _STORED = "quantization_config"
@@ -96,7 +96,7 @@ def write_released_checkpoint(name: str, directory: Path, *, seed: int = 0) -> P
     randomise(model, torch.Generator().manual_seed(seed), expert_count(inner))
     dtype = getattr(config, "dtype", None) or getattr(inner, "dtype", None) or torch.bfloat16
     torch.nn.Module.to(model, dtype)
-    with no_bars():
+    with no_progress_bars():
         model.save_pretrained(directory)
     (directory / "config.json").write_text(text, encoding="utf-8")
     character_tokenizer(inner.vocab_size).save(str(directory / "tokenizer.json"))

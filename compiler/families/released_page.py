@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from moec.compiler.common.errors import MoecError, OutputError, UsageError
 from moec.compiler.common.markdown import table
-from moec.compiler.common.validation import chosen
+from moec.compiler.common.validation import checked_names
 from moec.compiler.families.families_page import IN_PART, NO, YES, Notes, build
 from moec.compiler.families.released_models import released_names, write_released_checkpoint
 
@@ -69,7 +69,7 @@ def choose(names: Sequence[str]) -> tuple[str, ...]:
     Raises:
         UsageError: A model is unknown.
     """
-    return chosen(names, released_names(), "unknown released model", "the models")
+    return checked_names(names, released_names(), "unknown released model", "the models")
 
 
 def check(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from moec.compiler.common.errors import UsageError
-from moec.compiler.common.progress_bars import no_bars
+from moec.compiler.common.progress_bars import no_progress_bars
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -117,7 +117,7 @@ def write_tiny_checkpoint(
     model = tiny_model(family, seed=seed)
     torch.nn.Module.to(model, torch_dtype)
     model.config.dtype = torch_dtype
-    with no_bars():
+    with no_progress_bars():
         model.save_pretrained(directory)
     if tokenizer:
         character_tokenizer(model.config.get_text_config().vocab_size).save(str(directory / "tokenizer.json"))

@@ -25,18 +25,18 @@ from torch.export.graph_signature import InputKind
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 
 from moec.compiler.common.errors import MoecError, UnsupportedModelError, first_line
-from moec.compiler.common.memory import rare_collections
+from moec.compiler.common.memory import fewer_garbage_collections
 from moec.compiler.common.model_config import DEFAULT_CONTEXT, context_length
 from moec.compiler.frontend import architecture
 from moec.compiler.frontend.adapters.base import adapt
 from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.frontend.conversion import open_weights
-from moec.compiler.frontend.frames import roomy
+from moec.compiler.frontend.frames import with_large_frame
 from moec.compiler.frontend.functional import functional
 from moec.compiler.frontend.masks import MaskUseError
 from moec.compiler.frontend.meta_model import fake_parameters, meta_model
 from moec.compiler.frontend.recording import Recording, recording, watching
-from moec.compiler.frontend.rope import decide_by_tensors
+from moec.compiler.frontend.rope import replace_length_branches
 from moec.compiler.frontend.scans import scans_as_ops
 from moec.compiler.frontend.step_cache import cache_class, check_convolutions, step_cache
 from moec.compiler.ir.program import (
@@ -64,7 +64,7 @@ _ONE_AT_A_TIME = threading.Lock()
 """Only one thread traces at a time, since the tracing modes of torch belong to the process."""
 
 
-@roomy
+@with_large_frame
 def capture(checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32) -> Program:
     """Trace one step of the model: prefill and decode are the same graph with another past.
 
@@ -91,8 +91,8 @@ def _capture(checkpoint: Checkpoint, dtype: torch.dtype) -> Program:
     decoder = architecture.text_decoder(model)
     max_length = context_length(decoder.config.get_text_config().to_dict()) or DEFAULT_CONTEXT
     adapt(model)
-    borders = decide_by_tensors(model)
-    with torch.no_grad(), rare_collections():
+    borders = replace_length_branches(model)
+    with torch.no_grad(), fewer_garbage_collections():
         mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
         fake_parameters(model, mode)
         states = _states(decoder, names, max_length, mode, dtype)

@@ -21,7 +21,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from moec.compiler.common.errors import CheckpointError, first_line
 from moec.compiler.common.rejections import Rejection
 from moec.compiler.frontend.checkpoint import Checkpoint, readable
-from moec.compiler.ir.weights import LazyTensor, Leaf, Stored, WeightStore, all_over
+from moec.compiler.ir.weights import LazyTensor, Leaf, Stored, WeightStore, map_all_sources
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -107,11 +107,11 @@ class Converted(LazyTensor):
         converted: Tensor = value[0] if isinstance(value, list) else value
         return converted.to(self.dtype)
 
-    def over(self, leaf: Leaf) -> LazyTensor | None:
-        """See `LazyTensor.over`."""
+    def map_sources(self, leaf: Leaf) -> LazyTensor | None:
+        """See `LazyTensor.map_sources`."""
         if not all(isinstance(operation, _MOVING) for operation in self.converter.operations):
             return None
-        found = {pattern: all_over(tensors, leaf) for pattern, tensors in self.sources.items()}
+        found = {pattern: map_all_sources(tensors, leaf) for pattern, tensors in self.sources.items()}
         sources = {pattern: tensors for pattern, tensors in found.items() if tensors is not None}
         if len(sources) < len(found):
             return None

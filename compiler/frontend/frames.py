@@ -20,7 +20,7 @@ SLOTS = 2**16
 """Stack slots of the frame: 8 bytes each make half a MiB, which CPython rounds up to a chunk of one MiB."""
 
 
-def roomy(function: Callable[P, R]) -> Callable[P, R]:
+def with_large_frame(function: Callable[P, R]) -> Callable[P, R]:
     """Wrap `function` in a frame so large that all calls below it fit into the chunk of that frame, mapped once.
 
     Pages that no call reaches take no memory. The size of a frame comes from `co_stacksize` of its code object, so the

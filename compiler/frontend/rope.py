@@ -28,7 +28,7 @@ _LONGEST = (torch.max, Tensor.max, torch.amax, Tensor.amax)
 _SUMS = (Tensor.__add__, Tensor.add, torch.add, Tensor.__radd__)
 
 
-def decide_by_tensors(model: nn.Module) -> set[int]:
+def replace_length_branches(model: nn.Module) -> set[int]:
     """Replace the forward of every rotary module whose frequencies depend on the length by one without a branch.
 
     Returns:
@@ -45,8 +45,8 @@ def decide_by_tensors(model: nn.Module) -> set[int]:
 
 def _forward(module: nn.Module, own: Callable[..., Any], borders: set[int]) -> Callable[..., Any]:
     def forward(x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
-        within = _run(_Side(long=False), module, own, x, position_ids, *args, **kwargs)
-        beyond = _Side(long=True)
+        within = _run(_ForcedBranch(long=False), module, own, x, position_ids, *args, **kwargs)
+        beyond = _ForcedBranch(long=True)
         past = _run(beyond, module, own, x, position_ids, *args, **kwargs)
         if not beyond.borders:
             return within
@@ -75,7 +75,7 @@ def _longest(position_ids: Tensor) -> Tensor:
     return position_ids.amax(tuple(range(position_ids.ndim)))
 
 
-def _run(side: _Side, module: nn.Module, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _run(side: _ForcedBranch, module: nn.Module, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Run the forward on a copy of `module`, since it stores the frequencies that it computed last."""
     stand_in = copy.copy(module)
     stand_in._buffers = dict(module._buffers)
@@ -84,7 +84,7 @@ def _run(side: _Side, module: nn.Module, own: Callable[..., Any], *args: Any, **
         return own(stand_in, *args, **kwargs)
 
 
-class _Side(TorchFunctionMode):
+class _ForcedBranch(TorchFunctionMode):
     """Answers every comparison of the length of the sequence as if it were on one side of the border."""
 
     def __init__(self, *, long: bool) -> None:

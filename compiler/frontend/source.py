@@ -8,7 +8,7 @@ from pathlib import Path
 
 from moec.compiler.common.digest import sha256_of_file
 from moec.compiler.common.errors import CheckpointError, UsageError, first_line
-from moec.compiler.common.files import write_whole
+from moec.compiler.common.files import write_atomically
 
 SUFFIXES = frozenset({".json", ".safetensors", ".jinja", ".txt", ".model", ".py"})
 """Suffixes of the files of a checkpoint on which the result of an export may depend."""
@@ -90,7 +90,7 @@ class Digests:
 
     def save(self) -> None:
         """Write the cache file."""
-        write_whole(self._memory, json.dumps(self._known))
+        write_atomically(self._memory, json.dumps(self._known))
 
     def _digest(self, path: Path) -> str:
         found = path.stat()

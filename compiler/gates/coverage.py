@@ -56,7 +56,7 @@ class LayerResult:
         return [expert for expert, error in self.errors.items() if not error <= limit]
 
 
-def run_experts_by_force(
+def run_every_expert(
     program: Program,
     runners: Mapping[str, ExpertsRunner],
     hidden: Mapping[int, Tensor],

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, fx
 
 from moec.compiler.common.errors import CheckpointError
-from moec.compiler.common.progress_bars import no_bars
+from moec.compiler.common.progress_bars import no_progress_bars
 from moec.compiler.frontend import architecture
-from moec.compiler.frontend.adapters.lightning_attention import settle_rates
+from moec.compiler.frontend.adapters.lightning_attention import recompute_chunk_factors
 from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.frontend.scans import scans_token_by_token
 from moec.compiler.gates.ties import RouterWatch
@@ -182,7 +182,7 @@ def load_source(checkpoint: Checkpoint) -> Logits:
         "local_files_only": True,
         "output_loading_info": True,
     }
-    with no_bars():
+    with no_progress_bars():
         if checkpoint.stored_plainly:
             loaded: Any = kind.from_pretrained(checkpoint.directory, **settings)
         else:
@@ -197,7 +197,7 @@ def load_source(checkpoint: Checkpoint) -> Logits:
             hint="these weights of the reference would be random; download the checkpoint again",
         )
     architecture.set_experts(model, "eager")
-    settle_rates(model)
+    recompute_chunk_factors(model)
     model.train(mode=False)
     decoder = architecture.text_decoder(model)
 

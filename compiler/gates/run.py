@@ -19,7 +19,7 @@ from moec.compiler.common.verdict import Status, Verdict
 from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.gates.cases import Prompts, bounds
 from moec.compiler.gates.coverage import GATE as COVERAGE_GATE
-from moec.compiler.gates.coverage import judge_coverage, run_experts_by_force
+from moec.compiler.gates.coverage import judge_coverage, run_every_expert
 from moec.compiler.gates.integrity import GATE as INTEGRITY_GATE
 from moec.compiler.gates.integrity import Comparisons
 from moec.compiler.gates.parity import (
@@ -140,13 +140,13 @@ class _Run:
         return replace(verdict, figures={**verdict.figures, "runner": dict(runner.facts())})
 
     def coverage(self) -> Verdict:
-        return cover(self._inputs, self._seen, self._options, self._progress, self._experts.watch)
+        return run_coverage(self._inputs, self._seen, self._options, self._progress, self._experts.watch)
 
     def integrity(self) -> Verdict:
         return self._experts.comparisons().judge(self._progress)
 
     def repeated(self) -> Verdict:
-        return repeat(self._inputs, self._runner, self._options.seed, self._repeatability, self._progress)
+        return run_repeatability(self._inputs, self._runner, self._options.seed, self._repeatability, self._progress)
 
 
 class ExpertTensors:
@@ -184,7 +184,7 @@ class ExpertTensors:
                 self._broken = error
 
 
-def cover(
+def run_coverage(
     inputs: GateInputs, seen: Evidence | None, options: ParityOptions, progress: Progress, watch: WeightObserver
 ) -> Verdict:
     """The verdict of the coverage gate, with the hidden states `seen.hidden` of the artifact's parity step."""
@@ -197,12 +197,14 @@ def cover(
         return Verdict(COVERAGE_GATE, Status.NOT_RUN, reason, EXIT_CODE, figures)
     rounding = inputs.target.activation_rounding(inputs.directory)
     share = options.coverage_min
-    found = run_experts_by_force(inputs.program, runners, seen.hidden, share, progress, watch, rounding)
+    found = run_every_expert(inputs.program, runners, seen.hidden, share, progress, watch, rounding)
     known = rounding is not None
     return judge_coverage(found, list(runners), seen.precision, share, seen.usage, rounding_known=known)
 
 
-def repeat(inputs: GateInputs, runner: Runner, seed: int, options: RepeatabilityOptions, progress: Progress) -> Verdict:
+def run_repeatability(
+    inputs: GateInputs, runner: Runner, seed: int, options: RepeatabilityOptions, progress: Progress
+) -> Verdict:
     """The verdict of the repeatability gate on a prompt of random tokens."""
     length = bounds(inputs.program, limits_of(runner), options.tokens).max_tokens
     ids = Prompts(inputs.program.vocab_size, seed=seed).random(1, length)

@@ -44,9 +44,9 @@ class Reshaped(LazyTensor):
         flat = self.source.rows(first, last).reshape(-1)
         return flat[start * own - first * other : stop * own - first * other].reshape(-1, *self.shape[1:])
 
-    def over(self, leaf: Leaf) -> LazyTensor | None:
-        """See `LazyTensor.over`."""
-        source = self.source.over(leaf)
+    def map_sources(self, leaf: Leaf) -> LazyTensor | None:
+        """See `LazyTensor.map_sources`."""
+        source = self.source.map_sources(leaf)
         return None if source is None else Reshaped(source, self.shape)
 
 
@@ -72,9 +72,9 @@ class Sliced(LazyTensor):
         """Read the same rows of the source."""
         return self.source.rows(self.start + min(start, self.count), self.start + min(stop, self.count))
 
-    def over(self, leaf: Leaf) -> LazyTensor | None:
-        """See `LazyTensor.over`."""
-        source = self.source.over(leaf)
+    def map_sources(self, leaf: Leaf) -> LazyTensor | None:
+        """See `LazyTensor.map_sources`."""
+        source = self.source.map_sources(leaf)
         return None if source is None else Sliced(source, self.start, self.count)
 
 

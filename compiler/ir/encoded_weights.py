@@ -1,7 +1,7 @@
 """Weights that a checkpoint stores as codes, as lazy tensors of their float values that keep the codes.
 
 `weight = (code - zero point) * scale`. Codes, scales and zero points are lazy tensors of the shape of the weight, so
-every operation that moves weights (`LazyTensor.over`) can move them too.
+every operation that moves weights (`LazyTensor.map_sources`) can move them too.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from moec.compiler.ir.weights import LazyTensor
 
 
 @dataclass(frozen=True)
-class Made(LazyTensor):
+class FromFunction(LazyTensor):
     """A tensor whose rows [start, stop) are the result of `make(start, stop)`."""
 
     shape: tuple[int, ...]
@@ -29,7 +29,7 @@ class Made(LazyTensor):
 
 
 @dataclass(frozen=True)
-class Spread(LazyTensor):
+class PerBlock(LazyTensor):
     """One number per block of a matrix or stack, [..., R, C], repeated over the elements: [..., N, K].
 
     Attributes:
@@ -96,8 +96,8 @@ class Encoded(LazyTensor):
     bits: int
     whole: bool
     codes: LazyTensor
-    scales: Spread
-    zeros: Spread | None = None
+    scales: PerBlock
+    zeros: PerBlock | None = None
     indices: LazyTensor | None = None
     table: Tensor | None = None
 

@@ -18,7 +18,7 @@ def fake_mode(graph: fx.Graph) -> FakeTensorMode:
     return next(value.fake_mode for value in values if isinstance(value, FakeTensor))
 
 
-def settled_axes(graph: fx.Graph) -> int:
+def count_fixed_axes(graph: fx.Graph) -> int:
     """The number of axis symbols that were replaced by numbers or other symbols; it grows when an axis is fixed."""
     environment = fake_mode(graph).shape_env
     return len(environment.replacements) if environment is not None else 0

@@ -52,7 +52,7 @@ def specialise(
     sizes = {axis: size for axis, size in given.items() if size is not None}
     _check(program, sizes)
     _derive(program, sizes)
-    graph = infer_again(program, sizes)
+    graph = reinfer_values(program, sizes)
     return program.replace(
         graph=graph,
         inputs=tuple(_fixed(spec, sizes) for spec in program.inputs),
@@ -115,7 +115,7 @@ def _fixed(spec: TensorSpec, sizes: Mapping[str, int]) -> TensorSpec:
     return TensorSpec(spec.name, shape, spec.dtype)
 
 
-def infer_again(program: Program, sizes: Mapping[str, int]) -> fx.Graph:
+def reinfer_values(program: Program, sizes: Mapping[str, int]) -> fx.Graph:
     """Copy the graph and infer its fake values anew, node by node.
 
     Args:

@@ -17,7 +17,7 @@ from moec.compiler.common.errors import CheckpointError
 from moec.compiler.ir.safetensors_file import StoredEntry
 
 Leaf = Callable[["LazyTensor"], "LazyTensor | None"]
-"""Replacement for a source tensor in `LazyTensor.over`; None if there is none."""
+"""Replacement for a source tensor in `LazyTensor.map_sources`; None if there is none."""
 
 
 class LazyTensor(ABC):
@@ -58,7 +58,7 @@ class LazyTensor(ABC):
             return self
         return Cast(self, dtype)
 
-    def over(self, leaf: Leaf) -> LazyTensor | None:
+    def map_sources(self, leaf: Leaf) -> LazyTensor | None:
         """This tensor with each of its source tensors replaced by `leaf` of it, and casts left out.
 
         So the codes of a quantized tensor can follow their weight through stacking, joining and transposing. None if
@@ -89,9 +89,9 @@ class Cast(Converted):
         """Cast the same rows of the source."""
         return self.source.rows(start, stop).to(self.dtype)
 
-    def over(self, leaf: Leaf) -> LazyTensor | None:
-        """See `LazyTensor.over`; the cast is left out."""
-        return self.source.over(leaf)
+    def map_sources(self, leaf: Leaf) -> LazyTensor | None:
+        """See `LazyTensor.map_sources`; the cast is left out."""
+        return self.source.map_sources(leaf)
 
 
 @dataclass(frozen=True)
@@ -174,9 +174,9 @@ class Mapped(LazyTensor):
         """Map the same rows of the source."""
         return self.function(self.source.rows(start, stop))
 
-    def over(self, leaf: Leaf) -> LazyTensor | None:
-        """See `LazyTensor.over`."""
-        source = self.source.over(leaf) if self.moves else None
+    def map_sources(self, leaf: Leaf) -> LazyTensor | None:
+        """See `LazyTensor.map_sources`."""
+        source = self.source.map_sources(leaf) if self.moves else None
         return None if source is None else Mapped(source, self.function, self.shape, source.dtype, moves=True)
 
 
@@ -199,9 +199,9 @@ class Computed(LazyTensor):
         """Compute."""
         return self.function(*(source.read() for source in self.sources))
 
-    def over(self, leaf: Leaf) -> LazyTensor | None:
-        """See `LazyTensor.over`."""
-        sources = all_over(self.sources, leaf) if self.moves else None
+    def map_sources(self, leaf: Leaf) -> LazyTensor | None:
+        """See `LazyTensor.map_sources`."""
+        sources = map_all_sources(self.sources, leaf) if self.moves else None
         return None if sources is None else Computed(sources, self.function, self.shape, sources[0].dtype, moves=True)
 
 
@@ -236,15 +236,15 @@ class Concatenated(LazyTensor):
             offset += source.shape[0]
         return torch.cat(pieces)
 
-    def over(self, leaf: Leaf) -> LazyTensor | None:
-        """See `LazyTensor.over`."""
-        sources = all_over(self.sources, leaf)
+    def map_sources(self, leaf: Leaf) -> LazyTensor | None:
+        """See `LazyTensor.map_sources`."""
+        sources = map_all_sources(self.sources, leaf)
         return None if sources is None else Concatenated(sources, self.axis)
 
 
-def all_over(sources: Sequence[LazyTensor], leaf: Leaf) -> tuple[LazyTensor, ...] | None:
-    """`LazyTensor.over` of each of `sources`; None if it is None for any of them."""
-    found = [source.over(leaf) for source in sources]
+def map_all_sources(sources: Sequence[LazyTensor], leaf: Leaf) -> tuple[LazyTensor, ...] | None:
+    """`LazyTensor.map_sources` of each of `sources`; None if it is None for any of them."""
+    found = [source.map_sources(leaf) for source in sources]
     return tuple(item for item in found if item is not None) if None not in found else None
 
 
@@ -284,9 +284,9 @@ class Swapped(LazyTensor):
             return self.source.rows(start, stop).transpose(-1, -2).contiguous()
         return self.source.read().T[start:stop].contiguous()
 
-    def over(self, leaf: Leaf) -> LazyTensor | None:
-        """See `LazyTensor.over`."""
-        source = self.source.over(leaf)
+    def map_sources(self, leaf: Leaf) -> LazyTensor | None:
+        """See `LazyTensor.map_sources`."""
+        source = self.source.map_sources(leaf)
         return None if source is None else swap_last(source)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from moec import passes
 from moec.compiler.common.errors import CheckpointError
 from moec.compiler.frontend.capture import capture
-from moec.compiler.ir.fake_values import settled_axes
+from moec.compiler.ir.fake_values import count_fixed_axes
 
 if TYPE_CHECKING:
     import torch
@@ -50,9 +50,9 @@ class Captures:
         if not self._is_held(checkpoint):
             self._checkpoint, self._held = None, {}
         held = self._held.get(dtype)
-        if held is None or settled_axes(held.program.graph) != held.settled:
+        if held is None or count_fixed_axes(held.program.graph) != held.settled:
             program = capture(checkpoint, dtype=dtype)
-            held = self._held[dtype] = _Held(program, settled_axes(program.graph))
+            held = self._held[dtype] = _Held(program, count_fixed_axes(program.graph))
             self._checkpoint = self._checkpoint or checkpoint
         return held.program
 

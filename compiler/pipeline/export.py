@@ -26,7 +26,7 @@ from moec.compiler.gates.run import GateInputs, exit_code
 from moec.compiler.pipeline.captures import Captures
 from moec.compiler.pipeline.gates import not_proven, prove
 from moec.compiler.pipeline.input_checks import check_demands, check_inputs
-from moec.compiler.pipeline.program import Built, build, completed, target_of
+from moec.compiler.pipeline.program import Built, build, target_of, with_target_defaults
 from moec.compiler.pipeline.quantization import manifest_facts, tensor_bytes
 from moec.compiler.pipeline.recipe import Recipe, make_recipe
 from moec.compiler.pipeline.recorded_codes import recorded_codes
@@ -104,7 +104,7 @@ def compile_recipe(
             `output`, and an artifact that was there before is unchanged.
     """
     target, options = target_of(recipe)
-    recipe = completed(recipe, target)
+    recipe = with_target_defaults(recipe, target)
     check_inputs(recipe)
     if recipe.inputs_embeds and not target.takes_embeddings:
         raise UsageError(

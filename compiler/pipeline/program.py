@@ -18,7 +18,7 @@ from moec.compiler.ir.program import Program
 from moec.compiler.ir.widen import widened
 from moec.compiler.measure.summary import model_summary
 from moec.compiler.pipeline.captures import Captures
-from moec.compiler.pipeline.quantization import Material, Quantization, plan_quantization
+from moec.compiler.pipeline.quantization import Quantization, QuantizationInputs, plan_quantization
 from moec.compiler.pipeline.recipe import Recipe
 from moec.compiler.pipeline.refusals import check_target
 from moec.compiler.pipeline.routing import RoutingPlan, measure_savings, plan_routing
@@ -49,10 +49,10 @@ class Built:
 def build_program(recipe: Recipe) -> Program:
     """The Program that an export of `recipe` would lower: captured and with every pass run."""
     target, options = target_of(recipe)
-    return build(completed(recipe, target), target, options, Stages(silent), Captures()).program
+    return build(with_target_defaults(recipe, target), target, options, Stages(silent), Captures()).program
 
 
-def completed(recipe: Recipe, target: Target) -> Recipe:
+def with_target_defaults(recipe: Recipe, target: Target) -> Recipe:
     """`recipe` with the target's default dtype if it has none, and with the formats of the target's preset it names."""
     recipe = recipe.model_copy(update={"dtype": recipe.dtype or target.default_dtype})
     settings = recipe.quantize
@@ -121,7 +121,7 @@ def build(
             routing = replace(routing, facts={**(routing.facts or {}), "accounting": savings})
     with stages("quantize") if weights else contextlib.nullcontext():
         in_float32 = functools.partial(_in_float32, captured, program, (*common, *routing.passes))
-        material = Material(checkpoint, program, in_float32, check, stages.progress)
+        material = QuantizationInputs(checkpoint, program, in_float32, check, stages.progress)
         quantization = plan_quantization(weights, material, _formats(recipe, target, options), codes)
         final, log = _run((*quantization.passes, *target.passes(options)), program, log, stages.ran)
     model = _described(captured, final, (routing.recorded or {}).get("removed"))

@@ -56,7 +56,7 @@ class Quantization:
 
 
 @dataclass(frozen=True)
-class Material:
+class QuantizationInputs:
     """What a plan is made from.
 
     Attributes:
@@ -75,7 +75,10 @@ class Material:
 
 
 def plan_quantization(
-    settings: QuantizeRecipe | None, material: Material, held: Held, recorded_codes: Mapping[str, RecordedCodes] | None
+    settings: QuantizeRecipe | None,
+    material: QuantizationInputs,
+    held: Held,
+    recorded_codes: Mapping[str, RecordedCodes] | None,
 ) -> Quantization:
     """Decide a recipe's quantization. Text is read and the model is run only for calibrated rounding and for `auto`.
 
@@ -119,7 +122,7 @@ def plan_quantization(
 
 
 def _calibrated(
-    settings: QuantizeRecipe, plan: QuantizationPlan, material: Material
+    settings: QuantizeRecipe, plan: QuantizationPlan, material: QuantizationInputs
 ) -> tuple[Mapping[str, RoundingResult], dict[str, Any]]:
     """Codes by GPTQ on calibration text, and their facts for moec.json."""
     # Before calibration, which is slow: a block may not divide a dimension, or the target may refuse a format.
@@ -144,7 +147,7 @@ def _kept(settings: QuantizeRecipe, program: Program, held: Held) -> Quantizatio
     return Quantization((keep,), settings.model_dump(mode="json"), {"plan": KEEP, "kept": kept})
 
 
-def _choose(settings: QuantizeRecipe, material: Material, offered: Offered) -> Choice:
+def _choose(settings: QuantizeRecipe, material: QuantizationInputs, offered: Offered) -> Choice:
     program, tokens = material.in_float32(), _calibration_windows(settings, material.checkpoint)[1]
 
     def by_gptq(plan: QuantizationPlan) -> Mapping[str, RoundingResult]:

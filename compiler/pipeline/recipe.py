@@ -247,10 +247,10 @@ def read_recipe(path: Path) -> dict[str, Any]:
     for key in fields:
         if key not in Recipe.model_fields:
             raise unknown(key, Recipe.model_fields, f"{path}: unknown recipe key", "the keys of a recipe")
-    return located(fields, path.parent)
+    return with_absolute_paths(fields, path.parent)
 
 
-def located(fields: Mapping[str, Any], directory: Path) -> dict[str, Any]:
+def with_absolute_paths(fields: Mapping[str, Any], directory: Path) -> dict[str, Any]:
     """`fields` of a recipe with its paths made absolute; relative ones are relative to `directory`."""
     found, directory = dict(fields), directory.resolve()
     checkpoint = found.get("checkpoint")

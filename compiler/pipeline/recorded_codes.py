@@ -39,10 +39,13 @@ def recorded_codes(target: Target, directory: Path, manifest: Mapping[str, Any])
         raise ArtifactError(f"{directory}: its moec.json does not record the codes that calibration chose", hint=HINT)
     if missing := sorted(digests.keys() - stored.keys()):
         raise ArtifactError(f"{directory}: the codes of {', '.join(missing[:4])} are missing", hint=HINT)
-    return {name: RecordedCodes(partial(on_grid, name, stored[name]), str(digest)) for name, digest in digests.items()}
+    return {
+        name: RecordedCodes(partial(read_in_format, name, stored[name]), str(digest))
+        for name, digest in digests.items()
+    }
 
 
-def on_grid(name: str, stored: StoredWeight, start: int, stop: int, fmt: IntegerFormat) -> QuantizedTensor:
+def read_in_format(name: str, stored: StoredWeight, start: int, stop: int, fmt: IntegerFormat) -> QuantizedTensor:
     """Rows [start, stop) of a stored weight in the format of the plan.
 
     Args:

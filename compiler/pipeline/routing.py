@@ -63,7 +63,7 @@ class RoutingPlan:
 
 
 @dataclass(frozen=True)
-class _Material:
+class _CalibrationData:
     """The model to calibrate, and the calibration text as token windows [windows, length]."""
 
     checkpoint: Checkpoint
@@ -72,7 +72,7 @@ class _Material:
     chosen: np.ndarray
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, program: Program, location: str | None) -> _Material:
+    def of(cls, checkpoint: Checkpoint, program: Program, location: str | None) -> _CalibrationData:
         text = read_text(location)
         every = windows(tokenize(checkpoint.directory, text), LENGTH)
         # Windows are spread over the whole text, since its parts may come from different sources.
@@ -125,7 +125,7 @@ def calibrate(
     policy_type(name)
     for budget in budgets:
         _check_budget(budget)
-    material = _Material.of(checkpoint, program, text)
+    material = _CalibrationData.of(checkpoint, program, text)
     traces = material.traces(progress)
     sensitivities = material.sensitivities(name, progress)
     entries = [_entry(budget, fit(name, traces, budget, sensitivities), traces) for budget in budgets]
@@ -156,7 +156,7 @@ def _entry(budget: float, chosen: Policy, traces: Sequence[RoutingTrace]) -> dic
     }
 
 
-def _text_facts(material: _Material) -> dict[str, Any]:
+def _text_facts(material: _CalibrationData) -> dict[str, Any]:
     return {
         "sha256": sha256_of_text(material.text),
         "windows": len(material.chosen),
@@ -241,7 +241,7 @@ def plan_routing(
     facts: dict[str, Any] = {}
     removed: Sequence[Sequence[int]] | None = settings.removed
     if removed is None and settings.prune:
-        material = _Material.of(checkpoint, program, settings.text)
+        material = _CalibrationData.of(checkpoint, program, settings.text)
         collector = Collector(program, outputs=True)
         collector.run(material.chosen, lambda done, total: progress("expert saliency", done, total))
         removed = choose_removed(program, collector.traces(), collector.peaks(), settings.prune)
@@ -281,7 +281,7 @@ def measure_savings(
     """What the final Program executes on the calibration text, as `account` reports it; empty without a tokenizer."""
     if not (checkpoint.directory / "tokenizer.json").is_file():
         return {}
-    material = _Material.of(checkpoint, program, settings.text)
+    material = _CalibrationData.of(checkpoint, program, settings.text)
     step = max(1, len(material.chosen) // ACCOUNTED_WINDOWS)
     return account(captured, program, material.chosen[::step][:ACCOUNTED_WINDOWS], capabilities)
 
@@ -297,7 +297,7 @@ def _policy(
         measured = {key: entry[key] for key in ("budget", "kept_share", "kept_per_layer")}
         return policy(name, **entry["parameters"]), {"calibration": measured}
     policy_type(name)
-    material = _Material.of(checkpoint, program, settings.text)
+    material = _CalibrationData.of(checkpoint, program, settings.text)
     traces, sensitivities = material.traces(progress), material.sensitivities(name, progress)
     if settings.max_quality_loss is not None:
         saving = _search(settings, material, traces, sensitivities, progress)
@@ -321,7 +321,7 @@ def _policy(
 
 def _search(
     settings: RoutingRecipe,
-    material: _Material,
+    material: _CalibrationData,
     traces: Sequence[RoutingTrace],
     sensitivities: Sensitivities | None,
     progress: Progress,

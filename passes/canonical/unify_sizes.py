@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from moec.compiler.ir.program import Program
-from moec.compiler.ir.specialise import infer_again
+from moec.compiler.ir.specialise import reinfer_values
 from moec.passes.base import Pass, PassResult
 from moec.passes.rewriting import rewritten, size_of
 
@@ -28,7 +28,7 @@ class UnifySizes(Pass):
         """See the class."""
         if not _differs(program):
             return PassResult(program, modified=False)
-        return PassResult(rewritten(program, infer_again(program, {})), modified=True)
+        return PassResult(rewritten(program, reinfer_values(program, {})), modified=True)
 
 
 def _differs(program: Program) -> bool:

@@ -65,9 +65,9 @@ class SelectedRows(LazyTensor):
             return self.source.rows(0, 0)
         return torch.cat([self.source.rows(row, row + 1) for row in wanted])
 
-    def over(self, leaf: Leaf) -> LazyTensor | None:
-        """See `LazyTensor.over`."""
-        source = self.source.over(leaf)
+    def map_sources(self, leaf: Leaf) -> LazyTensor | None:
+        """See `LazyTensor.map_sources`."""
+        source = self.source.map_sources(leaf)
         return None if source is None else SelectedRows(source, self.indices)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import onnxruntime as ort
 
 from moec.compiler.common.errors import ArtifactError
-from moec.compiler.common.threads import is_shared
+from moec.compiler.common.threads import is_machine_busy
 from moec.targets.base import Runner
 from moec.targets.onnx.states import Growing, Shared
 
@@ -46,7 +46,7 @@ class OnnxRunner(Runner):
     def __init__(self, directory: Path, *, threads: int = 0, profile: bool = False) -> None:
         options = session_options(threads)
         options.enable_profiling = profile
-        if is_shared():
+        if is_machine_busy():
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
             self.session = ort.InferenceSession(

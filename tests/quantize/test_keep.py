@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moec.compiler.ir.encoded_weights import Encoded, Spread
+from moec.compiler.ir.encoded_weights import Encoded, PerBlock
 from moec.compiler.ir.weights import Concatenated, Constant
 from moec.quantize.formats import IntegerFormat, TableFormat, parse_held
 from moec.quantize.keep import ROUNDED_SCALES, Held, KeptFormat, grid_of, kept
@@ -19,7 +19,7 @@ def weight(scale: float, *, table: Tensor | None = None) -> Encoded:
     """[4, 64] with a scale for each 32 columns."""
     numbers = torch.randint(0, 16, (4, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     codes = numbers.to(torch.int8) - 8 if table is None else table[numbers.long()]
-    spread = Spread(Constant(torch.full((4, 2), scale)), (4, 64), (1, 32))
+    spread = PerBlock(Constant(torch.full((4, 2), scale)), (4, 64), (1, 32))
     indices = None if table is None else Constant(numbers)
     return Encoded("test", 4, table is None, Constant(codes), spread, indices=indices, table=table)
 

@@ -16,7 +16,7 @@ from torch import fx
 import moec
 from moec.compiler.common.verdict import Status
 from moec.compiler.gates.cases import Prompts
-from moec.compiler.gates.coverage import judge_coverage, run_experts_by_force
+from moec.compiler.gates.coverage import judge_coverage, run_every_expert
 from moec.compiler.gates.parity import ParityOptions, gather_artifact, judge_parity
 from moec.compiler.gates.tolerance import precision_of
 from moec.compiler.ir.interpreter import ProgramRunner
@@ -93,7 +93,7 @@ class Artifact:
         runner = self.target.open_reference(self.directory)
         seen = gather_artifact(self.program, runner, self._prompts(), options, lambda *_: None)
         runners = self.target.open_experts(self.directory)
-        found = run_experts_by_force(self.program, runners, seen.hidden)
+        found = run_every_expert(self.program, runners, seen.hidden)
         precision = precision_of(self.program)
         return judge_parity("parity", seen, options), judge_coverage(found, list(runners), precision, 1.0, seen.usage)
 

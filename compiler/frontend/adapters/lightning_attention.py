@@ -28,7 +28,7 @@ def _forward(self: Any, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tens
     return self.out_proj(torch.sigmoid(self.output_gate(hidden_states)) * normed), None
 
 
-def settle_rates(model: nn.Module) -> None:
+def recompute_chunk_factors(model: nn.Module) -> None:
     """Compute the chunk factors of a loaded model anew from its decay rates.
 
     Rates and factors are buffers of the checkpoint, in half precision each rounded by itself. Transformers uses the

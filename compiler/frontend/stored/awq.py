@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moec.compiler.frontend.stored.base import Parts, Rule, Settings, StoredFormat, packed_matrices, signed, unpack
-from moec.compiler.ir.encoded_weights import Encoded, Made, Spread
+from moec.compiler.ir.encoded_weights import Encoded, FromFunction, PerBlock
 from moec.compiler.ir.weights import LazyTensor, swap_last
 
 BITS = 4
@@ -37,10 +37,12 @@ def _decode(parts: Parts) -> LazyTensor:
         "awq",
         BITS,
         True,
-        Made(shape, torch.int8, lambda start, stop: _unpacked(qweight.read(), start, stop)),
-        Spread(swap_last(scales), shape, block),
-        Spread(
-            Made((rows, groups), torch.int8, lambda start, stop: _unpacked(qzeros.read(), start, stop)), shape, block
+        FromFunction(shape, torch.int8, lambda start, stop: _unpacked(qweight.read(), start, stop)),
+        PerBlock(swap_last(scales), shape, block),
+        PerBlock(
+            FromFunction((rows, groups), torch.int8, lambda start, stop: _unpacked(qzeros.read(), start, stop)),
+            shape,
+            block,
         ),
     )
 

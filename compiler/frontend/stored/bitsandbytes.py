@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from moec.compiler.frontend.stored.base import Parts, Rule, StoredFormat, unpack
-from moec.compiler.ir.encoded_weights import Encoded, Made, Spread
+from moec.compiler.ir.encoded_weights import Encoded, FromFunction, PerBlock
 from moec.compiler.ir.weights import LazyTensor
 
 _STATE = "weight.quant_state.bitsandbytes__"
@@ -54,8 +54,8 @@ def _decode(parts: Parts, kind: str) -> LazyTensor:
         return spread[start * inner - first * size : stop * inner - first * size].reshape(stop - start, *shape[1:])
 
     # Blocks continue across rows, so each element gets its own scale.
-    each = Spread(Made(shape, torch.float32, scales), shape, (1, 1))
-    return Encoded(kind, 4, False, Made(shape, torch.float32, codes), each)
+    each = PerBlock(FromFunction(shape, torch.float32, scales), shape, (1, 1))
+    return Encoded(kind, 4, False, FromFunction(shape, torch.float32, codes), each)
 
 
 def _state(parts: Parts, rest: str) -> Mapping[str, Any]:
@@ -86,8 +86,10 @@ def _decode_int8(parts: Parts) -> LazyTensor:
     scb = parts.expect("SCB", weight.shape[:1])
     if len(weight.shape) != 2:
         raise parts.misfit("weight")
-    scales = Made((weight.shape[0], 1), torch.float32, lambda a, b: scb.rows(a, b).to(torch.float32)[:, None] / 127)
-    return Encoded("bitsandbytes int8", 8, True, weight, Spread(scales, weight.shape, (1, weight.shape[1])))
+    scales = FromFunction(
+        (weight.shape[0], 1), torch.float32, lambda a, b: scb.rows(a, b).to(torch.float32)[:, None] / 127
+    )
+    return Encoded("bitsandbytes int8", 8, True, weight, PerBlock(scales, weight.shape, (1, weight.shape[1])))
 
 
 BITSANDBYTES = StoredFormat(

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from moec.compiler.frontend.stored.base import Parts, Rule, Settings, StoredFormat, signed, unpack
-from moec.compiler.frontend.stored.fp8 import FLOATS, blocks_of
+from moec.compiler.frontend.stored.fp8 import FLOATS, scales_by_block
 from moec.compiler.frontend.stored.mxfp4 import BLOCK, encoded, exponents
-from moec.compiler.ir.encoded_weights import Encoded, Made, Spread
+from moec.compiler.ir.encoded_weights import Encoded, FromFunction, PerBlock
 from moec.compiler.ir.weights import LazyTensor
 
 BITS = (2, 4, 8)
@@ -44,31 +44,31 @@ def _decode_packed(parts: Parts) -> LazyTensor:
 
     scales = _scales(parts, shape)
     zeros = _zeros(parts, shape, bits, scales)
-    return Encoded("compressed-tensors", bits, True, Made(shape, torch.int8, codes), scales, zeros)
+    return Encoded("compressed-tensors", bits, True, FromFunction(shape, torch.int8, codes), scales, zeros)
 
 
-def _scales(parts: Parts, shape: tuple[int, ...]) -> Spread:
+def _scales(parts: Parts, shape: tuple[int, ...]) -> PerBlock:
     index = parts.get("weight_g_idx")
-    spread = blocks_of(parts, "weight_scale", shape, _structure(parts.settings))
+    spread = scales_by_block(parts, "weight_scale", shape, _structure(parts.settings))
     if index is None or spread.source.shape[-1] == 1:
         return spread
-    return Spread(spread.source, shape, spread.block, parts.expect("weight_g_idx", shape[-1:]))
+    return PerBlock(spread.source, shape, spread.block, parts.expect("weight_g_idx", shape[-1:]))
 
 
-def _zeros(parts: Parts, shape: tuple[int, ...], bits: int, scales: Spread) -> Spread | None:
+def _zeros(parts: Parts, shape: tuple[int, ...], bits: int, scales: PerBlock) -> PerBlock | None:
     stored = parts.get("weight_zero_point")
     if stored is None:
         return None
     if stored.dtype != torch.int32:
-        spread = blocks_of(parts, "weight_zero_point", shape, scales.block)
-        return Spread(spread.source, shape, scales.block, scales.index)
+        spread = scales_by_block(parts, "weight_zero_point", shape, scales.block)
+        return PerBlock(spread.source, shape, scales.block, scales.index)
     if len(shape) > 2 or stored.shape != (-(-shape[0] * bits // 32), scales.source.shape[-1]):
         raise parts.misfit("weight_zero_point")
 
     def points(start: int, stop: int) -> Tensor:
         return signed(unpack(stored.read().T, bits).T[start:stop], bits)
 
-    return Spread(Made(scales.source.shape, torch.int8, points), shape, scales.block, scales.index)
+    return PerBlock(FromFunction(scales.source.shape, torch.int8, points), shape, scales.block, scales.index)
 
 
 def _decode_plain(parts: Parts) -> LazyTensor:
@@ -88,8 +88,8 @@ def _decode_floats(parts: Parts) -> LazyTensor:
     if scale.dtype == torch.uint8:
         if scale.shape != (*shape[:-1], shape[-1] // BLOCK):
             raise parts.misfit("weight_scale")
-        factors = Made(scale.shape, torch.float32, lambda a, b: exponents(parts, "weight_scale", a, b))
-        return encoded("mxfp4", packed.rows, Spread(factors, shape, (1, BLOCK)))
+        factors = FromFunction(scale.shape, torch.float32, lambda a, b: exponents(parts, "weight_scale", a, b))
+        return encoded("mxfp4", packed.rows, PerBlock(factors, shape, (1, BLOCK)))
     whole = parts["weight_global_scale"]
     if torch.Size(whole.shape).numel() != 1 or scale.shape[:-1] != shape[:-1] or shape[-1] % scale.shape[-1]:
         raise parts.misfit("weight_scale")
@@ -97,8 +97,8 @@ def _decode_floats(parts: Parts) -> LazyTensor:
     def divided(start: int, stop: int) -> Tensor:
         return scale.rows(start, stop).to(torch.float32) / (2 * whole.read().to(torch.float32).reshape(()))
 
-    factors = Made(scale.shape, torch.float32, divided)
-    return encoded("nvfp4", packed.rows, Spread(factors, shape, (1, shape[-1] // scale.shape[-1])))
+    factors = FromFunction(scale.shape, torch.float32, divided)
+    return encoded("nvfp4", packed.rows, PerBlock(factors, shape, (1, shape[-1] // scale.shape[-1])))
 
 
 def _structure(settings: Settings) -> tuple[int, int] | None:

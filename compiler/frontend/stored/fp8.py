@@ -12,13 +12,13 @@ from torch import Tensor
 
 from moec.compiler.frontend.stored.base import Parts, Rule, StoredFormat
 from moec.compiler.ir.derived_weights import Reshaped
-from moec.compiler.ir.encoded_weights import Encoded, Spread
+from moec.compiler.ir.encoded_weights import Encoded, PerBlock
 from moec.compiler.ir.weights import LazyTensor, Mapped
 
 FLOATS = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
-def blocks_of(parts: Parts, rest: str, shape: tuple[int, ...], block: tuple[int, int] | None) -> Spread:
+def scales_by_block(parts: Parts, rest: str, shape: tuple[int, ...], block: tuple[int, int] | None) -> PerBlock:
     """The scales of a weight, spread over its elements.
 
     Args:
@@ -46,7 +46,7 @@ def blocks_of(parts: Parts, rest: str, shape: tuple[int, ...], block: tuple[int,
     if not high or not wide:
         raise parts.misfit(rest)
     numbers = Mapped(stored, _numbers, stored.shape, torch.float32)
-    return Spread(Reshaped(numbers, grid), shape, (high, wide))
+    return PerBlock(Reshaped(numbers, grid), shape, (high, wide))
 
 
 def _numbers(stored: Tensor) -> Tensor:
@@ -70,7 +70,7 @@ def _decode(parts: Parts) -> LazyTensor:
         raise parts.misfit(rest)
     size = parts.settings.get("weight_block_size")
     block = (int(size[0]), int(size[1])) if isinstance(size, list | tuple) and len(size) == 2 else None
-    return Encoded("fp8", 8, False, weight, blocks_of(parts, f"{rest}_scale_inv", weight.shape, block))
+    return Encoded("fp8", 8, False, weight, scales_by_block(parts, f"{rest}_scale_inv", weight.shape, block))
 
 
 FP8 = StoredFormat(

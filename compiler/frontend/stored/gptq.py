@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from moec.compiler.frontend.stored.base import Parts, Rule, Settings, StoredFormat, packed_matrices, signed, unpack
-from moec.compiler.ir.encoded_weights import Encoded, Made, Spread
+from moec.compiler.ir.encoded_weights import Encoded, FromFunction, PerBlock
 from moec.compiler.ir.weights import LazyTensor, swap_last
 
 BITS = (2, 4, 8)
@@ -46,9 +46,9 @@ def _decode(parts: Parts) -> LazyTensor:
         "gptq",
         bits,
         True,
-        Made(shape, torch.int8, codes),
-        Spread(swap_last(scales), shape, block, index),
-        Spread(Made((rows, groups), torch.int16, zeros), shape, block, index),
+        FromFunction(shape, torch.int8, codes),
+        PerBlock(swap_last(scales), shape, block, index),
+        PerBlock(FromFunction((rows, groups), torch.int16, zeros), shape, block, index),
     )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moec.compiler.common.errors import CheckpointError
 from moec.compiler.frontend.stored.base import Parts, Rule, StoredFormat
-from moec.compiler.ir.encoded_weights import Encoded, Made, Spread
+from moec.compiler.ir.encoded_weights import Encoded, FromFunction, PerBlock
 from moec.compiler.ir.weights import LazyTensor, swap_last
 
 E2M1 = torch.tensor([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], dtype=torch.int8)
@@ -36,7 +36,7 @@ def e2m1(data: Tensor) -> Tensor:
     return _PAIRS[data.to(torch.int32)].view(torch.int8)
 
 
-def encoded(kind: str, packed: Callable[[int, int], Tensor], scales: Spread) -> Encoded:
+def encoded(kind: str, packed: Callable[[int, int], Tensor], scales: PerBlock) -> Encoded:
     """A weight of E2M1 values.
 
     Args:
@@ -51,9 +51,9 @@ def encoded(kind: str, packed: Callable[[int, int], Tensor], scales: Spread) -> 
         kind,
         4,
         False,
-        Made(scales.shape, torch.int8, lambda start, stop: e2m1(packed(start, stop))),
+        FromFunction(scales.shape, torch.int8, lambda start, stop: e2m1(packed(start, stop))),
         scales,
-        indices=Made(scales.shape, torch.uint8, lambda a, b: _HALVES[packed(a, b).to(torch.int32)].flatten(-2)),
+        indices=FromFunction(scales.shape, torch.uint8, lambda a, b: _HALVES[packed(a, b).to(torch.int32)].flatten(-2)),
         table=E2M1,
     )
 
@@ -79,8 +79,8 @@ def _decode(parts: Parts) -> LazyTensor:
         raise parts.misfit("_blocks")
     experts, rows, groups, _ = blocks.shape
     scales = parts.expect("_scales", (experts, rows, groups), dtypes=(torch.uint8,))
-    factors = Made(scales.shape, torch.float32, lambda start, stop: exponents(parts, "_scales", start, stop))
-    spread = Spread(factors, (experts, rows, groups * BLOCK), (1, BLOCK))
+    factors = FromFunction(scales.shape, torch.float32, lambda start, stop: exponents(parts, "_scales", start, stop))
+    spread = PerBlock(factors, (experts, rows, groups * BLOCK), (1, BLOCK))
     return swap_last(encoded("mxfp4", lambda start, stop: blocks.rows(start, stop).flatten(-2), spread))
 
 

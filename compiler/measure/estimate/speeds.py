@@ -20,7 +20,7 @@ from scipy.optimize import nnls
 
 import moec
 from moec.compiler.common.digest import sha256_of_json
-from moec.compiler.common.files import write_whole
+from moec.compiler.common.files import write_atomically
 from moec.compiler.common.machine import machine
 from moec.compiler.measure.estimate.counting import Counts
 from moec.targets import get_target
@@ -137,4 +137,4 @@ def cached(kind: str, key: Mapping[str, Any], make: Callable[[], Mapping[str, An
 def _write(file: Path, content: Mapping[str, Any]) -> None:
     """Write a cache file; an error is ignored, since it only means measuring again."""
     with contextlib.suppress(OSError):
-        write_whole(file, json.dumps(content, indent=2))
+        write_atomically(file, json.dumps(content, indent=2))

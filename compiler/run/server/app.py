@@ -18,7 +18,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from moec.compiler.common.errors import UsageError
 from moec.compiler.run.generate import Generator
-from moec.compiler.run.server.errors import ApiError, told
+from moec.compiler.run.server.errors import ApiError, to_api_error
 from moec.compiler.run.server.metrics import CONTENT_TYPE, Metrics
 from moec.compiler.run.server.requests import (
     COMPLETION_TOKENS,
@@ -28,8 +28,8 @@ from moec.compiler.run.server.requests import (
     CompletionRequest,
     parse,
 )
+from moec.compiler.run.server.responses import CHAT, COMPLETION, ResponseFormat
 from moec.compiler.run.server.scheduler import Job, Scheduler, Ticket, TooManyRequestsError
-from moec.compiler.run.server.shapes import CHAT, COMPLETION, Shape
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -66,7 +66,7 @@ class Settings:
     max_bytes: int = 4 * 2**20
 
 
-class _Frame:
+class _Middleware:
     """Middleware: checks host and key, counts responses, and cancels the jobs of a request when it ends.
 
     Args:
@@ -238,7 +238,7 @@ class _Service:
         )
 
     async def _respond(
-        self, request: Request, asked: Common, ids: list[int], most: int | None, shape: Shape
+        self, request: Request, asked: Common, ids: list[int], most: int | None, shape: ResponseFormat
     ) -> Response:
         ticket, events = self._submit(request, self._job(asked, ids, most))
         telling = shape.begin(self.settings.model)
@@ -247,7 +247,7 @@ class _Service:
             return JSONResponse(telling.whole(text, ticket.statistics))
         first = await events.get()  # an error at the start gives an error status instead of a stream
         if isinstance(first, Exception):
-            raise told(first)
+            raise to_api_error(first)
 
         async def lines() -> AsyncIterator[bytes]:
             for chunk in telling.opening():
@@ -257,7 +257,7 @@ class _Service:
                 yield _event(telling.piece(event))
                 event = await events.get()
             if isinstance(event, Exception):
-                yield _event(told(event).body)
+                yield _event(to_api_error(event).body)
                 return
             yield _event(telling.closing(ticket.statistics))
             if asked.stream_options and asked.stream_options.include_usage:
@@ -311,7 +311,7 @@ async def _collect(events: asyncio.Queue[str | Exception | None]) -> str:
     while isinstance(event := await events.get(), str):
         parts.append(event)
     if isinstance(event, Exception):
-        raise told(event)
+        raise to_api_error(event)
     return "".join(parts)
 
 
@@ -352,16 +352,16 @@ def make_app(generator: Generator, settings: Settings) -> FastAPI:
         body = {"content": {"application/json": {"schema": kind.model_json_schema()}}, "required": True}
         app.add_api_route(path, handler, methods=["POST"], openapi_extra={"requestBody": body})
     for raised in (ApiError, UsageError, HTTPException, 404, 405):
-        app.add_exception_handler(raised, _tell)
-    app.add_exception_handler(Exception, _tell)
-    app.add_middleware(_Frame, settings=settings, metrics=service.metrics)
+        app.add_exception_handler(raised, _error_response)
+    app.add_exception_handler(Exception, _error_response)
+    app.add_middleware(_Middleware, settings=settings, metrics=service.metrics)
     return app
 
 
-async def _tell(_request: Request, error: Exception) -> Response:
+async def _error_response(_request: Request, error: Exception) -> Response:
     """The response for an exception: OpenAI's error object."""
     if isinstance(error, HTTPException) or hasattr(error, "status_code"):
         error = ApiError(error.status_code, str(getattr(error, "detail", error)))
-    found = told(error)
+    found = to_api_error(error)
     headers = {"Retry-After": "1"} if found.status == 429 else None
     return JSONResponse(found.body, found.status, headers)

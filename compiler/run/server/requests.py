@@ -146,14 +146,14 @@ def parse(body: bytes, kind: type[Asked]) -> Asked:
         raise ApiError(400, f"the body is not JSON: {error}", code="invalid_json") from error
     if not isinstance(fields, dict):
         raise ApiError(400, "the body is not a JSON object", code="invalid_json")
-    fields = {name: value for name, value in fields.items() if not _asks_nothing(name, value)}
+    fields = {name: value for name, value in fields.items() if not _has_no_effect(name, value)}
     try:
         return kind.model_validate(fields)
     except ValidationError as error:
         raise _api_error(error, kind) from error
 
 
-def _asks_nothing(name: str, value: Any) -> bool:
+def _has_no_effect(name: str, value: Any) -> bool:
     if name not in _NEUTRAL:
         return False
     same = (value == neutral and isinstance(value, bool) == isinstance(neutral, bool) for neutral in _NEUTRAL[name])

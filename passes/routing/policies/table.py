@@ -6,7 +6,7 @@ from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
 from moec.compiler.common.errors import UsageError
-from moec.compiler.common.plugins import third_party
+from moec.compiler.common.plugins import load_plugins
 from moec.compiler.common.validation import unknown
 from moec.passes.routing.policies.activation_norm import ActivationNorm
 from moec.passes.routing.policies.base import Policy
@@ -60,7 +60,7 @@ def policies(extra: Iterable[EntryPoint] | None = None) -> dict[str, type[Policy
         UsageError: Two policies claim one name, or an entry point is no Policy.
     """
     table = {policy.name: policy for policy in BUILT_IN}
-    return {**table, **third_party(GROUP, Policy, {*table, *REFUSED}, extra)}  # type: ignore[type-abstract]
+    return {**table, **load_plugins(GROUP, Policy, {*table, *REFUSED}, extra)}  # type: ignore[type-abstract]
 
 
 def policy_type(name: str) -> type[Policy]:

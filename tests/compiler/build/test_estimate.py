@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from moec.compiler.build.estimate import Wanted, describe, estimate, predict
+from moec.compiler.build.estimate import EstimateRequest, describe, estimate, predict
 from moec.compiler.common.errors import UsageError
 from moec.compiler.ir.program import Program
 from moec.compiler.measure.estimate import error as error_module
@@ -24,7 +24,9 @@ def program(tiny_checkpoint: Callable[[str], Path]) -> Program:
 
 def test_an_estimate_for_a_device(program: Program) -> None:
     counts = count(program)
-    found = predict(counts, {}, Wanted("", "onnx", device="h200", price_per_hour=3.6, context=100), lambda *_: None)
+    found = predict(
+        counts, {}, EstimateRequest("", "onnx", device="h200", price_per_hour=3.6, context=100), lambda *_: None
+    )
     assert found["memory"]["fits"]
     read = counts.expert_bytes() + counts.dense_bytes() + 100 * counts.state_bytes
     assert found["per_token"]["bytes"] == pytest.approx(read)
@@ -42,7 +44,7 @@ def test_states_of_recurrent_layers_do_not_grow(tiny_checkpoint: Callable[[str],
     assert counts.state_flops_at(0) > 0
     weights = counts.expert_bytes() + counts.dense_bytes()
     for context in (10, 1000):
-        found = predict(counts, {}, Wanted("", "onnx", device="h200", context=context), lambda *_: None)
+        found = predict(counts, {}, EstimateRequest("", "onnx", device="h200", context=context), lambda *_: None)
         assert found["per_token"]["bytes"] == pytest.approx(weights + fixed + context * growing)
         assert found["memory"]["needed"] == counts.size + fixed + context * growing
         assert dict(describe(found))["states"] == "0.256 kB per token and 6.14 kB whatever the context"
@@ -66,14 +68,14 @@ def test_every_profile_names_its_source() -> None:
 
 def test_what_cannot_be_estimated_says_why() -> None:
     with pytest.raises(UsageError, match="unknown device 'h20'") as error:
-        estimate(Wanted("nothing", "onnx", device="h20"), lambda *_: None)
+        estimate(EstimateRequest("nothing", "onnx", device="h20"), lambda *_: None)
     assert "h200" in error.value.hint
     with pytest.raises(UsageError, match="auto cannot be estimated"):
-        estimate(Wanted("nothing", "onnx", "auto"), lambda *_: None)
+        estimate(EstimateRequest("nothing", "onnx", "auto"), lambda *_: None)
     with pytest.raises(UsageError, match="unknown routing policy 'top-q'"):
-        estimate(Wanted("nothing", "onnx", routing="top-q", kept_share=0.5), lambda *_: None)
+        estimate(EstimateRequest("nothing", "onnx", routing="top-q", kept_share=0.5), lambda *_: None)
     with pytest.raises(UsageError, match="the saving of top-p depends on its budget") as error:
-        estimate(Wanted("nothing", "onnx", routing="top-p"), lambda *_: None)
+        estimate(EstimateRequest("nothing", "onnx", routing="top-p"), lambda *_: None)
     assert "--expert-budget" in error.value.hint
 
 

@@ -73,18 +73,18 @@ def test_aliases_in_moderation_are_fine(tmp_path: Path) -> None:
 
 
 def _fail_in_the_middle(path: Path) -> None:
-    with files.beside(path) as partial:
+    with files.replacing(path) as partial:
         partial.write_text("half")
         raise RuntimeError
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "made" / "index.json"
-    files.write_whole(path, "old")
+    files.write_atomically(path, "old")
     with pytest.raises(RuntimeError):
         _fail_in_the_middle(path)
     assert path.read_text() == "old"
-    files.write_whole(path, "new")
+    files.write_atomically(path, "new")
     assert path.read_text() == "new"
     assert [item.name for item in path.parent.iterdir()] == ["index.json"]
 
@@ -95,7 +95,7 @@ def test_a_directory_that_is_there_may_stay(tmp_path: Path) -> None:
             partial.rename(path)
 
     for text in ("first", "second"):
-        with files.beside(tmp_path / "entry", unless_there) as partial:
+        with files.replacing(tmp_path / "entry", unless_there) as partial:
             partial.mkdir()
             (partial / "file").write_text(text)
     assert [(item.name, (item / "file").read_text()) for item in tmp_path.iterdir()] == [("entry", "first")]

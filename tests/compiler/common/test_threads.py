@@ -27,4 +27,4 @@ def test_the_command_line_lets_threads_sleep_unless_told_otherwise(given: str | 
 def test_a_shared_machine(load: float, shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
     monkeypatch.setattr(os, "getloadavg", lambda: (load, 9.0, 9.0))
-    assert threads.is_shared() is shared
+    assert threads.is_machine_busy() is shared

@@ -6,7 +6,7 @@ import resource
 import threading
 from collections.abc import Callable
 
-from moec.compiler.frontend.frames import roomy
+from moec.compiler.frontend.frames import with_large_frame
 
 CALLS = 200
 
@@ -37,7 +37,7 @@ def most(run: Callable[[int], int]) -> int:
     return max(found)
 
 
-@roomy
+@with_large_frame
 def below(depth: int) -> int:
     """Arguments and results are as they were."""
     return pages_mapped_by_calls(depth)
@@ -50,6 +50,6 @@ def test_no_border_lies_below_a_roomy_frame() -> None:
 
 def test_the_function_stays_as_it_was() -> None:
     code = leaf.__code__
-    made = roomy(leaf)
+    made = with_large_frame(leaf)
     assert leaf.__code__ is code
     assert (made.__name__, made.__doc__, made()) == ("leaf", leaf.__doc__, None)

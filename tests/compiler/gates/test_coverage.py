@@ -12,7 +12,7 @@ from torch import Tensor
 from moec.compiler.common.errors import ArtifactError
 from moec.compiler.common.verdict import Status, Verdict
 from moec.compiler.frontend.checkpoint import Checkpoint
-from moec.compiler.gates.coverage import ROWS, LayerResult, judge_coverage, run_experts_by_force
+from moec.compiler.gates.coverage import ROWS, LayerResult, judge_coverage, run_every_expert
 from moec.compiler.gates.integrity import Comparisons
 from moec.compiler.gates.reference import SAMPLED, HiddenStates, Trace
 from moec.compiler.gates.tolerance import Precision
@@ -70,7 +70,7 @@ def test_hidden_states_are_those_of_the_longest_sequence(mixtral: Captured, hidd
 
 
 def _judge(program: Program, artifact: Program, hidden: dict[int, Tensor], share: float = 1.0) -> Verdict:
-    results = run_experts_by_force(program, {"the artifact": program_experts(artifact)}, hidden, share)
+    results = run_every_expert(program, {"the artifact": program_experts(artifact)}, hidden, share)
     return judge_coverage(results, ["the artifact"], Precision.FP32, share, Usage(program.layers))
 
 
@@ -115,7 +115,7 @@ def test_a_share_of_the_experts_is_spread_over_all(
     share: float, run: int, mixtral: Captured, hidden: dict[int, Tensor]
 ) -> None:
     program = mixtral[1]
-    results = run_experts_by_force(program, {"": program_experts(program)}, hidden, share)
+    results = run_every_expert(program, {"": program_experts(program)}, hidden, share)
     assert [len(result.errors) for result in results] == [run] * len(program.layers)
     if run > 1:
         assert {0, program.layers[0].num_experts - 1} <= set(results[0].errors)
@@ -158,7 +158,7 @@ def test_both_gates_read_every_expert_once_and_one_token_goes_to_one(
         return StoredWeight(None, lambda start, stop: program.weights[name].rows(start, stop).numpy())
 
     comparisons = Comparisons(watched, {name: stored(name) for name in names})
-    run_experts_by_force(watched, {"": artifact}, hidden, watch=comparisons.compare)
+    run_every_expert(watched, {"": artifact}, hidden, watch=comparisons.compare)
     assert comparisons.judge().status is Status.PASS
     assert set(reads.values()) == {1}
     assert len(reads) == 2 * sum(row.num_experts for row in program.layers)
@@ -169,7 +169,7 @@ def test_both_gates_read_every_expert_once_and_one_token_goes_to_one(
 def test_a_runner_of_another_shape_is_an_error(mixtral: Captured, hidden: dict[int, Tensor]) -> None:
     run: Callable[..., np.ndarray] = lambda layer, states, *_: states[:1]  # noqa: ARG005, E731
     with pytest.raises(ArtifactError, match="the experts of layer 0 return"):
-        run_experts_by_force(mixtral[1], {"model": run}, hidden)
+        run_every_expert(mixtral[1], {"model": run}, hidden)
 
 
 def test_the_limit_belongs_to_the_precision() -> None:
@@ -195,7 +195,7 @@ def test_the_reference_rounds_activations_as_the_kernels_do(mixtral: Captured, h
         result: np.ndarray = kernel.experts(nodes[layer], *map(torch.from_numpy, operands)).numpy()
         return result
 
-    wrong = run_experts_by_force(program, {"model": run}, hidden)
-    right = run_experts_by_force(program, {"model": run}, hidden, rounding=halved)
+    wrong = run_every_expert(program, {"model": run}, hidden)
+    right = run_every_expert(program, {"model": run}, hidden, rounding=halved)
     assert min(error for result in wrong for error in result.errors.values()) > 0.1
     assert max(error for result in right for error in result.errors.values()) == 0.0

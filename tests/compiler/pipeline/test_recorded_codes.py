@@ -16,7 +16,7 @@ from moec.compiler.common.errors import ArtifactError
 from moec.compiler.families.tiny_models import tiny_model, write_tiny_checkpoint
 from moec.compiler.ir.weights import Constant
 from moec.compiler.pipeline import quantization
-from moec.compiler.pipeline.recorded_codes import on_grid, recorded_codes
+from moec.compiler.pipeline.recorded_codes import read_in_format, recorded_codes
 from moec.quantize.formats import IntegerFormat
 from moec.quantize.methods.rounding import round_to_nearest
 from moec.quantize.methods.tensors import QuantizedTensor
@@ -138,12 +138,12 @@ def tensor(**parts: Any) -> QuantizedTensor:
 )
 def test_codes_on_another_grid_are_refused(codes: Any, message: str) -> None:
     with pytest.raises(ArtifactError, match=f"w: the artifact .*{message}"):
-        on_grid("w", StoredWeight(4, lambda start, stop: codes), 0, 2, FMT)  # noqa: ARG005
+        read_in_format("w", StoredWeight(4, lambda start, stop: codes), 0, 2, FMT)  # noqa: ARG005
 
 
 def test_scales_of_smaller_blocks_and_of_more_bits_are_the_plans() -> None:
     wide = Codes(4, np.ones((2, 64), np.int8), np.repeat(np.float32([[0.5, 0.25]] * 2), 2, -1), 16)
-    found = on_grid("w", StoredWeight(4, lambda start, stop: wide), 0, 2, FMT)  # noqa: ARG005
+    found = read_in_format("w", StoredWeight(4, lambda start, stop: wide), 0, 2, FMT)  # noqa: ARG005
     assert found.scales.dtype is torch.float16
     assert found.scales.tolist() == [[0.5, 0.25]] * 2
     assert sha256_of([found]) == sha256_of([tensor(codes=found.codes, scales=found.scales.float())])

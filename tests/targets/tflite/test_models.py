@@ -16,7 +16,7 @@ from torch import Tensor
 import moec
 from moec import passes
 from moec.compiler.common.errors import ArtifactError, LoweringError, MissingExtraError, UsageError
-from moec.compiler.gates.coverage import run_experts_by_force
+from moec.compiler.gates.coverage import run_every_expert
 from moec.compiler.ir.experts import ACTIVATIONS, Gate
 from moec.compiler.ir.interpreter import ProgramRunner
 from moec.compiler.ir.program import EXPERTS, Program
@@ -256,7 +256,7 @@ def test_experts_run_by_themselves(build: Any, program_of: Programs, family: str
     program = program_of(family)
     runners = open_experts(build.file(program), threads=1)
     hidden = {row.index: torch.randn(8, row.hidden_size) for row in program.layers}
-    results = run_experts_by_force(program, runners, hidden)
+    results = run_every_expert(program, runners, hidden)
     errors = [error for result in results for error in result.errors.values()]
     assert len(errors) == sum(row.num_experts for row in program.layers)
     assert max(errors) < 1e-5

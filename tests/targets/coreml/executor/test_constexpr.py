@@ -163,10 +163,10 @@ def test_a_weight_is_dequantized_once_and_the_cache_is_bounded(builder: Any) -> 
     (weight,) = (
         item for item in MilModel.open(path).constants().values() if item.type.element.name == "fp16" and item.keep
     )
-    roomy = ConstantCache(1 << 20)
-    assert roomy.value(weight) is roomy.value(weight)
-    assert roomy.held_bytes == data.size * 2
-    assert roomy.widened(weight).dtype == np.float32
+    with_large_frame = ConstantCache(1 << 20)
+    assert with_large_frame.value(weight) is with_large_frame.value(weight)
+    assert with_large_frame.held_bytes == data.size * 2
+    assert with_large_frame.widened(weight).dtype == np.float32
     tight = ConstantCache(data.size * 4)
     tight.value(weight)
     tight.widened(weight)

@@ -12,7 +12,7 @@ from moec.compiler.run.session import Statistics
 
 
 @dataclass(frozen=True)
-class Shape:
+class ResponseFormat:
     """The response format of an endpoint.
 
     Attributes:
@@ -27,20 +27,20 @@ class Shape:
     chunk: str
     is_chat: bool
 
-    def begin(self, model: str) -> Telling:
+    def begin(self, model: str) -> ResponseBuilder:
         """Start a new response of `model`."""
-        return Telling(self, model, f"{self.prefix}-{uuid.uuid4().hex}", int(time.time()))
+        return ResponseBuilder(self, model, f"{self.prefix}-{uuid.uuid4().hex}", int(time.time()))
 
 
-CHAT = Shape("chatcmpl", "chat.completion", "chat.completion.chunk", is_chat=True)
-COMPLETION = Shape("cmpl", "text_completion", "text_completion", is_chat=False)
+CHAT = ResponseFormat("chatcmpl", "chat.completion", "chat.completion.chunk", is_chat=True)
+COMPLETION = ResponseFormat("cmpl", "text_completion", "text_completion", is_chat=False)
 
 
 @dataclass(frozen=True)
-class Telling:
+class ResponseBuilder:
     """One response, whose objects share an identifier and a time."""
 
-    shape: Shape
+    shape: ResponseFormat
     model: str
     name: str
     created: int
