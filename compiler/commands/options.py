@@ -150,7 +150,7 @@ def _sampling(text: str) -> Any:
 
 @dataclass(frozen=True)
 class Sampling(Group):
-    """How tokens are chosen: arguments of `Generator.sampling`."""
+    """Flags of sampling, which are arguments of `Generator.sampling`."""
 
     temperature: Annotated[float | None, _sampling("Divides the logits; 0 takes the most likely token.")] = None
     top_k: Annotated[int | None, _sampling("Draw among the k most likely tokens; 0 means all.")] = None

@@ -1,4 +1,4 @@
-"""Transformers without progress bars of its own: moec reports progress itself, and `-q` is silent."""
+"""Switches off the progress bars of transformers: moec reports progress itself, and `-q` is silent."""
 
 from __future__ import annotations
 

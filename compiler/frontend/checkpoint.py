@@ -104,8 +104,8 @@ class Checkpoint:
         """Refuse impossible counts in config.json before transformers makes objects for each layer and expert.
 
         Raises:
-            CheckpointError: It has more layers than there are tensors, or more experts than the longest axis or the
-                number of tensors.
+            CheckpointError: It has more layers than there are tensors, or more experts than tensors and than entries in
+                the longest axis.
         """
         try:
             entries = self.entries

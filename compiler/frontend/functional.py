@@ -16,7 +16,7 @@ import torch
 from torch import fx
 from torch._ops import OpOverload
 
-from moec.compiler.ir.fake_values import fake_mode, infer
+from moec.compiler.ir.fake_values import fake_mode, infer, shape_and_dtype
 from moec.compiler.ir.invariants import SIZE_OPERATORS
 
 aten = torch.ops.aten
@@ -129,7 +129,7 @@ class _Copy:
         args: Any = fx.map_arg(node.args, self.value)
         kwargs: Any = fx.map_arg(node.kwargs, self.value)
         value = self.call(node, _not_in_place(target), *args, **kwargs)
-        if _form(value) != _form(operand):
+        if shape_and_dtype(value) != shape_and_dtype(operand):
             raise _UnclearError
         if operand is not root:
             rest = fx.map_arg(operand.args[1:], self.value)
@@ -153,11 +153,6 @@ class _Copy:
 
     def _is(self, node: fx.Node, other: fx.Node) -> bool:
         return self.same.get(node, node) is other
-
-
-def _form(node: fx.Node) -> tuple[str, torch.dtype]:
-    value = node.meta["val"]
-    return str(tuple(value.shape)), value.dtype
 
 
 def _not_in_place(target: OpOverload) -> OpOverload:

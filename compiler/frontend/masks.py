@@ -70,7 +70,8 @@ def classify(mask_function: MaskFunction, max_length: int) -> MaskPattern:
 
     Args:
         mask_function: As transformers passes it to a mask implementation, without padding.
-        max_length: Context length of the model in tokens; a larger window counts as causal.
+        max_length: Context length of the model in tokens. Positions up to twice as far are probed, so a window larger
+            than that counts as causal.
 
     Raises:
         UnsupportedModelError: The mask is not causal, sliding or chunked.

@@ -153,6 +153,17 @@ def position_errors(got: np.ndarray, want: np.ndarray, valid: np.ndarray) -> np.
     return errors
 
 
+def relative_error(got: np.ndarray, want: np.ndarray) -> float:
+    """Largest |got - want| over the largest |want|; infinite for NaN or if the shapes differ."""
+    if got.shape != want.shape:
+        return float("inf")
+    if np.array_equal(got, want):
+        return 0.0
+    scale = max(float(np.abs(want).max(initial=0.0)), float(np.finfo(np.float32).tiny))
+    error = float(np.abs(got.astype(np.float32) - want).max(initial=0.0)) / scale
+    return error if np.isfinite(error) else float("inf")
+
+
 def excused_positions(errors: np.ndarray, tied: np.ndarray, limit: float) -> np.ndarray:
     """Positions out of tolerance that a tie explains: [B, T] bool.
 

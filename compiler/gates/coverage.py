@@ -22,6 +22,7 @@ from torch import Tensor, fx
 from moec.compiler.common.errors import ArtifactError
 from moec.compiler.common.progress import Progress
 from moec.compiler.common.verdict import Status, Verdict
+from moec.compiler.gates.compare import relative_error
 from moec.compiler.gates.tolerance import Precision, expert_limit
 from moec.compiler.gates.usage import Usage
 from moec.compiler.ir.interpreter import ActivationRounding, Interpreter, WeightObserver
@@ -117,7 +118,7 @@ def _run_batch(
             raise ArtifactError(f"{name}: the experts of layer {row.index} return {got.shape}, not {want.shape}")
         for place, expert in enumerate(experts):
             own = slice(place * ROWS, (place + 1) * ROWS)
-            errors[expert] = max(errors[expert], _error(got[own], want[own]))
+            errors[expert] = max(errors[expert], relative_error(got[own], want[own]))
     return errors
 
 
@@ -140,12 +141,6 @@ def _operands(node: fx.Node, row: MoeLayer, states: Tensor, experts: Sequence[in
     # A stride of 37 spreads the states of each expert over the whole sequence.
     chosen = (tokens * 37 + own) % len(states)
     return states[chosen].to(dtypes[0]), indices.to(dtypes[1]), weights.to(dtypes[2])
-
-
-def _error(got: np.ndarray, want: np.ndarray) -> float:
-    scale = max(float(np.abs(want).max(initial=0.0)), float(np.finfo(np.float32).tiny))
-    error = float(np.abs(got.astype(np.float32) - want).max(initial=0.0)) / scale
-    return error if np.isfinite(error) else float("inf")
 
 
 def judge_coverage(

@@ -9,13 +9,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from moec.compiler.common.errors import ArtifactError
 from moec.compiler.common.progress import Progress
 from moec.compiler.common.verdict import Status, Verdict
+from moec.compiler.gates.compare import relative_error
 from moec.compiler.gates.examination import Examined, examine
 from moec.compiler.ir.operands import Experts
 from moec.compiler.ir.program import EXPERTS, Program
@@ -92,7 +92,7 @@ class Comparisons:
             # Weights are dequantized in float32, whatever the dtype of the graph.
             dtype = self._names[name] if _format(self._program, name) is None else torch.float32
             want = values.to(dtype).float().numpy()
-            self._errors[name][index] = _error(self._stored[name].values(index, index + 1)[0], want)
+            self._errors[name][index] = relative_error(self._stored[name].values(index, index + 1)[0], want)
 
     def judge(self, progress: Progress = lambda *_: None) -> Verdict:
         """Compare the experts that were not compared yet, one at a time, and return the verdict.
@@ -133,18 +133,6 @@ def _judge(comparisons: list[Comparison], missing: list[str], other: list[str], 
         return Verdict(GATE, Status.FAIL, "; ".join(problems), EXIT_CODE, figures)
     equal = f"{total} experts in {len(comparisons)} tensors equal the plan's" if comparisons else ""
     return Verdict(GATE, Status.PASS, "; ".join(filter(None, (equal, examined.summary))), EXIT_CODE, figures)
-
-
-def _error(got: np.ndarray, want: np.ndarray) -> float:
-    """Largest difference relative to the largest value; infinite if the shapes differ or for NaN."""
-    if got.shape != want.shape:
-        return float("inf")
-    if np.array_equal(got, want):
-        return 0.0
-    error = float(np.abs(got.astype(np.float32) - want).max(initial=0.0)) / max(
-        float(np.abs(want).max(initial=0.0)), float(np.finfo(np.float32).tiny)
-    )
-    return error if np.isfinite(error) else float("inf")
 
 
 def _format(program: Program, name: str) -> CodedFormat | None:

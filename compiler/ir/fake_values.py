@@ -54,6 +54,12 @@ def fake_value(node: fx.Node) -> Any:
     return node.meta["val"]
 
 
+def shape_and_dtype(node: fx.Node) -> tuple[str, torch.dtype]:
+    """The shape of a node's fake value, as a text in which symbols can be compared, and its dtype."""
+    value = fake_value(node)
+    return str(tuple(value.shape)), value.dtype
+
+
 def _polar(radius: Tensor, angle: Tensor) -> Tensor:
     """Shape function of `aten.polar`; torch's own does not support dynamic axes."""
     dtype = torch.complex128 if angle.dtype == torch.float64 else torch.complex64

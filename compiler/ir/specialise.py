@@ -10,7 +10,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moec.compiler.common.errors import UnsupportedModelError, UsageError
-from moec.compiler.ir.fake_values import fake_mode, infer
+from moec.compiler.ir.fake_values import fake_mode, infer, shape_and_dtype
 from moec.compiler.ir.operands import Attention
 from moec.compiler.ir.program import ATTENTION, Dim, Program, StateSpec, TensorSpec, module_of, moe_layers
 
@@ -218,11 +218,6 @@ def _of_same_size(size: fx.Node, ones: set[fx.Node]) -> tuple[fx.Node, int] | No
 def _unchanged(product: fx.Node, ones: set[fx.Node]) -> fx.Node | None:
     """The factor that equals `product` in shape and dtype, the other factor being all ones; or None."""
     for factor in product.all_input_nodes:
-        if factor not in ones and _form(factor) == _form(product):
+        if factor not in ones and shape_and_dtype(factor) == shape_and_dtype(product):
             return factor
     return None
-
-
-def _form(node: fx.Node) -> tuple[str, torch.dtype]:
-    value = node.meta["val"]
-    return str(tuple(value.shape)), value.dtype

@@ -42,7 +42,7 @@ factors between formats."""
 
 @dataclass(frozen=True)
 class Quantization:
-    """What quantization adds to an export.
+    """The passes and records that quantization adds to an export.
 
     Attributes:
         passes: The passes that run after the common passes and routing.
@@ -57,7 +57,7 @@ class Quantization:
 
 @dataclass(frozen=True)
 class QuantizationInputs:
-    """What a plan is made from.
+    """The inputs from which a quantization plan is made.
 
     Attributes:
         checkpoint: The checkpoint, for its tokenizer.

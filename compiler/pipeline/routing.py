@@ -49,7 +49,7 @@ STAGE = "calibrate routing"
 
 @dataclass(frozen=True)
 class RoutingPlan:
-    """What routing adds to an export.
+    """The passes and records that routing adds to an export.
 
     Attributes:
         passes: The passes that run after the common ones.

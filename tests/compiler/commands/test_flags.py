@@ -21,7 +21,7 @@ class Size(Group):
 class Word(Group):
     letters: Annotated[str, typer.Option(help="What it is made of.")] = "ab"
 
-    def made(self) -> str:
+    def value(self) -> str:
         return self.letters.upper()
 
 
