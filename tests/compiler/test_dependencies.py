@@ -1,6 +1,6 @@
-"""Dependencies point one way: a room imports from the rooms below it alone.
+"""Dependencies point one way: a package imports only from the packages below it.
 
-`python tests/compiler/test_dependencies.py` prints which room imports from which.
+`python tests/compiler/test_dependencies.py` prints which package imports from which.
 """
 
 import ast
@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
-ROOMS = (
+PACKAGES = (
     "compiler/common",
     "compiler/text",
     "compiler/ir",
@@ -30,14 +30,17 @@ ROOMS = (
     "compiler/commands",
     "cli.py",
 )
-"""From the bottom up. Above them is the package itself, whose `__init__.py` names what it exports."""
+"""From the bottom up. Above them is `moec` itself, whose `__init__.py` names what it exports."""
 
 HEAVY = {"torch", "transformers", "onnx", "onnx_ir", "onnxruntime", "coremltools", "ai_edge_litert", "tensorrt_rtx"}
 
 
-def room_of(path: str) -> str:
-    """The room that a file or a module, as a path from the root, lies in; "" for the package itself."""
-    return next((room for room in ROOMS if f"{path}/".startswith((f"{room}/", room.removesuffix(".py") + "/"))), "")
+def package_of(path: str) -> str:
+    """The package of a file or a module, given as a path from the root; "" for `moec` itself."""
+    return next(
+        (package for package in PACKAGES if f"{path}/".startswith((f"{package}/", package.removesuffix(".py") + "/"))),
+        "",
+    )
 
 
 def sources() -> Iterator[Path]:
@@ -58,29 +61,29 @@ def imports(path: Path) -> set[str]:
 
 
 def edges() -> dict[str, set[str]]:
-    """Room -> the rooms that it imports from."""
-    found: dict[str, set[str]] = {room: set() for room in ROOMS}
+    """Package -> the packages that it imports from."""
+    found: dict[str, set[str]] = {package: set() for package in PACKAGES}
     for path in sources():
-        if room := room_of(path.relative_to(ROOT).as_posix()):
-            found[room] |= {room_of(name) for name in imports(path)} - {room, ""}
+        if package := package_of(path.relative_to(ROOT).as_posix()):
+            found[package] |= {package_of(name) for name in imports(path)} - {package, ""}
     return found
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_a_room_imports_from_those_below_it(room: str) -> None:
-    above = ROOMS[ROOMS.index(room) :]
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_package_imports_only_from_those_below_it(package: str) -> None:
+    above = PACKAGES[PACKAGES.index(package) :]
     wrong = {
         path.relative_to(ROOT).as_posix(): found
         for path in sources()
-        if room_of(path.relative_to(ROOT).as_posix()) == room
-        if (found := {name for name in imports(path) if room_of(name) in above and room_of(name) != room})
+        if package_of(path.relative_to(ROOT).as_posix()) == package
+        if (found := {name for name in imports(path) if package_of(name) in above and package_of(name) != package})
     }
     assert not wrong
 
 
 def test_every_file_is_in_a_room() -> None:
     outside = {path.relative_to(ROOT).as_posix() for path in sources()}
-    outside = {path for path in outside if not room_of(path)}
+    outside = {path for path in outside if not package_of(path)}
     assert outside == {"__init__.py", "compiler/__init__.py"}
 
 
@@ -122,9 +125,9 @@ def test_what_must_start_fast_imports_nothing_heavy(name: str) -> None:
 def test_the_checks_see_imports(tmp_path: Path) -> None:
     path = tmp_path / "x.py"
     path.write_text("from moec.targets.onnx import target\nif TYPE_CHECKING:\n    import moec.cli\n")
-    assert {room_of(name) for name in imports(path)} == {"targets", "cli.py"}
+    assert {package_of(name) for name in imports(path)} == {"targets", "cli.py"}
 
 
 if __name__ == "__main__":
     for importer, imported in edges().items():
-        print(f"{importer:20} <- {', '.join(sorted(imported, key=ROOMS.index)) or 'nothing'}")
+        print(f"{importer:20} <- {', '.join(sorted(imported, key=PACKAGES.index)) or 'nothing'}")
