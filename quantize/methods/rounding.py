@@ -24,14 +24,14 @@ class Method(StrEnum):
 
 @dataclass(frozen=True)
 class MatrixReport:
-    """What rounding did to one matrix (one expert of a stack).
+    """How one matrix (one expert of a stack) was rounded.
 
     Attributes:
-        method: How it was rounded.
-        tokens: Calibration tokens that this matrix has seen; 0 without calibration.
-        error: Squared error over the squared norm: of the outputs on the calibration tokens where there are
-            any, else of the weights. 0 for an all-zero matrix.
-        reason: Why it is not `GPTQ` although that was asked for; empty otherwise.
+        method: The method.
+        tokens: Number of calibration tokens that this matrix has seen; 0 without calibration.
+        error: Squared error over squared norm: of the outputs for the calibration tokens if there are any,
+            else of the weights. 0 for an all-zero matrix.
+        reason: Why the method is not GPTQ although GPTQ was requested; empty otherwise.
     """
 
     method: Method
@@ -57,7 +57,7 @@ def round_to_nearest(
 ) -> RoundingResult:
     """Quantize by rounding each weight to the nearest code.
 
-    Without clipping each weight is off by at most half a scale (and one rounding of fp32).
+    Without clipping, the error of each weight is at most half a scale (plus one rounding of fp32).
 
     Args:
         weight: Float weights, any float dtype, [N, K] or [E, N, K].
@@ -77,12 +77,13 @@ def round_to_nearest(
 
 
 def nearest_values(weight: Tensor, fmt: IntegerFormat, *, name: str, clip: ClipSearch = NO_CLIPPING) -> Tensor:
-    """The values of the codes that `round_to_nearest` finds, without making the codes: half the work.
+    """The dequantized result of `round_to_nearest`, computed without the codes, which is half the work.
 
     Arguments and errors are those of `round_to_nearest`.
 
     Returns:
-        fp32 in the shape of `weight`, equal to `round_to_nearest(...).tensor.dequantize()`. A zero may be negative.
+        fp32 in the shape of `weight`, equal to `round_to_nearest(...).tensor.dequantize()`, except that zeros may be
+        negative.
     """
     check_axes(weight, name)
     resolved = fmt.resolve(weight.shape[-1], name)
@@ -123,7 +124,7 @@ def _round_matrix(
 
 
 def _parts(matrix: Tensor) -> Iterator[slice]:
-    """The rows of a matrix, as many at a time as stay in the cache."""
+    """Slices of the rows of a matrix that fit into the CPU's cache."""
     step = max(1, CHUNK // matrix.shape[1])
     for start in range(0, matrix.shape[0], step):
         yield slice(start, start + step)
@@ -137,7 +138,7 @@ def _scales(groups: Tensor, fmt: IntegerFormat, clip: ClipSearch, name: str) -> 
     """
     scales, points = choose_scales(groups, fmt, clip)
     if not bool(scales.isfinite().all()):
-        # Weights that are not finite give such a scale, so that looking for them needs no pass of its own.
+        # Non-finite weights give a non-finite scale, so weights need no check in the usual case.
         check_finite(groups, name)
         check_scales(scales, name)
     return scales.unsqueeze(-1), points.unsqueeze(-1)
@@ -147,40 +148,41 @@ def check_weight(weight: Tensor, name: str) -> None:
     """Check a weight before it is rounded.
 
     Raises:
-        UsageError: Not a matrix or a stack of matrices.
-        CheckpointError: NaN or infinity.
+        UsageError: The weight is not a matrix or a stack of matrices.
+        CheckpointError: The weight holds NaN or infinity.
     """
     check_axes(weight, name)
     check_finite(weight, name)
 
 
 def check_axes(weight: Tensor, name: str) -> None:
-    """Refuse what is neither a matrix nor a stack of matrices.
+    """Check that a weight is a matrix or a stack of matrices.
 
     Raises:
-        UsageError: It is not.
+        UsageError: It is neither.
     """
     if weight.dim() not in {2, 3}:
         raise UsageError(
             f"{name}: shape {tuple(weight.shape)} is neither a matrix nor a stack of matrices",
-            hint="Leave this tensor float.",
+            hint="leave this tensor float",
         )
 
 
 def check_finite(weight: Tensor, name: str) -> None:
-    """Refuse NaN and infinity. The extremes carry every one of them, at a twentieth of the time of isfinite.
+    """Check for NaN and infinity. Both show in the minimum or maximum, which takes a twentieth of the time of isfinite.
 
     Raises:
-        CheckpointError: There are some.
+        CheckpointError: The weight holds NaN or infinity.
     """
     if weight.numel() and not all(bool(value.isfinite()) for value in weight.aminmax()):
         raise CheckpointError(
-            f"{name}: holds NaN or infinity", hint="The checkpoint is damaged or overflowed; download or save it again."
+            f"{name}: holds NaN or infinity",
+            hint="the checkpoint is damaged or its weights overflowed; download or save it again",
         )
 
 
 def matrices(weight: Tensor) -> list[Tensor]:
-    """The matrices [N, K] of a matrix or stack."""
+    """The matrices [N, K] of a stack, or the matrix itself, as a list."""
     return list(weight) if weight.dim() == 3 else [weight]
 
 
@@ -204,5 +206,5 @@ def assemble(
 
 
 def relative(error: float, norm: float) -> float:
-    """`error / norm`, and 0 where both vanish."""
+    """`error / norm`; 0 if both are 0."""
     return error / norm if norm > 0 else 0.0

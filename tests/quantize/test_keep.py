@@ -73,7 +73,7 @@ def test_weights_of_two_tables_have_no_common_grid() -> None:
     grid = grid_of(Concatenated((one, other), 0))
     assert grid is not None
     assert grid.format is None
-    assert "indices of one table" in grid.reason
+    assert "indices into one lookup table" in grid.reason
 
 
 def test_a_table_that_half_precision_does_not_hold_is_no_grid() -> None:
