@@ -44,7 +44,7 @@ ROWS: dict[str, tuple[Any, str, type[Model]]] = {
 """Name of a row -> its format, its flavor and the runtime."""
 
 
-def build_ours(checkpoint: Path, directory: Path, chosen: Any, flavor: str) -> Path:
+def build_moec(checkpoint: Path, directory: Path, chosen: Any, flavor: str) -> Path:
     """Export with weights rounded to nearest, once."""
     from moec.compiler.api import export
 
@@ -160,7 +160,7 @@ def main() -> None:
         checkpoint = random_checkpoint(work / "olmoe-1gb")
         for name, (chosen, flavor, runner) in ROWS.items():
             directory = work / re.sub(r"\W+", "-", f"{name.split(',')[0]} {flavor}")
-            models[name] = runner(str(build_ours(checkpoint, directory, chosen, flavor)))
+            models[name] = runner(str(build_moec(checkpoint, directory, chosen, flavor)))
         if options.llama_cpp:
             models["llama.cpp Q4_0"] = LlamaCpp(str(build_llama_cpp(checkpoint, work / "olmoe-1gb-q4_0.gguf")))
         compare(models, options.rounds)

@@ -65,7 +65,7 @@ class Block:
         return torch.where(torch.arange(TOP_K) < active, 1.0 / active, 0.0).expand(len(self.hidden), -1).contiguous()
 
 
-def ours(block: Block, form: str, path: Path, *, branches: bool = True) -> None:
+def write_moec(block: Block, form: str, path: Path, *, branches: bool = True) -> None:
     """Write the block as lowered by moec, with weights in the format `form`."""
     held = {"gate_up": stored(block.gate_up, form), "down": stored(block.down, form)}
     program = Program(fx.Graph(), WeightStore(held), (), (), (), torch.float32, {}, {})
@@ -108,7 +108,7 @@ def opened(path: Path, threads: int) -> Callable[[dict[str, np.ndarray]], np.nda
     return call
 
 
-def theirs(block: Block, path: Path) -> None:
+def write_litert_torch(block: Block, path: Path) -> None:
     """Convert transformers' batched_mm experts with litert-torch."""
     import litert_torch
     from transformers import MixtralConfig
@@ -135,17 +135,17 @@ def variants(block: Block, folder: Path, options: argparse.Namespace) -> Iterato
     """Name and function of each variant; each is checked against torch first."""
     for form in FORMS:
         path = folder / f"{form}.tflite"
-        ours(block, form, path)
+        write_moec(block, form, path)
         call = opened(path, options.threads)
         for active in (1, 2, 4, 8):
             yield checked(block, call, form, active)
     for form in FORMS[:2]:
         path = folder / f"dense-{form}.tflite"
-        ours(block, form, path, branches=False)
+        write_moec(block, form, path, branches=False)
         yield checked(block, opened(path, options.threads), f"{form}, no control flow", TOP_K)
     if options.litert_torch:
-        theirs(block, folder / "theirs.tflite")
-        call = opened(folder / "theirs.tflite", options.threads)
+        write_litert_torch(block, folder / "write_litert_torch.tflite")
+        call = opened(folder / "write_litert_torch.tflite", options.threads)
         yield checked(block, call, "litert-torch batched_mm", TOP_K)
 
 

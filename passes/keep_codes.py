@@ -13,7 +13,7 @@ from moec.compiler.ir.program import Program
 from moec.compiler.ir.weights import LazyTensor
 from moec.passes.base import Pass, PassResult
 from moec.quantize.formats import Activations, IntegerFormat
-from moec.quantize.keep import ROUNDED_SCALES, Grid, Held, KeptFormat, grid_of, kept
+from moec.quantize.keep import ROUNDED_SCALES, Grid, KeptFormat, SupportedFormats, grid_of, kept
 from moec.quantize.lazy import quantized
 from moec.quantize.plan import ALWAYS_FLOAT
 from moec.quantize.tensor_classes import weight_roles
@@ -49,14 +49,14 @@ class KeepCodes(Pass):
     as floats stay float.
 
     Attributes:
-        held: Formats that the target supports.
+        supported: Formats that the target supports.
         activations: Type to which kernels may round activations.
     """
 
     name: ClassVar[str] = "keep-codes"
     requires: ClassVar[tuple[str, ...]] = ("fold-weights", "canonical-experts")
 
-    held: Held = field(default_factory=Held)
+    supported: SupportedFormats = field(default_factory=SupportedFormats)
     activations: Activations = Activations.FLOAT
 
     def run(self, program: Program) -> PassResult:
@@ -104,11 +104,11 @@ class KeepCodes(Pass):
     def _coded(self, name: str, source: LazyTensor, grid: Grid, tensor_class: str) -> tuple[Any, str]:
         """The quantized tensor, or None if it stays float, and why its codes are not those of the checkpoint."""
         for form, rounded in grid.forms():
-            fmt = self.held.kept(tensor_class, self._with_activations(form))
+            fmt = self.supported.kept(tensor_class, self._with_activations(form))
             if fmt is not None:
                 return kept(name, source, fmt, exact=not rounded), rounded
         reason = grid.reason or f"the target does not support {grid.format} for this tensor class"
-        other = self.held.nearest(tensor_class, grid, source.shape[-1])
+        other = self.supported.nearest(tensor_class, grid, source.shape[-1])
         return (None if other is None else quantized(name, source, self._with_activations(other))), reason
 
     def _with_activations(self, fmt: Format) -> Format:

@@ -10,7 +10,7 @@ from moec.quantize.formats import Activations, IntegerFormat
 from moec.quantize.lazy import Coded
 
 
-def asymmetric_rows(weight: LazyTensor, activations: Tensor) -> Tensor:
+def round_rows_to_int8(weight: LazyTensor, activations: Tensor) -> Tensor:
     """Round each row to int8 with its own scale and zero point, if the format of the weight is `int8-dynamic`.
 
     This is what XNNPACK's qd8 kernels do: scale = (high - low) / 255 over a range that includes 0, and a zero point in

@@ -330,7 +330,7 @@ def parse_format(text: str) -> Format:
     return IntegerFormat(bits=4 if kind == "int4" else 8, **fields)  # type: ignore[arg-type]
 
 
-def parse_held(text: str) -> Format | TableFormat:
+def parse_supported(text: str) -> Format | TableFormat:
     """Read the text form of a format that a target supports: one that a plan may use, or a `TableFormat`.
 
     Raises:

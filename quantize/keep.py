@@ -19,8 +19,8 @@ from torch import Tensor
 from moec.compiler.common.errors import CheckpointError
 from moec.compiler.ir.encoded_weights import Encoded, Made, Spread
 from moec.compiler.ir.weights import LazyTensor
-from moec.quantize.formats import BLOCK_SIZES, Activations, IntegerFormat, ScaleType, TableFormat, parse_held
-from moec.quantize.lazy import Coded, Given
+from moec.quantize.formats import BLOCK_SIZES, Activations, IntegerFormat, ScaleType, TableFormat, parse_supported
+from moec.quantize.lazy import Coded, GivenCodes
 from moec.quantize.methods.palettize import PalettizedTensor
 from moec.quantize.methods.rounding import relative
 from moec.quantize.methods.tensors import QuantizedTensor
@@ -32,7 +32,7 @@ ROUNDED_SCALES = "its scales are rounded to half precision, the dtype in which t
 
 
 @dataclass(frozen=True)
-class Held:
+class SupportedFormats:
     """The formats that a target supports, as functions from a tensor class to text forms.
 
     Attributes:
@@ -46,7 +46,7 @@ class Held:
 
     def kept(self, tensor_class: str, fmt: KeptFormat) -> KeptFormat | None:
         """`fmt` with the target's activations, if the target can store its codes and scales unchanged; else None."""
-        for offered in map(parse_held, self.codes(tensor_class)):
+        for offered in map(parse_supported, self.codes(tensor_class)):
             if not isinstance(offered, KeptFormat) or offered.grid != fmt.grid:
                 continue
             if fmt.scale_type not in (ScaleType.FP16, offered.scale_type):
@@ -72,11 +72,11 @@ class Held:
 
 
 def _symmetric_forms(texts: Sequence[str]) -> list[IntegerFormat]:
-    return [fmt for text in texts if isinstance(fmt := parse_held(text), IntegerFormat) and fmt.symmetric]
+    return [fmt for text in texts if isinstance(fmt := parse_supported(text), IntegerFormat) and fmt.symmetric]
 
 
 @dataclass(frozen=True)
-class Kept(Given):
+class Kept(GivenCodes):
     """A weight with the codes of the checkpoint; `source` is the dequantized weight.
 
     Attributes:
@@ -203,7 +203,7 @@ def _format(tensor: LazyTensor, leaves: Sequence[Encoded], bits: int) -> KeptFor
         return f"no target supports codes of {bits} bits"
     blocks = _view(tensor, _blocks)
     if blocks is None:
-        return "it is computed from its codes, not only moved"
+        return "it is computed from its codes, not only rearranged"
     length = _common_run(blocks)
     if table is not None:
         return TableFormat(length)

@@ -169,7 +169,7 @@ def quantized(
 
 
 @dataclass(frozen=True)
-class Given(Quantized):
+class GivenCodes(Quantized):
     """`source` with given codes, which subclasses read in `_quantize`."""
 
     def rows(self, start: int, stop: int) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moec.compiler.common.digest import sha256_of_chunks
 from moec.quantize.formats import IntegerFormat
-from moec.quantize.lazy import Given
+from moec.quantize.lazy import GivenCodes
 from moec.quantize.methods.scales import CHUNK, NO_CLIPPING, choose_scales
 from moec.quantize.methods.tensors import QuantizedTensor, grouped
 
@@ -56,7 +56,7 @@ class RecordedCodes:
 
 
 @dataclass(frozen=True)
-class Recorded(Given):
+class Recorded(GivenCodes):
     """`source` with the codes of an artifact."""
 
     recorded: RecordedCodes | None = None

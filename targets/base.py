@@ -138,15 +138,7 @@ class Runner(Protocol):
         return self.decode(input_ids, attention_mask)
 
     def decode(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None) -> np.ndarray:
-        """Continue the sequences.
-
-        Args:
-            input_ids: [B, S] int64.
-            attention_mask: [B, past + S], 0 for padding; None: no padding.
-
-        Returns:
-            Logits [B, S, V] float32.
-        """
+        """Continue the sequences: input_ids [B, S], attention_mask [B, past + S] or None -> logits [B, S, V]."""
 
     def facts(self) -> Mapping[str, Any]:
         """Runtime, its version, threads and provider, for the report."""

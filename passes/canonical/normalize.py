@@ -121,7 +121,7 @@ class Normalize(Pass):
         for node in list(rewrite.graph.nodes):
             if node.op == "call_function":
                 # After two reshapes are merged, the result may turn out to be a no-op.
-                modified |= _erase_check(node) or _unite_names(node) | _unite_reshape(node) | _replace_by_source(node)
+                modified |= _erase_check(node) or _canonical_op(node) | _merge_reshapes(node) | _replace_by_source(node)
         return rewrite.result(modified=modified)
 
 
@@ -132,7 +132,7 @@ def _erase_check(node: fx.Node) -> bool:
     return True
 
 
-def _unite_names(node: fx.Node) -> bool:
+def _canonical_op(node: fx.Node) -> bool:
     """Turn every cast into `aten._to_copy`, every concatenation into `aten.cat`, and aliases into their ops."""
     if node.target in ALIASES:
         node.target = ALIASES[node.target]
@@ -202,7 +202,7 @@ def _same_type(node: fx.Node, argument: fx.Node) -> bool:
     return tensor_shape(node) == tensor_shape(argument)
 
 
-def _unite_reshape(node: fx.Node) -> bool:
+def _merge_reshapes(node: fx.Node) -> bool:
     """Turn every reshape into `aten.reshape`, and a chain of them into a single one."""
     if node.target not in RESHAPES:
         return False

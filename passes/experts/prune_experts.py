@@ -121,7 +121,7 @@ class PruneExperts(Pass):
             for node in router.per_expert:
                 name = program.weights.resolve(str(node.target))
                 selected[name] = SelectedRows(program.weights[name], kept)
-            _infer_again(router, len(kept))
+            _infer_shapes(router, len(kept))
         if not selected:
             return PassResult(program, modified=False, rejections=tuple(rejections))
         changed = rewritten(program, graph, program.weights.with_tensors(selected))
@@ -216,7 +216,7 @@ class _Router:
         return ""
 
 
-def _infer_again(router: _Router, count: int) -> None:
+def _infer_shapes(router: _Router, count: int) -> None:
     """Infer the shapes of the pruned weights and of all values computed from them."""
     mode = fake_mode(router.experts.graph)
     for node in dict.fromkeys(router.per_expert):

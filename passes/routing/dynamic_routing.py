@@ -65,17 +65,17 @@ class DynamicRouting(Pass):
             UsageError: The policy has no knob that can be set at run time, or was calibrated for fewer layers.
         """
         graph = program.copy_graph()
-        adding = _Adding(program, graph)
-        budget = self._budget(graph, adding.mode) if self.runtime_budget else None
+        inserter = _Inserter(program, graph)
+        budget = self._budget(graph, inserter.mode) if self.runtime_budget else None
         rejections: list[Rejection] = []
         for layer, experts in enumerate(graph.find_nodes(op="call_function", target=EXPERTS)):
-            reason = self._insert(adding, layer, experts, budget)
+            reason = self._insert(inserter, layer, experts, budget)
             if reason:
                 rejections.append(Rejection(self.name, module_of(experts), reason))
-        if not adding.modified:
+        if not inserter.modified:
             return PassResult(program, modified=False, rejections=tuple(rejections))
-        decompose(adding.added)
-        changed = rewritten(program, graph, program.weights.with_tensors(adding.constants))
+        decompose(inserter.added)
+        changed = rewritten(program, graph, program.weights.with_tensors(inserter.constants))
         if budget is not None:
             default = torch.tensor(self.policy.knob_value, dtype=torch.float32)
             changed = changed.replace(
@@ -99,7 +99,7 @@ class DynamicRouting(Pass):
             node.meta = {"val": torch.empty((), dtype=torch.float32), "module": ""}
         return node
 
-    def _insert(self, adding: _Adding, layer: int, experts: fx.Node, budget: fx.Node | None) -> str:
+    def _insert(self, inserter: _Inserter, layer: int, experts: fx.Node, budget: fx.Node | None) -> str:
         """Insert the policy in one layer; returns why the layer was not changed, or an empty text."""
         own = Experts.of(experts)
         hidden, indices, weights = own.hidden_states, own.indices, own.weights
@@ -108,11 +108,11 @@ class DynamicRouting(Pass):
         rule = _trace(self.policy, layer, [hidden, indices, weights], budget)
         if rule is None:
             return ""
-        adding.begin(experts)
-        ordered_indices, ordered = adding.in_order(indices, weights)
-        seen = ordered if non_negative(weights) else adding.call(aten.clamp.default, ordered, 0)
-        keep = adding.splice(rule, [hidden, ordered_indices, seen, budget])
-        selected = adding.call(SELECT, ordered, keep, self.policy.renormalize)
+        inserter.begin(experts)
+        ordered_indices, ordered = inserter.in_order(indices, weights)
+        seen = ordered if non_negative(weights) else inserter.call(aten.clamp.default, ordered, 0)
+        keep = inserter.splice(rule, [hidden, ordered_indices, seen, budget])
+        selected = inserter.call(SELECT, ordered, keep, self.policy.renormalize)
         experts.update_arg(1, ordered_indices)
         experts.update_arg(2, selected)
         return ""
@@ -142,7 +142,7 @@ def _trace(policy: Policy, layer: int, operands: list[fx.Node], budget: fx.Node 
     return graph
 
 
-class _Adding:
+class _Inserter:
     """Adds nodes before an experts node; all layers share equal constants."""
 
     def __init__(self, program: Program, graph: fx.Graph) -> None:

@@ -84,7 +84,7 @@ def _result_non_negative(node: fx.Node, seen: dict[fx.Node, bool]) -> bool:
 
 def descending(weights: fx.Node) -> bool:
     """Whether the weights of each row are provably in descending order, as those of a sorted top-k are."""
-    source = _before_increasing(weights)
+    source = _skip_increasing(weights)
     if is_call(source, operator.getitem) and source.args[1] == 0:
         return _sorts(source.args[0])
     if not is_call(source, aten.gather.default):
@@ -94,7 +94,7 @@ def descending(weights: fx.Node) -> bool:
         return False
     # The weights are gathered from the sorted scores, or from an increasing function of them.
     ranked = chosen.args[0].args[0]
-    return _before_increasing(source.args[0]) is _before_increasing(ranked)
+    return _skip_increasing(source.args[0]) is _skip_increasing(ranked)
 
 
 def _sorts(node: Any) -> bool:
@@ -104,7 +104,7 @@ def _sorts(node: Any) -> bool:
     return own["largest"] and own["sorted"] and last_axis(own["self"], own["dim"])
 
 
-def _before_increasing(value: Any) -> Any:
+def _skip_increasing(value: Any) -> Any:
     """The input of the chain of order-preserving ops that ends in `value`."""
     while isinstance(value, fx.Node) and value.op == "call_function":
         step = _STEPS.get(value.target)

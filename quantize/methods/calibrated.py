@@ -114,7 +114,7 @@ def _rounded(
     stacked = len(tensor.shape) == 3
     # As many experts as GPTQ rounds together.
     step = max(1, BATCH // math.prod(tensor.shape[1:])) if stacked else tensor.shape[0]
-    codes, parts = mapped(tensor.shape), list[RoundingResult]()
+    codes, parts = file_backed_tensor(tensor.shape), list[RoundingResult]()
     for start in range(0, tensor.shape[0], step):
         part = slice(start, min(start + step, tensor.shape[0]))
         weight = tensor.rows(part.start, part.stop)
@@ -130,7 +130,7 @@ def _rounded(
     return RoundingResult(whole, tuple(matrix for part in parts for matrix in part.matrices))
 
 
-def mapped(shape: Sequence[int]) -> Tensor:
+def file_backed_tensor(shape: Sequence[int]) -> Tensor:
     """An int8 tensor in an unnamed temporary file, so that the codes may be larger than memory."""
     with tempfile.NamedTemporaryFile(prefix="moec-") as file:
         return torch.from_file(file.name, shared=True, size=math.prod(shape), dtype=torch.int8).view(*shape)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moec.quantize.formats import IntegerFormat
-from moec.quantize.methods.scales import encode, storable
+from moec.quantize.methods.scales import encode, round_scales
 from moec.quantize.methods.tensors import grouped
 
 
@@ -70,7 +70,7 @@ def _refit_scales(weight: Tensor, target: Tensor, hessian: Tensor, rounded: Roun
     solved = torch.linalg.solve(normal, right + ridge * scales)
     # Codes would not fit a scale far from the old one, and runtimes do not support negative scales.
     sane = (solved > scales / 2) & (solved < scales * 2)
-    solved = storable(torch.where(sane, solved, scales), rounded.format.scale_type)
+    solved = round_scales(torch.where(sane, solved, scales), rounded.format.scale_type)
     before, after = (_row_errors(weight, hessian, groups * candidate.unsqueeze(-1)) for candidate in (scales, solved))
     return torch.where((after < before).unsqueeze(-1), solved, scales)
 

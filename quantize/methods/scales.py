@@ -118,10 +118,10 @@ def _candidate(low: Tensor, high: Tensor, ratio: float, fmt: IntegerFormat) -> t
     smallest, largest = fmt.code_range
     if fmt.symmetric:
         scale = torch.maximum(low * (ratio / smallest), high * (ratio / largest))
-        return storable(scale, fmt.scale_type), torch.zeros_like(scale)
+        return round_scales(scale, fmt.scale_type), torch.zeros_like(scale)
     # The range includes 0, so that 0 is exact: otherwise all-zero and sparse groups would get an offset.
     low, high = low.clamp(max=0) * ratio, high.clamp(min=0) * ratio
-    scale = storable((high - low) / (largest - smallest), fmt.scale_type)
+    scale = round_scales((high - low) / (largest - smallest), fmt.scale_type)
     return scale, (smallest - low / scale).round_().clamp_(smallest, largest)
 
 
@@ -129,7 +129,7 @@ _STEPS = {ScaleType.FP16: 2.0**-24, ScaleType.BF16: 2.0**-22}
 """Scales below the smallest normal number of fp16 are multiples of this; bfloat16 has eight significant bits."""
 
 
-def storable(scales: Tensor, scale_type: ScaleType) -> Tensor:
+def round_scales(scales: Tensor, scale_type: ScaleType) -> Tensor:
     """Round scales to their dtype, as fp32; the scale of an all-zero group becomes 1, and NaN stays NaN.
 
     Subnormal fp16 numbers are too coarse for rounding to nearest: a scale could become 0 or half as large, which would

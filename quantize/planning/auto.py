@@ -14,7 +14,7 @@ from moec.compiler.common.errors import UsageError
 from moec.compiler.ir.program import Program
 from moec.quantize.plan import QuantizationPlan
 from moec.quantize.planning.allocation import Allocation, Candidate, least_bytes, least_loss, trade_off
-from moec.quantize.planning.sensitivity import NEAREST, Offered, Part, Rounding, candidates, plan_of, size_of
+from moec.quantize.planning.sensitivity import NEAREST, AvailableFormats, Part, Rounding, candidates, plan_of, size_of
 
 if TYPE_CHECKING:
     from moec.compiler.common.progress import Progress
@@ -43,7 +43,7 @@ class Choice:
 def choose(
     program: Program,
     windows: np.ndarray,
-    offered: Offered,
+    offered: AvailableFormats,
     *,
     max_size: str | int | None,
     max_increase: float | None,
@@ -115,8 +115,8 @@ def _point(allocation: Allocation, rest: int, halves: int) -> dict[str, float | 
     size = allocation.bytes + rest
     return {
         "bytes": size,
-        "share_of_fp16": significant(size / halves),
-        "predicted_increase": significant(math.expm1(allocation.loss)),
+        "share_of_fp16": round_significant(size / halves),
+        "predicted_increase": round_significant(math.expm1(allocation.loss)),
     }
 
 
@@ -124,10 +124,10 @@ def _part(part: Part, found: list[Candidate], chosen: Candidate) -> dict[str, An
     return {
         "tensors": list(part.names),
         "format": str(chosen.format),
-        "loss": {str(candidate.format): significant(candidate.loss) for candidate in found},
+        "loss": {str(candidate.format): round_significant(candidate.loss) for candidate in found},
     }
 
 
-def significant(value: float) -> float:
+def round_significant(value: float) -> float:
     """`value` with `DIGITS` significant digits."""
     return float(f"{value:.{DIGITS}g}")

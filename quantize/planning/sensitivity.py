@@ -39,7 +39,7 @@ PIECE = 1 << 18
 """Number of weights of a matrix that are rounded together to estimate the error of a format."""
 PIECES = 4
 """Number of evenly spaced pieces of a matrix, or experts of a stack, that are rounded for this estimate."""
-Offered = Callable[[TensorClass], Sequence[str]]
+AvailableFormats = Callable[[TensorClass], Sequence[str]]
 """Tensor class -> quantized formats that are available for it, as text; fp16 is always available."""
 _EXPERTS = (TensorClass.EXPERTS_GATE_UP, TensorClass.EXPERTS_DOWN)
 _ONCE = (TensorClass.EMBEDDING, TensorClass.LM_HEAD)
@@ -110,7 +110,7 @@ def plan_of(chosen: Mapping[Part, Format]) -> QuantizationPlan:
 def candidates(
     program: Program,
     windows: np.ndarray,
-    offered: Offered,
+    offered: AvailableFormats,
     rounding: Rounding = NEAREST,
     progress: Progress = lambda *_: None,
 ) -> dict[Part, list[Candidate]]:
@@ -144,7 +144,7 @@ def candidates(
     return table
 
 
-def formats_for(program: Program, part: Part, offered: Offered) -> list[Format]:
+def formats_for(program: Program, part: Part, offered: AvailableFormats) -> list[Format]:
     """Formats for a part, smallest first: available for all its classes, with blocks that divide its dimensions."""
     first, *others = (offered(member) for member in part.classes)
     shared = [parse_format(text) for text in first if all(text in other for other in others)]

@@ -25,7 +25,7 @@ from moec.targets.onnx.stored import TABLE
 
 IR_VERSION = 11
 SYNTHESISED = ("cache_position",)
-"""Inputs of the Program that the ONNX model computes itself, since its past has the length of the sequence."""
+"""Inputs of the Program that the ONNX model computes itself, from the lengths of its other inputs."""
 
 
 def build(program: Program, dialect: Dialect) -> tuple[ir.Model, Context]:

@@ -55,7 +55,7 @@ def _float(read: Read, entry: Mapping[str, Any]) -> StoredWeight:
             value = np.stack([_whole(read, entry["per_expert"].format(index)) for index in range(start, stop)])
         else:
             value = read(entry["initializer"], start, stop)
-        value = _in_order(value) if entry.get("interleaved") else value
+        value = _deinterleaved(value) if entry.get("interleaved") else value
         return np.ascontiguousarray(value.swapaxes(-1, -2)) if entry["transposed"] else value
 
     return StoredWeight(None, rows)
@@ -65,7 +65,7 @@ def _whole(read: Read, name: str) -> np.ndarray:
     return read(name, 0, np.iinfo(np.int64).max)
 
 
-def _in_order(value: np.ndarray) -> np.ndarray:
+def _deinterleaved(value: np.ndarray) -> np.ndarray:
     """Undo `interleave`: axis 1 of [n, 2I, ...] holds all of gate, then all of up."""
     return np.concatenate([value[:, 0::2], value[:, 1::2]], axis=1)
 
@@ -75,7 +75,7 @@ def _coded(read: Read, entry: Mapping[str, Any]) -> StoredWeight:
 
     def part(name: str, start: int, stop: int) -> np.ndarray:
         value = read(entry[name], first + start, first + stop).reshape(stop - start, *shape[1:-1], -1)
-        return _in_order(value) if entry["interleaved"] else value
+        return _deinterleaved(value) if entry["interleaved"] else value
 
     def numbers(name: str, start: int, stop: int, width: int) -> np.ndarray:
         return _unpacked(part(name, start, stop), bits, entry["signed"])[..., :width]

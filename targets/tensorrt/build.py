@@ -110,7 +110,7 @@ def run(folder: Path, library: str, output: str, *, limit: int, cache: Path | No
     with (folder / LOG).open("w") as log, (folder / EVENTS).open("w+") as events:
         child = subprocess.Popen(command, cwd=folder, stdout=log, stderr=subprocess.STDOUT)
         try:
-            exceeded = _follow(child, events, lambda event: _hear(event, log, built, progress), limit, built)
+            exceeded = _follow(child, events, lambda event: _handle_event(event, log, built, progress), limit, built)
         finally:
             child.kill()  # does nothing if it has ended
             child.wait()
@@ -128,7 +128,11 @@ def run(folder: Path, library: str, output: str, *, limit: int, cache: Path | No
 
 
 def _follow(
-    child: subprocess.Popen[bytes], events: IO[str], hear: Callable[[Mapping[str, Any]], None], limit: int, built: Built
+    child: subprocess.Popen[bytes],
+    events: IO[str],
+    handle: Callable[[Mapping[str, Any]], None],
+    limit: int,
+    built: Built,
 ) -> bool:
     """Follow events and memory of the child until it ends; whether it was ended for using more than `limit`."""
     exceeded, rest = False, ""
@@ -136,7 +140,7 @@ def _follow(
         ended = child.poll() is not None
         *lines, rest = (rest + events.read()).split("\n")
         for line in lines:
-            hear(json.loads(line))
+            handle(json.loads(line))
         if ended:
             return exceeded
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -149,7 +153,7 @@ def _follow(
         time.sleep(SAMPLE_SECONDS)
 
 
-def _hear(event: Mapping[str, Any], log: IO[str], built: Built, progress: Progress) -> None:
+def _handle_event(event: Mapping[str, Any], log: IO[str], built: Built, progress: Progress) -> None:
     """Handle one event of the builder."""
     match event["kind"]:
         case "progress":

@@ -192,7 +192,7 @@ def build(library: Any, settings: Mapping[str, Any], output: Path, cache: Path |
     logger = _logger(library, listener)
     builder = library.Builder(logger)
     if library.__name__ == RTX:
-        builder.max_threads = 1  # see `repeatable`
+        builder.max_threads = 1  # see `restart_reproducibly`
     network = parse(library, logger, builder, Path(settings["onnx"]))
     _mark_decomposable(network)
     config = _configure(library, builder, settings, emit)
@@ -211,7 +211,7 @@ def build(library: Any, settings: Mapping[str, Any], output: Path, cache: Path |
     return {**found, **listener.facts(), "engine_bytes": output.stat().st_size}
 
 
-def repeatable() -> None:
+def restart_reproducibly() -> None:
     """Restart this script so that it builds the same engine each time, if the system allows it.
 
     The builder writes some tables in the order of their memory addresses. The restart therefore turns off address-space
@@ -271,5 +271,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     if RTX in sys.argv:  # engines of classic TensorRT always differ: it chooses kernels by their time on the GPU
-        repeatable()
+        restart_reproducibly()
     sys.exit(main())

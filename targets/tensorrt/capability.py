@@ -17,13 +17,13 @@ def parse(wanted: Iterable[str]) -> tuple[str, ...]:
     Raises:
         ValueError: One is not a compute capability, or TensorRT for RTX does not support it.
     """
-    found = {_one(text) for text in wanted}
+    found = {_parse_one(text) for text in wanted}
     if not found:
         raise ValueError(f"no compute capability given; supported are {', '.join(SUPPORTED)}")
     return tuple(sorted(found, key=lambda text: tuple(map(int, text.split(".")))))
 
 
-def _one(text: str) -> str:
+def _parse_one(text: str) -> str:
     digits = text.strip().lower().removeprefix("sm_").removeprefix("sm").replace(".", "")
     name = f"{digits[:-1]}.{digits[-1:]}"
     if name in DATA_CENTRE:

@@ -18,7 +18,7 @@ from moec.targets.tensorrt.library import INSTALL, RTX, installed, load
 from moec.targets.tensorrt.settings import EngineSettings
 
 
-def why_not(settings: EngineSettings) -> str:
+def why_engine_cannot_run(settings: EngineSettings) -> str:
     """Why the engine of an artifact cannot run here; empty if it can."""
     if settings.engine is None:
         return "no engine was built"

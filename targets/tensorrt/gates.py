@@ -14,9 +14,9 @@ CONTENTS, EXECUTION = "engine: contents", "engine: execution"
 EXIT_CODE = 5
 NO_ENGINE = "no engine was built (--no-engine)"
 
-SPARE = 1.5
+WEIGHTS_TOLERANCE = 1.5
 """Tolerance for weights that the builder stores twice: with a transposed copy of lm_head, they took 1.24 times."""
-SPARE_BYTES = 1 << 19
+CONSTANTS_TOLERANCE = 1 << 19
 """Tolerance for constants of the kernels: 0.33 MB in a model of 0.60 MB."""
 
 TYPE_NAMES: Mapping[str, str] = {
@@ -67,7 +67,7 @@ def _weights(planned: Mapping[str, int], built: EngineFacts) -> Iterator[str]:
         # The library also names constants of its kernels, and not all of the model's, so counts cannot be compared.
         if planned.get(kind, 0) and not built.constants.get(kind, 0):
             yield f"no values of type {kind}, but the plan has {planned[kind]}"
-    if built.weight_bytes > SPARE * planned["bytes"] + SPARE_BYTES:
+    if built.weight_bytes > WEIGHTS_TOLERANCE * planned["bytes"] + CONSTANTS_TOLERANCE:
         yield f"{built.weight_bytes} bytes of weights, but the plan has {planned['bytes']}"
 
 
@@ -78,12 +78,12 @@ def _file(path: Path, built: EngineFacts) -> Iterator[str]:
 
 def judge_execution(subject: GateSubject) -> Verdict:
     """Parity of the engine itself; not run without a GPU that it was built for."""
-    from moec.targets.tensorrt.engine import open_engine, why_not
+    from moec.targets.tensorrt.engine import open_engine, why_engine_cannot_run
 
     settings = EngineSettings.read(subject.directory)
     if settings.engine is None:
         return Verdict(EXECUTION, Status.NOT_RUN, NO_ENGINE, EXIT_CODE)
-    if reason := why_not(settings):
+    if reason := why_engine_cannot_run(settings):
         built_for = ", ".join(map(sm, settings.compute_capabilities))
         return Verdict(EXECUTION, Status.NOT_RUN, f"built for {built_for}, not executed: {reason}", EXIT_CODE)
     return subject.parity(EXECUTION, open_engine(subject.directory))

@@ -147,9 +147,9 @@ class TensorrtTarget(base.Target):
 
     def open(self, directory: Path, *, threads: int = 0) -> base.Runner:
         """Open the engine on a GPU that it was built for; without one, `model.onnx`."""
-        from moec.targets.tensorrt.engine import open_engine, why_not
+        from moec.targets.tensorrt.engine import open_engine, why_engine_cannot_run
 
-        if why_not(EngineSettings.read(directory)):
+        if why_engine_cannot_run(EngineSettings.read(directory)):
             return self.open_reference(directory, threads=threads)
         return open_engine(directory)
 

@@ -46,10 +46,10 @@ def write_bundle(directory: Path, model: str, context: int) -> str:
             hint="export without --bundle, or save a fast tokenizer, which is tokenizer.json, into the checkpoint",
         )
     builders = module("litert_lm_builder.litertlm_builder")
-    notes = _notes(directory, context)
+    metadata = _litert_lm_metadata(directory, context)
     with tempfile.TemporaryDirectory() as folder, _fixed_identity(builders):
         message = Path(folder) / "metadata.pb"
-        message.write_bytes(notes.SerializeToString(deterministic=True))
+        message.write_bytes(metadata.SerializeToString(deterministic=True))
         builder = builders.LitertLmFileBuilder()
         # LiteRT-LM uses this id as the key of its caches, so it is derived from the model's hash.
         identity = str(uuid.uuid5(uuid.NAMESPACE_OID, sha256_of_file(directory / model)))
@@ -59,7 +59,7 @@ def write_bundle(directory: Path, model: str, context: int) -> str:
         builder.add_tflite_model(str(directory / model), builders.TfLiteModelType.PREFILL_DECODE)
         with (directory / BUNDLE).open("wb") as stream:
             builder.build(stream)
-    _check(directory, model, notes)
+    _check(directory, model, metadata)
     return BUNDLE
 
 
@@ -74,7 +74,7 @@ def sections(path: Path) -> dict[str, tuple[int, int]]:
     }
 
 
-def _check(directory: Path, model: str, notes: Any) -> None:
+def _check(directory: Path, model: str, metadata: Any) -> None:
     path = directory / BUNDLE
     found = sections(path)
 
@@ -85,7 +85,7 @@ def _check(directory: Path, model: str, notes: Any) -> None:
             return stream.read(stop - start)
 
     right = {
-        METADATA: part(METADATA) == notes.SerializeToString(deterministic=True),
+        METADATA: part(METADATA) == metadata.SerializeToString(deterministic=True),
         TOKENIZER_PART: zlib.decompress(part(TOKENIZER_PART)[_SIZE_BYTES:]) == (directory / TOKENIZER).read_bytes(),
         MODEL_PART: sha256_of_file(path, *found.get(MODEL_PART, (0, 0))) == sha256_of_file(directory / model),
     }
@@ -96,18 +96,18 @@ def _check(directory: Path, model: str, notes: Any) -> None:
         )
 
 
-def _notes(directory: Path, context: int) -> Any:
+def _litert_lm_metadata(directory: Path, context: int) -> Any:
     """LiteRT-LM's metadata: start and stop tokens, maximum length and chat template."""
-    notes = module("litert_lm_builder.runtime.proto.llm_metadata_pb2").LlmMetadata()
+    metadata = module("litert_lm_builder.runtime.proto.llm_metadata_pb2").LlmMetadata()
     config, generation = (read_config(directory / name) for name in ("config.json", "generation_config.json"))
-    notes.max_num_tokens = context
-    notes.start_token.token_ids.ids.extend(token_ids("bos_token_id", generation, config, text_config(config))[:1])
+    metadata.max_num_tokens = context
+    metadata.start_token.token_ids.ids.extend(token_ids("bos_token_id", generation, config, text_config(config))[:1])
     for stop in end_tokens(generation, config):
-        notes.stop_tokens.add().token_ids.ids.append(stop)
+        metadata.stop_tokens.add().token_ids.ids.append(stop)
     if template := chat_template(directory):
-        notes.jinja_prompt_template = template
-    notes.llm_model_type.generic_model.SetInParent()
-    return notes
+        metadata.jinja_prompt_template = template
+    metadata.llm_model_type.generic_model.SetInParent()
+    return metadata
 
 
 @contextmanager

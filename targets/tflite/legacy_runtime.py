@@ -80,16 +80,16 @@ class LegacyEngine:
         try:
             send(self._process.stdin, arrays)  # type: ignore[arg-type]
         except BrokenPipeError as error:
-            raise self._died() from error
+            raise self._crashed() from error
 
     def _answer(self) -> dict[str, np.ndarray]:
         assert self._process.stdout is not None
         answer = receive(self._process.stdout)  # type: ignore[arg-type]
         if answer is None:
-            raise self._died()
+            raise self._crashed()
         return answer
 
-    def _died(self) -> ArtifactError:
+    def _crashed(self) -> ArtifactError:
         code = self._process.wait()
         return ArtifactError(
             f"the process of tflite-runtime ended with status {code}",

@@ -19,9 +19,9 @@ from moec.targets.tflite.context import TENSOR_TYPES, Context, Settings, Shared
 from moec.targets.tflite.engine import TOKEN_COUNT
 from moec.targets.tflite.lowerings.table import TABLE
 from moec.targets.tflite.model import Graph, Model, Value
-from moec.targets.tflite.positions import from_input
+from moec.targets.tflite.positions import use_cache_position
 from moec.targets.tflite.reader import LEGACY_RUNTIME, METADATA
-from moec.targets.tflite.states import add_state, add_token_count, state_name, unpadded
+from moec.targets.tflite.states import add_state, add_token_count, state_name, state_without_padding
 from moec.targets.tflite.weights import Weights
 
 
@@ -43,7 +43,7 @@ def build(
     Raises:
             LoweringError: An op, or the format of a weight, is not supported.
     """
-    plain = from_input(without_padding(program))
+    plain = use_cache_position(without_padding(program))
     shared = Shared(plain, Weights(plain))
     model = Model(description="made by moec")
     layers: dict[str, list[list[int]]] = {}
@@ -135,7 +135,7 @@ def _outputs(ctx: Context, program: Program, count: Value | None) -> None:
     replaced = {state.output.name for state in program.replaced}
     taken: set[Value] = set()
     for name, node in program.outputs().items():
-        value = ctx.tensor(node) if count is None or name not in replaced else unpadded(ctx, node, count)
+        value = ctx.tensor(node) if count is None or name not in replaced else state_without_padding(ctx, node, count)
         if value in taken:
             raise refuse(node, "one value as two outputs is not supported")
         taken.add(value)

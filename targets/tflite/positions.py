@@ -17,7 +17,7 @@ from moec.targets.common.refusals import refuse
 aten = torch.ops.aten
 
 
-def from_input(program: Program) -> Program:
+def use_cache_position(program: Program) -> Program:
     """Replace `arange(sequence) + past` by `cache_position`.
 
     Raises:
@@ -43,12 +43,12 @@ def from_input(program: Program) -> Program:
 def _counts_from_past(program: Program, node: fx.Node) -> bool:
     sequence, past = str(program.dims.get("sequence")), str(program.dims.get("past_sequence"))
     return any(
-        _is_line(line, sequence) and isinstance(offset, fx.Node) and str(offset.meta.get("val")) == past
+        _is_arange(line, sequence) and isinstance(offset, fx.Node) and str(offset.meta.get("val")) == past
         for line, offset in (node.args, node.args[::-1])
     )
 
 
-def _is_line(argument: Any, sequence: str) -> bool:
+def _is_arange(argument: Any, sequence: str) -> bool:
     """Whether `argument` is 0, 1, ..., S - 1."""
     return (
         isinstance(argument, fx.Node)

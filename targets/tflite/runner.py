@@ -16,8 +16,8 @@ from moec.targets.tflite.legacy_runtime import LegacyEngine
 from moec.targets.tflite.reader import LEGACY_RUNTIME, TfliteFile
 
 _PREFIX = "prefill_"
-WORTH_PADDING = 8
-"""The rest of a prompt is padded to a signature's length if it fills at least 1 / `WORTH_PADDING` of it."""
+MAX_PADDING_FACTOR = 8
+"""The rest of a prompt is padded to a signature of at most this many times its length."""
 
 
 class TfliteRunner(SingleSequenceRunner):
@@ -89,7 +89,7 @@ class TfliteRunner(SingleSequenceRunner):
                 return size
         fitting = [size for size in self.lengths if self._length + size <= self.capacity]
         # An update that exceeds the capacity must be avoided: LiteRT would shift it back until it fits.
-        if fitting and remaining > 1 and remaining * WORTH_PADDING >= min(fitting):
+        if fitting and remaining > 1 and remaining * MAX_PADDING_FACTOR >= min(fitting):
             return min(fitting)
         return 1
 

@@ -42,7 +42,7 @@ def add_token_count(ctx: Context) -> Value:
     return ctx.graph.input(TOKEN_COUNT, (1,), "INT32")
 
 
-def unpadded(ctx: Context, node: fx.Node, count: Value) -> Value:
+def state_without_padding(ctx: Context, node: fx.Node, count: Value) -> Value:
     """The new state `node`, computed without the padding at the end of the new tokens.
 
     Args:

@@ -180,9 +180,9 @@ class TfliteTarget(base.Target):
 
     def activation_rounding(self, directory: Path) -> ActivationRounding:  # noqa: ARG002
         """XNNPACK's rounding of activations to int8, with a range per row."""
-        from moec.quantize.activations import asymmetric_rows
+        from moec.quantize.activations import round_rows_to_int8
 
-        return asymmetric_rows
+        return round_rows_to_int8
 
     def stored_weights(self, directory: Path) -> Mapping[str, StoredWeight]:
         """Weights as read back from the file, whose tensors have the Program's names."""

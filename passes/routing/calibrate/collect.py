@@ -173,21 +173,21 @@ def measure_sensitivities(
 
     rows = list(enumerate(tops))
     k_loss = [
-        (*(loss(DynamicRouting(LayerK(ks=_with(tops, layer, k)))) for k in range(1, top)), 0.0)
+        (*(loss(DynamicRouting(LayerK(ks=_replaced_at(tops, layer, k)))) for k in range(1, top)), 0.0)
         for layer, top in rows
         if ks
     ]
     # With a slack of 0, a layer keeps its whole mass.
     none = [0.0] * len(tops)
     mass_loss = [
-        (0.0, *(loss(DynamicRouting(TopP(mass=mass, slack=_with(none, layer, 1.0)))) for mass in masses[1:]))
+        (0.0, *(loss(DynamicRouting(TopP(mass=mass, slack=_replaced_at(none, layer, 1.0)))) for mass in masses[1:]))
         for layer, _ in rows
         if masses
     ]
     return Sensitivities(tuple(k_loss), masses, tuple(mass_loss))
 
 
-def _with(values: list[Number], position: int, value: Number) -> tuple[Number, ...]:
+def _replaced_at(values: list[Number], position: int, value: Number) -> tuple[Number, ...]:
     """`values` with `value` at `position`."""
     changed = list(values)
     changed[position] = value

@@ -86,14 +86,14 @@ def layer_slack(layers: Sequence[Slots], budget: float, sensitivities: Sensitivi
     if len(sensitivities.mass_loss) != len(layers):
         raise UsageError(f"sensitivities of {len(sensitivities.mass_loss)} MoE layers for a model with {len(layers)}")
     fractions = [step / STEPS for step in range(STEPS)]
-    masses = _between(sensitivities.masses, fractions)
-    losses = [_between(row, fractions) for row in sensitivities.mass_loss]
+    masses = _interpolated(sensitivities.masses, fractions)
+    losses = [_interpolated(row, fractions) for row in sensitivities.mass_loss]
     costs = [[math.ceil(UNITS * kept_per_layer(TopP(mass=mass), [slots])[0]) for mass in masses] for slots in layers]
     chosen = allocate(losses, costs, math.floor(UNITS * budget * len(layers)))
     lost = [max(1.0 - masses[option], SMALLEST_LOST) for option in chosen]
     return tuple(value / min(lost) for value in lost)
 
 
-def _between(values: Sequence[float], fractions: Sequence[float]) -> list[float]:
+def _interpolated(values: Sequence[float], fractions: Sequence[float]) -> list[float]:
     """`values` with linearly interpolated values between neighbours."""
     return [a + (b - a) * fraction for a, b in pairwise(values) for fraction in fractions] + [values[-1]]

@@ -37,7 +37,7 @@ def skip_norm(ctx: Context, x: fx.Node, scale: ir.Value, eps: float) -> ir.Value
     # If another node has already used the sum, the Add stays and the fusion gains nothing.
     if add is None or add.op_type != "Add" or total.uses():
         return None
-    if any(not isinstance(term, fx.Node) or not _alike(term, x) for term in x.args[:2]):
+    if any(not isinstance(term, fx.Node) or not _matches_sum(term, x) for term in x.args[:2]):
         return None
     out, _, _, total = ctx.ops(
         "SkipSimplifiedLayerNormalization", *add.inputs, scale, outputs=4, domain=MS, epsilon=eps
@@ -46,7 +46,7 @@ def skip_norm(ctx: Context, x: fx.Node, scale: ir.Value, eps: float) -> ir.Value
     return out
 
 
-def _alike(term: fx.Node, total: fx.Node) -> bool:
+def _matches_sum(term: fx.Node, total: fx.Node) -> bool:
     """Whether a term has the dtype and shape of the sum: the kernel neither broadcasts nor casts."""
     mine, whole = term.meta["val"], total.meta["val"]
     return mine.dtype == whole.dtype and [str(size) for size in mine.shape] == [str(size) for size in whole.shape]

@@ -60,7 +60,7 @@ def grouped(ctx: Context, node: fx.Node, gate: Gate) -> ir.Value:
         products = [ctx.op("Add", ctx.op("Concat", *products, axis=0), _biases(ctx, own.down_bias, slots))]
     nothing = ctx.constant(np.zeros((1, own.hidden_size), np_dtype(dtype)))
     rows = ctx.op("Concat", nothing, *products, axis=0)
-    return _mixed(ctx, rows, slots.places(ctx), weights, dtype)
+    return _weighted_sum(ctx, rows, slots.places(ctx), weights, dtype)
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class _Slots:
         return ctx.op("ScatterElements", empty, self.order, numbers, axis=0)
 
 
-def _mixed(ctx: Context, rows: ir.Value, places: ir.Value, weights: ir.Value, dtype: torch.dtype) -> ir.Value:
+def _weighted_sum(ctx: Context, rows: ir.Value, places: ir.Value, weights: ir.Value, dtype: torch.dtype) -> ir.Value:
     """The weighted sum of each token's rows over its slots, [T, H], computed in float32 as in the reference."""
     if dtype != torch.float32:
         rows, weights = (ctx.op("Cast", value, to=int(ir.DataType.FLOAT)) for value in (rows, weights))

@@ -1,7 +1,7 @@
 """`moec::linear_attention`: a few operators for one token, and a WHILE loop over the tokens of a prompt.
 
 The loop stops before the padding at the end of a piece, so padding changes no state. Without control flow the loop is
-unrolled, and padding has a log decay and an update rate of 0.
+unrolled, and the log decay and the update rate (or, without one, the value) of padding are set to 0.
 """
 
 from __future__ import annotations

@@ -283,8 +283,8 @@ def test_why_an_engine_does_not_run_here(monkeypatch: pytest.MonkeyPatch) -> Non
     }
     for gpu, reason in answers.items():
         monkeypatch.setattr(engine, "find_gpu", lambda gpu=gpu: gpu)
-        assert engine.why_not(SETTINGS) == reason
-    assert engine.why_not(SETTINGS.model_copy(update={"engine": None})) == "no engine was built"
+        assert engine.why_engine_cannot_run(SETTINGS) == reason
+    assert engine.why_engine_cannot_run(SETTINGS.model_copy(update={"engine": None})) == "no engine was built"
 
 
 def test_no_cuda_bindings(monkeypatch: pytest.MonkeyPatch) -> None:

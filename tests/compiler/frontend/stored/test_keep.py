@@ -24,7 +24,7 @@ from moec.compiler.ir.program import Program
 from moec.compiler.pipeline.quantization import Material, manifest_facts, plan_quantization
 from moec.compiler.pipeline.recipe import QuantizeRecipe
 from moec.compiler.report.describe import describe_built
-from moec.quantize.keep import Held
+from moec.quantize.keep import SupportedFormats
 from moec.targets import get_target
 from moec.targets.stored_weights import Codes
 
@@ -204,7 +204,7 @@ def lowered(program: Program, name: str, directory: Path) -> Lowered:
     target = get_target(name)
     options = validate(target.Options, OPTIONS[name], where=name)
     dtype = "fp16" if program.dtype is torch.float16 else "fp32"
-    held = Held(partial(target.kept_formats, options, dtype=dtype), partial(target.auto_formats, options))
+    held = SupportedFormats(partial(target.kept_formats, options, dtype=dtype), partial(target.auto_formats, options))
     plan = plan_quantization(QuantizeRecipe(format="keep"), Material(None, program, None, None, None), held, None)  # type: ignore[arg-type]
     later, done = (*plan.passes, *target.passes(options)), [item.name for item in passes.default_passes()]
     final, log = passes.run_passes(program, later, completed=done)
