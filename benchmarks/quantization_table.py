@@ -165,7 +165,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "quantization.md", help="page to update")
     parser.add_argument(
-        "--cache", type=Path, default=ROOT / "benchmarks" / "quantization_table.json", help="rows so far"
+        "--cache", type=Path, default=ROOT / "benchmarks" / "quantization_table.json", help="cache of measured rows"
     )
     arguments = parser.parse_args()
     torch.set_num_threads(1)

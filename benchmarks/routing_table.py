@@ -193,7 +193,9 @@ def main() -> None:
     parser.add_argument(
         "--output", type=Path, default=ROOT / "docs" / "routing.md", help="page whose table is replaced"
     )
-    parser.add_argument("--cache", type=Path, default=ROOT / "benchmarks" / "routing_table.json", help="single runs")
+    parser.add_argument(
+        "--cache", type=Path, default=ROOT / "benchmarks" / "routing_table.json", help="cache of single runs"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     text = table(measure(arguments.cache))

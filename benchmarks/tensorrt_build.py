@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="where to keep the checkpoints")
     parser.add_argument("--only", action="append", help="LAYERSxEXPERTS, such as 8x32")
     parser.add_argument("--precision", action="append", choices=tuple(PRECISIONS))
-    parser.add_argument("--experts", default="auto", help="form of the experts")
+    parser.add_argument("--experts", default="auto", help="how experts are computed: --experts of the target")
     options = parser.parse_args()
     print(describe())
     print("\n| layers x experts | precision | weights, GB | engine, GB | build, s | peak memory, GB |")

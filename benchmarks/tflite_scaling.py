@@ -62,14 +62,14 @@ def measure(layers: int, experts: int, prefill: int) -> dict[str, float]:
         return {
             "subgraphs": subgraphs,
             "file MB": size / MEGABYTE,
-            "of it graph MB": (size - weights) / MEGABYTE,
+            "graph MB": (size - weights) / MEGABYTE,
             "lowering s": seconds,
             "CPU s": cpu,
-            "memory grown MB": grown,
+            "memory growth MB": grown,
             "open s": opening,
-            "opened MB": opened,
-            "decoded MB": decoded,
-            "prefilled MB": prefilled,
+            "memory after opening MB": opened,
+            "memory after decode MB": decoded,
+            "memory after prefill MB": prefilled,
         }
 
 

@@ -54,11 +54,11 @@ class TfliteOptions(base.TargetOptions):
     flavor: Flavor = Field(Flavor.DEFAULT, description=Flavor.meanings())
     runtime: Runtime = Field(Runtime.LITERT, description=Runtime.meanings())
     prefill: tuple[PositiveInt, ...] = Field(
-        (128,), description="Prompt lengths to build signatures for; each costs memory when the file is loaded."
+        (128,), description="prompt lengths to build signatures for; each costs memory when the file is loaded"
     )
-    bundle: bool = Field(False, description="Also write model.litertlm for LiteRT-LM: the model with its tokenizer.")
+    bundle: bool = Field(False, description="also write model.litertlm for LiteRT-LM: the model with its tokenizer")
     context: PositiveInt | None = Field(
-        None, description=f"Tokens that the KV cache holds (default: the model's context, at most {DEFAULT_CONTEXT})."
+        None, description=f"tokens that the KV cache holds (default: the model's context, at most {DEFAULT_CONTEXT})"
     )
 
 
