@@ -99,10 +99,10 @@ class Kept(GivenCodes):
         assert self.codes is not None
         assert self.scales is not None
         scales = _by_block(self.scales.rows(start, stop), self.block, self.name).to(self.format.scale_type.dtype)
-        points = None
+        zero_points = None
         if self.zeros is not None:
-            points = _by_block(self.zeros.rows(start, stop), self.block, self.name).to(torch.int8)
-        part = QuantizedTensor(self.format, self.codes.rows(start, stop), scales, points)
+            zero_points = _by_block(self.zeros.rows(start, stop), self.block, self.name).to(torch.int8)
+        part = QuantizedTensor(self.format, self.codes.rows(start, stop), scales, zero_points)
         if not self.exact:
             self._errors[start, stop] = (_loss(part.dequantize(), self.source.rows(start, stop)),)
         return part

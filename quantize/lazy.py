@@ -114,7 +114,7 @@ class Quantized(Coded):
         if covered != self.shape[0]:
             part = self.quantized_rows(start, stop)
             return Scales(part.scales, part.zero_points)
-        points = [piece.zero_points for piece in pieces if piece.zero_points is not None]
+        zero_points = [piece.zero_points for piece in pieces if piece.zero_points is not None]
         if stop >= self.shape[0]:
             self._served.append(stop)
             if len(self._served) == (1 if self.format.symmetric else 2):
@@ -122,7 +122,7 @@ class Quantized(Coded):
                 self._served.clear()
         return Scales(
             torch.cat([piece.scales for piece in pieces])[start:stop],
-            torch.cat(points)[start:stop] if points else None,
+            torch.cat(zero_points)[start:stop] if zero_points else None,
         )
 
     def errors(self) -> list[float]:
@@ -137,8 +137,8 @@ class Quantized(Coded):
         if len(self.shape) == 3:
             return stack(list(self.rounded[start:stop]))
         whole = self.rounded[0]
-        points = None if whole.zero_points is None else whole.zero_points[start:stop]
-        return QuantizedTensor(whole.format, whole.codes[start:stop], whole.scales[start:stop], points)
+        zero_points = None if whole.zero_points is None else whole.zero_points[start:stop]
+        return QuantizedTensor(whole.format, whole.codes[start:stop], whole.scales[start:stop], zero_points)
 
     def _steps(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """Slices of one expert, or of some rows of a matrix, so that few float weights are in memory at a time."""

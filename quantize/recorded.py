@@ -106,8 +106,8 @@ class Recorded(GivenCodes):
 
 
 def _rows(codes: QuantizedTensor, part: slice) -> QuantizedTensor:
-    points = None if codes.zero_points is None else codes.zero_points[part]
-    return QuantizedTensor(codes.format, codes.codes[part], codes.scales[part], points)
+    zero_points = None if codes.zero_points is None else codes.zero_points[part]
+    return QuantizedTensor(codes.format, codes.codes[part], codes.scales[part], zero_points)
 
 
 def _squares(source: Tensor, codes: QuantizedTensor) -> Tensor:

@@ -47,8 +47,8 @@ class Codes:
         rows, table = slice(start, stop), self.table
         if table is not None:
             table = np.repeat(table, len(self.codes) // len(table), axis=0)[rows]
-        scales, points = (None if part is None else part[rows] for part in (self.scales, self.zero_points))
-        return Codes(self.bits, self.codes[rows], scales, self.block, points, table)
+        scales, zero_points = (None if part is None else part[rows] for part in (self.scales, self.zero_points))
+        return Codes(self.bits, self.codes[rows], scales, self.block, zero_points, table)
 
     def _looked_up(self, table: np.ndarray) -> np.ndarray:
         groups = self.codes.reshape(*table.shape[:-1], -1).astype(np.intp)
@@ -62,11 +62,11 @@ def stack(parts: Sequence[Codes | np.ndarray]) -> Codes | np.ndarray:
     if not codes:
         return np.stack([np.asarray(part) for part in parts])
 
-    scales, points, table = (
+    scales, zero_points, table = (
         np.stack(found) if (found := [part for part in column if part is not None]) else None
         for column in zip(*((item.scales, item.zero_points, item.table) for item in codes), strict=True)
     )
-    return Codes(codes[0].bits, np.stack([item.codes for item in codes]), scales, codes[0].block, points, table)
+    return Codes(codes[0].bits, np.stack([item.codes for item in codes]), scales, codes[0].block, zero_points, table)
 
 
 @dataclass(frozen=True)

@@ -124,9 +124,9 @@ def _rounded(
             result = gptq(weight, hessians[part] if stacked else hessians, fmt, name=name, options=options)
         codes[part] = result.tensor.codes
         parts.append(replace(result, tensor=replace(result.tensor, codes=codes[part])))
-    points = [part.tensor.zero_points for part in parts if part.tensor.zero_points is not None]
+    zero_points = [part.tensor.zero_points for part in parts if part.tensor.zero_points is not None]
     scales = torch.cat([part.tensor.scales for part in parts])
-    whole = QuantizedTensor(parts[0].tensor.format, codes, scales, torch.cat(points) if points else None)
+    whole = QuantizedTensor(parts[0].tensor.format, codes, scales, torch.cat(zero_points) if zero_points else None)
     return RoundingResult(whole, tuple(matrix for part in parts for matrix in part.matrices))
 
 

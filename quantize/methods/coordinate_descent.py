@@ -24,13 +24,13 @@ class Rounded:
     Attributes:
         codes: Codes [B, N, K].
         scales: Scales [B, N, G].
-        points: Zero points [B, N, G].
+        zero_points: Zero points [B, N, G].
         format: The format.
     """
 
     codes: Tensor
     scales: Tensor
-    points: Tensor
+    zero_points: Tensor
     format: IntegerFormat
 
     @property
@@ -56,7 +56,7 @@ def refine(weight: Tensor, hessian: Tensor, rounded: Rounded, update_block: int)
 def _refit_scales(weight: Tensor, target: Tensor, hessian: Tensor, rounded: Rounded) -> Tensor:
     """Least-squares scales [B, N, G] of each row; a row keeps its old scales if the new ones are not better."""
     scales = rounded.scales
-    groups = grouped(rounded.codes, rounded.block) - rounded.points.unsqueeze(-1)
+    groups = grouped(rounded.codes, rounded.block) - rounded.zero_points.unsqueeze(-1)
     count, block = groups.shape[-2:]
     flat = groups.flatten(-2)
     normal = torch.empty(*groups.shape[:-1], count)
@@ -84,7 +84,7 @@ def _descend(target: Tensor, hessian: Tensor, rounded: Rounded, update_block: in
     """One sweep over the columns; `target` is weight @ hessian. Returns new codes [B, N, K]."""
     # Columns first, [B, K, N], so that each is contiguous in memory.
     spread, shift = (
-        tensor.repeat_interleave(rounded.block, -1).mT.contiguous() for tensor in (rounded.scales, rounded.points)
+        tensor.repeat_interleave(rounded.block, -1).mT.contiguous() for tensor in (rounded.scales, rounded.zero_points)
     )
     result = rounded.codes.mT.contiguous()
     restored = (result - shift) * spread

@@ -111,10 +111,10 @@ def gptq(
             batch = members[start : start + size]
             source = torch.stack([stacked[index] for index in batch]).to(torch.float32)
             means = torch.stack([hessians[index].mean() for index in batch])
-            codes, scales, points = (_quantize if wanted else _nearest)(source, means, resolved, options)
-            errors = _errors(source, means, codes, scales, points)
+            codes, scales, zero_points = (_quantize if wanted else _nearest)(source, means, resolved, options)
+            errors = _errors(source, means, codes, scales, zero_points)
             for place, index in enumerate(batch):
-                parts[index] = (codes[place].to(torch.int8), scales[place], points[place])
+                parts[index] = (codes[place].to(torch.int8), scales[place], zero_points[place])
                 reports[index] = _report(hessians[index].tokens, errors[place], options)
     count = range(len(stacked))
     tensor = assemble([parts[index] for index in count], resolved, weight.shape, name)
@@ -134,9 +134,9 @@ def _nearest(
     """Round a batch [B, N, K] to nearest: codes [B, N, K], scales and zero points [B, N, G], all fp32."""
     del hessian
     groups = grouped(weight, fmt.block_length(weight.shape[-1]))
-    scales, points = choose_scales(groups, fmt, options.clip)
-    codes = encode(groups, scales.unsqueeze(-1), points.unsqueeze(-1), fmt)
-    return codes.flatten(-2), scales, points
+    scales, zero_points = choose_scales(groups, fmt, options.clip)
+    codes = encode(groups, scales.unsqueeze(-1), zero_points.unsqueeze(-1), fmt)
+    return codes.flatten(-2), scales, zero_points
 
 
 def _quantize(
@@ -144,7 +144,7 @@ def _quantize(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """GPTQ on a batch [B, N, K] with Hessians [B, K, K]: codes [B, N, K], scales, zero points [B, N, G], all fp32."""
     block = fmt.block_length(weight.shape[-1])
-    scales, points = choose_scales(grouped(weight, block), fmt, options.clip)
+    scales, zero_points = choose_scales(grouped(weight, block), fmt, options.clip)
     diagonal = hessian.diagonal(dim1=-2, dim2=-1)
     if options.activation_order:
         order = diagonal.argsort(dim=-1, descending=True, stable=True)
@@ -160,13 +160,13 @@ def _quantize(
     # From here on, columns come first, so that each is contiguous in memory.
     rows = rows.expand(weight.mT.shape)
     columns, spread = (tensor.mT.gather(1, rows) for tensor in (weight, scales.repeat_interleave(block, -1)))
-    shift = points.repeat_interleave(block, -1).mT.gather(1, rows)
+    shift = zero_points.repeat_interleave(block, -1).mT.gather(1, rows)
     ordered = _round_columns(columns, factor, spread, shift, fmt, options.update_block)
     codes = torch.empty_like(ordered).scatter_(1, rows, ordered).mT.contiguous()
-    rounded = Rounded(codes, scales, points, fmt)
+    rounded = Rounded(codes, scales, zero_points, fmt)
     for _ in range(options.refinements):
         rounded = refine(weight, normal, rounded, options.update_block)
-    return rounded.codes, rounded.scales, points
+    return rounded.codes, rounded.scales, zero_points
 
 
 def _inverse_factor(hessian: Tensor) -> Tensor:
@@ -188,7 +188,7 @@ def _inverse_factor(hessian: Tensor) -> Tensor:
 
 
 def _round_columns(
-    columns: Tensor, factor: Tensor, scales: Tensor, points: Tensor, fmt: IntegerFormat, update_block: int
+    columns: Tensor, factor: Tensor, scales: Tensor, zero_points: Tensor, fmt: IntegerFormat, update_block: int
 ) -> Tensor:
     """GPTQ's loop over `columns` [B, K, N], which it overwrites; returns codes. All tensors are [B, K, N]."""
     codes = torch.empty_like(columns)
@@ -197,18 +197,18 @@ def _round_columns(
         local, triangle = columns[:, part], factor[:, part, part]
         errors = torch.empty_like(local)
         for step in range(local.shape[1]):
-            column, scale, point = local[:, step], scales[:, start + step], points[:, start + step]
-            code = encode(column, scale, point, fmt)
-            error = (column - (code - point) * scale) / triangle[:, step, step, None]
+            column, scale, zero_point = local[:, step], scales[:, start + step], zero_points[:, start + step]
+            code = encode(column, scale, zero_point, fmt)
+            error = (column - (code - zero_point) * scale) / triangle[:, step, step, None]
             local[:, step + 1 :] -= triangle[:, step, step + 1 :, None] * error[:, None]
             codes[:, start + step], errors[:, step] = code, error
         columns[:, start + update_block :] -= factor[:, part, start + update_block :].mT @ errors
     return codes
 
 
-def _errors(weight: Tensor, hessian: Tensor, codes: Tensor, scales: Tensor, points: Tensor) -> list[float]:
+def _errors(weight: Tensor, hessian: Tensor, codes: Tensor, scales: Tensor, zero_points: Tensor) -> list[float]:
     """Relative squared error of each matrix: of its outputs, or of its weights if the Hessian is zero."""
-    groups = grouped(codes, codes.shape[-1] // scales.shape[-1]) - points.unsqueeze(-1)
+    groups = grouped(codes, codes.shape[-1] // scales.shape[-1]) - zero_points.unsqueeze(-1)
     change = (groups * scales.unsqueeze(-1)).flatten(-2) - weight
     seen = hessian.diagonal(dim1=-2, dim2=-1).sum(-1) > 0
     metric = torch.where(seen[:, None, None], hessian, torch.eye(hessian.shape[-1]))

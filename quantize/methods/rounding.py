@@ -72,7 +72,9 @@ def round_to_nearest(
     check_axes(weight, name)
     resolved = fmt.resolve(weight.shape[-1], name)
     parts = [_round_matrix(matrix, resolved, clip, name) for matrix in matrices(weight)]
-    tensor = assemble([(codes, scales, points) for codes, scales, points, _ in parts], resolved, weight.shape, name)
+    tensor = assemble(
+        [(codes, scales, zero_points) for codes, scales, zero_points, _ in parts], resolved, weight.shape, name
+    )
     return RoundingResult(tensor, tuple(MatrixReport(Method.RTN, 0, error) for *_, error in parts))
 
 
@@ -93,10 +95,10 @@ def nearest_values(weight: Tensor, fmt: IntegerFormat, *, name: str, clip: ClipS
         held = grouped(own, block)
         for part in _parts(matrix):
             groups = held[part].copy_(grouped(matrix[part], block))
-            scales, points = _scales(groups, resolved, clip, name)
-            encode(groups, scales, points, resolved, out=groups)
+            scales, zero_points = _scales(groups, resolved, clip, name)
+            encode(groups, scales, zero_points, resolved, out=groups)
             if not resolved.symmetric:
-                groups.sub_(points)
+                groups.sub_(zero_points)
             groups.mul_(scales)
     return values
 
@@ -108,19 +110,19 @@ def _round_matrix(
     rows, columns = matrix.shape
     block = fmt.block_length(columns)
     codes = torch.empty(rows, columns // block, block, dtype=torch.int8)
-    scales, points = torch.empty(2, rows, columns // block, 1)
+    scales, zero_points = torch.empty(2, rows, columns // block, 1)
     lost = norm = 0.0
     for part in _parts(matrix):
         groups = grouped(matrix[part].to(torch.float32), block)
-        scale, point = scales[part], points[part] = _scales(groups, fmt, clip, name)
-        rounded = encode(groups, scale, point, fmt)
+        scale, zero_point = scales[part], zero_points[part] = _scales(groups, fmt, clip, name)
+        rounded = encode(groups, scale, zero_point, fmt)
         codes[part] = rounded
         if not fmt.symmetric:
-            rounded.sub_(point)
+            rounded.sub_(zero_point)
         change = rounded.mul_(scale).sub_(groups).flatten()
         lost += float(torch.dot(change, change))
         norm += float(torch.dot(groups.flatten(), groups.flatten()))
-    return codes.flatten(-2), scales.squeeze(-1), points.squeeze(-1), relative(lost, norm)
+    return codes.flatten(-2), scales.squeeze(-1), zero_points.squeeze(-1), relative(lost, norm)
 
 
 def _parts(matrix: Tensor) -> Iterator[slice]:
@@ -136,12 +138,12 @@ def _scales(groups: Tensor, fmt: IntegerFormat, clip: ClipSearch, name: str) -> 
     Raises:
         CheckpointError: The weights hold NaN or infinity, or are too large for the scale dtype.
     """
-    scales, points = choose_scales(groups, fmt, clip)
+    scales, zero_points = choose_scales(groups, fmt, clip)
     if not bool(scales.isfinite().all()):
         # Non-finite weights give a non-finite scale, so weights need no check in the usual case.
         check_finite(groups, name)
         check_scales(scales, name)
-    return scales.unsqueeze(-1), points.unsqueeze(-1)
+    return scales.unsqueeze(-1), zero_points.unsqueeze(-1)
 
 
 def check_weight(weight: Tensor, name: str) -> None:
@@ -197,12 +199,12 @@ def assemble(
     Raises:
         CheckpointError: A scale overflowed its dtype.
     """
-    codes, scales, points = (torch.stack(list(column)) for column in zip(*parts, strict=True))
+    codes, scales, zero_points = (torch.stack(list(column)) for column in zip(*parts, strict=True))
     if len(shape) == 2:
-        codes, scales, points = codes[0], scales[0], points[0]
+        codes, scales, zero_points = codes[0], scales[0], zero_points[0]
     stored = scales.to(fmt.scale_type.dtype)
     check_scales(stored, name)
-    return QuantizedTensor(fmt, codes, stored, None if fmt.symmetric else points.to(torch.int8))
+    return QuantizedTensor(fmt, codes, stored, None if fmt.symmetric else zero_points.to(torch.int8))
 
 
 def relative(error: float, norm: float) -> float:

@@ -51,12 +51,12 @@ def choose_scales(
         Scales fp32 [...], positive and exact in the format's scale dtype, and zero points fp32 [...] (0 if symmetric).
     """
     flat = groups.reshape(-1, groups.shape[-1])
-    scales, points = torch.empty(len(flat)), torch.empty(len(flat))
+    scales, zero_points = torch.empty(len(flat)), torch.empty(len(flat))
     rows = max(1, CHUNK // flat.shape[-1])
     for start in range(0, len(flat), rows):
         part = slice(start, start + rows)
-        scales[part], points[part] = _search(flat[part], fmt, clip)
-    return scales.reshape(groups.shape[:-1]), points.reshape(groups.shape[:-1])
+        scales[part], zero_points[part] = _search(flat[part], fmt, clip)
+    return scales.reshape(groups.shape[:-1]), zero_points.reshape(groups.shape[:-1])
 
 
 def encode(
@@ -94,23 +94,23 @@ def _search(groups: Tensor, fmt: IntegerFormat, clip: ClipSearch) -> tuple[Tenso
     """The best scales and zero points of one chunk [groups, block]; the first of equal errors wins."""
     low, high = groups.amin(-1), groups.amax(-1)
     ratios = clip.ratios()
-    scales, points = _candidate(low, high, ratios[0], fmt)
+    scales, zero_points = _candidate(low, high, ratios[0], fmt)
     if len(ratios) == 1:
-        return scales, points
-    least = _error(groups, scales, points, fmt)
+        return scales, zero_points
+    least = _error(groups, scales, zero_points, fmt)
     for ratio in ratios[1:]:
-        scale, point = _candidate(low, high, ratio, fmt)
-        error = _error(groups, scale, point, fmt)
+        scale, zero_point = _candidate(low, high, ratio, fmt)
+        error = _error(groups, scale, zero_point, fmt)
         better = error < least
         least = torch.where(better, error, least)
         scales = torch.where(better, scale, scales)
-        points = torch.where(better, point, points)
-    return scales, points
+        zero_points = torch.where(better, zero_point, zero_points)
+    return scales, zero_points
 
 
-def _error(groups: Tensor, scales: Tensor, points: Tensor, fmt: IntegerFormat) -> Tensor:
-    scale, point = scales.unsqueeze(-1), points.unsqueeze(-1)
-    return encode(groups, scale, point, fmt).sub_(point).mul_(scale).sub_(groups).square_().sum(-1)
+def _error(groups: Tensor, scales: Tensor, zero_points: Tensor, fmt: IntegerFormat) -> Tensor:
+    scale, zero_point = scales.unsqueeze(-1), zero_points.unsqueeze(-1)
+    return encode(groups, scale, zero_point, fmt).sub_(zero_point).mul_(scale).sub_(groups).square_().sum(-1)
 
 
 def _candidate(low: Tensor, high: Tensor, ratio: float, fmt: IntegerFormat) -> tuple[Tensor, Tensor]:

@@ -66,5 +66,5 @@ def _stored(constant: Constant) -> Codes | np.ndarray:
     table = inner.parts["lut"].load()[:, 0, :, 0] if inner.parts else None
     if scale is None:
         return Codes(bits, codes, table=table)
-    scales, points = scale.load(), None if offset is None else offset.load()
-    return Codes(bits, codes, scales, codes.shape[-1] // scales.shape[-1], points, table)
+    scales, zero_points = scale.load(), None if offset is None else offset.load()
+    return Codes(bits, codes, scales, codes.shape[-1] // scales.shape[-1], zero_points, table)

@@ -123,17 +123,17 @@ class WeightPool:
 
     def _quantized(self, mb: Any, own: str, tensor: Quantized, type_name: str, row: int | None, label: str) -> Any:
         """`constexpr_blockwise_shift_scale`: signed codes, with a scale and optionally an offset per block of a row."""
-        codes, scales, points = f"{own}.codes", f"{own}.scales", f"{own}.zero_points"
+        codes, scales, zero_points = f"{own}.codes", f"{own}.scales", f"{own}.zero_points"
         if codes not in self._arrays:
             first, last = (0, tensor.shape[0]) if row is None else (row, row + 1)
             made = tensor.quantized_rows(first, last)
-            for name, part in ((codes, made.codes), (scales, made.scales), (points, made.zero_points)):
+            for name, part in ((codes, made.codes), (scales, made.scales), (zero_points, made.zero_points)):
                 if part is not None:
                     value = np.ascontiguousarray((part if row is None else part[0]).numpy())
                     packed = name != scales and tensor.format.bits == 4
                     self._arrays[name] = value.view(self._int4) if packed else value
         self._arrays[scales] = self._arrays[scales].astype(_NUMPY[type_name], copy=False)
-        names = {"data": codes, "scale": scales, "offset": points}
+        names = {"data": codes, "scale": scales, "offset": zero_points}
         operands = {
             key: self.const(mb, name, self._arrays[name], f"{label}_{key}")
             for key, name in names.items()

@@ -82,8 +82,8 @@ def _coded(read: Read, entry: Mapping[str, Any]) -> StoredWeight:
 
     def rows(start: int, stop: int) -> Codes:
         groups = -(-shape[-1] // block)
-        points = None if entry["zero_points"] is None else numbers("zero_points", start, stop, groups)
-        return Codes(bits, numbers("codes", start, stop, shape[-1]), part("scales", start, stop), block, points)
+        zero_points = None if entry["zero_points"] is None else numbers("zero_points", start, stop, groups)
+        return Codes(bits, numbers("codes", start, stop, shape[-1]), part("scales", start, stop), block, zero_points)
 
     return StoredWeight(bits, rows)
 

@@ -147,15 +147,17 @@ def packed_product(ctx: Context, x: ir.Value, weights: Mapping[str, Quantized], 
         Packed(own, packed, (own.shape[0], groups, block * bits // 8), torch.uint8, identity=f"{own.name}.codes")
         for own in stores
     ]
-    points = None
+    zero_points = None
     if not fmt.symmetric:
-        points = ctx.initializer(f"{name}.zero_points", concatenate([_zero_points(own, groups) for own in stores], 0))
+        zero_points = ctx.initializer(
+            f"{name}.zero_points", concatenate([_zero_points(own, groups) for own in stores], 0)
+        )
     return ctx.op(
         "MatMulNBits",
         x,
         ctx.initializer(f"{name}.codes", concatenate(codes, 0)),
         _scales(ctx, name, stores, groups, dtype),
-        points,
+        zero_points,
         domain=MS,
         K=columns,
         N=sum(own.shape[0] for own in stores),
@@ -209,15 +211,15 @@ def embedding(ctx: Context, node: fx.Node, indices: ir.Value, name: str, weight:
         identity=f"{weight.name}.codes",
     )
     ctx.coded[name] = {**stored_entry(weight, block, base=name), "codes": f"{name}.table"}
-    points = None
+    zero_points = None
     if not weight.format.symmetric:
-        points = ctx.initializer(f"{name}.zero_points", _zero_points(weight, groups))
+        zero_points = ctx.initializer(f"{name}.zero_points", _zero_points(weight, groups))
     return ctx.op(
         "GatherBlockQuantized",
         ctx.initializer(f"{name}.table", codes),
         indices,
         _scales(ctx, name, [weight], groups, result_dtype(node)),
-        points,
+        zero_points,
         domain=MS,
         bits=bits,
         block_size=block,
@@ -239,20 +241,20 @@ def experts(ctx: Context, node: fx.Node, gate: Gate, dense: ir.Value, attributes
     biases = (own.gate_up_bias, own.down_bias)
     block = kernel_block(*(tensor for _, tensor in tensors))
     operands: list[ir.Value | None] = [ctx.tensor(own.hidden_states), dense]
-    points: list[ir.Value | None] = []
+    zero_point_inputs: list[ir.Value | None] = []
     for (name, tensor), bias, first in zip(tensors, biases, (True, False), strict=True):
         interleaved = first and gate.gated and not gate.interleaved
         codes, scales, zero_points = _stack(tensor, kernel_groups(tensor, block), interleaved)
         operands += [ctx.initializer(f"{name}.codes", codes), ctx.initializer(f"{name}.scales", scales)]
         operands.append(None if bias is None else _bias(ctx, bias, interleaved))
-        points.append(None if zero_points is None else ctx.initializer(f"{name}.zero_points", zero_points))
+        zero_point_inputs.append(None if zero_points is None else ctx.initializer(f"{name}.zero_points", zero_points))
         ctx.experts[name] = stored_entry(tensor, block, base=name, interleaved=interleaved)
     bits = [tensor.format.bits for _, tensor in tensors]
     return ctx.op(
         "QMoE",
         *operands,
         *(None,) * 3,
-        *points,
+        *zero_point_inputs,
         None,
         dense,
         domain=MS,
@@ -315,14 +317,14 @@ def _stack(tensor: Quantized, groups: int, interleaved: bool) -> tuple[Packed, P
     if tensor.format.symmetric:
         return codes, scales, None
     width = (groups * bits + 7) // 8
-    points = Packed(
+    zero_points = Packed(
         tensor,
         lambda part: ordered(pack(expand_scales(part.unsigned_zero_points(), groups), bits)),
         (count, rows, width),
         torch.uint8,
         True,
     )
-    return codes, scales, points
+    return codes, scales, zero_points
 
 
 # Standard ops ---------------------------------------------------------------------------------------------------
