@@ -1,4 +1,4 @@
-"""Random OLMoE checkpoints for benchmarks: real values, or a sparse file where only names and shapes matter."""
+"""Random OLMoE checkpoints for benchmarks, with values or as sparse files if only names and shapes matter."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BASE: dict[str, Any] = {
     "pad_token_id": 0,
     "bos_token_id": 0,
 }
-"""1.004 GB in bfloat16, 167 M active parameters per token."""
+"""Configuration of 1.004 GB in bfloat16, with 167 M active parameters per token."""
 
 
 def random_checkpoint(directory: Path, **overrides: Any) -> Path:
@@ -37,11 +37,11 @@ def random_checkpoint(directory: Path, **overrides: Any) -> Path:
 
 
 def random_lfm2_checkpoint(directory: Path, tokenizer: Path) -> Path:
-    """Write an LFM2-MoE checkpoint of the same widths (once): onnxruntime-genai's builder takes it, and no OLMoE.
+    """Write an LFM2-MoE checkpoint of the same widths (once): onnxruntime-genai's builder does not support OLMoE.
 
     Args:
-        directory: Where to.
-        tokenizer: Directory of a tokenizer, which the builder wants too.
+        directory: Directory of the checkpoint.
+        tokenizer: Directory of a tokenizer, which the builder needs too.
     """
     if not (directory / "model.safetensors").is_file():
         import torch

@@ -1,9 +1,9 @@
-"""How far `moec estimate` is off for decode, on shapes other than those that calibrated it.
+"""Error of `moec estimate` for decode, on shapes other than those that calibrated it.
 
     python benchmarks/estimate_error.py [--quantize none int8 int4] [--target onnx]
 
-Random checkpoints of the shapes below are built and their decode steps measured on one thread; each is compared with
-the estimate. The first run for a format calibrates the machine.
+Random checkpoints of the shapes below are built, their decode steps are measured on one thread, and each is compared
+with the estimate. The first run for a format calibrates the machine.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""What an export costs: CPU time and anonymous memory of a 1.0 GB checkpoint, and how capture grows with the model.
+"""Cost of an export: CPU time and anonymous memory for a 1.0 GB checkpoint, and cost of capture by model size.
 
     python benchmarks/export_cost.py [--work DIR]
 
-Each measurement runs in a process of its own. Memory is RssAnon from /proc: pages of mapped files can be dropped at any
-time and do not count; total RSS stands beside it.
+Each measurement runs in a separate process. Memory is RssAnon from /proc, without pages of mapped files, which the
+system can drop at any time; total RSS is printed beside it.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def _bare_imports() -> None:
 
 
 def measure_export(checkpoint: str, output: str, arguments: list[str]) -> dict[str, Any]:
-    """Export without gates in this process and say what it took."""
+    """Export without gates in this process; returns CPU time and memory."""
     import torch
 
     torch.set_num_threads(1)
@@ -91,7 +91,7 @@ def measure_export(checkpoint: str, output: str, arguments: list[str]) -> dict[s
 
 
 def measure_capture(checkpoint: str, watched: str) -> dict[str, Any]:
-    """Capture in this process; the thread that watches memory would cost CPU time, so each has a run of its own."""
+    """Capture in this process and measure `watched`: CPU time or memory, since sampling memory costs CPU time."""
     import torch
 
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""The peer: export a checkpoint's decode step (and prefill, by dynamic axes) with the exporter of transformers itself.
+"""For comparison: export a checkpoint with the exporter of transformers, with dynamic axes for decode and prefill.
 
 python benchmarks/export_with_transformers.py CHECKPOINT OUTPUT
 """

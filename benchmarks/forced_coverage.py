@@ -1,10 +1,10 @@
-"""CPU time and memory of the gates of coverage and integrity on a random checkpoint of OLMoE-1B-7B's shape, as ONNX.
+"""CPU time and memory of the coverage and integrity gates for a random checkpoint of OLMoE-1B-7B's shape, on ONNX.
 
     python benchmarks/forced_coverage.py DIRECTORY [--layers 16] [--format int4] [--coverage-alone]
 
-DIRECTORY receives the checkpoint (0.86 GB a layer in bfloat16, one file for each) and the artifact. Hidden states are
-drawn at random with the scale that a norm gives them: what they are does not change what the gates cost. One layer
-costs what the next one does.
+DIRECTORY receives the checkpoint (0.86 GB per layer in bfloat16, one file each) and the artifact. Hidden states are
+random with the scale of a norm's output, since their values do not affect the cost of the gates. All layers cost the
+same.
 """
 
 from __future__ import annotations

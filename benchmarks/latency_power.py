@@ -1,11 +1,11 @@
-"""How often the latency gate finds a planted slow-down, and how often it passes an identical artifact.
+"""Power of the latency gate: how often it detects an artificial slow-down, and how often it passes an equal artifact.
 
     python benchmarks/latency_power.py ARTIFACT [--runs 20] [--slow-down 0.15] [--load 1] [--record FILE]
 
-ARTIFACT is a moec artifact of the ONNX target. A copy gets extra work in its graph: a chain of matrix products on the
-token ids, whose result times zero is added to the logits. Every run is the whole gate: `--latency-baseline` against the
-unchanged artifact with `--max-regression 5%`. `--load` busy processes of one thread run beside it, also while the size
-of the extra work is set, by CPU time.
+ARTIFACT is a moec artifact of the ONNX target. A copy of it gets extra work: a chain of matrix products on the token
+ids, whose result times zero is added to the logits. Every run is the whole gate, with `--latency-baseline` set to the
+unchanged artifact and `--max-regression 5%`. `--load` busy single-threaded processes run at the same time, also while
+the amount of extra work is adjusted by CPU time.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from machine import describe
 
 WIDTH = 96
 UNIT = 1e-7
-"""Seconds of the whole numbers in a record."""
+"""Unit of the integers in a record, in seconds."""
 
 
 def plant(source: Path, output: Path, products: int) -> Path:
@@ -62,7 +62,7 @@ def plant(source: Path, output: Path, products: int) -> Path:
     nodes.append(current)
     for _ in range(products):
         product = ir.node("MatMul", [current.outputs[0], weight])
-        # Sigmoid keeps the values finite: an infinite one times zero would be no number.
+        # Sigmoid keeps the values finite, since infinity times zero is NaN.
         current = ir.node("Sigmoid", product.outputs)
         nodes += [product, current]
     nothing = ir.node("ReduceMax", current.outputs, {"keepdims": 0})
@@ -80,7 +80,7 @@ def plant(source: Path, output: Path, products: int) -> Path:
 
 
 def decode_seconds(directories: list[Path], rounds: int = 60) -> list[float]:
-    """CPU seconds of a decode step at 128 tokens, in alternation."""
+    """CPU seconds of a decode step at 128 tokens for each artifact, measured alternately."""
     runners = [get_target("onnx").open(path, threads=1) for path in directories]
     found: list[list[float]] = [[] for _ in runners]
     for turn in range(rounds):
@@ -92,7 +92,7 @@ def decode_seconds(directories: list[Path], rounds: int = 60) -> list[float]:
 
 
 def planted(source: Path, output: Path, slow_down: float) -> tuple[Path, float]:
-    """An artifact that takes `1 + slow_down` times as long in decode, and how much longer it takes indeed."""
+    """An artifact whose decode takes about `1 + slow_down` times as long, and the measured slow-down."""
     products = 100
     for _ in range(4):
         plant(source, output, products)
@@ -105,7 +105,7 @@ def planted(source: Path, output: Path, slow_down: float) -> tuple[Path, float]:
 
 
 def compact(samples: Mapping[str, Any]) -> dict[str, Any]:
-    """The median of every turn, by workload, artifact, clock and session, as whole numbers of `UNIT`."""
+    """The median of every turn, by workload, artifact, clock and session, as integer multiples of `UNIT`."""
     found: dict[str, Any] = {}
     for workload, by_clock in samples.items():
         calls = STEPS if workload.startswith("decode") else 1
@@ -135,7 +135,7 @@ def main() -> None:
     parser.add_argument("--record", type=Path)
     options = parser.parse_args()
     print(describe(), flush=True)
-    # A matrix library would start a thread on every core.
+    # Otherwise matrix libraries would start a thread on every core.
     os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     load = [multiprocessing.get_context("spawn").Process(target=burn, daemon=True) for _ in range(options.load)]
     for process in load:

@@ -1,4 +1,4 @@
-"""One line about the machine and the versions that a benchmark ran on."""
+"""One line about the machine and the software versions of a benchmark."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PACKAGES = ("torch", "transformers", "onnxruntime", "onnxruntime-genai", "onnx-i
 
 
 def describe() -> str:
-    """CPU, cores, memory, load and the versions of what is measured."""
+    """CPU, cores, memory, load, and versions of the measured packages."""
     cpu = next(
         (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
         platform.processor(),

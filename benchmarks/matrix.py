@@ -1,9 +1,9 @@
-"""A matrix of 12 cells with one that cannot be built: killed in the middle, run again, and run from the cache.
+"""A matrix of 12 cells, one of which cannot be built: killed during the run, resumed, and run from the cache.
 
     python benchmarks/matrix.py [--jobs 1] [--work DIRECTORY]
 
-Two tiny models, one of them without a tokenizer, in six forms each. A budget is fitted on text, so that one has no such
-form: 11 artifacts and one failure. Prints a line of JSON; fails if anything is not as it must be.
+It has two tiny models, one of them without a tokenizer, with six routing settings each. One setting is fitted on text,
+which needs a tokenizer, so there are 11 artifacts and one failure. Prints a line of JSON; fails on any other result.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ routing:
   fitted: {{policy: top-p, budget: 0.7}}
 """
 MARK = "MOEC_BENCHMARK_MATRIX"
-"""Variable by which the workers of a run are found."""
+"""Environment variable that identifies the worker processes of a run."""
 BAD = "mute-onnx-fitted"
 
 
@@ -64,7 +64,7 @@ def build(matrix: Path, work: Path, jobs: int) -> dict[str, Any]:
 
 
 def killed(matrix: Path, work: Path, jobs: int, after: int) -> list[str]:
-    """Kill the command with SIGKILL once `after` cells are built; return the cells that were."""
+    """Kill the command with SIGKILL once `after` cells are built; returns the cells that were built."""
     summary = work / "out" / "summary.json"
     with subprocess.Popen(command(matrix, work, jobs), stdout=subprocess.DEVNULL) as process:
         while process.poll() is None:
@@ -74,7 +74,7 @@ def killed(matrix: Path, work: Path, jobs: int, after: int) -> list[str]:
                 process.send_signal(signal.SIGKILL)
                 break
     assert process.returncode == -signal.SIGKILL
-    # A worker notices that its input has ended when it next comes to Python code.
+    # A worker only notices that its input has ended when it next runs Python code.
     workers = [process for process in psutil.process_iter() if _environment(process).get(MARK) == str(work)]
     _, alive = psutil.wait_procs(workers, timeout=30)
     assert not alive, f"still running: {alive}"

@@ -1,8 +1,8 @@
 """Size, parity and loss of formats on the golden model: `python benchmarks/quantization_table.py`.
 
-Every row is an ONNX artifact that was exported through the API with all its gates and judged through its own runner.
-Weights are rounded with the calibration text; the held-out texts are only judged on. Single runs are kept beside the
-output, so that an interrupted run goes on where it stopped.
+Every row is an ONNX artifact that was exported through the API with all gates and evaluated with its own runner.
+Weights are calibrated on the calibration text and evaluated on the held-out texts. Results of single runs are cached,
+so that an interrupted run can be resumed.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ ROWS: Mapping[str, Mapping[str, Any]] = {
     "auto, size of int4:32": {"format": "auto", "max_size": "int4:32"},
     "int4:32 in all classes": {"format": {"formats": dict.fromkeys(CLASSES, "int4:32")}},
     "auto, size of int4:32 in all classes": {"format": "auto", "max_size": "int4:32 in all classes"},
-    # What most int4 checkpoints are: embedding and head are left alone.
+    # As in most int4 checkpoints, embedding and lm_head are not quantized.
     "int4:32, embedding and head fp16": {
         "format": {"formats": dict.fromkeys(CLASSES[:3], "int4:32") | dict.fromkeys(CLASSES[3:], "fp16")}
     },
@@ -60,11 +60,11 @@ ROWS: Mapping[str, Mapping[str, Any]] = {
         "max_size": "int4:32, embedding and head fp16",
     },
 }
-"""Name of a row: section `quantize` of its recipe. A size may name a row: that of its weights."""
+"""Name of a row -> section `quantize` of its recipe. `max_size` may be the name of a row, meaning its weights' size."""
 
 
 def measure(name: str, sizes: Mapping[str, int], work: Path, source: ProgramRunner) -> dict[str, Any]:
-    """Export a row and judge it on every text."""
+    """Export a row and evaluate it on every text."""
     section = dict(ROWS[name])
     if section.get("max_size") in sizes:
         section["max_size"] = sizes[section["max_size"]]
@@ -121,7 +121,7 @@ def divergences(row: Mapping[str, Any]) -> np.ndarray:
 
 
 def share(name: str, found: Mapping[str, Mapping[str, Any]]) -> str:
-    """KL divergence of a row as a share of that of the row whose size it has, interval as in `increase`."""
+    """KL divergence of a row relative to that of the row of the same size, with an interval as in `increase`."""
     if ROWS[name].get("max_size") not in found:
         return ""
     own, other = divergences(found[name]), divergences(found[ROWS[name]["max_size"]])
@@ -163,9 +163,9 @@ def table(found: Mapping[str, Mapping[str, Any]]) -> str:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "quantization.md", help="page to put it into")
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "quantization.md", help="page to update")
     parser.add_argument(
-        "--cache", type=Path, default=ROOT / "benchmarks" / "quantization_table.json", help="rows so far"
+        "--cache", type=Path, default=ROOT / "benchmarks" / "quantization_table.json", help="cache of measured rows"
     )
     arguments = parser.parse_args()
     torch.set_num_threads(1)

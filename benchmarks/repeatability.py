@@ -1,10 +1,10 @@
-"""How often the same prompt gives other logits: an ONNX artifact as it is, and with its slots added by a scatter.
+"""How often the same prompt gives different logits: for an ONNX artifact, and for one that adds slots by a scatter.
 
     python benchmarks/repeatability.py ARTIFACT [--prefills 1000] [--gates 10] [--threads 2]
 
-The second form is what moec wrote once: `ScatterND` that adds the rows of all slots into their tokens. Several threads
-that add to one row lose updates in ONNX Runtime (microsoft/onnxruntime#18048, #23396), and the gate `repeatability`
-must notice. Printed are prefills of 480 tokens that differ from the first, and runs of the gate that failed.
+The second form is that of earlier versions of moec: a `ScatterND` adds the rows of all slots to their tokens. Adding to
+one row from several threads loses updates in ONNX Runtime (microsoft/onnxruntime#18048, #23396), which the gate
+`repeatability` must detect. Prints how many prefills of 480 tokens differ from the first, and how many gates failed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from moec.targets.onnx.runner import OnnxRunner
 
 
 def write_adding_form(artifact: Path, directory: Path) -> Path:
-    """Write `artifact` with the sum over slots of every layer as one `ScatterND` that adds; return `directory`.
+    """Write a copy of `artifact` in which a `ScatterND` adds the slots of each layer; returns `directory`.
 
     Raises:
         ValueError: The artifact has no experts in the grouped form.
@@ -59,7 +59,7 @@ def write_adding_form(artifact: Path, directory: Path) -> Path:
 
 
 def _is_sum(node: Any, makers: dict[str, Any]) -> bool:
-    """Whether `node` squeezes the product of a token's weights and its rows."""
+    """Whether `node` is the squeeze after the product of a token's weights and rows."""
     product = makers.get(node.input[0]) if node.op_type == "Squeeze" else None
     if product is None or product.op_type != "MatMul" or product.input[1] not in makers:
         return False
@@ -68,7 +68,7 @@ def _is_sum(node: Any, makers: dict[str, Any]) -> bool:
 
 
 def _adding(node: Any, makers: dict[str, Any]) -> list[Any]:
-    """Nodes that end in `ScatterND(add)` in place of `node`: rows in the order of the experts, as they are computed."""
+    """Nodes that replace `node` and end in `ScatterND(add)` of the rows, in the order of the experts."""
     product = makers[node.input[0]]
     weights, rows = makers[product.input[0]].input[0], makers[product.input[1]].input[0]
     order = makers[makers[makers[product.input[1]].input[1]].input[0]].input[1]

@@ -1,14 +1,14 @@
-"""What dynamic routing saves in time: static against dynamic artifacts of one checkpoint, in alternation, one thread.
+"""Time that dynamic routing saves: static and dynamic artifacts of one checkpoint, measured alternately on one thread.
 
     python benchmarks/routing_latency.py [--work DIR] [--quantize int4] [--rounds 36]
 
-The random OLMoE of 1.0 GB (see checkpoints.py), exported three times: static, with top-p at half of the slots, and with
-top-p at a mass that drops nothing. Process CPU milliseconds. Time within the experts: the kernel time of `QMoE` or
-`MoE` in ONNX Runtime's profile. Routing follows random token ids.
+The random OLMoE of 1.0 GB (see checkpoints.py) is exported three times: static, with top-p at half of the slots, and
+with top-p at a mass that drops nothing. Times are CPU milliseconds of the process. The time within experts is the
+kernel time of `QMoE` or `MoE` in ONNX Runtime's profile. Routing follows random token ids.
 
-Where a session's memory happens to lie makes two equal models differ by some percent. So sessions are opened several
-times, and the cost of the policy's nodes is also measured without the model: the nodes of all layers, taken out of the
-artifact that drops nothing, against as many that copy.
+The memory addresses of a session make equal models differ by some percent, so sessions are opened several times. The
+cost of the policy's nodes is also measured without the model: the policy's nodes of all layers, from the artifact that
+drops nothing, compared with as many copying nodes.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from speed import PROMPT, STEPS, Moec, cpu_ms
 
 BUDGET = 0.5
 NOTHING = 0.99999
-"""A mass that every token needs all of its experts for."""
+"""A mass at which every token keeps all of its experts."""
 OPENING = 6
 EXPERT_OPS = ("QMoE", "MoE")
 
 
 def mass_for(checkpoint: Path, budget: float) -> tuple[float, float]:
-    """The mass with which top-p keeps `budget` of the slots of random tokens, and what it keeps."""
+    """The mass with which top-p keeps the share `budget` of the slots of random tokens, and the share that it keeps."""
     from moec import passes
     from moec.compiler.frontend.capture import capture
     from moec.compiler.frontend.checkpoint import Checkpoint
@@ -70,9 +70,9 @@ def export(checkpoint: Path, output: Path, quantize: str, mass: float | None) ->
 
 
 def measure(outputs: dict[str, Path], rounds: int) -> dict[str, dict[str, list[float]]]:
-    """CPU milliseconds of each artifact's steps, in alternation; every model reads the same tokens.
+    """CPU milliseconds of each artifact's steps, measured alternately with the same tokens.
 
-    The sessions are opened anew, in another order, after every `OPENING` rounds.
+    The sessions are reopened in another order after every `OPENING` rounds.
     """
     found: dict[str, dict[str, list[float]]] = {name: {"prefill": [], "decode": []} for name in outputs}
     random = np.random.default_rng(0)
@@ -85,7 +85,7 @@ def measure(outputs: dict[str, Path], rounds: int) -> dict[str, dict[str, list[f
                 spent = cpu_ms(functools.partial(models[name].prefill, prompt))
                 if turn:
                     found[name]["prefill"].append(spent)
-            # Step by step in turn, so that a busy moment of the machine falls on all alike.
+            # Alternate after every step, so that a busy machine affects all models equally.
             for ids in steps:
                 for name in names:
                     spent = cpu_ms(functools.partial(models[name].decode, ids))
@@ -110,13 +110,13 @@ def within_experts(outputs: dict[str, Path], rounds: int) -> dict[str, dict[str,
             for runner in runners.values():
                 runner.prefill(ids)
         for name, runner in runners.items():
-            times = runner.kernels()
+            times = runner.kernel_times()
             spent[name][phase] = sum(times.get(op, 0) for op in EXPERT_OPS) / 1e6
     return spent
 
 
 def nodes_alone(output: Path, tokens: int, repeats: int = 400) -> tuple[int, float]:
-    """How many nodes the policy has in a layer, and the CPU milliseconds that those of all layers take."""
+    """Number of policy nodes per layer, and the CPU milliseconds of the policy nodes of all layers."""
     model = onnx.load(output / "model.onnx", load_external_data=False)
     producers = {name: node for node in model.graph.node for name in node.output}
     ends = [node.input[2] for node in model.graph.node if node.op_type == "ScatterElements"]
@@ -184,7 +184,7 @@ def main() -> None:
     for name, figures in found.items():
         cells = [name]
         for phase in ("decode", "prefill"):
-            # The ratio of each pair of neighbours in time, then the median: steadier than a ratio of medians.
+            # The median of the ratios of neighbouring measurements varies less than the ratio of the medians.
             ratios = [mine / other for mine, other in zip(figures[phase], found[first][phase], strict=True)]
             inside = experts[name][phase] / experts[first][phase] if experts[first][phase] else float("nan")
             cells += [f"{statistics.median(figures[phase]):.2f}", f"{statistics.median(ratios):.3f}", f"{inside:.3f}"]

@@ -1,8 +1,8 @@
 """Table of all routing policies at all budgets on held-out text: `python benchmarks/routing_table.py`.
 
-Everything is calibrated on the calibration text; the held-out texts are only judged on. Perplexity comes from the
-interpreter, which runs the very Program that targets lower. Results of single runs are kept beside the output, so that
-an interrupted run goes on where it stopped.
+Policies are calibrated on the calibration text and evaluated on the held-out texts. Perplexity is computed with the
+interpreter, which runs the same Program that targets lower. Results of single runs are cached, so that an interrupted
+run can be resumed.
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ MODEL = ROOT / "golden_models" / "olmoe-tiny"
 LENGTH = 256
 BUDGETS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 GOAL, MARGIN = 0.70, 0.02
-"""Share of slots that may remain, and by how much the budget on calibration text stays below it."""
+"""Maximum share of slots to keep, and by how much the budget on calibration text is lower."""
 TEXTS = {
     "kjv": ("heldout_kjv.txt", 48, 96),
     "python": ("heldout_python.txt", 0, 24),
     "austen": ("heldout_austen.txt", 0, 24),
 }
-"""Text: file, first window, windows. The first 48 windows of kjv served while the policies were written."""
+"""Text -> file, first window, number of windows. The first 48 windows of kjv were used to develop the policies."""
 FRESH = "kjv, fresh"
 FRESH_WINDOWS = ("heldout_kjv.txt", 144, 96)
-"""Windows for the verdict alone: no choice was made by looking at them."""
+"""Windows that were used for the verdict only, never to make a choice."""
 
 
 def judge(program: Program, texts: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Loss of every window and share of the slots that are executed, by text."""
+    """Text -> loss of every window, and share of the slots that are executed."""
     found: dict[str, Any] = {}
     for name, chosen in texts.items():
         collector, losses = Collector(program), list[float]()
@@ -74,7 +74,7 @@ def increase(losses: np.ndarray, reference: np.ndarray) -> tuple[float, float, f
 
 
 def jobs(traces: list[Any], sensitivities: Any) -> dict[str, Policy]:
-    """Every policy at every budget, calibrated on the calibration text; at the goal those of the verdict."""
+    """All policies at all budgets, and those of the verdict at its goal, calibrated on the calibration text."""
     made: dict[str, Policy] = {}
     for kind in BUILT_IN:
         for budget in BUDGETS:
@@ -95,11 +95,11 @@ def in_verdict(name: str) -> bool:
 
 
 def measure(cache: Path) -> dict[str, Any]:
-    """Judge everything; what the cache holds is taken from there."""
+    """Evaluate all policies; results in the cache are reused."""
     checkpoint = Checkpoint.open(MODEL)
     program, _ = passes.run_passes(capture(checkpoint), passes.default_passes())
     every = windows(tokenize(MODEL, read_text()), LENGTH)
-    # The text has several sources, one after the other: windows from all over it.
+    # The text concatenates several sources, so windows are taken from all parts of it.
     chosen = every[:: max(1, len(every) // 64)][:64]
     traces = collect(program, chosen)
     sensitivities = measure_sensitivities(program, chosen[::8])
@@ -128,7 +128,7 @@ def measure(cache: Path) -> dict[str, Any]:
 
 
 def row(name: str, found: dict[str, Any], off: dict[str, Any]) -> list[str]:
-    """One line of the table."""
+    """One row of the table."""
     policy, budget = name.split()
     cells = [policy, budget, f"{found['calibration_kept']:.1%}", f"{found['kjv']['kept']:.1%}"]
     for text in TEXTS:
@@ -138,7 +138,7 @@ def row(name: str, found: dict[str, Any], off: dict[str, Any]) -> list[str]:
 
 
 def interpolated(results: dict[str, Any], kept: float, text: str) -> np.ndarray:
-    """Loss of uniform-k per window, interpolated between whole numbers of experts at a kept share."""
+    """Loss of uniform-k per window at a kept share, interpolated between integer numbers of experts."""
     points = {
         found[text]["kept"]: found[text]["losses"] for name, found in results.items() if name.startswith("uniform-k k=")
     }
@@ -193,7 +193,9 @@ def main() -> None:
     parser.add_argument(
         "--output", type=Path, default=ROOT / "docs" / "routing.md", help="page whose table is replaced"
     )
-    parser.add_argument("--cache", type=Path, default=ROOT / "benchmarks" / "routing_table.json", help="single runs")
+    parser.add_argument(
+        "--cache", type=Path, default=ROOT / "benchmarks" / "routing_table.json", help="cache of single runs"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     text = table(measure(arguments.cache))

@@ -1,14 +1,14 @@
-"""Tokens per second that `moec serve` gives to one request and to four at once, and what many requests leave behind.
+"""Tokens per second of `moec serve` for one request and for four at once, and its memory after many requests.
 
     python benchmarks/serve.py [DIRECTORY] [--tokens 128] [--rounds 5] [--threads 1] [--soak 1000]
 
-DIRECTORY is an artifact; without one the golden model is exported to ONNX. The server is a process of its own; requests
-are greedy completions that end at `--tokens` (or before, where the model ends). One at a time and four at once are
-measured in turns, wall time, and the median of the rounds is printed. Each request is decoded by itself, so four at
-once share what one has.
+DIRECTORY is an artifact; by default, the golden model is exported to ONNX. The server is a separate process. Requests
+are greedy completions of at most `--tokens` tokens. One request at a time and four at once are measured alternately in
+wall time, and the median over rounds is printed. The server decodes each request separately, so four requests at once
+share the speed of one.
 
-`--soak N` sends N requests, four at a time, of which five are cut off in the middle, and prints the memory of the
-server (resident set size) after the first tenth of them and after all, and how many of the others failed.
+`--soak N` sends N requests, four at a time, and cuts off five of them in the middle. It prints the memory of the server
+(resident set size) after the first tenth of them and after all, and how many of the others failed.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ CODE = "import sys; from moec.cli import main; main()"
 
 
 class Server:
-    """A server in a process of its own."""
+    """A server in a separate process."""
 
     def __init__(self, process: subprocess.Popen[str], port: int, model: str) -> None:
         self.port, self.model, self.memory = port, model, psutil.Process(process.pid)
@@ -48,13 +48,13 @@ class Server:
         return json.dumps({"model": self.model, "prompt": prompt, "max_tokens": tokens, "temperature": 0}).encode()
 
     def ask(self, prompt: str, tokens: int) -> int:
-        """Tokens of the answer."""
+        """Send a request; returns the number of tokens of the answer."""
         url, headers = f"http://127.0.0.1:{self.port}/v1/completions", {"Content-Type": "application/json"}
         with urllib.request.urlopen(urllib.request.Request(url, self.body(prompt, tokens), headers)) as answer:
             return int(json.load(answer)["usage"]["completion_tokens"])
 
     def cut_off(self, prompt: str) -> None:
-        """A request whose client goes away."""
+        """Send a request and disconnect before its answer is complete."""
         body = self.body(prompt, 900)
         fields = f"Host: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
         with socket.create_connection(("127.0.0.1", self.port)) as client:
@@ -62,7 +62,7 @@ class Server:
             time.sleep(0.2)
 
     def rate(self, at_once: int, tokens: int) -> float:
-        """Tokens per second of all requests together."""
+        """Tokens per second of `at_once` simultaneous requests together."""
         start = time.perf_counter()
         with ThreadPoolExecutor(at_once) as pool:
             count = sum(pool.map(lambda prompt: self.ask(prompt, tokens), PROMPTS[:at_once]))

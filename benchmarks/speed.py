@@ -1,10 +1,11 @@
-"""Decode and prefill speed of ONNX artifacts against each other and against peers, in alternation, one thread.
+"""Decode and prefill speed of ONNX artifacts and of other runtimes, measured alternately on one thread.
 
     python benchmarks/speed.py NAME=DIR [NAME=DIR ...] [--genai NAME=DIR] [--hf NAME=FILE.onnx] [--rounds 7]
 
 DIR is a moec artifact of the ONNX target; `--genai` names a directory for onnxruntime-genai; `--hf` an ONNX file that
-transformers.exporters.OnnxExporter wrote. Process CPU milliseconds: the median over rounds of each round's best, with
-the ratio to the first. Random token ids, so only random checkpoints of equal widths can be compared.
+transformers.exporters.OnnxExporter wrote. Times are CPU milliseconds of the process: the median over rounds of each
+round's best, with the ratio to the first model. Token ids are random, so only random checkpoints of equal widths can be
+compared.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ STEPS = 8
 
 
 class Model(Protocol):
-    """What is measured."""
+    """The interface of a measured model."""
 
     def prefill(self, ids: np.ndarray) -> None: ...
 
@@ -36,7 +37,7 @@ class Model(Protocol):
 
 
 class Moec:
-    """A moec artifact through its own runner."""
+    """A moec artifact with its own runner."""
 
     def __init__(self, directory: str) -> None:
         from moec.targets import get_target
@@ -106,7 +107,7 @@ class LlamaCpp:
 
 
 class Exported:
-    """The ONNX file of the first-party exporter of transformers: a session with past and present."""
+    """An ONNX file of the exporter of transformers, with past and present as inputs and outputs."""
 
     def __init__(self, path: str) -> None:
         import onnxruntime as ort
@@ -133,7 +134,7 @@ class Exported:
                 feeds[name] = self.past[name]
                 continue
             else:
-                # The exporter gives known sizes as text too.
+                # The exporter writes static sizes as text, too.
                 sizes = [1 if axis == 0 else 0 if axis == 2 else int(size) for axis, size in enumerate(item.shape)]
                 array = np.zeros(sizes, np.float32)
             feeds[name] = self.ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
@@ -151,7 +152,7 @@ class Exported:
 
 
 def cpu_ms(call: Callable[[], None]) -> float:
-    """Process CPU time of one call."""
+    """CPU milliseconds that the process spends in one call."""
     start = time.process_time()
     call()
     return (time.process_time() - start) * 1e3
@@ -175,7 +176,7 @@ def main() -> None:
 
 
 def compare(models: Mapping[str, Model], rounds: int) -> None:
-    """Measure in alternation and print a table."""
+    """Measure the models alternately and print a table."""
     print(describe())
     random = np.random.default_rng(0)
     found: dict[str, dict[str, list[float]]] = {name: {"prefill": [], "decode": []} for name in models}

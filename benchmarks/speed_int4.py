@@ -1,15 +1,16 @@
-"""int4 decode and prefill against onnxruntime-genai, one thread, in alternation: one command makes and measures all.
+"""Speed of int4 decode and prefill compared with onnxruntime-genai, on one thread: builds and measures all models.
 
     python benchmarks/speed_int4.py [--work DIR] [--rounds 7] [--llama-cpp]
 
-Random checkpoints of equal widths (1.004 GB in bfloat16): OLMoE for moec, LFM2-MoE for onnxruntime-genai, whose builder
-lacks OLMoE. Both run int4 weights with int8 activations: the builder sets that for linears alone, so its QMoE nodes get
-`accuracy_level` 4 afterwards. The peer has 4 bits in blocks of 32 everywhere, our preset blocks of 128 and a head
-of 8 bits; other rows have 4 bits everywhere. "Cache in place" is the flavor whose caches are buffers that a step writes
-into, as the peer's are: moec's own runner and onnxruntime-genai both run it.
+Checkpoints are random, of equal widths (1.004 GB in bfloat16): OLMoE for moec, and LFM2-MoE for onnxruntime-genai,
+whose builder does not support OLMoE. Both run int4 weights with int8 activations. The builder sets int8 activations for
+linears only, so its QMoE nodes are set to `accuracy_level` 4 afterwards. onnxruntime-genai has 4 bits in blocks of 32
+for all weights; moec's preset has blocks of 128 and 8 bits for lm_head; other rows have 4 bits for all weights. "Cache
+in place" is the flavor whose KV caches are buffers that a step writes into, as in onnxruntime-genai; both moec's runner
+and onnxruntime-genai can run it.
 
-With `--llama-cpp` (llama-cpp-python and gguf have to be installed) the same OLMoE stands there as llama.cpp itself
-makes Q4_0 of it, with a head of Q6_K; its products round their activations to int8 too.
+With `--llama-cpp` (needs llama-cpp-python and gguf), the same OLMoE is measured as Q4_0, quantized by llama.cpp, with
+lm_head in Q6_K; llama.cpp also rounds activations to int8.
 """
 
 from __future__ import annotations
@@ -40,11 +41,11 @@ ROWS: dict[str, tuple[Any, str, type[Model]]] = {
     "moec int4:128 in all classes, in onnxruntime-genai": (ALL_128, "genai", Genai),
     "moec int4:32 in all classes": (ALL_32, "default", Moec),
 }
-"""What it is called: its format, its flavor and what runs it."""
+"""Name of a row -> its format, its flavor and the runtime."""
 
 
-def build_ours(checkpoint: Path, directory: Path, chosen: Any, flavor: str) -> Path:
-    """Export with weights rounded to nearest (once)."""
+def build_moec(checkpoint: Path, directory: Path, chosen: Any, flavor: str) -> Path:
+    """Export with weights rounded to nearest, once."""
     from moec.compiler.api import export
 
     if not directory.is_dir():
@@ -55,7 +56,7 @@ def build_ours(checkpoint: Path, directory: Path, chosen: Any, flavor: str) -> P
 
 
 def build_genai(checkpoint: Path, directory: Path) -> Path:
-    """Run onnxruntime-genai's builder (once) and let QMoE round its activations too."""
+    """Run onnxruntime-genai's builder, once, and enable int8 activations for QMoE."""
     import onnx
 
     if not directory.is_dir():
@@ -88,7 +89,7 @@ GGUF_NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "
 
 
 def build_llama_cpp(checkpoint: Path, file: Path) -> Path:
-    """Write the checkpoint as GGUF without a vocabulary and have llama.cpp quantize it (once)."""
+    """Write the checkpoint as GGUF without a vocabulary and quantize it with llama.cpp, once."""
     if file.is_file():
         return file
     import llama_cpp
@@ -159,7 +160,7 @@ def main() -> None:
         checkpoint = random_checkpoint(work / "olmoe-1gb")
         for name, (chosen, flavor, runner) in ROWS.items():
             directory = work / re.sub(r"\W+", "-", f"{name.split(',')[0]} {flavor}")
-            models[name] = runner(str(build_ours(checkpoint, directory, chosen, flavor)))
+            models[name] = runner(str(build_moec(checkpoint, directory, chosen, flavor)))
         if options.llama_cpp:
             models["llama.cpp Q4_0"] = LlamaCpp(str(build_llama_cpp(checkpoint, work / "olmoe-1gb-q4_0.gguf")))
         compare(models, options.rounds)

@@ -2,7 +2,7 @@
 
     python benchmarks/stored_cost.py [--work DIR] [--layers N]
 
-The checkpoint takes 12.9 GB, the artifact 11.4 GB; both are removed unless --work names a place for them. Memory is
+The checkpoint takes 12.9 GB and the artifact 11.4 GB; both are removed afterwards unless --work is given. Memory is
 RssAnon, as in benchmarks/export_cost.py.
 """
 
@@ -36,7 +36,7 @@ PIECE = 1 << 24
 
 
 def stored(name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-    """Name, dtype and shape of what the release stores for a weight of the model."""
+    """Name, dtype and shape of the tensors that the release stores for a weight of the model."""
     if len(shape) == 3 and name.endswith("proj"):
         experts, columns, rows = shape
         yield f"{name}_blocks", "U8", (experts, rows, columns // 32, 16)

@@ -1,9 +1,9 @@
-"""Time and memory that building a TensorRT engine takes, against layers, experts and precision.
+"""Time and memory for building a TensorRT engine, by layers, experts and precision.
 
     python benchmarks/tensorrt_build.py [--work DIR] [--only 8x32]
 
-The largest is the 1.0 GB checkpoint of checkpoints.py. Time is that of the builder's process by the wall; memory is its
-highest anonymous memory, sampled every 20 ms.
+The largest model is the 1.0 GB checkpoint of checkpoints.py. Time is the wall time of the builder's process, and memory
+its peak anonymous memory, sampled every 20 ms.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PEAK = re.compile(r"peak memory (\d+) bytes, ([\d.]+) s")
 
 
 def measure(checkpoint: Path, output: Path, arguments: tuple[str, ...]) -> dict[str, Any]:
-    """Export and read what the build left."""
+    """Export, and read time and memory from the build's log."""
     command = [sys.executable, "-m", "moec.cli", "export", str(checkpoint), "-o", str(output), *COMMON, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="where to keep the checkpoints")
     parser.add_argument("--only", action="append", help="LAYERSxEXPERTS, such as 8x32")
     parser.add_argument("--precision", action="append", choices=tuple(PRECISIONS))
-    parser.add_argument("--experts", default="auto", help="form of the experts")
+    parser.add_argument("--experts", default="auto", help="how experts are computed: --experts of the target")
     options = parser.parse_args()
     print(describe())
     print("\n| layers x experts | precision | weights, GB | engine, GB | build, s | peak memory, GB |")

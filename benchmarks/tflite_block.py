@@ -1,11 +1,11 @@
-"""One MoE block on LiteRT: latency against the number of active experts, and against litert-torch's own path.
+"""One MoE block on LiteRT: latency by number of active experts, compared with a conversion by litert-torch.
 
     python benchmarks/tflite_block.py [--litert-torch] [--tokens 1] [--threads 2] [--rounds 30]
 
-One token, or as many as asked for, H 512, F 1024, E 16, top-8. All variants are timed in turn, round by round, so that
-a busy machine slows all of them alike; the table has the median and the fastest call of each. `--litert-torch` adds
-transformers' experts in the form batched_mm, converted by litert-torch (which must be installed). The error of each
-against fp32 is printed before anything is timed.
+The block has H 512, F 1024, E 16 and top_k 8, and runs `--tokens` tokens. All variants are timed alternately, so that a
+busy machine affects them equally; the table has the median and the fastest call of each. `--litert-torch` adds
+transformers' batched_mm experts, converted by litert-torch (which must be installed). The error of each variant against
+fp32 is printed before the timing.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ GATE = ("silu", True, False, False, 1.0, 0.0, 0.0)
 
 @dataclass(frozen=True)
 class Block:
-    """Weights of the block and some tokens with their routing."""
+    """Weights of the block, and tokens with their routing."""
 
     hidden: Tensor
     indices: Tensor
@@ -61,12 +61,12 @@ class Block:
         )
 
     def routing(self, active: int) -> Tensor:
-        """Weights [tokens, k] of which the first `active` are not 0."""
+        """Routing weights [tokens, k], of which the first `active` are not 0."""
         return torch.where(torch.arange(TOP_K) < active, 1.0 / active, 0.0).expand(len(self.hidden), -1).contiguous()
 
 
-def ours(block: Block, form: str, path: Path, *, branches: bool = True) -> None:
-    """Write the block as moec lowers it, with its weights in `form`."""
+def write_moec(block: Block, form: str, path: Path, *, branches: bool = True) -> None:
+    """Write the block as lowered by moec, with weights in the format `form`."""
     held = {"gate_up": stored(block.gate_up, form), "down": stored(block.down, form)}
     program = Program(fx.Graph(), WeightStore(held), (), (), (), torch.float32, {}, {})
     ctx = Context(Shared(program, Weights(program)), Settings(1, branches), Graph("decode"))
@@ -95,7 +95,7 @@ def stored(value: Tensor, form: str) -> LazyTensor:
 
 
 def opened(path: Path, threads: int) -> Callable[[dict[str, np.ndarray]], np.ndarray]:
-    """A call of the file's first signature that returns its output."""
+    """A function that runs the file's first signature and returns its output."""
     interpreter = module("ai_edge_litert.interpreter").Interpreter(str(path), num_threads=threads)
     runner = interpreter.get_signature_runner(next(iter(interpreter.get_signature_list())))
     names = list(runner.get_input_details())
@@ -108,7 +108,7 @@ def opened(path: Path, threads: int) -> Callable[[dict[str, np.ndarray]], np.nda
     return call
 
 
-def theirs(block: Block, path: Path) -> None:
+def write_litert_torch(block: Block, path: Path) -> None:
     """Convert transformers' batched_mm experts with litert-torch."""
     import litert_torch
     from transformers import MixtralConfig
@@ -132,20 +132,20 @@ def feeds_of(block: Block, active: int) -> dict[str, np.ndarray]:
 
 
 def variants(block: Block, folder: Path, options: argparse.Namespace) -> Iterator[tuple[str, Callable[[], np.ndarray]]]:
-    """Name and call of everything that is timed; each has been checked against torch."""
+    """Name and function of each variant; each is checked against torch first."""
     for form in FORMS:
         path = folder / f"{form}.tflite"
-        ours(block, form, path)
+        write_moec(block, form, path)
         call = opened(path, options.threads)
         for active in (1, 2, 4, 8):
             yield checked(block, call, form, active)
     for form in FORMS[:2]:
         path = folder / f"dense-{form}.tflite"
-        ours(block, form, path, branches=False)
+        write_moec(block, form, path, branches=False)
         yield checked(block, opened(path, options.threads), f"{form}, no control flow", TOP_K)
     if options.litert_torch:
-        theirs(block, folder / "theirs.tflite")
-        call = opened(folder / "theirs.tflite", options.threads)
+        write_litert_torch(block, folder / "write_litert_torch.tflite")
+        call = opened(folder / "write_litert_torch.tflite", options.threads)
         yield checked(block, call, "litert-torch batched_mm", TOP_K)
 
 

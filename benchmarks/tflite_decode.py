@@ -1,10 +1,10 @@
-"""Decoding on LiteRT with all experts of a token and with half of them, in alternation.
+"""Decoding on LiteRT with all experts of a token and with half of them, measured alternately.
 
     python benchmarks/tflite_decode.py [--random] [--context 128] [--threads 1] [--rounds 20]
 
-The golden model, or with `--random` the random OLMoE of 1.0 GB in int8 (see checkpoints.py), whose shape is more usual:
-experts are most of what a token reads. Times are process CPU time, which other processes on the machine change less.
-Half: the policy uniform-k with half of the experts of each token, which is a budget of 0.5 exactly.
+The model is the golden model or, with `--random`, the random OLMoE of 1.0 GB in int8 (see checkpoints.py), whose shape
+is more typical: experts are most of the weights that a token reads. Times are CPU time of the process, which depends
+less on other processes. "half" is the policy uniform-k with half of the experts of each token, a budget of exactly 0.5.
 """
 
 from __future__ import annotations

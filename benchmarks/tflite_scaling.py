@@ -1,9 +1,9 @@
-"""Cost of lowering to TFLite against layers x experts: seconds, memory, subgraphs, and what opening the file costs.
+"""Cost of lowering to TFLite by layers x experts: time, memory, subgraphs, and the cost of opening the file.
 
     python benchmarks/tflite_scaling.py [--sizes 2x8,4x16,8x32,16x64] [--prefill 32]
 
-Each size is a random Mixtral of hidden size 256 and expert width 64, built, captured and measured in a process of its
-own. The memory of the runtime is what the process has grown by since before the file was opened.
+Each size is a random Mixtral of hidden size 256 and expert width 64, built, captured and measured in a separate
+process. The memory of the runtime is the growth of the process since before the file was opened.
 """
 
 from __future__ import annotations
@@ -62,14 +62,14 @@ def measure(layers: int, experts: int, prefill: int) -> dict[str, float]:
         return {
             "subgraphs": subgraphs,
             "file MB": size / MEGABYTE,
-            "of it graph MB": (size - weights) / MEGABYTE,
+            "graph MB": (size - weights) / MEGABYTE,
             "lowering s": seconds,
             "CPU s": cpu,
-            "memory grown MB": grown,
+            "memory growth MB": grown,
             "open s": opening,
-            "opened MB": opened,
-            "decoded MB": decoded,
-            "prefilled MB": prefilled,
+            "memory after opening MB": opened,
+            "memory after decode MB": decoded,
+            "memory after prefill MB": prefilled,
         }
 
 

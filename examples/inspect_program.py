@@ -1,4 +1,4 @@
-"""Capture a checkpoint, run the common passes and look at the Program. No weight is read."""
+"""Capture a checkpoint, run the common passes and print the Program. No weight is read."""
 
 from pathlib import Path
 
@@ -11,6 +11,6 @@ CHECKPOINT = Path(__file__).resolve().parents[1] / "golden_models" / "olmoe-tiny
 
 program, log = passes.run_passes(capture(Checkpoint.open(CHECKPOINT)), passes.default_passes())
 for layer in program.layers:
-    print(f"{layer.module}: {layer.num_experts} experts, top {layer.top_k}, {layer.intermediate_size} wide")
-print("passes that changed something:", ", ".join(record.name for record in log if record.modified))
+    print(f"{layer.module}: {layer.num_experts} experts, top_k {layer.top_k}, width {layer.intermediate_size}")
+print("passes that modified the Program:", ", ".join(record.name for record in log if record.modified))
 print(format_graph(program)[:1500], "...")

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# LiteRT multiplies int4 weights in blocks with scales that it rounds from half precision to bfloat16.
+# LiteRT rounds the scales of blockwise int4 weights from half precision to bfloat16.
 #
-# The schema of .tflite files holds the scales of BlockwiseQuantization in a FLOAT16 tensor (11 significant binary
-# digits). On a CPU XNNPACK runs the FULLY_CONNECTED, and its blockwise kernels keep scales in bfloat16 (8 digits): every
-# block of weights is off by up to 0.2 percent from what the file says, and nothing reports it. Activations are rounded to
-# int8 too, row by row and asymmetrically. A reference that does both agrees to 1e-6, one that reads the scales as they
-# are stored does not. A quantizer that chooses scales which both formats hold loses nothing.
+# In .tflite files, the scales of BlockwiseQuantization are a FLOAT16 tensor (11 significant bits). On a CPU, XNNPACK
+# runs the FULLY_CONNECTED, and its blockwise kernels keep scales in bfloat16 (8 significant bits). The weights of every
+# block therefore differ by up to 0.2 percent from those in the file, without any warning. Activations are also rounded
+# to int8, asymmetrically and with a scale per row. A reference that rounds both agrees to 1e-6; a reference with the
+# stored scales does not. A quantizer can avoid the loss by choosing scales that are exact in both formats.
 #
 # Exits with 1 if the behaviour has changed.
 set -euo pipefail

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# DecodeStream of tokenizers raises on tokens that `decode` reads, where the decoder has ByteFallback.
+# DecodeStream of tokenizers raises on tokens that `decode` accepts, if the decoder has ByteFallback.
 #
-# ByteFallback decodes a run of byte tokens as a whole: one byte that is no UTF-8 turns every byte of the run into
-# U+FFFD, also those that were characters by themselves. DecodeStream has already handed out such a character ("A" for
-# <0x41>) when the stray byte comes, and at the next token it finds another text than the one it handed out and raises.
-# Bytes that stay unfinished at the end are never handed out at all. Models with such a tokenizer (Llama 2, Mixtral,
-# Gemma, Phi-3.5) may sample any byte token, so a streaming server meets it sooner or later.
+# ByteFallback decodes a run of byte tokens as a whole: one byte that is not valid UTF-8 turns every byte of the run into
+# U+FFFD, even those that are characters by themselves. DecodeStream has already emitted such a character ("A" for
+# <0x41>) when the invalid byte follows; at the next token, the decoded text no longer starts with the emitted text, and
+# DecodeStream raises. Incomplete bytes at the end are never emitted. Models with such a tokenizer (Llama 2, Mixtral,
+# Gemma, Phi-3.5) may sample any byte token, so a streaming server meets this sooner or later.
 #
 # Exits with 1 if the behaviour has changed.
 set -euo pipefail

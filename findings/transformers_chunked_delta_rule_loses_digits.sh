@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# transformers' chunked form of the gated delta rule loses digits where the decay is strong, in float32.
+# transformers' chunked form of the gated delta rule loses float32 digits if the decay is strong.
 #
-# Qwen3-Next, Qwen3.5 and others run a prompt in chunks of 64 tokens (`torch_chunk_gated_delta_rule`), and single tokens
-# by the recurrence (`torch_recurrent_gated_delta_rule`). Both are in float32. Against the recurrence in float64 the
-# chunks are off by up to twenty times as much as the tokens, and more as decays grow. Whoever judges an export by
-# transformers' prefill judges this too.
+# Qwen3-Next, Qwen3.5 and others process a prompt in chunks of 64 tokens (`torch_chunk_gated_delta_rule`) and single
+# tokens by the recurrence (`torch_recurrent_gated_delta_rule`), both in float32. Compared with the recurrence in
+# float64, the error of the chunked form is up to twenty times that of the recurrent form, and grows with the decay. A
+# test that compares an export with transformers' prefill includes this error.
 #
 # Exits with 1 if the behaviour has changed.
 set -euo pipefail

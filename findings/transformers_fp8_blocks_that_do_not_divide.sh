@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# transformers' dequantization of block-scaled fp8 weights guesses the block from the number of scales.
+# transformers' dequantization of block-scaled fp8 weights derives the block size from the number of scales.
 #
-# A release with `weight_block_size: [128, 128]` has one scale for each block of 128 rows, the last block being short
-# where 128 does not divide the rows (DeepSeek-V3's kv_a_proj_with_mqa has 576 rows and 5 scales). `Fp8Dequantize`
-# divides the rows by the number of scales instead: 576 / 5 is refused, and 192 / 2 is taken for blocks of 96 rows, so
-# that rows 96 to 127 get the scale of the next block and no error is raised.
+# A checkpoint with `weight_block_size: [128, 128]` has one scale for each block of 128 rows. The last block is shorter
+# if 128 does not divide the number of rows (DeepSeek-V3's kv_a_proj_with_mqa has 576 rows and 5 scales).
+# `Fp8Dequantize` instead divides the number of rows by the number of scales: it refuses 576 / 5, and takes 192 / 2 for
+# blocks of 96 rows, so that rows 96 to 127 silently get the scale of the next block.
 #
 # Exits with 1 if the behaviour has changed.
 set -euo pipefail

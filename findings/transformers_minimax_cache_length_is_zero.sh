@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# transformers counts no tokens in the cache of a MiniMax model whose first layer is lightning attention.
+# transformers reports a cache length of 0 for MiniMax models whose first layer is lightning attention.
 #
-# `MiniMaxCache.get_seq_length()` asks layer 0, which keeps a state of fixed size and no keys, and answers 0. A step with
-# a past and without `position_ids`, as exporters and evaluation loops call a model, then takes its token for the first
-# one: rotary positions of the attention layers are wrong, and no error is raised. `generate` passes positions itself.
-# MiniMax-Text-01 begins with lightning attention; with the layers the other way round the length is right.
+# `MiniMaxCache.get_seq_length()` asks layer 0, which has a state of fixed size and no keys, and returns 0. A step with a
+# past but without `position_ids`, as in exporters and evaluation loops, then treats its token as the first one: rotary
+# positions in the attention layers are silently wrong. `generate` passes positions itself. MiniMax-Text-01 begins with
+# lightning attention; if the first layer is full attention, the length is right.
 #
 # Exits with 1 if the behaviour has changed.
 set -euo pipefail

@@ -1,4 +1,4 @@
-"""Graph passes: one file, one pass, one job. The order is the one list in `default_passes`."""
+"""Graph passes, one per file. Their order is defined in `default_passes`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ GROUP = "moec.passes"
 
 @dataclass(frozen=True, slots=True)
 class PassRecord:
-    """What one pass did: an entry of the log."""
+    """What one pass did: an entry of the pass log."""
 
     name: str
     modified: bool
@@ -38,13 +38,13 @@ class PassRecord:
 
 
 def default_passes(extra: Iterable[EntryPoint] | None = None) -> tuple[Pass, ...]:
-    """The passes that every target starts from, in order; those of third parties come last.
+    """The passes that run for every target, in order; those of third parties come last.
 
     Args:
         extra: Entry points of third parties; None: those installed in the group `moec.passes`.
 
     Raises:
-        UsageError: Two passes claim one name, or an entry point is no Pass.
+        UsageError: Two passes have the same name, or an entry point is not a Pass.
     """
     own = (
         UnifySizes(),
@@ -57,7 +57,7 @@ def default_passes(extra: Iterable[EntryPoint] | None = None) -> tuple[Pass, ...
         CommonSubexpressions(),
         RmsNorm(),
         Rotary(),
-        # What the last two leave: transpositions that meet, and tables that several layers derive alike.
+        # Clean up after the two passes above: adjacent transpositions, and tables that several layers compute.
         Normalize(),
         Decompose(),
         CommonSubexpressions(),
@@ -68,14 +68,14 @@ def default_passes(extra: Iterable[EntryPoint] | None = None) -> tuple[Pass, ...
 
 
 def check_order(passes: Sequence[Pass], completed: Sequence[str] = ()) -> None:
-    """Check, before anything runs, that every pass comes after those that it requires.
+    """Check, before any pass runs, that every pass comes after those that it requires.
 
     Args:
-        passes: What is to run.
-        completed: Names of the passes that the program has had.
+        passes: The passes to run.
+        completed: Names of the passes that have already run on the program.
 
     Raises:
-        UsageError: One does not; every missing requirement is named.
+        UsageError: A required pass is missing; the message names all of them.
     """
     done: set[str] = set(completed)
     missing: list[str] = []
@@ -93,20 +93,20 @@ def run_passes(
     *,
     completed: Sequence[str] = (),
 ) -> tuple[Program, tuple[PassRecord, ...]]:
-    """Run `passes` in order, with the invariants checked before the first and after each.
+    """Run `passes` in order, and check the invariants before the first and after each.
 
     Args:
-        program: Where to start.
-        passes: What to run.
+        program: The program to start from.
+        passes: The passes to run.
         on_pass: Called after each pass.
-        completed: Names of the passes that `program` has had.
+        completed: Names of the passes that have already run on `program`.
 
     Returns:
-        The program after the last pass, and the log.
+        The program after the last pass, and the pass log.
 
     Raises:
         UsageError: The order is wrong.
-        MoecError: A pass failed, or broke an invariant; the message names it.
+        MoecError: A pass failed or broke an invariant; the message names the pass.
     """
     check_order(passes, completed)
     check_invariants(program, completed)
@@ -122,18 +122,18 @@ def run_passes(
 
 
 def _run(item: Pass, program: Program, completed: Sequence[str]) -> PassResult:
-    """Run one pass and check what it left; whatever fails names the pass."""
+    """Run one pass and check the invariants; errors name the pass."""
     try:
         result = item.run(program)
         check_invariants(result.program, [*completed, item.name])
     except MoecError as error:
-        # The class stays, since it decides the exit code.
+        # Keep the error's class, which determines the exit code.
         error.message = f"pass {item.name}: {error.message}"
         error.args = (error.message,)
         raise
     except Exception as error:
         raise MoecError(
             f"pass {item.name} failed: {type(error).__name__}: {error}",
-            hint="this is a fault of moec or of the package that brought the pass: please report it",
+            hint="this is a bug in moec or in the package that provides the pass: please report it",
         ) from error
     return result

@@ -1,4 +1,4 @@
-"""The contract of a pass: Program in, Program out, and the truth about what was done."""
+"""The interface of a pass: it takes a Program and returns a Program, with a record of what it did."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PassResult:
-    """The program after a pass, whether the pass changed it, and what it left alone although it is made for it."""
+    """The program after a pass, whether the pass changed it, and near-matches that it left unchanged, with reasons."""
 
     program: Program
     modified: bool
@@ -25,7 +25,7 @@ class PassResult:
 class Pass(ABC):
     """A named rewrite. Its dataclass fields are its options.
 
-    `requires` names passes that must have run before; the pipeline checks that before it runs anything.
+    `requires` names passes that must have run before; the pipeline checks this before it runs any pass.
     """
 
     name: ClassVar[str]
@@ -33,4 +33,4 @@ class Pass(ABC):
 
     @abstractmethod
     def run(self, program: Program) -> PassResult:
-        """Return the rewritten program. `program` itself stays as it is: rewrite a copy of its graph."""
+        """Return the rewritten program. `program` itself must not change: rewrite a copy of its graph."""

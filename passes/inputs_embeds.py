@@ -1,4 +1,4 @@
-"""An input of embeddings, so that an app can put those of an image between those of words."""
+"""Adds an input of embeddings, so that an app can feed image embeddings among tokens."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ NAME = "inputs_embeds"
 
 @dataclass(frozen=True)
 class InputsEmbeds(Pass):
-    """Let embeddings be fed: where a token id is negative, the row of `inputs_embeds` [B, S, H] stands in its place.
+    """Add the input `inputs_embeds` [B, S, H], whose rows replace the embeddings of tokens with a negative id.
 
-    They are what the embedding layer would yield, its own scale included, which is what transformers means by
-    `inputs_embeds`. Nobody has to feed them: by default they are zeros, and every token has an id.
+    As in transformers, the rows replace the output of the embedding layer, including any scale that it applies. The
+    input is optional: it defaults to zeros, and is not used if all ids are valid.
 
     ```
     %x = embedding(@table, %input_ids)
@@ -38,7 +38,7 @@ class InputsEmbeds(Pass):
         """See the class.
 
         Raises:
-            UnsupportedModelError: The token ids do not lead to one embedding of them all.
+            UnsupportedModelError: The token ids do not lead to exactly one embedding.
         """
         graph = program.copy_graph()
         ids = next(node for node in graph.nodes if node.op == "placeholder" and node.target == "input_ids")
@@ -72,7 +72,7 @@ class InputsEmbeds(Pass):
 
 
 def _embedded(ids: fx.Node) -> fx.Node:
-    """What the embedding layer yields for the token ids."""
+    """The output of the embedding layer for the token ids."""
     found: list[fx.Node] = []
     pending, seen = [ids], {ids}
     while pending:
@@ -85,7 +85,7 @@ def _embedded(ids: fx.Node) -> fx.Node:
                 seen.add(user)
     if len(found) != 1:
         raise UnsupportedModelError(
-            f"the token ids lead to {len(found)} embeddings, and what is fed could stand for one of them alone",
+            f"the token ids lead to {len(found)} embeddings, but inputs_embeds can replace only one",
             hint="export without --inputs-embeds",
         )
     (node,) = found

@@ -1,4 +1,4 @@
-"""Keep the codes of a checkpoint that is stored quantized; the graph stays as it is."""
+"""Keep the codes of a checkpoint that is stored quantized. The graph does not change."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from moec.compiler.ir.program import Program
 from moec.compiler.ir.weights import LazyTensor
 from moec.passes.base import Pass, PassResult
 from moec.quantize.formats import Activations, IntegerFormat
-from moec.quantize.keep import ROUNDED_SCALES, Grid, Held, KeptFormat, grid_of, kept
+from moec.quantize.keep import ROUNDED_SCALES, Grid, KeptFormat, SupportedFormats, grid_of, kept
 from moec.quantize.lazy import quantized
 from moec.quantize.plan import ALWAYS_FLOAT
 from moec.quantize.tensor_classes import weight_roles
@@ -23,12 +23,12 @@ Format = TypeVar("Format", bound=KeptFormat)
 
 @dataclass(frozen=True)
 class Decision:
-    """What `KeepCodes` does with a Program.
+    """What `KeepCodes` does with the weights of a Program.
 
     Attributes:
-        changed: The tensors with codes by name.
-        replaced: Tensor class, grid of the checkpoint, format that is in its place, and reason -> number of weights.
-        outcomes: Tensor class -> what became of its weights, in words -> number of weights.
+        changed: Name -> quantized tensor.
+        replaced: Tensor class, grid of the checkpoint, new format, and reason -> number of weights.
+        outcomes: Tensor class -> outcome as a text -> number of weights.
     """
 
     changed: Mapping[str, LazyTensor]
@@ -38,32 +38,32 @@ class Decision:
 
 @dataclass(frozen=True)
 class KeepCodes(Pass):
-    """Give each weight that is stored as codes these very codes, where the target holds their grid.
+    """Keep the codes of each weight that is stored quantized, if the target supports their grid.
 
     ```
     linear(x, @q_proj.weight[N, K] float32, decoded from GPTQ)
     ->
     linear(x, @q_proj.weight[N, K] int4:128)     the same node; the tensor is a `quantize.keep.Kept`
     ```
-    Other grids are rounded to the nearest format that the target holds, with a rejection that says so. What is stored
-    as floats stays so.
+    Other grids are rounded to the nearest format that the target supports, with a rejection. Weights that are stored
+    as floats stay float.
 
     Attributes:
-        held: What the target holds.
-        activations: What kernels may round activations to.
+        supported: Formats that the target supports.
+        activations: Type to which kernels may round activations.
     """
 
     name: ClassVar[str] = "keep-codes"
     requires: ClassVar[tuple[str, ...]] = ("fold-weights", "canonical-experts")
 
-    held: Held = field(default_factory=Held)
+    supported: SupportedFormats = field(default_factory=SupportedFormats)
     activations: Activations = Activations.FLOAT
 
     def run(self, program: Program) -> PassResult:
         """See the class.
 
         Raises:
-            UsageError: No weight of the checkpoint is stored as codes.
+            UsageError: No weight of the checkpoint is stored quantized.
         """
         found = self.decide(program)
         rejections = tuple(
@@ -74,10 +74,10 @@ class KeepCodes(Pass):
         return PassResult(program.replace(weights=weights), bool(found.changed), rejections)
 
     def decide(self, program: Program) -> Decision:
-        """What becomes of each weight that is stored as codes; none is written.
+        """Decide what to do with each weight that is stored quantized, without changing the Program.
 
         Raises:
-            UsageError: No weight of the checkpoint is stored as codes.
+            UsageError: No weight of the checkpoint is stored quantized.
         """
         changed: dict[str, LazyTensor] = {}
         replaced: Counter[tuple[str, str, str, str]] = Counter()
@@ -96,19 +96,19 @@ class KeepCodes(Pass):
                 replaced[tensor_class, str(grid), form, reason] += 1
         if not classes:
             raise UsageError(
-                "--quantize keep: no weight of this checkpoint is stored as codes, so there are none to keep",
+                "--quantize keep: no weight of this checkpoint is stored quantized",
                 hint="name a format, such as int4, or leave --quantize out",
             )
         return Decision(changed, replaced, {key: dict(value) for key, value in classes.items()})
 
     def _coded(self, name: str, source: LazyTensor, grid: Grid, tensor_class: str) -> tuple[Any, str]:
-        """The tensor with codes, or None where it stays float, and why its codes are not those of the checkpoint."""
+        """The quantized tensor, or None if it stays float, and why its codes are not those of the checkpoint."""
         for form, rounded in grid.forms():
-            fmt = self.held.kept(tensor_class, self._with_activations(form))
+            fmt = self.supported.kept(tensor_class, self._with_activations(form))
             if fmt is not None:
                 return kept(name, source, fmt, exact=not rounded), rounded
-        reason = grid.reason or f"the target does not hold {grid.format} there"
-        other = self.held.nearest(tensor_class, grid, source.shape[-1])
+        reason = grid.reason or f"the target does not support {grid.format} for this tensor class"
+        other = self.supported.nearest(tensor_class, grid, source.shape[-1])
         return (None if other is None else quantized(name, source, self._with_activations(other))), reason
 
     def _with_activations(self, fmt: Format) -> Format:
@@ -118,7 +118,7 @@ class KeepCodes(Pass):
 
 
 def _outcome(form: str, grid: Grid, reason: str) -> str:
-    """What became of a weight, for the report."""
+    """The outcome for a weight, as a text for the report."""
     if reason and reason != ROUNDED_SCALES:
         return f"{form} in place of {grid}"
     return f"{form}, the codes of the checkpoint" + (" with scales in half precision" if reason else "")

@@ -1,4 +1,4 @@
-"""Turn a quantization plan into lazy quantized weights. The graph stays as it is; targets read the weights' type."""
+"""Turn a quantization plan into lazy quantized weights. The graph does not change; targets check the weights' type."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from moec.quantize.tensor_classes import format_of, weight_roles
 
 @dataclass(frozen=True)
 class Quantize(Pass):
-    """Give each weight the format that the plan has for its class and layer.
+    """Give each weight the format in the plan for its class and layer.
 
     ```
     linear(x, @q_proj.weight[N, K] float)
@@ -32,8 +32,8 @@ class Quantize(Pass):
 
     Attributes:
         plan: Formats by tensor class, with overrides.
-        rounded: Results of calibrated rounding by tensor name; what is not in it is rounded to nearest.
-        recorded: Codes of an artifact by tensor name, all or none; they are taken as they are.
+        rounded: Tensor name -> result of calibrated rounding; other tensors are rounded to nearest.
+        recorded: Tensor name -> codes read back from an artifact, which are used unchanged; for all tensors or none.
         clip: Clip ratios that rounding to nearest tries.
     """
 
@@ -49,8 +49,8 @@ class Quantize(Pass):
         """See the class.
 
         Raises:
-            UsageError: A block size does not divide a dimension, or experts of one tensor have several formats.
-            ArtifactError: There are recorded codes, but none of some tensor.
+            UsageError: A block size does not divide a dimension, or experts of one tensor have different formats.
+            ArtifactError: There are recorded codes, but not for all tensors.
         """
         changed: dict[str, LazyTensor] = {}
         rejections: list[Rejection] = []
@@ -69,7 +69,7 @@ class Quantize(Pass):
     def _quantized(self, name: str, source: LazyTensor, chosen: Format) -> LazyTensor | None:
         if isinstance(chosen, IntegerFormat) and self.recorded:
             if name not in self.recorded:
-                raise ArtifactError(f"{name}: moec.json records no codes of it", hint="export it again")
+                raise ArtifactError(f"{name}: no codes recorded in moec.json", hint="export the model again")
             return Recorded(name, source, chosen.resolve(source.shape[-1], name), recorded=self.recorded[name])
         if isinstance(chosen, IntegerFormat):
             return quantized(name, source, chosen, self.rounded.get(name), self.clip)
@@ -78,7 +78,7 @@ class Quantize(Pass):
         return Float16(source) if chosen.kind is FloatKind.FP16 else None
 
     def _fallbacks(self, name: str) -> list[Rejection]:
-        """Experts that calibration hardly reached were rounded to nearest: never silently."""
+        """A rejection for each expert with too few calibration tokens, which was rounded to nearest."""
         result = self.rounded.get(name)
         reports = result.matrices if result is not None else ()
         return [

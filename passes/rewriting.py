@@ -1,4 +1,4 @@
-"""What passes share: reading the arguments of a node, and adding nodes whose fake values are exact."""
+"""Helpers for passes: reading the arguments of a node, and adding nodes with exact fake values."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ CASTS = (aten._to_copy.default,)
 
 
 def rewritten(program: Program, graph: fx.Graph, weights: WeightStore | None = None) -> Program:
-    """`program` with a changed graph; the MoE layer table follows the graph."""
+    """`program` with a changed graph and a MoE layer table that matches it."""
     return program.replace(
         graph=graph, layers=moe_layers(graph), weights=program.weights if weights is None else weights
     )
 
 
 class Rewrite:
-    """A pass at work.
+    """Working state of a pass, which changes all of its attributes.
 
     Attributes:
-        graph: A copy of the program's graph, to change.
-        added: Tensors for the changed graph to name, to fill.
-        rejections: What was left as it is, and why, to fill.
+        graph: A copy of the program's graph.
+        added: Tensors that the changed graph uses in addition.
+        rejections: Near-matches that were left unchanged, with reasons.
     """
 
     def __init__(self, program: Program) -> None:
@@ -41,7 +41,7 @@ class Rewrite:
         self.rejections: list[Rejection] = []
 
     def result(self, *, modified: bool) -> PassResult:
-        """What the pass returns; the program itself where nothing was changed."""
+        """The result of the pass; the program itself if nothing was modified."""
         changed = self._program
         if modified:
             changed = rewritten(changed, self.graph, changed.weights.with_tensors(self.added))
@@ -52,11 +52,11 @@ def call(graph: fx.Graph, target: Callable[..., Any], *args: Any, like: fx.Node,
     """Add a call at the insertion point of `graph`.
 
     Args:
-        graph: Where to add it.
+        graph: The graph.
         target: The op.
-        args: Its arguments: nodes and constants.
-        like: The node that the call takes the place of; the new node belongs to the same module.
-        kwargs: Its keyword arguments.
+        args: Arguments of the op: nodes and constants.
+        like: The node that the call replaces; the new node belongs to the same module.
+        kwargs: Keyword arguments of the op.
     """
     name = target._schema.name.rpartition("::")[2] if isinstance(target, torch._ops.OpOverload) else None
     node = graph.create_node("call_function", target, args, kwargs, name)
@@ -72,13 +72,13 @@ def add_weight(graph: fx.Graph, name: str, like: fx.Node) -> fx.Node:
 
 
 def replace(old: fx.Node, new: fx.Node) -> None:
-    """Let the users of `old` use `new`, and take `old` out of the graph."""
+    """Replace all uses of `old` by `new`, and erase `old`."""
     old.replace_all_uses_with(new)
     old.graph.erase_node(old)
 
 
 def substitute(old: fx.Node, new: fx.Node) -> None:
-    """Let the users of `old` use `new`, and take out of the graph whatever nobody uses any more."""
+    """Replace all uses of `old` by `new`, and erase `old` with all nodes that have no users left."""
     old.replace_all_uses_with(new)
     candidates, erased = [old], set[fx.Node]()
     while candidates:
@@ -95,7 +95,7 @@ def is_call(argument: Any, *targets: Any) -> bool:
 
 
 def skip_casts(node: fx.Node) -> fx.Node:
-    """The node whose value `node` is, but for its dtype."""
+    """The node of which `node` is a cast, through any number of casts."""
     while is_call(node, *CASTS):
         source = node.args[0]
         assert isinstance(source, fx.Node)
@@ -104,7 +104,7 @@ def skip_casts(node: fx.Node) -> fx.Node:
 
 
 def number(argument: Any) -> float | None:
-    """A Python number, or a `full` of no axes, as float; None for anything else."""
+    """A Python number, or a scalar `full`, as float; None for anything else."""
     if is_call(argument, aten.full.default) and argument.args[0] in ([], ()):
         argument = argument.args[1]
     if isinstance(argument, int | float) and not isinstance(argument, bool):
@@ -113,13 +113,13 @@ def number(argument: Any) -> float | None:
 
 
 def tensor_shape(argument: Any) -> tuple[Any, ...] | None:
-    """Shape of a tensor-valued node as sizes whose equality is structural; None for anything else."""
+    """Shape of a tensor node, with sizes from `size_of`; None for anything else."""
     value = argument.meta.get("val") if isinstance(argument, fx.Node) else argument
     return tuple(size_of(size) for size in value.shape) if isinstance(value, Tensor) else None
 
 
 def size_of(size: Any) -> Any:
-    """A size as an int or a symbolic expression: comparing those adds no guard to the trace."""
+    """A size as an int or a symbolic expression, which can be compared without adding guards to the trace."""
     if isinstance(size, torch.SymInt):
         expression = size.node.expr
         return int(expression) if expression.is_number else expression

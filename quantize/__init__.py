@@ -1,1 +1,1 @@
-"""Number formats, calibration, rounding and bit allocation; knows no target."""
+"""Number formats, calibration, rounding and bit allocation, independent of targets."""

@@ -1,4 +1,4 @@
-"""How kernels round activations to int8 at run time, one scale for each row, in the product with a quantized weight."""
+"""How kernels round activations to int8 at run time, with one scale per row, for products with quantized weights."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from moec.quantize.formats import Activations, IntegerFormat
 from moec.quantize.lazy import Coded
 
 
-def asymmetric_rows(weight: LazyTensor, activations: Tensor) -> Tensor:
-    """Round each row to 256 steps between its extremes, 0 among them, where the format of the weight allows int8.
+def round_rows_to_int8(weight: LazyTensor, activations: Tensor) -> Tensor:
+    """Round each row to int8 with its own scale and zero point, if the format of the weight is `int8-dynamic`.
 
-    As XNNPACK does for its kernels of the kind qd8: scale = (high - low) / 255, and a zero point in [-128, 127]
-    (xnn_f32_qd8_asymmetric_quantization_params in XNNPACK's src/xnnpack/quantization.h).
+    This is what XNNPACK's qd8 kernels do: scale = (high - low) / 255 over a range that includes 0, and a zero point in
+    [-128, 127] (xnn_f32_qd8_asymmetric_quantization_params in XNNPACK's src/xnnpack/quantization.h).
 
     Args:
         weight: The weight of the product.
         activations: [..., K], any float dtype.
 
     Returns:
-        The values that the rounded activations stand for, in the same dtype; `activations` itself if the weight's
-        format leaves them float.
+        The rounded activations, dequantized to their dtype; `activations` itself if the weight's format leaves them
+        float.
     """
     form = weight.format if isinstance(weight, Coded) else None
     if not isinstance(form, IntegerFormat) or form.activations is not Activations.INT8_DYNAMIC:

@@ -1,7 +1,7 @@
-"""Number formats as typed, frozen values, each with a short text form such as `int4:32` or `int8:channel`.
+"""Number formats as frozen dataclasses, each with a short text form such as `int4:32` or `int8:channel`.
 
-The text form is what recipes, the command line and the manifest hold. Its first word is the kind; the others may
-come in any order and are left out where they have their default:
+Recipes, the command line and the manifest use the text form. Its first word is the kind; the others may come in any
+order, and defaults may be left out:
 
     none                      the dtype of the checkpoint, unchanged
     fp16                      IEEE half precision
@@ -9,9 +9,10 @@ come in any order and are left out where they have their default:
     int4[:auto|auto32|channel|32|64|128][:sym|asym][:fp16|bf16|fp32][:float|int8-dynamic]
     palettize4[:auto|ROWS]
 
-`auto` is the largest of 128, 64 and 32 that divides the quantized dimension, else `channel`; `auto32` is 32 where that
-divides it, else `channel`. `fp16`, `bf16` and `fp32` name the dtype of the scales, `float` and `int8-dynamic` that of
-the activations. ROWS are the rows that share a palette; `auto` is the largest number up to 16 that divides them.
+`auto` is the largest of 128, 64 and 32 that divides the quantized dimension, else `channel`; `auto32` is 32 if it
+divides the dimension, else `channel`. `fp16`, `bf16` and `fp32` are dtypes of the scales, `float` and `int8-dynamic`
+those of the activations. ROWS is the number of rows that share a palette; `auto` is the largest divisor of the number
+of rows up to 16.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ from moec.compiler.common.validation import unknown
 
 BLOCK_SIZES: tuple[Literal[128, 64, 32], ...] = (128, 64, 32)
 ROWS = 16
-"""Most rows that share a palette where a format does not say how many: its table is small beside their codes."""
+"""Maximum number of rows that share a palette with `auto`: the palette is then small compared with their codes."""
 
 Granularity: TypeAlias = Literal["auto", "auto32", "channel", 32, 64, 128]
 
 
 class FloatKind(StrEnum):
-    """What a tensor that is not quantized is stored as."""
+    """How a tensor that is not quantized is stored."""
 
     NONE = "none"
     FP16 = "fp16"
@@ -44,7 +45,7 @@ class FloatKind(StrEnum):
 class ScaleType(StrEnum):
     """The dtype of the scales.
 
-    Scales of BF16 are such that bfloat16 and IEEE half precision both hold them.
+    Scales of BF16 are exact in both bfloat16 and IEEE half precision.
     """
 
     FP16 = "fp16"
@@ -53,12 +54,12 @@ class ScaleType(StrEnum):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype as torch names it."""
+        """The torch dtype."""
         return {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[self.value]
 
 
 class Activations(StrEnum):
-    """What the activations are in the product with the quantized weight."""
+    """The type of the activations in products with a quantized weight."""
 
     FLOAT = "float"
     INT8_DYNAMIC = "int8-dynamic"
@@ -66,7 +67,7 @@ class Activations(StrEnum):
 
 @dataclass(frozen=True)
 class FloatFormat:
-    """A float format: no codes and no scales."""
+    """A float format, without codes and scales."""
 
     kind: FloatKind = FloatKind.NONE
 
@@ -84,9 +85,9 @@ class IntegerFormat:
     """Integer codes with one scale per block of the last dimension, or per output channel.
 
     Attributes:
-        bits: Bits of one code.
+        bits: Bits per code.
         granularity: Weights that share a scale: a block size, "channel" for the whole last dimension, or
-            "auto" and "auto32", which depend on it.
+            "auto" and "auto32", which depend on the length of that dimension.
         symmetric: True: weight = code * scale. False: weight = (code - zero_point) * scale; four bits only.
         scale_type: dtype of the scales.
         activations: Whether a kernel may quantize the activations, per token, to int8.
@@ -102,7 +103,7 @@ class IntegerFormat:
         if self.bits == 8 and not self.symmetric:
             raise UsageError(
                 "format int8:asym does not exist: int8 is symmetric in moec",
-                hint="Write int8, or int4:asym.",
+                hint="write int8, or int4:asym",
             )
 
     def __str__(self) -> str:
@@ -119,12 +120,12 @@ class IntegerFormat:
 
     @property
     def grid(self) -> str:
-        """The text form without what is said of scales and activations."""
+        """The text form without the words for scales and activations."""
         return str(replace(self, scale_type=ScaleType.FP16, activations=Activations.FLOAT))
 
     @property
     def code_range(self) -> tuple[int, int]:
-        """Smallest and largest code. int8 leaves -128 out, which TFLite's symmetric kernels do not take."""
+        """Smallest and largest code. int8 excludes -128, which TFLite's symmetric kernels do not support."""
         return (-8, 7) if self.bits == 4 else (-127, 127)
 
     def resolve(self, dimension: int, name: str) -> IntegerFormat:
@@ -145,7 +146,7 @@ class IntegerFormat:
             divisors = [str(size) for size in reversed(BLOCK_SIZES) if dimension % size == 0]
             raise UsageError(
                 f"{name}: block size {self.granularity} does not divide its dimension {dimension}",
-                hint=f"Use block size {' or '.join(divisors)}." if divisors else _CHANNEL_HINT,
+                hint=f"use block size {' or '.join(divisors)}" if divisors else _CHANNEL_HINT,
             )
         return self
 
@@ -159,10 +160,10 @@ class IntegerFormat:
 
         Args:
             shape: Shape of the float tensor.
-            source_itemsize: Taken so that all formats are called alike; a quantized tensor does not need it.
+            source_itemsize: Not used; all formats have this parameter.
 
         Raises:
-            UsageError: The tensor is not a matrix, or the block does not divide K.
+                UsageError: The tensor is not a matrix, or the block does not divide K.
         """
         del source_itemsize
         check_matrix(shape, self)
@@ -175,15 +176,15 @@ class IntegerFormat:
 
 @dataclass(frozen=True)
 class PaletteFormat:
-    """Codes that look their weight up in a palette: a table of freely chosen values, one for a group of rows.
+    """Codes that are indices into a palette: a lookup table of arbitrary values, one for each group of rows.
 
     Attributes:
-        bits: Bits of one code; a palette has 2^bits entries, each a half-precision number.
+        bits: Bits per code; a palette has 2^bits half-precision entries.
         rows: Rows (output channels) of a matrix that share a palette, or "auto".
     """
 
     scale_type: ClassVar[ScaleType] = ScaleType.FP16
-    """Type of the entries of a palette, which take the place of scales."""
+    """dtype of the entries of a palette, which replace scales."""
 
     bits: Literal[4] = 4
     rows: int | Literal["auto"] = "auto"
@@ -197,7 +198,7 @@ class PaletteFormat:
 
     @property
     def entries(self) -> int:
-        """Values in a palette."""
+        """Number of values in a palette."""
         return 1 << self.bits
 
     def resolve(self, rows: int, name: str) -> PaletteFormat:
@@ -217,7 +218,7 @@ class PaletteFormat:
         return self
 
     def palettes(self, rows: int, name: str = "tensor") -> int:
-        """Palettes of a matrix of so many rows."""
+        """Number of palettes of a matrix with `rows` rows."""
         shared = self.resolve(rows, name).rows
         assert isinstance(shared, int)
         return rows // shared
@@ -227,10 +228,10 @@ class PaletteFormat:
 
         Args:
             shape: Shape of the float tensor.
-            source_itemsize: Taken so that all formats are called alike; a quantized tensor does not need it.
+            source_itemsize: Not used; all formats have this parameter.
 
         Raises:
-            UsageError: The tensor is not a matrix, or its rows cannot be grouped.
+                UsageError: The tensor is not a matrix, or its rows cannot be grouped.
         """
         del source_itemsize
         check_matrix(shape, self)
@@ -242,15 +243,15 @@ class PaletteFormat:
 
 @dataclass(frozen=True)
 class TableFormat:
-    """Codes that look their weight up in one table for the whole tensor, times a scale for each block of the last axis.
+    """Codes that are indices into one lookup table for the whole tensor, times a scale per block of the last axis.
 
-    So weights are held that a checkpoint stores as floats of four bits (MXFP4, NVFP4). No plan names this format: it is
-    only kept (`quantize.keep`), and its text form, `table4:32` or `table4:32:fp32`, is for targets and reports.
+    This format holds weights that a checkpoint stores as 4-bit floats (MXFP4, NVFP4). A plan cannot ask for it: it only
+    keeps codes of a checkpoint (`quantize.keep`). Its text form is `table4:32` or `table4:32:fp32`.
 
     Attributes:
-        block: Weights that share a scale.
+        block: Block size: number of weights that share a scale.
         scale_type: dtype of the scales.
-        bits: Bits of one code; the table has 2^bits values.
+        bits: Bits per code; the table has 2^bits values.
     """
 
     block: int
@@ -262,7 +263,7 @@ class TableFormat:
 
     @property
     def grid(self) -> str:
-        """The text form without what is said of scales."""
+        """The text form without the word for scales."""
         return f"table{self.bits}:{self.block}"
 
     def planned_bytes(self, shape: Sequence[int], *, source_itemsize: int = 2) -> int:
@@ -270,7 +271,7 @@ class TableFormat:
 
         Args:
             shape: Shape of the float tensor.
-            source_itemsize: Taken so that all formats are called alike; a quantized tensor does not need it.
+            source_itemsize: Not used; all formats have this parameter.
         """
         del source_itemsize
         rows, dimension = math.prod(shape[:-1]), shape[-1]
@@ -283,9 +284,9 @@ Format: TypeAlias = FloatFormat | IntegerFormat | PaletteFormat
 NONE = FloatFormat(FloatKind.NONE)
 FP16 = FloatFormat(FloatKind.FP16)
 KINDS = ("none", "fp16", "int8", "int4", "palettize4")
-"""First words of text forms."""
-_ROWS_HINT = "Write palettize4, which chooses a number that divides, or a divisor such as palettize4:8."
-_CHANNEL_HINT = "Use one scale per channel (int8:channel), or leave the tensor float (none)."
+"""First words of the text forms that a plan may use."""
+_ROWS_HINT = "write palettize4, which chooses a number that divides, or a divisor such as palettize4:8"
+_CHANNEL_HINT = "use one scale per channel (int8:channel), or leave the tensor float (none)"
 _WORDS: dict[str, tuple[str, object]] = {
     "auto": ("granularity", "auto"),
     "auto32": ("granularity", "auto32"),
@@ -299,7 +300,7 @@ _WORDS: dict[str, tuple[str, object]] = {
 
 
 def default_block(dimension: int) -> Granularity:
-    """The largest block size that divides `dimension`; one scale for the whole of it where none does."""
+    """The largest block size that divides `dimension`, or "channel" if none does."""
     return next((size for size in BLOCK_SIZES if dimension % size == 0), "channel")
 
 
@@ -312,7 +313,7 @@ def parse_format(text: str) -> Format:
     kind, *words = text.strip().lower().split(":")
     if kind in {"none", "fp16"}:
         if words:
-            raise UsageError(f"format {text!r}: {kind} takes no further words", hint=f"Write {kind}.")
+            raise UsageError(f"format {text!r}: {kind} takes no further words", hint=f"write {kind}")
         return FloatFormat(FloatKind(kind))
     if kind not in KINDS:
         raise unknown(text, KINDS, "unknown format", "the formats")
@@ -324,16 +325,16 @@ def parse_format(text: str) -> Format:
             raise unknown(word, _WORDS, f"format {text!r}: unknown word", "the words")
         field, value = _WORDS[word]
         if field in fields:
-            raise UsageError(f"format {text!r}: {word!r} contradicts an earlier word", hint="Keep one of them.")
+            raise UsageError(f"format {text!r}: {word!r} contradicts an earlier word", hint="keep one of them")
         fields[field] = value
     return IntegerFormat(bits=4 if kind == "int4" else 8, **fields)  # type: ignore[arg-type]
 
 
-def parse_held(text: str) -> Format | TableFormat:
-    """Read the text form of a format that a target holds: that of a plan, or of a `TableFormat`.
+def parse_supported(text: str) -> Format | TableFormat:
+    """Read the text form of a format that a target supports: one that a plan may use, or a `TableFormat`.
 
     Raises:
-        UsageError: The text is neither.
+        UsageError: The text is not a format.
     """
     kind, *words = text.split(":")
     if kind != f"table{TableFormat.bits}":
@@ -348,7 +349,7 @@ def _parse_palette(text: str, words: list[str]) -> PaletteFormat:
 
 
 def check_matrix(shape: Sequence[int], chosen: Format) -> None:
-    """Refuse what is no matrix.
+    """Check that a tensor is a matrix or a stack of matrices.
 
     Raises:
         UsageError: `shape` has fewer than two dimensions.
@@ -356,5 +357,5 @@ def check_matrix(shape: Sequence[int], chosen: Format) -> None:
     if len(shape) < 2:
         raise UsageError(
             f"a tensor of shape {tuple(shape)} cannot take the format {chosen}: only matrices are quantized",
-            hint="Leave norms and biases float.",
+            hint="leave norms and biases float",
         )

@@ -1,8 +1,9 @@
-"""Codes of a checkpoint that is stored quantized, kept: on the same grid bit for bit where a target holds that grid.
+"""Keeps the codes of a checkpoint that is stored quantized, bit for bit, where a target supports their grid.
 
-Codes, scales and zero points take the way of their weights through stacking, joining and transposing
-(`LazyTensor.map_sources`). What comes out is a grid again if the last axis still falls into blocks of one scale. Codes
-are whole numbers, or indices of one table for the whole weight.
+The grid of a weight is the set of values that its format can represent: bits, block size and zero points. Codes,
+scales and zero points go through the same stacking, concatenating and transposing as their weights
+(`LazyTensor.map_sources`). The result has a grid if its last axis still consists of blocks with one scale each. Codes
+are integers, or indices into one lookup table for the whole weight.
 """
 
 from __future__ import annotations
@@ -18,34 +19,34 @@ from torch import Tensor
 from moec.compiler.common.errors import CheckpointError
 from moec.compiler.ir.encoded_weights import Encoded, FromFunction, PerBlock
 from moec.compiler.ir.weights import LazyTensor
-from moec.quantize.formats import BLOCK_SIZES, Activations, IntegerFormat, ScaleType, TableFormat, parse_held
-from moec.quantize.lazy import Coded, Given
+from moec.quantize.formats import BLOCK_SIZES, Activations, IntegerFormat, ScaleType, TableFormat, parse_supported
+from moec.quantize.lazy import Coded, GivenCodes
 from moec.quantize.methods.palettize import PalettizedTensor
 from moec.quantize.methods.rounding import relative
 from moec.quantize.methods.tensors import QuantizedTensor
 
 KeptFormat: TypeAlias = IntegerFormat | TableFormat
 
-ONLY_SOME = "only some of what it is made of is stored as codes"
-ROUNDED_SCALES = "its scales are rounded to half precision, in which the target stores them"
+ONLY_SOME = "only some of its parts are stored quantized"
+ROUNDED_SCALES = "its scales are rounded to half precision, the dtype in which the target stores them"
 
 
 @dataclass(frozen=True)
-class Held:
-    """What a target holds, by tensor class, as text forms.
+class SupportedFormats:
+    """The formats that a target supports, as functions from a tensor class to text forms.
 
     Attributes:
-        codes: Formats whose codes it takes as they are, and those scales that the form names: of half precision, or
-            with `fp32` of single precision too.
-        formats: Formats that it takes with codes that were made for it.
+        codes: Formats whose codes the target can store unchanged, together with scales of half precision or, with
+            `fp32`, also of single precision.
+        formats: Formats that the target supports for newly rounded weights.
     """
 
     codes: Callable[[str], Sequence[str]] = lambda _: ()
     formats: Callable[[str], Sequence[str]] = lambda _: ()
 
     def kept(self, tensor_class: str, fmt: KeptFormat) -> KeptFormat | None:
-        """`fmt`, with the activations that the target wants, if it takes codes and scales on that grid as they are."""
-        for offered in map(parse_held, self.codes(tensor_class)):
+        """`fmt` with the target's activations, if the target can store its codes and scales unchanged; else None."""
+        for offered in map(parse_supported, self.codes(tensor_class)):
             if not isinstance(offered, KeptFormat) or offered.grid != fmt.grid:
                 continue
             if fmt.scale_type not in (ScaleType.FP16, offered.scale_type):
@@ -57,9 +58,9 @@ class Held:
         return None
 
     def nearest(self, tensor_class: str, grid: Grid, columns: int) -> IntegerFormat | None:
-        """What to round to where a grid cannot be kept: as many bits, or else 8, in the smallest blocks that divide.
+        """The format to round to if a grid cannot be kept: with as many bits, else 8, and the smallest fitting blocks.
 
-        None where the target holds none of them.
+        None if the target supports no such format.
         """
         offered = _symmetric_forms(self.formats(tensor_class))
         if not any(fmt.granularity == "channel" for fmt in offered):
@@ -71,18 +72,18 @@ class Held:
 
 
 def _symmetric_forms(texts: Sequence[str]) -> list[IntegerFormat]:
-    return [fmt for text in texts if isinstance(fmt := parse_held(text), IntegerFormat) and fmt.symmetric]
+    return [fmt for text in texts if isinstance(fmt := parse_supported(text), IntegerFormat) and fmt.symmetric]
 
 
 @dataclass(frozen=True)
-class Kept(Given):
-    """A weight whose codes are those of the checkpoint. `source` is its float form.
+class Kept(GivenCodes):
+    """A weight with the codes of the checkpoint; `source` is the dequantized weight.
 
     Attributes:
-        codes: The codes, int8, of the shape of the weight.
-        scales: The scale of each element.
-        zeros: The zero point of each element; None where all are 0.
-        exact: Whether the format holds every scale as it is.
+        codes: The codes, int8, in the shape of the weight.
+        scales: The scale of each element, in the shape of the weight.
+        zeros: The zero point of each element, in the shape of the weight; None where all are 0.
+        exact: Whether the format stores all scales without rounding.
     """
 
     codes: LazyTensor | None = None
@@ -91,17 +92,17 @@ class Kept(Given):
     exact: bool = True
 
     def errors(self) -> list[float]:
-        """None where the artifact holds the very weights of the checkpoint."""
+        """Relative squared error of rounding the scales, as in `Coded.errors`; 0 if `exact`."""
         return [0.0] if self.exact else super().errors()
 
     def _quantize(self, start: int, stop: int) -> QuantizedTensor:
         assert self.codes is not None
         assert self.scales is not None
         scales = _by_block(self.scales.rows(start, stop), self.block, self.name).to(self.format.scale_type.dtype)
-        points = None
+        zero_points = None
         if self.zeros is not None:
-            points = _by_block(self.zeros.rows(start, stop), self.block, self.name).to(torch.int8)
-        part = QuantizedTensor(self.format, self.codes.rows(start, stop), scales, points)
+            zero_points = _by_block(self.zeros.rows(start, stop), self.block, self.name).to(torch.int8)
+        part = QuantizedTensor(self.format, self.codes.rows(start, stop), scales, zero_points)
         if not self.exact:
             self._errors[start, stop] = (_loss(part.dequantize(), self.source.rows(start, stop)),)
         return part
@@ -109,16 +110,16 @@ class Kept(Given):
 
 @dataclass(frozen=True)
 class KeptTable(Coded):
-    """A weight whose codes are those of the checkpoint, indices of one table.
+    """A weight with the codes of the checkpoint, which are indices into one lookup table.
 
     Attributes:
         name: Name of the tensor, for messages.
-        source: Its float form.
+        source: The dequantized weight.
         format: Its format.
-        codes: The indices, uint8, of the shape of the weight.
-        scales: The scale of each element.
-        table: The values, [2 ** bits]; half precision holds them.
-        exact: Whether the format holds every scale as it is.
+        codes: The indices, uint8, in the shape of the weight.
+        scales: The scale of each element, in the shape of the weight.
+        table: The lookup table [2 ** bits], whose values are exact in half precision.
+        exact: Whether the format stores all scales without rounding.
     """
 
     name: str
@@ -135,7 +136,7 @@ class KeptTable(Coded):
         return self.palettized_rows(start, stop).dequantize()
 
     def palettized_rows(self, start: int, stop: int) -> PalettizedTensor:
-        """Codes, table and scales of the slice; the table is one palette for each matrix, whatever its rows."""
+        """Codes, table and scales of the slice [start, stop) along axis 0; each matrix has one palette, the table."""
         codes = self.codes.rows(start, stop)
         scales = _by_block(self.scales.rows(start, stop), self.format.block, self.name)
         table = self.table.to(torch.float16).expand(*codes.shape[:-2], 1, -1)
@@ -151,13 +152,13 @@ class KeptTable(Coded):
 
 @dataclass(frozen=True)
 class Grid:
-    """What the codes of a weight are, after all that moved it.
+    """The grid of a weight in the Program, whose parts are stored quantized.
 
     Attributes:
-        kinds: Forms that its parts are stored in.
-        bits: Bits of a code in the file.
-        format: The format that holds them bit for bit; None where none does.
-        reason: Why none does.
+        kinds: Stored formats of its parts, such as GPTQ.
+        bits: Bits per code in the checkpoint.
+        format: The format that holds the codes unchanged; None if there is none.
+        reason: Why there is no such format.
         near_half: Whether rounding to half precision changes no scale by more than one part in 2048.
     """
 
@@ -171,7 +172,7 @@ class Grid:
         return f"{' and '.join(self.kinds)} of {self.bits} bits"
 
     def forms(self) -> Iterator[tuple[KeptFormat, str]]:
-        """Formats that hold the codes, and what becomes of the scales in each; nothing where they stay as they are."""
+        """Formats that hold the codes unchanged, each with a text on how its scales change; empty if they do not."""
         if self.format is not None:
             yield self.format, ""
             if self.format.scale_type is ScaleType.FP32 and self.near_half:
@@ -179,7 +180,7 @@ class Grid:
 
 
 def grid_of(tensor: LazyTensor) -> Grid | None:
-    """The grid of a weight; None if it is not stored as codes."""
+    """The grid of a weight; None if it is not stored quantized."""
     leaves = _leaves(tensor)
     encoded = [leaf for leaf in leaves if isinstance(leaf, Encoded)]
     if not encoded:
@@ -194,31 +195,31 @@ def grid_of(tensor: LazyTensor) -> Grid | None:
 
 
 def _format(tensor: LazyTensor, leaves: Sequence[Encoded], bits: int) -> KeptFormat | str:
-    """The format that holds the codes of a weight, whatever its scales are, or why none does."""
+    """The format that holds the codes of a weight, regardless of the dtype of its scales; or why there is none."""
     table, columns = _common_table(leaves), tensor.shape[-1]
     if (table is None and not all(leaf.whole for leaf in leaves)) or len({leaf.bits for leaf in leaves}) > 1:
-        return "its codes are neither whole numbers of one width nor indices of one table"
+        return "its codes are neither integers of one bit width nor indices into one lookup table"
     if bits not in {4, 8}:
-        return f"no target has codes of {bits} bits"
+        return f"no target supports codes of {bits} bits"
     blocks = _view(tensor, _blocks)
     if blocks is None:
-        return "it is computed from its codes, not only moved"
+        return "it is computed from its codes, not only rearranged"
     length = _common_run(blocks)
     if table is not None:
         return TableFormat(length)
     if length != columns and length not in BLOCK_SIZES:
-        return f"a scale holds for runs of {length} of its {columns} columns"
+        return f"its scales are shared by runs of {length} of {columns} columns"
     symmetric = _symmetric(tensor)
     if not symmetric and bits == 8:
-        return "it has zero points, and int8 is symmetric"
+        return "it has zero points, but int8 is symmetric"
     if not symmetric and not _fit(tensor, -(1 << (bits - 1)), (1 << (bits - 1)) - 1):
-        return "a zero point lies outside of the range of its codes"
+        return "a zero point is outside the range of its codes"
     granularity: Any = "channel" if length == columns else length
     return IntegerFormat(4 if bits == 4 else 8, granularity, symmetric)
 
 
 def kept(name: str, tensor: LazyTensor, fmt: KeptFormat, *, exact: bool) -> Kept | KeptTable:
-    """`tensor`, whose grid is `fmt`, with its codes as they are stored; `exact` says whether its scales are too."""
+    """`tensor`, whose grid is `fmt`, with its stored codes; `exact`: whether `fmt` stores its scales unchanged."""
     codes, scales = _view(tensor, lambda leaf: leaf.codes), _view(tensor, lambda leaf: leaf.scales)
     if isinstance(fmt, IntegerFormat):
         zeros = None if fmt.symmetric else _view(tensor, _zeros)
@@ -236,7 +237,7 @@ def _view(tensor: LazyTensor, part: Callable[[Encoded], LazyTensor | None]) -> L
 
 
 def _leaves(tensor: LazyTensor) -> list[LazyTensor]:
-    """What a weight is made of; the weight itself where it is computed."""
+    """The stored tensors that a weight consists of; the weight itself if it is computed from them."""
     found: list[LazyTensor] = []
 
     def note(leaf: LazyTensor) -> LazyTensor:
@@ -255,7 +256,7 @@ def _zeros(leaf: Encoded) -> LazyTensor:
 
 
 def _blocks(leaf: Encoded) -> LazyTensor:
-    """A number for each element: that of its block of columns in its row, another one for each block and row."""
+    """A number for each element that identifies its block: different for each block and row."""
     columns = leaf.shape[-1]
     index = torch.arange(columns) // leaf.scales.block[1]
     if leaf.scales.index is not None:
@@ -271,7 +272,7 @@ def _blocks(leaf: Encoded) -> LazyTensor:
 
 
 def _common_run(blocks: LazyTensor) -> int:
-    """Largest length into which every run of equal numbers along the last axis of a row divides."""
+    """Greatest common divisor of the lengths of all runs of equal numbers in the rows."""
     value = blocks.rows(0, 1)
     flat = value.reshape(-1, value.shape[-1])
     length = flat.shape[-1]
@@ -280,7 +281,7 @@ def _common_run(blocks: LazyTensor) -> int:
 
 
 def _common_table(leaves: Sequence[Encoded]) -> Tensor | None:
-    """The table of all of them; None where some have none or another, or half precision does not hold it."""
+    """The lookup table that all leaves share; None if they share none, or if it is not exact in half precision."""
     tables = [leaf.table for leaf in leaves if leaf.table is not None]
     if len(tables) < len(leaves) or not all(torch.equal(table, tables[0]) for table in tables):
         return None
@@ -303,7 +304,7 @@ def _near_half(values: Tensor) -> Tensor:
 
 
 def _loss(found: Tensor, source: Tensor) -> float:
-    """Squared error over squared norm."""
+    """Squared error divided by the squared norm of `source`."""
     exact = source.to(torch.float32)
     change = (found - exact).square_().sum(dtype=torch.float64)
     return relative(float(change), float(exact.square().sum(dtype=torch.float64)))
@@ -324,16 +325,16 @@ def _fit(tensor: LazyTensor, low: int, high: int) -> bool:
 
 
 def _by_block(values: Tensor, block: int, name: str) -> Tensor:
-    """One of each block along the last axis, where all of a block are equal.
+    """One value for each block along the last axis.
 
     Raises:
-        CheckpointError: They are not.
+        CheckpointError: The values of a block differ.
     """
     groups = values.unflatten(-1, (-1, block))  # type: ignore[no-untyped-call]
     if not bool((groups == groups[..., :1]).all()):
         raise CheckpointError(
-            f"{name}: its parts are quantized in different groups of columns",
-            hint="export it without --quantize keep",
+            f"{name}: its parts are quantized in different blocks of columns",
+            hint="export without --quantize keep",
         )
     first: Tensor = groups[..., 0]
     return first

@@ -1,7 +1,8 @@
-"""A weight that a plan quantizes, as a lazy tensor: the interpreter reads it dequantized, a target reads its codes.
+"""Quantized weights as lazy tensors: the interpreter reads them dequantized, a target reads their codes.
 
-That is the one way in which a plan reaches a target: `program.weights[name]` is a `Coded`, or it stays float. A `Coded`
-is a `Quantized` (codes and scales) or a `Palettized` (codes and palettes); `keep` has one with a table and scales.
+A plan reaches a target only in this way: `program.weights[name]` is a `Coded` if the weight is quantized. A `Coded`
+is a `Quantized` (codes and scales), a `Palettized` (codes and palettes), or a `KeptTable` of `quantize.keep` (codes, a
+lookup table and scales).
 """
 
 from __future__ import annotations
@@ -21,21 +22,21 @@ from moec.quantize.methods.scales import NO_CLIPPING, ClipSearch
 from moec.quantize.methods.tensors import QuantizedTensor, join, stack
 
 PIECE = 1 << 22
-"""Weights of a matrix that are rounded, or get their palettes, together."""
+"""Number of weights of a matrix that are rounded, or clustered into palettes, at a time."""
 
 
 CodedFormat = IntegerFormat | PaletteFormat | TableFormat
-"""What codes may be of."""
+"""The formats of a `Coded`."""
 
 
 class Coded(Converted):
-    """A tensor whose weights are stored as codes; `source` has the float weights."""
+    """A quantized tensor; `source` has the float weights."""
 
     format: CodedFormat
 
     @property
     def dtype(self) -> torch.dtype:  # type: ignore[override]
-        """float32, which holds every value of every format, whatever the checkpoint was stored in."""
+        """float32, in which the values of every format are exact."""
         return torch.float32
 
     @abstractmethod
@@ -45,13 +46,13 @@ class Coded(Converted):
 
 @dataclass(frozen=True, eq=False)
 class Scales:
-    """Scales [..., N, groups] and zero points (None where symmetric) of some rows."""
+    """Scales [..., N, groups] and zero points of the same shape (None if symmetric) of some rows."""
 
     scales: Tensor
     zero_points: Tensor | None
 
     def unsigned_zero_points(self) -> Tensor:
-        """Zero points of unsigned 4-bit codes, uint8."""
+        """Zero points for unsigned 4-bit codes, uint8."""
         assert self.zero_points is not None
         return (self.zero_points.to(torch.int16) + 8).to(torch.uint8)
 
@@ -62,11 +63,11 @@ class Quantized(Coded):
 
     Attributes:
         name: Name of the tensor, for messages.
-        source: The float weights, of which only the rows asked for are read.
-        format: Its format, with the block size resolved.
+        source: The float weights, read slice by slice.
+        format: Its format, with a resolved block size.
         clip: Clip ratios that rounding to nearest tries.
-        rounded: Codes that calibration has chosen, one QuantizedTensor per expert ([N, K]: one in all). Empty: round
-            to nearest whenever rows are read, which always gives the same codes and keeps nothing in memory.
+        rounded: Codes from calibration, one QuantizedTensor per expert (a single one for [N, K]). If empty, rows are
+            rounded to nearest whenever they are read, which always gives the same codes and needs no memory.
         reported: Relative squared error of each of `rounded`.
     """
 
@@ -82,11 +83,11 @@ class Quantized(Coded):
 
     @property
     def block(self) -> int:
-        """Weights that share a scale."""
+        """Number of weights that share a scale."""
         return self.format.block_length(self.shape[-1], self.name)
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """The slice as the artifact will hold it: rounded and dequantized. Nothing of it is kept."""
+        """The slice, rounded and dequantized. It is not cached."""
         if self.rounded:
             return self._quantize(start, stop).dequantize(self.dtype)
         pieces = [self.source.rows(first, last) for first, last in self._steps(start, stop)]
@@ -94,16 +95,16 @@ class Quantized(Coded):
         return values[0] if len(values) == 1 else torch.cat(values)
 
     def quantized_rows(self, start: int, stop: int) -> QuantizedTensor:
-        """Codes and scales of the slice [start, stop) along axis 0; the scales are kept for `scale_rows`."""
+        """Codes and scales of the slice [start, stop) along axis 0; the scales are cached for `scale_rows`."""
         part = self._quantize(start, stop)
         self._seen.append((start, stop, Scales(part.scales, part.zero_points)))
         return part
 
     def scale_rows(self, start: int, stop: int) -> Scales:
-        """Scales and zero points of the slice, without rounding anew what was rounded before.
+        """Scales and zero points of the slice, from the cache if `quantized_rows` has read all rows before.
 
-        What was rounded before is forgotten once it has been asked for to the end: for the scales, and where there are
-        any for the zero points.
+        The cache is dropped when its last row has been read: once if the format is symmetric, otherwise twice, for
+        scales and for zero points.
         """
         covered, pieces = 0, []
         for first, last, scales in sorted(self._seen, key=lambda entry: entry[:2]):
@@ -113,7 +114,7 @@ class Quantized(Coded):
         if covered != self.shape[0]:
             part = self.quantized_rows(start, stop)
             return Scales(part.scales, part.zero_points)
-        points = [piece.zero_points for piece in pieces if piece.zero_points is not None]
+        zero_points = [piece.zero_points for piece in pieces if piece.zero_points is not None]
         if stop >= self.shape[0]:
             self._served.append(stop)
             if len(self._served) == (1 if self.format.symmetric else 2):
@@ -121,7 +122,7 @@ class Quantized(Coded):
                 self._served.clear()
         return Scales(
             torch.cat([piece.scales for piece in pieces])[start:stop],
-            torch.cat(points)[start:stop] if points else None,
+            torch.cat(zero_points)[start:stop] if zero_points else None,
         )
 
     def errors(self) -> list[float]:
@@ -136,11 +137,11 @@ class Quantized(Coded):
         if len(self.shape) == 3:
             return stack(list(self.rounded[start:stop]))
         whole = self.rounded[0]
-        points = None if whole.zero_points is None else whole.zero_points[start:stop]
-        return QuantizedTensor(whole.format, whole.codes[start:stop], whole.scales[start:stop], points)
+        zero_points = None if whole.zero_points is None else whole.zero_points[start:stop]
+        return QuantizedTensor(whole.format, whole.codes[start:stop], whole.scales[start:stop], zero_points)
 
     def _steps(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
-        """Matrix by matrix, or some rows of one at a time: codes are small, the floats that they stand for are not."""
+        """Slices of one expert, or of some rows of a matrix, so that few float weights are in memory at a time."""
         step = 1 if len(self.shape) == 3 else max(1, PIECE // self.shape[1])
         for first in range(start, max(stop, start + 1), step):
             yield first, min(first + step, stop)
@@ -158,7 +159,7 @@ def quantized(
     result: RoundingResult | None = None,
     clip: ClipSearch = NO_CLIPPING,
 ) -> Quantized:
-    """`source` in a format: with the codes that calibration has chosen, or rounded to nearest where there are none."""
+    """`source` in the format `fmt`, with the codes of a calibration `result`, or rounded to nearest if it is None."""
     resolved = fmt.resolve(source.shape[-1], name)
     if result is None:
         return Quantized(name, source, resolved, clip)
@@ -168,11 +169,11 @@ def quantized(
 
 
 @dataclass(frozen=True)
-class Given(Quantized):
-    """`source` with codes that were chosen elsewhere: subclasses read them in `_quantize`."""
+class GivenCodes(Quantized):
+    """`source` with given codes, which subclasses read in `_quantize`."""
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """The slice as the codes have it."""
+        """The slice, dequantized from the given codes."""
         return self._quantize(start, stop).dequantize(self.dtype)
 
     @abstractmethod
@@ -184,12 +185,12 @@ class Given(Quantized):
 class Palettized(Coded):
     """`source` [N, K] or [E, N, K] with a palette for each group of rows.
 
-    Palettes are made when rows are first read and kept, which is 2 to 3 % of what the codes would take.
+    Palettes are computed when rows are first read, and cached; they take 2 to 3 % of the memory of the codes.
 
     Attributes:
         name: Name of the tensor, for messages.
-        source: The float weights, of which only the rows asked for are read.
-        format: Its format, with the number of rows resolved.
+        source: The float weights, read slice by slice.
+        format: Its format, with a resolved number of rows.
     """
 
     name: str
@@ -199,13 +200,13 @@ class Palettized(Coded):
     _errors: dict[tuple[int, int], float] = field(default_factory=dict, repr=False, compare=False)
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """The slice as the artifact will hold it: every weight replaced by an entry of its palette."""
+        """The slice, with every weight replaced by an entry of its palette."""
         step = self._step
         first, last = start // step * step, min(-(-stop // step) * step, self.shape[0])
         return self.palettized_rows(first, last).dequantize(self.dtype)[start - first : stop - first]
 
     def palettized_rows(self, start: int, stop: int) -> PalettizedTensor:
-        """Codes and palettes of the slice [start, stop) along axis 0, of whole groups of rows where axis 0 are rows."""
+        """Codes and palettes of the slice [start, stop) along axis 0; a slice of rows must consist of whole groups."""
         step = self._step
         pieces = [self._piece(first, min(first + step, stop)) for first in range(start, stop, step)]
         return PalettizedTensor(
@@ -220,7 +221,7 @@ class Palettized(Coded):
 
     @property
     def _step(self) -> int:
-        """Expert by expert, a matrix in one piece; a large one in pieces of whole groups."""
+        """Length of a piece along axis 0: one expert of a stack, or whole groups of rows of a matrix."""
         if len(self.shape) == 3:
             return 1
         rows = int(self.format.rows)
@@ -240,10 +241,10 @@ class Palettized(Coded):
 
 
 def palettized(name: str, source: LazyTensor, fmt: PaletteFormat) -> Palettized:
-    """`source` in a format.
+    """`source` in the format `fmt`.
 
     Raises:
-        UsageError: The tensor is no matrix, or its rows cannot be grouped.
+        UsageError: The tensor is not a matrix, or its rows cannot be grouped.
     """
     check_matrix(source.shape, fmt)
     return Palettized(name, source, fmt.resolve(source.shape[-2], name))
@@ -251,7 +252,7 @@ def palettized(name: str, source: LazyTensor, fmt: PaletteFormat) -> Palettized:
 
 @dataclass(frozen=True)
 class Float16(Converted):
-    """A float tensor that the plan stores in half precision whatever the graph computes in."""
+    """A float tensor that the plan stores in half precision, whatever dtype the graph computes in."""
 
     source: LazyTensor
 

@@ -1,4 +1,4 @@
-"""Which tensor gets which number format: per tensor class, with overrides per layer and per expert."""
+"""The quantization plan: number formats per tensor class, with overrides per layer and per expert."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from moec.quantize.formats import FP16, NONE, Activations, FloatFormat, Format, 
 
 
 class TensorClass(StrEnum):
-    """What a weight is for. `OTHER` holds norms, biases and whatever is none of the rest."""
+    """What a weight is used for. `OTHER` is norms, biases and everything else."""
 
     EXPERTS_GATE_UP = "experts_gate_up"
     EXPERTS_DOWN = "experts_down"
@@ -26,21 +26,21 @@ class TensorClass(StrEnum):
 
 
 ALWAYS_FLOAT = {
-    TensorClass.ROUTER: "quantizing it flips experts: small errors in its logits send tokens to other experts",
-    TensorClass.OTHER: "norms and biases are too small to save bytes and too sensitive to round",
+    TensorClass.ROUTER: "small errors in router logits send tokens to other experts",
+    TensorClass.OTHER: "norms and biases are sensitive to rounding, and quantizing them saves hardly any bytes",
 }
 _EXPERTS = {TensorClass.EXPERTS_GATE_UP, TensorClass.EXPERTS_DOWN}
 
 
 @dataclass(frozen=True)
 class Override:
-    """Another format for a part of one tensor class.
+    """Another format for some tensors of one class.
 
     Attributes:
         tensor_class: The class.
-        format: The format there.
-        layer: Only this layer; None means every layer.
-        expert: Only this expert; None means every expert.
+        format: The format of these tensors.
+        layer: The layer that the override applies to; None: every layer.
+        expert: The expert that the override applies to; None: every expert.
     """
 
     tensor_class: TensorClass
@@ -53,27 +53,27 @@ class Override:
         _check_float(self.tensor_class, self.format, where)
         if self.layer is None and self.expert is None:
             raise UsageError(
-                f"{where}: it names neither a layer nor an expert", hint="Set the format of the class instead."
+                f"{where}: it names neither a layer nor an expert", hint="set the format of the class instead"
             )
         if self.expert is not None and self.tensor_class not in _EXPERTS:
             raise UsageError(
-                f"{where}: this class has no experts, yet the override names expert {self.expert}",
-                hint=f"Only {' and '.join(sorted(_EXPERTS))} have experts.",
+                f"{where}: this class has no experts, but the override names expert {self.expert}",
+                hint=f"only {' and '.join(sorted(_EXPERTS))} have experts",
             )
         if any(index is not None and index < 0 for index in (self.layer, self.expert)):
-            raise UsageError(f"{where}: a layer or expert index is negative", hint="Indices start at 0.")
+            raise UsageError(f"{where}: a layer or expert index is negative", hint="indices start at 0")
 
     def matches(self, tensor_class: TensorClass, layer: int | None, expert: int | None) -> bool:
-        """Whether it applies to this tensor."""
+        """Whether the override applies to this tensor."""
         return self.tensor_class is tensor_class and self.layer in {None, layer} and self.expert in {None, expert}
 
     @property
     def rank(self) -> tuple[bool, bool]:
-        """The greater rank wins: an expert beats a layer, both together beat either."""
+        """Precedence: the greater rank wins; an expert beats a layer, and both together beat either."""
         return (self.expert is not None, self.layer is not None)
 
     def to_dict(self) -> dict[str, str | int]:
-        """Plain form, without what is not set."""
+        """The override as a dictionary, without fields that are not set."""
         plain: dict[str, str | int] = {"tensor_class": self.tensor_class.value}
         if self.layer is not None:
             plain["layer"] = self.layer
@@ -84,11 +84,11 @@ class Override:
 
 @dataclass(frozen=True)
 class QuantizationPlan:
-    """A format for every tensor class, and the exceptions.
+    """A format for every tensor class, with overrides.
 
     Attributes:
         formats: One entry per class, in the order of `TensorClass`.
-        overrides: Exceptions, sorted; at most one per class, layer and expert.
+        overrides: Sorted overrides; at most one per class, layer and expert.
     """
 
     formats: tuple[tuple[TensorClass, Format], ...]
@@ -96,28 +96,28 @@ class QuantizationPlan:
 
     @classmethod
     def build(cls, formats: Mapping[TensorClass, Format], overrides: Iterable[Override] = ()) -> QuantizationPlan:
-        """Make a plan; a class that is not named stays as it is in the checkpoint ("none").
+        """Make a plan; classes that are not named keep the dtype of the checkpoint ("none").
 
         Raises:
-            UsageError: A class that must stay float has another format, or two overrides have the same target.
+            UsageError: A class that must stay float has another format, or two overrides apply to the same tensors.
         """
         for tensor_class, chosen in formats.items():
             _check_float(tensor_class, chosen, "quantization plan")
         ordered = sorted(overrides, key=_override_key)
         for first, second in itertools.pairwise(ordered):
             if _override_key(first) == _override_key(second):
-                raise UsageError(f"quantization plan: two overrides for {first.to_dict()}", hint="Keep one of them.")
+                raise UsageError(f"quantization plan: two overrides for {first.to_dict()}", hint="keep one of them")
         return cls(tuple((member, formats.get(member, NONE)) for member in TensorClass), tuple(ordered))
 
     def format_for(self, tensor_class: TensorClass, *, layer: int | None = None, expert: int | None = None) -> Format:
-        """The format of one tensor, or of one expert's matrix in it; the most specific override wins."""
+        """The format of a tensor, or of one expert's matrix in a stack; the most specific override wins."""
         matching = [override for override in self.overrides if override.matches(tensor_class, layer, expert)]
         if matching:
             return max(matching, key=lambda override: override.rank).format
         return dict(self.formats)[tensor_class]
 
     def to_dict(self) -> dict[str, object]:
-        """Plain form for YAML and the manifest, always in the same order."""
+        """The plan as a dictionary for YAML and the manifest, in a fixed order."""
         plain: dict[str, object] = {
             "formats": {tensor_class.value: str(chosen) for tensor_class, chosen in self.formats}
         }
@@ -127,7 +127,7 @@ class QuantizationPlan:
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, object]) -> QuantizationPlan:
-        """Read the plain form.
+        """Read the dictionary of `to_dict`.
 
         Raises:
             UsageError: An unknown key, class or format, or a plan that `build` refuses.
@@ -138,7 +138,7 @@ class QuantizationPlan:
         if not isinstance(formats, Mapping) or not isinstance(overrides, list):
             raise UsageError(
                 "quantization plan: `formats` must be a mapping and `overrides` a list",
-                hint="For example: formats: {experts_down: int4}.",
+                hint="for example: formats: {experts_down: int4}",
             )
         chosen = {parse_class(str(key)): parse_format(str(value)) for key, value in formats.items()}
         return cls.build(chosen, [_parse_override(entry) for entry in overrides])
@@ -148,7 +148,7 @@ def parse_class(text: str) -> TensorClass:
     """Read the name of a tensor class.
 
     Raises:
-        UsageError: There is none of that name; the hint says the nearest one.
+        UsageError: No class has this name; the hint gives the nearest one.
     """
     names = [member.value for member in TensorClass]
     if text in names:
@@ -160,7 +160,7 @@ def preset(name: str) -> QuantizationPlan:
     """The plan behind `--quantize fp16|int8|int4|none`.
 
     Raises:
-        UsageError: There is no preset of that name.
+        UsageError: No preset has this name.
     """
     if name not in PRESETS:
         known = [*PRESETS, "palettize4", "auto", "keep"]
@@ -169,12 +169,12 @@ def preset(name: str) -> QuantizationPlan:
 
 
 def requested(wanted: str | Mapping[str, object]) -> QuantizationPlan:
-    """The plan that a recipe or a flag asks for: a preset, one format with codes, or a plan in its plain form.
+    """The plan that a recipe or a flag requests: a preset, a quantized format, or a plan as a dictionary.
 
-    A 4-bit format spares embedding and head as the preset does: they get 8 bits, in the same blocks where it has any.
+    As in the preset int4, a 4-bit format gives embedding and lm_head 8 bits, with the same block size if it has one.
 
     Raises:
-        UsageError: No preset, no format, or a wrong plan.
+        UsageError: The text is neither a preset nor a format, or the plan is invalid.
     """
     if not isinstance(wanted, str):
         return QuantizationPlan.from_dict(wanted)
@@ -188,7 +188,7 @@ def requested(wanted: str | Mapping[str, object]) -> QuantizationPlan:
 
 
 def with_activations(plan: QuantizationPlan, activations: Activations) -> QuantizationPlan:
-    """`plan` with these activations in every integer format."""
+    """`plan` with `activations` in every integer format."""
 
     def changed(chosen: Format) -> Format:
         return replace(chosen, activations=activations) if isinstance(chosen, IntegerFormat) else chosen
@@ -203,8 +203,8 @@ def _check_float(tensor_class: TensorClass, chosen: Format, where: str) -> None:
     reason = ALWAYS_FLOAT.get(tensor_class)
     if reason is not None and not isinstance(chosen, FloatFormat):
         raise UsageError(
-            f"{where}: {tensor_class} cannot be {chosen}, it always stays float ({reason})",
-            hint=f"Leave {tensor_class} out, or write none or fp16.",
+            f"{where}: {tensor_class} cannot be {chosen}, since it always stays float: {reason}",
+            hint=f"leave {tensor_class} out, or write none or fp16",
         )
 
 
@@ -217,7 +217,7 @@ def _override_key(override: Override) -> tuple[int, int, int]:
 def _check_keys(plain: Mapping[str, object], valid: set[str], where: str) -> None:
     for key in plain:
         if key not in valid:
-            raise UsageError(f"{where}: unknown key {key!r}", hint=f"Valid: {', '.join(sorted(valid))}.")
+            raise UsageError(f"{where}: unknown key {key!r}", hint=f"valid: {', '.join(sorted(valid))}")
 
 
 def _parse_override(entry: object) -> Override:
@@ -225,16 +225,16 @@ def _parse_override(entry: object) -> Override:
     if not isinstance(entry, Mapping):
         raise UsageError(
             f"{where}: {entry!r} is not a mapping",
-            hint="For example: {tensor_class: experts_down, layer: 0, format: int8}.",
+            hint="for example: {tensor_class: experts_down, layer: 0, format: int8}",
         )
     _check_keys(entry, {"tensor_class", "layer", "expert", "format"}, where)
     for key in ("tensor_class", "format"):
         if key not in entry:
-            raise UsageError(f"{where}: {dict(entry)} lacks {key!r}", hint="Add it.")
+            raise UsageError(f"{where}: {dict(entry)} lacks {key!r}", hint="add it")
     indices = {key: entry.get(key) for key in ("layer", "expert")}
     for key, index in indices.items():
         if index is not None and (not isinstance(index, int) or isinstance(index, bool)):
-            raise UsageError(f"{where}: {key} {index!r} is not a whole number", hint="Indices start at 0.")
+            raise UsageError(f"{where}: {key} {index!r} is not an integer", hint="indices start at 0")
     tensor_class, chosen = parse_class(str(entry["tensor_class"])), parse_format(str(entry["format"]))
     return Override(tensor_class, chosen, **indices)
 
@@ -249,7 +249,7 @@ _CODED = ("int8", "int4", "palettize4")
 PRESETS = {
     "fp16": _uniform(FP16),
     "int8": _uniform(IntegerFormat(8)),
-    # Rounding the embedding and the head to four bits costs about as much as rounding all of the rest to four.
+    # 4 bits for embedding and lm_head would lose about as much quality as 4 bits for all other weights together.
     "int4": _uniform(IntegerFormat(4), embedding=IntegerFormat(8), lm_head=IntegerFormat(8)),
     "none": QuantizationPlan.build({}),
 }

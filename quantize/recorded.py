@@ -1,7 +1,7 @@
-"""Codes that calibration chose for an artifact, read back from it: taken as they are, and held against the checkpoint.
+"""Codes from calibration, read back from an artifact, and compared with the checkpoint.
 
-Calibration takes minutes to hours and chooses codes that are not the nearest ones, so its own record alone can say
-which are right. What can be said without it is whether they are a rounding of this checkpoint and not of another.
+Calibration takes minutes to hours and chooses codes other than the nearest ones, so only the digest that it recorded
+can show that codes are right. Comparing them with the checkpoint shows whether they are a rounding of its weights.
 """
 
 from __future__ import annotations
@@ -15,30 +15,31 @@ from torch import Tensor
 
 from moec.compiler.common.digest import sha256_of_chunks
 from moec.quantize.formats import IntegerFormat
-from moec.quantize.lazy import Given
+from moec.quantize.lazy import GivenCodes
 from moec.quantize.methods.scales import CHUNK, NO_CLIPPING, choose_scales
 from moec.quantize.methods.tensors import QuantizedTensor, grouped
 
 MATRIX_LIMIT, ROW_LIMIT = 1.0, 2.0
-"""Most that a matrix, and a row of one, may be off from the checkpoint: root mean square, in steps.
+"""Maximum distance of a matrix, and of each of its rows, from the checkpoint: root mean square, in steps.
 
-A step is the scale that covers the range of a block without clipping. Rounding to nearest is off by 0.3. GPTQ on the
-golden model, in int8 and int4, with and without zero points, from 6 windows of text to 24: by at most 0.63 and 1.14,
-where the weights themselves measure 2.3 steps and more in 4 bits (54 in 8), so that another matrix is off by 3.3.
+A step is the scale that covers the range of a block without clipping. The distance of rounding to nearest is 0.3.
+GPTQ on the golden model (int8 and int4, with and without zero points, 6 to 24 windows of text) is at most 0.63 steps
+per matrix and 1.14 per row. The root mean square of the weights is at least 2.3 steps in 4 bits (54 in 8 bits), so
+the distance of another matrix is about 3.3.
 """
 
 Codes = Callable[[int, int, IntegerFormat], QuantizedTensor]
-"""Start and stop along axis 0, and the format -> codes of that slice."""
+"""Start and stop along axis 0, and the format -> codes of the slice."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What speaks for a weight that was read back.
+    """Result of checking a weight that was read back.
 
     Attributes:
-        recorded: Whether its codes are those that the export recorded.
-        near: Whether it is as near to the checkpoint as rounding to its format leaves it.
-        error: Its distance from the checkpoint, in steps of its grid.
+        recorded: Whether its codes have the digest that the export recorded.
+        near: Whether its distance from the checkpoint is within `MATRIX_LIMIT` and `ROW_LIMIT`.
+        error: Largest distance of a matrix from the checkpoint, in steps.
     """
 
     recorded: bool
@@ -48,25 +49,25 @@ class Finding:
 
 @dataclass(frozen=True)
 class RecordedCodes:
-    """Codes of a tensor in an artifact, and the digest that its export recorded; see `sha256_of`."""
+    """Codes of a tensor in an artifact, and the digest that the export recorded; see `sha256_of`."""
 
     rows: Codes
     sha256: str
 
 
 @dataclass(frozen=True)
-class Recorded(Given):
-    """`source`, with the codes that `recorded` has for it."""
+class Recorded(GivenCodes):
+    """`source` with the codes of an artifact."""
 
     recorded: RecordedCodes | None = None
 
     def examine(self) -> Finding:
-        """Hold the codes against the record of the export and against the checkpoint.
+        """Compare the codes with the recorded digest and with the checkpoint.
 
-        In memory are one matrix of codes, and of an expert, or of some rows of another matrix, the floats.
+        Memory holds the codes of one matrix, and the floats of one expert or of some rows of another matrix.
 
         Raises:
-            ArtifactError: The artifact holds no codes on the grid of the plan.
+            ArtifactError: The artifact does not hold codes of the plan's format.
         """
         assert self.recorded is not None
         errors: list[tuple[float, float]] = []
@@ -88,7 +89,7 @@ class Recorded(Given):
             yield self._quantize(index, index + 1)[0]
 
     def _error(self, index: int, codes: QuantizedTensor) -> tuple[float, float]:
-        """Distance of a matrix from its source: that of all of it, and that of its worst row."""
+        """Distance of a matrix from its source, and that of its worst row, in steps."""
         rows, columns = codes.shape
         squares = torch.empty(rows, dtype=torch.float64)
         step = max(1, CHUNK // columns)
@@ -105,12 +106,12 @@ class Recorded(Given):
 
 
 def _rows(codes: QuantizedTensor, part: slice) -> QuantizedTensor:
-    points = None if codes.zero_points is None else codes.zero_points[part]
-    return QuantizedTensor(codes.format, codes.codes[part], codes.scales[part], points)
+    zero_points = None if codes.zero_points is None else codes.zero_points[part]
+    return QuantizedTensor(codes.format, codes.codes[part], codes.scales[part], zero_points)
 
 
 def _squares(source: Tensor, codes: QuantizedTensor) -> Tensor:
-    """Mean squared distance of each row in steps, [N]."""
+    """Mean squared distance of each row, in squared steps, [N]."""
     groups = grouped(source.to(torch.float32), codes.block)
     steps = choose_scales(groups, codes.format, NO_CLIPPING)[0].unsqueeze(-1)
     distance = (grouped(codes.dequantize(), codes.block) - groups) / steps
@@ -118,9 +119,9 @@ def _squares(source: Tensor, codes: QuantizedTensor) -> Tensor:
 
 
 def sha256_of(matrices: Iterable[QuantizedTensor]) -> str:
-    """Digest of the codes, scales and zero points of the matrices of a tensor, each after the other.
+    """SHA-256 of codes, scales and zero points of the matrices of a tensor, in order.
 
-    Scales count in half precision: some targets store them so, some in float32, whatever the plan says.
+    Scales are hashed in half precision, since targets may store them in half or single precision.
     """
     parts = (part for m in matrices for part in (m.codes, m.scales.to(torch.float16), m.zero_points))
     return sha256_of_chunks(

@@ -1,4 +1,4 @@
-"""What each weight of a Program is for, read off the graph and never off a name of a model."""
+"""Classifies the weights of a Program by their use in the graph, never by names."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from moec.quantize.plan import QuantizationPlan, TensorClass
 LINEAR = torch.ops.aten.linear.default
 EMBEDDING = torch.ops.aten.embedding.default
 MINIMUM_ROWS = 16
-"""A linear with fewer outputs (a gate of one number, say) saves nothing and stays float."""
+"""A linear with fewer outputs, such as a scalar gate, stays float: quantizing it saves nothing."""
 
 
 @dataclass(frozen=True, slots=True)
 class Role:
-    """Class of a weight and the number of the layer it belongs to; see `layer_of`."""
+    """Class and layer of a weight; for the layer, see `layer_of`."""
 
     tensor_class: TensorClass
     layer: int
 
 
 def weight_roles(program: Program) -> Mapping[str, Role]:
-    """Role of every matrix that a linear, an embedding or an experts node uses, by its name in the WeightStore.
+    """Roles of all matrices that linears, embeddings and experts use, by name in the WeightStore.
 
-    A tied weight has the role of the head, which is the more sensitive of its two.
+    A tied weight has the role of lm_head, the more sensitive one.
     """
     roles: dict[str, Role] = {}
     routers = {node for experts in program.nodes(EXPERTS) for node in router_nodes(experts) if node.target is LINEAR}
@@ -77,7 +77,7 @@ def _linear_class(
 
 
 def _gates(program: Program) -> set[fx.Node]:
-    """Linears of which a scan takes its decay or update rate and nothing else: they are small, and errors add up."""
+    """Linears that only compute a scan's decay or update rate: they are small, and their errors accumulate."""
 
     def linears(*operands: fx.Node | None) -> set[fx.Node]:
         through = ancestors(operands, lambda node: node.target is LINEAR or node.target in (ATTENTION, EXPERTS))
@@ -96,10 +96,10 @@ def _head(program: Program) -> fx.Node | None:
 
 
 def format_of(plan: QuantizationPlan, name: str, role: Role, tensor: LazyTensor) -> Format:
-    """The format of a tensor; a stack of experts has one.
+    """The format of a tensor; all experts of a stack must have the same one.
 
     Raises:
-        UsageError: The plan gives the experts of one tensor several formats.
+        UsageError: The plan gives the experts of one tensor different formats.
     """
     chosen = plan.format_for(role.tensor_class, layer=role.layer)
     if len(tensor.shape) == 3:
@@ -107,7 +107,7 @@ def format_of(plan: QuantizationPlan, name: str, role: Role, tensor: LazyTensor)
         if len(each) > 1:
             names = ", ".join(sorted(str(item) for item in each))
             raise UsageError(
-                f"{name}: the plan gives its experts several formats ({names}), but they are stored as one stack",
+                f"{name}: the plan gives its experts different formats ({names}), but they are stored as one stack",
                 hint="override the format of whole layers",
             )
         chosen = each.pop()

@@ -1,4 +1,4 @@
-"""Deployment targets, found by name. A new target is one folder and one line in the table below."""
+"""Deployment targets by name. A new target is one folder and one line in the table below."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _BUILT_IN: Mapping[str, str] = {
 
 
 def target_names() -> tuple[str, ...]:
-    """Names of every target, those of other packages included, sorted. Imports none of them.
+    """Sorted names of all targets, including those of other packages. Imports none of them.
 
     Raises:
         UsageError: Two packages provide the same name.
@@ -38,8 +38,8 @@ def get_target(name: str) -> Target:
     """Import and construct the target called `name`.
 
     Raises:
-        UsageError: There is none; the hint has the nearest name. Or two packages provide the same name.
-        MissingExtraError: Another package provides it and cannot be imported.
+        UsageError: No target has this name (the hint gives the nearest one), or two packages provide the same name.
+        MissingExtraError: The package that provides the target cannot be imported.
     """
     table = _table()
     if name not in table:

@@ -27,18 +27,18 @@ if TYPE_CHECKING:
 
 SYMMETRIC = ("int4:128", "int4:64", "int4:32", "int8:128", "int8:64", "int8:32")
 ASYMMETRIC = ("int4:128:asym", "int4:64:asym", "int4:32:asym")
-"""Text forms of formats with blocks, without and with zero points."""
-BY_ROW = ("int8:channel", "int4:channel")
-"""Text forms of formats with one scale for a row."""
+"""Formats with one scale per block, as `--quantize` spells them: without and with zero points."""
+PER_CHANNEL = ("int8:channel", "int4:channel")
+"""Formats with one scale per output channel (row)."""
 
 
 def with_scales(dtype: str, forms: Iterable[str]) -> tuple[str, ...]:
-    """Text forms that hold scales of the precision `dtype`."""
+    """`forms` with scales of `dtype`: "fp32" adds that suffix, anything else leaves the default, fp16."""
     return tuple(f"{form}:fp32" if dtype == "fp32" else form for form in forms)
 
 
 class Phase(StrEnum):
-    """The two ways in which a decoder runs."""
+    """The two phases of text generation."""
 
     PREFILL = "prefill"
     DECODE = "decode"
@@ -48,8 +48,8 @@ class Phase(StrEnum):
 class Capabilities:
     """What a target does in one phase.
 
-    `skips_experts`: a slot whose weight is 0 costs nothing. Where it is False the report calls a saving by dynamic
-    routing "logical only", with `reason`.
+    `skips_experts`: an expert slot whose routing weight is 0 costs no computation. Where it is False, the report calls
+    what dynamic routing saves "logical only" and gives `reason`.
     """
 
     skips_experts: bool
@@ -67,10 +67,10 @@ class Lowered:
     """What a target wrote.
 
     Attributes:
-        model_files: Names of the files in the directory that are hashed into moec.json.
+        model_files: Names of the files in the directory whose hashes go into moec.json.
         signature: Inputs, outputs and states with shapes and dtypes, JSON-able.
-        rejections: Where the target took another form than it would like to.
-        facts: JSON-able and the same on every rebuild: kernels chosen, bytes per tensor class.
+        rejections: Nodes for which the target had to choose a slower form, with reasons.
+        facts: What was built, JSON-able and equal on every rebuild: counts of ops, bytes of the experts.
     """
 
     model_files: tuple[str, ...]
@@ -81,17 +81,17 @@ class Lowered:
 
 @dataclass(frozen=True, slots=True)
 class RunnerLimits:
-    """What a runner does not take. The defaults are a runner that takes everything.
+    """What a runner cannot run. The defaults are those of a runner without limits.
 
     Attributes:
-        max_batch: Most sequences at once; None where any number will do.
+        max_batch: Maximum number of sequences at once; None: no limit.
         padding: Whether `attention_mask` may hold zeros (left padding).
-        max_sequence: Most tokens of a sequence, past and new together; None where the model alone sets the limit.
-        prefill_lengths: Lengths that the artifact was specialised to; the runner itself cuts or pads to them.
-        max_decode: Most tokens of one decode step; None where any number will do.
-        repeats_bits: Whether equal inputs give equal bits, as they do on a CPU; a GPU may add in any order.
-        stands_in: What runs here in place of the runtime that users have, if it does: "moec's executor for Core ML".
-            How fast that is, or whether it repeats itself, is not known then.
+        max_sequence: Maximum number of tokens per sequence, past and new; None: the model alone sets the limit.
+        prefill_lengths: Lengths that the artifact was specialised to; the runner splits or pads prompts to them.
+        max_decode: Maximum number of tokens per decode step; None: no limit.
+        repeats_bits: Whether equal inputs give bit-identical outputs, as on a CPU; a GPU may sum in any order.
+        stands_in: Name of the substitute that runs here in place of the runtime that users have, such as "moec's
+            executor for Core ML", or empty. Its speed and repeatability say nothing about the real runtime.
     """
 
     max_batch: int | None = None
@@ -103,49 +103,50 @@ class RunnerLimits:
     stands_in: str = ""
 
     def check(self, target: str, input_ids: np.ndarray, attention_mask: np.ndarray | None, past: int) -> None:
-        """Check a step of new tokens [B, S] after `past` others of each sequence.
+        """Check a step: input_ids [B, S] int64, attention_mask [B, past + S], after `past` tokens of each sequence.
 
         Raises:
-            UsageError: There are several sequences, padding, or more tokens than this allows.
+            UsageError: The step has more sequences, padding or tokens than the limits allow.
         """
         batch, new = input_ids.shape
         if self.max_batch is not None and batch > self.max_batch:
             raise UsageError(
-                f"{batch} sequences at once: the {target} target runs {self.max_batch}", hint="run them in turn"
+                f"{batch} sequences at once: the {target} target runs at most {self.max_batch}",
+                hint="run them one after another",
             )
         if not self.padding and attention_mask is not None and not np.all(attention_mask):
-            raise UsageError(f"the {target} target takes no padding", hint="give the tokens alone")
+            raise UsageError(f"the {target} target does not support padding", hint="give each sequence without padding")
         if self.max_sequence is not None and past + new > self.max_sequence:
             raise UsageError(
-                f"{past + new} tokens are more than the {self.max_sequence} that the cache holds",
+                f"{past + new} tokens exceed the {self.max_sequence} that the KV cache holds",
                 hint="export with a larger --context, or shorten the text",
             )
 
 
 class Runner(Protocol):
-    """Runs an artifact. Gates, `moec run`, perplexity and benchmarks use nothing else. Arrays are numpy.
+    """Runs an artifact. This is the only interface of gates, `moec run`, perplexity and benchmarks. Arrays are numpy.
 
-    A runner may be more than this: a `LimitedRunner`, an `AdjustableRunner`, a `ForkableRunner`.
+    Optional extensions are `LimitedRunner`, `AdjustableRunner` and `ForkableRunner`.
     """
 
     def reset(self) -> None:
-        """Forget the sequences."""
+        """Drop all sequences and their states."""
 
     def prefill(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None) -> np.ndarray:
-        """Start new sequences: input_ids [B, S] int64, attention_mask [B, S] -> logits [B, S, V] float32."""
+        """Start new sequences: input_ids [B, S] int64, attention_mask [B, S] or None -> logits [B, S, V] float32."""
         self.reset()
         return self.decode(input_ids, attention_mask)
 
     def decode(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None) -> np.ndarray:
-        """Continue them: input_ids [B, S], attention_mask [B, past + S] or None -> logits [B, S, V] float32."""
+        """Continue the sequences: input_ids [B, S], attention_mask [B, past + S] or None -> logits [B, S, V]."""
 
     def facts(self) -> Mapping[str, Any]:
-        """Runtime, version, threads and kernels, for the report."""
+        """Runtime, its version, threads and provider, for the report."""
 
 
 @runtime_checkable
 class LimitedRunner(Protocol):
-    """A runner that does not take every shape: ask `limits_of`."""
+    """A runner with limits; `limits_of` reads them of any runner."""
 
     limits: RunnerLimits
 
@@ -155,8 +156,8 @@ class AdjustableRunner(Protocol):
     """A runner whose artifact has inputs with defaults.
 
     Attributes:
-        overrides: Name of such an input -> float32 array that is fed in place of its default. Of an input with a row
-            for each token, such as `inputs_embeds`, it holds the rows of the tokens of the next call.
+        overrides: Name of such an input -> float32 array that is fed in place of its default. For an input with one row
+            per token, such as `inputs_embeds`, the array holds the rows of the next call's tokens.
     """
 
     overrides: dict[str, np.ndarray]
@@ -164,14 +165,14 @@ class AdjustableRunner(Protocol):
 
 @runtime_checkable
 class ForkableRunner(Protocol):
-    """A runner that can run several sequences side by side: ask `fork`."""
+    """A runner that can hold several independent conversations; the function `fork` checks for it."""
 
     def fork(self) -> Runner:
-        """A runner of the same artifact with sequences of its own; it shares the weights."""
+        """A second runner of the same artifact: it shares the weights and has its own states."""
 
 
 def limits_of(runner: Runner) -> RunnerLimits:
-    """Limits that `runner` states, or none."""
+    """The limits of `runner`; no limits if it states none."""
     return runner.limits if isinstance(runner, LimitedRunner) else RunnerLimits()
 
 
@@ -179,7 +180,7 @@ def fork(runner: Runner) -> Runner:
     """A runner of the same artifact with sequences of its own; it shares the weights.
 
     Raises:
-        UsageError: `runner` is not forkable: its runtime keeps the states of one sequence.
+        UsageError: `runner` is not a `ForkableRunner`: its runtime keeps the states of one sequence only.
     """
     if not isinstance(runner, ForkableRunner):
         raise UsageError(
@@ -190,28 +191,28 @@ def fork(runner: Runner) -> Runner:
 
 
 def cannot_measure(target: Target) -> str:
-    """Why nothing can be measured here, or an empty text: `doctor()["measure"]` says "yes", or "no" and the reason."""
+    """Why latency cannot be measured on this machine, from `doctor()["measure"]`; empty if it can."""
     answer, _, reason = target.doctor().get("measure", "yes").partition(":")
     return "" if answer.strip().lower().startswith("yes") else reason.strip() or "this machine cannot"
 
 
 ExpertsRunner = Callable[[int, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
-"""Index of a MoE layer, hidden states [T, H], and indices and weights of the routing [T, k] -> [T, H].
+"""Index of a MoE layer, hidden_states [T, H], top_k indices [T, k] and routing weights [T, k] -> output [T, H].
 
-What runs are the nodes and weights of the artifact, entered at the operands of the layer's experts. Layers are asked
-for one after the other, so that one of them need be open at a time.
+It runs the artifact's own nodes and weights from the inputs of the layer's experts on. Callers ask for one layer after
+another, so that only one needs to be loaded at a time.
 """
 
 
 @dataclass(frozen=True)
 class GateSubject:
-    """What a target's own gate looks at.
+    """What a target's own gate is given.
 
     Attributes:
         program: The final Program.
         directory: The artifact.
-        facts: `Lowered.facts` of it.
-        parity: Name of a gate and a Runner -> verdict of that Runner on the cases of the parity gate.
+        facts: `Lowered.facts` of the artifact.
+        parity: Name of a gate and a Runner -> that Runner's verdict on the cases of the parity gate.
     """
 
     program: Program
@@ -222,7 +223,7 @@ class GateSubject:
 
 @dataclass(frozen=True)
 class TargetGate:
-    """A gate that a target adds to the common ones: its name, the exit code if it fails, and how it is judged."""
+    """A gate that a target adds to the common ones: its name, its exit code on failure, and its check."""
 
     name: str
     exit_code: int
@@ -233,14 +234,14 @@ class Target(ABC):
     """A deployment format.
 
     `name` is what `--target` takes; `Options` is a TargetOptions subclass; `extra` is the pip extra that it needs, if
-    any; `tools` are the distributions, beyond torch, whose versions decide what it writes and so stand in moec.json.
-    `modules` are the top-level modules of the extra, without which nothing can be built.
+    any; `tools` are the distributions, beyond torch, whose versions affect what the target writes and which moec.json
+    therefore records. `modules` are the top-level modules of the extra; a build needs all of them.
     `takes_embeddings`: an artifact may have the input `inputs_embeds` (`moec.passes.inputs_embeds`).
     `default_dtype` is the precision where a recipe names none: "fp32" or "fp16".
-    `presets` are the names that `--quantize` takes for this target alone, or means something else by: name -> format
-    by tensor class, as in a recipe.
-    `weight_formats` are the kinds of codes that its weights may have: first words of the text forms of formats.
-    `scale_types` are the dtypes that the scales of its weights may have: "fp16", "bf16", "fp32".
+    `presets` are names for `--quantize` that only this target has, or that it redefines: name -> format by tensor
+    class, as in a recipe.
+    `weight_formats` are the kinds of quantized weights that it supports, such as "int4": the first words of formats.
+    `scale_types` are the dtypes of scales that it supports: "fp16", "bf16", "fp32".
     `state_kinds` are the kinds of state that it carries from step to step, see `moec.compiler.ir.program.StateSpec`.
     Constructing a target imports nothing heavy: lowering modules are imported in the methods that need them.
     """
@@ -259,10 +260,10 @@ class Target(ABC):
 
     @abstractmethod
     def capabilities(self, options: TargetOptions, phase: Phase) -> Capabilities:
-        """Say what this target does in `phase`."""
+        """What this target can do in `phase`."""
 
     def check(self, options: TargetOptions, config: Mapping[str, Any]) -> None:  # noqa: ARG002
-        """Refuse, before anything is captured, what cannot be built for a model.
+        """Refuse options that cannot be built for a model, before the model is captured.
 
         Args:
             options: The target's options.
@@ -280,7 +281,7 @@ class Target(ABC):
                 )
 
     def passes(self, options: TargetOptions) -> tuple[Pass, ...]:  # noqa: ARG002
-        """Passes that only this target wants, run after the common ones."""
+        """Passes that only this target needs; they run after the common ones."""
         return ()
 
     def lint(self, program: Program, options: TargetOptions) -> tuple[Rejection, ...]:  # noqa: ARG002
@@ -288,9 +289,9 @@ class Target(ABC):
         return ()
 
     def refusals(self, program: Program, options: TargetOptions) -> tuple[Rejection, ...]:
-        """States and formats of weights of kinds that this target does not know, else what `lint` finds.
+        """Kinds of states and weight formats that this target does not support; if it supports all, what `lint` finds.
 
-        What is unknown stands alone: `lint` need not know it.
+        `lint` is not asked about a Program with unsupported kinds, so it need not handle them.
         """
         return (*self._unknown_states(program), *self._unknown_formats(program)) or self.lint(program, options)
 
@@ -319,11 +320,11 @@ class Target(ABC):
             yield Rejection(self.name, f"layer {layers[0]}{more}", reason)
 
     def auto_formats(self, options: TargetOptions, tensor_class: str) -> tuple[str, ...]:  # noqa: ARG002
-        """Formats with codes that `--quantize auto` may give to weights of a class: those that kernels compute with."""
+        """Quantized formats that `--quantize auto` may give to weights of a class: those that kernels compute with."""
         return SYMMETRIC
 
     def kept_formats(self, options: TargetOptions, tensor_class: str, dtype: str) -> tuple[str, ...]:  # noqa: ARG002
-        """Formats whose codes `--quantize keep` may pass on bit for bit.
+        """Formats of a checkpoint's quantized weights that `--quantize keep` may store with their codes unchanged.
 
         Args:
             options: The target's options.
@@ -331,8 +332,8 @@ class Target(ABC):
             dtype: Precision of the Program, "fp32" or "fp16".
 
         Returns:
-            Text forms, those of `moec.quantize.formats.TableFormat` too. One with `fp32` says that scales of single
-            precision are stored as they are, one without that those of half precision are.
+            Formats as text, those of `moec.quantize.formats.TableFormat` included. With `fp32`, float32 scales are
+            stored unchanged; without, float16 scales are.
         """
         return self.auto_formats(options, tensor_class)
 
@@ -341,54 +342,54 @@ class Target(ABC):
         """Write the model files into `directory`, which exists and is empty.
 
         Raises:
-            LoweringError: An op is not supported here, or the builder refuses.
+            LoweringError: The target does not support an op, or its library fails to build the model.
         """
 
     def package(self, options: TargetOptions, directory: Path) -> tuple[str, ...]:  # noqa: ARG002
-        """Write what needs the model files and the tokenizer, which lie in `directory` now.
+        """Write the files that are made from model files and tokenizer, which are in `directory` by now.
 
         Returns:
-            Names of the files, which are hashed into moec.json as the model files are.
+            Names of the files; like those of model files, their hashes go into moec.json.
         """
         return ()
 
     @abstractmethod
     def open(self, directory: Path, *, threads: int = 0) -> Runner:
-        """Open an artifact for running; 0 threads means the runtime's default."""
+        """Open an artifact for running; 0 threads: the runtime's default."""
 
     def open_reference(self, directory: Path, *, threads: int = 0) -> Runner:
-        """Open what the common gates judge: the same, unless the artifact holds a twin that runs on every machine."""
+        """Open what the common gates judge: the artifact, or a twin that it holds and that runs on every machine."""
         return self.open(directory, threads=threads)
 
     def gates(self) -> tuple[TargetGate, ...]:
-        """Gates that only this target has, run after integrity."""
+        """Gates that only this target has; they run after the integrity gate."""
         return ()
 
     def activation_rounding(self, directory: Path) -> ActivationRounding | None:  # noqa: ARG002
-        """How the kernels of an artifact round activations before they multiply them with a quantized weight.
+        """How the kernels of an artifact round activations before a product with a quantized weight.
 
-        The reference of the gates does the same, so that what they see is the rest. None where nothing is rounded, or
-        where nobody knows how: the tolerance for codes then covers it.
+        The reference of the gates rounds in the same way, so that gates see only other differences. None where
+        kernels do not round, or where it is not known how: the tolerance for quantized weights then covers it.
         """
         return None
 
     @abstractmethod
     def stored_weights(self, directory: Path) -> Mapping[str, StoredWeight]:
-        """Weights of an artifact as its files hold them, by their names in the final Program.
+        """The weights in the files of an artifact, by their names in the final Program.
 
         Returns:
-            Every tensor of experts, and every other weight that is stored as codes.
+            Every tensor of experts, and every other weight that is stored quantized.
         """
 
     def open_experts(self, directory: Path, *, threads: int = 0) -> Mapping[str, ExpertsRunner]:  # noqa: ARG002
-        """The experts of the artifact by themselves, for the coverage gate.
+        """Runners of the artifact's experts alone, for the coverage gate.
 
         Returns:
-            What is run, as the verdict shall call it -> its experts; one for each graph that computes them, such as
-            those of prefill and decode. Empty where the format does not let anybody in there: coverage is not run then.
+            Name of a graph, for the verdict -> runner of its experts: one for each graph that computes experts, such as
+            prefill and decode. Empty where experts cannot be run alone: the coverage gate is then not run.
         """
         return {}
 
     def doctor(self) -> Mapping[str, str]:
-        """What can be built, run and measured here: keys "build", "run", "measure", "install"."""
+        """What this machine can do: "build", "run" and "measure" -> "yes" or "no: reason"; "install" -> a command."""
         return {"build": "yes", "run": "yes", "measure": "yes", "install": ""}

@@ -25,7 +25,7 @@ from moec.compiler.pipeline.routing import RoutingPlan, measure_savings, plan_ro
 from moec.compiler.pipeline.stages import Stages, silent
 from moec.passes.base import Pass
 from moec.passes.inputs_embeds import InputsEmbeds
-from moec.quantize.keep import Held
+from moec.quantize.keep import SupportedFormats
 from moec.quantize.recorded import RecordedCodes
 from moec.targets import get_target
 from moec.targets.base import Phase, Target, TargetOptions
@@ -137,10 +137,10 @@ def _in_float32(captured: Program, program: Program, done: Sequence[Pass]) -> Pr
     return program if captured.dtype == torch.float32 else passes.run_passes(widened(captured), done)[0]
 
 
-def _formats(recipe: Recipe, target: Target, options: TargetOptions) -> Held:
+def _formats(recipe: Recipe, target: Target, options: TargetOptions) -> SupportedFormats:
     """The formats in which the target can hold weights: those that `keep` may use, and those that `auto` may choose."""
     dtype = recipe.dtype or target.default_dtype
-    return Held(
+    return SupportedFormats(
         functools.partial(target.kept_formats, options, dtype=dtype), functools.partial(target.auto_formats, options)
     )
 

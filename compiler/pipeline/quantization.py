@@ -22,14 +22,14 @@ from moec.passes.base import Pass
 from moec.passes.keep_codes import KeepCodes
 from moec.passes.quantize import Quantize
 from moec.quantize.formats import FP16, Activations, IntegerFormat
-from moec.quantize.keep import Held
+from moec.quantize.keep import SupportedFormats
 from moec.quantize.lazy import Coded, Float16
 from moec.quantize.methods.calibrated import Calibration, calibrate
 from moec.quantize.methods.gptq import GptqOptions
 from moec.quantize.methods.rounding import Method, RoundingResult
 from moec.quantize.plan import QuantizationPlan, TensorClass, requested, with_activations
-from moec.quantize.planning.auto import Choice, choose, parse_size, significant
-from moec.quantize.planning.sensitivity import NEAREST, Offered, Rounding, size_of
+from moec.quantize.planning.auto import Choice, choose, parse_size, round_significant
+from moec.quantize.planning.sensitivity import NEAREST, AvailableFormats, Rounding, size_of
 from moec.quantize.recorded import RecordedCodes, matrices_of, sha256_of
 from moec.quantize.tensor_classes import weight_roles
 
@@ -77,7 +77,7 @@ class QuantizationInputs:
 def plan_quantization(
     settings: QuantizeRecipe | None,
     material: QuantizationInputs,
-    held: Held,
+    held: SupportedFormats,
     recorded_codes: Mapping[str, RecordedCodes] | None,
 ) -> Quantization:
     """Decide a recipe's quantization. Text is read and the model is run only for calibrated rounding and for `auto`.
@@ -140,14 +140,14 @@ def _calibrated(
     return found.rounded, {"calibration": calibration, "codes": codes}
 
 
-def _kept(settings: QuantizeRecipe, program: Program, held: Held) -> Quantization:
+def _kept(settings: QuantizeRecipe, program: Program, held: SupportedFormats) -> Quantization:
     keep = KeepCodes(held, Activations(settings.activations))
     # The outcome for each weight is decided before any weight is written.
     kept = keep.decide(program).outcomes
     return Quantization((keep,), settings.model_dump(mode="json"), {"plan": KEEP, "kept": kept})
 
 
-def _choose(settings: QuantizeRecipe, material: QuantizationInputs, offered: Offered) -> Choice:
+def _choose(settings: QuantizeRecipe, material: QuantizationInputs, offered: AvailableFormats) -> Choice:
     program, tokens = material.in_float32(), _calibration_windows(settings, material.checkpoint)[1]
 
     def by_gptq(plan: QuantizationPlan) -> Mapping[str, RoundingResult]:
@@ -240,7 +240,7 @@ def tensor_bytes(program: Program) -> dict[str, int]:
 
 
 def _root_mean(values: Sequence[float]) -> float:
-    return significant(math.sqrt(math.fsum(values) / len(values)))
+    return round_significant(math.sqrt(math.fsum(values) / len(values)))
 
 
 def _stored_as(tensor: LazyTensor) -> str:

@@ -1,1 +1,1 @@
-"""Passes after which each computation has one form."""
+"""Canonicalisation passes: after them, each computation has one form."""

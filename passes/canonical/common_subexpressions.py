@@ -1,4 +1,4 @@
-"""Common subexpression elimination: what is computed twice is computed once."""
+"""Common subexpression elimination."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from moec.passes.rewriting import Rewrite, replace, size_of
 
 @dataclass(frozen=True)
 class CommonSubexpressions(Pass):
-    """Let equal calls be one node. Sizes are equal when their symbolic expressions are.
+    """Merge equal calls into one node. Sizes are equal if their symbolic expressions are.
 
     ```
     %a = unsqueeze(%cos, 1); %b = mul(%q, %a); %c = unsqueeze(%cos, 1); %d = mul(%k, %c)
@@ -43,10 +43,10 @@ class CommonSubexpressions(Pass):
 
 
 def _key(node: fx.Node) -> Hashable | None:
-    """Nodes of the same key have the same value; None for what must not be merged."""
+    """A key that is equal for nodes of the same value; None for nodes that must not be merged."""
     if node.op == "get_attr":
         return ("get_attr", node.target)
-    # Two layers are two rows of the MoE layer table, whatever they compute.
+    # Experts nodes are rows of the MoE layer table, so two of them are never merged.
     if node.op != "call_function" or node.target is EXPERTS:
         return None
     value = node.meta.get("val")
@@ -60,7 +60,7 @@ def _key(node: fx.Node) -> Hashable | None:
 
 
 def _frozen(argument: Any) -> Hashable:
-    """An argument as a key: 1, 1.0 and True differ, and so do 0.0 and -0.0."""
+    """An argument as a hashable key, in which 1, 1.0 and True differ, and so do 0.0 and -0.0."""
     if isinstance(argument, list | tuple):
         return tuple(_frozen(item) for item in argument)
     if isinstance(argument, bool | int | float):

@@ -1,4 +1,4 @@
-"""Dead code elimination: nodes and weights that no output needs."""
+"""Dead code elimination for nodes and weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from moec.passes.rewriting import rewritten
 
 @dataclass(frozen=True)
 class DeadCode(Pass):
-    """Remove nodes without users and weights that no node names. Inputs and states stay: they are the signature.
+    """Remove nodes without users, and weights that no node uses. Inputs and states stay: they are the signature.
 
     ```
     %a = cos(%x); %b = sin(%x); return %a

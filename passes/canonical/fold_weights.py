@@ -1,4 +1,4 @@
-"""Constant folding: what is computed from weights alone becomes a weight, and nothing is read for it."""
+"""Constant folding: what is computed from weights alone becomes a lazy weight."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from moec.passes.base import Pass, PassResult
 from moec.passes.rewriting import add_weight, aten, rewritten
 
 GROWTH_BYTES = 1 << 16
-"""A result that is larger than this and than all that it is computed from is not worth its place in the artifact."""
+"""A result is not folded if it is larger than this and than all weights that it is computed from."""
 
 Folder = Callable[[fx.Node, LazyTensor], LazyTensor | None]
 
 
 @dataclass(frozen=True)
 class FoldWeights(Pass):
-    """Replace every computation on weights and plain numbers by a derived weight.
+    """Replace every computation on weights and numbers by a derived weight. No weight is read for it.
 
-    Reshapes, transpositions, slices, joins and casts stay readable one row (one expert) at a time; anything else is
-    computed as a whole when it is read.
+    Results of reshapes, transpositions, slices, concatenations and casts can be read one row (one expert) at a time;
+    other results are computed as a whole when they are read.
 
     ```
     %a = reshape(@w1, [E, I, H]); %b = reshape(@v1, [E, I, H]); %c = cat([%a, %b], 1); experts(.., %c, ..)
@@ -52,7 +52,7 @@ class FoldWeights(Pass):
             added[name] = tensor
             with graph.inserting_before(node):
                 weight = add_weight(graph, name, node)
-            # Folded users die with their own users; what they took is gone from the graph only then.
+            # Users that are folded themselves disappear with their own users, so their arguments need no update.
             node.replace_all_uses_with(weight, delete_user_cb=lambda user: user not in folding.folded)
         for node in reversed(folding.folded):
             if not node.users and node.op != "get_attr":
@@ -64,7 +64,7 @@ class FoldWeights(Pass):
 
 
 def _free_name(node: fx.Node, store: WeightStore, added: Mapping[str, LazyTensor]) -> str:
-    """Name of a derived weight: the module that computed it and the op, numbered where that is not enough."""
+    """Name of a derived weight: the module and the op that computed it, with a number if that name is taken."""
     op = str(node.target).split(".")[1] if isinstance(node.target, torch._ops.OpOverload) else "value"
     module = node.meta.get("module", "")
     base = name = f"{module}.{op}" if module else op
@@ -77,7 +77,7 @@ def _free_name(node: fx.Node, store: WeightStore, added: Mapping[str, LazyTensor
 
 @dataclass
 class _Folding:
-    """What the nodes seen so far fold to."""
+    """The weights that visited nodes were folded to."""
 
     store: WeightStore
     folded: dict[fx.Node, LazyTensor] = field(default_factory=dict)
@@ -104,11 +104,11 @@ class _Folding:
         if not all(isinstance(size, int) for size in value.shape):
             return False
         if target is aten.full.default and value.ndim == 0:
-            return False  # a number, which is worth more where it can be seen
+            return False  # a number: other passes need to see its value
         return all(source in self.folded for source in node.all_input_nodes)
 
     def _structured(self, node: fx.Node) -> LazyTensor | None:
-        """A tensor that can still be read row by row, or None."""
+        """The folded tensor, if it can be read row by row; else None."""
         if node.target is aten.cat.default:
             return self._joined(node)
         inputs = node.all_input_nodes
@@ -134,7 +134,7 @@ class _Folding:
 
 
 def _function_of(node: fx.Node) -> Callable[..., Tensor]:
-    """The call of `node` as a function of its inputs, in the order of `all_input_nodes`."""
+    """`node` as a function of its input tensors, in the order of `all_input_nodes`."""
     names = {source: position for position, source in enumerate(node.all_input_nodes)}
     target, args, kwargs = node.target, node.args, node.kwargs
     assert callable(target)

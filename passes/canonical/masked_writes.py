@@ -1,4 +1,4 @@
-"""Say of writes into a part of a tensor which elements change, so that each is one choice between two tensors."""
+"""Rewrite writes into a part of a tensor as element-wise choices (`where`) between two tensors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from moec.passes.rewriting import Rewrite, add_weight, aten, call, is_call, size
 
 @dataclass(frozen=True)
 class MaskedWrites(Pass):
-    """Turn writes by a mask, and by the same slice of another tensor, into choices; read past writes to other places.
+    """Turn writes by a mask, or of the same slice of another tensor, into choices; reads skip writes to other elements.
 
     ```
     %a = index_put(%x, [%mask], 7)                           ->  masked_fill(%x, %mask, 7)
@@ -40,7 +40,7 @@ class MaskedWrites(Pass):
 
 
 def _read_past(node: fx.Node) -> bool:
-    """Read what was written there, or what was there before."""
+    """Replace a read of a written element by the value, and a read of another one by a read before the write."""
     if not (is_call(node, aten.select.int) and is_call(node.args[0], aten.select_scatter.default)):
         return False
     write, axis, index = node.args[:3]
@@ -60,7 +60,7 @@ def _read_past(node: fx.Node) -> bool:
 
 
 def _fill(program: Program, node: fx.Node) -> bool:
-    """A number written where a mask holds."""
+    """Rewrite the write of a number where a mask is true."""
     if not is_call(node, aten.index_put.default) or (len(node.args) > 3 and node.args[3]):
         return False
     target, indices, value = node.args[:3]
@@ -79,7 +79,7 @@ def _fill(program: Program, node: fx.Node) -> bool:
 
 
 def _choose(node: fx.Node, constants: dict[str, LazyTensor]) -> bool:
-    """Elements of another tensor written where they are there."""
+    """Rewrite the write of a slice of another tensor to the same slice."""
     if not is_call(node, aten.slice_scatter.default):
         return False
     target, written = node.args[:2]

@@ -1,4 +1,4 @@
-"""Remove what does nothing at inference, so that later passes see one form of each computation."""
+"""Remove ops that do nothing at inference, so that later passes see one form of each computation."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CHECKS = frozenset(
         aten.sym_constrain_range_for_size.default,
     }
 )
-"""Nodes that check what the trace has already settled."""
+"""Assertions that hold after tracing."""
 
 COPIES = frozenset(
     {
@@ -35,7 +35,7 @@ COPIES = frozenset(
         aten.lift_fresh_copy.default,
     }
 )
-"""Ops whose result has the values of their argument."""
+"""Ops that return their argument unchanged."""
 
 JOINS = frozenset({aten.concat.default, aten.concatenate.default})
 
@@ -60,12 +60,12 @@ _ALIASES = {
     "subtract": "sub",
     "true_divide": "div",
 }
-"""Second names of ops: an overload of the one is the overload of that name of the other."""
+"""Alias -> op; overloads of an alias correspond to the op's overloads of the same name."""
 
 
 def _overloads(alias: str, op: str) -> Iterator[tuple[Any, Any]]:
     known = getattr(aten, op).overloads()
-    # A shift by a number is called Tensor_Scalar by the one and Scalar by the other.
+    # The overload for a shift by a number is Scalar in the alias and Tensor_Scalar in the op.
     renamed = {"Scalar": "Tensor_Scalar"} if "Scalar" not in known else {}
     for name in getattr(aten, alias).overloads():
         if (own := renamed.get(name, name)) in known:
@@ -73,7 +73,7 @@ def _overloads(alias: str, op: str) -> Iterator[tuple[Any, Any]]:
 
 
 ALIASES = {alias: op for names in _ALIASES.items() for alias, op in _overloads(*names)}
-"""The same by overload."""
+"""The same as `_ALIASES`, by overload."""
 
 CASTS_AS = frozenset({aten.type_as.default, aten.to.dtype, aten.to.other, aten.to.device})
 
@@ -91,19 +91,19 @@ SAME_IF_SHAPE = frozenset(
         *RESHAPES,
     }
 )
-"""Ops that do nothing where shape and dtype of the result are those of the argument."""
+"""Ops that do nothing if shape and dtype of the result are those of the argument."""
 
 NEUTRAL = {aten.mul.Tensor: 1.0, aten.div.Tensor: 1.0, aten.add.Tensor: 0.0, aten.sub.Tensor: 0.0}
-"""Arithmetic op -> the number that changes nothing as its second operand."""
+"""Arithmetic op -> its neutral second operand."""
 
 EVAL_DROPOUT = frozenset({aten.dropout.default, aten.feature_dropout.default})
 
 
 @dataclass(frozen=True)
 class Normalize(Pass):
-    """Remove checks, copies, casts to the same dtype and other ops that change nothing; unite the forms of reshape.
+    """Remove assertions, copies, casts to the same dtype and other no-ops; replace all variants of reshape by one.
 
-    Layout in memory means nothing afterwards: `view` becomes `reshape`, and copies that only change strides go.
+    Memory layout has no meaning afterwards: `view` becomes `reshape`, and copies that only change strides are removed.
 
     ```
     %a = view(%x, [-1, 64]); %b = view(%a, [-1, 64]); %c = mul(%b, 1.0); %d = transpose(transpose(%c, 0, 1), 0, 1)
@@ -120,8 +120,8 @@ class Normalize(Pass):
         rewrite, modified = Rewrite(program), False
         for node in list(rewrite.graph.nodes):
             if node.op == "call_function":
-                # A reshape may turn out to undo the one before it once the two are one.
-                modified |= _erase_check(node) or _unite_names(node) | _unite_reshape(node) | _replace_by_source(node)
+                # After two reshapes are merged, the result may turn out to be a no-op.
+                modified |= _erase_check(node) or _canonical_op(node) | _merge_reshapes(node) | _replace_by_source(node)
         return rewrite.result(modified=modified)
 
 
@@ -132,8 +132,8 @@ def _erase_check(node: fx.Node) -> bool:
     return True
 
 
-def _unite_names(node: fx.Node) -> bool:
-    """Turn every cast into `aten._to_copy`, every join into `aten.cat`, and an op of two names into that of one."""
+def _canonical_op(node: fx.Node) -> bool:
+    """Turn every cast into `aten._to_copy`, every concatenation into `aten.cat`, and aliases into their ops."""
     if node.target in ALIASES:
         node.target = ALIASES[node.target]
         return True
@@ -155,7 +155,7 @@ def _replace_by_source(node: fx.Node) -> bool:
 
 
 def _source(node: fx.Node) -> fx.Node | None:
-    """The node that `node` repeats, or None."""
+    """The node of the same value that can replace `node`, or None."""
     argument = node.args[0] if node.args else None
     if node.target is aten.cat.default and isinstance(argument, list | tuple) and len(argument) == 1:
         argument = argument[0]
@@ -170,7 +170,7 @@ def _source(node: fx.Node) -> fx.Node | None:
         order = node.args[1]
         return argument if isinstance(order, list | tuple) and list(order) == list(range(len(order))) else None
     if node.target is aten.unsqueeze.default and is_call(argument, *SQUEEZES):
-        source = argument.args[0]  # the order of the elements stays, so an equal shape is all that it takes
+        source = argument.args[0]  # the order of the elements does not change, so equal shapes suffice
         return source if isinstance(source, fx.Node) and _same_type(node, source) else None
     if _is_neutral(node) or node.target in SAME_IF_SHAPE:
         return argument if _same_type(node, argument) else None
@@ -178,7 +178,7 @@ def _source(node: fx.Node) -> fx.Node | None:
 
 
 def _untransposed(node: fx.Node, argument: fx.Node) -> fx.Node | None:
-    """What two transpositions of the same axes, one after the other, leave."""
+    """The source of two successive transpositions of the same axes, or None."""
     rank = node.meta["val"].ndim
     axes = {int(axis) % rank for axis in node.args[1:3]}  # type: ignore[arg-type]
     if len(axes) == 1:
@@ -202,8 +202,8 @@ def _same_type(node: fx.Node, argument: fx.Node) -> bool:
     return tensor_shape(node) == tensor_shape(argument)
 
 
-def _unite_reshape(node: fx.Node) -> bool:
-    """Turn every reshape into `aten.reshape` of what the first reshape of a chain took."""
+def _merge_reshapes(node: fx.Node) -> bool:
+    """Turn every reshape into `aten.reshape`, and a chain of them into a single one."""
     if node.target not in RESHAPES:
         return False
     source = node.args[0]

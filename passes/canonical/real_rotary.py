@@ -1,4 +1,4 @@
-"""Write complex arithmetic out in real numbers: most targets have no complex tensors."""
+"""Rewrite complex arithmetic in real numbers, since most targets have no complex tensors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Pair = tuple[fx.Node, fx.Node]
 
 @dataclass(frozen=True)
 class RealRotary(Pass):
-    """Replace complex tensors, which rotary embeddings are sometimes written with, by pairs of real ones.
+    """Replace complex tensors, which some rotary embeddings use, by pairs of real ones.
 
     ```
     %c = polar(ones_like(%t), %t); %z = view_as_complex(%x); %y = view_as_real(mul(%z, %c))
@@ -36,7 +36,7 @@ class RealRotary(Pass):
         """See the class.
 
         Raises:
-            UnsupportedModelError: A complex tensor goes through an op that has no real form here.
+            UnsupportedModelError: An op on a complex tensor is not supported.
         """
         rewrite = Rewrite(program)
         graph = rewrite.graph
@@ -55,7 +55,7 @@ class _Writer:
         self.pairs: dict[fx.Node, Pair] = {}
 
     def visit(self, node: fx.Node) -> None:
-        """Write the parts of a complex node, and give the users of its parts what they ask for."""
+        """Emit real and imaginary part of a complex node, or replace a real node that reads parts of a complex one."""
         if node.op != "call_function":
             if _is_complex(node):
                 raise _unsupported(node)
@@ -70,7 +70,7 @@ class _Writer:
         return call(self.graph, target, *args, like=node)
 
     def _real(self, node: fx.Node) -> fx.Node:
-        """A real function of complex tensors."""
+        """Emit an op with a real result on complex tensors."""
         source = node.args[0]
         assert isinstance(source, fx.Node)
         real, imaginary = self.pairs[source]
@@ -151,7 +151,7 @@ _SHAPE_OPS = frozenset(
         aten.index_select.default,
     }
 )
-"""Ops that move complex numbers about and treat both parts alike."""
+"""Ops that only move elements, and so apply to both parts in the same way."""
 
 
 def _is_complex(node: fx.Node) -> bool:
@@ -161,6 +161,6 @@ def _is_complex(node: fx.Node) -> bool:
 
 def _unsupported(node: fx.Node) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"{module_of(node)}: {node.target} on complex tensors has no form in real numbers",
-        hint="RealRotary in moec/passes/canonical/real_rotary.py is the one place to add it",
+        f"{module_of(node)}: {node.target} on complex tensors is not supported",
+        hint="add the op to RealRotary in moec/passes/canonical/real_rotary.py",
     )

@@ -1,4 +1,4 @@
-"""Make one `cat` of a tensor that is written slice by slice."""
+"""Replace a tensor that is filled slice by slice by one `cat`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class _Piece:
 
 @dataclass(frozen=True)
 class SliceWrites(Pass):
-    """Turn an empty tensor that is filled slice by slice along one axis into the slices, joined.
+    """Turn an empty tensor that is filled slice by slice along one axis into a concatenation of the slices.
 
     ```
     %e = new_empty(..); %a = slice_scatter(%e, copy(slice(%e, 3, 0, 16), %x), 3, 0, 16)
@@ -42,7 +42,7 @@ class SliceWrites(Pass):
         rewrite, modified = Rewrite(program), False
         graph = rewrite.graph
         for node in list(graph.nodes):
-            # Of a chain of writes, the last one has the whole tensor.
+            # The last write of a chain yields the complete tensor.
             if not is_call(node, aten.slice_scatter.default) or _written_on(node):
                 continue
             found = _pieces(node)
@@ -67,11 +67,11 @@ def _axis(node: fx.Node) -> int:
 
 
 def _pieces(node: fx.Node) -> list[_Piece] | str:
-    """What the tensor consists of along the axis of the last write, in order; or why that cannot be said."""
+    """The pieces of the tensor along the axis of the last write, in order; or why it cannot be rewritten."""
     axis = _axis(node)
     size = size_of(node.meta["val"].shape[axis])
     if not isinstance(size, int):
-        return "the axis that it is written along is dynamic"
+        return "the size of the axis that it is written along is dynamic"
     pieces: list[_Piece] = []
     write: Any = node
     while is_call(write, aten.slice_scatter.default):
@@ -96,7 +96,7 @@ def _pieces(node: fx.Node) -> list[_Piece] | str:
 
 
 def _written(write: fx.Node) -> fx.Node | None:
-    """What a write puts into its slice, or None where shape or dtype would change on the way."""
+    """The tensor that is written to a slice, or None if the write changes its shape or dtype."""
     source = write.args[1]
     assert isinstance(source, fx.Node)
     own = source

@@ -1,4 +1,4 @@
-"""Give each axis of the signature one symbol, so that equal sizes are seen to be equal."""
+"""Use one symbol for each dynamic axis of the signature, so that equal sizes compare as equal."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from moec.passes.rewriting import rewritten, size_of
 
 @dataclass(frozen=True)
 class UnifySizes(Pass):
-    """Let the batch of every input be the same symbol, and so on: the trace gives each input symbols of its own.
+    """Replace the symbols of each input, which the trace makes separately, by shared ones: one batch, one sequence.
 
     ```
     %input_ids: i64[s1, s2] = input; %past_0_key: f32[s3, 4, s4, 64] = input
@@ -32,7 +32,7 @@ class UnifySizes(Pass):
 
 
 def _differs(program: Program) -> bool:
-    """Whether a placeholder has another symbol than its axis."""
+    """Whether a placeholder has another symbol than that of its axis."""
     specs = [*program.inputs, *(state.input for state in program.states)]
     for node, spec in zip(program.graph.find_nodes(op="placeholder"), specs, strict=True):
         for size, axis in zip(node.meta["val"].shape, spec.shape, strict=True):

@@ -1,1 +1,1 @@
-"""Decomposition: torch's semantics, written down once in the ops of the stage CORE. One file, one kind of op."""
+"""Decomposition of aten ops into the ops of stage CORE, which defines torch's semantics once for all targets."""

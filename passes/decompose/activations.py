@@ -1,4 +1,4 @@
-"""Functions of one tensor that core ops make up."""
+"""Functions of one tensor, composed of core ops."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from moec.passes.rewriting import aten
 
 
 def _softplus(b: Builder, self: fx.Node, beta: Any = 1, threshold: Any = 20) -> fx.Node | None:
-    """`log(1 + exp(beta * x)) / beta`, and `x` itself where `beta * x` is beyond the threshold."""
-    if beta == 1 and threshold >= 20:  # beyond 20 the two agree to the last bit of float32
+    """`log(1 + exp(beta * x)) / beta`, but `x` where `beta * x` exceeds the threshold."""
+    if beta == 1 and threshold >= 20:  # above 20, both are equal in float32
         return None if b.node.args[1:] == (1, 20) else b(aten.softplus.default, self, 1, 20)
     scaled = b(aten.mul.Tensor, self, beta)
     smooth = b(aten.div.Tensor, b(aten.softplus.default, scaled, 1, 20), beta)
@@ -74,7 +74,7 @@ def _mish(b: Builder, self: fx.Node) -> fx.Node:
 
 
 def _in_result_dtype(op: Any) -> Rule:
-    """A function that is given whole numbers computes in the dtype of its result."""
+    """A function that computes in the dtype of its result, also for integer inputs."""
 
     def rule(b: Builder, self: fx.Node, **keywords: Any) -> fx.Node | None:
         value = b.cast(self, b.dtype)

@@ -1,4 +1,4 @@
-"""Arithmetic, comparisons, logic and choices of element by element."""
+"""Element-wise arithmetic, comparisons, logic and choices."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ COMPARISONS = {name: getattr(aten, name) for name in ("eq", "lt", "le", "gt", "g
 
 
 def _binary(b: Builder, op: Any, self: Any, other: Any, dtype: torch.dtype) -> fx.Node | None:
-    """The core form of a binary op that computes in `dtype`; None where the node is it already."""
+    """A binary core op that computes in `dtype`; None if the node already is one."""
     convert = b.cast if op in NUMBERS else b.tensor
     left, right = convert(self, dtype), convert(other, dtype)
     if b.node.target is op and left is self and right is other and not b.node.kwargs:
@@ -32,7 +32,7 @@ def _plain(op: Any) -> Rule:
 
 
 def _scaled(op: Any, *, swap: bool = False) -> Rule:
-    """Addition or subtraction of `alpha * other`, or with `swap` from it."""
+    """`self + alpha * other` or `self - alpha * other`; with `swap`, the operands are exchanged."""
 
     def rule(b: Builder, self: Any, other: Any, alpha: Any = 1) -> fx.Node | None:
         if swap:
@@ -49,7 +49,7 @@ def _divide_mode(b: Builder, self: Any, other: Any, rounding_mode: str | None = 
         return _binary(b, aten.div.Tensor, self, other, b.dtype)
     if rounding_mode == "floor":
         return _binary(b, aten.floor_divide.default, self, other, b.dtype)
-    # Towards zero: the quotient of the magnitudes, with the sign of the quotient.
+    # Rounding towards zero: the floored quotient of the magnitudes, with the sign of the quotient.
     left, right = b.tensor(self, b.dtype), b.tensor(other, b.dtype)
     magnitude = b(aten.floor_divide.default, b(aten.abs.default, left), b(aten.abs.default, right))
     sign = b(aten.mul.Tensor, b(aten.sign.default, left), b(aten.sign.default, right))
@@ -76,13 +76,13 @@ def _not_equal(b: Builder, self: Any, other: Any) -> fx.Node:
 
 
 def _compared_in(self: Any, other: Any) -> torch.dtype:
-    """Dtype in which torch compares; bools as whole numbers, since not every runtime orders bools."""
+    """Dtype in which torch compares; integers for bools, since not every runtime can order bools."""
     dtype = torch.result_type(*(_sample(side) for side in (self, other)))
     return torch.int32 if dtype == torch.bool else dtype
 
 
 def _sample(side: Any) -> Any:
-    """A tensor or number of the dtype of an operand; a size is a whole number."""
+    """A tensor or number of the dtype of an operand; a symbolic size counts as an integer."""
     value = side.meta["val"] if isinstance(side, fx.Node) else side
     return value if isinstance(value, torch.Tensor | bool | int | float) else 1
 
@@ -116,7 +116,7 @@ def _logical_xor(b: Builder, self: fx.Node, other: Any) -> fx.Node:
 
 
 def _of_bools(rule: Rule) -> Rule:
-    """`rule` where the op works on bools; on whole numbers a bitwise op stays what it is."""
+    """`rule` if the op works on bools; a bitwise op on integers is not decomposed."""
 
     def chosen(b: Builder, self: Any, other: Any = None) -> Any:
         if b.dtype != torch.bool:
@@ -153,7 +153,7 @@ def _power_of_tensors(b: Builder, self: fx.Node, exponent: fx.Node) -> fx.Node |
 
 
 def _clamp(b: Builder, self: fx.Node, min: Any = None, max: Any = None) -> fx.Node | None:  # noqa: A002
-    """Bounds that are tensors become a maximum and a minimum."""
+    """A clamp with tensors as bounds becomes a maximum and a minimum."""
     bounds = (min, max)
     if not any(isinstance(bound, fx.Node) for bound in bounds):
         value = b.cast(self, b.dtype)

@@ -1,4 +1,4 @@
-"""What the rules of decomposition build with: calls that are added in the place of one node."""
+"""The builder with which decomposition rules add the calls that replace a node."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from torch import fx
 from moec.passes.rewriting import aten, call
 
 Rule = Callable[..., Any]
-"""Called with a Builder and the operands by the names of the op's schema. Returns the node that takes the place of the
-call, a sequence of them for an op of several results, or None where the call is in its final form already."""
+"""Called with a Builder and the operands, by the names in the op's schema. Returns the node that replaces the call (a
+sequence of nodes for an op with several results), or None if the call needs no decomposition."""
 
 Rules = Mapping[Any, Rule]
 
 
 def is_tensor(value: Any) -> bool:
-    """Whether `value` is a node that stands for a tensor, and not for a size."""
+    """Whether `value` is the node of a tensor, rather than of a size."""
     return isinstance(value, fx.Node) and isinstance(value.meta["val"], torch.Tensor)
 
 
 class Builder:
-    """Adds core ops before `node`, in whose place they come.
+    """Adds core ops before `node`, which they replace.
 
     Attributes:
-        node: The node that is decomposed.
+        node: The node to decompose.
         graph: Its graph.
     """
 
@@ -40,19 +40,19 @@ class Builder:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of the node's result, of the first one where it has several."""
+        """Dtype of the node's result, or of the first of several."""
         value = self.node.meta["val"]
         found: torch.dtype = (value[0] if isinstance(value, list | tuple) else value).dtype
         return found
 
     def cast(self, value: Any, dtype: torch.dtype) -> Any:
-        """`value` in `dtype`; numbers and sizes stay as they are."""
+        """`value` cast to `dtype`; numbers and sizes are unchanged."""
         if not is_tensor(value) or value.meta["val"].dtype == dtype:
             return value
         return self(aten._to_copy.default, value, dtype=dtype)
 
     def tensor(self, value: Any, dtype: torch.dtype) -> fx.Node:
-        """`value` as a tensor of `dtype`: a number becomes a `full` of no axes."""
+        """`value` as a tensor of `dtype`; a number becomes a scalar `full`."""
         if is_tensor(value):
             node: fx.Node = self.cast(value, dtype)
             return node
@@ -67,19 +67,19 @@ class Builder:
         return self(aten.full.default, list(sizes), value, dtype=dtype)
 
     def sizes(self, value: fx.Node) -> list[Any]:
-        """The sizes of a tensor: ints, and `sym_size` nodes for those that are dynamic."""
+        """The sizes of a tensor: ints, or `sym_size` nodes if dynamic."""
         shape = value.meta["val"].shape
         return [
             size if isinstance(size, int) else self(aten.sym_size.int, value, axis) for axis, size in enumerate(shape)
         ]
 
     def axis(self, value: fx.Node, axis: int) -> int:
-        """`axis` counted from the front."""
+        """`axis` as a non-negative index."""
         rank: int = value.meta["val"].ndim
         return axis % rank if rank else 0
 
     def results(self, node: fx.Node) -> list[fx.Node]:
-        """The results of a call that has several, each taken by `getitem`."""
+        """The results of a call with several results, as `getitem` nodes."""
         taken = [
             self.graph.create_node("call_function", operator.getitem, (node, i)) for i in range(len(node.meta["val"]))
         ]

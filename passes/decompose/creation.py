@@ -1,4 +1,4 @@
-"""Tensors that are made of numbers alone."""
+"""Ops that create tensors from numbers."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from moec.passes.rewriting import aten
 
 
 def _filled(value: int) -> Rule:
-    """A tensor of the given sizes."""
+    """A tensor of given sizes, filled with `value`."""
     return lambda b, size, **_: b.full(size, value, b.dtype)
 
 
 def _filled_beside(value: int) -> Rule:
-    """A tensor of the given sizes, made by a method of another one."""
+    """A tensor of given sizes, filled with `value`, by a method of another tensor (`new_zeros`)."""
     return lambda b, _self, size, **_: b.full(size, value, b.dtype)
 
 
 def _filled_like(value: int) -> Rule:
-    """A tensor of the sizes of another one."""
+    """A tensor of the sizes of another one, filled with `value` (`zeros_like`)."""
     return lambda b, self, **_: b.full(b.sizes(self), value, b.dtype)
 
 

@@ -1,4 +1,4 @@
-"""The pass that brings a graph to the stage CORE."""
+"""The pass that brings a graph to stage CORE."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ RULES: Mapping[Any, Rule] = {
     **reductions.RULES,
     **shapes.RULES,
 }
-"""Every op that has a rule. One that has none and is no core op is refused when a target lowers it."""
+"""Op -> rule. An op that has no rule and is not a core op is refused when a target lowers it."""
 
 
 @dataclass(frozen=True)
 class Decompose(Pass):
-    """Write every op in the ops of `moec.compiler.ir.stages.CORE`, with all its arguments given.
+    """Rewrite every op in the ops of `moec.compiler.ir.stages.CORE`, with all arguments explicit.
 
     ```
     %a = softplus(%x, 0.5, 10); %b = rsub(%x, 3, 2); %c = transpose(%y, 0, -1)
@@ -51,10 +51,10 @@ class Decompose(Pass):
 
 
 def decompose(nodes: Iterable[fx.Node]) -> bool:
-    """Bring calls of one graph to core ops, in place. For passes that add calls after `Decompose` has run.
+    """Decompose calls in place, for passes that add calls after `Decompose` has run.
 
     Args:
-        nodes: The calls.
+        nodes: The calls to decompose.
 
     Returns:
         Whether anything was changed.
@@ -68,7 +68,7 @@ def decompose(nodes: Iterable[fx.Node]) -> bool:
 
 
 def _bind(node: fx.Node) -> bool:
-    """Give the call all its arguments."""
+    """Make all arguments of the call explicit; whether anything changed."""
     args, kwargs = bound(node)
     if args == node.args and kwargs == node.kwargs:
         return False
@@ -87,7 +87,7 @@ def _decompose(node: fx.Node) -> bool:
     if isinstance(found, Sequence):
         _replace_results(node, found)
     elif found.target is node.target and found is node.prev:
-        # The same op with other arguments: it keeps its name.
+        # The same op with other arguments: change the node in place, so that it keeps its name.
         node.args, node.kwargs = found.args, found.kwargs
         node.graph.erase_node(found)
     else:
@@ -96,9 +96,9 @@ def _decompose(node: fx.Node) -> bool:
 
 
 def _replace_results(node: fx.Node, found: Sequence[fx.Node | None]) -> None:
-    """Let those who take one of several results take what was made of it."""
+    """Replace each `getitem` of a call with several results by the node found for that result."""
     for user in list(node.users):
-        assert user.target is operator.getitem, "a call of several results is read by getitem alone"
+        assert user.target is operator.getitem, "a call with several results is read by getitem only"
         own = found[user.args[1]]  # type: ignore[index]
         assert own is not None
         user.replace_all_uses_with(own)

@@ -1,4 +1,4 @@
-"""Reading and writing elements at places that a tensor says."""
+"""Reading and writing elements by index tensors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from moec.passes.rewriting import aten
 
 
 def _embedding(b: Builder, weight: fx.Node, indices: fx.Node, *_: Any) -> fx.Node | None:
-    """What the further arguments say concerns training."""
+    """Drop the other arguments, which only concern training."""
     unused = (-1, False, False)
     return None if b.node.args[2:] == unused else b(aten.embedding.default, weight, indices, *unused)
 
@@ -24,7 +24,7 @@ def _index_select(b: Builder, self: fx.Node, dim: int, index: fx.Node) -> fx.Nod
 
 
 def _index(b: Builder, self: fx.Node, indices: Sequence[fx.Node | None]) -> fx.Node | None:
-    """An axis indexed by a tensor of whole numbers; indexing by masks or by several tensors stays what it is."""
+    """Normalise indexing by one integer tensor; indexing by masks or by several tensors is not decomposed."""
     used = [index for index in indices if index is not None]
     if len(used) != 1 or used[0].meta["val"].dtype == torch.bool or indices[-1] is not None:
         return None

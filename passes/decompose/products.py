@@ -1,4 +1,4 @@
-"""Products of matrices, convolutions and norms with a kernel of their own."""
+"""Matrix products, convolutions and fused norms."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from moec.passes.rewriting import aten
 
 
 def _matmul(b: Builder, self: fx.Node, other: fx.Node, **_: Any) -> fx.Node | None:
-    """A vector becomes a matrix of one row or one column, whose axis goes afterwards."""
+    """A vector becomes a matrix of one row or column; the added axis is removed from the result."""
     left, right = b.cast(self, b.dtype), b.cast(other, b.dtype)
     if b.node.target is aten.matmul.default and left is self and right is other and _rank(self) > 1 < _rank(other):
         return None
@@ -51,7 +51,7 @@ def _native_layer_norm(
     eps: float,
 ) -> Sequence[fx.Node | None] | None:
     if any(user.args[1] != 0 for user in b.node.users):
-        return None  # somebody wants its statistics, which only training does
+        return None  # its statistics are used, which only happens in training
     return b(aten.layer_norm.default, source, shape, weight, bias, eps), None, None
 
 

@@ -1,4 +1,4 @@
-"""Reductions over axes, and what ranks the elements of an axis."""
+"""Reductions, argmax, norms, softmax, cumulative sums, top-k and sorting."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from moec.passes.rewriting import aten
 
 
 def _axes(b: Builder, value: fx.Node, dim: Any) -> list[int]:
-    """The axes that `dim` names, counted from the front; all of them for None and for an empty list."""
+    """The axes in `dim` as non-negative indices; None and an empty list mean all axes."""
     rank = value.meta["val"].ndim
     named = [dim] if isinstance(dim, int) else dim
     return [b.axis(value, axis) for axis in named] if named else list(range(rank))
 
 
 def _reduce(op: Any) -> Rule:
-    """A reduction that is given its axes, or none for all; it computes in the dtype of its result."""
+    """A reduction over given axes, or over all; it computes in the dtype of its result."""
 
     def rule(b: Builder, self: fx.Node, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> fx.Node | None:  # noqa: ARG001
         value, axes = b.cast(self, b.dtype), _axes(b, self, dim)
@@ -41,7 +41,7 @@ def _whole(op: Any) -> Rule:
 
 
 def _bools(op: Any) -> Rule:
-    """Whether any (the largest) or all (the smallest) elements hold."""
+    """`any` as a maximum or `all` as a minimum of 0 and 1."""
 
     def rule(b: Builder, self: fx.Node, dim: Any = None, keepdim: bool = False) -> fx.Node:
         zero = b.full([], 0, self.meta["val"].dtype)
@@ -81,7 +81,7 @@ def _best_along(op: Any, sign: int) -> Rule:
 
 
 def _norm(b: Builder, self: fx.Node, order: Any, dim: Any, keepdim: bool) -> fx.Node | None:
-    """The vector norm of an order (2, 1 or infinite) over axes."""
+    """The vector norm of order 2, 1 or infinity over axes."""
     value, axes = b.cast(self, b.dtype), _axes(b, self, dim)
     if order == 2:
         return b(aten.sqrt.default, b(aten.sum.dim_IntList, b(aten.mul.Tensor, value, value), axes, keepdim))
@@ -110,7 +110,7 @@ def _norm_of_axes(b: Builder, self: fx.Node, p: Any, dim: Any, keepdim: bool = F
 def _variance(
     b: Builder, self: fx.Node, dim: Any = None, correction: Any = None, keepdim: bool = False
 ) -> fx.Node | None:
-    """Mean square distance from the mean, scaled by n / (n - correction)."""
+    """Variance: the mean squared deviation from the mean, times n / (n - correction)."""
     axes = _axes(b, self, dim)
     count = math.prod(self.meta["val"].shape[axis] for axis in axes)
     lost = 1 if correction is None else correction
@@ -122,7 +122,7 @@ def _variance(
 
 
 def _softmax(b: Builder, self: fx.Node, dim: int, *_: Any) -> fx.Node | None:
-    """The third argument says that the result is wider than the input, which the dtype of the result says as well."""
+    """Drop the third argument (float32 result for a half input), which the dtype of the result implies."""
     value, axis = b.cast(self, b.dtype), b.axis(self, dim)
     if b.node.target is aten._softmax.default and value is self and b.node.args[1:] == (axis, False):
         return None
@@ -151,7 +151,7 @@ def _cumsum(b: Builder, self: fx.Node, dim: int, dtype: Any = None) -> fx.Node |
 
 
 def _topk(b: Builder, self: fx.Node, k: Any, dim: int = -1, largest: bool = True, sorted: bool = True) -> Any:  # noqa: A002, ARG001
-    """Sorted results serve where unsorted ones would do."""
+    """Always return sorted results, which are valid for `sorted=False` too."""
     axis = b.axis(self, dim)
     done = b.node.args[1:] == (k, axis, largest, True)
     return None if done else b(aten.topk.default, self, k, axis, largest, True)
@@ -163,7 +163,7 @@ def _sort(b: Builder, self: fx.Node, dim: int = -1, descending: bool = False) ->
 
 
 def _sort_stable(b: Builder, self: fx.Node, stable: Any, dim: int = -1, descending: bool = False) -> fx.Node | None:
-    # A top-k promises no order of equal elements.
+    # A top-k does not define the order of equal elements, so it cannot replace a stable sort.
     return None if stable else _sort(b, self, dim, descending)
 
 

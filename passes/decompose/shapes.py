@@ -1,4 +1,4 @@
-"""What moves, cuts and joins elements without computing on them."""
+"""Ops that move, slice and concatenate elements without computing on them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from moec.passes.decompose.builder import Builder, Rules
 from moec.passes.rewriting import aten, size_of, tensor_shape
 
 END = sys.maxsize
-"""The end of an axis, whatever its size."""
+"""The end of an axis of any size."""
 
 
 def _reshape(b: Builder, self: fx.Node, sizes: Any) -> fx.Node | None:
@@ -121,7 +121,7 @@ def _unbind(b: Builder, self: fx.Node, dim: int = 0) -> list[fx.Node]:
 
 
 def _split(b: Builder, self: fx.Node, _size: Any, dim: int = 0) -> Any:
-    """Pieces of known sizes; a split, or a chunking, whose pieces have dynamic sizes stays what it is."""
+    """A split into pieces of static sizes; a split or chunk with dynamic sizes is not decomposed."""
     axis = b.axis(self, dim)
     sizes = [size_of(piece.shape[axis]) for piece in b.node.meta["val"]]
     if not all(isinstance(piece, int) for piece in sizes):
@@ -152,7 +152,7 @@ def _slice_scatter(
     end: int | None = None,
     step: int = 1,
 ) -> fx.Node | None:
-    """What is before the slice, what is written, and what is after it; for an axis of known size."""
+    """Concatenate the part before the slice, the written tensor, and the part after it, along a static axis."""
     axis = b.axis(self, dim)
     length = self.meta["val"].shape[axis]
     if step != 1 or not isinstance(length, int):

@@ -1,1 +1,1 @@
-"""Passes over the stacks of experts."""
+"""Passes that rewrite stacks of experts."""

@@ -1,4 +1,4 @@
-"""One layout for all experts: [E, out, in], as `linear` wants them."""
+"""One layout for all experts: [E, out, in], as in `linear`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Expert pruning: experts that matter least leave the stacks, and the router's rows follow."""
+"""Expert pruning: removes the least important experts from the stacks, and their rows from the router."""
 
 from __future__ import annotations
 
@@ -43,23 +43,23 @@ _ALONG_EXPERTS = (aten._softmax.default,)
 
 @dataclass(frozen=True)
 class SelectedRows(LazyTensor):
-    """Some rows of `source` along axis 0, each read alone."""
+    """Selected rows of `source` along axis 0, which are read one by one."""
 
     source: LazyTensor
     indices: tuple[int, ...]
 
     @property
     def shape(self) -> tuple[int, ...]:  # type: ignore[override]
-        """As many rows as are selected."""
+        """Shape of `source`, with the number of selected rows."""
         return (len(self.indices), *self.source.shape[1:])
 
     @property
     def dtype(self) -> torch.dtype:  # type: ignore[override]
-        """Dtype of the source."""
+        """Dtype of `source`."""
         return self.source.dtype
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """Read the rows one by one."""
+        """The selected rows [start, stop)."""
         wanted = self.indices[start:stop]
         if not wanted:
             return self.source.rows(0, 0)
@@ -73,12 +73,12 @@ class SelectedRows(LazyTensor):
 
 @dataclass(frozen=True)
 class PruneExperts(Pass):
-    """Remove experts from the stacks and from the router, which then chooses among the others alone.
+    """Remove experts from the stacks and from the router, which then chooses among the remaining ones.
 
-    The router is found by walking from the experts node's indices and weights to the hidden state. Every step of it
-    must treat each expert alone (a linear with one row per expert, elementwise ops, biases [E], softmax and top-k
-    over the experts); a router that does more, such as choosing groups of experts first, is left alone with the reason.
-    Routers that normalise do so over the experts that are left.
+    The router is found by walking from the experts node's indices and weights back to hidden_states. Each of its ops
+    must treat experts independently: a linear with one row per expert, elementwise ops, biases [E], softmax and top-k
+    over the experts. Other routers, such as those that choose groups of experts first, are left unchanged, with a
+    rejection. Routers that normalise their weights do so over the remaining experts.
 
     ```
     %logits = linear(%x, @gate [16, H]); %w, %i = topk(softmax(%logits), 4); experts(%x, %i, %w, @up [16, ..], ..)
@@ -98,7 +98,7 @@ class PruneExperts(Pass):
         """See the class.
 
         Raises:
-            UsageError: The list does not fit the model, or would leave a layer fewer experts than its top-k.
+            UsageError: The list does not fit the model, or would leave a layer with fewer experts than its top_k.
         """
         if len(self.removed) != len(program.layers):
             raise UsageError(
@@ -121,7 +121,7 @@ class PruneExperts(Pass):
             for node in router.per_expert:
                 name = program.weights.resolve(str(node.target))
                 selected[name] = SelectedRows(program.weights[name], kept)
-            _infer_again(router, len(kept))
+            _infer_shapes(router, len(kept))
         if not selected:
             return PassResult(program, modified=False, rejections=tuple(rejections))
         changed = rewritten(program, graph, program.weights.with_tensors(selected))
@@ -130,7 +130,7 @@ class PruneExperts(Pass):
 
 def _kept(module: str, count: int, top_k: int, removed: Sequence[int]) -> tuple[int, ...]:
     if any(not 0 <= expert < count for expert in removed):
-        raise UsageError(f"{module} has experts 0 to {count - 1}; {sorted(removed)} cannot all be pruned")
+        raise UsageError(f"{module} has experts 0 to {count - 1}, but {sorted(removed)} are to be pruned")
     kept = tuple(expert for expert in range(count) if expert not in removed)
     if len(kept) < top_k:
         raise UsageError(
@@ -140,7 +140,7 @@ def _kept(module: str, count: int, top_k: int, removed: Sequence[int]) -> tuple[
 
 
 class _Router:
-    """The ops between the hidden state and the indices and weights of an experts node."""
+    """The ops between hidden_states and the indices and weights of an experts node."""
 
     def __init__(self, experts: fx.Node, count: int) -> None:
         self.experts, self.count = experts, count
@@ -149,7 +149,7 @@ class _Router:
         self.per_expert = list(Experts.of(experts).stacks.values())
 
     def refusal(self) -> str:
-        """Why the router cannot be pruned, or nothing; fills `per_expert`."""
+        """Why the router cannot be pruned; empty if it can. Fills `per_expert`."""
         for stack in self.per_expert:
             if stack.op != "get_attr":
                 return "its expert weights are computed in the graph"
@@ -159,15 +159,15 @@ class _Router:
                     return f"its router reads the input {node.target}"
                 continue
             if reason := self._step(node):
-                return f"its router is not one row per expert: {reason}"
+                return f"its router does not treat experts independently: {reason}"
         ours = {self.experts, *self.nodes}
         for node in self.per_expert:
             if not set(node.users) <= ours:
-                return f"the weight {node.target} serves elsewhere too"
+                return f"the weight {node.target} is also used elsewhere"
         return ""
 
     def _step(self, node: fx.Node) -> str:
-        """Follow the axis of experts through one op."""
+        """Follow the axis of experts through one op; returns why that is not possible, or an empty text."""
         wide = [source for source in node.all_input_nodes if source in self._wide]
         weights = [source for source in node.all_input_nodes if source.op == "get_attr"]
         if node.target in _LINEAR and not wide:
@@ -185,7 +185,7 @@ class _Router:
             return ""
         if node.target is aten.gather.default and node.args[0] in self._wide and node.args[2] not in self._wide:
             return ""
-        return f"{node.target} works across the experts"
+        return f"{node.target} combines values of several experts"
 
     def _linear(self, node: fx.Node, weights: list[fx.Node]) -> str:
         if int(node.meta["val"].shape[-1]) != self.count:
@@ -198,7 +198,7 @@ class _Router:
         return ""
 
     def _lookup(self, node: fx.Node, weights: list[fx.Node]) -> str:
-        """An op over chosen slots: a vector with one entry per expert may be indexed by them."""
+        """Check an op after the top-k: it may only look up vectors with one entry per expert by the indices."""
         if node.target is aten.index.Tensor and weights and weights[0] is node.args[0]:
             self.per_expert += weights
             return "" if tuple(weights[0].meta["val"].shape) == (self.count,) else f"it indexes {weights[0].target}"
@@ -211,13 +211,13 @@ class _Router:
             shape = tuple(source.meta["val"].shape)
             if shape and shape[-1] == self.count:
                 if len(shape) > 1:
-                    return f"{source.target} is no vector over the experts"
+                    return f"{source.target} is not a vector with one entry per expert"
                 self.per_expert.append(source)
         return ""
 
 
-def _infer_again(router: _Router, count: int) -> None:
-    """Give the pruned weights and what is computed from them their new shapes."""
+def _infer_shapes(router: _Router, count: int) -> None:
+    """Infer the shapes of the pruned weights and of all values computed from them."""
     mode = fake_mode(router.experts.graph)
     for node in dict.fromkeys(router.per_expert):
         old = node.meta["val"]
@@ -232,19 +232,19 @@ def _infer_again(router: _Router, count: int) -> None:
 def choose_removed(
     program: Program, traces: Sequence[RoutingTrace], peaks: Sequence[Tensor], share: float
 ) -> tuple[tuple[int, ...], ...]:
-    """The experts of each layer that matter least by REAP saliency (arXiv:2510.13999); super experts always stay.
+    """The experts of each layer with the least REAP saliency (arXiv:2510.13999), without super experts.
 
     Args:
         program: The model.
         traces: Routing over calibration text with output norms, one per layer.
         peaks: Largest magnitude of each expert's output, [E] per layer.
-        share: Of the experts of every layer to remove, in (0, 1).
+        share: Share of the experts of every layer to remove, in (0, 1).
 
     Raises:
-        UsageError: The share makes no sense.
+            UsageError: The share is not between 0 and 1.
     """
     if not 0 < share < 1:
-        raise UsageError(f"the share of experts to prune lies between 0 and 1, not {share:g}")
+        raise UsageError(f"the share of experts to prune must be between 0 and 1, not {share:g}")
     protected = set(super_experts(peaks))
     removed = []
     for row, trace in zip(program.layers, traces, strict=True):

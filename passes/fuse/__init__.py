@@ -1,1 +1,1 @@
-"""Passes that recognise a semantic op in many small ones."""
+"""Passes that fuse patterns of small ops into semantic ops."""

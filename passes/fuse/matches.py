@@ -1,4 +1,4 @@
-"""What passes share that look for a pattern at each node and make one op of it."""
+"""The loop of passes that look for a pattern at each node."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from moec.passes.rewriting import Rewrite
 
 
 def fuse_each(name: str, program: Program, fuse: Callable[[fx.Graph, fx.Node], bool | str]) -> PassResult:
-    """Fuse what ends in a node of `program`, for each of its nodes.
+    """Try to fuse a pattern that ends in each node of `program`.
 
     Args:
-        name: Of the pass.
-        program: Where to.
-        fuse: Rewrites what ends in a node and returns True; False where there is nothing, or why it is left as it is
-            although it nearly is what the pass looks for.
+        name: Name of the pass.
+        program: The program to rewrite.
+        fuse: Rewrites the pattern that ends in a node. Returns True if it did, False if there is no pattern, or the
+            reason why a near-match is left unchanged.
     """
     rewrite, modified = Rewrite(program), False
     for node in list(rewrite.graph.nodes):

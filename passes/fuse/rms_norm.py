@@ -1,4 +1,4 @@
-"""Recognise RMSNorm (arXiv 1910.07467) in the forms in which model code writes it."""
+"""Recognise RMSNorm (arXiv:1910.07467) in the variants that occur in model code."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from moec.passes.rewriting import CASTS, aten, call, is_call, last_axis, number,
 
 @dataclass(frozen=True)
 class RmsNorm(Pass):
-    """Make one `moec::rms_norm` of a root mean square norm.
+    """Fuse a root mean square norm into one `moec::rms_norm`.
 
-    The square may be a power or a product, the inverse root `rsqrt`, a power of -0.5 or a division; casts to float32
-    and back are taken in, and so is a weight on either side, if there is one.
+    The square may be a power or a product; the inverse root may be `rsqrt`, a power of -0.5 or a division. Casts to
+    float32 and back are part of the pattern, and so is a multiplication by a weight from either side, if there is one.
 
     ```
     %a = pow(%x, 2); %b = mean(%a, [-1], True); %c = add(%b, eps); %d = rsqrt(%c); %e = mul(%x, %d); %f = mul(@w, %e)
@@ -39,7 +39,7 @@ class RmsNorm(Pass):
 
 @dataclass(frozen=True, slots=True)
 class _Norm:
-    """A match: `source` is normalised; with a fused op of torch, `weight` is known already."""
+    """A match: the input `source` and, from torch's own fused op, the `weight`."""
 
     source: fx.Node
     eps: float
@@ -55,7 +55,7 @@ def _fuse_at(graph: fx.Graph, node: fx.Node) -> bool | str:
 
 
 def _match(node: fx.Node) -> _Norm | str | None:
-    """A norm that ends (but for weight and casts) in `node`; why it is none although it nearly is; or None."""
+    """The norm that ends in `node` (before weight and casts); the reason why a near-match is not one; or None."""
     if is_call(node, aten.rms_norm.default):
         return _match_fused(node)
     for scaled, variance in _scalings(node):
@@ -69,7 +69,7 @@ def _match(node: fx.Node) -> _Norm | str | None:
         if eps is None:
             return "its epsilon is not a number"
         if mean.args[2:3] != (True,) or not _over_last_axis(mean):
-            return f"it takes the mean over the axes {mean.args[1]}, not over the last alone with the axis kept"
+            return f"it takes the mean over the axes {mean.args[1]}, not over the last axis with keepdim"
         if skip_casts(source) is not skip_casts(scaled):
             return f"it scales %{scaled.name} by the mean square of %{source.name}"
         return _Norm(scaled, eps)
@@ -90,7 +90,7 @@ def _match_fused(node: fx.Node) -> _Norm | str:
 
 
 def _scalings(node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
-    """(x, v) wherever `node` is x / sqrt(v)."""
+    """All (x, v) such that `node` is x / sqrt(v)."""
     if not is_call(node, aten.mul.Tensor, aten.div.Tensor):
         return
     first, second = node.args[:2]
@@ -104,7 +104,7 @@ def _scalings(node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
 
 
 def _under_inverse_root(node: fx.Node) -> fx.Node | None:
-    """V where `node` is 1 / sqrt(v)."""
+    """The node v if `node` is 1 / sqrt(v), else None."""
     if is_call(node, aten.rsqrt.default):
         return _node(node.args[0])
     if is_call(node, aten.pow.Tensor_Scalar) and number(node.args[1]) == -0.5:
@@ -116,14 +116,14 @@ def _under_inverse_root(node: fx.Node) -> fx.Node | None:
 
 
 def _under_root(node: fx.Node) -> fx.Node | None:
-    """V where `node` is sqrt(v)."""
+    """The node v if `node` is sqrt(v), else None."""
     if is_call(node, aten.sqrt.default) or (is_call(node, aten.pow.Tensor_Scalar) and number(node.args[1]) == 0.5):
         return _node(node.args[0])
     return None
 
 
 def _mean_square(variance: fx.Node) -> tuple[fx.Node, float | None] | None:
-    """The mean and the epsilon that `variance` adds to it; the epsilon is None where it is no number."""
+    """The mean of squares and the epsilon whose sum is `variance`; the epsilon is None if it is not a number."""
     if is_call(variance, aten.mean.dim):
         return variance, 0.0
     if not is_call(variance, aten.add.Tensor) or variance.kwargs:
@@ -137,7 +137,7 @@ def _mean_square(variance: fx.Node) -> tuple[fx.Node, float | None] | None:
 
 
 def _squared(node: Any) -> fx.Node | None:
-    """X where `node` is x * x."""
+    """The node x if `node` is x * x, else None."""
     if is_call(node, aten.pow.Tensor_Scalar) and number(node.args[1]) == 2.0:
         return _node(node.args[0])
     if is_call(node, aten.square.default) or (is_call(node, aten.mul.Tensor) and node.args[0] is node.args[1]):
@@ -156,7 +156,7 @@ def _node(argument: Any) -> fx.Node | None:
 
 
 def _fuse(graph: fx.Graph, node: fx.Node, norm: _Norm) -> None:
-    """Replace the norm, with as much of what follows as belongs to it."""
+    """Replace the norm, including the weight and casts that follow."""
     sources = {source.meta["val"].dtype: source for source in (norm.source, skip_casts(norm.source))}
     ends = [(node, norm.weight), *_continuations(node, norm)]
     end, weight = next((item for item in reversed(ends) if item[0].meta["val"].dtype in sources), (None, None))
@@ -169,7 +169,7 @@ def _fuse(graph: fx.Graph, node: fx.Node, norm: _Norm) -> None:
 
 
 def _continuations(node: fx.Node, norm: _Norm) -> Iterator[tuple[fx.Node, fx.Node | None]]:
-    """The casts and the multiplication by a weight that follow `node`, each with the weight up to there."""
+    """The casts and the multiplication by a weight that follow `node`, each with the weight applied so far."""
     weight = norm.weight
     while len(node.users) == 1:
         user = next(iter(node.users))
@@ -183,7 +183,7 @@ def _continuations(node: fx.Node, norm: _Norm) -> Iterator[tuple[fx.Node, fx.Nod
 
 
 def _weight_factor(user: fx.Node, node: fx.Node) -> fx.Node | None:
-    """The vector [H] of weights that `user` multiplies `node` by."""
+    """The weight [H] by which `user` multiplies `node`, or None."""
     if not is_call(user, aten.mul.Tensor):
         return None
     factor = _node(user.args[1] if user.args[0] is node else user.args[0])

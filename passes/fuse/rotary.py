@@ -1,4 +1,4 @@
-"""Recognise rotary position embeddings (arXiv 2104.09864) in the forms in which model code writes them."""
+"""Recognise rotary position embeddings (arXiv:2104.09864) in the variants that occur in model code."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ INT_MAX = (1 << 63) - 1
 
 @dataclass(frozen=True)
 class Rotary(Pass):
-    """Make one `moec::rotary` of a rotation of the last axis by tables of cosines and sines.
+    """Fuse a rotation of the last axis by tables of cosines and sines into one `moec::rotary`.
 
-    Four forms are known: `x * cos + rotated(x) * sin`, where `rotated` joins the negated second half and the first, or
-    interleaves negated odd and even elements; and the same written out for the two parts, which are then joined or
-    interleaved. Interleaved elements are brought into halves before and back afterwards. A partial rotation is one of
-    a slice.
+    Four variants are recognised: `x * cos + rotated(x) * sin`, where `rotated` concatenates the negated second half and
+    the first half, or interleaves the negated odd and the even elements; and the same formula for the two parts
+    separately, which are then concatenated or interleaved. For interleaved variants, the elements are reordered into
+    halves before and back after the op. A partial rotation is a rotation of a slice.
 
     ```
     %a = mul(%x, %cos); %b = cat([neg(slice(%x, -1, 32)), slice(%x, -1, 0, 32)], -1); %y = add(%a, mul(%b, %sin))
@@ -43,9 +43,9 @@ class Rotary(Pass):
 
 @dataclass(frozen=True, slots=True)
 class _Rotation:
-    """A match: parts taken in the style of `part` are turned and joined in `style`.
+    """A match: parts taken in the style of `part` are rotated and joined in `style`.
 
-    `whole` says whether the tables have the width of the input or half of it.
+    `whole`: whether the tables have the width of the input, rather than half of it.
     """
 
     part: Part
@@ -54,7 +54,7 @@ class _Rotation:
     style: str
     whole: bool
     shape: Any = None
-    """With style EVEN_ODD: the size arguments that bring pairs into one axis."""
+    """With style EVEN_ODD: the size arguments of the reshape that merges pairs into one axis."""
 
 
 def _fuse_at(graph: fx.Graph, node: fx.Node) -> bool | str:
@@ -63,7 +63,7 @@ def _fuse_at(graph: fx.Graph, node: fx.Node) -> bool | str:
 
 
 def _match(node: fx.Node) -> _Rotation | str | None:
-    """The rotation that ends in `node`, why it is none although it nearly is, or None."""
+    """The rotation that ends in `node`; the reason why a near-match is not one; or None."""
     if is_call(node, aten.add.Tensor) and not node.kwargs:
         return _match_whole(node)
     if is_call(node, aten.cat.default, aten.reshape.default):
@@ -95,7 +95,7 @@ def _joined(node: fx.Node) -> tuple[fx.Node, fx.Node, str, Any] | None:
 
 
 def _match_whole(node: fx.Node) -> _Rotation | str | None:
-    """X * cos + rotated(x) * sin."""
+    """Match `x * cos + rotated(x) * sin`."""
     for straight, crossed in (node.args[:2], node.args[1::-1]):
         for rotated, sine in _factors(crossed):
             found = _rotated(rotated)
@@ -107,12 +107,12 @@ def _match_whole(node: fx.Node) -> _Rotation | str | None:
             for source, cosine in _factors(straight):
                 if part.is_of(source):
                     return _Rotation(Part(source, part.style, part.index), cosine, sine, style, True, shape)
-            return "what it adds to the rotated input is not that input times a table"
+            return "the other summand is not the same input times a table"
     return None
 
 
 def _rotated(node: fx.Node) -> tuple[Part, str, Any] | str | None:
-    """What `node` turns by a right angle: the first part of it, the style and the sizes of a final reshape."""
+    """If `node` is `rotated(x)`: the first part of x, the style, and the sizes of a final reshape."""
     if not is_call(node, aten.cat.default, aten.reshape.default):
         return None
     joined = _joined(node)
@@ -125,21 +125,21 @@ def _rotated(node: fx.Node) -> tuple[Part, str, Any] | str | None:
     if second is None or first is None or second.source is not first.source:
         return _unequal(negated.args[0], kept)
     if (first.style, second.style, first.index, second.index) != (style, style, 0, 1):
-        return "it joins the parts of its input in an order that is no rotation"
+        return "it joins the parts of its input in an order that is not a rotation"
     return first, style, shape
 
 
 def _unequal(second: Any, first: Any) -> str | None:
-    """The reason, where two slices of one tensor are not its halves."""
+    """The reason for a rejection if two slices of a tensor are not its halves, else None."""
     slices = [item for item in (second, first) if is_call(item, aten.slice.Tensor)]
     if len(slices) == 2 and slices[0].args[0] is slices[1].args[0]:
         widths = [item.meta["val"].shape[-1] for item in reversed(slices)]
-        return f"it turns unequal parts of its input: {widths[0]} and {widths[1]} wide"
+        return f"the parts of its input have different widths: {widths[0]} and {widths[1]}"
     return None
 
 
 def _match_parts(low: fx.Node, high: fx.Node, style: str, shape: Any) -> _Rotation | None:
-    """(x1 * cos - x2 * sin, x2 * cos + x1 * sin), joined in `style`."""
+    """Match (x1 * cos - x2 * sin, x2 * cos + x1 * sin), joined in `style`."""
     if not is_call(low, aten.sub.Tensor) or not is_call(high, aten.add.Tensor) or low.kwargs or high.kwargs:
         return None
     for first, cosine in _factors(low.args[0]):
@@ -160,7 +160,7 @@ def _is_sum(node: fx.Node, first: tuple[fx.Node, fx.Node], second: tuple[fx.Node
 
 
 def _factors(argument: Any) -> list[tuple[fx.Node, fx.Node]]:
-    """Both orders of the factors of a product of two tensors."""
+    """The factors of a product of two tensors, in both orders."""
     if not is_call(argument, aten.mul.Tensor):
         return []
     first, second = argument.args
@@ -170,7 +170,7 @@ def _factors(argument: Any) -> list[tuple[fx.Node, fx.Node]]:
 
 
 def _rewrite(graph: fx.Graph, node: fx.Node, found: _Rotation) -> str | None:
-    """Write the rotation as one op; return why not, if it cannot be."""
+    """Replace the rotation by one op; returns the reason if it cannot be replaced."""
     if found.whole and found.style == HALVES and not all(map(has_equal_halves, (found.cosine, found.sine))):
         return "the two halves of its tables may differ"
     problem = _layout_problem(node, found)
@@ -202,7 +202,7 @@ def _rewrite(graph: fx.Graph, node: fx.Node, found: _Rotation) -> str | None:
 
 
 def _table(graph: fx.Graph, table: fx.Node, found: _Rotation, node: fx.Node) -> fx.Node | None:
-    """The table in the width of the input with equal halves; None where it cannot be had."""
+    """The table in the width of the input, with equal halves; None if that cannot be derived."""
     if not found.whole:
         return full_table(graph, table, node)
     if found.style == HALVES:
@@ -212,12 +212,12 @@ def _table(graph: fx.Graph, table: fx.Node, found: _Rotation, node: fx.Node) -> 
 
 
 def _layout_problem(node: fx.Node, found: _Rotation) -> str | None:
-    """Why the tables do not fit the op: [B or 1, 1, S, D] (or [B or 1, S, 1, D]) for an input of [B, heads, S, D]."""
+    """Why the tables do not fit the op, which needs [B or 1, 1, S, D] or [B or 1, S, 1, D] for [B, heads, S, D]."""
     value, dtype = node.meta["val"], found.part.source.meta["val"].dtype
     for table in (found.cosine, found.sine):
         other = table.meta["val"]
         if other.dtype != dtype:
-            return f"its tables are {other.dtype} and its input is {dtype}"
+            return f"its tables are {other.dtype}, but its input is {dtype}"
         if other.ndim != 4 or value.ndim != 4 or 1 not in (other.shape[1], other.shape[2]):
             return f"its tables have shape {list(other.shape)} for an input of shape {list(value.shape)}"
     return None

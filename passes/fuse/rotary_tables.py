@@ -1,4 +1,4 @@
-"""Tables of cosines and sines: whether their halves are equal, and how to get one half of them."""
+"""Tables of cosines and sines: whether their halves are equal, and how to compute only one half."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _SCALED = frozenset({aten.mul.Tensor, aten.div.Tensor})
 
 
 def has_equal_halves(table: fx.Node) -> bool:
-    """Whether the last axis of `table` is certainly twice the same."""
+    """Whether the two halves of the last axis of `table` are provably equal."""
     while True:
         if is_call(table, aten.cat.default):
             return _joins_twice(table)
@@ -24,9 +24,9 @@ def has_equal_halves(table: fx.Node) -> bool:
 
 
 def half_of(graph: fx.Graph, table: fx.Node, like: fx.Node) -> fx.Node | None:
-    """One of the two equal elements of each pair along the last axis of `table`; None where they may differ.
+    """A table of half the width, from one of the two equal elements of each pair; None if they may differ.
 
-    What follows the doubling is repeated on half the width; equal nodes are united later.
+    The ops after the doubling are repeated on half the width; common-subexpressions merges equal nodes later.
     """
     if is_call(table, aten.repeat_interleave.self_int):
         source, repeats, axis = (*table.args, None)[:3]
@@ -53,7 +53,7 @@ def _joins_twice(node: fx.Node) -> bool:
 
 
 def _source(node: fx.Node) -> fx.Node | None:
-    """What `node` is made of by an op that treats every element of the last axis alike, or None."""
+    """The input of `node` if its op treats all elements of the last axis in the same way, else None."""
     if not node.args or not isinstance(node.args[0], fx.Node):
         return None
     source: fx.Node = node.args[0]

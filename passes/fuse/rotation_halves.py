@@ -1,4 +1,4 @@
-"""The two parts that a rotation mixes: halves of the last axis, or its even and odd elements."""
+"""The two parts that a rotation combines: halves of the last axis, or its even and odd elements."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ EVEN_ODD = "even and odd"
 class Part:
     """Part `index` (0 or 1) of the last axis of `source`, taken in `style`.
 
-    Where the part was taken from pairs `[..., D / 2, 2]`, `sizes` are the size arguments that made them, and `source`
-    is what they were made of.
+    If the part was taken from pairs `[..., D / 2, 2]`, `sizes` are the size arguments of the reshape into pairs, and
+    `source` is the input of this reshape.
     """
 
     source: fx.Node
@@ -32,7 +32,7 @@ class Part:
         return node is self.source
 
     def whole(self, graph: fx.Graph, like: fx.Node) -> fx.Node:
-        """The tensor [..., D] that this is a part of; added at the insertion point where there is none yet."""
+        """The tensor [..., D] that this is a part of; if there is none, it is added at the insertion point."""
         if self.sizes is None:
             return self.source
         shape = [*self.sizes[:-2], like.meta["val"].shape[-1]]
@@ -43,7 +43,7 @@ class Part:
 
 
 def part_of(node: Any) -> Part | None:
-    """Which part of what `node` is, or None."""
+    """The part of another tensor that `node` takes, or None."""
     if is_call(node, aten.slice.Tensor):
         return _sliced(node)
     if is_call(node, operator.getitem):

@@ -1,1 +1,1 @@
-"""Routing policies: one file each."""
+"""Dynamic routing: policies, and their calibration."""

@@ -1,4 +1,4 @@
-"""Dynamic routing: a policy's selection between the router and the experts of every MoE layer."""
+"""Dynamic routing: inserts a policy between the router and the experts of every MoE layer."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ BUDGET_INPUT = "routing_budget"
 class DynamicRouting(Pass):
     """Insert `moec::select` in front of every experts node, with the policy's rule as aten ops.
 
-    The rule sees slots in descending order: where the router's ops do not prove that they come so, a top-k over the
-    slots sorts weights and experts first. Layers with a single slot, and those where the policy keeps every slot,
-    stay as they are.
+    The rule gets slots in descending order of weight. If the router's ops do not guarantee this order, a top-k sorts
+    weights and indices first. Layers with a single slot per token, and layers in which the policy keeps every slot, are
+    not changed.
 
     ```
     %y = experts(%x, %indices, %weights, ...)
@@ -48,9 +48,9 @@ class DynamicRouting(Pass):
     ```
 
     Attributes:
-        policy: What decides.
-        runtime_budget: Make the policy's knob the Program input `routing_budget` (float32 scalar), whose default is
-            the policy's own value.
+        policy: The policy.
+        runtime_budget: Whether to make the policy's knob the Program input `routing_budget` (float32 scalar), with
+            the policy's value as its default.
     """
 
     name: ClassVar[str] = "dynamic-routing"
@@ -62,20 +62,20 @@ class DynamicRouting(Pass):
         """See the class.
 
         Raises:
-            UsageError: The policy has no knob that could be fed at run time, or was calibrated for fewer layers.
+            UsageError: The policy has no knob that can be set at run time, or was calibrated for fewer layers.
         """
         graph = program.copy_graph()
-        adding = _Adding(program, graph)
-        budget = self._budget(graph, adding.mode) if self.runtime_budget else None
+        inserter = _Inserter(program, graph)
+        budget = self._budget(graph, inserter.mode) if self.runtime_budget else None
         rejections: list[Rejection] = []
         for layer, experts in enumerate(graph.find_nodes(op="call_function", target=EXPERTS)):
-            reason = self._insert(adding, layer, experts, budget)
+            reason = self._insert(inserter, layer, experts, budget)
             if reason:
                 rejections.append(Rejection(self.name, module_of(experts), reason))
-        if not adding.modified:
+        if not inserter.modified:
             return PassResult(program, modified=False, rejections=tuple(rejections))
-        decompose(adding.added)
-        changed = rewritten(program, graph, program.weights.with_tensors(adding.constants))
+        decompose(inserter.added)
+        changed = rewritten(program, graph, program.weights.with_tensors(inserter.constants))
         if budget is not None:
             default = torch.tensor(self.policy.knob_value, dtype=torch.float32)
             changed = changed.replace(
@@ -87,7 +87,7 @@ class DynamicRouting(Pass):
     def _budget(self, graph: fx.Graph, mode: Any) -> fx.Node:
         if self.policy.knob is None:
             raise UsageError(
-                f"policy {self.policy.name} has no scalar that could be set at run time",
+                f"policy {self.policy.name} has no parameter that can be set at run time",
                 hint="drop --routing-input, or choose a policy with a threshold, such as top-p or capped",
             )
         placeholders = graph.find_nodes(op="placeholder")
@@ -99,20 +99,20 @@ class DynamicRouting(Pass):
             node.meta = {"val": torch.empty((), dtype=torch.float32), "module": ""}
         return node
 
-    def _insert(self, adding: _Adding, layer: int, experts: fx.Node, budget: fx.Node | None) -> str:
-        """Route one layer; return why it was left alone, or nothing."""
+    def _insert(self, inserter: _Inserter, layer: int, experts: fx.Node, budget: fx.Node | None) -> str:
+        """Insert the policy in one layer; returns why the layer was not changed, or an empty text."""
         own = Experts.of(experts)
         hidden, indices, weights = own.hidden_states, own.indices, own.weights
         if int(weights.meta["val"].shape[1]) == 1:
-            return "its tokens have one expert each, which always stays"
+            return "its tokens have one expert each, which is always kept"
         rule = _trace(self.policy, layer, [hidden, indices, weights], budget)
         if rule is None:
             return ""
-        adding.begin(experts)
-        ordered_indices, ordered = adding.in_order(indices, weights)
-        seen = ordered if non_negative(weights) else adding.call(aten.clamp.default, ordered, 0)
-        keep = adding.splice(rule, [hidden, ordered_indices, seen, budget])
-        selected = adding.call(SELECT, ordered, keep, self.policy.renormalize)
+        inserter.begin(experts)
+        ordered_indices, ordered = inserter.in_order(indices, weights)
+        seen = ordered if non_negative(weights) else inserter.call(aten.clamp.default, ordered, 0)
+        keep = inserter.splice(rule, [hidden, ordered_indices, seen, budget])
+        selected = inserter.call(SELECT, ordered, keep, self.policy.renormalize)
         experts.update_arg(1, ordered_indices)
         experts.update_arg(2, selected)
         return ""
@@ -131,8 +131,8 @@ def _trace(policy: Policy, layer: int, operands: list[fx.Node], budget: fx.Node 
         kept_all = mask is None
         return weights if mask is None else mask
 
-    # Real tensors, arange and the like, meet fake ones here: the traced constants are evaluated later.
-    # A tensor of its own: two inputs that are one object would be traced as one.
+    # The rule mixes real tensors, such as arange, with fake ones; traced constants are evaluated later.
+    # A new tensor, since two inputs that are the same object would be traced as one.
     fed = values[2].new_empty(()) if budget is None else budget.meta["val"]
     traced = make_fx(rule, tracing_mode="fake", _allow_non_fake_inputs=True)(*values, fed)
     if kept_all:
@@ -142,8 +142,8 @@ def _trace(policy: Policy, layer: int, operands: list[fx.Node], budget: fx.Node 
     return graph
 
 
-class _Adding:
-    """Adds nodes in front of an experts node; constants of all layers are shared."""
+class _Inserter:
+    """Adds nodes before an experts node; all layers share equal constants."""
 
     def __init__(self, program: Program, graph: fx.Graph) -> None:
         self.program, self.graph, self.mode = program, graph, fake_mode(graph)
@@ -155,7 +155,7 @@ class _Adding:
         self._module = ""
 
     def begin(self, experts: fx.Node) -> None:
-        """Go to the place in front of `experts`."""
+        """Set the insertion point to `experts`."""
         self._before, self._module = experts, f"{module_of(experts)}.select"
         self.modified = True
 
@@ -168,7 +168,7 @@ class _Adding:
         return node
 
     def in_order(self, indices: fx.Node, weights: fx.Node) -> tuple[fx.Node, fx.Node]:
-        """Experts and weights of each row in the order of falling weights."""
+        """Indices and weights of each row in descending order of weight."""
         if descending(weights):
             return indices, weights
         ranked = self.call(aten.topk.default, weights, int(weights.meta["val"].shape[1]))
@@ -176,7 +176,7 @@ class _Adding:
         return self.call(aten.gather.default, indices, 1, order), values
 
     def splice(self, rule: fx.Graph, operands: list[fx.Node | None]) -> fx.Node:
-        """Copy a traced rule; what depends on no operand becomes a constant."""
+        """Copy a traced rule into the graph; nodes that depend on no operand become constants."""
         supply = iter(operands)
         mapping: dict[fx.Node, Any] = {}
         for node in rule.nodes:
@@ -198,7 +198,7 @@ class _Adding:
         return self.call(node.target, *placed[0], **placed[1])
 
     def _placed(self, value: fx.Node | Tensor) -> fx.Node:
-        """A node for a constant: a small weight, the same one for equal values."""
+        """A node for a constant, as a small weight; equal constants share one."""
         if isinstance(value, fx.Node):
             return value
         value = value.contiguous()

@@ -1,7 +1,4 @@
-"""What the graph says about the routing weights of an experts node: whether they are sorted, and not negative.
-
-Every finding is a proof from the ops of the router, so that a pass may leave out what it proves needless.
-"""
+"""Proves from the router's ops that routing weights are sorted or not negative, so that passes can omit ops."""
 
 from __future__ import annotations
 
@@ -26,7 +23,7 @@ _NON_NEGATIVE = frozenset(
         aten.abs.default,
     }
 )
-"""Their results are not negative, whatever they are given."""
+"""Ops whose results are never negative."""
 _OF_NON_NEGATIVE = frozenset(
     {
         aten._to_copy.default,
@@ -46,12 +43,12 @@ _OF_NON_NEGATIVE = frozenset(
         operator.getitem,
     }
 )
-"""Their results are not negative if no tensor and no factor that they are given is."""
+"""Ops whose results are not negative if none of their operands is."""
 _INCREASING = (aten.sigmoid.default, aten.exp.default, aten.relu.default, aten.softplus.default, aten.sqrt.default)
 
 
 def non_negative(value: Any) -> bool:
-    """Whether no element of `value`, a node or a number, can be negative."""
+    """Whether `value`, a node or a number, is provably not negative."""
     return _non_negative(value, {})
 
 
@@ -86,8 +83,8 @@ def _result_non_negative(node: fx.Node, seen: dict[fx.Node, bool]) -> bool:
 
 
 def descending(weights: fx.Node) -> bool:
-    """Whether the slots of each row provably come with falling weights, as a sorted top-k hands them over."""
-    source = _before_increasing(weights)
+    """Whether the weights of each row are provably in descending order, as those of a sorted top-k are."""
+    source = _skip_increasing(weights)
     if is_call(source, operator.getitem) and source.args[1] == 0:
         return _sorts(source.args[0])
     if not is_call(source, aten.gather.default):
@@ -95,9 +92,9 @@ def descending(weights: fx.Node) -> bool:
     chosen = source.args[2]
     if not (is_call(chosen, operator.getitem) and chosen.args[1] == 1 and _sorts(chosen.args[0])):
         return False
-    # Gathered from the scores that were sorted, or from what rises with them.
+    # The weights are gathered from the sorted scores, or from an increasing function of them.
     ranked = chosen.args[0].args[0]
-    return _before_increasing(source.args[0]) is _before_increasing(ranked)
+    return _skip_increasing(source.args[0]) is _skip_increasing(ranked)
 
 
 def _sorts(node: Any) -> bool:
@@ -107,8 +104,8 @@ def _sorts(node: Any) -> bool:
     return own["largest"] and own["sorted"] and last_axis(own["self"], own["dim"])
 
 
-def _before_increasing(value: Any) -> Any:
-    """The node that `value` is made of by steps which keep the order within each row."""
+def _skip_increasing(value: Any) -> Any:
+    """The input of the chain of order-preserving ops that ends in `value`."""
     while isinstance(value, fx.Node) and value.op == "call_function":
         step = _STEPS.get(value.target)
         if step is None or not step(value):
@@ -127,7 +124,7 @@ def _over_last_axis(node: fx.Node) -> bool:
 
 
 def _scales_rows(node: fx.Node) -> bool:
-    """A factor or divisor that is not negative and the same for the whole row."""
+    """Whether the other operand is a factor or divisor that is not negative and equal within each row."""
     factor = node.args[1]
     if not isinstance(factor, fx.Node):
         return non_negative(factor)

@@ -1,1 +1,1 @@
-"""How a tensor is rounded: to nearest, by GPTQ, to a palette."""
+"""Methods of rounding a tensor: to nearest, by GPTQ, or to palettes."""

@@ -1,7 +1,7 @@
-"""Calibrated rounding: Hessians from text through the interpreter, then GPTQ, a group of tensors at a time.
+"""Calibrated rounding: the interpreter accumulates Hessians from text, then GPTQ rounds, a group of tensors at a time.
 
-The Hessian of an expert is accumulated from the tokens that are routed to it alone, each weighted by its squared
-routing weight, by which its error counts in the layer's output.
+The Hessian of an expert is accumulated only from the tokens that are routed to it. Each token is weighted by its
+squared routing weight, the factor of its squared error in the layer's output.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ if TYPE_CHECKING:
     from moec.compiler.common.progress import Progress
 
 MEMORY = 1 << 30
-"""Bytes of Hessians held at a time. More tensors than fit into it mean further passes over the text."""
+"""Bytes of Hessians in memory at a time. Each group of tensors that fits into them needs a pass over the text."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What calibration found.
+    """Result of a calibration.
 
     Attributes:
-        rounded: Result by tensor name; tensors that the plan leaves float are not in it.
-        tokens: Tokens that each expert saw, by name of its first tensor: [E].
+        rounded: Tensor name -> result, for all tensors that the plan quantizes.
+        tokens: Name of a layer's first tensor of experts -> number of tokens that each expert saw, [E].
     """
 
     rounded: Mapping[str, RoundingResult]
@@ -52,7 +52,7 @@ class Calibration:
 
 @dataclass
 class _Hessians:
-    """Hessians of a group of tensors: one for a matrix, one per expert for a stack."""
+    """Hessians of a group of tensors: one per matrix, or one per expert of a stack."""
 
     by_name: dict[str, list[Hessian]] = field(default_factory=dict)
 
@@ -74,15 +74,15 @@ def calibrate(
     memory: int = MEMORY,
     progress: Progress = lambda _what, _done, _total: None,
 ) -> Calibration:
-    """Round every tensor that `plan` quantizes, by GPTQ where its inputs are known.
+    """Round every tensor that `plan` quantizes: embeddings to nearest, all others by GPTQ.
 
     Args:
         program: Float Program after the common passes.
         plan: What to quantize.
         windows: Calibration tokens [n, length].
-        options: How GPTQ rounds.
+        options: Options of GPTQ.
         memory: See `MEMORY`.
-        progress: Told about text and tensors.
+        progress: Called for windows of text and for tensors.
 
     Raises:
         UsageError: A block size does not divide a dimension.
@@ -97,7 +97,7 @@ def calibrate(
         hessians = _collect(program, group, windows, progress)
         for name in group:
             role, chosen = wanted[name]
-            # No product with an embedding, so no Hessian: its rows are looked up.
+            # Rows of an embedding are looked up, not multiplied, so there is no Hessian.
             own = None if role.tensor_class is TensorClass.EMBEDDING else hessians.by_name.pop(name)
             rounded[name] = _rounded(program.weights[name], own, chosen, name, options)
             if own is not None and len(own) > 1:
@@ -110,11 +110,11 @@ def calibrate(
 def _rounded(
     tensor: LazyTensor, hessians: list[Hessian] | None, fmt: IntegerFormat, name: str, options: GptqOptions
 ) -> RoundingResult:
-    """Round a matrix, or a stack a few experts at a time, and keep the codes in a file."""
+    """Round a matrix, or a stack a few experts at a time, with the codes in a temporary file."""
     stacked = len(tensor.shape) == 3
-    # Experts that GPTQ would round together anyway.
+    # As many experts as GPTQ rounds together.
     step = max(1, BATCH // math.prod(tensor.shape[1:])) if stacked else tensor.shape[0]
-    codes, parts = mapped(tensor.shape), list[RoundingResult]()
+    codes, parts = file_backed_tensor(tensor.shape), list[RoundingResult]()
     for start in range(0, tensor.shape[0], step):
         part = slice(start, min(start + step, tensor.shape[0]))
         weight = tensor.rows(part.start, part.stop)
@@ -124,14 +124,14 @@ def _rounded(
             result = gptq(weight, hessians[part] if stacked else hessians, fmt, name=name, options=options)
         codes[part] = result.tensor.codes
         parts.append(replace(result, tensor=replace(result.tensor, codes=codes[part])))
-    points = [part.tensor.zero_points for part in parts if part.tensor.zero_points is not None]
+    zero_points = [part.tensor.zero_points for part in parts if part.tensor.zero_points is not None]
     scales = torch.cat([part.tensor.scales for part in parts])
-    whole = QuantizedTensor(parts[0].tensor.format, codes, scales, torch.cat(points) if points else None)
+    whole = QuantizedTensor(parts[0].tensor.format, codes, scales, torch.cat(zero_points) if zero_points else None)
     return RoundingResult(whole, tuple(matrix for part in parts for matrix in part.matrices))
 
 
-def mapped(shape: Sequence[int]) -> Tensor:
-    """An int8 tensor in a nameless temporary file: codes of a model that is larger than memory have a place there."""
+def file_backed_tensor(shape: Sequence[int]) -> Tensor:
+    """An int8 tensor in an unnamed temporary file, so that the codes may be larger than memory."""
     with tempfile.NamedTemporaryFile(prefix="moec-") as file:
         return torch.from_file(file.name, shared=True, size=math.prod(shape), dtype=torch.int8).view(*shape)
 

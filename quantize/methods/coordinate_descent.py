@@ -1,8 +1,8 @@
-"""Lowers the output error of an already quantized matrix: scales by least squares, then codes one at a time.
+"""Reduces the output error of a quantized matrix: refits its scales by least squares, then its codes one at a time.
 
-Both steps minimise trace(D H D^T), D the change of the weights, and never raise it. The scales of a row solve a
-linear system while its codes stand still; then each code in turn moves to where it is best while all others stand
-still (cyclic coordinate descent, as in QuantEase, 2309.01885).
+Both steps minimise trace(D H D^T), where D is the change of the weights, and never increase it. The scales of a row
+solve a linear system with its codes fixed. Then each code in turn is set to its best value with all others fixed
+(cyclic coordinate descent, as in QuantEase, arXiv:2309.01885).
 """
 
 from __future__ import annotations
@@ -13,40 +13,40 @@ import torch
 from torch import Tensor
 
 from moec.quantize.formats import IntegerFormat
-from moec.quantize.methods.scales import encode, storable
+from moec.quantize.methods.scales import encode, round_scales
 from moec.quantize.methods.tensors import grouped
 
 
 @dataclass(frozen=True, eq=False)
 class Rounded:
-    """What a batch of matrices is rounded to, all fp32.
+    """A rounded batch of matrices, all in fp32.
 
     Attributes:
         codes: Codes [B, N, K].
         scales: Scales [B, N, G].
-        points: Zero points [B, N, G].
+        zero_points: Zero points [B, N, G].
         format: The format.
     """
 
     codes: Tensor
     scales: Tensor
-    points: Tensor
+    zero_points: Tensor
     format: IntegerFormat
 
     @property
     def block(self) -> int:
-        """Columns that share a scale."""
+        """Number of columns that share a scale."""
         return self.codes.shape[-1] // self.scales.shape[-1]
 
 
 def refine(weight: Tensor, hessian: Tensor, rounded: Rounded, update_block: int) -> Rounded:
-    """One round on a batch of matrices: new scales, then new codes; zero points stay.
+    """One round on a batch of matrices: new scales, then new codes; zero points do not change.
 
     Args:
         weight: Float weights [B, N, K], fp32.
         hessian: Damped Hessians [B, K, K], fp32.
-        rounded: What `weight` is rounded to so far.
-        update_block: Columns whose changes are collected before they are applied to the rest.
+        rounded: The current rounding of `weight`.
+        update_block: Number of columns whose changes are collected before they are applied to the others.
     """
     target = weight @ hessian
     rounded = replace(rounded, scales=_refit_scales(weight, target, hessian, rounded))
@@ -54,9 +54,9 @@ def refine(weight: Tensor, hessian: Tensor, rounded: Rounded, update_block: int)
 
 
 def _refit_scales(weight: Tensor, target: Tensor, hessian: Tensor, rounded: Rounded) -> Tensor:
-    """Least-squares scales [B, N, G] of each row; a row keeps its old ones where the new are no better."""
+    """Least-squares scales [B, N, G] of each row; a row keeps its old scales if the new ones are not better."""
     scales = rounded.scales
-    groups = grouped(rounded.codes, rounded.block) - rounded.points.unsqueeze(-1)
+    groups = grouped(rounded.codes, rounded.block) - rounded.zero_points.unsqueeze(-1)
     count, block = groups.shape[-2:]
     flat = groups.flatten(-2)
     normal = torch.empty(*groups.shape[:-1], count)
@@ -64,13 +64,13 @@ def _refit_scales(weight: Tensor, target: Tensor, hessian: Tensor, rounded: Roun
         product = groups[:, :, group] @ hessian[:, group * block : (group + 1) * block]
         normal[..., group] = grouped(product * flat, block).sum(-1)
     right = grouped(target * flat, block).sum(-1)
-    # A little ridge toward the old scales keeps the system regular; a group whose codes are all 0 keeps its scale.
+    # A small ridge toward the old scales keeps the system regular; a group whose codes are all 0 keeps its scale.
     ridge = normal.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True).mul_(1e-6).clamp_(min=1e-20)
     normal.diagonal(dim1=-2, dim2=-1).add_(ridge)
     solved = torch.linalg.solve(normal, right + ridge * scales)
-    # Far from the old scale the codes would no longer fit it, and a negative scale no runtime takes.
+    # Codes would not fit a scale far from the old one, and runtimes do not support negative scales.
     sane = (solved > scales / 2) & (solved < scales * 2)
-    solved = storable(torch.where(sane, solved, scales), rounded.format.scale_type)
+    solved = round_scales(torch.where(sane, solved, scales), rounded.format.scale_type)
     before, after = (_row_errors(weight, hessian, groups * candidate.unsqueeze(-1)) for candidate in (scales, solved))
     return torch.where((after < before).unsqueeze(-1), solved, scales)
 
@@ -82,9 +82,9 @@ def _row_errors(weight: Tensor, hessian: Tensor, restored: Tensor) -> Tensor:
 
 def _descend(target: Tensor, hessian: Tensor, rounded: Rounded, update_block: int) -> Tensor:
     """One sweep over the columns; `target` is weight @ hessian. Returns new codes [B, N, K]."""
-    # Columns first, so that each of them lies contiguous in memory: [B, K, N].
+    # Columns first, [B, K, N], so that each is contiguous in memory.
     spread, shift = (
-        tensor.repeat_interleave(rounded.block, -1).mT.contiguous() for tensor in (rounded.scales, rounded.points)
+        tensor.repeat_interleave(rounded.block, -1).mT.contiguous() for tensor in (rounded.scales, rounded.zero_points)
     )
     result = rounded.codes.mT.contiguous()
     restored = (result - shift) * spread

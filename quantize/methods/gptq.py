@@ -1,7 +1,7 @@
-"""GPTQ: rounding that lets the weights not yet rounded make up for the error of those that are.
+"""GPTQ: rounds column by column and adjusts the remaining columns to compensate for the error.
 
-Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers" (2210.17323), with
-activation order, static groups (the scales are chosen before the first column is rounded, so that the order costs
+Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers" (arXiv:2210.17323),
+with activation order, static groups (scales are chosen before the first column is rounded, so that the order needs
 no index at run time), scales of least squared error, and rounds of refinement afterwards (see `refine`).
 """
 
@@ -29,22 +29,22 @@ from moec.quantize.methods.rounding import (
 from moec.quantize.methods.scales import ClipSearch, choose_scales, encode
 from moec.quantize.methods.tensors import grouped
 
-# Experts are rounded together up to this many weights (16 MiB in fp32): large enough to keep every core busy with
-# each column, small enough that a stack larger than memory is never copied whole.
+# Number of weights that are rounded together (16 MiB in fp32): large enough to keep all cores busy with each column,
+# small enough that a stack larger than memory is never copied as a whole.
 BATCH = 1 << 22
 
 
 @dataclass(frozen=True)
 class GptqOptions:
-    """How GPTQ rounds.
+    """Options of GPTQ.
 
     Attributes:
         damping: Added to the diagonal of the Hessian, as a fraction of the diagonal's mean.
-        activation_order: Round the columns with the largest inputs first.
+        activation_order: Whether to round the columns with the largest inputs first.
         clip: Clip ratios to try for each group.
-        refinements: Rounds of refinement after GPTQ.
-        update_block: Columns whose errors are collected before they are applied to the rest.
-        minimum_tokens: A matrix that has seen fewer calibration tokens is rounded to nearest instead.
+        refinements: Number of rounds of refinement after GPTQ.
+        update_block: Number of columns whose errors are collected before they are applied to the others.
+        minimum_tokens: A matrix that has seen fewer calibration tokens is rounded to nearest.
 
     Raises:
         UsageError: A value is out of range.
@@ -77,19 +77,19 @@ def gptq(
     name: str,
     options: GptqOptions | None = None,
 ) -> RoundingResult:
-    """Quantize a matrix, or each expert of a stack by its own Hessian, with the least output error.
+    """Quantize a matrix, or each expert of a stack with its own Hessian, to minimise the output error.
 
-    Same inputs and same number of threads, same bits out.
+    The result is bit-identical for the same inputs and the same number of threads.
 
     Args:
         weight: Float weights, any float dtype, [N, K] or [E, N, K].
         hessians: One per matrix, of dimension K.
         fmt: The format; "auto" blocks are resolved here.
         name: Name of the tensor, for errors.
-        options: How to round; the defaults if None.
+        options: Options; the defaults if None.
 
     Returns:
-        The tensor and a report per matrix, which says where and why it was rounded to nearest.
+            The tensor and one report per matrix, with a reason if it was rounded to nearest.
 
     Raises:
         UsageError: The block does not divide K, or the tensor is not a matrix or a stack of them.
@@ -111,10 +111,10 @@ def gptq(
             batch = members[start : start + size]
             source = torch.stack([stacked[index] for index in batch]).to(torch.float32)
             means = torch.stack([hessians[index].mean() for index in batch])
-            codes, scales, points = (_quantize if wanted else _nearest)(source, means, resolved, options)
-            errors = _errors(source, means, codes, scales, points)
+            codes, scales, zero_points = (_quantize if wanted else _nearest)(source, means, resolved, options)
+            errors = _errors(source, means, codes, scales, zero_points)
             for place, index in enumerate(batch):
-                parts[index] = (codes[place].to(torch.int8), scales[place], points[place])
+                parts[index] = (codes[place].to(torch.int8), scales[place], zero_points[place])
                 reports[index] = _report(hessians[index].tokens, errors[place], options)
     count = range(len(stacked))
     tensor = assemble([parts[index] for index in count], resolved, weight.shape, name)
@@ -134,9 +134,9 @@ def _nearest(
     """Round a batch [B, N, K] to nearest: codes [B, N, K], scales and zero points [B, N, G], all fp32."""
     del hessian
     groups = grouped(weight, fmt.block_length(weight.shape[-1]))
-    scales, points = choose_scales(groups, fmt, options.clip)
-    codes = encode(groups, scales.unsqueeze(-1), points.unsqueeze(-1), fmt)
-    return codes.flatten(-2), scales, points
+    scales, zero_points = choose_scales(groups, fmt, options.clip)
+    codes = encode(groups, scales.unsqueeze(-1), zero_points.unsqueeze(-1), fmt)
+    return codes.flatten(-2), scales, zero_points
 
 
 def _quantize(
@@ -144,36 +144,36 @@ def _quantize(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """GPTQ on a batch [B, N, K] with Hessians [B, K, K]: codes [B, N, K], scales, zero points [B, N, G], all fp32."""
     block = fmt.block_length(weight.shape[-1])
-    scales, points = choose_scales(grouped(weight, block), fmt, options.clip)
+    scales, zero_points = choose_scales(grouped(weight, block), fmt, options.clip)
     diagonal = hessian.diagonal(dim1=-2, dim2=-1)
     if options.activation_order:
         order = diagonal.argsort(dim=-1, descending=True, stable=True)
     else:
         order = torch.arange(weight.shape[-1]).expand_as(diagonal)
-    # Inputs that are all zero leave nothing to minimise: the identity makes GPTQ round to nearest.
+    # If all inputs are zero, there is nothing to minimise; with the identity, GPTQ rounds to nearest.
     mean = diagonal.mean(-1)[:, None, None]
     identity = torch.eye(weight.shape[-1]).expand_as(hessian)
     normal = torch.where(mean > 0, hessian / mean, identity) + options.damping * identity
 
     rows = order.unsqueeze(-1)
     factor = _inverse_factor(normal.gather(1, rows.expand_as(normal)).gather(2, rows.mT.expand_as(normal)))
-    # Columns come first from here on, so that each of them lies contiguous in memory.
+    # From here on, columns come first, so that each is contiguous in memory.
     rows = rows.expand(weight.mT.shape)
     columns, spread = (tensor.mT.gather(1, rows) for tensor in (weight, scales.repeat_interleave(block, -1)))
-    shift = points.repeat_interleave(block, -1).mT.gather(1, rows)
+    shift = zero_points.repeat_interleave(block, -1).mT.gather(1, rows)
     ordered = _round_columns(columns, factor, spread, shift, fmt, options.update_block)
     codes = torch.empty_like(ordered).scatter_(1, rows, ordered).mT.contiguous()
-    rounded = Rounded(codes, scales, points, fmt)
+    rounded = Rounded(codes, scales, zero_points, fmt)
     for _ in range(options.refinements):
         rounded = refine(weight, normal, rounded, options.update_block)
-    return rounded.codes, rounded.scales, points
+    return rounded.codes, rounded.scales, zero_points
 
 
 def _inverse_factor(hessian: Tensor) -> Tensor:
     """Upper triangular U with U^T U = H^-1, for positive definite H [B, K, K].
 
-    With J the reversal of rows or columns and J H J = L L^T, U = J L^-1 J: one Cholesky factorisation instead of the
-    two and the inverse of the paper. Where rounding made H indefinite, the damping grows until it is definite.
+    With J the reversal of rows or columns and J H J = L L^T, U = J L^-1 J. This needs one Cholesky factorisation, where
+    the paper needs two and an inverse. If rounding made H indefinite, the damping is increased until H is definite.
     """
     identity = torch.eye(hessian.shape[-1])
     reverse = hessian.flip(-1, -2)
@@ -188,27 +188,27 @@ def _inverse_factor(hessian: Tensor) -> Tensor:
 
 
 def _round_columns(
-    columns: Tensor, factor: Tensor, scales: Tensor, points: Tensor, fmt: IntegerFormat, update_block: int
+    columns: Tensor, factor: Tensor, scales: Tensor, zero_points: Tensor, fmt: IntegerFormat, update_block: int
 ) -> Tensor:
-    """The loop of GPTQ over `columns` [B, K, N], which it overwrites; scales, zero points and codes alike [B, K, N]."""
+    """GPTQ's loop over `columns` [B, K, N], which it overwrites; returns codes. All tensors are [B, K, N]."""
     codes = torch.empty_like(columns)
     for start in range(0, columns.shape[1], update_block):
         part = slice(start, start + update_block)
         local, triangle = columns[:, part], factor[:, part, part]
         errors = torch.empty_like(local)
         for step in range(local.shape[1]):
-            column, scale, point = local[:, step], scales[:, start + step], points[:, start + step]
-            code = encode(column, scale, point, fmt)
-            error = (column - (code - point) * scale) / triangle[:, step, step, None]
+            column, scale, zero_point = local[:, step], scales[:, start + step], zero_points[:, start + step]
+            code = encode(column, scale, zero_point, fmt)
+            error = (column - (code - zero_point) * scale) / triangle[:, step, step, None]
             local[:, step + 1 :] -= triangle[:, step, step + 1 :, None] * error[:, None]
             codes[:, start + step], errors[:, step] = code, error
         columns[:, start + update_block :] -= factor[:, part, start + update_block :].mT @ errors
     return codes
 
 
-def _errors(weight: Tensor, hessian: Tensor, codes: Tensor, scales: Tensor, points: Tensor) -> list[float]:
-    """Relative squared error of each matrix: of its outputs, or of its weights where the Hessian is zero."""
-    groups = grouped(codes, codes.shape[-1] // scales.shape[-1]) - points.unsqueeze(-1)
+def _errors(weight: Tensor, hessian: Tensor, codes: Tensor, scales: Tensor, zero_points: Tensor) -> list[float]:
+    """Relative squared error of each matrix: of its outputs, or of its weights if the Hessian is zero."""
+    groups = grouped(codes, codes.shape[-1] // scales.shape[-1]) - zero_points.unsqueeze(-1)
     change = (groups * scales.unsqueeze(-1)).flatten(-2) - weight
     seen = hessian.diagonal(dim1=-2, dim2=-1).sum(-1) > 0
     metric = torch.where(seen[:, None, None], hessian, torch.eye(hessian.shape[-1]))

@@ -9,13 +9,13 @@ from moec.compiler.common.errors import CheckpointError
 
 
 class Hessian:
-    """Accumulates H = sum over tokens of weight * x x^T for one matrix [N, K] (one expert, say).
+    """Accumulates H = sum over tokens of weight * x x^T for one matrix [N, K], such as that of one expert.
 
-    The squared error of the outputs x W^T that a change D of W causes is trace(D H D^T).
+    A change D of the matrix W causes the squared error trace(D H D^T) of the outputs x W^T.
 
     Attributes:
         name: Name of the matrix, for errors.
-        tokens: Tokens added so far.
+        tokens: Number of tokens added so far.
     """
 
     def __init__(self, dimension: int, name: str) -> None:
@@ -27,9 +27,8 @@ class Hessian:
         """Add the inputs of some tokens.
 
         Args:
-            inputs: Any float dtype, [..., K]; the leading dimensions are tokens.
-            weights: Weight of each token's squared error, [...]: for an expert the squared routing weight, by which
-                its output counts in the layer's output. None weighs all alike.
+            inputs: [..., K] in any float dtype; the leading dimensions are tokens.
+            weights: Weight of each token's squared error, [...]: for an expert, the squared routing weight. None: 1.
 
         Raises:
             CheckpointError: An input is NaN or infinite; the message names the matrix.
@@ -42,12 +41,12 @@ class Hessian:
         if not bool(update.isfinite().all()):
             raise CheckpointError(
                 f"{self.name}: its calibration inputs hold NaN or infinity",
-                hint="Run the calibration in fp32; if that does not help, the checkpoint is damaged.",
+                hint="run the calibration in fp32; if that does not help, the checkpoint is damaged",
             )
         self._sum += update
         self.tokens += len(tokens)
 
     def mean(self) -> Tensor:
-        """The Hessian per token, fp32 [K, K], symmetric; zeros before the first token."""
+        """The mean Hessian per token, fp32 [K, K], symmetric; zeros before the first token."""
         mean = self._sum / max(self.tokens, 1)
         return (mean + mean.T) / 2

@@ -1,9 +1,9 @@
-"""Palettes by k-means: the values of a group of rows are clustered, and each weight becomes the index of its centre.
+"""Palettes by k-means: the weights of a group of rows are clustered, and each becomes the index of its centre.
 
-In one dimension a cluster is an interval of the sorted values, so an iteration of Lloyd's algorithm ("Least squares
-quantization in PCM", 1982) is a search for the borders and a difference of running sums: it costs next to nothing
-after the values have been sorted once. It finds a local optimum, hence several starts, of which each group keeps the
-one with the least squared error. Nothing is drawn at random: the same weights give the same palettes.
+In one dimension, a cluster is an interval of the sorted values. After sorting once, an iteration of Lloyd's algorithm
+("Least squares quantization in PCM", 1982) is only a search for the borders and a difference of running sums. The
+algorithm finds a local optimum, so it is started several times, and each group keeps the result with the least squared
+error. Nothing is random: the same weights give the same palettes.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from moec.quantize.methods.tensors import grouped
 
 ITERATIONS = 40
 POWERS = (1 / 2, 2 / 3, 5 / 6, 1.0)
-"""Starts: centres at equal steps of the running sum of the gaps between neighbours to this power.
+"""Starting points: centres at equal steps of the running sum of gap ** power, over gaps between sorted values.
 
-0 would mean equally many values to each centre, 1 means equal parts of the range. With many entries the centres of the
-best quantizer have the density of the values to the power of 1/3 (Panter and Dite, 1951), which is 2/3 here.
+A power of 0 would give each centre the same number of values; 1 gives equal parts of the range. The density of the
+optimal centres is the cube root of the density of the values (Panter and Dite, 1951), which corresponds to 2/3.
 """
 CHUNK = 1 << 20
-"""Weights that are clustered together, for the memory that it takes."""
+"""Number of weights that are clustered at a time, which limits the memory."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,8 +35,8 @@ class PalettizedTensor:
     Attributes:
         format: Its format, with the number of rows resolved.
         codes: Index of each weight in its palette, uint8 [..., N, K].
-        palettes: fp16 [..., palettes of a matrix, entries]; those that were chosen here rise.
-        scales: Of each block of columns, fp16 or fp32 [..., N, K / block]; None where the palettes hold the weights.
+        palettes: fp16 [..., palettes per matrix, entries]; those of `choose_palettes` are sorted.
+        scales: Scale per block of columns, fp16 or fp32 [..., N, K / block]; None for a `PaletteFormat`.
     """
 
     format: PaletteFormat | TableFormat
@@ -68,7 +68,7 @@ def choose_palettes(weight: Tensor, fmt: PaletteFormat, *, name: str) -> Tensor:
         name: Name of the tensor, for errors.
 
     Returns:
-        Palettes fp16 [..., N / rows, entries], rising.
+        Palettes fp16 [..., N / rows, entries], in ascending order.
 
     Raises:
         CheckpointError: A weight is too large for half precision.
@@ -81,17 +81,17 @@ def choose_palettes(weight: Tensor, fmt: PaletteFormat, *, name: str) -> Tensor:
     if not bool(palettes.isfinite().all()):
         raise CheckpointError(
             f"{name}: its weights are too large for palettes in fp16",
-            hint="Use a format with fp32 scales (for example int4:32:fp32), or leave the tensor float.",
+            hint="use a format with fp32 scales (for example int4:32:fp32), or leave the tensor float",
         )
     return palettes.reshape(*groups.shape[:-1], fmt.entries)
 
 
 def palettize(weight: Tensor, palettes: Tensor, fmt: PaletteFormat) -> PalettizedTensor:
-    """Give each weight the index of the nearest entry of its palette; between two equally near ones the lower.
+    """Give each weight the index of the nearest entry of its palette; the lower of two equally near ones.
 
     Args:
         weight: Float weights [..., N, K].
-        palettes: fp16 [..., N / rows, entries], rising.
+        palettes: fp16 [..., N / rows, entries], in ascending order.
         fmt: The format, with the number of rows resolved.
     """
     groups = _groups(weight, fmt).to(torch.float32)
@@ -106,14 +106,14 @@ def _groups(weight: Tensor, fmt: PaletteFormat) -> Tensor:
 
 
 def _borders(centres: Tensor) -> Tensor:
-    """Where the values of one centre end and those of the next begin: [groups, entries - 1]."""
+    """Borders between the intervals of neighbouring centres, [groups, entries - 1]."""
     return ((centres[..., 1:] + centres[..., :-1]) / 2).contiguous()
 
 
 def _cluster(values: Tensor, entries: int) -> Tensor:
-    """Centres [groups, entries] of values [groups, n], the best of all starts."""
+    """Centres [groups, entries] of values [groups, n]: the best result over all starting points."""
     ordered = values.sort(dim=-1).values
-    # Running sums in double precision: a cluster's sum is a small difference of two of them.
+    # Double precision, since a cluster's sum is a small difference of two running sums.
     sums = torch.nn.functional.pad(ordered.to(torch.float64).cumsum(-1), (1, 0))
     best, most = ordered.new_zeros(len(ordered), entries), sums.new_full((len(ordered),), -1.0)
     for power in POWERS:
@@ -133,9 +133,9 @@ def _start(ordered: Tensor, entries: int, power: float) -> Tensor:
 
 
 def _step(ordered: Tensor, sums: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
-    """One iteration: means of the values nearest to each centre, and what they explain of the squared values.
+    """One iteration: the mean of the values nearest to each centre, and the sum of count * mean ** 2 per group.
 
-    The squared error is the sum of squares minus that of count times mean squared, which is the second result.
+    The squared error is the sum of the squared values minus the second result.
     """
     ends = torch.searchsorted(ordered, _borders(centres), right=True)
     ends = torch.nn.functional.pad(ends, (1, 1))
@@ -143,6 +143,6 @@ def _step(ordered: Tensor, sums: Tensor, centres: Tensor) -> tuple[Tensor, Tenso
     counts = ends.diff(dim=-1)
     totals = sums.gather(-1, ends).diff(dim=-1)
     means = totals / counts.clamp(min=1)
-    # A centre without values stays where it is; the order of the centres is kept.
+    # A centre without values does not move, so the centres stay sorted.
     moved = torch.where(counts > 0, means.to(centres.dtype), centres)
     return moved, (totals * means).sum(-1)

@@ -24,14 +24,14 @@ class Method(StrEnum):
 
 @dataclass(frozen=True)
 class MatrixReport:
-    """What rounding did to one matrix (one expert of a stack).
+    """How one matrix (one expert of a stack) was rounded.
 
     Attributes:
-        method: How it was rounded.
-        tokens: Calibration tokens that this matrix has seen; 0 without calibration.
-        error: Squared error over the squared norm: of the outputs on the calibration tokens where there are
-            any, else of the weights. 0 for an all-zero matrix.
-        reason: Why it is not `GPTQ` although that was asked for; empty otherwise.
+        method: The method.
+        tokens: Number of calibration tokens that this matrix has seen; 0 without calibration.
+        error: Squared error over squared norm: of the outputs for the calibration tokens if there are any,
+            else of the weights. 0 for an all-zero matrix.
+        reason: Why the method is not GPTQ although GPTQ was requested; empty otherwise.
     """
 
     method: Method
@@ -57,7 +57,7 @@ def round_to_nearest(
 ) -> RoundingResult:
     """Quantize by rounding each weight to the nearest code.
 
-    Without clipping each weight is off by at most half a scale (and one rounding of fp32).
+    Without clipping, the error of each weight is at most half a scale (plus one rounding of fp32).
 
     Args:
         weight: Float weights, any float dtype, [N, K] or [E, N, K].
@@ -72,17 +72,20 @@ def round_to_nearest(
     check_axes(weight, name)
     resolved = fmt.resolve(weight.shape[-1], name)
     parts = [_round_matrix(matrix, resolved, clip, name) for matrix in matrices(weight)]
-    tensor = assemble([(codes, scales, points) for codes, scales, points, _ in parts], resolved, weight.shape, name)
+    tensor = assemble(
+        [(codes, scales, zero_points) for codes, scales, zero_points, _ in parts], resolved, weight.shape, name
+    )
     return RoundingResult(tensor, tuple(MatrixReport(Method.RTN, 0, error) for *_, error in parts))
 
 
 def nearest_values(weight: Tensor, fmt: IntegerFormat, *, name: str, clip: ClipSearch = NO_CLIPPING) -> Tensor:
-    """The values of the codes that `round_to_nearest` finds, without making the codes: half the work.
+    """The dequantized result of `round_to_nearest`, computed without the codes, which is half the work.
 
     Arguments and errors are those of `round_to_nearest`.
 
     Returns:
-        fp32 in the shape of `weight`, equal to `round_to_nearest(...).tensor.dequantize()`. A zero may be negative.
+        fp32 in the shape of `weight`, equal to `round_to_nearest(...).tensor.dequantize()`, except that zeros may be
+        negative.
     """
     check_axes(weight, name)
     resolved = fmt.resolve(weight.shape[-1], name)
@@ -92,10 +95,10 @@ def nearest_values(weight: Tensor, fmt: IntegerFormat, *, name: str, clip: ClipS
         held = grouped(own, block)
         for part in _parts(matrix):
             groups = held[part].copy_(grouped(matrix[part], block))
-            scales, points = _scales(groups, resolved, clip, name)
-            encode(groups, scales, points, resolved, out=groups)
+            scales, zero_points = _scales(groups, resolved, clip, name)
+            encode(groups, scales, zero_points, resolved, out=groups)
             if not resolved.symmetric:
-                groups.sub_(points)
+                groups.sub_(zero_points)
             groups.mul_(scales)
     return values
 
@@ -107,23 +110,23 @@ def _round_matrix(
     rows, columns = matrix.shape
     block = fmt.block_length(columns)
     codes = torch.empty(rows, columns // block, block, dtype=torch.int8)
-    scales, points = torch.empty(2, rows, columns // block, 1)
+    scales, zero_points = torch.empty(2, rows, columns // block, 1)
     lost = norm = 0.0
     for part in _parts(matrix):
         groups = grouped(matrix[part].to(torch.float32), block)
-        scale, point = scales[part], points[part] = _scales(groups, fmt, clip, name)
-        rounded = encode(groups, scale, point, fmt)
+        scale, zero_point = scales[part], zero_points[part] = _scales(groups, fmt, clip, name)
+        rounded = encode(groups, scale, zero_point, fmt)
         codes[part] = rounded
         if not fmt.symmetric:
-            rounded.sub_(point)
+            rounded.sub_(zero_point)
         change = rounded.mul_(scale).sub_(groups).flatten()
         lost += float(torch.dot(change, change))
         norm += float(torch.dot(groups.flatten(), groups.flatten()))
-    return codes.flatten(-2), scales.squeeze(-1), points.squeeze(-1), relative(lost, norm)
+    return codes.flatten(-2), scales.squeeze(-1), zero_points.squeeze(-1), relative(lost, norm)
 
 
 def _parts(matrix: Tensor) -> Iterator[slice]:
-    """The rows of a matrix, as many at a time as stay in the cache."""
+    """Slices of the rows of a matrix that fit into the CPU's cache."""
     step = max(1, CHUNK // matrix.shape[1])
     for start in range(0, matrix.shape[0], step):
         yield slice(start, start + step)
@@ -135,52 +138,53 @@ def _scales(groups: Tensor, fmt: IntegerFormat, clip: ClipSearch, name: str) -> 
     Raises:
         CheckpointError: The weights hold NaN or infinity, or are too large for the scale dtype.
     """
-    scales, points = choose_scales(groups, fmt, clip)
+    scales, zero_points = choose_scales(groups, fmt, clip)
     if not bool(scales.isfinite().all()):
-        # Weights that are not finite give such a scale, so that looking for them needs no pass of its own.
+        # Non-finite weights give a non-finite scale, so weights need no check in the usual case.
         check_finite(groups, name)
         check_scales(scales, name)
-    return scales.unsqueeze(-1), points.unsqueeze(-1)
+    return scales.unsqueeze(-1), zero_points.unsqueeze(-1)
 
 
 def check_weight(weight: Tensor, name: str) -> None:
     """Check a weight before it is rounded.
 
     Raises:
-        UsageError: Not a matrix or a stack of matrices.
-        CheckpointError: NaN or infinity.
+        UsageError: The weight is not a matrix or a stack of matrices.
+        CheckpointError: The weight holds NaN or infinity.
     """
     check_axes(weight, name)
     check_finite(weight, name)
 
 
 def check_axes(weight: Tensor, name: str) -> None:
-    """Refuse what is neither a matrix nor a stack of matrices.
+    """Check that a weight is a matrix or a stack of matrices.
 
     Raises:
-        UsageError: It is not.
+        UsageError: It is neither.
     """
     if weight.dim() not in {2, 3}:
         raise UsageError(
             f"{name}: shape {tuple(weight.shape)} is neither a matrix nor a stack of matrices",
-            hint="Leave this tensor float.",
+            hint="leave this tensor float",
         )
 
 
 def check_finite(weight: Tensor, name: str) -> None:
-    """Refuse NaN and infinity. The extremes carry every one of them, at a twentieth of the time of isfinite.
+    """Check for NaN and infinity. Both show in the minimum or maximum, which takes a twentieth of the time of isfinite.
 
     Raises:
-        CheckpointError: There are some.
+        CheckpointError: The weight holds NaN or infinity.
     """
     if weight.numel() and not all(bool(value.isfinite()) for value in weight.aminmax()):
         raise CheckpointError(
-            f"{name}: holds NaN or infinity", hint="The checkpoint is damaged or overflowed; download or save it again."
+            f"{name}: holds NaN or infinity",
+            hint="the checkpoint is damaged or its weights overflowed; download or save it again",
         )
 
 
 def matrices(weight: Tensor) -> list[Tensor]:
-    """The matrices [N, K] of a matrix or stack."""
+    """The matrices [N, K] of a stack, or the matrix itself, as a list."""
     return list(weight) if weight.dim() == 3 else [weight]
 
 
@@ -195,14 +199,14 @@ def assemble(
     Raises:
         CheckpointError: A scale overflowed its dtype.
     """
-    codes, scales, points = (torch.stack(list(column)) for column in zip(*parts, strict=True))
+    codes, scales, zero_points = (torch.stack(list(column)) for column in zip(*parts, strict=True))
     if len(shape) == 2:
-        codes, scales, points = codes[0], scales[0], points[0]
+        codes, scales, zero_points = codes[0], scales[0], zero_points[0]
     stored = scales.to(fmt.scale_type.dtype)
     check_scales(stored, name)
-    return QuantizedTensor(fmt, codes, stored, None if fmt.symmetric else points.to(torch.int8))
+    return QuantizedTensor(fmt, codes, stored, None if fmt.symmetric else zero_points.to(torch.int8))
 
 
 def relative(error: float, norm: float) -> float:
-    """`error / norm`, and 0 where both vanish."""
+    """`error / norm`; 0 if both are 0."""
     return error / norm if norm > 0 else 0.0

@@ -1,4 +1,4 @@
-"""Scales and zero points of groups of weights, by range or by a search for the least squared error."""
+"""Scales and zero points of groups of weights, from their range or by a search for the least squared error."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from moec.compiler.common.errors import CheckpointError
 from moec.quantize.formats import IntegerFormat, ScaleType
 
 CHUNK = 1 << 19
-"""Weights of one pass: few enough to stay in the cache, many enough that the calls of PyTorch cost little."""
+"""Number of weights per pass: few enough to fit into the CPU's cache, enough to amortise the calls of PyTorch."""
 
 
 @dataclass(frozen=True)
 class ClipSearch:
-    """The clip ratios that are tried: `steps` of them from 1 down to `smallest`; one step means no clipping.
+    """The clip ratios to try: `steps` of them from 1 down to `smallest`; one step means no clipping.
 
-    A ratio r shrinks the range of a group to r times its largest magnitude: the few weights beyond it are clipped, all
-    others are rounded more finely. Each group keeps the ratio with the smallest (weighted) squared error.
+    A ratio r reduces the range of a group to r times its range: the few weights outside are clipped, all others are
+    rounded more finely. Each group keeps the ratio with the least squared error.
     """
 
     steps: int = 21
     smallest: float = 0.6
 
     def ratios(self) -> list[float]:
-        """The ratios in falling order; the first is 1."""
+        """The ratios in descending order; the first is 1."""
         if self.steps == 1:
             return [1.0]
         return [1.0 - (1.0 - self.smallest) * step / (self.steps - 1) for step in range(self.steps)]
@@ -51,25 +51,25 @@ def choose_scales(
         Scales fp32 [...], positive and exact in the format's scale dtype, and zero points fp32 [...] (0 if symmetric).
     """
     flat = groups.reshape(-1, groups.shape[-1])
-    scales, points = torch.empty(len(flat)), torch.empty(len(flat))
+    scales, zero_points = torch.empty(len(flat)), torch.empty(len(flat))
     rows = max(1, CHUNK // flat.shape[-1])
     for start in range(0, len(flat), rows):
         part = slice(start, start + rows)
-        scales[part], points[part] = _search(flat[part], fmt, clip)
-    return scales.reshape(groups.shape[:-1]), points.reshape(groups.shape[:-1])
+        scales[part], zero_points[part] = _search(flat[part], fmt, clip)
+    return scales.reshape(groups.shape[:-1]), zero_points.reshape(groups.shape[:-1])
 
 
 def encode(
     groups: Tensor, scales: Tensor, zero_points: Tensor, fmt: IntegerFormat, *, out: Tensor | None = None
 ) -> Tensor:
-    """Nearest codes, as whole fp32 numbers; scales and zero points broadcast against the groups.
+    """The nearest codes, as integers in fp32; scales and zero points are broadcast to the groups.
 
     Args:
         groups: Weights, fp32.
         scales: Scales, fp32.
-        zero_points: Zero points, fp32; not read where the format is symmetric.
+        zero_points: Zero points, fp32; not used if the format is symmetric.
         fmt: The format.
-        out: Where the codes go, which may be `groups`; a new tensor by default.
+        out: Output tensor, which may be `groups`; a new tensor by default.
     """
     codes = torch.div(groups, scales, out=out).round_()
     if not fmt.symmetric:
@@ -78,7 +78,7 @@ def encode(
 
 
 def check_scales(scales: Tensor, name: str) -> None:
-    """Refuse scales that overflowed their dtype.
+    """Check for scales that overflowed their dtype.
 
     Raises:
         CheckpointError: A scale is infinite; the message names the tensor.
@@ -86,31 +86,31 @@ def check_scales(scales: Tensor, name: str) -> None:
     if not bool(scales.isfinite().all()):
         raise CheckpointError(
             f"{name}: its weights are too large for fp16 scales",
-            hint="Use a format with fp32 scales (for example int4:32:fp32), or leave the tensor float.",
+            hint="use a format with fp32 scales (for example int4:32:fp32), or leave the tensor float",
         )
 
 
 def _search(groups: Tensor, fmt: IntegerFormat, clip: ClipSearch) -> tuple[Tensor, Tensor]:
-    """Chosen scales and zero points of one chunk [groups, block]; the first of equal errors wins."""
+    """The best scales and zero points of one chunk [groups, block]; the first of equal errors wins."""
     low, high = groups.amin(-1), groups.amax(-1)
     ratios = clip.ratios()
-    scales, points = _candidate(low, high, ratios[0], fmt)
+    scales, zero_points = _candidate(low, high, ratios[0], fmt)
     if len(ratios) == 1:
-        return scales, points
-    least = _error(groups, scales, points, fmt)
+        return scales, zero_points
+    least = _error(groups, scales, zero_points, fmt)
     for ratio in ratios[1:]:
-        scale, point = _candidate(low, high, ratio, fmt)
-        error = _error(groups, scale, point, fmt)
+        scale, zero_point = _candidate(low, high, ratio, fmt)
+        error = _error(groups, scale, zero_point, fmt)
         better = error < least
         least = torch.where(better, error, least)
         scales = torch.where(better, scale, scales)
-        points = torch.where(better, point, points)
-    return scales, points
+        zero_points = torch.where(better, zero_point, zero_points)
+    return scales, zero_points
 
 
-def _error(groups: Tensor, scales: Tensor, points: Tensor, fmt: IntegerFormat) -> Tensor:
-    scale, point = scales.unsqueeze(-1), points.unsqueeze(-1)
-    return encode(groups, scale, point, fmt).sub_(point).mul_(scale).sub_(groups).square_().sum(-1)
+def _error(groups: Tensor, scales: Tensor, zero_points: Tensor, fmt: IntegerFormat) -> Tensor:
+    scale, zero_point = scales.unsqueeze(-1), zero_points.unsqueeze(-1)
+    return encode(groups, scale, zero_point, fmt).sub_(zero_point).mul_(scale).sub_(groups).square_().sum(-1)
 
 
 def _candidate(low: Tensor, high: Tensor, ratio: float, fmt: IntegerFormat) -> tuple[Tensor, Tensor]:
@@ -118,22 +118,22 @@ def _candidate(low: Tensor, high: Tensor, ratio: float, fmt: IntegerFormat) -> t
     smallest, largest = fmt.code_range
     if fmt.symmetric:
         scale = torch.maximum(low * (ratio / smallest), high * (ratio / largest))
-        return storable(scale, fmt.scale_type), torch.zeros_like(scale)
-    # Zero stays exactly representable, or all-zero and sparse groups would gain an offset.
+        return round_scales(scale, fmt.scale_type), torch.zeros_like(scale)
+    # The range includes 0, so that 0 is exact: otherwise all-zero and sparse groups would get an offset.
     low, high = low.clamp(max=0) * ratio, high.clamp(min=0) * ratio
-    scale = storable((high - low) / (largest - smallest), fmt.scale_type)
+    scale = round_scales((high - low) / (largest - smallest), fmt.scale_type)
     return scale, (smallest - low / scale).round_().clamp_(smallest, largest)
 
 
 _STEPS = {ScaleType.FP16: 2.0**-24, ScaleType.BF16: 2.0**-22}
-"""What scales below the smallest normal number of fp16 are a multiple of: bfloat16 has eight binary digits."""
+"""Scales below the smallest normal number of fp16 are multiples of this; bfloat16 has eight significant bits."""
 
 
-def storable(scales: Tensor, scale_type: ScaleType) -> Tensor:
-    """Round scales to what their dtype holds, as fp32; a scale of an all-zero group becomes 1, and NaN stays NaN.
+def round_scales(scales: Tensor, scale_type: ScaleType) -> Tensor:
+    """Round scales to their dtype, as fp32; the scale of an all-zero group becomes 1, and NaN stays NaN.
 
-    Below the smallest normal number fp16 is too coarse to round to nearest (a scale could become 0 or half of itself,
-    and clip the group), so such scales are rounded up.
+    Subnormal fp16 numbers are too coarse for rounding to nearest: a scale could become 0 or half as large, which would
+    clip the group. Such scales are rounded up.
     """
     if scale_type is not ScaleType.FP32:
         step = _STEPS[scale_type]

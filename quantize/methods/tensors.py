@@ -1,4 +1,4 @@
-"""The quantized tensor: codes, scales and zero points, in no target's layout."""
+"""The quantized tensor: codes, scales and zero points, in a layout that does not depend on a target."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class QuantizedTensor:
     """A quantized matrix, or a stack of them.
 
     Attributes:
-        format: Its format, with the block size resolved.
+        format: Its format, with a resolved block size.
         codes: Signed codes, one per element, int8 [..., N, K].
         scales: Positive scales, fp16 or fp32 [..., N, K / block].
         zero_points: Signed zero points, int8 [..., N, K / block]; None when symmetric.
@@ -39,12 +39,12 @@ class QuantizedTensor:
 
     @property
     def block(self) -> int:
-        """Weights that share a scale."""
+        """Number of weights that share a scale."""
         return self.format.block_length(self.codes.shape[-1])
 
     @property
     def shape(self) -> torch.Size:
-        """Shape of the float tensor that it stands for."""
+        """Shape of the float tensor, [..., N, K]."""
         return self.codes.shape
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -60,7 +60,7 @@ class QuantizedTensor:
         return _unsigned(self.codes, self.format.bits)
 
     def unsigned_zero_points(self) -> Tensor:
-        """Zero points that belong to `unsigned_codes`: uint8 [..., N, K / block]; constant when symmetric."""
+        """Zero points for `unsigned_codes`: uint8 [..., N, K / block]; constant if symmetric."""
         if self.zero_points is None:
             return torch.full(self.scales.shape, 1 << (self.format.bits - 1), dtype=torch.uint8)
         return _unsigned(self.zero_points, self.format.bits)
@@ -72,14 +72,14 @@ class QuantizedTensor:
 
 
 def stack(tensors: list[QuantizedTensor]) -> QuantizedTensor:
-    """Stack matrices of one format and shape: E times [N, K] -> [E, N, K]."""
+    """Stack E matrices [N, K] of one format -> [E, N, K]."""
     if len({tensor.format for tensor in tensors}) != 1:
         raise ValueError("tensors of different formats cannot be stacked")
     return _combined(torch.stack, tensors)
 
 
 def join(parts: list[QuantizedTensor]) -> QuantizedTensor:
-    """Put slices of one tensor together along axis 0."""
+    """Concatenate slices of one tensor along axis 0."""
     if len(parts) == 1:
         return parts[0]
     return _combined(torch.cat, parts)
@@ -97,5 +97,5 @@ def grouped(tensor: Tensor, block: int) -> Tensor:
 
 
 def _unsigned(signed: Tensor, bits: int) -> Tensor:
-    # Two's complement: the same byte plus half the range, which wraps around where the code is negative.
+    # In two's complement this adds half the range; for negative codes the byte wraps around.
     return signed.view(torch.uint8) + (1 << (bits - 1))

@@ -1,1 +1,1 @@
-"""Which tensor gets which format: sensitivities, exact allocation, `auto`."""
+"""Choosing formats automatically: sensitivities, exact allocation, `auto`."""

@@ -1,8 +1,8 @@
-"""Exact allocation of formats to tensors: the least loss in a size, or the least size within a loss.
+"""Exact allocation of formats to tensors: the least loss within a size, or the least size within a loss.
 
-The predicted losses add up over tensors, so this is a multiple-choice knapsack: one candidate per tensor, minimise one
-sum under a limit on the other. Branch and bound (HiGHS, through `scipy.optimize.milp`) solves it exactly, and the
-same candidates give the same choices.
+Predicted losses add up over tensors, so this is a multiple-choice knapsack problem: choose one candidate per tensor to
+minimise one sum under a limit on the other. Branch and bound (HiGHS, through `scipy.optimize.milp`) solves it exactly,
+and the same candidates always give the same choices.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from scipy.sparse import csr_array
 from moec.compiler.common.errors import UsageError
 from moec.quantize.formats import Format
 
-# HiGHS stops at an absolute gap of 1e-6, which scipy cannot change: with sums scaled to this it means 1e-12.
+# HiGHS stops at an absolute gap of 1e-6, which scipy cannot change. With sums scaled by this, it amounts to 1e-12.
 _SCALE = 1e6
 
 
@@ -29,9 +29,9 @@ class Candidate:
 
     Attributes:
         format: Its format.
-        bytes: Bytes that it takes.
-        loss: Predicted increase of the model's loss, in a unit that adds up over tensors (nats per token, say). It
-            may be negative where a measurement is noisy.
+        bytes: Its size in bytes.
+        loss: Predicted increase of the model's loss, in a unit that adds up over tensors, such as nats per token. It
+            may be negative if the measurement is noisy.
     """
 
     format: Format
@@ -45,7 +45,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Allocation:
-    """One point of the trade-off.
+    """One point of the trade-off between size and loss.
 
     Attributes:
         choices: The chosen candidate of each tensor, in the order of the tensors.
@@ -63,13 +63,13 @@ Measure: TypeAlias = Callable[[Candidate | Allocation], float]
 
 
 def least_loss(candidates: Candidates, *, max_bytes: int) -> Allocation:
-    """The allocation with the least predicted loss that takes at most `max_bytes`.
+    """The allocation of at most `max_bytes` bytes with the least predicted loss.
 
     Raises:
-        UsageError: Even the smallest candidates take more; the hint says how much.
+        UsageError: Even the smallest candidates need more bytes; the hint says how many.
     """
     message = f"the tensors cannot fit into {max_bytes} bytes"
-    return _solve(candidates, _loss, _bytes, max_bytes, message, "The smallest formats on offer take {} bytes.")
+    return _solve(candidates, _loss, _bytes, max_bytes, message, "the smallest available formats take {} bytes")
 
 
 def least_bytes(candidates: Candidates, *, max_loss: float) -> Allocation:
@@ -79,18 +79,18 @@ def least_bytes(candidates: Candidates, *, max_loss: float) -> Allocation:
         UsageError: Even the best candidates lose more; the hint says how much.
     """
     message = f"no choice of formats keeps the predicted loss at or below {max_loss:.6g}"
-    return _solve(candidates, _bytes, _loss, max_loss, message, "The best formats on offer lose {:.6g}.")
+    return _solve(candidates, _bytes, _loss, max_loss, message, "the best available formats lose {:.6g}")
 
 
 def trade_off(candidates: Candidates, *, points: int = 33) -> tuple[Allocation, ...]:
-    """The curve of size against predicted loss, from the smallest allocation to the one with the least loss.
+    """The curve of predicted loss over size, from the smallest allocation to the one with the least loss.
 
     Args:
         candidates: Candidates of each tensor.
-        points: Sizes at which the least loss is computed, evenly spaced; both ends are among them.
+        points: Number of evenly spaced sizes at which the least loss is computed, including both ends.
 
     Returns:
-        Optimal allocations with rising bytes and strictly falling loss; at most `points`.
+        At most `points` optimal allocations, with increasing bytes and strictly decreasing loss.
     """
     low = _cheapest(candidates, _bytes, _loss).bytes
     high = _cheapest(candidates, _loss, _bytes).bytes
@@ -120,7 +120,7 @@ def _allocation(choices: Mapping[str, Candidate]) -> Allocation:
 
 
 def _cheapest(candidates: Candidates, first: Measure, second: Measure) -> Allocation:
-    """The allocation with the least sum of `first`; among equal ones the least sum of `second`."""
+    """The allocation with the least sum of `first`; among equal ones, the least sum of `second`."""
     for name, offered in candidates.items():
         if not offered:
             raise ValueError(f"{name} has no candidate")
@@ -133,7 +133,7 @@ def _cheapest(candidates: Candidates, first: Measure, second: Measure) -> Alloca
 
 
 def _useful(offered: Sequence[Candidate]) -> list[Candidate]:
-    """The candidates that no other one equals or beats in both bytes and loss, by rising bytes."""
+    """The candidates that no other one equals or beats in both bytes and loss, by increasing bytes."""
     kept: list[Candidate] = []
     for candidate in sorted(offered, key=lambda candidate: (candidate.bytes, candidate.loss, str(candidate.format))):
         if not kept or candidate.loss < kept[-1].loss:
@@ -144,11 +144,11 @@ def _useful(offered: Sequence[Candidate]) -> list[Candidate]:
 def _solve(candidates: Candidates, cost: Measure, weight: Measure, limit: float, message: str, hint: str) -> Allocation:
     """Minimise the sum of `cost` with the sum of `weight` at most `limit`.
 
-    The solver meets the limit only up to a tolerance, so the sums of its answer are checked, and it is asked again with
-    a tighter limit if they exceed it.
+    The solver meets the limit only up to a tolerance. Its answer is therefore checked and, if it exceeds the limit,
+    solved again with a tighter one.
 
     Raises:
-        UsageError: Even the lightest choice exceeds the limit; `hint` is told the sum of its weights.
+        UsageError: Even the choice with the least weight exceeds the limit; `hint` is formatted with this weight.
     """
     lightest = _cheapest(candidates, weight, cost)
     total = weight(lightest)
@@ -173,7 +173,7 @@ def _branch_and_bound(
     costs, weights = (
         np.array([measure(candidate) for _, candidate in flat], dtype=np.float64) for measure in (cost, weight)
     )
-    # The sum of a tensor's costs shifts by a constant, so its least one can be 0; the same for weights and limit.
+    # Shifting all costs of a tensor by a constant changes no choice, so its least cost can be 0; likewise for weights.
     for values in (costs, weights):
         least = np.full(len(options), np.inf)
         np.minimum.at(least, rows, values)

@@ -1,4 +1,4 @@
-"""`auto`: formats that lose least in a given size, or that are smallest within a given loss."""
+"""`--quantize auto`: the formats with the least loss within a size, or with the least size within a loss."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from moec.compiler.common.errors import UsageError
 from moec.compiler.ir.program import Program
 from moec.quantize.plan import QuantizationPlan
 from moec.quantize.planning.allocation import Allocation, Candidate, least_bytes, least_loss, trade_off
-from moec.quantize.planning.sensitivity import NEAREST, Offered, Part, Rounding, candidates, plan_of, size_of
+from moec.quantize.planning.sensitivity import NEAREST, AvailableFormats, Part, Rounding, candidates, plan_of, size_of
 
 if TYPE_CHECKING:
     from moec.compiler.common.progress import Progress
 
 UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
 DIGITS = 4
-"""Significant digits of what is recorded: those that remain the same whatever the order of a sum."""
+"""Significant digits in the record: few enough not to depend on the order of summation."""
 POINTS = 17
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What `auto` decided.
+    """The decision of `auto`.
 
     Attributes:
         plan: The formats.
-        allocation: Bytes and predicted loss of the parts.
+        allocation: Bytes and predicted losses of the parts.
         facts: The decision, its sensitivities and the trade-off curve, JSON-able.
     """
 
@@ -43,23 +43,23 @@ class Choice:
 def choose(
     program: Program,
     windows: np.ndarray,
-    offered: Offered,
+    offered: AvailableFormats,
     *,
     max_size: str | int | None,
     max_increase: float | None,
     rounding: Rounding = NEAREST,
     progress: Progress = lambda *_: None,
 ) -> Choice:
-    """Measure the parts of a model on text and allocate formats exactly.
+    """Measure the sensitivity of the parts of a model on text, and allocate formats exactly.
 
     Args:
         program: Float Program with activations in fp32.
         windows: Calibration tokens [n, length].
         offered: Formats to choose from.
-        max_size: Most that all weights may take; see `parse_size`.
-        max_increase: Most that perplexity may rise, as predicted: 0.01 is 1 %.
+        max_size: Maximum size of all weights; see `parse_size`.
+        max_increase: Maximum predicted relative increase of perplexity: 0.01 is 1 %.
         rounding: How the tensors will be rounded.
-        progress: Told how far it is.
+        progress: Called with the progress.
 
     Raises:
         UsageError: No choice of formats meets the limit; the hint says what is possible.
@@ -89,10 +89,10 @@ def choose(
 
 
 def parse_size(text: str | int, halves: int) -> int:
-    """Bytes that `300MB`, `1.5GiB`, `0.3x` (of `halves`, the size in fp16) or a plain number mean.
+    """Parse a size in bytes: `300MB`, `1.5GiB`, `0.3x` (times `halves`, the size in fp16) or a plain number.
 
     Raises:
-        UsageError: It is none of these.
+        UsageError: The text has another form.
     """
     match = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([a-z]*)", str(text).strip().lower())
     if match and match[2] == "x":
@@ -107,7 +107,7 @@ def _check_size(offered: Mapping[str, list[Candidate]], limit: int, rest: int) -
     if least > limit:
         raise UsageError(
             f"the weights cannot fit into {limit} bytes (max_size)",
-            hint=f"the smallest formats on offer take {least} bytes, {rest} of them for what stays float",
+            hint=f"the smallest available formats take {least} bytes, {rest} of them for weights that stay float",
         )
 
 
@@ -115,8 +115,8 @@ def _point(allocation: Allocation, rest: int, halves: int) -> dict[str, float | 
     size = allocation.bytes + rest
     return {
         "bytes": size,
-        "share_of_fp16": significant(size / halves),
-        "predicted_increase": significant(math.expm1(allocation.loss)),
+        "share_of_fp16": round_significant(size / halves),
+        "predicted_increase": round_significant(math.expm1(allocation.loss)),
     }
 
 
@@ -124,10 +124,10 @@ def _part(part: Part, found: list[Candidate], chosen: Candidate) -> dict[str, An
     return {
         "tensors": list(part.names),
         "format": str(chosen.format),
-        "loss": {str(candidate.format): significant(candidate.loss) for candidate in found},
+        "loss": {str(candidate.format): round_significant(candidate.loss) for candidate in found},
     }
 
 
-def significant(value: float) -> float:
+def round_significant(value: float) -> float:
     """`value` with `DIGITS` significant digits."""
     return float(f"{value:.{DIGITS}g}")

@@ -1,10 +1,11 @@
-"""What rounding each part of a model costs, measured on text, and the choices that an allocation has.
+"""Measures on text what rounding each part of a model costs, and predicts the cost of every available format.
 
-One part at a time is rounded, as it will be in the end, to the coarsest format on offer while all others stay float and
-the divergence of the next-token distributions is measured: near an optimum of the model it is the increase of its loss,
-and unlike a difference of losses it is never negative and hardly noisy. To second order it is proportional to the
-squared error of the weights (LeCun et al., "Optimal Brain Damage", 1990), which is how the other formats follow without
-a measurement. Scales have to be chosen as they will be: without a search formats with zero points looked 12 % better.
+One part at a time is rounded to the coarsest available format, with all others float, and the KL divergence of the
+next-token distributions is measured. Near an optimum of the model, this divergence is the increase of the loss; unlike
+a difference of losses, it is never negative and has little noise. To second order, it is proportional to the squared
+error of the weights (LeCun et al., "Optimal Brain Damage", 1990), from which the cost of the other formats follows
+without measuring. Scales must be chosen as in the final rounding: without the clip search, formats with zero points
+looked 12 % better.
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ if TYPE_CHECKING:
 
 Key = TypeVar("Key")
 BATCH = 4
-"""Windows of text that run together."""
+"""Number of windows of text per batch."""
 PIECE = 1 << 18
-"""Weights of a matrix that are rounded together to learn what a format costs."""
+"""Number of weights of a matrix that are rounded together to estimate the error of a format."""
 PIECES = 4
-"""Pieces of a matrix, or experts of a stack, that are rounded for it, evenly spaced."""
-Offered = Callable[[TensorClass], Sequence[str]]
-"""Formats with codes, in text form, that weights of a class may get; fp16 is on offer everywhere."""
+"""Number of evenly spaced pieces of a matrix, or experts of a stack, that are rounded for this estimate."""
+AvailableFormats = Callable[[TensorClass], Sequence[str]]
+"""Tensor class -> quantized formats that are available for it, as text; fp16 is always available."""
 _EXPERTS = (TensorClass.EXPERTS_GATE_UP, TensorClass.EXPERTS_DOWN)
 _ONCE = (TensorClass.EMBEDDING, TensorClass.LM_HEAD)
 
@@ -49,8 +50,8 @@ class Rounding:
     """How tensors will be rounded.
 
     Attributes:
-        results: Rounds what a plan quantizes; a tensor that is not in the answer is rounded to nearest.
-        clip: Clip ratios that their scales are chosen from.
+        results: Rounds the tensors that a plan quantizes; tensors that it does not return are rounded to nearest.
+        clip: Clip ratios to choose scales from.
     """
 
     results: Callable[[QuantizationPlan], Mapping[str, RoundingResult]]
@@ -58,17 +59,17 @@ class Rounding:
 
 
 NEAREST = Rounding(lambda _plan: {}, NO_CLIPPING)
-"""Everything to nearest."""
+"""Rounding to nearest for all tensors."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """Tensors that get one format: the experts of a layer (kernels compute both products in one width), or one class.
+    """Tensors that get the same format: the experts of a layer (kernels need one bit width), or a class of a layer.
 
     Attributes:
-        classes: Their classes.
-        layer: Their layer; -1 where there is but one.
-        names: Their names in the WeightStore.
+        classes: Classes of the tensors.
+        layer: Layer of the tensors; -1 for embedding and lm_head.
+        names: Names of the tensors in the WeightStore.
     """
 
     classes: tuple[TensorClass, ...]
@@ -77,13 +78,13 @@ class Part:
 
     @property
     def name(self) -> str:
-        """Such as experts.3 or lm_head."""
+        """Name such as experts.3 or lm_head."""
         first = "experts" if self.classes == _EXPERTS else self.classes[0].value
         return first if self.layer < 0 else f"{first}.{self.layer}"
 
 
 def parts_of(program: Program) -> tuple[Part, ...]:
-    """Every part that a plan may quantize, in the order of first use."""
+    """All parts that a plan may quantize, in the order of first use."""
     found: dict[tuple[tuple[TensorClass, ...], int], list[str]] = {}
     for name, role in weight_roles(program).items():
         if role.tensor_class not in ALWAYS_FLOAT:
@@ -109,7 +110,7 @@ def plan_of(chosen: Mapping[Part, Format]) -> QuantizationPlan:
 def candidates(
     program: Program,
     windows: np.ndarray,
-    offered: Offered,
+    offered: AvailableFormats,
     rounding: Rounding = NEAREST,
     progress: Progress = lambda *_: None,
 ) -> dict[Part, list[Candidate]]:
@@ -119,8 +120,8 @@ def candidates(
         program: Float Program with activations in fp32.
         windows: Calibration tokens [n, length].
         offered: Formats to choose from.
-        rounding: How the tensors will be rounded: what calibration gains differs between parts.
-        progress: Told after every run.
+        rounding: How the tensors will be rounded, since the gain of calibration differs between parts.
+        progress: Called after every run.
 
     Returns:
         Part -> its candidates, with loss in nats per token.
@@ -143,8 +144,8 @@ def candidates(
     return table
 
 
-def formats_for(program: Program, part: Part, offered: Offered) -> list[Format]:
-    """Formats on offer for a part, the smallest first: those for all its classes whose blocks divide its dimensions."""
+def formats_for(program: Program, part: Part, offered: AvailableFormats) -> list[Format]:
+    """Formats for a part, smallest first: available for all its classes, with blocks that divide its dimensions."""
     first, *others = (offered(member) for member in part.classes)
     shared = [parse_format(text) for text in first if all(text in other for other in others)]
     widths = {program.weights[name].shape[-1] for name in part.names}
@@ -160,7 +161,7 @@ def formats_for(program: Program, part: Part, offered: Offered) -> list[Format]:
 def rounded(
     program: Program, formats: Mapping[str, IntegerFormat], results: Mapping[str, RoundingResult] | None = None
 ) -> Program:
-    """`program` with these weights rounded, to nearest where there is no result."""
+    """`program` with the weights in `formats` rounded: by `results`, or to nearest."""
     changed: dict[str, LazyTensor] = {
         name: quantized(name, program.weights[name], fmt, (results or {}).get(name)) for name, fmt in formats.items()
     }
@@ -170,7 +171,7 @@ def rounded(
 def divergences(
     program: Program, variants: Mapping[Key, Program], windows: np.ndarray, progress: Progress = lambda *_: None
 ) -> dict[Key, float]:
-    """Mean KL(program || variant) per token of each variant, nats; one batch's logits in memory, weights streamed."""
+    """Mean KL(program || variant) per token in nats, for each variant. Only one batch of logits is in memory."""
     reference = ProgramRunner(program, cache_bytes=0)
     runners = {key: ProgramRunner(variant, cache_bytes=0) for key, variant in variants.items()}
     sums = dict.fromkeys(variants, 0.0)
@@ -186,7 +187,7 @@ def divergences(
 
 
 def error_of(program: Program, part: Part, fmt: Format, clip: ClipSearch) -> float:
-    """Squared error of weights of a part over their squared norm; 0 in fp16, whose rounding is negligible."""
+    """Estimated squared error of a part's weights over their squared norm; 0 for fp16, which is negligible."""
     if not isinstance(fmt, IntegerFormat):
         return 0.0
     errors = []
@@ -201,7 +202,7 @@ def error_of(program: Program, part: Part, fmt: Format, clip: ClipSearch) -> flo
 
 
 def size_of(program: Program, names: Sequence[str], fmt: Format | TableFormat | None) -> int:
-    """Bytes of these tensors in a format; None: in the dtype of the Program."""
+    """Bytes of the tensors `names` in a format; None: in the dtype of the Program."""
     total = 0
     for name in names:
         tensor = program.weights[name]

@@ -1,1 +1,1 @@
-"""What lowerings of all targets share."""
+"""What the lowerings of all targets share."""

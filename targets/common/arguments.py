@@ -1,4 +1,4 @@
-"""Reading the arguments of a node: what must be a number, a list or a tensor."""
+"""Typed access to the arguments of an fx node; an argument of another type fails an assertion."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import fx
 
 
 def is_tensor(argument: Any) -> bool:
-    """Whether an argument is a tensor, and no number and no size."""
+    """Whether an argument is a tensor, rather than a number or a symbolic size."""
     return isinstance(argument, fx.Node) and isinstance(argument.meta.get("val"), torch.Tensor)
 
 
@@ -20,7 +20,7 @@ def node_of(argument: Any) -> fx.Node:
 
 
 def shape_of(argument: Any) -> tuple[Any, ...]:
-    """Shape of an argument that must be a tensor; a size may be a symbol."""
+    """Shape of an argument that must be a tensor; sizes may be symbolic."""
     return tuple(node_of(argument).meta["val"].shape)
 
 
@@ -36,7 +36,7 @@ def result_dtype(node: fx.Node) -> torch.dtype:
 
 
 def expansion(node: fx.Node) -> list[Any]:
-    """For `aten.expand`: the size that each axis is broadcast to, and 1 where its length stays."""
+    """For `aten.expand`: the size that each axis is broadcast to, or 1 where its size does not change."""
     source, sizes = node_of(node.args[0]), listed(node.args[1])
     old = [1] * (len(sizes) - rank(source)) + list(shape_of(source))
     return [
@@ -46,7 +46,7 @@ def expansion(node: fx.Node) -> list[Any]:
 
 
 def integer(argument: Any) -> int:
-    """An argument that must be a whole number."""
+    """An argument that must be an integer."""
     assert isinstance(argument, int), argument
     return argument
 
@@ -58,6 +58,6 @@ def real(argument: Any) -> float:
 
 
 def listed(argument: Any) -> list[Any]:
-    """An argument that must be a list."""
+    """An argument that must be a list or tuple."""
     assert isinstance(argument, list | tuple), argument
     return list(argument)

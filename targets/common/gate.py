@@ -1,4 +1,4 @@
-"""What an expert does between its two projections, for every target: see `moec.compiler.ir.experts.Gate`."""
+"""The activation of an expert, between its two projections, for every target: see `moec.compiler.ir.experts.Gate`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ V = TypeVar("V")
 
 
 class Functions(Protocol[V]):
-    """The functions of a runtime that gates are made of. Values are those of the runtime."""
+    """The functions of a runtime from which gates are built. V is the runtime's type of values."""
 
     def unary(self, name: str, x: V) -> V:
         """`relu`, `sigmoid`, `tanh`, `silu`, `gelu` or `gelu_tanh` of x."""
@@ -21,7 +21,7 @@ class Functions(Protocol[V]):
 
 
 def activated(functions: Functions[V], name: str, x: V) -> V:
-    """An activation, by its name in `moec.compiler.ir.experts.ACTIVATIONS`."""
+    """The activation called `name` in `moec.compiler.ir.experts.ACTIVATIONS`, applied to `x`."""
     match name:
         case "identity":
             return x
@@ -33,7 +33,7 @@ def activated(functions: Functions[V], name: str, x: V) -> V:
 
 
 def gated(functions: Functions[V], gate: Gate, parts: Sequence[V]) -> V:
-    """`gate` of its parts, each [..., I]: those of gate and up, or the projection alone where nothing is gated."""
+    """Apply `gate` to `parts`, each [..., I]: the gate and up projections, or one projection if it is not gated."""
     if not gate.gated:
         (whole,) = parts
         return activated(functions, gate.activation, whole)

@@ -1,6 +1,6 @@
-"""Lowerings that are the same on every target but for how its runtime spells an operator.
+"""Lowerings that all targets share: they differ only in how the runtime spells an operator.
 
-What torch's arguments say is read here once; the context of a target has the operators (`Operators`).
+This module interprets torch's arguments; the context of a target provides the operators (`Operators`).
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ aten = torch.ops.aten
 
 
 class Operators(Protocol):
-    """What the context of a target offers here. Values are those of its runtime; axes count from the first."""
+    """What the context of a target provides. Values have the runtime's own type; axes are not negative."""
 
     def get(self, argument: Any) -> Any:
-        """The lowered form of an argument."""
+        """What an argument was lowered to."""
 
     def tensor(self, argument: Any, dtype: torch.dtype | None = None) -> Any:
         """An argument as a value, cast to `dtype` if it has another one."""
@@ -31,22 +31,22 @@ class Operators(Protocol):
         """`value` with its axes in another order."""
 
     def unsqueeze(self, value: Any, axes: Sequence[int]) -> Any:
-        """`value` with axes of length 1 that stand at these places afterwards."""
+        """`value` with new axes of length 1; `axes` are their indices in the result."""
 
     def squeeze(self, value: Any, axes: Sequence[int]) -> Any:
         """`value` without these axes, each of length 1."""
 
     def concat(self, parts: Sequence[Any], axis: int) -> Any:
-        """Values joined along an axis."""
+        """`parts` concatenated along an axis."""
 
     def split(self, value: Any, sizes: Sequence[int], axis: int) -> Sequence[Any]:
-        """Pieces of an axis."""
+        """`value` cut along an axis into pieces of `sizes`."""
 
     def tile(self, value: Any, times: Sequence[Any]) -> Any:
-        """`value` repeated along each axis: a number, or the node of a size."""
+        """`value` repeated along each axis; a count is an integer or the node of a symbolic size."""
 
     def take(self, source: fx.Node, places: fx.Node, axis: int) -> Any:
-        """`source` at whole numbers `places` along an axis; negative ones count from the end."""
+        """`source` at the integer indices `places` along an axis; negative indices count from the end."""
 
 
 Lowering = Callable[[Operators, fx.Node], Any]
@@ -71,7 +71,7 @@ def _unsqueeze(ctx: Operators, node: fx.Node) -> Any:
 
 
 def _squeeze(ctx: Operators, node: fx.Node) -> Any:
-    """Torch leaves an axis that is longer than 1."""
+    """Torch ignores an axis that is longer than 1."""
     sizes = shape_of(node.args[0])
     axes = sorted({integer(axis) % len(sizes) for axis in listed(node.args[1])})
     found = [axis for axis in axes if isinstance(sizes[axis], int) and sizes[axis] == 1]
@@ -100,24 +100,24 @@ def _index(ctx: Operators, node: fx.Node) -> Any:
         raise refuse(node, "indexing by several tensors is not supported")
     ((axis, places),) = used
     if node_of(places).meta["val"].dtype is torch.bool:
-        raise refuse(node, "indexing by a mask has a result of unknown size")
+        raise refuse(node, "indexing by a boolean mask is not supported: the size of its result is not known")
     return ctx.take(node_of(source), places, axis)
 
 
 class Sized(Protocol):
-    """What the context of a target with symbolic sizes offers too."""
+    """What the context of a target with symbolic sizes provides in addition."""
 
     def axis_length(self, node: fx.Node, axis: int) -> Any:
-        """Length of one axis of a tensor, as a scalar."""
+        """Length of one axis of a tensor, as a scalar value."""
 
     def size(self, argument: Any) -> Any:
-        """A size as a scalar."""
+        """A size as a scalar value."""
 
     def size_arithmetic(self, name: str, *sizes: Any) -> Any:
         """`add`, `sub`, `mul` or `floordiv` of two sizes, or `neg` of one."""
 
     def shared(self, key: Any, make: Callable[[], Any]) -> Any:
-        """`make()` the first time that `key` is asked for, then the same value."""
+        """The value of `make()`, which is called once for each `key`."""
 
 
 def _axis_size(ctx: Sized, node: fx.Node) -> Callable[[], Any]:
@@ -138,7 +138,7 @@ SIZES: Mapping[Any, Callable[[Any, fx.Node], Callable[[], Any]]] = {
     aten.sym_size.int: _axis_size,
     **dict.fromkeys((operator.add, operator.sub, operator.mul, operator.floordiv, operator.neg), _size_arithmetic),
 }
-"""Sizes and arithmetic on them, where a target keeps them symbolic. Lazy: most of them are never asked for."""
+"""Sizes and arithmetic on them, for targets with symbolic sizes. Lazy, since most of them are never used."""
 
 
 TABLE: Mapping[Any, Lowering] = {

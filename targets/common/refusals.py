@@ -1,8 +1,8 @@
-"""What a target cannot build, known before anything is written.
+"""Finding out what a target cannot build before anything is written.
 
-A reason to refuse is stated once, where the form is made: the lowering raises `RefusedError`. A lint runs that very
-lowering on weights that it does not read, so that the two never differ. What can be said of all ops and of all weights
-without lowering is listed as a whole first, for one message to name it all.
+Each reason to refuse is stated once, in the lowering, which raises `RefusedError`. The lint runs that same lowering
+without reading weights, so the two cannot differ. Unsupported ops and weight formats are found without lowering: they
+are listed first, so that one message names all of them.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from moec.compiler.ir.program import Program, module_of
 from moec.quantize.lazy import Coded
 
 LISTED = 3
-"""Most modules or tensors that one rejection names."""
+"""Maximum number of modules or tensors that one rejection names."""
 
 
 class RefusedError(LoweringError):
-    """A target has no form for something of a Program.
+    """A target does not support something in a Program.
 
     Args:
-        where: Modules or tensors, or an option.
-        reason: Why there is none.
+        where: Modules, tensors or an option.
+        reason: What is not supported, and why.
         hint: What the user can do about it.
     """
 
@@ -37,16 +37,16 @@ class RefusedError(LoweringError):
 
 
 def refuse(node: fx.Node, reason: str, hint: str = "") -> RefusedError:
-    """The error for a call that has no form."""
+    """The error for a node that the target does not support."""
     return RefusedError(module_of(node), f"{node.target}: {reason}", hint=hint)
 
 
 def refused_by(target: str, lowering: Callable[[], object]) -> tuple[Rejection, ...]:
-    """What `lowering` refuses first, or nothing.
+    """The first thing that `lowering` refuses, as a rejection; empty if it succeeds.
 
     Args:
         target: Name of the target.
-        lowering: All of its lowering but the reading of weights.
+        lowering: The whole lowering except for reading weights.
     """
     try:
         lowering()
@@ -58,33 +58,31 @@ def refused_by(target: str, lowering: Callable[[], object]) -> tuple[Rejection, 
 
 
 def hint_for(table: Mapping[Any, Any], op: object) -> str:
-    """A hint for an op that `table` does not have."""
+    """A hint for an op that is not in `table`."""
     near = nearest(str(op), map(str, table))
-    return f"the nearest op that has one is {near}" if near else "passes/decompose is the place for a rule"
+    return f"the nearest supported op is {near}" if near else "add a rule for the op to passes/decompose"
 
 
-def ops_without_form(target: str, table: Mapping[Any, Any], nodes: Iterable[fx.Node]) -> tuple[Rejection, ...]:
+def unsupported_ops(target: str, table: Mapping[Any, Any], nodes: Iterable[fx.Node]) -> tuple[Rejection, ...]:
     """One rejection for each op that is called and not in `table`, with the modules that call it."""
     users: dict[Any, list[str]] = {}
     for node in nodes:
         if node.op == "call_function" and node.target not in table:
             users.setdefault(node.target, []).append(module_of(node))
     return tuple(
-        Rejection(target, listed(modules), f"no lowering for {op}", hint_for(table, op))
+        Rejection(target, first_few(modules), f"no lowering for {op}", hint_for(table, op))
         for op, modules in users.items()
     )
 
 
-def formats_without_form(
-    target: str, program: Program, why: Callable[[Coded], str], hint: str
-) -> tuple[Rejection, ...]:
-    """One rejection for each format and reason, with the weights that have it.
+def unsupported_formats(target: str, program: Program, why: Callable[[Coded], str], hint: str) -> tuple[Rejection, ...]:
+    """One rejection for each unsupported format and reason, with the weights that have the format.
 
     Args:
         target: Name of the target.
-        program: Its weights are looked at.
-        why: Why a weight has no form whatever it is used for; empty where it has one. The lowering asks it too.
-        hint: Which formats have one.
+        program: The Program whose weights are checked.
+        why: Why a weight cannot be stored, whatever uses it; empty where it can. The lowering calls it too.
+        hint: Which formats are supported.
     """
     users: dict[tuple[str, str], list[str]] = {}
     for name in dict.fromkeys(map(program.weights.resolve, program.weight_names())):
@@ -92,12 +90,12 @@ def formats_without_form(
         if isinstance(tensor, Coded) and (reason := why(tensor)):
             users.setdefault((str(tensor.format), reason), []).append(name)
     return tuple(
-        Rejection(target, listed(names), f"format {form}: {reason}", hint) for (form, reason), names in users.items()
+        Rejection(target, first_few(names), f"format {form}: {reason}", hint) for (form, reason), names in users.items()
     )
 
 
-def listed(names: Iterable[str]) -> str:
-    """The first few of `names`, and how many more there are; each once."""
+def first_few(names: Iterable[str]) -> str:
+    """The first `LISTED` distinct names, and how many more there are."""
     distinct = list(dict.fromkeys(names))
     more = f" and {len(distinct) - LISTED} more" if len(distinct) > LISTED else ""
     return f"{', '.join(distinct[:LISTED])}{more}"

@@ -13,7 +13,7 @@ from moec.targets.common.refusals import RefusedError, hint_for
 
 
 def joined(*tables: Mapping[Any, Any]) -> dict[Any, Any]:
-    """One table of several, which share no op."""
+    """Several tables in one; no op may be in two of them."""
     found = dict[Any, Any]()
     for table in tables:
         assert not found.keys() & table.keys(), found.keys() & table.keys()
@@ -22,7 +22,7 @@ def joined(*tables: Mapping[Any, Any]) -> dict[Any, Any]:
 
 
 def named(names: str, spelled: Callable[[str], str] = str) -> dict[Any, str]:
-    """Ops of torch -> what a runtime calls them, where that is torch's own name as `spelled` writes it."""
+    """Aten ops -> their names in a runtime, for ops whose name there is `spelled` of torch's name."""
     return {getattr(torch.ops.aten, name).default: spelled(name) for name in names.split()}
 
 
@@ -35,10 +35,10 @@ def lookup(table: Mapping[Any, Callable[..., Any]], node: fx.Node, target: str) 
         target: Name of the target, for the message.
 
     Raises:
-        RefusedError: There is none; the message names the op, the module and the nearest op that has one.
+        RefusedError: The table lacks the op; the message names the op, the module and the nearest supported op.
     """
     found = table.get(node.target)
     if found is not None:
         return found
-    reason = f"the target {target} has no lowering for {node.target}"
+    reason = f"the {target} target has no lowering for {node.target}"
     raise RefusedError(module_of(node), reason, hint=hint_for(table, node.target))

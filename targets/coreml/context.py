@@ -1,4 +1,4 @@
-"""What a lowering function works with: the MIL builder, values by fx node, constants, sizes, weights and states."""
+"""What lowering functions work with: the MIL builder, values by fx node, constants, sizes, weights and states."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ NUMPY: Mapping[str, Any] = {"fp32": np.float32, "fp16": np.float16, "int32": np.
 
 @dataclass(frozen=True)
 class Settings:
-    """Choices of one function that lowering functions consult.
+    """Settings of one function.
 
     Attributes:
-        context: Tokens that the cache holds.
-        chunk: Most tokens of one call.
-        skip_experts: Whether each expert is a branch, skipped where no token needs it.
+        context: Tokens that the KV cache holds.
+        chunk: Maximum number of tokens per call.
+        skip_experts: Whether each expert is a branch, which is skipped where no token needs it.
     """
 
     context: int
@@ -54,11 +54,11 @@ class Settings:
 
 @dataclass(frozen=True)
 class Cache:
-    """The states of one function, as attention reads and writes them.
+    """The KV cache of one function, for attention.
 
     Attributes:
         names: Placeholder of a state -> name of the state in the Program.
-        states: Reads and writes them.
+        states: Reads and writes the states.
         first_slot: Slot of the token at position 0, int32 [1]; None: 0.
     """
 
@@ -71,13 +71,13 @@ class Context:
     """State of the lowering of one function.
 
     Args:
-        program: What is lowered.
-        mb: coremltools' MIL builder, with the function open.
+        program: The Program to lower.
+        mb: coremltools' MIL builder, inside the function.
         pool: Weights of all functions of the model, each stored once.
-        settings: See there.
+        settings: Settings of this function.
 
     Attributes:
-        expert_tensors: Tensor of experts -> the name of their constants, `{}` for the index of the expert.
+            expert_tensors: Stack of experts -> name of their constants, with `{}` for the index of the expert.
     """
 
     def __init__(self, program: Program, mb: Any, pool: WeightPool, settings: Settings) -> None:
@@ -90,22 +90,22 @@ class Context:
 
     @property
     def cache(self) -> Cache:
-        """Where attention keeps keys and values; there once `bind_cache` has been called."""
-        assert self._cache is not None, "attention is lowered before there is a cache"
+        """The KV cache; `bind_cache` must have been called."""
+        assert self._cache is not None, "attention is lowered before bind_cache was called"
         return self._cache
 
     def bind_cache(self, cache: Cache) -> None:
-        """Set the cache, which is made of values of this context."""
+        """Set the KV cache. It consists of values of this context, so it cannot be given to the constructor."""
         self._cache = cache
 
     # Values -----------------------------------------------------------------------------------------------------
 
     def set(self, node: fx.Node, value: Any) -> None:
-        """Remember what `node` lowered to."""
+        """Record what `node` was lowered to."""
         self._values[node] = value
 
     def get(self, argument: Any) -> Any:
-        """The lowered form of an argument: a Var for a tensor, numbers and lists as they are."""
+        """What an argument was lowered to: a Var for a tensor; numbers and lists unchanged."""
         if isinstance(argument, fx.Node):
             return self.weight(argument) if argument.op == "get_attr" else self._values[argument]
         if isinstance(argument, list | tuple):
@@ -125,7 +125,7 @@ class Context:
         return self.constant(number(argument, dtype))
 
     def cast(self, value: Var, name: str) -> Var:
-        """`value` as MIL type `name`; nothing happens if it has that type."""
+        """`value` cast to the MIL type `name`; unchanged if it has that type."""
         have = self.type_name(value)
         return value if have == name else self.mb.cast(x=value, dtype=self.text(name))
 
@@ -142,7 +142,7 @@ class Context:
         return self.mb.transpose(x=value, perm=self.ints(*axes))
 
     def unsqueeze(self, value: Var, axes: Sequence[int]) -> Var:
-        """`value` with axes of length 1 at these places."""
+        """`value` with new axes of length 1; `axes` are their indices in the result."""
         return self.mb.expand_dims(x=value, axes=self.ints(*axes))
 
     def squeeze(self, value: Var, axes: Sequence[int]) -> Var:
@@ -150,18 +150,18 @@ class Context:
         return self.mb.squeeze(x=value, axes=self.ints(*axes))
 
     def concat(self, parts: Sequence[Var], axis: int) -> Var:
-        """Values joined along an axis."""
+        """`parts` concatenated along an axis."""
         return self.mb.concat(values=list(parts), axis=axis)
 
     def split(self, value: Var, sizes: Sequence[int], axis: int) -> Sequence[Var]:
-        """Pieces of an axis."""
+        """`value` cut along an axis into pieces of `sizes`."""
         if len(sizes) == 1:
             return [value]
         parts: Sequence[Var] = self.mb.split(x=value, split_sizes=list(sizes), axis=axis)
         return parts
 
     def tile(self, value: Var, times: Sequence[Any]) -> Var:
-        """Repeat along each axis. Booleans travel as integers, since `tile` takes none."""
+        """`value` repeated along each axis; booleans are cast to integers and back, since `tile` does not take them."""
         if all(count == 1 for count in times):
             return value
         kind = self.type_name(value)
@@ -169,18 +169,18 @@ class Context:
         return self.cast(self.mb.tile(x=carried, reps=self.dims(times)), kind)
 
     def size_arithmetic(self, name: str, *sizes: Var) -> Var:
-        """Arithmetic on sizes; that of a single one starts from 0."""
+        """Arithmetic on sizes; with a single operand (negation), 0 is the first."""
         left, right = (self.size(0), *sizes)[-2:]
         return getattr(self.mb, {"floordiv": "floor_div", "neg": "sub"}.get(name, name))(x=left, y=right)
 
     def take(self, source: fx.Node, places: fx.Node, axis: int) -> Var:
-        """`source` at `places`. Negative ones count from the end, and `gather` takes none."""
+        """`source` at the indices `places` along an axis; negative indices count from the end."""
         index = self.mb.mod(x=self.tensor(places, torch.int32), y=self.axis_length(source, axis))
         return self.mb.gather(x=self.tensor(source), indices=index, axis=axis, validate_indices=self.constant(False))
 
     @contextlib.contextmanager
     def branch(self) -> Iterator[None]:
-        """While a branch of `cond` is built: what is made inside must not be reused outside."""
+        """Enter a branch of `cond`: shared values that are made inside are not reused outside."""
         outer = self.memo
         self.memo = dict(outer)
         try:
@@ -189,7 +189,7 @@ class Context:
             self.memo = outer
 
     def shared(self, key: Any, make: Callable[[], Any]) -> Any:
-        """`make()` the first time that `key` is asked for, then the same value: masks and sizes of every layer."""
+        """The value of `make()`, called once for each `key`: masks and sizes that all layers share."""
         if key not in self.memo:
             self.memo[key] = make()
         return self.memo[key]
@@ -197,14 +197,14 @@ class Context:
     # Constants and weights --------------------------------------------------------------------------------------
 
     def constant(self, value: Any, dtype: Any = None) -> Var:
-        """A small constant, each distinct one once per block."""
+        """A small constant; equal constants of a block are one."""
         array = np.array(value, dtype=dtype, order="C")
         key = ("constant", array.dtype.str, array.shape, array.tobytes())
         scalar = array.item() if array.dtype == np.bool_ and not array.shape else array[()]
 
         def make() -> Var:
             made = self.mb.const(val=scalar)
-            # Functions with the same id share what goes to the weight file, as the positions of all slots do.
+            # Constants of the same id share one entry of the weight file across functions; large ones are stored there.
             made.op.weight_id = f"constant {sha256_of_text(repr(key))}"
             return made
 
@@ -219,7 +219,7 @@ class Context:
         return self.constant(np.asarray(values, dtype=np.int32))
 
     def zeros(self, width: int, dtype: torch.dtype) -> Var:
-        """A bias of zeros. One for all: the builder would store another one for every `linear` without a bias."""
+        """A bias of zeros, shared: the builder would store another one for every `linear` without a bias."""
         name = MIL_NAMES[dtype]
         array = np.zeros(width, NUMPY[name])
         return self.shared(("zeros", width, name), lambda: self.pool.const(self.mb, f"zeros_{name}_{width}", array))
@@ -238,14 +238,14 @@ class Context:
     # Sizes ------------------------------------------------------------------------------------------------------
 
     def size(self, argument: Any) -> Var:
-        """A size as an int32 scalar; ops are made only when somebody asks."""
+        """A size as an int32 scalar; its ops are made on first use."""
         if isinstance(argument, int):
             return self.constant(np.int32(min(argument, np.iinfo(np.int32).max)))
         value = self._values[argument]
         return value() if callable(value) else value
 
     def dims(self, sizes: Sequence[Any]) -> Any:
-        """A list of sizes, each a number or a node, as numbers if they all are, else as a 1-D int32 Var."""
+        """A list of sizes, each an integer or a node: a list if all are integers, else a 1-D int32 Var."""
         if all(isinstance(size, int) for size in sizes):
             return self.ints(*sizes)
         parts = [
@@ -255,7 +255,7 @@ class Context:
         return self.mb.concat(values=parts, axis=self.constant(np.int32(0)))
 
     def axis_length(self, node: fx.Node, axis: int) -> Var:
-        """Length of one axis of a tensor, as an int32 scalar; one set of ops for each distinct length."""
+        """Length of one axis of a tensor, as an int32 scalar; equal lengths share one value."""
         size = node.meta["val"].shape[axis]
         if isinstance(size, int):
             return self.constant(np.int32(size))
@@ -270,12 +270,12 @@ class Context:
     # Messages ---------------------------------------------------------------------------------------------------
 
     def reject(self, node: fx.Node, reason: str) -> None:
-        """Record that `node` took another form than the best one."""
+        """Record why `node` was not lowered to the fastest form."""
         self.rejections.append(Rejection("coreml", module_of(node), reason))
 
 
 def number(value: Any, dtype: torch.dtype) -> Any:
-    """A Python number or list as numpy, clipped to what int32 holds: MIL has no wider integers."""
+    """A Python number or list as a numpy array; integers are clipped to the range of int32, MIL's widest type."""
     kind = NUMPY[MIL_NAMES[dtype]]
     if kind is np.int32:
         limits = np.iinfo(np.int32)

@@ -1,16 +1,16 @@
-"""Takes out of a model's graph what is said twice, so that the graph of many small experts stays small.
+"""Removes redundancy from a model's protobuf, so that the graph of many small experts stays small.
 
-coremltools writes each name of an operation twice, once as its attribute `name` and once as the name of its output,
-numbers values by op type (`not_equal_63`), and makes a constant for each use of a flag or an axis. Of an expert that is
-a third of its bytes. Before and after, for `mul_76` of a graph with two constants of the same value:
+coremltools writes the name of each operation twice (as its attribute `name` and as the name of its output), numbers
+values by op type (`not_equal_63`), and makes a constant for each use of a flag or an axis. This is a third of the bytes
+of an expert's operations. Before and after, for `mul_76` of a graph with two constants of the same value:
 
     const()[name="cast_46_dtype_0", val="fp32"] -> cast_46_dtype_0    const()[name="v1", val="fp32"] -> v1
     const()[name="cast_47_dtype_0", val="fp32"] -> cast_47_dtype_0    mul(x="v0", y="w1_3_up") -> v2
     mul(x="silu_19", y="w1_3_up")[name="mul_76"] -> mul_76
 
-Left as they are: names that somebody chose (weights, experts, inputs, outputs, states), operands, types, the order of
-operations, and the `name` of constants, of control flow and of what has no output. The format has attributes of
-operations as optional (`MIL.proto`), and Chromium's WebNN, which writes the same opset, names constants alone.
+Unchanged are: names that are not generated (weights, experts, inputs, outputs, states), operands, types, the order of
+operations, and the `name` of constants, control flow and operations without outputs. Attributes of operations are
+optional in the format (`MIL.proto`); Chromium's WebNN, which writes the same opset, sets `name` for constants only.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from typing import Any, TypeAlias
 
 CONST = "const"
 Names: TypeAlias = ChainMap[str, str]
-"""Name of a value -> the name that takes its place, within one block and the blocks around it."""
+"""Old -> new name of a value, for one block and the blocks around it."""
 Constants: TypeAlias = ChainMap[tuple[bytes, bytes], str]
-"""Type and value of a constant -> its name, within one block and the blocks around it."""
+"""Serialised type and value of a constant -> its name, for one block and the blocks around it."""
 
 
 def compact(spec: Any) -> dict[str, dict[str, str]]:
-    """Make the ML program of a `Model` message smaller, in place.
+    """Compact the ML program of a `Model` message in place.
 
     Returns:
-        Function -> old name of a value -> its name now, for those outside of branches that have another.
+        Function -> old name -> new name, for all renamed values outside of branches.
     """
     renamed: dict[str, dict[str, str]] = {}
     for name, function in spec.mlProgram.functions.items():
@@ -51,21 +51,21 @@ def _operations(block: Any) -> Iterator[Any]:
 
 
 class _Function:
-    """Names and constants of one function.
+    """Renames values and merges constants of one function.
 
     Args:
-        public: Names that callers know.
-        op_types: Types of its operations; the builder numbers values by these.
+        public: Names that must not change: inputs, outputs and states.
+        op_types: Types of its operations, from which the builder generates names.
     """
 
     def __init__(self, public: Collection[str], op_types: Collection[str]) -> None:
         self._public = public
-        # Such as mul_76, of several outputs split_25_1, of an operand without a name of its own cast_46_dtype_0.
+        # Generated names: mul_76; one of several outputs, split_25_1; an unnamed operand, cast_46_dtype_0.
         self._numbered = re.compile(rf"({'|'.join(sorted({*op_types, 'coreml_update_state'}))})_\d+(_[a-z_]+)?(_\d+)?")
         self._count = 0
 
     def compact(self, block: Any, names: Names, constants: Constants) -> None:
-        """Compact a block and those within."""
+        """Compact a block and its nested blocks."""
         repeated = []
         for index, operation in enumerate(block.operations):
             for argument in operation.inputs.values():

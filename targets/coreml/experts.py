@@ -1,4 +1,4 @@
-"""The experts of each layer alone: moec's executor entered at their operands, on the operations of the package."""
+"""Runs the experts of one layer alone, by moec's executor on the operations of the package."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ CACHE_BYTES = 0  # a weight is used once
 
 
 class CoremlExperts:
-    """Runs the experts of one layer as one function has them; see `moec.targets.base.ExpertsRunner`.
+    """Runs the experts of one function, layer by layer; see `moec.targets.base.ExpertsRunner`.
 
     Args:
         model: The package.
-        function: Its function.
-        layers: Of each MoE layer, names of the values at which it is entered and left.
-        tokens: Most tokens of a call.
+        function: Name of the function.
+        layers: For each MoE layer, the names of the inputs and the output of its experts.
+        tokens: Maximum number of tokens per call.
     """
 
     def __init__(self, model: MilModel, function: str, layers: Sequence[LayerValues], tokens: int) -> None:
         self._model, self._function, self._layers, self._tokens = model, function, layers, tokens
 
     def __call__(self, layer: int, hidden: np.ndarray, indices: np.ndarray, weights: np.ndarray) -> np.ndarray:
-        """Hidden states [T, H], indices [T, k], weights [T, k] -> [T, H] float32."""
+        """hidden_states [T, H], indices [T, k], weights [T, k] -> [T, H] float32."""
         *names, output = self._layers[layer]
         session = self._model.part(self._function, names, output)
         results = []
@@ -44,11 +44,11 @@ def open_experts(directory: Path) -> Mapping[str, CoremlExperts]:
     """The experts of every function of a package.
 
     Raises:
-        ArtifactError: The package does not say where its layers begin and end.
+        ArtifactError: The package's metadata does not name the inputs and outputs of its layers.
     """
     metadata = read_metadata(directory)
     if not metadata.layers:
-        raise ArtifactError(f"{directory / PACKAGE}: it does not name its layers", hint="export it again")
+        raise ArtifactError(f"{directory / PACKAGE}: no MoE layers in its metadata", hint="export the model again")
     model = MilModel.open(directory / PACKAGE, cache_bytes=CACHE_BYTES)
     lengths = {name: 1 if name == "decode" else metadata.chunk for name in metadata.layers}
     return {name: CoremlExperts(model, name, metadata.layers[name], tokens) for name, tokens in lengths.items()}

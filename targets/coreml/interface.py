@@ -1,4 +1,4 @@
-"""Inputs of a model's functions, and where the tokens that they bring go in the cache: one class for each flavor."""
+"""Inputs of a model's functions, and the cache slots of their tokens: one class for each flavor."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from moec.targets.coreml.library import coremltools_module
 from moec.targets.coreml.state import CACHES, state_layout
 from moec.targets.coreml.weights import identifier
 
-DEFAULT_HINT = "take the default flavor"
+DEFAULT_HINT = "use the default flavor"
 DERIVED = ("attention_mask", "position_ids", "cache_position")
-"""Inputs of the Program that follow from where the new tokens are when there is one sequence without padding."""
+"""Inputs of the Program that follow from the number of past tokens, for one sequence without padding."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class Shape:
     """Sizes that a model is built for.
 
     Attributes:
-        context: Tokens that the cache holds.
-        chunk: Most tokens of one call.
+        context: Tokens that the KV cache holds.
+        chunk: Maximum number of tokens per call.
     """
 
     context: int
@@ -42,9 +42,9 @@ class Entry:
     """One function of a model.
 
     Attributes:
-        name: Its name.
-        tokens: Tokens of a call; None: from 1 to the chunk.
-        skip_experts: Whether each expert is a branch, skipped where no token needs it.
+        name: Name of the function.
+        tokens: Number of tokens per call; None: from 1 to `Shape.chunk`.
+        skip_experts: Whether each expert is a branch, which is skipped where no token needs it.
     """
 
     name: str
@@ -53,14 +53,14 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Places:
-    """Where the new tokens of a call are.
+class NewTokens:
+    """Cache slots and positions of the new tokens of a call.
 
     Attributes:
-        start: Slot of the first one in the cache, int32 [1].
-        stop: Slot behind the last, int32 [1].
-        past: Tokens before them, int32 [1].
-        positions: Position of each, int32 [n].
+        start: Slot of the first new token, int32 [1].
+        stop: Slot after that of the last new token, int32 [1].
+        past: Number of past tokens, int32 [1].
+        positions: Position of each new token, int32 [n].
         first: Slot of the token at position 0, int32 [1]; None: 0.
     """
 
@@ -72,7 +72,7 @@ class Places:
 
 
 class Interface(ABC):
-    """How a model is called."""
+    """The inputs of a model's functions in one flavor."""
 
     flavor: Flavor
     token_input: str
@@ -80,19 +80,19 @@ class Interface(ABC):
 
     @abstractmethod
     def inputs(self, mb: Any, types: Any, tokens: Any) -> dict[str, Any]:
-        """Placeholders by name, the one of the token ids [1, `tokens`] first."""
+        """Placeholders by name; the first is that of the token ids [1, `tokens`]."""
 
     @abstractmethod
     def ranges(self, shape: Shape, added: Sequence[TensorSpec]) -> tuple[Any, ...]:
-        """Types of the inputs of a function whose number of tokens is free; `added` are those of passes."""
+        """Input types of a function with a variable number of tokens; `added` are inputs that passes added."""
 
     @abstractmethod
-    def places(self, ctx: Context, inputs: Mapping[str, Var], states: Mapping[str, tuple[int, ...]]) -> Places:
-        """Where the new tokens go. `states` are the shapes of the states; their values are among `inputs`."""
+    def new_tokens(self, ctx: Context, inputs: Mapping[str, Var], states: Mapping[str, tuple[int, ...]]) -> NewTokens:
+        """Slots and positions of the new tokens; `states` are shapes of states, whose values are in `inputs`."""
 
 
 class DefaultInterface(Interface):
-    """`prefill` and `decode`: slots are given, and the slot of a token is its position."""
+    """`prefill` and `decode`: slots are an input, and the slot of a token is its position."""
 
     flavor = Flavor.DEFAULT
     token_input = "input_ids"
@@ -106,7 +106,7 @@ class DefaultInterface(Interface):
         }
 
     def ranges(self, shape: Shape, added: Sequence[TensorSpec]) -> tuple[Any, ...]:
-        """From 1 token to a chunk."""
+        """From 1 token to `shape.chunk`."""
         ct = coremltools_module()
         length = ct.RangeDim(lower_bound=1, upper_bound=shape.chunk, default=1)
         return (
@@ -121,21 +121,21 @@ class DefaultInterface(Interface):
             ),
         )
 
-    def places(self, ctx: Context, inputs: Mapping[str, Var], states: Mapping[str, tuple[int, ...]]) -> Places:  # noqa: ARG002
-        """As `cache_position` says."""
+    def new_tokens(self, ctx: Context, inputs: Mapping[str, Var], states: Mapping[str, tuple[int, ...]]) -> NewTokens:  # noqa: ARG002
+        """Slots and positions are those of `cache_position`."""
         mb, position = ctx.mb, inputs["cache_position"]
         start = mb.slice_by_size(x=position, begin=[0], size=[1])
         last = mb.slice_by_index(x=position, begin=[-1], end=[0], end_mask=[True])
-        return Places(start, mb.add(x=last, y=np.int32(1)), start, position)
+        return NewTokens(start, mb.add(x=last, y=np.int32(1)), start, position)
 
 
 class SwiftInterface(Interface):
     """One function for prompts and single tokens, as swift-transformers calls it.
 
-    `causalMask` tells by its last axis, the length of the sequence, how many tokens came before. Its values are not
-    read: the library gives zeros and one row whatever it asks for. It also counts one token too many, from the first
-    call on, so that its tokens start in slot 1 and slot 0 is never written, which an all-zero key shows. Callers that
-    count exactly start in slot 0. Both get the same results: positions are counted from the first slot in use.
+    The last axis of `causalMask` is the length of the sequence, from which the number of past tokens follows. Its
+    values are not read: the library always passes one row of zeros. The library also counts one token too many from the
+    first call on, so that its tokens start in slot 1. Slot 0 is then never written, and its keys stay zero. Callers
+    that count exactly start in slot 0. Both get the same results, since positions are counted from the first used slot.
     """
 
     flavor = Flavor.SWIFT
@@ -151,7 +151,7 @@ class SwiftInterface(Interface):
         }
 
     def ranges(self, shape: Shape, added: Sequence[TensorSpec]) -> tuple[Any, ...]:  # noqa: ARG002 - it has none
-        """From 1 token to all that the cache holds: the library passes a prompt in one piece."""
+        """From 1 token to `shape.chunk`, here the whole cache, since the library passes a prompt in one piece."""
         ct = coremltools_module()
         length, rows, total = (ct.RangeDim(lower_bound=1, upper_bound=shape.chunk, default=1) for _ in range(3))
         return (
@@ -159,8 +159,8 @@ class SwiftInterface(Interface):
             ct.TensorType(name="causalMask", shape=(1, 1, rows, total), dtype=np.float16),
         )
 
-    def places(self, ctx: Context, inputs: Mapping[str, Var], states: Mapping[str, tuple[int, ...]]) -> Places:
-        """As the shapes say."""
+    def new_tokens(self, ctx: Context, inputs: Mapping[str, Var], states: Mapping[str, tuple[int, ...]]) -> NewTokens:
+        """Slots and positions follow from the shapes of the inputs."""
         mb, one = ctx.mb, ctx.ints(1)
         total = mb.slice_by_size(x=mb.shape(x=inputs["causalMask"]), begin=[3], size=[1])
         new = mb.slice_by_size(x=mb.shape(x=inputs["inputIds"]), begin=[1], size=[1])
@@ -169,10 +169,10 @@ class SwiftInterface(Interface):
         past = mb.sub(x=start, y=first)
         ones = mb.fill_like(ref_tensor=mb.squeeze(x=inputs["inputIds"], axes=[0]), value=np.int32(1))
         counted = mb.cumsum(x=ones, axis=0, exclusive=True, reverse=False)
-        return Places(start, total, past, mb.add(x=counted, y=past), first)
+        return NewTokens(start, total, past, mb.add(x=counted, y=past), first)
 
     def _empty(self, ctx: Context, inputs: Mapping[str, Var], states: Mapping[str, tuple[int, ...]]) -> Var:
-        """1 if nothing was ever written to the first slot, else 0: int32 [1]."""
+        """1 if slot 0 was never written, else 0: int32 [1]."""
         mb, (_, heads, _, width) = ctx.mb, states[CACHES["key"]]
         cached = mb.read_state(input=inputs[CACHES["key"]])
         key = mb.slice_by_size(x=cached, begin=[0, 0, 0, 0], size=[1, heads, 1, width])
@@ -190,16 +190,16 @@ def extra_inputs(program: Program) -> list[TensorSpec]:
 
 
 def added_shape(spec: TensorSpec, tokens: Any) -> tuple[Any, ...]:
-    """Shape of an input that a pass added, for so many tokens; Core ML has no inputs without axes."""
+    """Shape of an input that a pass added, for `tokens` tokens. Core ML has no scalar inputs, so a scalar is [1]."""
     return tuple(tokens if size == SEQUENCE else size for size in spec.shape) or (1,)
 
 
 def refusals(program: Program, flavor: Flavor) -> tuple[Rejection, ...]:
-    """What of `program` does not fit `flavor`."""
+    """What `flavor` does not support in `program`."""
     if flavor is not Flavor.SWIFT:
         return ()
     found = [
-        Rejection("coreml", f"input {spec.name}", f"{flavor} feeds no such input", "fix its value, or " + DEFAULT_HINT)
+        Rejection("coreml", f"input {spec.name}", f"{flavor} feeds no such input", f"fix its value, or {DEFAULT_HINT}")
         for spec in extra_inputs(program)
     ]
     known = " and ".join(CACHES.values())
@@ -207,14 +207,14 @@ def refusals(program: Program, flavor: Flavor) -> tuple[Rejection, ...]:
         Rejection(
             "coreml",
             f"layer {state.layer}",
-            f"its state of kind {state.kind} is no cache: {flavor} knows {known}",
+            f"its state of kind {state.kind} is not a KV cache: {flavor} supports only {known}",
             DEFAULT_HINT,
         )
         for state in program.replaced[:1]
     ]
-    slots = state_layout(program.replace(states=program.caches), 1).slots.values()
-    states = list(dict.fromkeys(slot.state for slot in slots))
+    locations = state_layout(program.replace(states=program.caches), 1).locations.values()
+    states = list(dict.fromkeys(location.state for location in locations))
     if states != list(CACHES.values()):
-        reason = f"layers whose caches differ in heads or width need {len(states)} states, but {flavor} knows {known}"
+        reason = f"KV caches that differ between layers need {len(states)} states, but {flavor} supports only {known}"
         found.append(Rejection("coreml", f"states {', '.join(states[:3])}, ...", reason, DEFAULT_HINT))
     return tuple(found)

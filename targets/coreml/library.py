@@ -1,4 +1,4 @@
-"""The one place that imports coremltools: quietly, and only when the CoreML target is used."""
+"""The only module that imports coremltools: without its messages, and only when the CoreML target is used."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 def quiet() -> Iterator[None]:
     """Silence warnings and log records up to WARNING.
 
-    coremltools reports untested torch versions and the proxies that exist on macOS alone: on Linux
-    that is every import, and nothing a user of moec could act on.
+    At every import on Linux, coremltools warns of untested torch versions and of libraries that exist on
+    macOS only; users of moec can do nothing about either.
     """
     previous = logging.root.manager.disable
     logging.disable(max(previous, logging.WARNING))

@@ -1,4 +1,4 @@
-"""Lower a Program to an ML program: one function per phase, one set of weights, states that outlive a call."""
+"""Lower a Program to an ML program: one function per phase, with shared weights and states."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from moec.targets.coreml.weights import WeightPool, identifier
 
 @dataclass
 class Built:
-    """The MIL program and what its making found out.
+    """The MIL program and what is known about it.
 
-    `expert_tensors` has for each tensor of experts the name of their constants, `{}` for the index of the expert.
-    `defaults` and `row_widths` are those of `moec.targets.common.added_inputs`, by the names that the model gives them.
-    `layers` has for each function the hidden states, indices, weights and result of every experts node.
+    `expert_tensors` maps each stack of experts to the name of their constants, with `{}` for the index of the expert.
+    `defaults` and `row_widths` are those of `moec.targets.common.added_inputs`, by the names of the model's inputs.
+    `layers` holds for each function hidden_states, indices, weights and output of every experts node.
     """
 
     program: Any
@@ -53,13 +53,13 @@ def build(program: Program, shape: Shape, flavor: Flavor = Flavor.DEFAULT, *, bl
     """Lower `program`.
 
     Args:
-        program: Dynamic in batch, sequence and past.
+        program: The Program to lower, with dynamic batch, sequence and past.
         shape: Sizes of the model.
-        flavor: How its functions are called.
-        blank: Read no weight, only to find out what is refused.
+        flavor: Calling convention of its functions.
+        blank: Whether to read no weights, for a lint that only needs to know what is refused.
 
     Raises:
-        LoweringError: An op has no form, or the model does not fit the flavor.
+            LoweringError: An op is not supported, or the flavor does not support the model.
         UnsupportedModelError: The model needs a padding mask outside of attention.
     """
     if refused := refusals(program, flavor):
@@ -81,7 +81,7 @@ def build(program: Program, shape: Shape, flavor: Flavor = Flavor.DEFAULT, *, bl
 
 @contextmanager
 def _fresh_names() -> Iterator[None]:
-    """Count the builder's names from 0, so that a rebuild in the same process gives the same names."""
+    """Restart the builder's numbering of names, so that a rebuild in the same process gives the same names."""
     counts = coremltools_module("coremltools.converters.mil").Builder.name_count
     kept = dict(counts)
     counts.clear()
@@ -125,17 +125,17 @@ class _Function:
         settings = Settings(self._shape.context, self._shape.chunk, self._entry.skip_experts)
         ctx = Context(program, mb, built.pool, settings)
         states = {name: inputs[name] for name in built.layout.states()}
-        places = built.interface.places(ctx, inputs, built.layout.states())
-        kept = States(ctx, built.layout, states, places.start, places.stop)
-        ctx.bind_cache(Cache(names, kept, places.first))
+        new_tokens = built.interface.new_tokens(ctx, inputs, built.layout.states())
+        kept = States(ctx, built.layout, states, new_tokens.start, new_tokens.stop)
+        ctx.bind_cache(Cache(names, kept, new_tokens.first))
         if "past_sequence" in program.dims:
-            # The tokens in the cache are those before the first new one, whatever length the states have.
-            ctx.memo["size", str(program.dims["past_sequence"])] = mb.squeeze(x=places.past, axes=[0])
+            # The number of past tokens is not the length of the states, which is fixed.
+            ctx.memo["size", str(program.dims["past_sequence"])] = mb.squeeze(x=new_tokens.past, axes=[0])
         known = {
             "input_ids": inputs[built.interface.token_input],
-            # Without padding the tokens of a sequence are counted one by one.
-            "cache_position": places.positions,
-            "position_ids": mb.expand_dims(x=places.positions, axes=ctx.ints(0)),
+            # Without padding, the position of a token is its index in the sequence.
+            "cache_position": new_tokens.positions,
+            "position_ids": mb.expand_dims(x=new_tokens.positions, axes=ctx.ints(0)),
             **{spec.name: inputs[identifier(spec.name)] for spec in extra_inputs(program)},
             **{state.input.name: kept.read(state.input.name) for state in program.replaced},
         }
@@ -157,14 +157,14 @@ class _Function:
 
     def _bind(self, ctx: Context, node: fx.Node, value: Var | None) -> None:
         if value is not None:
-            # Core ML has no inputs without axes.
+            # Core ML has no scalar inputs.
             ctx.set(node, value if node.meta["val"].ndim else ctx.mb.squeeze(x=value, axes=ctx.ints(0)))
         elif any(user.target not in (ATTENTION, torch.ops.aten.sym_size.int) for user in node.users):
-            raise refuse(node, "something other than attention reads the cache")
+            raise refuse(node, "an op other than attention reads the KV cache")
 
 
 def count_ops(function: Any) -> dict[str, int]:
-    """Op type -> how often it occurs in `function`, constants left out."""
+    """Op type -> number of its operations in `function`, without constants."""
     counts: dict[str, int] = {}
     pending = [function]
     while pending:
@@ -177,27 +177,26 @@ def count_ops(function: Any) -> dict[str, int]:
 
 _DESCRIPTIONS: Mapping[str, str] = {
     "input_ids": "Token ids, int32 [1, tokens].",
-    "cache_position": "Slots of these tokens in the cache, int32 [tokens]: past, past + 1, and so on. The slot of a "
+    "cache_position": "Slots of these tokens in the KV cache, int32 [tokens]: past, past + 1, and so on. The slot of a "
     "token is its position.",
     "inputIds": "Token ids, int32 [1, tokens].",
-    "causalMask": "Its last axis is as long as the sequence, past and new tokens together (one more is taken as that); "
-    "its values and other axes are not read: the model is causal by itself.",
-    "logits": "Scores of the next token after each of these, [1, tokens, vocabulary].",
+    "causalMask": "Its last axis has the length of the sequence, past and new tokens together (or one more). "
+    "Its values and other axes are not read: the model applies the causal mask itself.",
+    "logits": "Logits of the next token after each input token, [1, tokens, vocabulary].",
     "keyCache": "Keys of the tokens so far.",
     "valueCache": "Values of the tokens so far.",
     "convState": "Last inputs of the short convolutions.",
-    "recurrentState": "States of the scans over the tokens.",
-    "inputs_embeds": "What stands in place of the embeddings of tokens whose id is negative, [1, tokens, hidden size]; "
-    "zeros where there is none.",
+    "recurrentState": "States of the linear-attention layers.",
+    "inputs_embeds": "Embeddings of the tokens whose id is negative, [1, tokens, hidden size]; zeros for other tokens.",
 }
 
 
 NAME_KEY = "co.huggingface.exporters.name"
-"""Key of the entry in the model's metadata that swift-transformers takes the model's name from."""
+"""Metadata key under which swift-transformers looks up the model's name."""
 
 
 def functions_of(spec: Any) -> list[tuple[str, Any]]:
-    """Name and description of each function; a model with one function is its own."""
+    """Name and description of each function; with a single function, the model's own description is used."""
     several = [(function.name, function) for function in spec.description.functions]
     return several or [(next(iter(spec.mlProgram.functions)), spec.description)]
 
@@ -205,9 +204,9 @@ def functions_of(spec: Any) -> list[tuple[str, Any]]:
 def describe(
     spec: Any, built: Built, shape: Shape, texts: Mapping[str, str], renamed: Mapping[str, Mapping[str, str]]
 ) -> None:
-    """Add what Xcode shows: descriptions of inputs, outputs and states, author, license; and what the runner needs.
+    """Add what Xcode shows (descriptions of inputs, outputs and states, author, license) and the runner's metadata.
 
-    `renamed` is function -> name that lowering gave to a value -> its name in `spec`, where that is another.
+    `renamed` is function -> name of a value in the lowering -> its name in `spec`, if they differ.
     """
     for _, function in functions_of(spec):
         for feature in (*function.input, *function.output, *function.state):
@@ -222,7 +221,7 @@ def describe(
 
 
 def model_metadata(built: Built, shape: Shape, renamed: Mapping[str, Mapping[str, str]]) -> ModelMetadata:
-    """What moec's runner must know of the model; for `renamed` see `describe`."""
+    """The metadata for moec's runner; for `renamed`, see `describe`."""
     return ModelMetadata(
         flavor=built.interface.flavor,
         context=shape.context,
@@ -239,7 +238,7 @@ def model_metadata(built: Built, shape: Shape, renamed: Mapping[str, Mapping[str
 
 
 def expert_bytes(built: Built) -> dict[str, int]:
-    """Expert tensor -> bytes that its codes, scales and offsets take in the weight file."""
+    """Expert tensor -> bytes of its codes, scales and offsets in the weight file."""
     stored = built.pool.stored_bytes
     return {
         name: sum(size for entry, size in stored.items() if entry.startswith(f"{name}."))
@@ -276,5 +275,5 @@ def _features(features: Sequence[Any]) -> list[dict[str, Any]]:
 
 
 def model_files(package: Path) -> tuple[str, ...]:
-    """The files of a package, relative to the folder that it is in."""
+    """Paths of the files of a package, relative to the folder that contains the package."""
     return tuple(sorted(str(path.relative_to(package.parent)) for path in package.rglob("*") if path.is_file()))

@@ -1,4 +1,4 @@
-"""What moec's own entry in the metadata of a package says: how the model is called, and where things are in it."""
+"""moec's entry in the metadata of a package: how to call the model, and where to find its weights and layers."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from moec.targets.coreml.flavors import Flavor
 from moec.targets.coreml.package import PACKAGE
 
 METADATA_KEY = "moec"
-"""Key of the entry in the model's metadata."""
+"""Key of moec's entry in the model's metadata."""
 
 
 class LayerValues(NamedTuple):
-    """Names of the values at which the experts of a layer are entered and left."""
+    """Names of the inputs and the output of a layer's experts."""
 
     hidden_states: str
     indices: str
@@ -27,17 +27,17 @@ class LayerValues(NamedTuple):
 
 
 class ModelMetadata(BaseModel):
-    """The entry.
+    """Contents of the entry.
 
     Attributes:
-        flavor: How the functions are called.
-        context: Tokens that the cache holds.
-        chunk: Most tokens of one call.
-        experts: Tensor of experts -> the name of their constants, `{}` for the index of the expert.
-        coded: Tensor that is stored as codes -> the name of its constant.
-        layers: Function -> the experts of each layer; empty where an older moec wrote the package.
-        inputs: Input that a pass added -> its value where nobody feeds it, flat.
-        token_inputs: Input that a pass added and that has a row for each token -> the width of its rows.
+        flavor: Calling convention of the functions.
+        context: Tokens that the KV cache holds.
+        chunk: Maximum number of tokens per call.
+        experts: Stack of experts -> name of their constants, with `{}` for the index of the expert.
+        coded: Quantized tensor -> name of its constant.
+        layers: Function -> the experts of each layer; empty in packages of older versions of moec.
+        inputs: Input that a pass added -> its default values, flattened.
+        token_inputs: Input with one row per token that a pass added -> width of a row.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -52,15 +52,15 @@ class ModelMetadata(BaseModel):
     token_inputs: dict[str, int] = {}
 
     def to_json(self) -> str:
-        """As the metadata holds it."""
+        """The entry as JSON."""
         return json.dumps(self.model_dump(), sort_keys=True)
 
 
 def read_metadata(directory: Path) -> ModelMetadata:
-    """The entry of the package in a directory.
+    """Read the entry of the package in `directory`.
 
     Raises:
-        ArtifactError: There is no model, or another tool wrote it, or what it says is damaged.
+        ArtifactError: There is no model, another tool wrote it, or the entry is damaged.
     """
     package = directory / PACKAGE
     text = load_spec(model_file(package)).description.metadata.userDefined.get(METADATA_KEY, "")
@@ -71,5 +71,5 @@ def read_metadata(directory: Path) -> ModelMetadata:
     except ValidationError as error:
         where = ".".join(map(str, error.errors()[0]["loc"]))
         raise ArtifactError(
-            f"{package}: its metadata is damaged: {where}: {error.errors()[0]['msg']}", hint="export it again"
+            f"{package}: its metadata is damaged: {where}: {error.errors()[0]['msg']}", hint="export the model again"
         ) from error

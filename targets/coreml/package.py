@@ -1,6 +1,6 @@
-"""Writes an `.mlpackage` whose bytes depend on nothing but the model.
+"""Writes an `.mlpackage` whose bytes depend only on the model.
 
-coremltools' own writer draws identifiers at random and leaves the order of maps open.
+coremltools' own writer uses random identifiers and an unspecified order of maps.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ FOLDER = "com.apple.CoreML"
 MODEL, WEIGHTS = f"{FOLDER}/model.mlmodel", f"{FOLDER}/weights"
 
 EXPERT_SCOPE = "moe"
-"""What the names of the operations of experts start with, and no others: what they cost is counted by it."""
+"""Prefix of the names of all operations of experts, and of no others, by which their cost is counted."""
 
 
 def write_package(program: Any, package: Path, specification_version: int, describe: Any) -> Any:
@@ -28,9 +28,9 @@ def write_package(program: Any, package: Path, specification_version: int, descr
     Args:
         program: The MIL program.
         package: Directory to make.
-        specification_version: Of the model format; that of iOS 18 is 9.
-        describe: Called with the `Model` message, and by function what its values are called now, to add descriptions
-            and metadata.
+        specification_version: Version of the model format; 9 is that of iOS 18.
+        describe: Adds descriptions and metadata; called with the `Model` message and, by function, old -> new names
+            of its values.
 
     Returns:
         The `Model` message.

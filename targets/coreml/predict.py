@@ -1,4 +1,4 @@
-"""Two ways to run a function of a package: Core ML itself on macOS, moec's executor elsewhere."""
+"""Runs functions of a package: with Core ML on macOS, with moec's executor elsewhere."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ class Backend(Protocol):
         """Set every state to zero."""
 
     def predict(self, function: str, feeds: Feeds) -> Mapping[str, np.ndarray]:
-        """Run `function` once; its states change."""
+        """Run `function` once and update the states."""
 
     def fork(self) -> Self:
-        """A backend with states of its own on the same weights."""
+        """A second backend with its own states and the same weights."""
 
     def facts(self) -> Mapping[str, Any]:
-        """Runtime and what it counted, for the report."""
+        """Runtime and its counters, for the report."""
 
 
-class InterpreterBackend:
+class ExecutorBackend:
     """moec's executor in numpy.
 
     Args:
@@ -51,7 +51,7 @@ class InterpreterBackend:
         self._tokens: dict[str, int] = {}
 
     def fork(self) -> Self:
-        """A backend with states and counters of its own on the same weights."""
+        """A second backend with its own states and counters and the same weights."""
         twin = copy.copy(self)
         twin._begin()
         return twin
@@ -70,7 +70,7 @@ class InterpreterBackend:
         return self._sessions[function].predict(feeds)
 
     def facts(self) -> Mapping[str, Any]:
-        """Runtime, and for each function what was executed: tokens, multiply-accumulates and weight bytes read."""
+        """Runtime, and for each function the executed tokens, multiply-accumulates and weight bytes read."""
         executed = {}
         for name, session in self._sessions.items():
             whole, experts = session.counters.total(), session.counters.total(EXPERT_SCOPE)
@@ -102,20 +102,20 @@ class CoreMLBackend:
         self._state: Any = None
 
     def fork(self) -> Self:
-        """A backend with a state of its own on the same models."""
+        """A second backend with its own state and the same models."""
         twin = copy.copy(self)
         twin.reset()
         return twin
 
     def reset(self) -> None:
-        """Forget the state; a new one is made when it is needed."""
+        """Drop the state; a new one is made on next use."""
         self._state = None
 
     def predict(self, function: str, feeds: Feeds) -> Mapping[str, np.ndarray]:
         """Run `function` once.
 
         Raises:
-            ArtifactError: Core ML refuses the package or the inputs.
+            ArtifactError: Core ML cannot load the package or refuses the inputs.
         """
         try:
             model = self._models.get(function) or self._load(function)
@@ -125,7 +125,7 @@ class CoreMLBackend:
         except RuntimeError as error:
             raise ArtifactError(
                 f"{self._package}: Core ML cannot run function {function}: {str(error).splitlines()[0]}",
-                hint="moec verify tells whether the files are those that were built",
+                hint="`moec verify` checks whether the files are still as they were built",
             ) from error
         return results
 
@@ -144,5 +144,5 @@ class CoreMLBackend:
 
 
 def open_backend(package: Path) -> Backend:
-    """Core ML where it exists, else moec's executor."""
-    return CoreMLBackend(package) if sys.platform == "darwin" else InterpreterBackend(package)
+    """Core ML on macOS, moec's executor elsewhere."""
+    return CoreMLBackend(package) if sys.platform == "darwin" else ExecutorBackend(package)

@@ -1,4 +1,4 @@
-"""Runs a CoreML artifact: one sequence, prompts in pieces, single tokens by the function that skips experts."""
+"""Runs a CoreML artifact: prompts in pieces, and single tokens by the function that skips experts."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ import numpy as np
 
 from moec.targets.base import RunnerLimits
 from moec.targets.common.added_inputs import rows
-from moec.targets.common.one_sequence import OneSequence
-from moec.targets.coreml.flavors import call, most_tokens
+from moec.targets.common.single_sequence import SingleSequenceRunner
+from moec.targets.coreml.flavors import call, max_tokens
 from moec.targets.coreml.metadata import read_metadata
 from moec.targets.coreml.package import PACKAGE
-from moec.targets.coreml.predict import Backend, InterpreterBackend, open_backend
+from moec.targets.coreml.predict import Backend, ExecutorBackend, open_backend
 
 
-class CoremlRunner(OneSequence):
+class CoremlRunner(SingleSequenceRunner):
     """The Runner of the CoreML target.
 
     Args:
         directory: The artifact.
-        backend: Opens the package; Core ML on macOS and moec's executor elsewhere.
+        backend: Opens the package; by default Core ML on macOS and moec's executor elsewhere.
 
     Raises:
-        ArtifactError: The package is damaged or no model of moec.
+            ArtifactError: The package is damaged or was not written by moec.
     """
 
     target = "CoreML"
@@ -34,14 +34,14 @@ class CoremlRunner(OneSequence):
     def __init__(self, directory: Path, *, backend: Callable[[Path], Backend] = open_backend) -> None:
         metadata = read_metadata(directory)
         self._flavor = metadata.flavor
-        self._context, self._chunk = most_tokens(metadata.flavor, metadata.context), metadata.chunk
+        self._context, self._chunk = max_tokens(metadata.flavor, metadata.context), metadata.chunk
         self._defaults = {name: np.asarray(values, np.float32) for name, values in metadata.inputs.items()}
         self._widths: Mapping[str, int] = metadata.token_inputs
         self.overrides: dict[str, np.ndarray] = {}
         """See `moec.targets.base.AdjustableRunner`."""
         self._backend = backend(directory / PACKAGE)
         self._length = 0
-        executor = isinstance(self._backend, InterpreterBackend)
+        executor = isinstance(self._backend, ExecutorBackend)
         self.limits = RunnerLimits(
             max_batch=1,
             padding=False,
@@ -51,7 +51,7 @@ class CoremlRunner(OneSequence):
         )
 
     def fork(self) -> Self:
-        """A runner with a state of its own on the same weights."""
+        """A second runner with its own states and the same weights."""
         twin = copy.copy(self)
         twin._backend, twin._length = self._backend.fork(), 0
         return twin
@@ -68,7 +68,7 @@ class CoremlRunner(OneSequence):
         return np.concatenate(logits, axis=1)
 
     def _step(self, ids: np.ndarray, given: Mapping[str, np.ndarray]) -> np.ndarray:
-        """One call, as the flavor has it: by default, of a single token, of the function that skips experts."""
+        """One call with the flavor's convention; by default, a single token goes to the function that skips experts."""
         function, feeds = call(self._flavor, ids, self._length)
         once = {name: np.reshape(self.overrides.get(name, own), own.shape) for name, own in self._defaults.items()}
         logits = self._backend.predict(function, {**feeds, **once, **given})["logits"]
@@ -76,5 +76,5 @@ class CoremlRunner(OneSequence):
         return np.asarray(logits).astype(np.float32, copy=False)
 
     def facts(self) -> Mapping[str, Any]:
-        """Runtime, and what it executed where it counts that."""
+        """Runtime, and its counters if it has any."""
         return {**self._backend.facts(), "context": self._context, "prefill_chunk": self._chunk}

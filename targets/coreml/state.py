@@ -1,10 +1,12 @@
-"""What a step hands to the next one as Core ML states: key-value caches, last inputs of convolutions, states of scans.
+"""The Core ML states of a model: KV caches, last inputs of convolutions, and states of linear attention.
 
-A state is a tensor of fixed shape that outlives a prediction; Core ML takes fp16 alone. When all layers agree there are
-`keyCache` and `valueCache` [layers, heads, context, width], `convState` [layers, channels, kernel size] and
-`recurrentState` [layers, heads, key width, value width]; else each layer has its own. A state that is fp32 in the
-Program, as all are where it computes in fp32 and those of scans always, is the sum of two: the value rounded to fp16,
-and what that left, scaled up so that it does not vanish. Together they hold 22 bits.
+A Core ML state is an fp16 tensor of fixed shape that outlives a prediction. If all layers have equal shapes, there are
+`keyCache` and `valueCache` [layers, heads, context, head size], `convState` [layers, channels, kernel size] and
+`recurrentState` [layers, heads, key width, value width]; otherwise each layer has its own states.
+
+A state that is fp32 in the Program is stored as the sum of two fp16 states: the value rounded to fp16, and the
+remainder, scaled up so that it does not underflow. Together they hold 22 bits. All states of fp32 models and the states
+of linear attention in all models are stored in this way.
 """
 
 from __future__ import annotations
@@ -23,21 +25,21 @@ from moec.targets.coreml.context import Context, Var
 
 CACHES: Mapping[str, str] = {"key": "keyCache", "value": "valueCache"}
 BASES: Mapping[str, str] = {**CACHES, "conv": "convState", "recurrent": "recurrentState"}
-"""Names of the states by kind of state, see `moec.compiler.ir.program.StateSpec`."""
+"""Kind of state (see `moec.compiler.ir.program.StateSpec`) -> name of the Core ML state."""
 REMAINDER = "Remainder"
 REMAINDER_SCALE = 2048.0
 """The remainder of rounding to fp16 is below 2^-11 of the value."""
 
 
 @dataclass(frozen=True)
-class Slot:
-    """Where a state of a layer is.
+class StateLocation:
+    """Where a layer's state is stored.
 
     Attributes:
-        state: Name of the state.
-        shape: Shape of the state.
-        index: Place of the layer along axis 0 of the state.
-        split: Whether each value is the sum of two states.
+        state: Name of the Core ML state.
+        shape: Shape of the Core ML state.
+        index: Index of the layer along axis 0 of the Core ML state.
+        split: Whether a second Core ML state holds the remainder of rounding to fp16.
     """
 
     state: str
@@ -48,23 +50,23 @@ class Slot:
 
 @dataclass(frozen=True)
 class StateLayout:
-    """Which state holds what.
+    """Where all states of a Program are stored.
 
     Attributes:
-        slots: Name of each input state of the Program -> its place.
-        context: Tokens that the cache holds.
+        locations: Name of each input state of the Program -> where it is stored.
+        context: Tokens that the KV cache holds.
     """
 
-    slots: Mapping[str, Slot]
+    locations: Mapping[str, StateLocation]
     context: int
 
     def states(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every state of the model, in the order of the layers."""
+        """Name -> shape of every Core ML state of the model, in the order of the layers."""
         found: dict[str, tuple[int, ...]] = {}
-        for slot in self.slots.values():
-            found[slot.state] = slot.shape
-            if slot.split:
-                found[slot.state + REMAINDER] = slot.shape
+        for location in self.locations.values():
+            found[location.state] = location.shape
+            if location.split:
+                found[location.state + REMAINDER] = location.shape
         return found
 
 
@@ -76,19 +78,19 @@ def state_layout(program: Program, context: int) -> StateLayout:
     """
     shapes = {state.input.name: _shape(state, context) for state in program.states}
     counts = Counter((state.kind, shapes[state.input.name]) for state in program.states)
-    # Keys and values are laid out alike: joined if every layer has the same of both.
+    # Keys and values have the same layout: one state for all layers only if the shapes of both are equal in all.
     differing = {kind for kind, count in Counter(kind for kind, _ in counts).items() if count > 1}
     apart = differing | (set(CACHES) if differing & set(CACHES) else set())
     places: Counter[str] = Counter()
-    slots: dict[str, Slot] = {}
+    locations: dict[str, StateLocation] = {}
     for state in program.states:
         base, shape, split = BASES[state.kind], shapes[state.input.name], state.input.dtype is torch.float32
         if state.kind in apart:
-            slots[state.input.name] = Slot(f"{base}{state.layer}", (1, *shape), 0, split)
+            locations[state.input.name] = StateLocation(f"{base}{state.layer}", (1, *shape), 0, split)
         else:
-            slots[state.input.name] = Slot(base, (counts[state.kind, shape], *shape), places[base], split)
+            locations[state.input.name] = StateLocation(base, (counts[state.kind, shape], *shape), places[base], split)
             places[base] += 1
-    return StateLayout(slots, context)
+    return StateLayout(locations, context)
 
 
 def _shape(state: StateSpec, context: int) -> tuple[int, ...]:
@@ -105,10 +107,10 @@ class States:
 
     Args:
         ctx: The function's context.
-        layout: Where things are.
-        states: State name -> the function's input.
+        layout: Where the states are stored.
+        states: Name of a Core ML state -> input of the function.
         start: Slot of the first new token, int32 [1].
-        stop: Slot behind the last new token, int32 [1].
+        stop: Slot after that of the last new token, int32 [1].
     """
 
     def __init__(self, ctx: Context, layout: StateLayout, states: Mapping[str, Any], start: Var, stop: Var) -> None:
@@ -117,56 +119,55 @@ class States:
         self._current: dict[str, Var] = {}
 
     def update(self, name: str, new: Var) -> Var:
-        """Write the new keys or values of a layer and return all of them.
+        """Write the new keys or values of a layer and return the whole cache of the layer.
 
         Args:
             name: Input state of the Program.
-            new: [1, heads, S, width].
+            new: The new keys or values [1, heads, S, head size].
 
         Returns:
-            [1, heads, context, width]; slots behind the last token hold anything finite.
+            [1, heads, context, head size]; slots after the last token hold arbitrary finite values.
         """
-        slot = self._layout.slots[name]
-        return self._joined(self._write(slot, state, part) for state, part in self._parts(slot, new))
+        location = self._layout.locations[name]
+        return self._joined(self._write(location, state, part) for state, part in self._parts(location, new))
 
     def read(self, name: str) -> Var:
-        """What the last step left of a state that is replaced as a whole, such as [1, channels, kernel size]."""
-        slot = self._layout.slots[name]
-        return self._joined(self._layer(slot, self._content(state)) for state in self._names(slot))
+        """The current value of a state that steps replace as a whole, such as [1, channels, kernel size]."""
+        location = self._layout.locations[name]
+        return self._joined(self._layer(location, self._content(state)) for state in self._names(location))
 
     def replace(self, present: Mapping[str, Var]) -> None:
-        """Write states that are replaced as a whole.
+        """Write all states that steps replace as a whole. A Core ML state that several layers share is written once.
 
         Args:
-            present: Every such input state of the Program, in its order, with what it becomes. A Core ML state that
-                several layers share is written once.
+            present: Name of each such input state, in the Program's order -> its new value.
         """
         ctx, mb, layers = self._ctx, self._ctx.mb, dict[str, list[Var]]()
         for name, new in present.items():
-            slot = self._layout.slots[name]
-            # The last few of a free number of tokens are of a free number too, as coremltools infers it.
-            fixed = mb.reshape(x=new, shape=ctx.ints(1, *slot.shape[1:]))
-            for state, part in self._parts(slot, fixed):
+            location = self._layout.locations[name]
+            # coremltools infers a symbolic size for the last elements of a symbolic number of tokens.
+            fixed = mb.reshape(x=new, shape=ctx.ints(1, *location.shape[1:]))
+            for state, part in self._parts(location, fixed):
                 layers.setdefault(state, []).append(part)
         for state, parts in layers.items():
             value = parts[0] if len(parts) == 1 else mb.concat(values=parts, axis=ctx.constant(np.int32(0)))
             mb.coreml_update_state(state=self._states[state], value=value)
 
-    def _names(self, slot: Slot) -> tuple[str, ...]:
-        return (slot.state, slot.state + REMAINDER) if slot.split else (slot.state,)
+    def _names(self, location: StateLocation) -> tuple[str, ...]:
+        return (location.state, location.state + REMAINDER) if location.split else (location.state,)
 
-    def _parts(self, slot: Slot, new: Var) -> Iterator[tuple[str, Var]]:
-        """The states that hold a value together, and what of it each is to hold."""
+    def _parts(self, location: StateLocation, new: Var) -> Iterator[tuple[str, Var]]:
+        """The Core ML states that hold a value, each with its part of the value."""
         ctx, mb = self._ctx, self._ctx.mb
         rounded = ctx.cast(new, "fp16")
-        yield slot.state, rounded
-        if slot.split:
+        yield location.state, rounded
+        if location.split:
             rest = mb.sub(x=new, y=ctx.cast(rounded, "fp32"))
             scaled = mb.mul(x=rest, y=ctx.constant(np.float32(REMAINDER_SCALE)))
-            yield slot.state + REMAINDER, ctx.cast(scaled, "fp16")
+            yield location.state + REMAINDER, ctx.cast(scaled, "fp16")
 
     def _joined(self, parts: Iterable[Var]) -> Var:
-        """The value that the states hold together."""
+        """The value, computed from its parts in the Core ML states."""
         ctx, mb, held = self._ctx, self._ctx.mb, list(parts)
         if len(held) == 1:
             return held[0]
@@ -178,28 +179,28 @@ class States:
             self._current[state] = self._ctx.mb.read_state(input=self._states[state])
         return self._current[state]
 
-    def _write(self, slot: Slot, state: str, new: Var) -> Var:
+    def _write(self, location: StateLocation, state: str, new: Var) -> Var:
         ctx, mb = self._ctx, self._ctx.mb
-        _, heads, _, width = slot.shape
+        _, heads, _, width = location.shape
         before = self._content(state)
         axis = ctx.constant(np.int32(0))
         begin = ctx.shared(
-            ("cache begin", slot.index),
-            lambda: mb.concat(values=[ctx.ints(slot.index, 0), self._start, ctx.ints(0)], axis=axis),
+            ("cache begin", location.index),
+            lambda: mb.concat(values=[ctx.ints(location.index, 0), self._start, ctx.ints(0)], axis=axis),
         )
         end = ctx.shared(
-            ("cache end", slot.index, heads, width),
-            lambda: mb.concat(values=[ctx.ints(slot.index + 1, heads), self._stop, ctx.ints(width)], axis=axis),
+            ("cache end", location.index, heads, width),
+            lambda: mb.concat(values=[ctx.ints(location.index + 1, heads), self._stop, ctx.ints(width)], axis=axis),
         )
         changed = mb.slice_update(x=before, update=new, begin=begin, end=end)
         kept = mb.coreml_update_state(state=self._states[state], value=changed)
         self._current[state] = kept
-        return self._layer(slot, kept)
+        return self._layer(location, kept)
 
-    def _layer(self, slot: Slot, content: Var) -> Var:
-        """The part of a state that is one layer's."""
-        ctx, (layers, *sizes) = self._ctx, slot.shape
+    def _layer(self, location: StateLocation, content: Var) -> Var:
+        """One layer's part of a Core ML state."""
+        ctx, (layers, *sizes) = self._ctx, location.shape
         if layers == 1:
             return content
-        begin = ctx.ints(slot.index, *[0] * len(sizes))
-        return ctx.mb.slice_by_index(x=content, begin=begin, end=ctx.ints(slot.index + 1, *sizes))
+        begin = ctx.ints(location.index, *[0] * len(sizes))
+        return ctx.mb.slice_by_index(x=content, begin=begin, end=ctx.ints(location.index + 1, *sizes))

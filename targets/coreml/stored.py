@@ -21,7 +21,7 @@ Find = Callable[[str], "Constant"]
 
 
 def stored_weights(directory: Path) -> Mapping[str, StoredWeight]:
-    """The tensors of experts, and the matrices with codes, that the model's metadata names."""
+    """The tensors of experts and the quantized matrices that the model's metadata names."""
     model, metadata = MilModel.open(directory / PACKAGE), read_metadata(directory)
 
     def find(label: str) -> Constant:
@@ -51,13 +51,13 @@ def _bits(constant: Constant) -> int | None:
 
 
 def _codes_of(constant: Constant) -> Constant:
-    """The constant that holds the codes of another."""
+    """The constant with the codes of a quantized constant."""
     inner = constant.parts.get("data", constant)
     return inner.parts.get("indices", inner)
 
 
 def _stored(constant: Constant) -> Codes | np.ndarray:
-    """What the file holds of a constant: a table may come before the scales, and take their place."""
+    """The codes of a constant, with scales, a lookup table, or both; or its floats."""
     parts, bits = constant.parts, _bits(constant)
     if bits is None:
         return constant.load()
@@ -66,5 +66,5 @@ def _stored(constant: Constant) -> Codes | np.ndarray:
     table = inner.parts["lut"].load()[:, 0, :, 0] if inner.parts else None
     if scale is None:
         return Codes(bits, codes, table=table)
-    scales, points = scale.load(), None if offset is None else offset.load()
-    return Codes(bits, codes, scales, codes.shape[-1] // scales.shape[-1], points, table)
+    scales, zero_points = scale.load(), None if offset is None else offset.load()
+    return Codes(bits, codes, scales, codes.shape[-1] // scales.shape[-1], zero_points, table)

@@ -23,15 +23,15 @@ if TYPE_CHECKING:
     from moec.targets.stored_weights import StoredWeight
 
 DEFAULT_CONTEXT = 2048
-LEAST_RANGE = 4
-"""swift-transformers stops the app unless the number of tokens of a call is a range of some width."""
+MIN_CONTEXT = 4
+"""swift-transformers aborts unless the number of tokens per call is a range; this is its minimum upper bound."""
 TABLES = ("table4:32", "table4:16")
-"""Forms of MXFP4 and NVFP4."""
+"""Formats of MXFP4 and NVFP4."""
 INSTALL = "pip install 'moec[coreml]'"
 
 
 class Minimum(StrEnum):
-    """Oldest system that the model must run on; the older ones are named so that the refusal can say why."""
+    """Oldest system that the model must run on. Unsupported ones are listed so that their refusal gives a reason."""
 
     IOS16 = "ios16"
     IOS17 = "ios17"
@@ -43,7 +43,7 @@ class Minimum(StrEnum):
 
 TOO_OLD = (Minimum.IOS16, Minimum.IOS17, Minimum.MACOS13, Minimum.MACOS14)
 SPECIFICATION_VERSION = 9
-"""Of the model format: that of iOS 18 and macOS 15."""
+"""Version of the model format of iOS 18 and macOS 15."""
 
 
 class CoremlOptions(base.TargetOptions):
@@ -53,15 +53,15 @@ class CoremlOptions(base.TargetOptions):
     context: int | None = Field(
         None,
         ge=2,
-        description=f"tokens that the cache holds; default: what the model allows, at most {DEFAULT_CONTEXT}",
+        description=f"tokens that the KV cache holds; default: the model's context, at most {DEFAULT_CONTEXT}",
     )
-    prefill_chunk: int = Field(128, ge=2, description="most tokens of one call of the prefill function")
+    prefill_chunk: int = Field(128, ge=2, description="maximum number of tokens per call of the prefill function")
     flavor: Flavor = Field(
         Flavor.DEFAULT,
         description=Flavor.meanings(),
     )
     hub_name: str = Field(
-        "", description="name on the Hub, where swift-transformers finds the tokenizer if the app brings none"
+        "", description="name on the Hub, from which swift-transformers loads the tokenizer if the app has none"
     )
     author: str = Field("", description="author shown by Xcode")
     license: str = Field("", description="licence of the weights, shown by Xcode")
@@ -71,15 +71,15 @@ class CoremlOptions(base.TargetOptions):
     def _has_states(cls, minimum: Minimum) -> Minimum:
         if minimum in TOO_OLD:
             raise ValueError(
-                f"{minimum} has neither states, which hold the key-value cache, nor int4 weights: "
+                f"{minimum} supports neither states, which hold the KV cache, nor int4 weights: "
                 "both came with ios18 and macos15"
             )
         return minimum
 
     @model_validator(mode="after")
     def _is_a_range(self) -> CoremlOptions:
-        if self.flavor is Flavor.SWIFT and self.context is not None and self.context < LEAST_RANGE:
-            raise ValueError(f"swift-transformers takes a model for {LEAST_RANGE} tokens or more (context)")
+        if self.flavor is Flavor.SWIFT and self.context is not None and self.context < MIN_CONTEXT:
+            raise ValueError(f"swift-transformers needs a context of at least {MIN_CONTEXT} tokens")
         return self
 
 
@@ -97,46 +97,46 @@ class CoremlTarget(base.Target):
     state_kinds: ClassVar[frozenset[str]] = frozenset({"key", "value", "conv", "recurrent"})
 
     def capabilities(self, options: base.TargetOptions, phase: base.Phase) -> base.Capabilities:
-        """Decode skips by a `cond` around each expert; prefill computes every expert for every token."""
+        """Decode skips experts by a `cond` around each; prefill computes every expert for every token."""
         assert isinstance(options, CoremlOptions)
         if phase is base.Phase.DECODE:
             return base.Capabilities(skips_experts=True)
         if options.flavor is Flavor.SWIFT:
             return base.Capabilities(
-                skips_experts=False, reason="an expert is computed for all tokens of a call as soon as one needs it"
+                skips_experts=False, reason="an expert that one token of a call needs is computed for all its tokens"
             )
         return base.Capabilities(skips_experts=False, reason="prefill computes every expert for every token")
 
     def check(self, options: base.TargetOptions, config: Mapping[str, Any]) -> None:
-        """A cache that is longer than the model's context; see `Target.check`."""
+        """Refuse a KV cache that is longer than the model's context; see `Target.check`."""
         assert isinstance(options, CoremlOptions)
         super().check(options, config)
         cache_length(config, options.context, DEFAULT_CONTEXT)
 
     def lint(self, program: Program, options: base.TargetOptions) -> tuple[Rejection, ...]:
-        """What does not fit the flavor, and whatever lowering refuses."""
-        from moec.targets.common.refusals import formats_without_form, ops_without_form, refused_by
+        """What the flavor or the lowering does not support."""
+        from moec.targets.common.refusals import refused_by, unsupported_formats, unsupported_ops
         from moec.targets.coreml.context import MIL_NAMES
         from moec.targets.coreml.interface import refusals
         from moec.targets.coreml.lowerings.table import TABLE
-        from moec.targets.coreml.weights import HINT, inexpressible
+        from moec.targets.coreml.weights import HINT, unsupported_reason
 
         assert isinstance(options, CoremlOptions)
         computes_in = MIL_NAMES[program.dtype]
         found = (
             *refusals(program, options.flavor),
-            *ops_without_form(self.name, TABLE, program.graph.nodes),
-            *formats_without_form(self.name, program, lambda own: inexpressible(own.format, computes_in), HINT),
+            *unsupported_ops(self.name, TABLE, program.graph.nodes),
+            *unsupported_formats(self.name, program, lambda own: unsupported_reason(own.format, computes_in), HINT),
         )
         return found or refused_by(self.name, lambda: _build(program, options, blank=True))
 
     def auto_formats(self, options: base.TargetOptions, tensor_class: str) -> tuple[str, ...]:  # noqa: ARG002
-        """Blocks with an offset or without."""
+        """Formats with blocks, with zero points or without."""
         return base.SYMMETRIC + base.ASYMMETRIC
 
     def kept_formats(self, options: base.TargetOptions, tensor_class: str, dtype: str) -> tuple[str, ...]:
-        """One scale for a row too, and a table with scales for blocks; scales have the precision of the program."""
-        formats = (*self.auto_formats(options, tensor_class), *base.BY_ROW, "int4:channel:asym", *TABLES)
+        """Also per-channel scales, and lookup tables with scales per block; scales have the program's precision."""
+        formats = (*self.auto_formats(options, tensor_class), *base.PER_CHANNEL, "int4:channel:asym", *TABLES)
         return base.with_scales(dtype, formats)
 
     def lower(self, program: Program, options: base.TargetOptions, directory: Path, progress: Progress) -> base.Lowered:
@@ -170,25 +170,25 @@ class CoremlTarget(base.Target):
         )
 
     def open(self, directory: Path, *, threads: int = 0) -> base.Runner:  # noqa: ARG002
-        """Open with Core ML on macOS, elsewhere with moec's executor."""
+        """Open the artifact with Core ML on macOS, with moec's executor elsewhere."""
         from moec.targets.coreml.runner import CoremlRunner
 
         return CoremlRunner(directory)
 
     def open_experts(self, directory: Path, *, threads: int = 0) -> Mapping[str, base.ExpertsRunner]:  # noqa: ARG002
-        """The operations of each function that compute a layer's experts, in moec's executor."""
+        """The experts of each function, layer by layer, in moec's executor."""
         from moec.targets.coreml.experts import open_experts
 
         return open_experts(directory)
 
     def stored_weights(self, directory: Path) -> Mapping[str, StoredWeight]:
-        """Read back from the constants of the package."""
+        """Weights as read back from the constants of the package."""
         from moec.targets.coreml.stored import stored_weights
 
         return stored_weights(directory)
 
     def doctor(self) -> Mapping[str, str]:
-        """Building and running work anywhere; only a Mac can measure."""
+        """Building and running work on every system; measuring needs macOS."""
         from moec.compiler.common.errors import MissingExtraError
         from moec.targets.coreml.library import coremltools_module
 
@@ -222,7 +222,7 @@ def _shape(config: Mapping[str, Any], options: CoremlOptions) -> Shape:
 
 
 def metadata_texts(config: Mapping[str, object], options: CoremlOptions) -> Mapping[str, str]:
-    """What Xcode shows of a model."""
+    """Description, author and license of a model, as Xcode shows them."""
     import moec
 
     names = config.get("architectures") or [config.get("model_type", "language model")]
@@ -236,7 +236,6 @@ def metadata_texts(config: Mapping[str, object], options: CoremlOptions) -> Mapp
         "author": options.author,
         "license": options.license,
         "name": options.hub_name or name,
-        "description": f"{name}: mixture-of-experts language model with a key-value cache in states. Functions: "
-        f"{functions}",
+        "description": f"{name}: mixture-of-experts language model with a KV cache in states. Functions: {functions}",
         "version": moec.__version__,
     }

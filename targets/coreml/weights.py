@@ -1,4 +1,4 @@
-"""Weights as MIL constants: float, or codes and scales that Core ML expands. Each is stored once in the package."""
+"""Weights as MIL constants, float or quantized. Each is stored once in the package."""
 
 from __future__ import annotations
 
@@ -24,32 +24,32 @@ _TORCH: Mapping[str, torch.dtype] = {
 _NUMPY: Mapping[str, Any] = {"fp32": np.float32, "fp16": np.float16, "int32": np.int32, "bool": np.bool_}
 
 
-HINT = "build with --dtype fp32, or quantize with scales in fp16, such as int4"
+HINT = "export with --dtype fp32, or use a format with fp16 scales, such as int4"
 
 
-def inexpressible(form: CodedFormat, type_name: str) -> str:
-    """Why codes of `form` cannot be expanded to values of the MIL type `type_name`; empty where they can.
+def unsupported_reason(form: CodedFormat, type_name: str) -> str:
+    """Why a program that computes in the MIL type `type_name` cannot use weights of `form`; empty if it can.
 
-    The scales have the type of the result.
+    In Core ML, scales have the type of the dequantized weight.
     """
     stored = form.scale_type
     if stored.dtype.itemsize <= np.dtype(_NUMPY[type_name]).itemsize:
         return ""
-    return f"its scales are {stored} and the program computes in {type_name}"
+    return f"its scales are {stored}, but the program computes in {type_name}"
 
 
 class WeightPool:
-    """Arrays of all functions of one model by name.
+    """The arrays of a model's weights by name, shared by all its functions.
 
-    The functions of a model share the entry of a weight in the weight file if their constants have one `weight_id`,
-    so each array is made once and its name is that id.
+    Functions share an entry of the weight file if their constants have the same `weight_id`. Each array is therefore
+    made once, and its name is that id.
 
     Args:
-        blank: Read no weight: zeros that take no memory stand for each. What is built then tells what is refused.
+        blank: Whether to use zeros without memory in place of all weights, for a lint.
 
     Attributes:
-        stored_bytes: Name of an array -> bytes that it takes in the weight file.
-        coded: Name of a weight that is stored as codes as a whole -> name of the constant that it is.
+        stored_bytes: Name of an array -> its bytes in the weight file.
+        coded: Name of a weight that is quantized as a whole -> name of its constant.
     """
 
     def __init__(self, *, blank: bool = False) -> None:
@@ -58,7 +58,7 @@ class WeightPool:
         self.stored_bytes: dict[str, int] = {}
         self.coded: dict[str, str] = {}
         self._types = coremltools_module("coremltools.converters.mil.mil").types
-        # int8 to numpy, with a mark that tells the builder that four bits of each are stored.
+        # To numpy this type is int8; the builder recognises it and stores 4 bits per element.
         self._int4 = self._types.nptype_from_builtin(self._types.int4)
         self._uint4 = self._types.nptype_from_builtin(self._types.uint4)
 
@@ -67,10 +67,10 @@ class WeightPool:
         return self._types.nptype_from_builtin(value.dtype)
 
     def const(self, mb: Any, name: str, array: np.ndarray, label: str = "") -> Any:
-        """A constant of the open block that is stored once under `name` and called `label`, or else `name` too."""
+        """A constant in the open block, stored once under `name`; it is called `label`, or `name` without a label."""
         kept = self._arrays.setdefault(name, array)
         value = mb.const(val=kept, name=identifier(label or name))
-        # What the builder made of it decides how wide it is in the file, not what was wanted.
+        # The builder may have changed the type, so the bytes follow from the type of its value.
         narrow = self._types.builtin_to_string(value.dtype) in _HALF_BYTES
         self.stored_bytes[name] = (kept.size + 1) // 2 if narrow else kept.nbytes
         if kept.size > 1:
@@ -78,7 +78,7 @@ class WeightPool:
         return value
 
     def array(self, name: str, make: Callable[[], np.ndarray]) -> np.ndarray:
-        """The array called `name`, made if it is new."""
+        """The array called `name`; `make` computes it on first use."""
         if name not in self._arrays:
             self._arrays[name] = make()
         return self._arrays[name]
@@ -87,25 +87,25 @@ class WeightPool:
         """A whole weight as a constant.
 
         Args:
-            mb: The builder, with the block open that uses the weight.
+            mb: The builder, inside the block that uses the weight.
             name: Name of the tensor.
-            tensor: The weight; a `Quantized` is stored as codes and scales, a `Palettized` or a `KeptTable` as
-                codes and palettes.
-            type_name: MIL type of the result.
+            tensor: The weight. A `Quantized` is stored as codes and scales, a `Palettized` or `KeptTable` as codes and
+                lookup tables.
+            type_name: MIL type of the dequantized weight.
 
         Raises:
-            RefusedError: The scales have another type than the program computes in.
+                RefusedError: The scales have another type than the program computes in.
         """
         if isinstance(tensor, Coded):
             self.coded[name] = identifier(name)
         return self._stored(mb, name, tensor, type_name, None, identifier(name))
 
     def row(self, mb: Any, name: str, tensor: LazyTensor, type_name: str, index: int, label: str) -> Any:
-        """Index `index` of a weight along axis 0 as a constant called `label`; for the other arguments see `tensor`."""
+        """Row `index` along axis 0 of a weight as a constant called `label`; for the other arguments, see `tensor`."""
         return self._stored(mb, f"{name}.{index}", tensor, type_name, index, label)
 
     def _stored(self, mb: Any, own: str, tensor: LazyTensor, type_name: str, row: int | None, label: str) -> Any:
-        if isinstance(tensor, Coded) and (reason := inexpressible(tensor.format, type_name)):
+        if isinstance(tensor, Coded) and (reason := unsupported_reason(tensor.format, type_name)):
             raise RefusedError(own, f"format {tensor.format}: {reason}", hint=HINT)
         if self._blank:
             shape = tensor.shape if row is None else tensor.shape[1:]
@@ -122,18 +122,18 @@ class WeightPool:
         return self.const(mb, own, self.array(own, make), label)
 
     def _quantized(self, mb: Any, own: str, tensor: Quantized, type_name: str, row: int | None, label: str) -> Any:
-        """`constexpr_blockwise_shift_scale`: signed codes, one scale per block of the last axis, no offset or one."""
-        codes, scales, points = f"{own}.codes", f"{own}.scales", f"{own}.zero_points"
+        """`constexpr_blockwise_shift_scale`: signed codes, with a scale and optionally an offset per block of a row."""
+        codes, scales, zero_points = f"{own}.codes", f"{own}.scales", f"{own}.zero_points"
         if codes not in self._arrays:
             first, last = (0, tensor.shape[0]) if row is None else (row, row + 1)
             made = tensor.quantized_rows(first, last)
-            for name, part in ((codes, made.codes), (scales, made.scales), (points, made.zero_points)):
+            for name, part in ((codes, made.codes), (scales, made.scales), (zero_points, made.zero_points)):
                 if part is not None:
                     value = np.ascontiguousarray((part if row is None else part[0]).numpy())
                     packed = name != scales and tensor.format.bits == 4
                     self._arrays[name] = value.view(self._int4) if packed else value
         self._arrays[scales] = self._arrays[scales].astype(_NUMPY[type_name], copy=False)
-        names = {"data": codes, "scale": scales, "offset": points}
+        names = {"data": codes, "scale": scales, "offset": zero_points}
         operands = {
             key: self.const(mb, name, self._arrays[name], f"{label}_{key}")
             for key, name in names.items()
@@ -144,10 +144,10 @@ class WeightPool:
     def _palettized(
         self, mb: Any, own: str, tensor: Palettized | KeptTable, type_name: str, row: int | None, label: str
     ) -> Any:
-        """`constexpr_lut_to_dense`: unsigned codes, and a table of values [groups, 1, entries, 1] for groups of rows.
+        """`constexpr_lut_to_dense`: unsigned codes, and lookup tables [groups, 1, entries, 1] for groups of rows.
 
-        The type of the table is the type of the result; its values are the same in fp16 and fp32. Where there are
-        scales, `constexpr_blockwise_shift_scale` multiplies what the table gives by one for each block.
+        The table has the type of the result; its values are exact in fp16. If there are scales,
+        `constexpr_blockwise_shift_scale` then multiplies the looked-up values by one scale per block.
         """
         codes, palettes, scales = f"{own}.codes", f"{own}.palettes", f"{own}.scales"
         if codes not in self._arrays:
@@ -172,6 +172,6 @@ _HALF_BYTES = ("int4", "uint4")
 
 
 def identifier(name: str) -> str:
-    """`name` as MIL takes it for a value: letters, digits and underscores, no digit first."""
+    """`name` as a valid MIL name: letters, digits and underscores, not starting with a digit."""
     plain = re.sub(r"\W", "_", name)
     return f"_{plain}" if plain[:1].isdigit() else plain

@@ -1,4 +1,4 @@
-"""What a lowering function works with: the graph being built, values by fx node, constants, sizes and weights."""
+"""What lowering functions work with: the ONNX graph being built, values by fx node, constants, sizes and weights."""
 
 from __future__ import annotations
 
@@ -32,21 +32,21 @@ MS = "com.microsoft"
 
 
 Lowering = Callable[["Context", fx.Node], Any]
-"""Emits the ONNX form of one node of the graph and returns its value, or its values."""
+"""Emits the ONNX nodes for one fx node and returns its value, or its values."""
 
 
 @dataclass(frozen=True)
 class Dialect:
-    """Which ONNX is written. Targets share the walk over the graph and the functions of what they write alike.
+    """Which ONNX operators may be written. The ONNX and TensorRT targets share this lowering with different dialects.
 
     Attributes:
         target: Name of the target, for messages.
-        table: Op of the graph -> function that emits its form.
-        opset: Version of the standard operators.
+        table: Op of the graph -> function that emits its ONNX nodes.
+        opset: Version of the standard operator set.
         contrib: Whether ops of the `com.microsoft` domain may be used.
-        shared_buffer: Whether past and present of a layer may be one buffer, longer than the sequence.
-        grouped: Whether float experts run as products of their own rather than in the `MoE` kernel.
-        input_defaults: Whether an input may have a value that stands where nobody feeds it.
+        shared_buffer: Whether past and present of a layer may share one buffer that is longer than the sequence.
+        grouped: Whether each float expert has its own matrix products, in place of the `MoE` kernel.
+        input_defaults: Whether an input may have a default value.
     """
 
     target: str
@@ -64,16 +64,16 @@ AXIS_NAMES = {
     "past_sequence": "past_sequence_length",
     "total_sequence": "total_sequence_length",
 }
-"""Dynamic axes as optimum names them: transformers.js makes an empty past by looking for `batch_size`."""
+"""Dynamic axes as optimum names them: transformers.js looks for `batch_size` when it makes an empty past."""
 
 
 class Context:
     """State of one lowering.
 
     Args:
-        program: What is lowered.
-        dialect: What may be written.
-        untransposed: Weights of linears that something else uses as they are.
+        program: The Program to lower.
+        dialect: Which ONNX operators may be written.
+        untransposed: Weights of linears that other ops use too, and which are therefore not stored transposed.
     """
 
     def __init__(self, program: Program, dialect: Dialect, untransposed: frozenset[str] = frozenset()) -> None:
@@ -82,10 +82,10 @@ class Context:
         self.origins: dict[str, str] = {}
         self.nodes: list[ir.Node] = []
         self.initializers: dict[str, tuple[ir.Value, LazyTensor]] = {}
-        # Where experts, and other weights with codes, are in the file: entries of `moec.targets.onnx.stored.TABLE`.
+        # Where experts, and other quantized weights, are in the file: entries of `moec.targets.onnx.stored.TABLE`.
         self.experts: dict[str, dict[str, Any]] = {}
         self.coded: dict[str, dict[str, Any]] = {}
-        # Of each experts node: role -> value and dtype. Who lowers it may put other values in place of its operands.
+        # Of each experts node: role -> value and dtype. A lowering may replace them by the values that it uses itself.
         self.layers: list[dict[str, tuple[ir.Value, torch.dtype]]] = []
         self.rejections: list[Rejection] = []
         self.memo: dict[Any, Any] = {}
@@ -97,7 +97,7 @@ class Context:
     # Values -----------------------------------------------------------------------------------------------------
 
     def set(self, node: fx.Node, value: Any) -> None:
-        """Remember what `node` lowered to, and give its value the type and shape that the trace found."""
+        """Record what `node` was lowered to, and give the value the type and shape of the trace."""
         self._values[node] = value
         fake = node.meta.get("val")
         if isinstance(value, ir.Value) and isinstance(fake, torch.Tensor) and value.name not in self.initializers:
@@ -105,11 +105,11 @@ class Context:
             value.shape = self.shape_of(fake.shape)
 
     def __contains__(self, node: fx.Node) -> bool:
-        """Whether `node` is lowered already."""
+        """Whether `node` has been lowered."""
         return node in self._values
 
     def get(self, argument: Any) -> Any:
-        """The lowered form of an argument: a Value for a tensor, numbers and lists as they are."""
+        """What an argument was lowered to: a Value for a tensor; numbers and lists unchanged."""
         if isinstance(argument, fx.Node):
             if argument.op == "get_attr":
                 return self.weight(str(argument.target), argument.meta["val"].dtype)
@@ -133,7 +133,7 @@ class Context:
         return self.constant(np.asarray(argument, dtype=np_dtype(dtype)))
 
     def shape_of(self, sizes: Sequence[Any]) -> ir.Shape:
-        """A torch shape, symbols and all, as an ONNX shape."""
+        """A torch shape, with symbolic sizes, as an ONNX shape."""
         return ir.Shape([self.dim(size) for size in sizes])
 
     def dim(self, size: Any) -> int | str:
@@ -148,13 +148,13 @@ class Context:
     # Nodes ------------------------------------------------------------------------------------------------------
 
     def op(self, op_type: str, *inputs: ir.Value | None, domain: str = "", **attributes: Any) -> ir.Value:
-        """Append a node with one output and return that."""
+        """Append a node with one output and return that output."""
         return self.ops(op_type, *inputs, outputs=1, domain=domain, **attributes)[0]
 
     def ops(
         self, op_type: str, *inputs: ir.Value | None, outputs: int, domain: str = "", **attributes: Any
     ) -> Sequence[ir.Value]:
-        """Append a node with several outputs."""
+        """Append a node with several outputs and return them."""
         operands = list(inputs)
         # An optional input that is named but empty crashes some kernels of ONNX Runtime (LayerNormalization's bias).
         while operands and operands[-1] is None:
@@ -175,7 +175,7 @@ class Context:
         return self.op("Transpose", value, perm=list(axes))
 
     def unsqueeze(self, value: ir.Value, axes: Sequence[int]) -> ir.Value:
-        """`value` with axes of length 1 at these places."""
+        """`value` with new axes of length 1; `axes` are their indices in the result."""
         return self.op("Unsqueeze", value, self.ints(*axes))
 
     def squeeze(self, value: ir.Value, axes: Sequence[int]) -> ir.Value:
@@ -183,11 +183,11 @@ class Context:
         return self.op("Squeeze", value, self.ints(*axes))
 
     def concat(self, parts: Sequence[ir.Value], axis: int) -> ir.Value:
-        """Values joined along an axis."""
+        """`parts` concatenated along an axis."""
         return self.op("Concat", *parts, axis=axis)
 
     def split(self, value: ir.Value, sizes: Sequence[int], axis: int) -> Sequence[ir.Value]:
-        """Pieces of an axis."""
+        """`value` cut along an axis into pieces of `sizes`."""
         return self.ops("Split", value, self.ints(*sizes), outputs=len(sizes), axis=axis)
 
     def tile(self, value: ir.Value, times: Sequence[Any]) -> ir.Value:
@@ -199,14 +199,14 @@ class Context:
         return self.op({"floordiv": "Div"}.get(name, name.capitalize()), *sizes)
 
     def take(self, source: fx.Node, places: fx.Node, axis: int) -> ir.Value:
-        """`source` at `places`, of which negative ones count from the end."""
+        """`source` at the indices `places` along an axis; negative indices count from the end."""
         return self.op("Gather", self.tensor(source), self.tensor(places), axis=axis)
 
     @contextlib.contextmanager
     def subgraph(self, name: str) -> Iterator[ir.Graph]:
-        """Collect the nodes made inside into a graph of their own, for a branch; append its outputs to it.
+        """Collect the nodes made inside in a new graph, a loop body or a branch. The caller appends its outputs.
 
-        What is shared between layers must not be made in a branch, so the memo starts empty inside.
+        A value that was made inside cannot be used outside, so the memo of shared values starts empty.
         """
         outer, memo = self.nodes, self.memo
         self.nodes, self.memo = [], {}
@@ -218,14 +218,14 @@ class Context:
             self.nodes, self.memo = outer, memo
 
     def shared(self, key: Any, make: Callable[[], ir.Value]) -> ir.Value:
-        """`make()` the first time that `key` is asked for, then the same value: masks and sizes of every layer."""
+        """The value of `make()`, called once for each `key`: masks and sizes that all layers share."""
         if key not in self.memo:
             self.memo[key] = make()
         value: ir.Value = self.memo[key]
         return value
 
     def begin_layer(self, node: fx.Node) -> None:
-        """Note the operands of an experts node as they are now: at them the layer can be entered by itself."""
+        """Record the operands of an experts node, so that the experts of this layer can be run alone from them."""
         own = Experts.of(node)
         roles = {"hidden_states": own.hidden_states, "indices": own.indices, "weights": own.weights}
         self.layers.append({role: (self.tensor(item), item.meta["val"].dtype) for role, item in roles.items()})
@@ -233,7 +233,7 @@ class Context:
     # Constants and weights --------------------------------------------------------------------------------------
 
     def constant(self, value: Any, dtype: Any = None) -> ir.Value:
-        """A small constant as an initializer, each distinct one once."""
+        """A small constant as an initializer; equal constants are one initializer."""
         array = np.array(value, dtype=dtype, order="C")
         key = (array.dtype.str, array.shape, array.tobytes())
         if key not in self._constants:
@@ -260,13 +260,13 @@ class Context:
         half: bool = False,
         packed: tuple[ir.DataType, Sequence[int]] | None = None,
     ) -> ir.Value:
-        """A weight, kept lazy until the file is written. The same name is the same tensor.
+        """A weight, kept lazy until the file is written. A name that was used before returns the same value.
 
         Args:
             name: Name in the file.
             tensor: The values.
-            half: Store it as float16 and cast it when the model is loaded.
-            packed: Type and shape of what the bytes of `tensor` stand for, where torch has no such type.
+            half: Whether to store it as float16; the runtime casts it when the model is loaded.
+            packed: ONNX type and shape that the bytes of `tensor` encode, where torch has no such type.
         """
         if half and tensor.dtype is torch.float32:
             stored = self.initializer(f"{name}.fp16", tensor.cast(torch.float16))
@@ -278,7 +278,7 @@ class Context:
         return self.initializers[name][0]
 
     def weight(self, name: str, dtype: torch.dtype) -> ir.Value:
-        """The Program's tensor called `name`, cast to `dtype`, as it is."""
+        """The Program's tensor called `name` in its own layout, cast to `dtype`."""
         name = self.program.weights.resolve(name)
         return self.initializer(name, self.program.weights[name].cast(dtype), half=self.stored_half(name))
 
@@ -291,13 +291,13 @@ class Context:
         return self.program.weights[str(node.target)].cast(node.meta["val"].dtype)
 
     def bytes_of(self, name: str) -> int:
-        """Bytes in the file of everything that the Program's tensor `name` became."""
+        """Bytes in the file of all initializers that hold the Program's tensor `name`."""
         return sum(tensor.nbytes for key, (_, tensor) in self.initializers.items() if key.startswith(f"{name}."))
 
     # Sizes ------------------------------------------------------------------------------------------------------
 
     def size(self, argument: Any) -> ir.Value:
-        """A size as an int64 scalar Value; nodes are made only when somebody asks."""
+        """A size as an int64 scalar Value; its nodes are made on first use."""
         if isinstance(argument, int):
             return self.constant(np.int64(argument))
         value = self._values[argument]
@@ -305,7 +305,7 @@ class Context:
         return made
 
     def dims(self, sizes: Sequence[Any]) -> ir.Value:
-        """A list of sizes, each a number or a node, as a 1-D int64 Value."""
+        """A list of sizes, each an integer or a node, as a 1-D int64 Value."""
         if all(isinstance(size, int) for size in sizes):
             return self.ints(*sizes)
         parts = [
@@ -315,7 +315,7 @@ class Context:
         return self.op("Concat", *parts, axis=0)
 
     def axis_length(self, node: fx.Node, axis: int) -> ir.Value:
-        """Length of one axis of a tensor, as an int64 scalar; one set of nodes for each distinct length."""
+        """Length of one axis of a tensor, as an int64 scalar; equal lengths share one value."""
         size = node.meta["val"].shape[axis]
         if isinstance(size, int):
             return self.constant(np.int64(size))
@@ -329,7 +329,7 @@ class Context:
     # Messages ---------------------------------------------------------------------------------------------------
 
     def reject(self, node: fx.Node, reason: str) -> None:
-        """Record that `node` took another form than the best one."""
+        """Record why `node` was not lowered to the fastest form."""
         self.rejections.append(Rejection(self.dialect.target, module_of(node), reason))
 
 

@@ -1,6 +1,6 @@
-"""The experts of each layer alone: a cut of `model.onnx` at their operands, with its nodes and its weights.
+"""Runs the experts of one layer alone, as a subgraph of `model.onnx` with the same nodes and weights.
 
-The weights stay where they are, in the data file of the artifact; one layer is open at a time. Imports no torch.
+The weights stay in the data file of the artifact, and one layer is loaded at a time. Imports no torch.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from moec.targets.onnx.runner import session_options
 
 MODEL = "model.onnx"
 LAYERS = "moec.layers"
-"""Metadata of the model: for each MoE layer the names and types of the values at which it can be entered."""
+"""Metadata key: for each MoE layer, the names and types of the values between which its experts lie."""
 
 EXTERNAL_DATA = "session.model_external_initializers_file_folder_path"
 NO_PREPACKING = "session.disable_prepacking"
 PACKED = frozenset({"QMoE"})
-"""Kernels that compute with weights as they pack them: another form of the same weights would be another kernel."""
+"""Kernels that always compute with prepacked weights: without prepacking, another kernel would be tested."""
 
 
 class OnnxExperts:
@@ -35,7 +35,7 @@ class OnnxExperts:
         threads: Intra-op threads; 0 is ONNX Runtime's default.
 
     Raises:
-        ArtifactError: The model does not say where its layers begin and end.
+        ArtifactError: The model's metadata does not name the inputs and outputs of its layers.
     """
 
     def __init__(self, directory: Path, *, threads: int = 0) -> None:
@@ -43,7 +43,7 @@ class OnnxExperts:
         self._model = onnx.load(directory / MODEL, load_external_data=False)
         entries = {item.key: item.value for item in self._model.metadata_props}
         if LAYERS not in entries:
-            raise ArtifactError(f"{directory / MODEL}: it does not name its layers", hint="export it again")
+            raise ArtifactError(f"{directory / MODEL}: no MoE layers in its metadata", hint="export the model again")
         self._layers: list[dict[str, Any]] = json.loads(entries[LAYERS])
         self._makers = {name: node for node in self._model.graph.node for name in node.output}
         self._initializers = {item.name: item for item in self._model.graph.initializer}
@@ -72,18 +72,18 @@ class OnnxExperts:
         options = session_options(self._threads)
         options.add_session_config_entry(EXTERNAL_DATA, str(self._directory))
         if not any(node.op_type in PACKED for node in cut.graph.node):
-            # Weights that are used once are not worth a copy in memory.
+            # Weights are used once, so a packed copy would only cost memory.
             options.add_session_config_entry(NO_PREPACKING, "1")
         try:
             return ort.InferenceSession(cut.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # ONNX Runtime's exceptions share no base class but this one
+        except Exception as error:  # the only common base class of ONNX Runtime's exceptions
             raise ArtifactError(
                 f"{self._directory / MODEL}: layer {layer}: ONNX Runtime cannot load its experts: "
                 f"{str(error).splitlines()[0]}"
             ) from error
 
     def _cut(self, entry: Mapping[str, tuple[str, int]]) -> onnx.ModelProto:
-        """What lies between the operands of a layer and its result."""
+        """The subgraph between the operands of a layer's experts and their output."""
         operands = {name: kind for role, (name, kind) in entry.items() if role != "output"}
         result, kind = entry["output"]
         nodes: dict[int, onnx.NodeProto] = {}
@@ -97,7 +97,7 @@ class OnnxExperts:
             elif name in self._initializers:
                 initializers[name] = self._initializers[name]
             elif name not in self._makers:
-                raise ArtifactError(f"{self._directory / MODEL}: experts need {name}, which is no operand of theirs")
+                raise ArtifactError(f"{self._directory / MODEL}: experts read {name}, which is not one of their inputs")
             elif id(self._makers[name]) not in nodes:
                 node = self._makers[name]
                 nodes[id(node)] = node
@@ -117,7 +117,7 @@ class OnnxExperts:
 
 
 def _reads(node: onnx.NodeProto) -> Iterator[str]:
-    """Names that a node reads, those of its branches and loop bodies that come from outside of them included."""
+    """Names of the values that a node reads, including outer values that its branches and loop bodies read."""
     yield from (name for name in node.input if name)
     for attribute in node.attribute:
         if attribute.type == onnx.AttributeProto.GRAPH:

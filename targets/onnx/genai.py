@@ -1,4 +1,4 @@
-"""`genai_config.json`: how onnxruntime-genai is told what the model is."""
+"""Writes `genai_config.json`, which describes the model to onnxruntime-genai."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ GENERATION = "generation_config.json"
 
 
 def genai_config(program: Program, filename: str) -> dict[str, Any]:
-    """The shapes of `program` in the file called `filename`; `complete` adds tokens and the search.
+    """The contents of `genai_config.json` that follow from `program`; `complete` adds special tokens and sampling.
 
     Args:
-        program: As lowered, with a cache of one shape in every layer.
+        program: The lowered Program, whose KV caches have the same shape in every layer.
         filename: Name of the ONNX file.
     """
     states = [state for state in program.states if state.kind == "key"]
@@ -58,15 +58,15 @@ def genai_config(program: Program, filename: str) -> dict[str, Any]:
                 "num_hidden_layers": len(states),
                 "num_key_value_heads": heads_of(states[0]),
             },
-            # The kind of onnxruntime-genai that assumes nothing but these inputs and outputs.
+            # The model type of onnxruntime-genai that assumes only these inputs and outputs.
             "type": "decoder",
             "vocab_size": program.vocab_size,
         },
     }
 
 
-def with_its_names(program: Program) -> Program:
-    """`program` with states under the names by which onnxruntime-genai finds those of recurrent layers."""
+def with_genai_names(program: Program) -> Program:
+    """`program` with the states of recurrent layers renamed to what onnxruntime-genai looks for."""
 
     def named(state: StateSpec) -> StateSpec:
         if state.kind in CACHE_KINDS:
@@ -78,13 +78,13 @@ def with_its_names(program: Program) -> Program:
 
 
 def complete(directory: Path) -> None:
-    """Add the start, end and padding tokens and how tokens are chosen: those of the model's own configs.
+    """Add the start, end and padding tokens and the sampling settings of the model's own configs.
 
     Args:
-        directory: Holds what `write` wrote, config.json and, if the model has one, generation_config.json.
+        directory: Holds the file of `write`, config.json and, if the model has one, generation_config.json.
 
     Raises:
-        ArtifactError: One of them is damaged.
+        ArtifactError: One of these files is damaged.
     """
     config, generation = (read_config(directory / name) for name in ("config.json", GENERATION))
     described = read_config(directory / CONFIG)
@@ -117,14 +117,14 @@ def _search(sampling: Sampling, length: int) -> dict[str, Any]:
         "past_present_share_buffer": True,
         "repetition_penalty": sampling.repetition_penalty,
         "temperature": sampling.temperature if drawn else 1.0,
-        # onnxruntime-genai reads a top_k of 0 as all tokens.
+        # To onnxruntime-genai, a top_k of 0 means all tokens.
         "top_k": sampling.top_k if drawn else 1,
         "top_p": sampling.top_p,
     }
 
 
 def write(program: Program, filename: str, directory: Path) -> None:
-    """Write the description beside the model."""
+    """Write `genai_config.json` into `directory`."""
     _save(directory, genai_config(program, filename))
 
 

@@ -25,21 +25,21 @@ from moec.targets.onnx.stored import TABLE
 
 IR_VERSION = 11
 SYNTHESISED = ("cache_position",)
-"""Inputs of the Program that an ONNX model with a growing cache works out for itself."""
+"""Inputs of the Program that the ONNX model computes itself, from the lengths of its other inputs."""
 
 
 def build(program: Program, dialect: Dialect) -> tuple[ir.Model, Context]:
     """Lower `program`.
 
     Args:
-        program: What is lowered; dynamic in batch, sequence and past.
-        dialect: What may be written.
+        program: The Program to lower, with dynamic batch, sequence and past.
+        dialect: Which ONNX operators may be written.
 
     Returns:
-        The model, whose large initializers have no value yet, and the context, which holds them.
+        The model, whose large initializers have no values yet, and the context, which holds these lazily.
 
     Raises:
-        LoweringError: An op has no form.
+        LoweringError: An op is not supported.
     """
     ctx = Context(program, dialect, untransposed_weights(program.graph, program.weights.resolve))
     inputs = _inputs(ctx)
@@ -78,7 +78,7 @@ def _spec_value(spec: TensorSpec) -> ir.Value:
 
 
 def _axes(spec: TensorSpec) -> list[int | str]:
-    """The shape of `spec` with the names that axes have in the file."""
+    """The shape of `spec`, with dynamic axes named as in the file."""
     return [AXIS_NAMES.get(size, size) if isinstance(size, str) else size for size in spec.shape]
 
 
@@ -92,7 +92,7 @@ def _inputs(ctx: Context) -> list[ir.Value]:
             inputs.append(_spec_value(spec))
             ctx.set(node, inputs[-1])
             if spec.name in defaults and ctx.dialect.input_defaults:
-                # An initializer that is an input too: what stands there where nobody feeds it.
+                # An initializer of the same name as an input is the default value of that input.
                 inputs[-1].const_value = ir.Tensor(defaults[spec.name].numpy(), name=spec.name)
     if ctx.dialect.shared_buffer:
         share_lengths(ctx)
@@ -103,14 +103,14 @@ def _inputs(ctx: Context) -> list[ir.Value]:
 
 
 def _cache_position(ctx: Context, placeholders: list[fx.Node]) -> ir.Value:
-    """The new tokens lie behind the past: P, P + 1, ..., P + S - 1."""
+    """Slots of the new tokens in the cache, [S]: P, P + 1, ..., P + S - 1 for a past of P tokens."""
     past = ctx.axis_length(Attention.of(ctx.program.nodes(ATTENTION)[0]).past_key, 2)
     total = ctx.op("Add", past, ctx.axis_length(placeholders[0], 1))
     return ctx.op("Range", past, total, ctx.constant(np.int64(1)))
 
 
 def _drop_unused(nodes: list[ir.Node], outputs: list[ir.Value]) -> None:
-    """Take out nodes whose results nobody took: a lowering may offer a form that its user does without."""
+    """Remove nodes whose outputs are unused: some lowerings emit values that their users turn out not to need."""
     wanted = set(outputs)
     for node in reversed(list(nodes)):
         if not any(value in wanted or value.uses() for value in node.outputs):
@@ -120,7 +120,7 @@ def _drop_unused(nodes: list[ir.Node], outputs: list[ir.Value]) -> None:
 
 
 def _outputs(ctx: Context) -> list[ir.Value]:
-    """Name the results. Logits leave as float32 whatever the graph computes in."""
+    """Name the outputs. Logits are cast to float32, whatever dtype the graph computes in."""
     program = ctx.program
     outputs: list[ir.Value] = []
     specs = {state.output.name: state.output for state in program.states}
@@ -155,15 +155,15 @@ def signature(program: Program) -> Mapping[str, Any]:
 
 
 MODEL, DATA = "model.onnx", "model.onnx_data"
-"""Names that transformers.js and optimum look for."""
+"""File names that transformers.js and optimum look for."""
 LARGE, PAGE, LINE = 1 << 16, 4096, 64
-"""Tensors of so many bytes begin on a page of the data file, so that they can be mapped; others on a cache line."""
+"""Tensors of `LARGE` bytes or more are aligned to a page, so that they can be memory-mapped; others to a cache line."""
 
 
 def write(model: ir.Model, ctx: Context, directory: Path, progress: Any) -> None:
-    """Write `model.onnx` and `model.onnx_data`, one slice of one tensor in memory at a time.
+    """Write `model.onnx` and `model.onnx_data`, with one slice of one tensor in memory at a time.
 
-    Bytes are the same on every run: tensors lie in the order of their first use, padded with zeros.
+    The bytes are the same on every run: tensors are stored in the order of first use, with zeros as padding.
     """
     sizes = {_identity(name, tensor): tensor.nbytes for name, (_, tensor) in ctx.initializers.items()}
     total, done = sum(sizes.values()), 0
@@ -193,7 +193,7 @@ def write(model: ir.Model, ctx: Context, directory: Path, progress: Any) -> None
 
 
 def _identity(name: str, tensor: LazyTensor) -> str:
-    """What is stored once: a quantized head that is tied to the embedding has its bytes, in another shape."""
+    """A key for bytes that are stored once: a quantized lm_head tied to the embedding has the same bytes, reshaped."""
     return (tensor.identity if isinstance(tensor, Packed) else "") or name
 
 

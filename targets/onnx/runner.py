@@ -15,19 +15,19 @@ import onnxruntime as ort
 from moec.compiler.common.errors import ArtifactError
 from moec.compiler.common.threads import is_machine_busy
 from moec.targets.base import Runner
-from moec.targets.onnx.states import Growing, Shared
+from moec.targets.onnx.states import GrowingStates, SharedBufferStates
 
-ERRORS = 3
-"""Severity of what ONNX Runtime prints: errors, no warnings."""
+ERROR_SEVERITY = 3
+"""Severity from which ONNX Runtime prints messages: errors, but not warnings."""
 
 
 def session_options(threads: int) -> Any:
-    """Options of every session here: `threads` (0 is the default of ONNX Runtime), and errors alone are printed."""
-    # Kernels that pack weights print through the default logger, which options of a session do not reach.
-    ort.set_default_logger_severity(ERRORS)
+    """Options of all sessions: `threads` intra-op threads (0: ONNX Runtime's default), and only errors are printed."""
+    # Kernels that pack weights print through the default logger, which session options do not affect.
+    ort.set_default_logger_severity(ERROR_SEVERITY)
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
-    options.log_severity_level = ERRORS
+    options.log_severity_level = ERROR_SEVERITY
     return options
 
 
@@ -37,10 +37,10 @@ class OnnxRunner(Runner):
     Args:
         directory: The artifact.
         threads: Intra-op threads; 0 is ONNX Runtime's default.
-        profile: Whether ONNX Runtime writes a profile (see `end_profiling`).
+        profile: Whether ONNX Runtime records a profile, for `kernel_times`.
 
     Raises:
-        ArtifactError: ONNX Runtime cannot load it.
+        ArtifactError: ONNX Runtime cannot load the model.
     """
 
     def __init__(self, directory: Path, *, threads: int = 0, profile: bool = False) -> None:
@@ -52,31 +52,33 @@ class OnnxRunner(Runner):
             self.session = ort.InferenceSession(
                 str(directory / "model.onnx"), options, providers=["CPUExecutionProvider"]
             )
-        except Exception as error:  # ONNX Runtime's exceptions share no base class but this one
+        except Exception as error:  # the only common base class of ONNX Runtime's exceptions
             raise ArtifactError(
                 f"{directory / 'model.onnx'}: ONNX Runtime cannot load it: {str(error).splitlines()[0]}",
-                hint="moec verify tells whether the files are those that were built",
+                hint="`moec verify` checks whether the files are still as they were built",
             ) from error
         self._inputs = {spec.name for spec in self.session.get_inputs()}
         attention = self.session.get_modelmeta().custom_metadata_map.get("moec.attention")
         self._shared = attention == "GroupQueryAttention"
-        self._states: Shared | Growing = Shared(self.session) if self._shared else Growing(self.session)
+        self._states: SharedBufferStates | GrowingStates = (
+            SharedBufferStates(self.session) if self._shared else GrowingStates(self.session)
+        )
         self.threads = threads
         self.overrides: dict[str, np.ndarray] = {}
-        """See `moec.targets.base.Runner`."""
+        """See `moec.targets.base.AdjustableRunner`."""
 
     def fork(self) -> Self:
-        """A runner with states of its own on the same session, which may run in several threads at a time."""
+        """A second runner with its own states on the same session; ONNX Runtime allows concurrent runs of a session."""
         twin = copy.copy(self)
         twin._states = type(self._states)(self.session)
         return twin
 
     def reset(self) -> None:
-        """Forget the sequences."""
+        """Drop all sequences and their states."""
         self._states.reset()
 
     def decode(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None) -> np.ndarray:
-        """Continue them; see `moec.targets.base.Runner`."""
+        """Continue the sequences; see `moec.targets.base.Runner`."""
         batch, length = input_ids.shape
         if self._shared and self._states.length and batch > 1 and length > 1:
             return self._decode_one_by_one(input_ids, attention_mask)
@@ -91,17 +93,17 @@ class OnnxRunner(Runner):
         values = {
             name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in feeds.items() if name in self._inputs
         }
-        added = self.added(batch, length)
+        added = self.added_inputs(batch, length)
         values |= {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in added.items()}
         logits = self._states.run(values, batch, length)
         return logits.astype(np.float32, copy=False)
 
-    def added(self, batch: int, tokens: int) -> Mapping[str, np.ndarray]:  # noqa: ARG002
-        """What is fed for the inputs that passes added, in a call of so many tokens: nothing where the default does."""
+    def added_inputs(self, batch: int, tokens: int) -> Mapping[str, np.ndarray]:  # noqa: ARG002
+        """Arrays to feed to inputs that passes added, in a call of `batch` sequences; others take their defaults."""
         return self.overrides
 
     def _decode_one_by_one(self, input_ids: np.ndarray, attention_mask: np.ndarray | None) -> np.ndarray:
-        """GroupQueryAttention on CPU takes several new tokens after a past for one sequence alone."""
+        """After a past, GroupQueryAttention on CPU takes several new tokens at once only if the batch size is 1."""
         start, logits = self._states.length, []
         for index in range(input_ids.shape[1]):
             mask = None if attention_mask is None else attention_mask[:, : start + index + 1]
@@ -109,13 +111,13 @@ class OnnxRunner(Runner):
         return np.concatenate(logits, axis=1)
 
     def facts(self) -> Mapping[str, Any]:
-        """Runtime, version and threads."""
+        """Runtime, its version, provider and threads."""
         return {"runtime": f"onnxruntime {ort.__version__}", "provider": "CPU", "threads": self.threads}
 
-    def kernels(self) -> Mapping[str, int]:
-        """Nanoseconds by op type in one step, from the profile so far; ends profiling.
+    def kernel_times(self) -> Mapping[str, int]:
+        """Nanoseconds per op type in one step, from the profile so far. Ends profiling.
 
-        Each node counts with its median over the steps: a step that the machine interrupted does not tell.
+        Each node counts with its median over the steps, so that an interrupted step has no effect.
         """
         path = Path(self.session.end_profiling())
         events = json.loads(path.read_text())

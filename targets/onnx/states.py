@@ -1,4 +1,4 @@
-"""What a session of ONNX Runtime keeps between two steps: tensors that grow, or buffers that are written in place."""
+"""The states of a session between steps: tensors that grow with the tokens, or buffers that are written in place."""
 
 from __future__ import annotations
 
@@ -9,39 +9,39 @@ import numpy as np
 import onnxruntime as ort
 
 NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
-LEAST = 256
-"""Tokens that a buffer holds at first; it doubles when it is full."""
+INITIAL_CAPACITY = 256
+"""Initial capacity of a buffer in tokens; a full buffer is doubled."""
 
 
 class States(Protocol):
-    """What a session remembers of its sequences.
+    """The states of a session's sequences.
 
     Attributes:
-        length: Tokens of each sequence so far.
+        length: Number of tokens of each sequence so far.
     """
 
     length: int
 
     def reset(self) -> None:
-        """Forget them."""
+        """Drop all sequences."""
 
     def run(self, feeds: Mapping[str, Any], batch: int, new: int) -> np.ndarray:
         """One step of `new` tokens for each of `batch` sequences.
 
         Args:
-            feeds: OrtValues of all inputs but the states.
+            feeds: OrtValues of all inputs except the states.
             batch: Number of sequences.
-            new: Tokens of each.
+            new: Number of new tokens per sequence.
 
         Returns:
-            logits [batch, new, vocabulary].
+                Logits [batch, new, vocabulary].
         """
 
 
 def presents(session: Any) -> dict[str, str]:
-    """Inputs of the session that are states, with the outputs that replace them.
+    """Input name of each state -> name of the output that replaces it.
 
-    past_key_values.0.key -> present.0.key, past_conv.0 -> present_conv.0.
+    Examples: past_key_values.0.key -> present.0.key, past_conv.0 -> present_conv.0.
     """
     outputs = {spec.name for spec in session.get_outputs()}
     named = {spec.name: spec.name.replace("past_key_values", "past") for spec in session.get_inputs()}
@@ -50,18 +50,18 @@ def presents(session: Any) -> dict[str, str]:
 
 
 def zeros(spec: Any, batch: int, length: int) -> np.ndarray:
-    """Zeros for the state `spec`: the batch comes first, and another axis without a number is that of the tokens."""
+    """Zeros for the state `spec`: axis 0 has length `batch`; any other dynamic axis counts tokens and has `length`."""
     sizes = (size if isinstance(size, int) else length for size in spec.shape[1:])
     return np.zeros((batch, *sizes), NUMPY[spec.type])
 
 
 def is_fixed(spec: Any) -> bool:
-    """Whether the size of the state `spec` does not depend on the tokens so far."""
+    """Whether the size of the state `spec` is independent of the number of tokens."""
     return all(isinstance(size, int) for size in spec.shape[1:])
 
 
-class Growing:
-    """Every step returns its states anew, longer by the new tokens."""
+class GrowingStates:
+    """States that each step returns as new tensors, longer by the new tokens."""
 
     def __init__(self, session: Any) -> None:
         self.session, self.presents = session, presents(session)
@@ -85,10 +85,11 @@ class Growing:
         return logits
 
 
-class Shared:
-    """Past and present of a layer are one buffer, longer than the sequence: a step writes its own tokens alone.
+class SharedBufferStates:
+    """Caches in buffers longer than the sequence: past and present share one, and a step writes only its own tokens.
 
-    A state that a step replaces as a whole has two, which change places: a kernel may still read the one that it reads.
+    A state that each step replaces as a whole has two buffers that are swapped, since a kernel may read the old state
+    while it writes the new one.
     """
 
     def __init__(self, session: Any) -> None:
@@ -126,13 +127,13 @@ class Shared:
         return first, second
 
     def _grow(self, batch: int, length: int) -> None:
-        self.capacity = max(LEAST, 2 * self.capacity, length)
+        self.capacity = max(INITIAL_CAPACITY, 2 * self.capacity, length)
         self.binding = self.session.io_binding()
         for spec in self.specs:
             buffer = zeros(spec, batch, self.capacity)
             if self.length:
                 buffer[:, :, : self.length] = self.buffers[spec.name][:, :, : self.length]
             self.buffers[spec.name] = buffer
-            value = ort.OrtValue.ortvalue_from_numpy(buffer)  # on CPU it is this memory, not a copy of it
+            value = ort.OrtValue.ortvalue_from_numpy(buffer)  # on CPU it shares the memory of `buffer`
             self.binding.bind_ortvalue_input(spec.name, value)
             self.binding.bind_ortvalue_output(self.presents[spec.name], value)

@@ -1,4 +1,4 @@
-"""Reads weights back from `model.onnx` and its data file, by the table that lowering left in the metadata."""
+"""Reads weights back from `model.onnx` and its data file, by the table that the lowering stored in the metadata."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ import onnx_ir as ir
 from moec.targets.stored_weights import Codes, StoredWeight
 
 TABLE = "moec.weights"
-"""Key of the model's metadata: name of a weight in the Program -> where its values, or its codes, are.
+"""Metadata key of a table: name of a weight in the Program -> where the file holds its floats or codes.
 
-Floats: `initializer`, or `per_expert` with `{}` for the index of the expert; `transposed` and `interleaved` say what
-became of the layout. Codes: the initializers that hold `codes`, `scales` and `zero_points` (or null), `first`, which of
-their rows the weight begins with, its `shape`, `bits` and `block`, whether codes are `signed`, and `interleaved`.
+Float weights: `initializer`, or `per_expert` with `{}` for the index of the expert; `transposed` and `interleaved`
+describe how the layout differs from the Program's. Quantized weights: the initializers that hold `codes`, `scales` and
+`zero_points` (or null); `first`, the row of these at which the weight begins; its `shape`, `bits` and `block`; whether
+codes are `signed`; and `interleaved`.
 """
 
 
 def stored_weights(directory: Path) -> Mapping[str, StoredWeight]:
-    """The weights that the table of a model names."""
+    """The weights in the table of the model in `directory`, by name."""
     model = ir.load(directory / "model.onnx")
     read = partial(_rows, model.graph.initializers)
     table: dict[str, dict[str, Any]] = json.loads(model.metadata_props[TABLE])
@@ -31,7 +32,7 @@ def stored_weights(directory: Path) -> Mapping[str, StoredWeight]:
 
 
 def _rows(initializers: Mapping[str, ir.Value], name: str, start: int, stop: int) -> np.ndarray:
-    """Rows of an initializer, of which only these are read; two codes of four bits are one byte."""
+    """Rows [start, stop) of an initializer, read without the others; 4-bit codes stay packed, two to a byte."""
     tensor = initializers[name].const_value
     assert tensor is not None
     shape = [int(size) for size in tensor.shape.numpy()]
@@ -54,7 +55,7 @@ def _float(read: Read, entry: Mapping[str, Any]) -> StoredWeight:
             value = np.stack([_whole(read, entry["per_expert"].format(index)) for index in range(start, stop)])
         else:
             value = read(entry["initializer"], start, stop)
-        value = _in_order(value) if entry.get("interleaved") else value
+        value = _deinterleaved(value) if entry.get("interleaved") else value
         return np.ascontiguousarray(value.swapaxes(-1, -2)) if entry["transposed"] else value
 
     return StoredWeight(None, rows)
@@ -64,8 +65,8 @@ def _whole(read: Read, name: str) -> np.ndarray:
     return read(name, 0, np.iinfo(np.int64).max)
 
 
-def _in_order(value: np.ndarray) -> np.ndarray:
-    """[n, 2I, ...] with gate and up in turns -> all of gate, then all of up."""
+def _deinterleaved(value: np.ndarray) -> np.ndarray:
+    """Undo `interleave`: axis 1 of [n, 2I, ...] holds all of gate, then all of up."""
     return np.concatenate([value[:, 0::2], value[:, 1::2]], axis=1)
 
 
@@ -74,15 +75,15 @@ def _coded(read: Read, entry: Mapping[str, Any]) -> StoredWeight:
 
     def part(name: str, start: int, stop: int) -> np.ndarray:
         value = read(entry[name], first + start, first + stop).reshape(stop - start, *shape[1:-1], -1)
-        return _in_order(value) if entry["interleaved"] else value
+        return _deinterleaved(value) if entry["interleaved"] else value
 
     def numbers(name: str, start: int, stop: int, width: int) -> np.ndarray:
         return _unpacked(part(name, start, stop), bits, entry["signed"])[..., :width]
 
     def rows(start: int, stop: int) -> Codes:
         groups = -(-shape[-1] // block)
-        points = None if entry["zero_points"] is None else numbers("zero_points", start, stop, groups)
-        return Codes(bits, numbers("codes", start, stop, shape[-1]), part("scales", start, stop), block, points)
+        zero_points = None if entry["zero_points"] is None else numbers("zero_points", start, stop, groups)
+        return Codes(bits, numbers("codes", start, stop, shape[-1]), part("scales", start, stop), block, zero_points)
 
     return StoredWeight(bits, rows)
 
@@ -92,7 +93,7 @@ _PAIRS = {
     signed: np.ascontiguousarray(((_HALVES ^ 8) if signed else _HALVES) - 8, np.int8).view(np.int16)[:, 0]
     for signed in (True, False)
 }
-"""Both codes of a byte, the lower half first, as one number, for codes in two's complement and for those plus 8."""
+"""The two codes of each byte, lower nibble first, as one int16: for signed codes, and for codes stored plus 8."""
 
 
 def _unpacked(value: np.ndarray, bits: int, signed: bool) -> np.ndarray:

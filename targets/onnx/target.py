@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from moec.targets.stored_weights import StoredWeight
 
 
-MOST_GROUPED = 2048
-"""Experts in all layers up to which products of their own pay: each costs the graph two nodes."""
+MAX_GROUPED_EXPERTS = 2048
+"""Number of experts in all layers up to which grouped experts pay off: each adds two nodes to the graph."""
 
 
 class Flavor(Choice):
@@ -32,11 +32,11 @@ class Flavor(Choice):
 
 
 class Experts(Choice):
-    """Forms of experts in floating point."""
+    """How float experts are computed."""
 
     KERNEL = "kernel", "ONNX Runtime's MoE, a small graph"
-    GROUPED = "grouped", "two products each over its own tokens, a faster prefill"
-    AUTO = "auto", f"grouped in float32 up to {MOST_GROUPED} experts in all"
+    GROUPED = "grouped", "two matrix products per expert over its own tokens, a faster prefill"
+    AUTO = "auto", f"grouped in float32 up to {MAX_GROUPED_EXPERTS} experts in all"
 
 
 EXPERT_CLASSES = ("experts_gate_up", "experts_down")
@@ -59,12 +59,12 @@ class OnnxTarget(base.Target):
     takes_embeddings: ClassVar[bool] = True
 
     def capabilities(self, options: base.TargetOptions, phase: base.Phase) -> base.Capabilities:  # noqa: ARG002
-        """Every flavor skips: the MoE kernels drop slots of weight 0, and so do the Ifs of the portable one."""
+        """Every flavor skips experts: the MoE kernels drop slots of weight 0, and so does the form in standard ops."""
         return base.Capabilities(skips_experts=True)
 
     def lint(self, program: Program, options: base.TargetOptions) -> tuple[Rejection, ...]:
-        """Ops that have no lowering, what the flavor cannot express, and whatever else lowering refuses."""
-        from moec.targets.common.refusals import ops_without_form, refused_by
+        """Ops without a lowering and what the flavor cannot express; else the first thing that the lowering refuses."""
+        from moec.targets.common.refusals import refused_by, unsupported_ops
         from moec.targets.onnx import lower
         from moec.targets.onnx.lowerings import experts, group_query, quantized
         from moec.targets.onnx.lowerings.table import TABLE
@@ -75,26 +75,26 @@ class OnnxTarget(base.Target):
         refused += experts.refusals(program, contrib=not portable)
         if not portable:
             refused += quantized.refusals(program)
-        refused += ops_without_form(self.name, TABLE, program.graph.nodes)
+        refused += unsupported_ops(self.name, TABLE, program.graph.nodes)
         return refused or refused_by(self.name, lambda: lower.build(program, _dialect(program, options)))
 
     def auto_formats(self, options: base.TargetOptions, tensor_class: str) -> tuple[str, ...]:
-        """ONNX Runtime's kernels take zero points; the standard form has none, and none for experts."""
+        """ONNX Runtime's kernels take zero points; standard ops take neither zero points nor quantized experts."""
         assert isinstance(options, OnnxOptions)
         if options.flavor is not Flavor.PORTABLE:
             return base.SYMMETRIC + base.ASYMMETRIC
         return () if tensor_class in EXPERT_CLASSES else base.SYMMETRIC
 
     def kept_formats(self, options: base.TargetOptions, tensor_class: str, dtype: str) -> tuple[str, ...]:
-        """One scale for a row is written as blocks of equal scales; linears store theirs in the dtype of the graph."""
+        """Per-channel scales are stored as blocks of equal scales; scales of linears have the graph's dtype."""
         formats = self.auto_formats(options, tensor_class)
         if not formats:
             return ()
         asymmetric = tuple(
-            f"{form}:asym" for form in base.BY_ROW if form.startswith("int4") and base.ASYMMETRIC[0] in formats
+            f"{form}:asym" for form in base.PER_CHANNEL if form.startswith("int4") and base.ASYMMETRIC[0] in formats
         )
         stored = "fp32" if tensor_class in EXPERT_CLASSES else dtype
-        return base.with_scales(stored, (*formats, *base.BY_ROW, *asymmetric))
+        return base.with_scales(stored, (*formats, *base.PER_CHANNEL, *asymmetric))
 
     def lower(self, program: Program, options: base.TargetOptions, directory: Path, progress: Progress) -> base.Lowered:
         """Write `model.onnx`, `model.onnx_data` and, for onnxruntime-genai, `genai_config.json`."""
@@ -105,9 +105,9 @@ class OnnxTarget(base.Target):
         assert isinstance(options, OnnxOptions)
         shared = options.flavor is Flavor.GENAI
         if shared and (refused := refusals(program)):
-            raise RefusedError(refused[0].where, refused[0].reason, hint="take the default flavor")
+            raise RefusedError(refused[0].where, refused[0].reason, hint="use the default flavor")
         if shared:
-            program = genai.with_its_names(program)
+            program = genai.with_genai_names(program)
         dialect = _dialect(program, options)
         model, ctx = lower.build(program, dialect)
         counts: dict[str, int] = {}
@@ -128,7 +128,7 @@ class OnnxTarget(base.Target):
         )
 
     def package(self, options: base.TargetOptions, directory: Path) -> tuple[str, ...]:
-        """Complete `genai_config.json` by what the model's own configs say of tokens and of how they are chosen."""
+        """Add special tokens and sampling settings to `genai_config.json`."""
         from moec.targets.onnx import genai
 
         assert isinstance(options, OnnxOptions)
@@ -137,19 +137,19 @@ class OnnxTarget(base.Target):
         return ()
 
     def open(self, directory: Path, *, threads: int = 0) -> base.Runner:
-        """Open with ONNX Runtime on CPU."""
+        """Open the artifact with ONNX Runtime on CPU."""
         from moec.targets.onnx.runner import OnnxRunner
 
         return OnnxRunner(directory, threads=threads)
 
     def open_experts(self, directory: Path, *, threads: int = 0) -> Mapping[str, base.ExpertsRunner]:
-        """A cut of `model.onnx` at the operands of each layer's experts."""
+        """The experts of each layer as a subgraph of `model.onnx`."""
         from moec.targets.onnx.experts import MODEL, OnnxExperts
 
         return {MODEL: OnnxExperts(directory, threads=threads)}
 
     def stored_weights(self, directory: Path) -> Mapping[str, StoredWeight]:
-        """Read back by the table in the model's metadata."""
+        """Weights as read back by the table in the model's metadata."""
         from moec.targets.onnx.stored import stored_weights
 
         return stored_weights(directory)
@@ -166,5 +166,6 @@ def _grouped(program: Program, options: OnnxOptions) -> bool:
     import torch
 
     if options.experts is Experts.AUTO:
-        return program.dtype is torch.float32 and sum(layer.num_experts for layer in program.layers) <= MOST_GROUPED
+        experts = sum(layer.num_experts for layer in program.layers)
+        return program.dtype is torch.float32 and experts <= MAX_GROUPED_EXPERTS
     return options.experts is Experts.GROUPED

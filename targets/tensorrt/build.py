@@ -1,4 +1,4 @@
-"""Runs the builder in a process of its own: with a limit on its memory, progress and a log."""
+"""Runs the builder in a separate process, with a memory limit, progress and a log."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ from moec.targets.tensorrt.settings import EngineFacts
 LOG = "build.log"
 SCRIPT = "build_engine.py"
 EVENTS = "build.events"
-"""What the builder tells while it works: a file, since a thread that writes into a pipe may wait for its reader."""
+"""Events of the builder while it works. It is a file, since writing to a pipe could block the builder's threads."""
 SAMPLE_SECONDS = 0.02
 
 BASE_BYTES, BYTES_PER_WEIGHT_BYTE = 700_000_000, 3.5
-"""Peak memory of the builder: what it needs for a small model, and how it grows with the bytes of the weights.
+"""Predicted peak memory of the builder: a constant, and a factor for the bytes of the weights.
 
-An upper bound of what benchmarks/tensorrt_build.py measures.
+This is an upper bound of what benchmarks/tensorrt_build.py measures.
 """
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Where the parser or the builder refused.
+    """An error of the parser or the builder.
 
     Attributes:
         stage: "parse" or "build".
-        message: Of the library.
-        node: Name of the node, empty where the library names none.
-        operator: Its operator.
+        message: Message of the library.
+        node: Name of the node that caused it; empty if the library names none.
+        operator: Operator of this node.
     """
 
     stage: str
@@ -50,13 +50,13 @@ class Failure:
 
 @dataclass
 class Built:
-    """What a build told.
+    """Result of a build.
 
     Attributes:
-        found: What is known about the engine; None where there is none.
+        found: Facts about the engine; None if there is none.
         seconds: Time of the build.
-        peak_bytes: Most anonymous memory of the process.
-        failure: Where the parser or the builder refused.
+        peak_bytes: Peak anonymous memory of the process.
+        failure: The error of the parser or the builder; None if there was none.
     """
 
     found: EngineFacts | None = None
@@ -66,43 +66,43 @@ class Built:
 
 
 def predicted_bytes(weight_bytes: int) -> int:
-    """Memory that building an engine with so many bytes of weights takes at most."""
+    """Upper bound of the memory for building an engine with `weight_bytes` of weights."""
     return BASE_BYTES + int(BYTES_PER_WEIGHT_BYTE * weight_bytes)
 
 
 def memory_limit(wanted_gb: float | None) -> int:
-    """Bytes that the builder may take: what is wanted, or what is free."""
+    """Bytes that the builder may use: `wanted_gb`, or the free memory if it is None."""
     return psutil.virtual_memory().available if wanted_gb is None else int(wanted_gb * 1e9)
 
 
 def check_memory(weight_bytes: int, limit: int) -> None:
-    """Refuse before the build starts what will not fit.
+    """Refuse a build that will not fit into memory, before it starts.
 
     Raises:
-        LoweringError: The build is predicted to take more than `limit` bytes.
+        LoweringError: The build is predicted to need more than `limit` bytes.
     """
     needed = predicted_bytes(weight_bytes)
     if needed > limit:
         raise LoweringError(
-            f"building the engine takes up to {needed / 1e9:.1f} GB of memory, and {limit / 1e9:.1f} GB may be used",
+            f"building the engine needs up to {needed / 1e9:.1f} GB of memory, but {limit / 1e9:.1f} GB may be used",
             hint="quantize, raise --memory-limit, or build on another machine: --no-engine writes model.onnx and the "
             "script that builds it",
         )
 
 
 def run(folder: Path, library: str, output: str, *, limit: int, cache: Path | None = None, progress: Progress) -> Built:
-    """Build the engine of `folder`, which holds the script, the settings and the model.
+    """Build the engine in `folder`, which holds the script, the settings and the model.
 
     Args:
         folder: The artifact.
         library: Module of the library.
-        output: Name of the engine to write.
-        limit: Bytes of anonymous memory; the process is ended when it takes more.
+        output: File name of the engine.
+        limit: Bytes of anonymous memory; the process is ended when it uses more.
         cache: Timing cache, or None.
-        progress: Told what the builder does.
+        progress: Called with what the builder does.
 
     Raises:
-        LoweringError: It took too much memory or died. What parser and builder refuse is in the result.
+        LoweringError: The builder used too much memory or crashed. Errors of parser and builder are in the result.
     """
     built = Built()
     command = [sys.executable, "-P", SCRIPT, "--library", library, "--output", output, "--events", EVENTS]
@@ -110,33 +110,37 @@ def run(folder: Path, library: str, output: str, *, limit: int, cache: Path | No
     with (folder / LOG).open("w") as log, (folder / EVENTS).open("w+") as events:
         child = subprocess.Popen(command, cwd=folder, stdout=log, stderr=subprocess.STDOUT)
         try:
-            exceeded = _follow(child, events, lambda event: _hear(event, log, built, progress), limit, built)
+            exceeded = _follow(child, events, lambda event: _handle_event(event, log, built, progress), limit, built)
         finally:
-            child.kill()  # does nothing where it has ended
+            child.kill()  # does nothing if it has ended
             child.wait()
             (folder / EVENTS).unlink()
         log.write(f"peak memory {built.peak_bytes} bytes, {built.seconds:.2f} s\n")
     if exceeded:
         raise LoweringError(
-            f"the builder was ended: it took more than the {limit / 1e9:.1f} GB of memory that it may use",
+            f"the builder was ended: it used more than {limit / 1e9:.1f} GB of memory",
             hint="raise --memory-limit, quantize, or build on another machine from model.onnx",
         )
     if child.returncode and built.failure is None:
-        died = f"the builder died with code {child.returncode}: {_last_lines(folder / LOG)}"
+        died = f"the builder ended with code {child.returncode}: {_last_lines(folder / LOG)}"
         raise LoweringError(died, hint="see build.log")
     return built
 
 
 def _follow(
-    child: subprocess.Popen[bytes], events: IO[str], hear: Callable[[Mapping[str, Any]], None], limit: int, built: Built
+    child: subprocess.Popen[bytes],
+    events: IO[str],
+    handle: Callable[[Mapping[str, Any]], None],
+    limit: int,
+    built: Built,
 ) -> bool:
-    """Read the events of the child until it ends, and its memory: whether it was ended for taking more than `limit`."""
+    """Follow events and memory of the child until it ends; whether it was ended for using more than `limit`."""
     exceeded, rest = False, ""
     while True:
         ended = child.poll() is not None
         *lines, rest = (rest + events.read()).split("\n")
         for line in lines:
-            hear(json.loads(line))
+            handle(json.loads(line))
         if ended:
             return exceeded
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -149,8 +153,8 @@ def _follow(
         time.sleep(SAMPLE_SECONDS)
 
 
-def _hear(event: Mapping[str, Any], log: IO[str], built: Built, progress: Progress) -> None:
-    """Take one event in."""
+def _handle_event(event: Mapping[str, Any], log: IO[str], built: Built, progress: Progress) -> None:
+    """Handle one event of the builder."""
     match event["kind"]:
         case "progress":
             progress("engine", event["done"], event["total"])

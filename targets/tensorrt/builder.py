@@ -1,9 +1,9 @@
-"""Builds an engine from `model.onnx` as `tensorrt.json` beside it says. It needs TensorRT and nothing else.
+"""Builds an engine from `model.onnx` with the settings in `tensorrt.json` beside it. Requires only TensorRT.
 
     python build_engine.py                            # classic TensorRT, for the GPU of this machine
-    python build_engine.py --library tensorrt_rtx     # TensorRT for RTX, for the compute capabilities listed
+    python build_engine.py --library tensorrt_rtx     # TensorRT for RTX, for the compute capabilities in tensorrt.json
 
-moec runs this file to build the engine that it ships, and puts a copy beside it as `build_engine.py`.
+moec runs this file to build the engine of an artifact, and adds a copy to the artifact as `build_engine.py`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 Emit = Callable[[str, Mapping[str, Any]], None]
-"""Kind of an event and its fields."""
+"""Reports an event: its kind and its fields."""
 
 RTX, CLASSIC = "tensorrt_rtx", "tensorrt"
 ENGINES = {RTX: "model.rtx.engine", CLASSIC: "model.engine"}
@@ -36,9 +36,9 @@ CONSTANT = re.compile(r"Name: ([^,]+), Dimensions: \[([\d,]*)\][^}]*?Datatype: (
 
 
 class Listener:
-    """Keeps what the library's messages say about the engine, and passes on errors and warnings.
+    """Collects facts about the engine from the library's messages, and passes on errors and warnings.
 
-    The library describes a finished engine in its own log alone: to inspect it takes a GPU.
+    Without a GPU, a finished engine cannot be inspected: the library's log is the only description of it.
     """
 
     def __init__(self, emit: Emit) -> None:
@@ -49,7 +49,7 @@ class Listener:
         self.constants: dict[str, tuple[int, str]] = {}
 
     def hear(self, severity: str, message: str) -> None:
-        """Take one message in."""
+        """Handle one message."""
         if severity.endswith("ERROR"):
             self.errors.append(message)
         if severity != "VERBOSE":
@@ -65,7 +65,7 @@ class Listener:
                 self.constants[name] = (count, kind)
 
     def facts(self) -> dict[str, Any]:
-        """Layers by kind, and how many values of each type are constants of the engine."""
+        """Number of layers by type, and number of constant values by dtype."""
         values: collections.Counter[str] = collections.Counter()
         for count, kind in self.constants.values():
             values[kind] += count
@@ -94,7 +94,7 @@ def _monitor(library: Any, emit: Emit) -> Any:
             self.steps: dict[str, int] = {}
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-            # There are hundreds of phases; those at the top tell enough.
+            # There are hundreds of phases, so only top-level ones are reported.
             if parent_phase is None:
                 self.steps[phase_name] = num_steps
 
@@ -110,7 +110,7 @@ def _monitor(library: Any, emit: Emit) -> Any:
 
 
 class BuildError(Exception):
-    """The parser or the builder refused; `stage` says which."""
+    """An error of the parser or the builder; `stage` is "parse" or "build"."""
 
     def __init__(self, stage: str, message: str, node: str = "", operator: str = "") -> None:
         super().__init__(message)
@@ -121,11 +121,11 @@ def parse(library: Any, logger: Any, builder: Any, model: Path) -> Any:
     """The network of an ONNX file.
 
     Raises:
-        BuildError: The parser refuses a node, which is named.
+        BuildError: The parser does not support a node, which the error names.
     """
     flags = 0
     strong = getattr(library.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
-    # TensorRT 11 and TensorRT for RTX know strongly typed networks alone.
+    # TensorRT 11 and TensorRT for RTX have no such flag: all their networks are strongly typed.
     if strong is not None:
         flags = 1 << int(strong)
     network = builder.create_network(flags)
@@ -159,7 +159,7 @@ def _configure(library: Any, builder: Any, settings: Mapping[str, Any], emit: Em
 
 
 def _mark_decomposable(network: Any) -> None:
-    """Let the builder write attention in elementary ops where it has no fused kernel."""
+    """Allow the builder to decompose attention where it has no fused kernel."""
     for index in range(network.num_layers):
         layer = network.get_layer(index)
         if layer.type.name == "ATTENTION_INPUT":
@@ -183,20 +183,20 @@ def _network_layers(network: Any) -> dict[str, int]:
 
 
 def build(library: Any, settings: Mapping[str, Any], output: Path, cache: Path | None, emit: Emit) -> dict[str, Any]:
-    """Build the model of the working directory and write the engine; return what is known about it.
+    """Build the model in the working directory, write the engine and return facts about it.
 
     Raises:
-        BuildError: The parser or the builder refused.
+        BuildError: The parser or the builder failed.
     """
     listener = Listener(emit)
     logger = _logger(library, listener)
     builder = library.Builder(logger)
     if library.__name__ == RTX:
-        builder.max_threads = 1  # see `repeatable`
+        builder.max_threads = 1  # see `restart_reproducibly`
     network = parse(library, logger, builder, Path(settings["onnx"]))
     _mark_decomposable(network)
     config = _configure(library, builder, settings, emit)
-    # TensorRT for RTX chooses kernels on the user's GPU: it has no timings to keep.
+    # TensorRT for RTX chooses kernels on the user's GPU, so it has no timings to cache.
     timed = library.__name__ == CLASSIC and cache is not None
     if timed and cache is not None:
         config.set_timing_cache(config.create_timing_cache(cache.read_bytes() if cache.is_file() else b""), True)
@@ -211,12 +211,12 @@ def build(library: Any, settings: Mapping[str, Any], output: Path, cache: Path |
     return {**found, **listener.facts(), "engine_bytes": output.stat().st_size}
 
 
-def repeatable() -> None:
-    """Start this script anew so that it builds the same engine each time, where the system allows that.
+def restart_reproducibly() -> None:
+    """Restart this script so that it builds the same engine each time, if the system allows it.
 
-    The builder writes some tables in the order of their addresses. So these must not be random; the environment, which
-    lies on the stack, is cut down to what the builder needs; and its threads take turns on one CPU, since those that
-    run side by side, or take the CPU from each other, get their memory in another order each time.
+    The builder writes some tables in the order of their memory addresses. The restart therefore turns off address-space
+    randomization, reduces the environment (which is on the stack) to what the builder needs, and makes its threads take
+    turns on one CPU, since concurrent or preempted threads allocate memory in a different order each time.
     """
     if not sys.platform.startswith("linux") or os.environ.get(STARTED):
         return
@@ -227,14 +227,14 @@ def repeatable() -> None:
     os.sched_setaffinity(0, {cpus[os.getpid() % len(cpus)]})
     try:
         os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
-    except PermissionError:  # the next best: a thread that wakes up waits for the one that runs
+    except PermissionError:  # with SCHED_BATCH, a thread that wakes up does not preempt the running one
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     environment = {name: os.environ[name] for name in KEPT if name in os.environ}
     os.execve(sys.executable, sys.orig_argv, environment | {STARTED: "1", "PYTHONHASHSEED": "0"})
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line."""
+    """The command line of this script; returns its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--settings", type=Path, default=Path(__file__).parent / "tensorrt.json")
     parser.add_argument("--library", choices=(CLASSIC, RTX), default=CLASSIC)
@@ -254,7 +254,7 @@ def main(arguments: list[str] | None = None) -> int:
     folder = given.settings.parent
     output = (given.output or folder / ENGINES[given.library]).resolve()
     cache = None if given.timing_cache is None else given.timing_cache.resolve()
-    # The engine keeps the path of the model: one without folders is the same everywhere.
+    # The engine stores the path of the model, so it must not depend on the directory.
     os.chdir(folder)
     start = time.perf_counter()
     try:
@@ -270,6 +270,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    if RTX in sys.argv:  # classic TensorRT chooses kernels by their time on the GPU: no two of its engines are the same
-        repeatable()
+    if RTX in sys.argv:  # engines of classic TensorRT always differ: it chooses kernels by their time on the GPU
+        restart_reproducibly()
     sys.exit(main())

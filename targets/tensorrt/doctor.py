@@ -1,4 +1,4 @@
-"""What TensorRT can do on this machine, and why not more."""
+"""What TensorRT can do on this machine, and what prevents the rest."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ MAJOR, MINOR = 75, 76
 
 @dataclass(frozen=True)
 class Gpu:
-    """The driver and the first GPU, as far as there are any.
+    """The CUDA driver and the first GPU.
 
     Attributes:
-        driver: Version of CUDA that the driver supports, such as "13.0"; empty where there is no driver.
-        name: Name of the GPU; empty where there is none.
-        capability: Its compute capability, such as "8.9".
+        driver: Version of CUDA that the driver supports, such as "13.0"; empty without a driver.
+        name: Name of the GPU; empty without a GPU.
+        capability: Compute capability of the GPU, such as "8.9".
     """
 
     driver: str = ""
@@ -30,14 +30,14 @@ class Gpu:
 
     @property
     def reason(self) -> str:
-        """Why nothing runs here; empty where a GPU is there."""
+        """Why no engine can run here; empty if there is a GPU."""
         if not self.driver:
             return "no GPU (no CUDA driver)"
         return "" if self.name else "no GPU (the driver finds none)"
 
 
 def find_gpu() -> Gpu:
-    """Ask the CUDA driver, which belongs to no package."""
+    """Ask the CUDA driver for the first GPU, without any Python package of CUDA."""
     try:
         cuda = ctypes.CDLL(DRIVER)
     except OSError:
@@ -66,9 +66,9 @@ def findings() -> Mapping[str, str]:
             "measure": "no",
             "install": INSTALL,
         }
-    ahead = f", for {', '.join(SUPPORTED)} without a GPU" if installed(RTX) else ", for the GPU of this machine"
+    gpus = f", for {', '.join(SUPPORTED)} without a GPU" if installed(RTX) else ", for the GPU of this machine"
     return {
-        "build": f"yes, by {' and '.join(libraries)}{ahead}. An RTX engine is no plan of classic TensorRT",
+        "build": f"yes, by {' and '.join(libraries)}{gpus}. Classic TensorRT cannot run an RTX engine",
         "run": f"yes, model.onnx on CPU; the engine: {_runs(gpu)}",
         "measure": "yes" if _can_run(gpu) else f"no: {_runs(gpu).removeprefix('no: ')}",
         "install": "" if installed(RTX) else INSTALL,
@@ -84,4 +84,5 @@ def _runs(gpu: Gpu) -> str:
         return f"no: {gpu.reason}"
     if _can_run(gpu):
         return f"yes, {gpu.name}, compute capability {gpu.capability}, driver for CUDA {gpu.driver}"
-    return f"no: TensorRT for RTX does not know {gpu.name}, compute capability {gpu.capability}; classic TensorRT does"
+    gpu_text = f"{gpu.name}, compute capability {gpu.capability}"
+    return f"no: TensorRT for RTX does not support {gpu_text}; classic TensorRT does"

@@ -1,4 +1,4 @@
-"""Opens an engine on a GPU: with TensorRT for RTX or classic TensorRT, and memory from the CUDA runtime."""
+"""Runs an engine on a GPU, with TensorRT for RTX or classic TensorRT and the CUDA runtime."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from moec.targets.tensorrt.library import INSTALL, RTX, installed, load
 from moec.targets.tensorrt.settings import EngineSettings
 
 
-def why_not(settings: EngineSettings) -> str:
-    """Why the engine of an artifact cannot run here; empty where it can."""
+def why_engine_cannot_run(settings: EngineSettings) -> str:
+    """Why the engine of an artifact cannot run here; empty if it can."""
     if settings.engine is None:
         return "no engine was built"
     gpu = find_gpu()
@@ -31,17 +31,17 @@ def why_not(settings: EngineSettings) -> str:
 
 
 def check_version(settings: EngineSettings, found: str) -> None:
-    """An engine is read by the version that wrote it alone.
+    """Check the library's version: only the version that built an engine can load it.
 
     Raises:
-        ArtifactError: The library has another version.
+        ArtifactError: The installed version `found` is another one.
     """
     wrote = settings.library_version
     if wrote != found:
         older = "older" if _numbers(wrote) < _numbers(found) else "newer"
         raise ArtifactError(
             f"{settings.engine} was built by {settings.library} {wrote}, {older} than the {found} installed here",
-            hint=f"python build_engine.py --library {settings.library} builds it anew from model.onnx, or install "
+            hint=f"rebuild it from model.onnx with `python build_engine.py --library {settings.library}`, or install "
             f"{settings.library.replace('_', '-')}=={wrote}",
         )
 
@@ -51,10 +51,10 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def open_engine(directory: Path) -> EngineRunner:
-    """The engine of an artifact on the first GPU.
+    """Load the engine of an artifact on the first GPU.
 
     Raises:
-        ArtifactError: Another version built it, or it cannot be read.
+        ArtifactError: Another version of the library built the engine, or it cannot be loaded.
         MissingExtraError: The library or the CUDA runtime is not installed.
     """
     settings = EngineSettings.read(directory)
@@ -77,12 +77,12 @@ class GpuSession:
 
     Args:
         path: The engine.
-        profiles: Names of its optimisation profiles, in their order.
+        profiles: Names of its optimisation profiles, in order.
         library: The TensorRT module.
         cuda: The module `cuda.bindings.runtime`.
 
     Raises:
-        ArtifactError: The engine cannot be read.
+        ArtifactError: The engine cannot be loaded.
     """
 
     def __init__(self, path: Path, profiles: Sequence[str], library: Any, cuda: Any) -> None:
@@ -92,13 +92,13 @@ class GpuSession:
         runtime = library.Runtime(self._logger)
         self._engine = runtime.deserialize_cuda_engine(path.read_bytes())
         if self._engine is None:
-            raise ArtifactError(f"{path}: {library.__name__} cannot read it", hint="build it anew: build_engine.py")
+            raise ArtifactError(f"{path}: {library.__name__} cannot load it", hint="rebuild it with build_engine.py")
         self._contexts = {name: self._context(index) for index, name in enumerate(profiles)}
 
     def _context(self, profile: int) -> Any:
         arguments = []
         if hasattr(self._library, "CudaGraphStrategy"):
-            # TensorRT for RTX records CUDA graphs by itself, for what can be recorded.
+            # With this setting, TensorRT for RTX captures CUDA graphs by itself.
             config = self._engine.create_runtime_config()
             config.cuda_graph_strategy = self._library.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
             arguments.append(config)
@@ -107,7 +107,7 @@ class GpuSession:
         return context
 
     def _checked(self, result: Any) -> Any:
-        """The value of a CUDA call, which returns an error code first.
+        """The value that a CUDA call returned after its error code.
 
         Raises:
             RuntimeError: The call failed.
@@ -118,7 +118,7 @@ class GpuSession:
         return values[0] if values else None
 
     def allocate(self, nbytes: int) -> int:
-        """Memory that is 0 everywhere."""
+        """Allocate zeroed memory on the GPU; returns its address."""
         address = int(self._checked(self._cuda.cudaMalloc(nbytes)))
         self._checked(self._cuda.cudaMemsetAsync(address, 0, nbytes, self._stream))
         return address
@@ -129,7 +129,7 @@ class GpuSession:
         self._checked(self._cuda.cudaMemcpyAsync(address, array.ctypes.data, array.nbytes, kind, self._stream))
 
     def read(self, address: int, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-        """Copy from the GPU, when all before is done."""
+        """Copy an array from the GPU after all earlier work has finished."""
         array = np.empty(shape, dtype)
         kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
         self._checked(self._cuda.cudaMemcpyAsync(array.ctypes.data, address, array.nbytes, kind, self._stream))
@@ -137,7 +137,7 @@ class GpuSession:
         return array
 
     def copy_rows(self, source: Rows, destination: Rows, width: int, count: int) -> None:
-        """Copy `count` pieces of `width` bytes."""
+        """Copy `count` rows of `width` bytes within the GPU's memory."""
         kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToDevice
         self._checked(
             self._cuda.cudaMemcpy2DAsync(
@@ -146,10 +146,10 @@ class GpuSession:
         )
 
     def execute(self, profile: str, shapes: Mapping[str, tuple[int, ...]], addresses: Mapping[str, int]) -> None:
-        """Run the engine.
+        """Run the engine; see `moec.targets.tensorrt.generator.Session`.
 
         Raises:
-            RuntimeError: TensorRT refuses.
+            RuntimeError: TensorRT reports a failure.
         """
         context = self._contexts[profile]
         for name, shape in shapes.items():

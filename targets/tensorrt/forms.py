@@ -1,4 +1,4 @@
-"""Forms of the experts, and which one moves the fewest bytes."""
+"""How experts are computed on TensorRT, and the choice of the form that moves the fewest bytes."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from moec.compiler.common.choices import Choice
 class Form(Choice):
     """How the experts of a layer are computed."""
 
-    GATHER = "gather", "weights of every slot, for few tokens"
-    LOOP_IF = "loop-if", "skips idle experts"
-    DENSE = "dense", "computes all"
-    AUTO = "auto", "what moves the fewest bytes"
+    GATHER = "gather", "gathers the weights for each token, for few tokens"
+    LOOP_IF = "loop-if", "loops over experts and skips those without tokens"
+    DENSE = "dense", "computes every expert for every token"
+    AUTO = "auto", "gather or loop-if, whichever moves fewer bytes"
 
 
 ITERATION_BYTES = 64 * 1024
-"""What one iteration of `loop-if` costs besides its weights, as bytes: a branch and its launches.
+"""Overhead of one iteration of `loop-if` (a branch and kernel launches), expressed in bytes.
 
-It is assumed and not measured: it only decides between forms whose bytes are close.
+This value is assumed, not measured. It only matters where both forms move similar numbers of bytes.
 """
 
 
 @dataclass(frozen=True)
 class ExpertShape:
-    """One layer: experts, slots of a token, and the bytes of one expert's weights as they are stored."""
+    """A MoE layer: number of experts, experts per token, and stored bytes of one expert's weights."""
 
     experts: int
     top_k: int
@@ -34,10 +34,10 @@ class ExpertShape:
 
 
 def moved_bytes(form: Form, shape: ExpertShape, tokens: int) -> int:
-    """Weight bytes that one step of `tokens` tokens moves at most, with the overhead of iterations.
+    """Upper bound of the weight bytes that one step of `tokens` tokens moves, with the overhead of iterations.
 
-    `gather` reads the weights of every slot, writes a copy and reads that; `loop-if` reads each expert that some token
-    uses once; `dense` reads all.
+    For every token and selected expert, `gather` reads the weights, writes a copy and reads the copy. `loop-if` reads
+    each used expert once; `dense` reads all experts.
     """
     slots = tokens * shape.top_k
     match form:
@@ -53,15 +53,14 @@ def moved_bytes(form: Form, shape: ExpertShape, tokens: int) -> int:
 def choose(wanted: Form, shapes: Sequence[ExpertShape], decode: int, prefill: int, *, dynamic: bool) -> Form:
     """The form to build.
 
-    One network serves both profiles, so `gather` is taken only where it moves fewer bytes than `loop-if` in both. With
-    dynamic routing only `loop-if` saves anything. `dense` computes every expert for every token and is chosen by hand
-    alone.
+    One network serves both profiles, so `gather` is chosen only if it moves fewer bytes than `loop-if` in both. With
+    dynamic routing, only `loop-if` saves anything. `dense` is never chosen automatically.
 
     Args:
-        wanted: What the options say; anything but "auto" is taken.
+        wanted: The option; any form other than "auto" is returned unchanged.
         shapes: The MoE layers.
-        decode: Tokens of a typical decode step.
-        prefill: Tokens of a typical prefill.
+        decode: Number of tokens of a typical decode step.
+        prefill: Number of tokens of a typical prefill.
         dynamic: Whether a routing policy drops slots.
     """
     if wanted is not Form.AUTO:

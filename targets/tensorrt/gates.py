@@ -1,4 +1,4 @@
-"""What is asked of an engine beside what is asked of the model from which it was built."""
+"""Gates of the engine itself; the common gates judge `model.onnx`, from which it was built."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ CONTENTS, EXECUTION = "engine: contents", "engine: execution"
 EXIT_CODE = 5
 NO_ENGINE = "no engine was built (--no-engine)"
 
-SPARE = 1.5
-"""The builder may lay out some weights twice: a transposed copy of a head took 1.24 times the bytes of the file."""
-SPARE_BYTES = 1 << 19
-"""Its kernels have constants of their own beside them: 0.33 MB in a model of 0.60 MB."""
+WEIGHTS_TOLERANCE = 1.5
+"""Tolerance for weights that the builder stores twice: with a transposed copy of lm_head, they took 1.24 times."""
+CONSTANTS_TOLERANCE = 1 << 19
+"""Tolerance for constants of the kernels: 0.33 MB in a model of 0.60 MB."""
 
 TYPE_NAMES: Mapping[str, str] = {
     "float32": "FLOAT",
@@ -29,7 +29,7 @@ TYPE_NAMES: Mapping[str, str] = {
 
 
 def judge_contents(subject: GateSubject) -> Verdict:
-    """Inputs, outputs, types and bytes of the weights of the engine against the Program's."""
+    """Compare inputs, outputs, and types and bytes of weights in the engine with those of the Program."""
     settings = EngineSettings.read(subject.directory)
     built = settings.built
     if settings.engine is None or built is None:
@@ -40,7 +40,7 @@ def judge_contents(subject: GateSubject) -> Verdict:
         return Verdict(CONTENTS, Status.FAIL, "; ".join(problems[:4]), EXIT_CODE, built.to_json())
     kinds = ", ".join(f"{count} {kind}" for kind, count in built.engine_layers.items())
     summary = (
-        f"{built.engine_bytes / 1e6:.1f} MB, {built.weight_bytes / 1e6:.1f} of weights; "
+        f"{built.engine_bytes / 1e6:.1f} MB, {built.weight_bytes / 1e6:.1f} MB of them weights; "
         f"{sum(built.engine_layers.values())} layers"
     )
     return Verdict(CONTENTS, Status.PASS, summary, EXIT_CODE, {**built.to_json(), "kinds": kinds})
@@ -57,18 +57,18 @@ def _interface(subject: GateSubject, built: EngineFacts) -> Iterator[str]:
         if have is None:
             yield f"{spec.name} is missing"
         elif have[0] != dtype or len(have[1]) != len(spec.shape):
-            yield f"{spec.name} is {have[0]} {list(have[1])} and should be {dtype} with {len(spec.shape)} axes"
+            yield f"{spec.name} is {have[0]} {list(have[1])}, but should be {dtype} with {len(spec.shape)} axes"
     if "logits" not in found:
         yield "logits are missing"
 
 
 def _weights(planned: Mapping[str, int], built: EngineFacts) -> Iterator[str]:
     for kind in ("Int8", "Int4"):
-        # The library names the constants of its kernels, and not every one of them.
+        # The library also names constants of its kernels, and not all of the model's, so counts cannot be compared.
         if planned.get(kind, 0) and not built.constants.get(kind, 0):
-            yield f"no values of type {kind}, and the plan has {planned[kind]}"
-    if built.weight_bytes > SPARE * planned["bytes"] + SPARE_BYTES:
-        yield f"{built.weight_bytes} bytes of weights, and the plan has {planned['bytes']}"
+            yield f"no values of type {kind}, but the plan has {planned[kind]}"
+    if built.weight_bytes > WEIGHTS_TOLERANCE * planned["bytes"] + CONSTANTS_TOLERANCE:
+        yield f"{built.weight_bytes} bytes of weights, but the plan has {planned['bytes']}"
 
 
 def _file(path: Path, built: EngineFacts) -> Iterator[str]:
@@ -77,13 +77,13 @@ def _file(path: Path, built: EngineFacts) -> Iterator[str]:
 
 
 def judge_execution(subject: GateSubject) -> Verdict:
-    """Parity of the engine itself, where there is a GPU that it was built for."""
-    from moec.targets.tensorrt.engine import open_engine, why_not
+    """Parity of the engine itself; not run without a GPU that it was built for."""
+    from moec.targets.tensorrt.engine import open_engine, why_engine_cannot_run
 
     settings = EngineSettings.read(subject.directory)
     if settings.engine is None:
         return Verdict(EXECUTION, Status.NOT_RUN, NO_ENGINE, EXIT_CODE)
-    if reason := why_not(settings):
+    if reason := why_engine_cannot_run(settings):
         built_for = ", ".join(map(sm, settings.compute_capabilities))
         return Verdict(EXECUTION, Status.NOT_RUN, f"built for {built_for}, not executed: {reason}", EXIT_CODE)
     return subject.parity(EXECUTION, open_engine(subject.directory))

@@ -1,9 +1,9 @@
-"""Runs an engine over buffers that never move: the Runner of the TensorRT target on a GPU.
+"""The Runner of the TensorRT target on a GPU, with buffers at fixed addresses.
 
-The cache of a layer is one buffer of `context` slots, filled from its end. A decode step sees all of it, with the
-slots that hold nothing yet masked, so its shapes and addresses are the same at every step, as CUDA graphs want it.
-What a step yields is a cache longer by its new tokens, whose last `context` slots are copied back. A state of another
-kind has one size; it starts as zeros and is copied back as a whole.
+The KV cache of a layer is one buffer of `context` slots, filled from its end. A decode step attends to all of it, with
+empty slots masked, so that shapes and addresses are the same at every step, as CUDA graphs need. A step returns a cache
+that is longer by its new tokens, and the last `context` slots of it are copied back. A state of another kind has a
+fixed size; it starts as zeros and is copied back as a whole.
 """
 
 from __future__ import annotations
@@ -30,29 +30,29 @@ NUMPY: Mapping[str, Any] = {
 
 @dataclass(frozen=True)
 class Rows:
-    """Equal pieces of memory at equal distances: where the first lies, and the bytes from one to the next."""
+    """Rows of memory: address of the first one, and bytes from one row to the next (pitch)."""
 
     address: int
     pitch: int
 
 
 class Session(Protocol):
-    """A GPU with an engine on it. Addresses are those of the GPU; work is done in the order of the calls."""
+    """An engine loaded on a GPU. Addresses are in the GPU's memory; calls are executed in order."""
 
     def allocate(self, nbytes: int) -> int:
-        """Memory that is 0 everywhere."""
+        """Allocate zeroed memory on the GPU; returns its address."""
 
     def write(self, address: int, array: np.ndarray) -> None:
         """Copy `array` to the GPU."""
 
     def read(self, address: int, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-        """Copy from the GPU, when all before is done."""
+        """Copy an array from the GPU after all earlier work has finished."""
 
     def copy_rows(self, source: Rows, destination: Rows, width: int, count: int) -> None:
-        """Copy `count` pieces of `width` bytes."""
+        """Copy `count` rows of `width` bytes within the GPU's memory."""
 
     def execute(self, profile: str, shapes: Mapping[str, tuple[int, ...]], addresses: Mapping[str, int]) -> None:
-        """Run the engine: shapes of the inputs, addresses of inputs and outputs."""
+        """Run the engine with the shapes of its inputs and the addresses of its inputs and outputs."""
 
     def facts(self) -> Mapping[str, Any]:
         """Library, GPU and versions."""
@@ -60,9 +60,9 @@ class Session(Protocol):
 
 @dataclass(frozen=True)
 class State:
-    """One state: names of input and output, and its shape.
+    """One state: names of its input and output, shape and dtype.
 
-    That of a cache is [batch_size, heads, past_sequence_length, width].
+    A KV cache has the shape [batch_size, heads, past_sequence_length, head size].
     """
 
     source: str
@@ -72,26 +72,26 @@ class State:
 
     @property
     def grows(self) -> bool:
-        """Whether it is a cache."""
+        """Whether it grows with the tokens, as a KV cache does."""
         return "past_sequence_length" in self.sizes
 
     def shape(self, batch: int, past: int) -> tuple[int, ...]:
-        """Its sizes at a step."""
+        """Its shape for `batch` sequences of `past` tokens."""
         lengths = {"batch_size": batch, "past_sequence_length": past}
         return tuple(lengths[size] if isinstance(size, str) else size for size in self.sizes)
 
     def nbytes(self, shape: tuple[int, ...]) -> int:
-        """Bytes of values of that shape."""
+        """Bytes of an array of `shape` in its dtype."""
         return int(np.prod(shape, dtype=np.int64)) * int(np.dtype(self.dtype).itemsize)
 
 
 class EngineRunner(Runner):
-    """The Runner over a Session.
+    """Runs an engine; see `moec.targets.base.Runner`.
 
     Args:
-        session: The engine on its GPU.
-        settings: `tensorrt.json`.
-        signature: The section of moec.json.
+        session: The engine on a GPU.
+        settings: Contents of `tensorrt.json`.
+        signature: The signature in moec.json.
     """
 
     def __init__(self, session: Session, settings: EngineSettings, signature: Mapping[str, Any]) -> None:
@@ -126,23 +126,23 @@ class EngineRunner(Runner):
         return addresses
 
     def reset(self) -> None:
-        """Forget the sequences."""
+        """Drop all sequences and their states."""
         self._mask = np.zeros((0, 0), np.int64)
         for state in self._states:
             if not state.grows:
                 self._session.write(self._addresses[state.source], np.zeros(state.shape(self._batch, 0), state.dtype))
 
     def decode(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None) -> np.ndarray:
-        """Continue them; see `moec.targets.base.Runner`.
+        """Continue the sequences; see `moec.targets.base.Runner`.
 
         Raises:
-            UsageError: The sequence is longer than the cache, or the batch larger than that of the engine.
+            UsageError: The sequence is longer than the KV cache, or the batch larger than that of the engine.
         """
         batch, length = input_ids.shape
         start = self._mask.shape[1]
         if start + length > self._context or batch > self._batch:
             raise UsageError(
-                f"{batch} sequences of {start + length} tokens: there is room for {self._batch} of {self._context}",
+                f"{batch} sequences of {start + length} tokens: the engine holds {self._batch} of {self._context}",
                 hint="export with a larger --context or --batch",
             )
         whole = np.ones((batch, start + length), np.int64) if attention_mask is None else attention_mask
@@ -159,10 +159,10 @@ class EngineRunner(Runner):
         self._session.write(self._addresses[name], np.ascontiguousarray(array, self._inputs[name]))
 
     def _step(self, ids: np.ndarray, mask: np.ndarray, added: Mapping[str, np.ndarray]) -> np.ndarray:
-        """One call of the engine: ids [B, S], mask [B, past + S], and other inputs with a row for each token."""
+        """One call of the engine: ids [B, S], mask [B, past + S], and added inputs; returns logits."""
         batch, length = ids.shape
         start = self._mask.shape[1]
-        # Before the first token there is no cache to look at; later all of it is, used or not.
+        # Without past tokens, the engine gets an empty cache; later it gets the whole buffer, empty slots included.
         past = self._context if start else 0
         padded = np.concatenate([np.zeros((batch, past - start), np.int64), mask], axis=1) if past else mask
         positions = np.maximum(mask.cumsum(-1) - 1, 0)[:, -length:]
@@ -181,7 +181,7 @@ class EngineRunner(Runner):
         return self._session.read(self._addresses["logits"], (batch, length, self._vocabulary), np.float32)
 
     def _keep(self, state: State, batch: int, slots: int) -> None:
-        """Copy the last slots of what a step yielded to the end of the cache, or all of another state."""
+        """Copy the last `slots` slots of a returned cache to the end of its buffer; copy other states as a whole."""
         shape = state.shape(batch, slots)
         if not state.grows:
             size = state.nbytes(shape)

@@ -1,4 +1,4 @@
-"""The one place that imports TensorRT: for RTX (`tensorrt_rtx`) or classic (`tensorrt`), the same API in both."""
+"""The only module that imports TensorRT for RTX (`tensorrt_rtx`) or classic TensorRT (`tensorrt`): one API."""
 
 from __future__ import annotations
 
@@ -28,25 +28,25 @@ def installed(module: str) -> bool:
 
 
 def module_name(wanted: Library) -> str:
-    """Name of the module to build with: TensorRT for RTX where it is installed, else classic.
+    """Name of the module to build with; for "auto", TensorRT for RTX if it is installed, else classic TensorRT.
 
     Raises:
-        MissingExtraError: What is wanted is not installed.
+        MissingExtraError: The library is not installed.
     """
     candidates = {Library.AUTO: (RTX, CLASSIC), Library.RTX: (RTX,), Library.CLASSIC: (CLASSIC,)}[wanted]
     for name in candidates:
         if installed(name):
             return name
     if wanted is Library.CLASSIC:
-        raise MissingExtraError("classic TensorRT is not installed", hint="pip install tensorrt, where a GPU is")
+        raise MissingExtraError("classic TensorRT is not installed", hint="pip install tensorrt (needs a GPU)")
     raise MissingExtraError(f"the TensorRT target needs {RTX}, which is not installed", hint=INSTALL)
 
 
 def load(name: str) -> Any:
-    """Import a library that `module_name` has named.
+    """Import the module `name`, which `module_name` returned.
 
     Raises:
-        MissingExtraError: It cannot be imported.
+        MissingExtraError: The module cannot be imported.
     """
     try:
         return importlib.import_module(name)
@@ -55,7 +55,7 @@ def load(name: str) -> Any:
 
 
 def version(name: str) -> str:
-    """Version of an installed library; empty where it has none."""
+    """Version of an installed distribution; empty if it is not installed."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

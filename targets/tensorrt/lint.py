@@ -1,6 +1,6 @@
-"""The rules of the dialect, checked before the parser sees the model: its own messages name neither op nor module.
+"""Rules for ONNX models that TensorRT can build, checked before the parser, whose messages name no module.
 
-What a rule refuses was seen to be refused, by the parser or, later and worse explained, by the builder.
+Everything that a rule refuses was seen to fail in the parser or, with worse messages, in the builder.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ TYPES = frozenset(
     ir.DataType[name] for name in ("FLOAT", "FLOAT16", "BFLOAT16", "INT64", "INT32", "INT8", "UINT8", "INT4", "BOOL")
 )
 REFUSED_OPS: Mapping[str, str] = {
-    "NonZero": "the size of its result is known at run time alone",
-    "DynamicQuantizeLinear": "activations are not quantized at run time",
-    "MatMulInteger": "products of integers are written as DequantizeLinear and MatMul",
-    "QLinearMatMul": "products of integers are written as DequantizeLinear and MatMul",
-    "ConvInteger": "products of integers are written as DequantizeLinear and Conv",
+    "NonZero": "the size of its result depends on values",
+    "DynamicQuantizeLinear": "TensorRT does not quantize activations at run time",
+    "MatMulInteger": "use DequantizeLinear and MatMul for integer products",
+    "QLinearMatMul": "use DequantizeLinear and MatMul for integer products",
+    "ConvInteger": "use DequantizeLinear and Conv for integer products",
 }
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One rule: its name, and a function that says why a node breaks it, or ""."""
+    """One rule: its name, and a function that returns why a node breaks it, or ""."""
 
     name: str
     broken: Callable[[ir.Node], str]
 
 
 def _domain(node: ir.Node) -> str:
-    return f"domain {node.domain}: the parser knows standard operators alone" if node.domain else ""
+    return f"domain {node.domain}: the parser supports standard operators only" if node.domain else ""
 
 
 def _operator(node: ir.Node) -> str:
@@ -47,7 +47,7 @@ def _operator(node: ir.Node) -> str:
 def _scatter(node: ir.Node) -> str:
     reduction = node.attributes.get_string("reduction", "none")
     if node.op_type in ("ScatterND", "ScatterElements") and reduction != "none":
-        return f"reduction {reduction}: a scatter can replace values, not combine them"
+        return f"reduction {reduction}: a scatter may only replace values, not combine them"
     return ""
 
 
@@ -56,7 +56,7 @@ def _zero_point(node: ir.Node) -> str:
         return ""
     constant = node.inputs[2].const_value
     if constant is None or np.any(constant.numpy()):
-        return "only a zero point of 0: quantization is symmetric"
+        return "its zero point must be 0 (symmetric quantization)"
     return ""
 
 
@@ -67,7 +67,7 @@ def _dequantized(node: ir.Node) -> str:
     if not codes.is_initializer():
         return "its codes must be constants"
     if codes.dtype not in (ir.DataType.INT8, ir.DataType.INT4):
-        return f"codes of type {codes.dtype}: int8 and int4 alone"
+        return f"codes of type {codes.dtype}: only int8 and int4 are supported"
     block = node.attributes.get_int("block_size", 0)
     rank = len(codes.shape) if codes.shape is not None else 0
     return "blocks need codes of 2 or 3 axes" if block and rank not in (2, 3) else ""
@@ -77,9 +77,9 @@ def _attention(node: ir.Node) -> str:
     if node.op_type != "Attention":
         return ""
     if any(value is not None for value in node.inputs[4:6]) or len(node.outputs) > 1:
-        return "past and present are joined outside of Attention"
+        return "past and present keys must be concatenated outside of Attention"
     if any(value is not None and value.dtype == ir.DataType.FLOAT for value in node.inputs[:3]):
-        return "float32: the parser takes it and the builder refuses it"
+        return "float32: the parser accepts it, but the builder fails"
     return ""
 
 
@@ -87,7 +87,7 @@ def _top_k(node: ir.Node) -> str:
     if node.op_type != "TopK" or node.inputs[1] is None or node.inputs[1].const_value is None:
         return ""
     count = int(node.inputs[1].const_value.numpy().item())
-    return f"k is {count}, and the largest is {LARGEST_K}" if count > LARGEST_K else ""
+    return f"k is {count}, but at most {LARGEST_K} is supported" if count > LARGEST_K else ""
 
 
 def _mixed(node: ir.Node) -> str:
@@ -121,21 +121,21 @@ RULES = (
 
 
 def check_opset(opset: int) -> str:
-    """Why the parser refuses an opset; empty where it takes it."""
+    """Why the parser does not support an opset; empty if it does."""
     if opset in OPSETS:
         return ""
-    return f"the parser takes opset {OPSETS.start} to {OPSETS.stop - 1}, and not {opset}"
+    return f"the parser supports opsets {OPSETS.start} to {OPSETS.stop - 1}, not {opset}"
 
 
 def check(model: ir.Model, origins: Mapping[str, str]) -> tuple[Rejection, ...]:
-    """Everything in `model` that breaks a rule.
+    """Find all nodes of `model` that break a rule.
 
     Args:
         model: The lowered model.
-        origins: Name of a node -> module that it came from.
+        origins: Name of a node -> module of the PyTorch model that it was lowered from.
 
     Returns:
-        One rejection per node and rule: where it came from, the op, the rule and the reason.
+        One rejection per node and rule, with the module, the op, the rule and the reason.
     """
     found = []
     if reason := check_opset(model.opset_imports.get("", 0)):

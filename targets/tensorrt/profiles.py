@@ -1,4 +1,4 @@
-"""Optimisation profiles: the shapes that an engine is built for, one set for decode and one for prefill."""
+"""Optimisation profiles: the shapes that an engine is built for, one profile each for decode and prefill."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from moec.targets.tensorrt.settings import Bounds, Profile
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the profiles are made of.
+    """Sizes that determine the profiles.
 
     Attributes:
-        batch: Most sequences at once.
-        context: Tokens that the cache holds.
-        prompt: Tokens of a typical prompt, which prefill is tuned for.
-        piece: Most tokens of one prefill step.
+        batch: Maximum number of sequences at once.
+        context: Tokens that the KV cache holds.
+        prompt: Number of tokens of a typical prompt, for which prefill is optimised.
+        piece: Maximum number of tokens of one prefill step.
     """
 
     batch: int
@@ -26,9 +26,9 @@ class Sizes:
     piece: int
 
     def dims(self) -> Mapping[str, Mapping[str, tuple[int, int, int]]]:
-        """Profile -> axis -> smallest, typical and largest length.
+        """Profile -> axis -> minimum, typical and maximum length.
 
-        A decode step sees the whole cache, whose slots that hold nothing yet are masked: its shapes never change.
+        A decode step attends to the whole cache, with empty slots masked, so that its shapes never change.
         """
         batch, whole = (1, 1, self.batch), self.context
         return {
@@ -54,7 +54,7 @@ def _rows(signature: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 
 
 def profiles(signature: Mapping[str, Any], sizes: Sizes) -> tuple[Profile, ...]:
-    """The profiles as `tensorrt.json` holds them: inputs whose shapes are known need no entry."""
+    """The profiles for `tensorrt.json`; inputs with static shapes need no entry."""
     made = []
     for name, lengths in sizes.dims().items():
         inputs = {
@@ -74,7 +74,7 @@ def _bounds(shape: Sequence[int | str], lengths: Mapping[str, tuple[int, int, in
 
 
 def trtexec(onnx: str, engine: str, made: Sequence[Profile]) -> str:
-    """The line that builds the same engine with classic TensorRT's command-line tool."""
+    """The command line of classic TensorRT's trtexec that builds the same engine."""
     words = ["trtexec", f"--onnx={onnx}", f"--saveEngine={engine}", "--stronglyTyped"]
     for index, profile in enumerate(made):
         words.append(f"--profile={index}")

@@ -1,4 +1,4 @@
-"""What of a Program TensorRT cannot take, as far as it is known before anything is lowered."""
+"""Finds what TensorRT does not support in a Program, before it is lowered."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 from moec.compiler.common.rejections import Rejection
 from moec.compiler.ir.program import Program
 from moec.quantize.lazy import Coded, Quantized
-from moec.targets.common.refusals import formats_without_form, ops_without_form
+from moec.targets.common.refusals import unsupported_formats, unsupported_ops
 from moec.targets.tensorrt.lint import check_opset
-from moec.targets.tensorrt.lowerings.quantized import HINT, inexpressible
+from moec.targets.tensorrt.lowerings.quantized import HINT, unsupported_reason
 
 if TYPE_CHECKING:
     from moec.targets.tensorrt.target import TensorrtOptions
@@ -19,16 +19,18 @@ TURING = "7.5"
 
 
 def check_program(program: Program, options: TensorrtOptions, table: Mapping[Any, Any]) -> tuple[Rejection, ...]:
-    """Ops without a function in `table`, formats of weights, and the opset."""
+    """Ops that are not in `table`, and weight formats and opset that TensorRT does not support."""
 
     def unfit(weight: Coded) -> str:
         assert isinstance(weight, Quantized)
         turing = weight.format.bits == 4 and TURING in options.compute_capability
-        return inexpressible(weight) or (f"GPUs of compute capability {TURING} have no int4" if turing else "")
+        return unsupported_reason(weight) or (
+            f"GPUs of compute capability {TURING} do not support int4" if turing else ""
+        )
 
     found = (
-        *ops_without_form("tensorrt", table, program.graph.nodes),
-        *formats_without_form("tensorrt", program, unfit, HINT),
+        *unsupported_ops("tensorrt", table, program.graph.nodes),
+        *unsupported_formats("tensorrt", program, unfit, HINT),
     )
     if reason := check_opset(options.opset):
         found += (Rejection("tensorrt", f"--opset {options.opset}", reason),)

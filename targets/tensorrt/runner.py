@@ -1,4 +1,4 @@
-"""Runs `model.onnx`, from which the engine was built, with ONNX Runtime on CPU: the twin that proves it anywhere."""
+"""Runs `model.onnx`, from which the engine was built, with ONNX Runtime on CPU."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from moec.targets.tensorrt.settings import ADDED_INPUTS
 
 
 class TwinRunner(OnnxRunner):
-    """The Runner of the TensorRT target where there is no GPU.
+    """The Runner of the TensorRT target without a GPU.
 
     Args:
         directory: The artifact.
@@ -37,10 +37,10 @@ class TwinRunner(OnnxRunner):
             for name, values in added["input_defaults"].items()
         }
 
-    def added(self, batch: int, tokens: int) -> Mapping[str, np.ndarray]:
-        """What is fed for the inputs that passes added: they have no defaults here."""
+    def added_inputs(self, batch: int, tokens: int) -> Mapping[str, np.ndarray]:
+        """Arrays for all inputs that passes added, which have no defaults in this model."""
         return {**self._defaults, **self.overrides, **rows(self._widths, self.overrides, batch, tokens)}
 
     def facts(self) -> Mapping[str, Any]:
-        """Runtime, and that it is not the engine that ran."""
+        """As in `OnnxRunner`, with a note that the model ran and not the engine."""
         return {**super().facts(), "executes": "model.onnx, from which the engine was built"}

@@ -1,6 +1,6 @@
-"""`tensorrt.json`: what an engine is built from and for, and what is known of it.
+"""`tensorrt.json`: the settings that an engine is built with, and facts about the engine.
 
-`builder.py`, which runs where there is TensorRT and nothing else, reads the file as plain JSON.
+`builder.py`, which may run where moec is not installed, reads the file as plain JSON.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from moec.compiler.common.errors import ArtifactError
 
 FILE = "tensorrt.json"
 ADDED_INPUTS = "moec.added_inputs"
-"""Metadata of model.onnx: `input_defaults` and `token_inputs` of this file. An engine has no inputs with defaults."""
+"""Metadata key in model.onnx: `input_defaults` and `token_inputs` of this file, since its inputs have no defaults."""
 
 
 class Bounds(BaseModel):
-    """Shapes of an input in an optimisation profile: the smallest, the one to tune for, and the largest."""
+    """Minimum, optimal and maximum shape of an input in an optimisation profile."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -29,7 +29,7 @@ class Bounds(BaseModel):
 
 
 class Profile(BaseModel):
-    """An optimisation profile: the shapes of the inputs whose shape is not fixed."""
+    """An optimisation profile: its name and the shapes of all inputs with dynamic shapes."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -38,16 +38,16 @@ class Profile(BaseModel):
 
 
 class EngineFacts(BaseModel):
-    """What is known about an engine, the same on every rebuild.
+    """Facts about an engine, the same on every rebuild.
 
     Attributes:
-        inputs: Name -> TensorRT's name of its type, and its shape, -1 where it is dynamic.
-        outputs: The same of the outputs.
-        network_layers: Type of a layer of the network that the parser made -> number.
-        engine_layers: Type of a layer of the engine -> number.
-        constants: Type -> number of values that are constants of the engine, as far as the library names them.
-        weight_bytes: Of the weights in the engine.
-        engine_bytes: Of the file.
+        inputs: Name -> TensorRT's name of the dtype, and the shape with -1 for dynamic axes.
+        outputs: The same for the outputs.
+        network_layers: Layer type -> number of layers in the parsed network.
+        engine_layers: Layer type -> number of layers in the engine.
+        constants: dtype -> number of constant values in the engine, as far as the library's log lists them.
+        weight_bytes: Bytes of the weights in the engine.
+        engine_bytes: Bytes of the engine's file.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -61,31 +61,31 @@ class EngineFacts(BaseModel):
     engine_bytes: int
 
     def to_json(self) -> dict[str, Any]:
-        """As `tensorrt.json` and moec.json hold it."""
+        """The facts as in `tensorrt.json` and moec.json."""
         return self.model_dump(mode="json")
 
 
 class EngineSettings(BaseModel):
-    """The file, in the order of its keys.
+    """Contents of the file, in the order of its keys.
 
     Attributes:
-        schema_version: Of the file.
-        onnx: Name of the model that the engine is built from.
+        schema_version: Version of the file's schema.
+        onnx: File name of the model that the engine is built from.
         library: Module that builds the engine.
-        library_version: Of that module; empty where no engine was built.
-        engine: Name of the engine's file; None where none was built.
+        library_version: Version of that module; empty if no engine was built.
+        engine: File name of the engine; None if none was built.
         compute_capabilities: GPUs that the engine is for, such as "8.6".
-        experts: The form of the experts.
-        batch: Most sequences at once.
-        context: Tokens that the cache holds.
-        piece: Most tokens of one prefill step.
-        workspace_mib: Most scratch memory on the GPU; 0 leaves it to TensorRT.
-        weight_streaming: Whether weights may stay in the memory of the host.
-        input_defaults: Input that a pass added -> its value where nobody feeds it, flat.
-        token_inputs: Input that a pass added and that has a row for each token -> the width of its rows.
+        experts: How experts are computed; see `moec.targets.tensorrt.forms.Form`.
+        batch: Maximum number of sequences at once.
+        context: Tokens that the KV cache holds.
+        piece: Maximum number of tokens of one prefill step.
+        workspace_mib: Maximum scratch memory on the GPU in MiB; 0: TensorRT decides.
+        weight_streaming: Whether weights may stay in host memory.
+        input_defaults: Input that a pass added -> its default values, flattened.
+        token_inputs: Input with one row per token that a pass added -> width of a row.
         profiles: The optimisation profiles.
         trtexec: The command that builds the same engine with classic TensorRT.
-        built: What is known of the engine, once there is one.
+        built: Facts about the engine; None if none was built.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -109,7 +109,7 @@ class EngineSettings(BaseModel):
     built: EngineFacts | None = None
 
     def write(self, directory: Path) -> None:
-        """Write the file."""
+        """Write the file into `directory`."""
         content = self.model_dump(mode="json", exclude={"built"})
         if self.built is not None:
             content["built"] = self.built.to_json()
@@ -117,17 +117,17 @@ class EngineSettings(BaseModel):
 
     @classmethod
     def read(cls, directory: Path) -> EngineSettings:
-        """Read the file.
+        """Read the file in `directory`.
 
         Raises:
-            ArtifactError: It is missing or damaged, or of another version.
+            ArtifactError: The file is missing or damaged, or has another schema version.
         """
         path = directory / FILE
         try:
             return cls.model_validate_json(path.read_bytes())
         except OSError as error:
-            raise ArtifactError(f"{path}: cannot be read: {error}", hint="export it again") from error
+            raise ArtifactError(f"{path}: cannot be read: {error}", hint="export the model again") from error
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))
-            raise ArtifactError(f"{path}: {where}: {first['msg']}", hint="export it again") from error
+            raise ArtifactError(f"{path}: {where}: {first['msg']}", hint="export the model again") from error

@@ -1,4 +1,4 @@
-"""The TensorRT target: `model.onnx` in the dialect that TensorRT takes, and an engine built from it without a GPU."""
+"""The TensorRT target: `model.onnx` in operators that TensorRT supports, and an engine built from it without a GPU."""
 
 from __future__ import annotations
 
@@ -39,36 +39,36 @@ DEFAULT_CONTEXT = 1024
 
 
 class AttentionForm(Choice):
-    """How attention is written."""
+    """How attention is expressed in ONNX."""
 
     DECOMPOSED = "decomposed", "elementary ops"
-    FUSED = "fused", "the standard op, in fp16 alone"
+    FUSED = "fused", "the ONNX op Attention, fp16 only"
 
 
 class TensorrtOptions(base.TargetOptions):
     """Options of the TensorRT target."""
 
     compute_capability: tuple[str, ...] = Field(
-        DEFAULT, description="GPUs that the engine is for, such as 8.6,8.9,12.0; an RTX engine has no 9.0"
+        DEFAULT, description="GPUs that the engine is for, such as 8.6,8.9,12.0; RTX engines do not support 9.0"
     )
     experts: Form = Field(Form.AUTO, description=Form.meanings())
     attention: AttentionForm = Field(AttentionForm.DECOMPOSED, description=AttentionForm.meanings())
-    opset: int = Field(24, description="version of the ONNX operators; from 23 on norms and rotary are single ops")
-    batch: PositiveInt = Field(1, description="most sequences at once")
-    prompt: PositiveInt = Field(128, description="tokens of a typical prompt, which prefill is tuned for")
-    piece: PositiveInt = Field(512, description="most tokens of one prefill step")
+    opset: int = Field(24, description="ONNX opset; from 23 on, norms and rotary embeddings are single ops")
+    batch: PositiveInt = Field(1, description="maximum number of sequences at once")
+    prompt: PositiveInt = Field(128, description="tokens of a typical prompt, for which prefill is optimised")
+    piece: PositiveInt = Field(512, description="maximum number of tokens of one prefill step")
     context: PositiveInt | None = Field(
-        None, description=f"tokens that the cache holds (default: what the model knows, up to {DEFAULT_CONTEXT})"
+        None, description=f"tokens that the KV cache holds (default: the model's context, at most {DEFAULT_CONTEXT})"
     )
-    workspace: int = Field(0, ge=0, description="most scratch memory on the GPU in MiB; 0 leaves it to TensorRT")
-    weight_streaming: bool = Field(False, description="keep weights in host memory where those of the GPU do not do")
+    workspace: int = Field(0, ge=0, description="maximum scratch memory on the GPU in MiB; 0: TensorRT decides")
+    weight_streaming: bool = Field(False, description="keep weights in host memory if they do not fit on the GPU")
     library: Library = Field(
-        Library.AUTO, description="what builds: rtx works without a GPU; classic builds for the GPU of this machine"
+        Library.AUTO, description="rtx builds without a GPU; classic builds for the GPU of this machine"
     )
-    engine: bool = Field(True, description="build the engine; without, model.onnx and the script that builds it")
-    timing_cache: Path | None = Field(None, exclude=True, description="timings to use and to update (classic only)")
+    engine: bool = Field(True, description="build the engine, or only write model.onnx and a script that builds it")
+    timing_cache: Path | None = Field(None, exclude=True, description="timing cache to use and update (classic only)")
     memory_limit: PositiveFloat | None = Field(
-        None, exclude=True, description="most memory that building may take, in GB (default: what is free)"
+        None, exclude=True, description="maximum memory for building, in GB (default: the free memory)"
     )
 
     @field_validator("compute_capability")
@@ -88,28 +88,28 @@ class TensorrtTarget(base.Target):
     state_kinds: ClassVar[frozenset[str]] = frozenset({"key", "value", "conv", "recurrent"})
 
     def capabilities(self, options: base.TargetOptions, phase: base.Phase) -> base.Capabilities:
-        """`loop-if` skips the experts that no token of a step uses; the other forms skip nothing."""
+        """`loop-if` skips experts that no token of a step uses; the other forms skip nothing."""
         assert isinstance(options, TensorrtOptions)
         if options.experts in (Form.GATHER, Form.DENSE):
             return base.Capabilities(skips_experts=False, reason=f"the form {options.experts} computes every slot")
         if phase is base.Phase.PREFILL:
-            reason = "an expert is computed for all tokens of a step as soon as one needs it"
+            reason = "an expert that one token of a step needs is computed for all its tokens"
             return base.Capabilities(skips_experts=False, reason=reason)
         return base.Capabilities(skips_experts=True)
 
     def check(self, options: base.TargetOptions, config: Mapping[str, Any]) -> None:
-        """A cache that is longer than the model's context, or no library to build with; see `Target.check`."""
+        """Refuse a KV cache longer than the model's context, or a missing library; see `Target.check`."""
         assert isinstance(options, TensorrtOptions)
         if options.engine:
             module_name(options.library)
         _sizes(config, options)
 
     def kept_formats(self, options: base.TargetOptions, tensor_class: str, dtype: str) -> tuple[str, ...]:  # noqa: ARG002
-        """Scales are stored as they are, and cast in the graph."""
+        """Scales are stored in their own dtype and cast in the graph."""
         return base.with_scales("fp32", self.auto_formats(options, tensor_class))
 
     def lint(self, program: Program, options: base.TargetOptions) -> tuple[Rejection, ...]:
-        """An opset that the parser does not read, GPUs that lack a type, and whatever lowering refuses."""
+        """Opsets and ops that the parser does not support, types that GPUs lack, and what lowering refuses."""
         from moec.targets.common.refusals import refused_by
         from moec.targets.tensorrt.lowerings.table import tensorrt_dialect
         from moec.targets.tensorrt.program_lint import check_program
@@ -122,7 +122,7 @@ class TensorrtTarget(base.Target):
         """Write `model.onnx`, `tensorrt.json`, `build_engine.py` and the engine.
 
         Raises:
-            LoweringError: A rule of the dialect, the parser or the builder refuses, or memory does not do.
+            LoweringError: A rule, the parser or the builder refuses the model, or memory does not suffice.
             MissingExtraError: TensorRT is not installed.
         """
         from moec.targets.onnx import lower
@@ -146,49 +146,49 @@ class TensorrtTarget(base.Target):
         )
 
     def open(self, directory: Path, *, threads: int = 0) -> base.Runner:
-        """Open the engine where there is a GPU that it was built for, else model.onnx."""
-        from moec.targets.tensorrt.engine import open_engine, why_not
+        """Open the engine on a GPU that it was built for; without one, `model.onnx`."""
+        from moec.targets.tensorrt.engine import open_engine, why_engine_cannot_run
 
-        if why_not(EngineSettings.read(directory)):
+        if why_engine_cannot_run(EngineSettings.read(directory)):
             return self.open_reference(directory, threads=threads)
         return open_engine(directory)
 
     def open_reference(self, directory: Path, *, threads: int = 0) -> base.Runner:
-        """Open model.onnx with ONNX Runtime on CPU."""
+        """Open `model.onnx` with ONNX Runtime on CPU."""
         from moec.targets.tensorrt.runner import TwinRunner
 
         return TwinRunner(directory, threads=threads)
 
     def gates(self) -> tuple[base.TargetGate, ...]:
-        """The contents of the engine, and its execution."""
+        """The gates of the engine: its contents and its execution."""
         from moec.targets.tensorrt.gates import GATES
 
         return GATES
 
     def open_experts(self, directory: Path, *, threads: int = 0) -> Mapping[str, base.ExpertsRunner]:
-        """A cut of `model.onnx`, from which the engine was built, at the operands of each layer's experts."""
+        """The experts of each layer as a subgraph of `model.onnx`, from which the engine was built."""
         from moec.targets.onnx.experts import MODEL, OnnxExperts
 
         return {MODEL: OnnxExperts(directory, threads=threads)}
 
     def stored_weights(self, directory: Path) -> Mapping[str, StoredWeight]:
-        """Read back from `model.onnx`, by the table in its metadata."""
+        """Weights as read back from `model.onnx`, by the table in its metadata."""
         from moec.targets.onnx.stored import stored_weights
 
         return stored_weights(directory)
 
     def doctor(self) -> Mapping[str, str]:
-        """Which library, driver and GPU there are, and what that allows."""
+        """What the installed libraries, the driver and the GPU allow."""
         from moec.targets.tensorrt.doctor import findings
 
         return findings()
 
 
 def _build(program: Program, options: TensorrtOptions) -> tuple[ir.Model, Context, Form]:
-    """The model, whose weights nobody has read yet, and the form of its experts.
+    """The model, without reading its weights, and the form of its experts.
 
     Raises:
-        LoweringError: A rule of the dialect refuses, or memory will not do for the engine.
+        LoweringError: The model breaks a rule, or memory will not suffice for building the engine.
     """
     from moec.targets.common.refusals import RefusedError
     from moec.targets.onnx import lower
@@ -207,7 +207,7 @@ def _build(program: Program, options: TensorrtOptions) -> tuple[ir.Model, Contex
 
 
 def choose_form(program: Program, options: TensorrtOptions) -> Form:
-    """The form of the experts: what the options say, or what moves the fewest bytes."""
+    """The form of the experts in the options or, for "auto", the one that moves the fewest bytes."""
     from moec.compiler.ir.program import SELECT
 
     shapes = []
@@ -224,7 +224,7 @@ def _bytes(tensor: LazyTensor) -> int:
 
 
 def make_settings(program: Program, options: TensorrtOptions, form: Form) -> EngineSettings:
-    """What `tensorrt.json` says, from which `build_engine.py` builds.
+    """The contents of `tensorrt.json`, by which `build_engine.py` builds the engine.
 
     Raises:
         UsageError: The sizes of the profiles contradict each other or the model.
@@ -265,10 +265,10 @@ def _sizes(config: Mapping[str, Any], options: TensorrtOptions) -> Sizes:
 def build_engine(
     directory: Path, settings: EngineSettings, options: TensorrtOptions, ctx: Context, limit: int, progress: Progress
 ) -> EngineSettings:
-    """Build the engine; return `settings` with what is known of it, as the file now says too.
+    """Build the engine, and write and return `settings` with facts about it.
 
     Raises:
-        LoweringError: Parser or builder refused; the message names the op and the module it came from.
+        LoweringError: The parser or the builder failed; the message names the op and its module, if known.
     """
     from moec.targets.tensorrt import build
 
@@ -287,13 +287,13 @@ def _refused(failure: Failure, ctx: Context) -> LoweringError:
     reason = failure.message.splitlines()[0] if failure.message else "no reason given"
     stage = "parser" if failure.stage == "parse" else "builder"
     return LoweringError(
-        f"{where + ': ' if where else ''}{op}the {stage} of TensorRT refuses it: {reason}",
-        hint="--experts, --attention and --opset choose other forms; docs/tensorrt.md",
+        f"{where + ': ' if where else ''}{op}TensorRT's {stage} failed: {reason}",
+        hint="try other values of --experts, --attention or --opset; see docs/tensorrt.md",
     )
 
 
 def _weights(ctx: Context) -> dict[str, int]:
-    """Bytes of the weights in the file, and how many of their values are int8 and int4."""
+    """Bytes of all weights in the file, and numbers of int8 and int4 values."""
     kinds = {"INT8": "Int8", "INT4": "Int4"}
     counts = {"bytes": sum(tensor.nbytes for _, tensor in ctx.initializers.values())}
     for value, _ in ctx.initializers.values():

@@ -1,1 +1,1 @@
-"""The TFLite target: one `.tflite` file for LiteRT, with a branch per expert."""
+"""The TFLite target: one `.tflite` file for LiteRT, with one branch per expert."""

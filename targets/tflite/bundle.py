@@ -1,4 +1,4 @@
-"""A `.litertlm` bundle for LiteRT-LM: the model, its tokenizer and what generation has to know, in one file."""
+"""Writes a `.litertlm` bundle for LiteRT-LM: model, tokenizer and generation settings in one file."""
 
 from __future__ import annotations
 
@@ -20,38 +20,38 @@ BUNDLE = "model.litertlm"
 TOKENIZER = "tokenizer.json"
 METADATA, TOKENIZER_PART, MODEL_PART = "LlmMetadataProto", "HF_Tokenizer_Zlib", "TFLiteModel"
 _SIZE_BYTES = 8
-"""A compressed tokenizer starts with the number of bytes that it expands to."""
+"""A compressed tokenizer starts with its uncompressed size, a number of this many bytes."""
 
 
 def write_bundle(directory: Path, model: str, context: int) -> str:
-    """Write the bundle of the files in `directory`, open it again, and compare every part with what went in.
+    """Write the bundle from the files in `directory`, read it again, and compare every part with its source.
 
     Args:
         directory: Holds the model, `tokenizer.json`, and the generation settings if there are any.
         model: File name of the model.
-        context: Tokens that its cache holds.
+        context: Number of tokens that the KV cache holds.
 
     Returns:
         File name of the bundle.
 
     Raises:
-        CheckpointError: There is no tokenizer.
-        LoweringError: The bundle does not hold what was put into it.
-        MissingExtraError: The builder is not installed.
+        CheckpointError: The checkpoint has no `tokenizer.json`.
+        LoweringError: The bundle differs from the files that it was built from.
+        MissingExtraError: The package litert-lm-builder is not installed.
     """
     tokenizer = directory / TOKENIZER
     if not tokenizer.is_file():
         raise CheckpointError(
             f"--bundle: the checkpoint has no {TOKENIZER}, which a .litertlm bundle must hold",
-            hint="export without --bundle, or save the tokenizer in the fast format",
+            hint="export without --bundle, or save a fast tokenizer, which is tokenizer.json, into the checkpoint",
         )
     builders = module("litert_lm_builder.litertlm_builder")
-    notes = _notes(directory, context)
+    metadata = _litert_lm_metadata(directory, context)
     with tempfile.TemporaryDirectory() as folder, _fixed_identity(builders):
         message = Path(folder) / "metadata.pb"
-        message.write_bytes(notes.SerializeToString(deterministic=True))
+        message.write_bytes(metadata.SerializeToString(deterministic=True))
         builder = builders.LitertLmFileBuilder()
-        # LiteRT-LM tells its caches apart by the id: this one follows from the model.
+        # LiteRT-LM uses this id as the key of its caches, so it is derived from the model's hash.
         identity = str(uuid.uuid5(uuid.NAMESPACE_OID, sha256_of_file(directory / model)))
         builder.add_system_metadata(builders.Metadata(key="uuid", value=identity, dtype=builders.DType.STRING))
         builder.add_llm_metadata(str(message))
@@ -59,12 +59,12 @@ def write_bundle(directory: Path, model: str, context: int) -> str:
         builder.add_tflite_model(str(directory / model), builders.TfLiteModelType.PREFILL_DECODE)
         with (directory / BUNDLE).open("wb") as stream:
             builder.build(stream)
-    _check(directory, model, notes)
+    _check(directory, model, metadata)
     return BUNDLE
 
 
 def sections(path: Path) -> dict[str, tuple[int, int]]:
-    """First byte and the one behind the last of each part, by the name that LiteRT-LM gives to its kind."""
+    """LiteRT-LM's name of each section's type -> offsets of its first byte and of the byte after its last."""
     core, peek = module("litert_lm_builder.litertlm_core"), module("litert_lm_builder.litertlm_peek")
     found = peek.read_litertlm_header(str(path), io.StringIO()).SectionMetadata()
     entries = [found.Objects(index) for index in range(found.ObjectsLength())]
@@ -74,7 +74,7 @@ def sections(path: Path) -> dict[str, tuple[int, int]]:
     }
 
 
-def _check(directory: Path, model: str, notes: Any) -> None:
+def _check(directory: Path, model: str, metadata: Any) -> None:
     path = directory / BUNDLE
     found = sections(path)
 
@@ -85,34 +85,34 @@ def _check(directory: Path, model: str, notes: Any) -> None:
             return stream.read(stop - start)
 
     right = {
-        METADATA: part(METADATA) == notes.SerializeToString(deterministic=True),
+        METADATA: part(METADATA) == metadata.SerializeToString(deterministic=True),
         TOKENIZER_PART: zlib.decompress(part(TOKENIZER_PART)[_SIZE_BYTES:]) == (directory / TOKENIZER).read_bytes(),
         MODEL_PART: sha256_of_file(path, *found.get(MODEL_PART, (0, 0))) == sha256_of_file(directory / model),
     }
     if wrong := [name for name, same in right.items() if not same] + sorted(set(found) - set(right)):
         raise LoweringError(
-            f"{BUNDLE}: opened again, it does not hold what was put into it: {', '.join(wrong)}",
-            hint="is the installed litert-lm-builder the one that moec pins? pip install 'moec[tflite]'",
+            f"{BUNDLE}: parts differ from the files that they were built from: {', '.join(wrong)}",
+            hint="install the version of litert-lm-builder that moec pins: pip install 'moec[tflite]'",
         )
 
 
-def _notes(directory: Path, context: int) -> Any:
-    """Start and stop tokens, length and chat template, as LiteRT-LM wants them."""
-    notes = module("litert_lm_builder.runtime.proto.llm_metadata_pb2").LlmMetadata()
+def _litert_lm_metadata(directory: Path, context: int) -> Any:
+    """LiteRT-LM's metadata: start and stop tokens, maximum length and chat template."""
+    metadata = module("litert_lm_builder.runtime.proto.llm_metadata_pb2").LlmMetadata()
     config, generation = (read_config(directory / name) for name in ("config.json", "generation_config.json"))
-    notes.max_num_tokens = context
-    notes.start_token.token_ids.ids.extend(token_ids("bos_token_id", generation, config, text_config(config))[:1])
+    metadata.max_num_tokens = context
+    metadata.start_token.token_ids.ids.extend(token_ids("bos_token_id", generation, config, text_config(config))[:1])
     for stop in end_tokens(generation, config):
-        notes.stop_tokens.add().token_ids.ids.append(stop)
+        metadata.stop_tokens.add().token_ids.ids.append(stop)
     if template := chat_template(directory):
-        notes.jinja_prompt_template = template
-    notes.llm_model_type.generic_model.SetInParent()
-    return notes
+        metadata.jinja_prompt_template = template
+    metadata.llm_model_type.generic_model.SetInParent()
+    return metadata
 
 
 @contextmanager
 def _fixed_identity(builders: Any) -> Iterator[None]:
-    """Keep the builder from writing a random id and the time: the same recipe gives the same bytes."""
+    """Keep the builder from writing a random id and the time, so that the same recipe gives the same bytes."""
     kept = builders.populate_system_metadata
     builders.populate_system_metadata = list
     try:

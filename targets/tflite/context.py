@@ -1,6 +1,6 @@
-"""What a lowering function works with: the subgraph being built, values by fx node, constants and weights.
+"""What lowering functions work with: the subgraph being built, values by fx node, constants and weights.
 
-All shapes are constant here. What depends on nothing but constants is computed while lowering and becomes one.
+All shapes are static here. Nodes that depend only on constants are computed during lowering and become constants.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ TENSOR_TYPES: Mapping[torch.dtype, str] = {
     torch.uint8: "INT32",
     torch.bool: "BOOL",
 }
-"""Type of a value by the dtype in the graph: LiteRT computes in float32 and int32; fp16 is a way to store weights."""
+"""dtype in the graph -> tensor type. LiteRT computes in float32 and int32; fp16 is only a way to store weights."""
 
 NUMPY = {"FLOAT32": np.dtype(np.float32), "INT32": np.dtype(np.int32), "BOOL": np.dtype(np.bool_)}
 _INT32 = np.iinfo(np.int32)
@@ -38,11 +38,17 @@ _INT32 = np.iinfo(np.int32)
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Choices of one signature that lowering functions consult; `older`: for tflite-runtime 2.14."""
+    """Settings of one signature.
+
+    Attributes:
+        capacity: Slots of the KV cache.
+        branches: Whether each expert is the branch of an IF, which is skipped where no token needs it.
+        legacy: Whether the file is for tflite-runtime 2.14.
+    """
 
     capacity: int
     branches: bool
-    older: bool = False
+    legacy: bool = False
 
 
 @dataclass(eq=False)
@@ -50,11 +56,11 @@ class Shared:
     """What all signatures of a model share.
 
     Attributes:
-        program: The Program before any axis was fixed.
-        weights: Its tensors as the file holds them.
+        program: The Program with dynamic axes.
+        weights: Its tensors in the form that the file holds.
         experts: Program name of an expert tensor -> how to find it in the file.
-        rejections: Where something took another form than it would best have.
-        idle: The branches that do nothing, by the types of their operands.
+        rejections: Why nodes were not lowered to the fastest form.
+        idle: Branches for experts without tokens, by the types of their operands.
     """
 
     program: Program
@@ -68,9 +74,9 @@ class Context:
     """State of the lowering of one signature.
 
     Args:
-        shared: See there.
-        settings: See there.
-        graph: The subgraph to fill.
+        shared: What all signatures share.
+        settings: Settings of this signature.
+        graph: The subgraph to append to.
     """
 
     def __init__(self, shared: Shared, settings: Settings, graph: Graph) -> None:
@@ -81,7 +87,7 @@ class Context:
     # Values -----------------------------------------------------------------------------------------------------
 
     def set(self, node: fx.Node, value: Any) -> None:
-        """Remember what `node` lowered to; its shape must be the one that the trace found."""
+        """Record what `node` was lowered to; its shape must be that of the trace."""
         fake = node.meta.get("val")
         if isinstance(value, Value) and isinstance(fake, torch.Tensor):
             found, wanted = (value.shape, value.dtype), (tuple(fake.shape), TENSOR_TYPES[fake.dtype])
@@ -89,11 +95,11 @@ class Context:
         self._values[node] = value
 
     def bind(self, node: fx.Node, value: Value) -> None:
-        """Let `value` stand for a state, whose length here is the capacity of the cache and not the past."""
+        """Record `value` for a state, whose length is the capacity of the cache, unlike in the trace."""
         self._values[node] = value
 
     def get(self, argument: Any) -> Any:
-        """The lowered form of an argument: a Value or a constant for a tensor, the rest as it is."""
+        """What an argument was lowered to: a Value or a torch constant for a tensor; other arguments unchanged."""
         if isinstance(argument, fx.Node):
             if argument.op == "get_attr":
                 return self.weight(argument)
@@ -103,7 +109,7 @@ class Context:
         return argument
 
     def known(self, argument: Any) -> torch.Tensor | None:
-        """The values of an argument that is a constant, else None."""
+        """The value of an argument that is constant; None if it is not."""
         value = self._values.get(argument) if isinstance(argument, fx.Node) else None
         return value if isinstance(value, torch.Tensor) else None
 
@@ -118,7 +124,7 @@ class Context:
         return self.constant(value.numpy(), dtype or value.dtype)
 
     def cast(self, value: Value, kind: str) -> Value:
-        """`value` as the tensor type `kind`."""
+        """`value` cast to the tensor type `kind`, such as "INT32"."""
         if value.dtype == kind:
             return value
         names = {"FLOAT32": "FLOAT32", "INT32": "INT32", "BOOL": "BOOL"}
@@ -139,11 +145,11 @@ class Context:
         """Append an operator with one output.
 
         Args:
-            name: As in the schema.
-            inputs: None where an optional one is left out.
-            shape: Of the output; None: the broadcast of the inputs' shapes.
+            name: Name of the operator in LiteRT's schema.
+            inputs: Its inputs; None for an optional input that is left out.
+            shape: Shape of the output; None: the broadcast of the inputs' shapes.
             dtype: Tensor type of the output; None: that of the first input.
-            options: Fields of the options table.
+            options: Fields of the operator's options table.
         """
         first = inputs[0]
         assert first is not None
@@ -152,7 +158,7 @@ class Context:
         return self.graph.op(name, inputs, [(shape, dtype or first.dtype)], options)[0]
 
     def shared_value(self, key: Any, make: Callable[[], Value]) -> Value:
-        """`make()` the first time that `key` is asked for, then the same value: masks and indices of every layer."""
+        """The value of `make()`, called once for each `key`: masks and indices that all layers share."""
         if key not in self._memo:
             self._memo[key] = make()
         value: Value = self._memo[key]
@@ -173,7 +179,7 @@ class Context:
         return self.op("TRANSPOSE", value, self.ints(*axes), shape=shape)
 
     def slice(self, value: Value, axis: int, start: int, length: int) -> Value:
-        """`length` indices of one axis, from `start`."""
+        """`length` elements of one axis, from `start`."""
         begin, size = [0] * value.rank, list(value.shape)
         if size[axis] == length:
             return value
@@ -181,7 +187,7 @@ class Context:
         return self.op("SLICE", value, self.ints(*begin), self.ints(*size), shape=size)
 
     def concat(self, parts: Sequence[Value], axis: int) -> Value:
-        """Values joined along an axis; CONCATENATION takes none without elements."""
+        """`parts` concatenated along an axis, without empty ones, which CONCATENATION does not take."""
         parts = [part for part in parts if 0 not in part.shape] or parts[:1]
         if len(parts) == 1:
             return parts[0]
@@ -190,7 +196,7 @@ class Context:
         return self.op("CONCATENATION", *parts, shape=shape, axis=axis)
 
     def unsqueeze(self, value: Value, axes: Sequence[int]) -> Value:
-        """`value` with axes of length 1 at these places."""
+        """`value` with new axes of length 1; `axes` are their indices in the result."""
         shape = list(value.shape)
         for axis in sorted(axes):
             shape.insert(axis, 1)
@@ -201,7 +207,7 @@ class Context:
         return self.reshape(value, tuple(size for axis, size in enumerate(value.shape) if axis not in axes))
 
     def split(self, value: Value, sizes: Sequence[int], axis: int) -> Sequence[Value]:
-        """Pieces of an axis: SPLIT where they are alike, which XNNPACK takes as well."""
+        """`value` cut along an axis: by SPLIT, which XNNPACK supports too, where all `sizes` are equal."""
         shapes = [[*value.shape[:axis], size, *value.shape[axis + 1 :]] for size in sizes]
         outputs = [(shape, value.dtype) for shape in shapes]
         place = self.constant(np.int32(axis), torch.int32)
@@ -220,7 +226,7 @@ class Context:
         return self.op("GATHER", value, index, shape=shape, axis=axis)
 
     def take(self, source: fx.Node, places: fx.Node, axis: int) -> Value:
-        """`source` at `places`. Negative ones count from the end, and GATHER takes none."""
+        """`source` at the indices `places` along an axis; negative indices count from the end."""
         value = self.tensor(source)
         size = self.constant(np.int32(value.shape[axis]), torch.int32)
         return self.gather(value, self.op("FLOOR_MOD", self.tensor(places, torch.int64), size), axis)
@@ -240,7 +246,7 @@ class Context:
     # Constants and weights --------------------------------------------------------------------------------------
 
     def constant(self, value: Any, dtype: torch.dtype = torch.float32) -> Value:
-        """A small constant; integers are cut to the range of int32 (torch's bounds may lie beyond)."""
+        """A small constant; integers are clamped to the range of int32, which torch's bounds may exceed."""
         kind = TENSOR_TYPES[dtype]
         array = np.asarray(value)
         if kind == "INT32":
@@ -248,7 +254,7 @@ class Context:
         return self.graph.constant(array.astype(NUMPY[kind]))
 
     def scalar(self, value: float) -> Value:
-        """A float32 constant without axes."""
+        """A float32 scalar constant."""
         return self.constant(np.asarray(value, np.float32))
 
     def ints(self, *values: int) -> Value:
@@ -259,19 +265,19 @@ class Context:
         """The Program's tensor behind a `get_attr` node, in float32.
 
         Raises:
-            LoweringError: The plan quantizes it, and whoever asks can only use floats.
+            LoweringError: The plan quantizes the tensor, but the op that uses it takes only floats.
         """
         weight = self.shared.weights.plain(str(node.target), node.meta["val"].dtype)
         return self.float32(self.graph.weight(weight))
 
     def float32(self, value: Value) -> Value:
-        """A weight that is stored in half precision or as codes, as float32."""
+        """A weight that is stored in half precision or quantized, dequantized to float32."""
         if value.dtype not in {"FLOAT16", "INT8"}:
             return value
         return self.shared_value(("float32", value), lambda: self.op("DEQUANTIZE", value, dtype="FLOAT32"))
 
     def branch(self, name: str) -> Context:
-        """A context for a branch of its own."""
+        """A context for a new subgraph, called `name`, of a branch or loop."""
         return Context(self.shared, self.settings, Graph(name))
 
 

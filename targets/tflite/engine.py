@@ -16,15 +16,15 @@ from moec.targets.tflite.library import module
 DECODE = "decode"
 CACHE_PREFIX, CONVOLUTION_PREFIX, RECURRENCE_PREFIX = "kv_cache_", "conv_state_", "recurrent_state_"
 REPLACED_PREFIXES = (CONVOLUTION_PREFIX, RECURRENCE_PREFIX)
-"""What the names of states that a step replaces as a whole start with."""
+"""Prefixes of the names of states that each step replaces as a whole."""
 STATE_PREFIXES = (CACHE_PREFIX, *REPLACED_PREFIXES)
-"""What the names of states start with, and of nothing else; `worker.py` has them too."""
+"""Prefixes of the names of all states; no other tensor has them. `legacy_runtime_worker.py` repeats them."""
 TOKEN_COUNT = "token_count"
-"""Input of the signatures for prompts of models with states that are no caches; see `moec.targets.tflite.states`."""
+"""Input of prefill signatures in models with states other than KV caches; see `moec.targets.tflite.states`."""
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class InputSpec:
     """Shape and dtype of an input of `decode`."""
 
     shape: tuple[int, ...]
@@ -32,24 +32,30 @@ class Place:
 
 
 class Engine(Protocol):
-    """A file that is open in some runtime, which keeps the states."""
+    """A model file that is loaded in a runtime, together with its states.
+
+    Attributes:
+        runtime: Name and version of the runtime.
+        signatures: Names of the signatures.
+        inputs: The inputs of `decode` by name.
+    """
 
     runtime: str
     signatures: tuple[str, ...]
-    inputs: Mapping[str, Place]
+    inputs: Mapping[str, InputSpec]
 
     def reset(self) -> None:
         """Fill the states with zeros."""
 
     def run(self, signature: str, feeds: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Run one signature on the states, which it changes, and return its logits."""
+        """Run one signature, update the states, and return logits [1, S, V] float32."""
 
 
 def cannot_load(file: Path, runtime: str, error: Exception | str) -> ArtifactError:
-    """The error for a file that `runtime` refuses."""
+    """The error for a file that `runtime` cannot load."""
     return ArtifactError(
         f"{file}: {runtime} cannot load it: {(str(error).splitlines() or ['no reason given'])[0]}",
-        hint="moec verify tells whether the files are those that were built",
+        hint="`moec verify` checks whether the files are still as they were built",
     )
 
 
@@ -58,10 +64,10 @@ class LitertEngine:
 
     Args:
         file: The model.
-        threads: Threads of XNNPACK and LiteRT's kernels; 0 is the runtime's default.
+        threads: Threads of XNNPACK and of LiteRT's kernels; 0: the runtime's default.
 
     Raises:
-        ArtifactError: LiteRT cannot load it.
+        ArtifactError: LiteRT cannot load the file.
         MissingExtraError: LiteRT is not installed.
     """
 
@@ -72,16 +78,16 @@ class LitertEngine:
             self._interpreter = interpreters.Interpreter(model_path=str(file), num_threads=threads or None)
             self.signatures = tuple(self._interpreter.get_signature_list())
             if DECODE not in self.signatures:
-                raise ArtifactError(f"{file}: it has no signature '{DECODE}'", hint="export it again")
+                raise ArtifactError(f"{file}: no signature '{DECODE}'", hint="export the model again")
             decode = self._interpreter.get_signature_runner(DECODE)
             details, outputs = decode.get_input_details(), decode.get_output_details()
-            # The first subgraph is `decode`. LiteRT lends its tensors only while nobody holds a runner of a signature.
+            # LiteRT gives access to the tensors of `decode`, the first subgraph, only while no signature runner exists.
             del decode
             self._interpreter.allocate_tensors()
         except (ValueError, RuntimeError, OSError) as error:
             raise cannot_load(file, "LiteRT", error) from error
-        self.inputs: Mapping[str, Place] = {
-            name: Place(tuple(item["shape"]), np.dtype(item["dtype"])) for name, item in details.items()
+        self.inputs: Mapping[str, InputSpec] = {
+            name: InputSpec(tuple(item["shape"]), np.dtype(item["dtype"])) for name, item in details.items()
         }
         self._read = {name: int(item["index"]) for name, item in details.items()}
         self._written = {name: int(item["index"]) for name, item in outputs.items()}
@@ -114,6 +120,6 @@ class LitertEngine:
         return logits
 
     def _view(self, index: int) -> np.ndarray:
-        """A tensor of `decode` where LiteRT keeps it, the states between the calls; not to be held while it runs."""
+        """A view of a tensor of `decode` in LiteRT's memory, such as a state. It must not be kept during a run."""
         view: np.ndarray = self._interpreter.tensor(index)()
         return view

@@ -1,8 +1,8 @@
-"""The experts of each layer alone: a `.tflite` file with the operators and the buffers that one layer of a model has.
+"""Runs the experts of one layer alone, as a separate `.tflite` file with the layer's operators and buffers.
 
-LiteRT runs whole subgraphs and cannot be entered in the middle, so the part of a signature that lies between the
-operands of a layer's experts and their result is written as a signature of its own, with the branches that it calls and
-copies of the buffers that they use; one layer is written and open at a time. Imports no torch.
+LiteRT only runs whole subgraphs. The part of a signature between the inputs and the output of a layer's experts is
+therefore written as a model of its own, with the branches that it calls and copies of their buffers. One layer is
+written and loaded at a time. Imports no torch.
 """
 
 from __future__ import annotations
@@ -22,18 +22,16 @@ from moec.targets.tflite.reader import TfliteFile
 SIGNATURE = "experts"
 ROLES = ("hidden_states", "indices", "weights", "output")
 ALIGNMENT = 64
-_OUTSIDE = (
-    2  # an offset above 1 says that a buffer lies behind the flatbuffer; the real one is known when that is packed
-)
+_OUTSIDE = 2  # any offset above 1 marks a buffer outside the flatbuffer; the real one is set after packing
 
 
 class TfliteExperts:
-    """Runs the experts of one layer as one signature has them; see `moec.targets.base.ExpertsRunner`.
+    """Runs the experts of one signature, layer by layer; see `moec.targets.base.ExpertsRunner`.
 
     Args:
         file: The model.
         signature: "decode" or "prefill_N".
-        tokens: Tokens of a step of it.
+        tokens: Number of tokens that the signature takes.
         threads: Threads; 0 is the runtime's default.
     """
 
@@ -43,7 +41,7 @@ class TfliteExperts:
         self._open: tuple[int, Any] | None = None
 
     def __call__(self, layer: int, hidden: np.ndarray, indices: np.ndarray, weights: np.ndarray) -> np.ndarray:
-        """Hidden states [T, H], indices [T, k], weights [T, k] -> [T, H] float32, a step at a time."""
+        """hidden_states [T, H], indices [T, k], weights [T, k] -> [T, H] float32, in steps of `tokens` tokens."""
         if self._open is None or self._open[0] != layer:
             self._open = None  # one layer is open at a time
             self._open = (layer, self._interpreter(layer))
@@ -71,47 +69,47 @@ class TfliteExperts:
                 interpreter.allocate_tensors()
             except (ValueError, RuntimeError, OSError) as error:
                 raise cannot_load(path, "LiteRT", error) from error
-            return interpreter  # the file is mapped, and may go
+            return interpreter  # the file is memory-mapped, so it may be deleted
 
 
 def open_experts(path: Path, threads: int) -> Mapping[str, TfliteExperts]:
     """The experts of every signature of a model.
 
     Raises:
-        ArtifactError: The model does not say where its layers begin and end.
+        ArtifactError: The model's metadata does not name the inputs and outputs of its layers.
     """
     file = TfliteFile(path)
     if "layers" not in file.facts:
-        raise ArtifactError(f"{path}: it does not name its layers", hint="export it again")
+        raise ArtifactError(f"{path}: no MoE layers in its metadata", hint="export the model again")
     lengths = {name: 1 if name == "decode" else int(name.rpartition("_")[2]) for name in file.facts["layers"]}
     return {name: TfliteExperts(file, name, tokens, threads) for name, tokens in lengths.items()}
 
 
 def write_layer(file: TfliteFile, signature: str, operands: list[int], path: Path) -> None:
-    """Write what lies between three tensors of a signature and a fourth as a model of its own."""
-    cut = _Cut(file, signature, operands)
-    header = cut.pack()
+    """Write the part of a signature that computes the fourth of `operands` from the other three, as a model."""
+    part = _Submodel(file, signature, operands)
+    header = part.pack()
     offset = -(-len(header) // ALIGNMENT) * ALIGNMENT
-    for buffer, data in cut.outside:
+    for buffer, data in part.outside:
         buffer.offset, offset = offset, -(-(offset + len(data)) // ALIGNMENT) * ALIGNMENT
-    placed = cut.pack()
+    placed = part.pack()
     if len(placed) != len(header):
-        raise ArtifactError(f"{path}: a flatbuffer changed its size with the values that it holds")
+        raise ArtifactError(f"{path}: the size of the flatbuffer changed when offsets were filled in")
     with path.open("wb") as out:
         out.write(placed)
-        for buffer, data in cut.outside:
+        for buffer, data in part.outside:
             out.seek(buffer.offset)
             out.write(data.data)
         out.truncate(max(offset, len(placed)))
 
 
-class _Cut:
-    """Part of a model, in the classes of the schema that can be packed.
+class _Submodel:
+    """Part of a model, as objects of the schema's classes that can be packed into a flatbuffer.
 
     Args:
         file: The model.
-        signature: The signature whose part it is.
-        operands: Tensors of its subgraph: one for each of `ROLES`.
+        signature: The signature that the part is taken from.
+        operands: Tensor indices in its subgraph, one for each of `ROLES`.
     """
 
     def __init__(self, file: TfliteFile, signature: str, operands: list[int]) -> None:
@@ -137,14 +135,14 @@ class _Cut:
         kept = [(role, index) for role, index in zip(ROLES, inputs, strict=False) if index in used]
         main.inputs, main.outputs = [index for _, index in kept], [output]
         for index in main.inputs:
-            # An operand may be a constant of the model, which LiteRT maps and must not be asked to write to.
+            # An operand may be a constant of the model. As an input it must have no buffer: LiteRT would write to it.
             main.tensors[index].buffer = 0
         self._model.subgraphs.append(main)
         self._adopt(main)
         self._model.signatureDefs = [self._definition(kept, main)]
 
     def pack(self) -> bytearray:
-        """The flatbuffer."""
+        """The packed flatbuffer."""
         builder = module("flatbuffers").Builder(1 << 16)
         builder.Finish(self._model.Pack(builder), b"TFL3")
         return bytearray(builder.Output())
@@ -163,7 +161,7 @@ class _Cut:
         return entry
 
     def _adopt(self, graph: Any) -> None:
-        """Keep the tensors that a subgraph uses, with their buffers, and the subgraphs that it calls."""
+        """Renumber what a subgraph uses: its tensors, their buffers, and the subgraphs that it calls."""
         wanted = {int(index) for index in (*graph.inputs, *graph.outputs)}
         wanted |= {int(i) for operator in graph.operators for i in (*operator.inputs, *operator.outputs) if i >= 0}
         wanted |= {found for index in wanted if (found := _scales_of(graph.tensors[index])) is not None}
@@ -205,7 +203,7 @@ class _Cut:
 
 
 def _between(graph: Any, inputs: list[int], output: int) -> list[Any]:
-    """The operators that lead from `inputs` to `output`, in order."""
+    """The operators that compute `output` from `inputs`, in order."""
     makers = {int(index): operator for operator in graph.operators for index in operator.outputs}
     found: dict[int, Any] = {}
     pending = [output]
@@ -220,6 +218,6 @@ def _between(graph: Any, inputs: list[int], output: int) -> list[Any]:
 
 
 def _scales_of(tensor: Any) -> int | None:
-    """The tensor that holds the scales of a weight in blocks."""
+    """Index of the tensor with the scales of a blockwise quantized weight; None for other tensors."""
     details = getattr(tensor.quantization, "details", None)
     return None if details is None or not hasattr(details, "scales") else int(details.scales)

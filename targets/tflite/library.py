@@ -1,4 +1,4 @@
-"""The one place that imports LiteRT: only when the TFLite target is used."""
+"""The only module that imports LiteRT, and only when the TFLite target is used."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from moec.compiler.common.errors import MissingExtraError
 
 
 def module(name: str) -> Any:
-    """Import a module of the extra, such as `ai_edge_litert.interpreter`. None of them has type annotations.
+    """Import a module of the extra, such as `ai_edge_litert.interpreter`. They have no type annotations.
 
     Raises:
-        MissingExtraError: Its package is not installed.
+        MissingExtraError: The package of the module is not installed.
     """
     try:
         return importlib.import_module(name)
@@ -26,5 +26,5 @@ def module(name: str) -> Any:
 
 
 def schema() -> Any:
-    """Classes and functions generated from the schema of `.tflite` files."""
+    """The module of classes and functions generated from the schema of `.tflite` files."""
     return module("ai_edge_litert.schema_py_generated")

@@ -1,4 +1,4 @@
-"""Lower a Program to a LiteRT model: one subgraph per signature, shapes fixed, weights shared."""
+"""Lower a Program to a LiteRT model: one subgraph with static shapes per signature, and shared weights."""
 
 from __future__ import annotations
 
@@ -13,44 +13,44 @@ from moec.compiler.ir.operands import Experts
 from moec.compiler.ir.program import ATTENTION, EXPERTS, Program
 from moec.compiler.ir.specialise import specialise, without_padding
 from moec.targets.common.added_inputs import default_values, row_widths
-from moec.targets.common.refusals import RefusedError, listed, refuse
+from moec.targets.common.refusals import RefusedError, first_few, refuse
 from moec.targets.common.table import lookup
 from moec.targets.tflite.context import TENSOR_TYPES, Context, Settings, Shared
 from moec.targets.tflite.engine import TOKEN_COUNT
 from moec.targets.tflite.lowerings.table import TABLE
 from moec.targets.tflite.model import Graph, Model, Value
-from moec.targets.tflite.positions import from_input
-from moec.targets.tflite.reader import METADATA, OLDER
-from moec.targets.tflite.states import add_state, add_token_count, state_name, unpadded
+from moec.targets.tflite.positions import use_cache_position
+from moec.targets.tflite.reader import LEGACY_RUNTIME, METADATA
+from moec.targets.tflite.states import add_state, add_token_count, state_name, state_without_padding
 from moec.targets.tflite.weights import Weights
 
 
 def build(
-    program: Program, *, lengths: Sequence[int], capacity: int, branches: bool, older: bool = False
+    program: Program, *, lengths: Sequence[int], capacity: int, branches: bool, legacy: bool = False
 ) -> tuple[Model, Shared]:
     """Lower `program` to the signatures `decode` and `prefill_N`.
 
     Args:
-        program: What is lowered; dynamic in batch, sequence and past.
-        lengths: Tokens of a step, one signature each; 1 is `decode`.
+        program: The Program to lower, with dynamic batch, sequence and past.
+        lengths: Numbers of tokens per step, one signature each; 1 is `decode`.
         capacity: Slots of the KV cache.
-        branches: Whether an expert may be a branch, which is skipped where no token needs it.
-        older: Whether the file is for tflite-runtime 2.14 instead of LiteRT.
+        branches: Whether each expert is the branch of an IF, which is skipped where no token needs it.
+        legacy: Whether the file is for tflite-runtime 2.14 rather than LiteRT.
 
     Returns:
-        The model, whose weights are still to be read, and what was found on the way.
+            The model, with weights that are read when it is written, and what its signatures share.
 
     Raises:
-        LoweringError: An op, or the format of a weight, has no form.
+            LoweringError: An op, or the format of a weight, is not supported.
     """
-    plain = from_input(without_padding(program))
+    plain = use_cache_position(without_padding(program))
     shared = Shared(plain, Weights(plain))
     model = Model(description="made by moec")
     layers: dict[str, list[list[int]]] = {}
     for length in lengths:
         static = specialise(plain, batch=1, sequence=length, past_sequence=capacity - length)
         name = signature_name(length)
-        model.signatures[name], layers[name] = _signature(static, shared, Settings(capacity, branches, older), name)
+        model.signatures[name], layers[name] = _signature(static, shared, Settings(capacity, branches, legacy), name)
     facts: dict[str, Any] = {
         "capacity": capacity,
         "experts": shared.experts,
@@ -59,8 +59,8 @@ def build(
     }
     facts["inputs"] = default_values(plain)
     facts["token_inputs"] = row_widths(plain)
-    if older:
-        facts["runtime"] = OLDER
+    if legacy:
+        facts["runtime"] = LEGACY_RUNTIME
         _refuse_dynamic(model)
     model.metadata[METADATA] = json.dumps(facts, sort_keys=True).encode()
     return model, shared
@@ -70,10 +70,10 @@ def _refuse_dynamic(model: Model) -> None:
     wrong = [weight.name for weight in model.weights() if weight.dynamic]
     if wrong:
         raise RefusedError(
-            listed(wrong),
-            "tflite-runtime 2.14 gives zeros, silently, for products of int8 weights that have a scale per row with "
-            "activations that are rounded to int8",
-            hint="--quantize fp16 and int8:channel, whose activations stay float, are right there; or --runtime litert",
+            first_few(wrong),
+            "tflite-runtime 2.14 silently computes zeros for products of per-channel int8 weights and activations "
+            "rounded to int8",
+            hint="use --quantize fp16 or int8:channel, whose activations stay float, or --runtime litert",
         )
 
 
@@ -83,7 +83,7 @@ def signature_name(length: int) -> str:
 
 
 def _signature(program: Program, shared: Shared, settings: Settings, name: str) -> tuple[Graph, list[list[int]]]:
-    """The subgraph of a signature; and of each experts node its hidden states, indices, weights and result."""
+    """The subgraph of a signature, and for each experts node the tensor indices of the `ROLES` in experts.py."""
     ctx, layers = Context(shared, settings, Graph(name)), []
     count = _inputs(ctx, program)
     for node in program.graph.nodes:
@@ -97,10 +97,10 @@ def _signature(program: Program, shared: Shared, settings: Settings, name: str) 
 
 
 def _inputs(ctx: Context, program: Program) -> Value | None:
-    """`tokens` and `input_pos`, from which every input of the Program but the states follows.
+    """Add the inputs `tokens` and `input_pos`, from which all inputs of the Program except states are computed.
 
     Returns:
-        The number of tokens that are no padding, where a state depends on it.
+        The number of tokens that are not padding, if a state depends on it; else None.
     """
     tokens = next(spec for spec in program.inputs if spec.name == "input_ids")
     length = tokens.shape[1]
@@ -120,7 +120,7 @@ def _inputs(ctx: Context, program: Program) -> Value | None:
             shape = [int(size) for size in spec.shape]
             ctx.set(node, ctx.graph.input(spec.name, shape, TENSOR_TYPES[spec.dtype]))
         elif spec.name not in made:
-            raise refuse(node, f"the input {spec.name} has no place in LiteRT's signatures")
+            raise refuse(node, f"the input {spec.name} is not supported in LiteRT's signatures")
         elif node.users:
             ctx.set(node, made[spec.name]())
     for node, state in zip(placeholders, program.states, strict=True):
@@ -135,15 +135,15 @@ def _outputs(ctx: Context, program: Program, count: Value | None) -> None:
     replaced = {state.output.name for state in program.replaced}
     taken: set[Value] = set()
     for name, node in program.outputs().items():
-        value = ctx.tensor(node) if count is None or name not in replaced else unpadded(ctx, node, count)
+        value = ctx.tensor(node) if count is None or name not in replaced else state_without_padding(ctx, node, count)
         if value in taken:
-            raise refuse(node, "two outputs of one value are not supported")
+            raise refuse(node, "one value as two outputs is not supported")
         taken.add(value)
         ctx.graph.output(names.get(name, name), value)
 
 
 def _is_constant(ctx: Context, node: fx.Node) -> bool:
-    """Whether everything that `node` reads is known: sizes are, and what was computed from them."""
+    """Whether all arguments of `node` are constants, such as sizes and what was computed from them."""
     return node.target not in (ATTENTION, EXPERTS) and all(
         ctx.known(argument) is not None for argument in node.all_input_nodes
     )
@@ -157,7 +157,7 @@ def _constant(ctx: Context, node: fx.Node) -> Any:
 
 
 def computed(program: Program) -> list[fx.Node]:
-    """Calls that are not constant once the sizes are."""
+    """The nodes that remain to be computed at run time when all sizes are static."""
     known: set[fx.Node] = set()
     found = []
     for node in program.graph.nodes:
@@ -172,7 +172,7 @@ def computed(program: Program) -> list[fx.Node]:
 
 
 def signature(program: Program, model: Model) -> Mapping[str, Any]:
-    """Inputs, outputs and states of every signature, for moec.json."""
+    """The inputs and outputs of every signature, and the states, for moec.json."""
 
     def rows(values: Sequence[tuple[str, Value]]) -> list[dict[str, Any]]:
         return [{"name": name, "shape": list(value.shape), "dtype": value.dtype.lower()} for name, value in values]

@@ -1,7 +1,7 @@
-"""A `.tflite` model in memory, before it is written: subgraphs, operators, tensors, and weights that stay lazy.
+"""A `.tflite` model in memory, before it is written: subgraphs, operators, tensors and lazy weights.
 
-It mirrors the schema of LiteRT, minus what the file format repeats: a value knows its shape, an operator its name, and
-whatever several subgraphs share (constants, weights with their scales) exists once.
+It mirrors LiteRT's schema without the indirections of the file format: an operator has a name rather than an index of
+an operator code, and weights that several subgraphs share exist once.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 Chunk = tuple[np.ndarray, np.ndarray | None]
-"""Bytes of some rows of a weight (uint8) and, where it is quantized, their scales (float32, or fp16 in blocks)."""
+"""Bytes (uint8) of some rows of a weight and, if quantized, their scales (float32; float16 for blocks)."""
 
 DTYPES: Mapping[str, str] = {
     "float32": "FLOAT32",
@@ -23,20 +23,20 @@ DTYPES: Mapping[str, str] = {
     "int8": "INT8",
     "bool": "BOOL",
 }
-"""numpy dtype -> name of the tensor type in the schema."""
+"""numpy dtype -> tensor type in LiteRT's schema."""
 
 
 @dataclass(frozen=True, eq=False)
 class Weight:
-    """A tensor whose values are made when the file is written.
+    """A tensor whose values are computed when the file is written.
 
     Attributes:
-        name: For people, and for reading it back.
+        name: Name in the file, by which readers find it.
         shape: Shape in the file.
-        dtype: Tensor type: FLOAT32, INT32, FLOAT16, INT8 or INT4 (two codes in a byte, the first in the low half).
-        chunks: Makes the values in row-major order, and the scales with them.
-        block: Weights of a row that share a scale: 0 for a float tensor, the length of a row for one scale per row.
-        dynamic: Whether products take its codes as they are and round the activations to int8, row by row.
+        dtype: Tensor type: FLOAT32, INT32, FLOAT16, INT8 or INT4 (two codes per byte, the first in the low nibble).
+        chunks: Yields the values in row-major order, with their scales.
+        block: Block size: weights of a row that share a scale; 0 for a float tensor, the row's length per channel.
+        dynamic: Whether kernels multiply its codes with activations that they round to int8, row by row.
     """
 
     name: str
@@ -48,18 +48,18 @@ class Weight:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the values, without the scales."""
+        """Bytes of the values, without scales."""
         bits = {"FLOAT32": 32, "INT32": 32, "FLOAT16": 16, "INT8": 8, "BOOL": 8, "INT4": 4}[self.dtype]
         return (math.prod(self.shape) * bits + 7) // 8
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of the values and the scales."""
+        """Bytes of the values and scales."""
         return self.nbytes + self.scale_count * (2 if self.blockwise else 4)
 
     @property
     def blockwise(self) -> bool:
-        """Whether a row has several scales, which are then a tensor of their own in fp16."""
+        """Whether a row has several scales, which the file then holds as a separate fp16 tensor."""
         return 0 < self.block < self.shape[-1]
 
     @property
@@ -70,7 +70,7 @@ class Weight:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Value:
-    """A tensor of one subgraph."""
+    """A tensor of one subgraph; `index` is its index in the tensor table."""
 
     index: int
     shape: tuple[int, ...]
@@ -85,7 +85,7 @@ class Value:
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """One entry of a subgraph's tensor table. At most one of `data` and `weight` is set."""
+    """One entry of a subgraph's tensor table. At most one of `data`, `weight` and `scales_of` is set."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -97,9 +97,9 @@ class Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Operator:
-    """One operator; `inputs` hold -1 where an optional one is left out.
+    """One operator; `inputs` and `outputs` are tensor indices, -1 for an optional input that is left out.
 
-    `branches` are the two subgraphs of IF, or test and body of WHILE.
+    `branches` are the two subgraphs of an IF, or condition and body of a WHILE.
     """
 
     name: str
@@ -127,18 +127,18 @@ class Graph:
         return Value(len(self.tensors) - 1, tensor.shape, tensor.dtype, self)
 
     def input(self, name: str, shape: Sequence[int], dtype: str) -> Value:
-        """Append an input."""
+        """Append a tensor that is an input of the subgraph."""
         value = self.add(Tensor(tuple(shape), dtype, name))
         self.inputs.append((name, value))
         return value
 
     def output(self, name: str, value: Value) -> None:
-        """Append an output."""
+        """Make `value` an output of the subgraph."""
         assert value.graph is self
         self.outputs.append((name, value))
 
     def constant(self, array: np.ndarray) -> Value:
-        """A small constant, each distinct one once."""
+        """A small constant; equal constants are one tensor."""
         array = np.ascontiguousarray(array).reshape(array.shape)
         key = (array.dtype.str, array.shape, array.tobytes())
         if key not in self._constants:
@@ -146,12 +146,12 @@ class Graph:
         return self._constants[key]
 
     def weight(self, weight: Weight) -> Value:
-        """A weight as a tensor of this subgraph; its values are stored once for all of them."""
+        """A weight as a tensor of this subgraph; all subgraphs share its values in the file."""
         if weight not in self._weights:
             value = self.add(Tensor(weight.shape, weight.dtype, weight.name, weight=weight))
             self._weights[weight] = value
             if weight.blockwise:
-                # The writer finds the scales of a blockwise weight in the tensor behind it.
+                # The writer expects the scales of a blockwise weight in the next tensor.
                 scales = (math.prod(weight.shape[:-1]), weight.shape[-1] // weight.block)
                 self.add(Tensor(scales, "FLOAT16", f"{weight.name}.scales", scales_of=weight))
         return self._weights[weight]
@@ -167,11 +167,11 @@ class Graph:
         """Append an operator.
 
         Args:
-            name: As in the schema, such as "FULLY_CONNECTED".
-            inputs: None where an optional one is left out.
-            outputs: Shape and tensor type of each.
-            options: Fields of its options table by the schema's names.
-            branches: The two subgraphs of IF, or test and body of WHILE.
+            name: Name of the operator in the schema, such as "FULLY_CONNECTED".
+            inputs: Its inputs; None for an optional input that is left out.
+            outputs: Shape and tensor type of each output.
+            options: Fields of its options table, by the schema's names.
+            branches: The two subgraphs of an IF, or condition and body of a WHILE.
         """
         for value in inputs:
             assert value is None or value.graph is self, f"{name}: an operand of another subgraph"
@@ -183,14 +183,14 @@ class Graph:
 
 @dataclass(eq=False)
 class Model:
-    """A whole model. Every subgraph in `signatures` is an entry point; branches follow in the order of their use."""
+    """A whole model. `signatures` are the subgraphs that a runtime can call; other subgraphs are branches in these."""
 
     signatures: dict[str, Graph] = field(default_factory=dict)
     metadata: dict[str, bytes] = field(default_factory=dict)
     description: str = ""
 
     def graphs(self) -> list[Graph]:
-        """Every subgraph, entry points first, each once."""
+        """Every subgraph once: signatures first, then branches in the order of first use."""
         found: dict[Graph, None] = dict.fromkeys(self.signatures.values())
         waiting = list(found)
         while waiting:
@@ -200,5 +200,5 @@ class Model:
         return list(found)
 
     def weights(self) -> list[Weight]:
-        """Every weight, each once, in the order of first use."""
+        """Every weight once, in the order of first use."""
         return list(dict.fromkeys(t.weight for graph in self.graphs() for t in graph.tensors if t.weight is not None))

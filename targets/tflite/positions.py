@@ -1,7 +1,7 @@
-"""Positions that a model counts from the length of its past, read from `input_pos` instead.
+"""Replaces positions that a model derives from the length of its past by the input `cache_position`.
 
-Here the cache has a fixed capacity, so that its length says nothing about the number of tokens in it. Llama 4, for one,
-tunes its attention temperature by `arange(S) + past`, which is what `cache_position` holds.
+In this target the cache has a fixed capacity, so its length is not the number of past tokens. Llama 4, for example,
+scales its attention by `arange(S) + past`, which is what `cache_position` holds.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from moec.targets.common.refusals import refuse
 aten = torch.ops.aten
 
 
-def from_input(program: Program) -> Program:
+def use_cache_position(program: Program) -> Program:
     """Replace `arange(sequence) + past` by `cache_position`.
 
     Raises:
-        LoweringError: Something else than attention depends on the length of the past.
+        LoweringError: An op other than attention depends on the length of the past in another way.
     """
     graph = program.copy_graph()
     position = next(node for node in graph.find_nodes(op="placeholder") if node.target == "cache_position")
@@ -34,8 +34,8 @@ def from_input(program: Program) -> Program:
             user = next(iter(node.users))
             raise refuse(
                 user,
-                "it depends on the length of the past, which a cache of fixed capacity does not tell",
-                hint="--target onnx keeps a cache that grows",
+                "it depends on the length of the past, which is not known in a KV cache of fixed capacity",
+                hint="use --target onnx, whose KV cache grows",
             )
     return program.replace(graph=graph, layers=moe_layers(graph))
 
@@ -43,13 +43,13 @@ def from_input(program: Program) -> Program:
 def _counts_from_past(program: Program, node: fx.Node) -> bool:
     sequence, past = str(program.dims.get("sequence")), str(program.dims.get("past_sequence"))
     return any(
-        _is_line(line, sequence) and isinstance(offset, fx.Node) and str(offset.meta.get("val")) == past
+        _is_arange(line, sequence) and isinstance(offset, fx.Node) and str(offset.meta.get("val")) == past
         for line, offset in (node.args, node.args[::-1])
     )
 
 
-def _is_line(argument: Any, sequence: str) -> bool:
-    """Whether `argument` is 0, 1, ... one number for each new token."""
+def _is_arange(argument: Any, sequence: str) -> bool:
+    """Whether `argument` is 0, 1, ..., S - 1."""
     return (
         isinstance(argument, fx.Node)
         and argument.target is aten.arange.start_step
@@ -62,5 +62,5 @@ def _is_line(argument: Any, sequence: str) -> bool:
 def _depends_on_past(program: Program, node: fx.Node) -> bool:
     symbols = {str(program.dims.get(axis)) for axis in ("past_sequence", "total_sequence")}
     free = {str(symbol) for symbol in node.meta["val"].node.expr.free_symbols}
-    # The total is written as the sum in some graphs and has a symbol of its own in others.
+    # In some graphs the total length is the sum of past and new tokens, in others it is a separate symbol.
     return bool(free & symbols - {str(program.dims.get("sequence"))})

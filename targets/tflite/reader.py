@@ -18,10 +18,10 @@ from moec.targets.stored_weights import Codes, StoredWeight, stack
 from moec.targets.tflite.library import schema
 
 METADATA = "moec"
-"""Name of the entry of the model's metadata that says what a reader of the file has to know."""
+"""Name of moec's entry in the model's metadata."""
 
-OLDER = "tflite-runtime"
-"""What the metadata calls the runtime of files that are built for it; others are for LiteRT."""
+LEGACY_RUNTIME = "tflite-runtime"
+"""Runtime in the metadata of files that were built for tflite-runtime; files for LiteRT name none."""
 
 _BITS = {"INT8": 8, "INT4": 4}
 _DTYPES = {"FLOAT32": "<f4", "FLOAT16": "<f2", "INT32": "<i4"}
@@ -34,7 +34,7 @@ class TfliteFile:
         path: The file.
 
     Raises:
-        ArtifactError: It is no such file, or none that moec wrote.
+        ArtifactError: The file is not a `.tflite` file, is damaged, or was not written by moec.
     """
 
     def __init__(self, path: Path) -> None:
@@ -42,23 +42,23 @@ class TfliteFile:
         with path.open("rb") as file:
             self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size > 8 else b""
         if self._data[4:8] != b"TFL3":
-            raise ArtifactError(f"{path}: not a .tflite file", hint="export it again")
+            raise ArtifactError(f"{path}: not a .tflite file", hint="export the model again")
         try:
             self.model = self._schema.Model.GetRootAs(self._data, 0)
             self.facts: Mapping[str, Any] = json.loads(self._metadata())
             self._tensors = self._named()
         except (struct.error, IndexError, ValueError, AttributeError) as error:
-            raise ArtifactError(f"{path}: damaged: {error}", hint="export it again") from error
+            raise ArtifactError(f"{path}: damaged: {error}", hint="export the model again") from error
 
     def _metadata(self) -> bytes:
         for index in range(self.model.MetadataLength()):
             entry = self.model.Metadata(index)
             if entry.Name().decode() == METADATA:
                 return bytes(self.buffer(entry.Buffer()))
-        raise ArtifactError(f"{self._path}: it holds no metadata of moec", hint="export it with moec")
+        raise ArtifactError(f"{self._path}: no moec metadata in this file", hint="export the model with moec")
 
     def _named(self) -> dict[str, tuple[Any, Any]]:
-        """Name -> tensor with the subgraph that it was found in, for tensors that have values."""
+        """Name -> tensor and its subgraph, for all tensors with stored values."""
         found: dict[str, tuple[Any, Any]] = {}
         for place in range(self.model.SubgraphsLength()):
             graph = self.model.Subgraphs(place)
@@ -69,7 +69,7 @@ class TfliteFile:
         return found
 
     def buffer(self, index: int) -> np.ndarray:
-        """Bytes of a buffer, uint8, wherever in the file it lies."""
+        """Bytes of a buffer, uint8, whether it lies inside or outside the flatbuffer."""
         buffer = self.model.Buffers(index)
         if buffer.Offset() > 1:
             return np.frombuffer(self._data, np.uint8, buffer.Size(), buffer.Offset())
@@ -77,10 +77,10 @@ class TfliteFile:
         return data
 
     def read(self, name: str) -> np.ndarray | Codes:
-        """Values of a tensor, or its codes.
+        """The values of a float tensor, or `Codes` of a quantized one.
 
         Raises:
-            ArtifactError: There is none of that name.
+            ArtifactError: The file has no tensor called `name`.
         """
         tensor, graph = self._tensor(name)
         shape, kind, data = tuple(tensor.ShapeAsNumpy()), self._kind(tensor), self.buffer(tensor.Buffer())
@@ -92,11 +92,11 @@ class TfliteFile:
 
     def _tensor(self, name: str) -> tuple[Any, Any]:
         if name not in self._tensors:
-            raise ArtifactError(f"{self._path}: it has no tensor {name}", hint="export it again")
+            raise ArtifactError(f"{self._path}: no tensor {name}", hint="export the model again")
         return self._tensors[name]
 
     def _kind(self, tensor: Any) -> str:
-        """What the schema calls the type of a tensor."""
+        """Tensor type, as the schema names it."""
         kinds: dict[int, str] = {
             value: key for key, value in vars(self._schema.TensorType).items() if not key.startswith("_")
         }
@@ -112,7 +112,7 @@ class TfliteFile:
         return self.buffer(graph.Tensors(details.Scales()).Buffer()).view("<f2")
 
     def stored_weights(self) -> Mapping[str, StoredWeight]:
-        """Every tensor of experts, and every matrix that is stored as codes, by its Program name."""
+        """Every tensor of experts and every quantized matrix, by its name in the Program."""
         entries: Mapping[str, Mapping[str, bool]] = self.facts["experts"]
         found = {
             name: StoredWeight(self._bits(f"{name}.0"), partial(self._experts, name, entry))
@@ -136,7 +136,7 @@ class TfliteFile:
 
 
 def _in_program(entry: Mapping[str, bool], value: Any) -> Any:
-    """The tensor of an expert, [N, ...], in the layout of the Program."""
+    """The tensor [N, ...] of one expert, converted to the layout of the Program."""
     if isinstance(value, Codes):
         return replace(value, codes=_in_program(entry, value.codes), scales=_in_program(entry, value.scales))
     if entry["interleaved"]:
@@ -145,7 +145,7 @@ def _in_program(entry: Mapping[str, bool], value: Any) -> Any:
 
 
 def unpack_int4(data: np.ndarray) -> np.ndarray:
-    """Bytes that hold two signed codes each, the first in the low half, as a flat int8 array."""
+    """Unpack bytes of two signed codes each, the first in the low nibble, into a flat int8 array."""
     halves = np.stack([data & 0xF, data >> 4], axis=-1).reshape(-1)
     codes: np.ndarray = ((halves ^ 8).astype(np.int16) - 8).astype(np.int8)
     return codes

@@ -1,4 +1,4 @@
-"""Runs a TFLite artifact with LiteRT, or with the runtime that it was built for, on CPU. Imports no torch."""
+"""Runs a TFLite artifact on CPU with the runtime that it was built for. Imports no torch."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ import numpy as np
 
 from moec.targets.base import RunnerLimits
 from moec.targets.common.added_inputs import rows
-from moec.targets.common.one_sequence import OneSequence
+from moec.targets.common.single_sequence import SingleSequenceRunner
 from moec.targets.tflite.engine import DECODE, REPLACED_PREFIXES, TOKEN_COUNT, Engine, LitertEngine
-from moec.targets.tflite.former_runtime import OlderEngine
-from moec.targets.tflite.reader import OLDER, TfliteFile
+from moec.targets.tflite.legacy_runtime import LegacyEngine
+from moec.targets.tflite.reader import LEGACY_RUNTIME, TfliteFile
 
 _PREFIX = "prefill_"
-WORTH_PADDING = 8
-"""A prompt's rest is padded to a signature's length if it fills at least one part in so many of it."""
+MAX_PADDING_FACTOR = 8
+"""The rest of a prompt is padded to a signature of at most this many times its length."""
 
 
-class TfliteRunner(OneSequence):
+class TfliteRunner(SingleSequenceRunner):
     """The Runner of the TFLite target.
 
-    A prompt is cut into pieces of the lengths that there are signatures for. The last piece is padded: the logits of
-    the padding are dropped, its slots of the cache lie behind every token until one of them overwrites them, and other
-    states are those before it.
+    A prompt is cut into pieces of the signatures' lengths, and the last piece is padded at its end. The logits of the
+    padding are dropped, its cache slots come after every token until a token overwrites them, and other states
+    exclude it.
 
     Args:
         file: The model.
-        threads: Threads of XNNPACK and LiteRT's kernels; 0 is the runtime's default.
+        threads: Threads of XNNPACK and of LiteRT's kernels; 0: the runtime's default.
 
     Raises:
-        ArtifactError: The runtime cannot load it.
+        ArtifactError: The runtime cannot load the file.
         MissingExtraError: The runtime is not installed.
     """
 
@@ -40,7 +40,7 @@ class TfliteRunner(OneSequence):
 
     def __init__(self, file: Path, *, threads: int = 0) -> None:
         facts = TfliteFile(file).facts
-        make = OlderEngine if facts.get("runtime") == OLDER else LitertEngine
+        make = LegacyEngine if facts.get("runtime") == LEGACY_RUNTIME else LitertEngine
         self._engine: Engine = make(file, threads)
         places = self._engine.inputs
         self._defaults = {
@@ -49,7 +49,7 @@ class TfliteRunner(OneSequence):
         }
         self._widths: Mapping[str, int] = facts.get("token_inputs", {})
         self.overrides: dict[str, np.ndarray] = {}
-        """See `moec.targets.base.Runner`."""
+        """See `moec.targets.base.AdjustableRunner`."""
         self.capacity = int(facts["capacity"])
         self._counts = any(name.startswith(REPLACED_PREFIXES) for name in places)
         sizes = (int(n.removeprefix(_PREFIX)) for n in self._engine.signatures if n != DECODE)
@@ -61,7 +61,7 @@ class TfliteRunner(OneSequence):
         self.reset()
 
     def fork(self) -> TfliteRunner:
-        """A runner with an interpreter of its own: LiteRT keeps the states in it. Both map the same file."""
+        """A second runner with its own interpreter, which holds its states; both memory-map the same file."""
         twin = TfliteRunner(self._file, threads=self.threads)
         twin.overrides = self.overrides
         return twin
@@ -83,18 +83,18 @@ class TfliteRunner(OneSequence):
         return np.concatenate(logits, axis=1) if logits else np.zeros((1, 0, 0), np.float32)
 
     def _piece(self, remaining: int) -> int:
-        """Length of the signature that takes the next tokens."""
+        """Length of the signature for the next piece of `remaining` tokens."""
         for size in self.lengths:
             if size <= remaining:
                 return size
         fitting = [size for size in self.lengths if self._length + size <= self.capacity]
-        # Beyond the capacity LiteRT would move the whole update to where it fits.
-        if fitting and remaining > 1 and remaining * WORTH_PADDING >= min(fitting):
+        # An update that exceeds the capacity must be avoided: LiteRT would shift it back until it fits.
+        if fitting and remaining > 1 and remaining * MAX_PADDING_FACTOR >= min(fitting):
             return min(fitting)
         return 1
 
     def _step(self, tokens: np.ndarray, size: int, given: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Run `tokens` by the signature of `size` tokens, with their rows of inputs; logits [1, len(tokens), V]."""
+        """Run `tokens` by the signature of `size` tokens; `given` are rows of added inputs. Logits [1, tokens, V]."""
         padded = np.zeros((1, size), np.int32)
         padded[0, : tokens.size] = tokens
         positions = np.arange(self._length, self._length + size, dtype=np.int32)
@@ -109,7 +109,7 @@ class TfliteRunner(OneSequence):
         return logits[:, : tokens.size]
 
     def facts(self) -> Mapping[str, Any]:
-        """Runtime, version, threads, and the shapes that the file has signatures for."""
+        """Runtime, its version, threads, and the lengths of the signatures."""
         return {
             "runtime": self._engine.runtime,
             "threads": self.threads,

@@ -1,8 +1,8 @@
-"""The states of a signature: key-value caches of fixed capacity, the last inputs of convolutions, and those of scans.
+"""The states of a signature: KV caches of fixed capacity, the last inputs of convolutions, and states of scans.
 
-The last piece of a prompt is padded at its end. In a cache the padding lies behind every token. A convolution's state
-ends with the newest token, so signatures for prompts have an input that tells how many tokens are none of padding, and
-the state is cut there; a scan ends there.
+The last piece of a prompt is padded at its end. In a KV cache, padding comes after every token and does no harm. Other
+states must exclude it, so prefill signatures have an input with the number of tokens that are not padding:
+the state of a convolution is cut there, and a scan stops there.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ aten = torch.ops.aten
 
 
 def state_name(kind: str, layer: int) -> str:
-    """Name of a state in the file; caches have the names that LiteRT's tools give them."""
+    """Name of a state in the file; KV caches have the names that LiteRT's tools give them."""
     prefixes = {"conv": CONVOLUTION_PREFIX, "recurrent": RECURRENCE_PREFIX}
     return f"{CACHE_PREFIX}{kind[0]}_{layer}" if kind in CACHE_KINDS else f"{prefixes[kind]}{layer}"
 
 
 def add_state(ctx: Context, node: fx.Node, state: StateSpec) -> None:
-    """The input that `node` reads, float32: a cache is [1, heads, capacity, width]."""
+    """Add the input for the state that `node` reads, float32; a KV cache is [1, heads, capacity, head size]."""
     sizes = [1, *state.input.shape[1:]]
     if state.kind in CACHE_KINDS:
         sizes[2] = ctx.settings.capacity
@@ -38,21 +38,21 @@ def add_state(ctx: Context, node: fx.Node, state: StateSpec) -> None:
 
 
 def add_token_count(ctx: Context) -> Value:
-    """The input that tells how many tokens of a call are none of padding: int32 [1]."""
+    """Add the input with the number of tokens of a call that are not padding, int32 [1]."""
     return ctx.graph.input(TOKEN_COUNT, (1,), "INT32")
 
 
-def unpadded(ctx: Context, node: fx.Node, count: Value) -> Value:
-    """The state that `node` makes of its past and all new tokens, without padding.
+def state_without_padding(ctx: Context, node: fx.Node, count: Value) -> Value:
+    """The new state `node`, computed without the padding at the end of the new tokens.
 
     Args:
         ctx: The signature.
-        node: The present state of a `moec::causal_conv`, of a `moec::linear_attention`, which ends with the last token,
-            or the last entries along an axis of its past and what is new.
+        node: The new state of a `moec::causal_conv`; that of a `moec::linear_attention`, whose scan excludes padding
+            already; or the last elements along an axis of past state and new inputs, concatenated.
         count: See `add_token_count`.
 
     Raises:
-        LoweringError: The state is made in another way.
+        LoweringError: The state is computed in another way.
     """
     source: Any = node.args[0]
     if node.target is operator.getitem and source.target is LINEAR_ATTENTION and node.args[1] == 1:
@@ -62,7 +62,7 @@ def unpadded(ctx: Context, node: fx.Node, count: Value) -> Value:
     elif node.target is aten.slice.Tensor and source.target is aten.cat.default and _is_last(node, source):
         joined, axis = ctx.tensor(source), int(node.args[1])  # type: ignore[arg-type]
     else:
-        raise refuse(node, "a state that is not the last of what a convolution takes in is not supported")
+        raise refuse(node, "a state other than the last inputs of a convolution is not supported")
     ends = [ctx.ints(*[0] * size) for size in (axis, joined.rank - axis - 1) if size]
     ends.insert(1 if axis else 0, count)
     begin = ctx.shared_value(("end of state", count, axis, joined.rank), lambda: ctx.concat(ends, 0))
@@ -71,7 +71,7 @@ def unpadded(ctx: Context, node: fx.Node, count: Value) -> Value:
 
 
 def _is_last(node: fx.Node, source: fx.Node) -> bool:
-    """Whether a slice is the end, as long as the state is, of a state and what is joined to it."""
+    """Whether a slice is the end of `source`, a state with new inputs appended, and as long as that state."""
     parts: Any = source.args[0]
     axis = source.args[1]
     kept = int(node.meta["val"].shape[axis])

@@ -1,4 +1,4 @@
-"""The TFLite target: `model.tflite` for LiteRT, with signatures `decode` and `prefill_N` and an IF per expert."""
+"""The TFLite target: `model.tflite` for LiteRT, with the signatures `decode` and `prefill_N`, and an IF per expert."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ QUANTIZED = ("experts_gate_up", "experts_down", "shared_expert", "attention", "e
 
 _INT4_ROWS = "int4:channel:fp32:int8-dynamic"
 _ROWS, _BLOCKS = "int8:channel:fp32:int8-dynamic", "int4:auto32:bf16:int8-dynamic"
-"""A file has scales of blocks in fp16, but XNNPACK rounds them to bf16, so scales are chosen that both hold."""
+"""The file holds scales of blocks in fp16, but XNNPACK rounds them to bf16: these scales are exact in both."""
 
 
 class Flavor(Choice):
-    """Forms of the experts."""
+    """How experts are computed."""
 
-    DEFAULT = "default", "a branch per expert, skipped where no token needs it"
-    NO_CONTROL_FLOW = "no-control-flow", "every expert computed, for delegates without IF"
+    DEFAULT = "default", "one branch per expert, skipped where no token needs it"
+    NO_CONTROL_FLOW = "no-control-flow", "every expert is computed, for delegates without IF"
 
 
 class Runtime(Choice):
-    """What the file is for, and what the gates run it with."""
+    """The runtime that the file is for and that the gates use."""
 
     LITERT = "litert", "the newest"
-    TFLITE_RUNTIME = "tflite-runtime", "2.14, which is run in an environment of its own and takes fewer formats"
+    TFLITE_RUNTIME = "tflite-runtime", "release 2.14, in a separate virtual environment and with fewer formats"
 
 
 class TfliteOptions(base.TargetOptions):
@@ -54,11 +54,11 @@ class TfliteOptions(base.TargetOptions):
     flavor: Flavor = Field(Flavor.DEFAULT, description=Flavor.meanings())
     runtime: Runtime = Field(Runtime.LITERT, description=Runtime.meanings())
     prefill: tuple[PositiveInt, ...] = Field(
-        (128,), description="Prompt lengths to build a signature for; every one costs memory when the file is opened."
+        (128,), description="prompt lengths to build signatures for; each costs memory when the file is loaded"
     )
-    bundle: bool = Field(False, description="Also write model.litertlm for LiteRT-LM: the model with its tokenizer.")
+    bundle: bool = Field(False, description="also write model.litertlm for LiteRT-LM: the model with its tokenizer")
     context: PositiveInt | None = Field(
-        None, description=f"Tokens that the cache holds (default: what the model knows, up to {DEFAULT_CONTEXT})."
+        None, description=f"tokens that the KV cache holds (default: the model's context, at most {DEFAULT_CONTEXT})"
     )
 
 
@@ -73,14 +73,14 @@ class TfliteTarget(base.Target):
     takes_embeddings: ClassVar[bool] = True
     presets: ClassVar[Mapping[str, Mapping[str, str]]] = {
         "int8": dict.fromkeys(QUANTIZED, _ROWS),
-        # LiteRT looks rows up in tables of one scale per row only, and the head is as sensitive.
+        # LiteRT looks up embeddings with one scale per row only, and lm_head is as sensitive to 4 bits.
         "int4": {name: _ROWS if name in {"embedding", "lm_head"} else _BLOCKS for name in QUANTIZED},
     }
     scale_types: ClassVar[frozenset[str]] = frozenset({"fp16", "bf16", "fp32"})
     state_kinds: ClassVar[frozenset[str]] = frozenset({"key", "value", "conv", "recurrent"})
 
     def auto_formats(self, options: base.TargetOptions, tensor_class: str) -> tuple[str, ...]:
-        """What the presets have, and larger blocks; tflite-runtime multiplies with float activations alone."""
+        """The formats of the presets and larger blocks; for tflite-runtime, those with float activations."""
         assert isinstance(options, TfliteOptions)
         if options.runtime is Runtime.TFLITE_RUNTIME:
             return ("int8:channel",)
@@ -89,45 +89,46 @@ class TfliteTarget(base.Target):
         return (*(_BLOCKS.replace(":auto32:", f":{size}:") for size in (128, 64, 32)), _ROWS)
 
     def kept_formats(self, options: base.TargetOptions, tensor_class: str, dtype: str) -> tuple[str, ...]:  # noqa: ARG002
-        """Codes of 4 bits: the int8 kernels do not take -128, which codes of other tools hold."""
+        """4-bit formats only: LiteRT's int8 kernels do not take -128, which occurs in codes of other tools."""
         blocks = tuple(form for form in self.auto_formats(options, tensor_class) if form.startswith("int4"))
         return (*blocks, _INT4_ROWS) if blocks else ()
 
     def capabilities(self, options: base.TargetOptions, phase: base.Phase) -> base.Capabilities:
-        """Decode skips every expert that its token does not need, prefill those that no token of the piece needs."""
+        """Decode skips experts that its token does not need, prefill those that no token of the piece needs."""
         assert isinstance(options, TfliteOptions)
         if options.flavor is Flavor.NO_CONTROL_FLOW:
             return base.Capabilities(skips_experts=False, reason="the flavor no-control-flow computes every expert")
         if phase is base.Phase.PREFILL:
             return base.Capabilities(
-                skips_experts=False, reason="an expert is computed for all tokens of a piece as soon as one needs it"
+                skips_experts=False,
+                reason="an expert that one token of a piece needs is computed for all its tokens",
             )
         return base.Capabilities(skips_experts=True)
 
     def check(self, options: base.TargetOptions, config: Mapping[str, Any]) -> None:
-        """A cache that is longer than the model's context, or shorter than a prompt; see `Target.check`."""
+        """Refuse a KV cache that is longer than the model's context or shorter than a prompt; see `Target.check`."""
         assert isinstance(options, TfliteOptions)
         super().check(options, config)
         _capacity(config, options)
 
     def lint(self, program: Program, options: base.TargetOptions) -> tuple[Rejection, ...]:
-        """States that LiteRT-LM does not keep where it is to run the model, and whatever lowering refuses."""
-        from moec.targets.common.refusals import formats_without_form, ops_without_form, refused_by
+        """What lowering refuses and, with --bundle, states and inputs that LiteRT-LM does not support."""
+        from moec.targets.common.refusals import refused_by, unsupported_formats, unsupported_ops
         from moec.targets.tflite.lower import computed
         from moec.targets.tflite.lowerings.table import TABLE
-        from moec.targets.tflite.weights import HINT, inexpressible
+        from moec.targets.tflite.weights import HINT, unsupported_reason
 
         assert isinstance(options, TfliteOptions)
         found = (
-            *ops_without_form(self.name, TABLE, computed(program)),
-            *formats_without_form(self.name, program, lambda own: inexpressible(own.format, own.shape[-1]), HINT),
+            *unsupported_ops(self.name, TABLE, computed(program)),
+            *unsupported_formats(self.name, program, lambda own: unsupported_reason(own.format, own.shape[-1]), HINT),
         )
         if options.bundle and program.replaced:
             state = program.replaced[0]
-            reason = f"its state of kind {state.kind} is no cache: LiteRT-LM, which --bundle is for, keeps caches alone"
+            reason = f"LiteRT-LM (--bundle) supports only KV caches, not states of kind {state.kind}"
             found += (Rejection(self.name, f"layer {state.layer}", reason, "export without --bundle"),)
         if options.bundle:
-            reason = "LiteRT-LM, which --bundle is for, feeds no such input"
+            reason = "LiteRT-LM (--bundle) does not feed such an input"
             added = program.input_defaults
             found += tuple(
                 Rejection(self.name, f"input {name}", reason, "export without it or without --bundle") for name in added
@@ -156,7 +157,7 @@ class TfliteTarget(base.Target):
         return base.Lowered((MODEL,), lower.signature(program, model), tuple(shared.rejections), facts)
 
     def package(self, options: base.TargetOptions, directory: Path) -> tuple[str, ...]:
-        """Write the bundle if one is wanted."""
+        """Write the bundle if `bundle` is set."""
         from moec.targets.tflite.bundle import write_bundle
         from moec.targets.tflite.reader import TfliteFile
 
@@ -166,34 +167,34 @@ class TfliteTarget(base.Target):
         return (write_bundle(directory, MODEL, int(TfliteFile(directory / MODEL).facts["capacity"])),)
 
     def open(self, directory: Path, *, threads: int = 0) -> base.Runner:
-        """Open with the LiteRT interpreter on CPU."""
+        """Open the artifact on CPU with the runtime that it was built for."""
         from moec.targets.tflite.runner import TfliteRunner
 
         return TfliteRunner(directory / MODEL, threads=threads)
 
     def open_experts(self, directory: Path, *, threads: int = 0) -> Mapping[str, base.ExpertsRunner]:
-        """The part of each signature that computes a layer's experts, in LiteRT."""
+        """The experts of each signature, layer by layer, in LiteRT."""
         from moec.targets.tflite.experts import open_experts
 
         return open_experts(directory / MODEL, threads)
 
     def activation_rounding(self, directory: Path) -> ActivationRounding:  # noqa: ARG002
-        """XNNPACK's: each row by its extremes."""
-        from moec.quantize.activations import asymmetric_rows
+        """XNNPACK's rounding of activations to int8, with a range per row."""
+        from moec.quantize.activations import round_rows_to_int8
 
-        return asymmetric_rows
+        return round_rows_to_int8
 
     def stored_weights(self, directory: Path) -> Mapping[str, StoredWeight]:
-        """Read back from the tensors of the file, which bear the names of the Program."""
+        """Weights as read back from the file, whose tensors have the Program's names."""
         from moec.targets.tflite.reader import TfliteFile
 
         return TfliteFile(directory / MODEL).stored_weights()
 
     def doctor(self) -> Mapping[str, str]:
-        """Everything works where LiteRT is installed.
+        """Build, run and measure all work where LiteRT is installed.
 
         Raises:
-            MissingExtraError: It is not.
+            MissingExtraError: LiteRT is not installed.
         """
         from moec.targets.tflite.library import module
 
@@ -203,10 +204,10 @@ class TfliteTarget(base.Target):
 
 
 def _build(program: Program, options: TfliteOptions) -> tuple[Model, Shared]:
-    """The model, whose weights nobody has read yet.
+    """The model, without reading its weights.
 
     Raises:
-        LoweringError: Something has no form.
+        LoweringError: An op or a weight's format is not supported.
     """
     from moec.targets.tflite import lower
 
@@ -215,27 +216,27 @@ def _build(program: Program, options: TfliteOptions) -> tuple[Model, Shared]:
         lengths=_lengths(options),
         capacity=_capacity(program.config, options),
         branches=options.flavor is not Flavor.NO_CONTROL_FLOW,
-        older=options.runtime is Runtime.TFLITE_RUNTIME,
+        legacy=options.runtime is Runtime.TFLITE_RUNTIME,
     )
 
 
 def _lengths(options: TfliteOptions) -> tuple[int, ...]:
-    """Tokens of a step of each signature, `decode` first."""
+    """Tokens per step of each signature, `decode` first."""
     return (1, *sorted({length for length in options.prefill if length > 1}))
 
 
 def _capacity(config: Mapping[str, Any], options: TfliteOptions) -> int:
-    """Slots of the cache.
+    """Slots of the KV cache.
 
     Raises:
-        UsageError: The model, or a prefill signature, does not fit.
+        UsageError: The cache is longer than the model's context, or shorter than a prefill signature.
     """
     capacity = cache_length(config, options.context, DEFAULT_CONTEXT)
     longest = max(options.prefill, default=1)
     if longest > capacity:
         raise UsageError(
-            f"--prefill {longest} is longer than the cache of {capacity} tokens",
-            hint=f"give --prefill of at most {capacity}, or a larger --context",
+            f"--prefill {longest} is longer than the KV cache of {capacity} tokens",
+            hint=f"use a --prefill of at most {capacity}, or a larger --context",
         )
     return capacity
 

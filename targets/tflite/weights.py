@@ -1,4 +1,4 @@
-"""The Program's tensors as the file holds them: float32, fp16, int8 with a scale per row, int4 per row or per block."""
+"""The Program's tensors in the file: float32, fp16, int8 with a scale per row, int4 with scales per row or block."""
 
 from __future__ import annotations
 
@@ -18,58 +18,58 @@ from moec.targets.tflite.model import Chunk, Weight
 
 CHUNK_BYTES = 1 << 25
 INT4_BLOCK = 32
-"""XNNPACK's blockwise int4 product wants blocks that are a multiple of this."""
+"""XNNPACK's blockwise int4 product needs block sizes that are multiples of this."""
 
 HINT = (
-    "int8:channel, and with --activations int8-dynamic int4:channel and int4 in blocks too, all symmetric, are what "
-    "LiteRT computes with"
+    "LiteRT supports int8:channel and, with --activations int8-dynamic, int4:channel and int4 in blocks; "
+    "all without zero points"
 )
 
 
 def format_of(tensor: LazyTensor) -> IntegerFormat | None:
-    """The integer format that the plan gives to `tensor`, or None where it stays float."""
+    """The integer format of a quantized `tensor`; None for a float one."""
     return tensor.format if isinstance(tensor, Quantized) else None
 
 
-def inexpressible(form: IntegerFormat | PaletteFormat | TableFormat, width: int) -> str:
-    """Why a format has no form in LiteRT, for rows of `width`; empty where it has one."""
+def unsupported_reason(form: IntegerFormat | PaletteFormat | TableFormat, width: int) -> str:
+    """Why LiteRT does not support a format for rows of `width` weights; empty if it does."""
     if not isinstance(form, IntegerFormat):
-        return "LiteRT has no kernel for weights from a table"
+        return "LiteRT has no kernel for weights with a lookup table"
     if not form.symmetric:
         return "LiteRT has no kernel for weights with zero points"
     if form.bits == 4 and form.activations is Activations.FLOAT:
-        return "LiteRT multiplies int4 weights with activations rounded to int8 only (int8-dynamic)"
+        return "LiteRT multiplies int4 weights only with activations that are rounded to int8 (int8-dynamic)"
     block = form.block_length(width)
     if form.bits == 4 and width % 2:
         return f"rows of {width} int4 codes do not fill whole bytes"
     if block == width:
         return ""
     if form.bits == 8:
-        return "LiteRT computes with int8 weights of one scale per row only, not in blocks"
+        return "LiteRT supports int8 weights with one scale per row, but not in blocks"
     return "" if block % INT4_BLOCK == 0 else f"blocks of int4 weights must be multiples of {INT4_BLOCK}"
 
 
 class Weights:
-    """Makes `Weight`s of the Program's tensors, each once however many signatures use it."""
+    """Converts the Program's tensors to `Weight`s, which all signatures share."""
 
     def __init__(self, program: Program) -> None:
         self._store = program.weights
         self._made: dict[Any, Weight] = {}
 
     def plain(self, name: str, dtype: torch.dtype) -> Weight:
-        """A tensor that stays float.
+        """A float tensor.
 
         Raises:
             LoweringError: The plan quantizes it.
         """
         tensor = self._store[name]
         if (form := format_of(tensor)) is not None:
-            reason = f"quantized to {form}, but used where LiteRT takes floats only"
+            reason = f"quantized to {form}, but an op uses it that takes only floats in LiteRT"
             raise RefusedError(name, reason, hint="leave it float in the plan")
         return self._float(self._store.resolve(name), tensor, dtype)
 
-    def turned(self, name: str, dtype: torch.dtype, axes: tuple[int, ...]) -> Weight:
-        """A small tensor that stays float, with its axes in another order; an axis of -1 is a new one of size 1.
+    def transposed(self, name: str, dtype: torch.dtype, axes: tuple[int, ...]) -> Weight:
+        """A small float tensor with its axes permuted; -1 in `axes` is a new axis of size 1.
 
         Raises:
             LoweringError: The plan quantizes it.
@@ -101,10 +101,10 @@ class Weights:
         """The matrix [N, K] (or bias [N]) of one expert of a stack.
 
         Args:
-            name: The stack.
-            index: The expert.
-            dtype: Dtype in the graph.
-            interleaved: Whether its rows alternate gate and up; in the file they follow one another.
+            name: Name of the stack in the Program.
+            index: Index of the expert.
+            dtype: dtype in the graph.
+            interleaved: Whether gate and up rows alternate in the Program; in the file, all gate rows come first.
 
         Raises:
             LoweringError: LiteRT cannot express the format.
@@ -162,7 +162,7 @@ def _kind(dtype: torch.dtype) -> str:
 def _quantized(
     name: str, form: IntegerFormat, shape: tuple[int, ...], slices: Callable[[], Iterator[Any]], of: str
 ) -> Weight:
-    if reason := inexpressible(form, shape[-1]):
+    if reason := unsupported_reason(form, shape[-1]):
         raise RefusedError(of, f"format {form}: {reason}", hint=HINT)
 
     def chunks() -> Iterator[Chunk]:
@@ -182,7 +182,7 @@ def _row_slices(tensor: Quantized) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def pack_int4(codes: np.ndarray) -> np.ndarray:
-    """Signed codes [..., K] as bytes, two in each, the first in the low half."""
+    """Pack signed codes [..., K] into bytes [..., K / 2], the first of two codes in the low nibble."""
     pairs = codes.reshape(-1, 2).view(np.uint8) & 0xF
     packed: np.ndarray = pairs[:, 0] | (pairs[:, 1] << 4)
     return packed

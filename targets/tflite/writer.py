@@ -1,8 +1,8 @@
-"""Writes a `.tflite` file: the flatbuffer first, the weights behind it, one slice of one weight in memory at a time.
+"""Writes a `.tflite` file: the flatbuffer, then the weights, with one slice of one weight in memory at a time.
 
-The schema lets a buffer lie outside the flatbuffer, at an offset from the start of the file, which is how files grow
-beyond the 2 GB that a flatbuffer can address. Here all weights lie there: nothing large is ever copied, and scales and
-offsets, which are known last, are patched into the flatbuffer before it is written in front of them.
+The schema allows buffers outside the flatbuffer, at an offset from the start of the file, so that files may exceed the
+2 GB that a flatbuffer can address. All weights are stored there, so nothing large is copied. Scales and offsets, which
+are known last, are patched into the flatbuffer, which is then written to the start of the file.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ S: Any = schema()
 flatbuffers: Any = module("flatbuffers")
 
 ALIGNMENT = 64
-"""Offsets of weights in the file: what vector loads want, and more than the 16 that LiteRT asks for."""
+"""Alignment of weights in the file, for vector loads; LiteRT requires 16."""
 
 IDENTIFIER = b"TFL3"
 FLATBUFFER_LIMIT = 2**31 - 1
 _VERSION = 3
-_PENDING = 2  # an offset above 1 tells LiteRT that the buffer lies outside; the real one is patched in
+_PENDING = 2  # any offset above 1 marks a buffer outside the flatbuffer; the real one is patched in
 
 OPTIONS = {
     "ADD": "AddOptions",
@@ -63,16 +63,16 @@ OPTIONS = {
     "UNPACK": "UnpackOptions",
     "WHILE": "WhileOptions",
 }
-"""Operator -> options table, for those that have one with fields."""
+"""Operator -> class of its options table, for operators with options."""
 
 _SUBGRAPHS = {
     "IF": ("thenSubgraphIndex", "elseSubgraphIndex"),
     "WHILE": ("condSubgraphIndex", "bodySubgraphIndex"),
 }
-"""Operator -> the fields that name the two subgraphs that it runs."""
+"""Operator -> the option fields with the indices of its two subgraphs."""
 
 VERSIONS = {
-    # The lowest version of each operator that has the types and options used here.
+    # The lowest version of each operator with the types and options that moec uses.
     "BATCH_MATMUL": 2,
     "BROADCAST_TO": 3,
     "CONCATENATION": 1,
@@ -91,7 +91,7 @@ VERSIONS = {
 
 
 QUANTIZED_VERSIONS = {"DEQUANTIZE": 5, "EMBEDDING_LOOKUP": 4, "FULLY_CONNECTED": 12}
-"""The same where an operand is a quantized weight, with a scale for each row."""
+"""The same, for operators with a weight that has one scale per row."""
 
 
 def write(model: Model, path: Path, progress: Progress) -> int:
@@ -101,7 +101,7 @@ def write(model: Model, path: Path, progress: Progress) -> int:
         Bytes written.
 
     Raises:
-        LoweringError: The graph alone is larger than a flatbuffer can be.
+        LoweringError: The graph without weights exceeds the maximum size of a flatbuffer.
     """
     packed = _Packer(model)
     header = packed.pack()
@@ -133,7 +133,7 @@ def _aligned(offset: int) -> int:
 
 
 def _stream(weight: Weight, write: Callable[[bytes], int]) -> np.ndarray:
-    """Write the values of `weight` and return its scales, one after the other."""
+    """Write the values of `weight` and return its scales, concatenated."""
     scales: list[np.ndarray] = []
     written = 0
     for data, own in weight.chunks():
@@ -143,8 +143,8 @@ def _stream(weight: Weight, write: Callable[[bytes], int]) -> np.ndarray:
     found = sum(part.size for part in scales)
     if (written, found) != (weight.nbytes, weight.scale_count):
         raise LoweringError(
-            f"{weight.name}: {written} bytes and {found} scales were made, "
-            f"{weight.nbytes} and {weight.scale_count} planned"
+            f"{weight.name}: {written} bytes and {found} scales were written, but "
+            f"{weight.nbytes} and {weight.scale_count} were planned"
         )
     return np.concatenate(scales) if scales else np.zeros(0, np.float32)
 
@@ -156,7 +156,7 @@ def _version(operator: Operator, graph: Graph) -> int:
 
 
 class _Packer:
-    """Packs a model into a flatbuffer and remembers where the weights' offsets and scales go."""
+    """Packs a model into a flatbuffer and records where to patch in the weights' offsets and scales."""
 
     def __init__(self, model: Model) -> None:
         self._model = model
@@ -170,7 +170,7 @@ class _Packer:
         self._scale_places: dict[Weight, int] = {}
 
     def pack(self) -> bytearray:
-        """The flatbuffer, with offsets and scales of the weights still open."""
+        """The flatbuffer, with placeholders for the weights' offsets and scales."""
         b = self._builder
         self._empty_buffer()
         graphs = [self._graph(graph) for graph in self._graphs]
@@ -191,25 +191,25 @@ class _Packer:
         header: bytearray = bytearray(b.Output())
         if len(header) > FLATBUFFER_LIMIT:
             raise LoweringError(
-                f"the graph alone takes {len(header)} bytes; a flatbuffer holds {FLATBUFFER_LIMIT}",
-                hint="build fewer prefill signatures",
+                f"the graph without weights has {len(header)} bytes, but a flatbuffer holds at most {FLATBUFFER_LIMIT}",
+                hint="build fewer prefill signatures (--prefill)",
             )
-        # Places were counted from the end while the buffer grew toward its start.
+        # flatbuffers builds from the end, so positions were counted from there.
         for places in (self._offset_places, self._scale_places):
             for key in places:
                 places[key] = len(header) - places[key]  # type: ignore[index]
         return header
 
     def place(self, header: bytearray, weight: Weight, offset: int) -> None:
-        """Patch in where the values of `weight` lie in the file."""
+        """Patch in the file offset of the values of `weight`."""
         struct.pack_into("<Q", header, self._offset_places[weight], offset)
 
     def place_scales(self, header: bytearray, weight: Weight, offset: int) -> None:
-        """Patch in where the scale tensor of a blockwise `weight` lies in the file."""
+        """Patch in the file offset of the scale tensor of a blockwise `weight`."""
         struct.pack_into("<Q", header, self._offset_places["scales", weight], offset)
 
     def fill_scales(self, header: bytearray, weight: Weight, scales: np.ndarray) -> None:
-        """Patch in the scales of a `weight` that has one per row."""
+        """Patch in the scales of a `weight` with one scale per row."""
         start = self._scale_places[weight]
         header[start : start + 4 * scales.size] = scales.astype("<f4").tobytes()
 
@@ -246,7 +246,7 @@ class _Packer:
     # Tables -----------------------------------------------------------------------------------------------------
 
     def _once(self, key: Hashable, make: Callable[[], int]) -> int:
-        """What is alike is stored once: tables may be referred to from several places."""
+        """The offset from `make()`, called once for each `key`: equal tables are stored once and shared."""
         if key not in self._shared:
             self._shared[key] = make()
         return self._shared[key]
@@ -307,14 +307,14 @@ class _Packer:
         if not weight.block:
             return 0
         if weight.blockwise:
-            # The scales are the next tensor of the same subgraph, at whatever place that is.
+            # The scales are the next tensor of the same subgraph.
             return self._once(("blockwise", weight, place), lambda: self._blockwise(weight, place + 1))
         return self._once(("per row", weight), lambda: self._per_row(weight))
 
     def _per_row(self, weight: Weight) -> int:
         b, count = self._builder, weight.scale_count
         scales = b.CreateNumpyVector(np.zeros(count, np.float32))
-        self._scale_places[weight] = scales - 4  # behind the length of the vector
+        self._scale_places[weight] = scales - 4  # after the length of the vector
         zeros = self._once(("zeros", count), lambda: int(b.CreateNumpyVector(np.zeros(count, np.int64))))
         S.QuantizationParametersStart(b)
         S.QuantizationParametersAddScale(b, scales)

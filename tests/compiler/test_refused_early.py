@@ -15,7 +15,11 @@ CASES = {
     "a cache beyond the context, CoreML": (["-t", "coreml", "--context", "99999"], 2, "made for 512 tokens"),
     "a cache beyond the context, TFLite": (["-t", "tflite", "--context", "99999"], 2, "made for 512 tokens"),
     "a cache beyond the context, TensorRT": (["-t", "tensorrt", "--context", "99999"], 2, "made for 512 tokens"),
-    "a prompt beyond the cache": (["-t", "tflite", "--context", "64", "--prefill", "128"], 2, "longer than the cache"),
+    "a prompt beyond the cache": (
+        ["-t", "tflite", "--context", "64", "--prefill", "128"],
+        2,
+        "longer than the KV cache",
+    ),
     "a policy that is not told how much to save": (["-t", "onnx", "--routing", "threshold"], 2, "--expert-budget"),
     "an unknown policy": (["-t", "onnx", "--routing", "tresholds", "--expert-budget", "0.5"], 2, "threshold"),
     "a calibration file that is none": (["-t", "onnx", "--routing", "top-p", "--calibration", "x.json"], 2, "x.json"),

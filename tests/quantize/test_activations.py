@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moec.compiler.ir.weights import Constant
-from moec.quantize.activations import asymmetric_rows
+from moec.quantize.activations import round_rows_to_int8
 from moec.quantize.formats import IntegerFormat, parse_format
 from moec.quantize.lazy import Quantized, quantized
 
@@ -33,7 +33,7 @@ def by_definition(row: list[float]) -> list[float]:
 @pytest.mark.parametrize("shift", [0.0, 3.0, -3.0, 40.0])
 def test_rows_are_rounded_by_their_extremes(shift: float) -> None:
     rows = torch.randn(5, 32, generator=torch.Generator().manual_seed(1)) + shift
-    got = asymmetric_rows(weight("int8:channel:int8-dynamic"), rows)
+    got = round_rows_to_int8(weight("int8:channel:int8-dynamic"), rows)
     want = torch.tensor([by_definition(row) for row in rows.tolist()])
     torch.testing.assert_close(got, want, rtol=0, atol=1e-6 * float(rows.abs().max()))
     assert 0 < float((got - rows).abs().max()) <= 1.01 * float(rows.amax() - min(0.0, float(rows.amin()))) / 255
@@ -41,16 +41,16 @@ def test_rows_are_rounded_by_their_extremes(shift: float) -> None:
 
 def test_a_row_of_zeros_stays() -> None:
     rows = torch.zeros(2, 32)
-    assert torch.equal(asymmetric_rows(weight("int4:32:int8-dynamic"), rows), rows)
+    assert torch.equal(round_rows_to_int8(weight("int4:32:int8-dynamic"), rows), rows)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_the_dtype_stays(dtype: torch.dtype) -> None:
     rows = torch.linspace(-1, 1, 32).to(dtype)[None]
-    assert asymmetric_rows(weight("int8:channel:int8-dynamic"), rows).dtype == dtype
+    assert round_rows_to_int8(weight("int8:channel:int8-dynamic"), rows).dtype == dtype
 
 
 @pytest.mark.parametrize("of", [Constant(torch.ones(3, 32)), weight("int4:32"), weight("int8:channel")])
 def test_a_weight_that_takes_floats_rounds_nothing(of: Constant | Quantized) -> None:
     rows: Tensor = torch.randn(2, 32)
-    assert asymmetric_rows(of, rows) is rows
+    assert round_rows_to_int8(of, rows) is rows

@@ -72,9 +72,9 @@ def test_the_defaults_are_not_printed() -> None:
         ("", "unknown format ''", "the formats: fp16, int4, int8, none, palettize4"),
         ("int4:33", "unknown word '33'", "did you mean '32'"),
         ("int4:chanel", "unknown word 'chanel'", "did you mean 'channel'"),
-        ("int4:32:64", "'64' contradicts", "Keep one"),
-        ("int4:sym:asym", "'asym' contradicts", "Keep one"),
-        ("fp16:32", "takes no further words", "Write fp16."),
+        ("int4:32:64", "'64' contradicts", "keep one"),
+        ("int4:sym:asym", "'asym' contradicts", "keep one"),
+        ("fp16:32", "takes no further words", "write fp16"),
         ("palettize4:8:16", "at most a number of rows", "palettize4:8"),
         ("palettize4:fp16", "at most a number of rows", "palettize4:8"),
         ("palettize4:0", "0 rows cannot share a palette", "palettize4:8"),
@@ -98,7 +98,7 @@ def test_default_block_is_the_largest_that_divides(dimension: int) -> None:
 def test_a_block_that_does_not_divide_is_refused_with_one_that_does() -> None:
     with pytest.raises(UsageError, match=r"layers.0.up: block size 128 .* dimension 96") as caught:
         IntegerFormat(4, 128).resolve(96, "layers.0.up")
-    assert caught.value.hint == "Use block size 32."
+    assert caught.value.hint == "use block size 32"
     with pytest.raises(UsageError) as caught:
         IntegerFormat(4, 32).resolve(100, "layers.0.up")
     assert "int8:channel" in caught.value.hint

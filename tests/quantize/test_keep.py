@@ -8,8 +8,8 @@ from torch import Tensor
 
 from moec.compiler.ir.encoded_weights import Encoded, PerBlock
 from moec.compiler.ir.weights import Concatenated, Constant
-from moec.quantize.formats import IntegerFormat, TableFormat, parse_held
-from moec.quantize.keep import ROUNDED_SCALES, Held, KeptFormat, grid_of, kept
+from moec.quantize.formats import IntegerFormat, TableFormat, parse_supported
+from moec.quantize.keep import ROUNDED_SCALES, KeptFormat, SupportedFormats, grid_of, kept
 
 TABLE = torch.tensor([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], dtype=torch.int8)
 EXACT, NEAR, TINY = 0.25, 0.1, 2.0**-40
@@ -53,7 +53,7 @@ def test_a_target_takes_scales_that_it_stores_as_they_are_and_rounds_others_if_t
     scale: float, held: str, expected: tuple[str, str] | None, table: Tensor | None
 ) -> None:
     tensor, text = weight(scale, table=table), "int4:32" if table is None else "table4:32"
-    grid, target = grid_of(tensor), Held(lambda _: (text + held, "int8:64"))
+    grid, target = grid_of(tensor), SupportedFormats(lambda _: (text + held, "int8:64"))
     assert grid is not None
     found = [(fmt, said) for fmt, said in grid.forms() if target.kept("attention", fmt) is not None]
     assert [(str(fmt), said) for fmt, said in found[:1]] == ([(text + expected[0], expected[1])] if expected else [])
@@ -73,7 +73,7 @@ def test_weights_of_two_tables_have_no_common_grid() -> None:
     grid = grid_of(Concatenated((one, other), 0))
     assert grid is not None
     assert grid.format is None
-    assert "indices of one table" in grid.reason
+    assert "indices into one lookup table" in grid.reason
 
 
 def test_a_table_that_half_precision_does_not_hold_is_no_grid() -> None:
@@ -84,7 +84,7 @@ def test_a_table_that_half_precision_does_not_hold_is_no_grid() -> None:
 
 def test_text_forms_of_what_targets_hold() -> None:
     for text in ("table4:32", "table4:16:fp32", "int4:32:asym"):
-        assert str(parse_held(text)) == text
-    assert isinstance(parse_held("int8:channel"), IntegerFormat)
+        assert str(parse_supported(text)) == text
+    assert isinstance(parse_supported("int8:channel"), IntegerFormat)
     # A code and its share of a scale, and the table.
     assert TableFormat(32).planned_bytes((2, 4, 64)) == 2 * (4 * (32 + 2 * 2) + 32)

@@ -86,7 +86,7 @@ def test_the_router_norms_and_biases_stay_float(tensor_class: TensorClass) -> No
         lambda: Override(tensor_class, IntegerFormat(8), layer=0),
         lambda: QuantizationPlan.from_dict({"formats": {tensor_class.value: "int4"}}),
     ]
-    reason = "flips experts" if tensor_class is TensorClass.ROUTER else "too sensitive to round"
+    reason = "router logits" if tensor_class is TensorClass.ROUTER else "sensitive to rounding"
     for attempt in refused:
         with pytest.raises(UsageError, match=f"{tensor_class} cannot be int.*always stays float.*{reason}"):
             attempt()
@@ -120,8 +120,8 @@ def test_an_unknown_class_is_refused_with_the_nearest_name(text: str, hint: str)
         ({"overrides": [{"tensor_class": "attention", "layer": 0}]}, "lacks 'format'"),
         ({"overrides": [{"tensor_class": "attention", "format": "int8"}]}, "neither a layer nor an expert"),
         ({"overrides": [{"tensor_class": "attention", "format": "int8", "layers": 0}]}, "unknown key 'layers'"),
-        ({"overrides": [{"tensor_class": "attention", "format": "int8", "layer": "0"}]}, "not a whole number"),
-        ({"overrides": [{"tensor_class": "attention", "format": "int8", "layer": True}]}, "not a whole number"),
+        ({"overrides": [{"tensor_class": "attention", "format": "int8", "layer": "0"}]}, "not an integer"),
+        ({"overrides": [{"tensor_class": "attention", "format": "int8", "layer": True}]}, "not an integer"),
         ({"overrides": [{"tensor_class": "attention", "format": "int8", "layer": -1}]}, "is negative"),
         ({"overrides": [{"tensor_class": "attention", "format": "int8", "expert": 1}]}, "has no experts"),
         (

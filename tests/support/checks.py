@@ -1,4 +1,4 @@
-"""What several tests ask in the same words."""
+"""Assertions that several tests share."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from moec.targets.base import Runner
 
 
 def assert_recorded(runner: Runner, golden_model: Path, prompts: int | None = None) -> None:
-    """`runner` computes the recorded logits of transformers in float32, and chooses its tokens one by one.
+    """Assert that `runner` computes the recorded float32 logits of transformers, and generates the same greedy tokens.
 
-    See golden_models/README.md. `prompts`: how many of the recorded ones; None: all.
+    See golden_models/README.md. `prompts`: how many of the recorded prompts to check; None: all.
     """
     recorded = np.load(golden_model / "golden_logits.npz")
     names = [name.removesuffix(".greedy") for name in recorded.files if name.endswith(".greedy")][:prompts]
@@ -32,14 +32,14 @@ def assert_recorded(runner: Runner, golden_model: Path, prompts: int | None = No
 
 
 def exported(checkpoint: Path, target: str, out: Path, *flags: str) -> dict[str, str]:
-    """Export with all gates; the status of each by its name."""
+    """Export with all gates; returns name of each gate -> its status."""
     code = cli.dispatch(["export", str(checkpoint), "-t", target, "-o", str(out), "-q", *flags])
     assert code == 0
     return {item["gate"]: item["status"] for item in json.loads((out / "report.json").read_text())["verdicts"]}
 
 
 def assert_left_alone(item: Pass, program: Program, reason: str) -> None:
-    """The pass changes nothing, and says of the one place in module `block` why."""
+    """Assert that the pass changes nothing, and rejects one node in module `block` with `reason`."""
     result = item.run(program)
     assert not result.modified
     assert result.program is program

@@ -1,4 +1,4 @@
-"""A model that is lowered to a file of ONNX, for every target that does so."""
+"""A model lowered to an ONNX file, for the targets that write one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from moec.targets.base import Lowered, Runner
 
 @dataclass(frozen=True)
 class Model:
-    """A tiny model: its Program, what lowering said, and the artifact (or its twin of ONNX) opened."""
+    """A tiny model: its Program, the result of lowering, and a runner of the artifact (or of its ONNX twin)."""
 
     program: Program
     lowered: Lowered
@@ -21,5 +21,5 @@ class Model:
     directory: Path
 
     def graph(self) -> ir.Graph:
-        """What the file holds."""
+        """The graph in the ONNX file."""
         return ir.load(self.directory / "model.onnx").graph

@@ -1,4 +1,4 @@
-"""Programs of one op, for every target and the interpreter."""
+"""Programs of a single op, for tests of every target and of the interpreter."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from moec.passes.decompose.decompose import Decompose
 
 @dataclass(frozen=True)
 class Size:
-    """Stands for the size of an axis in the arguments of an op: a symbol in the graph, a number in torch."""
+    """The size of a dynamic axis in the arguments of an op: a symbol in the graph, a number for torch."""
 
     name: str
     factor: int = 1
@@ -32,22 +32,22 @@ class Size:
 
 
 _NUMBERS = itertools.count()
-"""Of weights, so that Programs that are built into one file share none."""
+"""Numbers for the names of weights, so that Programs that are built into one file share no names."""
 
 SIZES = ((2, 5), (3, 4), (1, 1))
-"""(batch, sequence) of the trace and of two runs with other sizes."""
+"""(batch, sequence) of the trace, and of two runs with other sizes."""
 
 
 @dataclass(frozen=True)
 class Weight:
-    """An operand that is a weight of the Program and no input."""
+    """An operand that is a weight of the Program, rather than an input."""
 
     value: Tensor
 
 
 @dataclass(frozen=True)
 class Axes:
-    """What the arguments of an op are made of: sizes as numbers for tensors, as Sizes for arguments."""
+    """The sizes for a case: `b` and `s` as numbers for shapes of tensors, `batch` and `sequence` for arguments."""
 
     b: int
     s: int
@@ -59,7 +59,7 @@ class Axes:
 
 
 Arguments = Callable[[Axes], tuple[Any, ...]]
-"""Axes -> arguments of an op; a mapping at the end is its keyword arguments."""
+"""Axes -> arguments of an op; a mapping at the end holds keyword arguments."""
 
 
 def _split(arguments: tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -67,7 +67,7 @@ def _split(arguments: tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class OneOp:
-    """A Program whose only semantic is one call; axes of its inputs that differ between SIZES are dynamic."""
+    """A Program with a single call; axes of its inputs that differ between SIZES are dynamic."""
 
     def __init__(self, target: Callable[..., Any], arguments: Arguments, output: int | None = None) -> None:
         self.target, self.arguments, self.output = target, arguments, output
@@ -78,12 +78,12 @@ class OneOp:
         self._symbols = self._make_symbols()
         self._sizes: dict[Size, fx.Node] = {}
         self.program = self._program()
-        """As it is traced."""
+        """The Program as traced."""
         self.core = Decompose().run(self.program).program
-        """In core ops."""
+        """The Program in core ops."""
 
     def static(self, batch: int, sequence: int) -> Program:
-        """In core ops, of fixed sizes."""
+        """The Program in core ops, with static sizes."""
         return specialise(self.core, batch=batch, sequence=sequence)
 
     def expected(self, batch: int, sequence: int) -> Any:
@@ -166,7 +166,7 @@ class OneOp:
             item = self._graph.call_function(operator.getitem, (call, self.output))
             call = self._node(item, call.meta["val"][self.output])
         self._graph.output((call,))
-        # Inputs were added as they were met: placeholders come first.
+        # Inputs were added where they are used, but placeholders must come first.
         for placeholder in self._graph.find_nodes(op="placeholder")[::-1]:
             next(iter(self._graph.nodes)).prepend(placeholder)
         return Program(

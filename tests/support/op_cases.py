@@ -1,4 +1,4 @@
-"""The one table of op cases: every op that has a rule or is a core op, with its edge cases. torch is the judge.
+"""The table of op cases: every op that has a rule or is a core op, with its edge cases. torch is the reference.
 
 The interpreter and every target run all of it. A case is a function of `Axes`: `d.b` and `d.s` are sizes of tensors as
 numbers, `d.batch` and `d.sequence` the same sizes as arguments. A mapping at the end holds keyword arguments.
@@ -32,7 +32,7 @@ def whole(*shape: int, low: int = -9, high: int = 9, seed: int = 0) -> Tensor:
 
 
 def distinct(rows: int, count: int, below: int) -> Tensor:
-    """Indices of which none comes twice in a row."""
+    """Indices [rows, count] that are distinct within each row."""
     return torch.stack([torch.randperm(below, generator=torch.Generator().manual_seed(row)) for row in range(rows)])[
         :, :count
     ]
@@ -46,7 +46,7 @@ def _named(names: str) -> list[Any]:
     return [getattr(aten, name).default for name in names.split()]
 
 
-# Arguments by op; several where an op has several forms. `d` has the sizes as numbers (b, s) and as symbols.
+# Op -> cases, one for each form of its arguments. `d` has the sizes as numbers (b, s) and as symbols.
 UNARY = {
     op: [lambda d: (x(d.b, d.s, 8),)]
     for op in _named(
@@ -126,7 +126,7 @@ ELEMENTWISE = {
     aten.elu.default: [lambda d: (x(d.b, d.s), 0.5)],
     aten.lt.Scalar: [*COMPARE_SCALAR[aten.lt.Scalar], lambda d: (whole(d.b, d.s), 2**30)],
     aten.logical_not.default: [lambda d: (flags(d.b, d.s),), lambda d: (whole(d.b, d.s, low=0, high=2),)],
-    # Halves, whose rounding goes to the even neighbour.
+    # Halves are rounded to the even neighbour.
     aten.round.default: [lambda d: (whole(d.b, d.s) / 2,)],
     aten.div.Tensor_mode: [
         lambda d: (x(d.b, d.s), positive(d.b, d.s), {"rounding_mode": "floor"}),
@@ -149,7 +149,7 @@ ELEMENTWISE = {
     aten.pow.Tensor_Tensor: [lambda d: (positive(d.b, d.s), x(d.b, d.s))],
     aten.pow.Scalar: [lambda d: (1.5, x(d.b, d.s))],
     aten.gelu.default: [lambda d: (x(d.b, d.s),), lambda d: (x(d.b, d.s), {"approximate": "tanh"})],
-    # Beyond the threshold softplus is the identity.
+    # Above the threshold, softplus is the identity.
     aten.softplus.default: [
         lambda d: (x(d.b, d.s) * 30,),
         lambda d: (x(d.b, d.s), 2.0, 1.5),
@@ -369,7 +369,7 @@ NORM = {
 
 
 def scan(d: Any, rule: str, *, heads: tuple[int, int, int] = (2, 2, 4), per_key: bool = False) -> tuple[Any, ...]:
-    """Arguments of a linear attention with Hq, Hk and H heads, keys of unit length and widths 8 and 6."""
+    """Arguments of a linear attention with Hq, Hk and H heads, keys of norm 1, and head sizes 8 (key) and 6 (value)."""
     queries, keys, own = heads
     key = torch.nn.functional.normalize(x(d.b, d.s, keys, 8, seed=1), dim=-1)
     decay = -positive(d.b, d.s, own, *((8,) if per_key else ())) if "gated" in rule else None
@@ -388,7 +388,7 @@ RECURRENCES: dict[Any, list[Callable[[Any], tuple[Any, ...]]]] = {
         lambda d: scan(d, "gated_delta", heads=(4, 2, 2)),
         lambda d: scan(d, "gated", heads=(4, 1, 4)),
     ],
-    # The state holds more than the kernel needs, or just that; a step may be shorter than it.
+    # The state holds as many inputs as the kernel needs or more, and a step may be shorter than the state.
     CAUSAL_CONV: [
         lambda d: (x(d.b, 6, d.s), d.weight(x(6, 1, 4)), d.weight(x(6)), x(d.b, 6, 4, seed=1), "silu"),
         lambda d: (x(d.b, 6, d.s), d.weight(x(6, 1, 3)), None, x(d.b, 6, 2, seed=1), "identity"),
@@ -405,11 +405,11 @@ SEVERAL = {
     aten.chunk.default: [lambda d: (x(d.b, d.s, 8), 2, 2)],
     aten.unbind.int: [lambda d: (x(d.b, 3, d.s), 1), lambda d: (x(3, d.b),)],
 }
-"""Ops with several results; two of them are looked at."""
+"""Ops with several results, the first two of which are compared."""
 
 
 def table(*shape: int, seed: int) -> Tensor:
-    """Rotary table: both halves alike."""
+    """A rotary table with two equal halves."""
     half = x(*shape[:-1], shape[-1] // 2, seed=seed)
     return torch.cat([half, half], -1)
 
@@ -425,7 +425,7 @@ ONE: dict[Any, list[Callable[[Any], tuple[Any, ...]]]] = {
 
 
 def cases() -> list[Any]:
-    """Op, arguments and which of its results is looked at (None: it has one), as parameters of a test."""
+    """Op, arguments and index of the result to compare (None: it has a single one), as parameters of a test."""
     single = [(op, arguments, None, place) for op, forms in ONE.items() for place, arguments in enumerate(forms)]
     several = [
         (op, arguments, output, place)

@@ -1,4 +1,4 @@
-"""Every built-in routing policy with parameters under which each of two layers drops something."""
+"""All built-in routing policies, with parameters with which each of two layers drops slots."""
 
 from __future__ import annotations
 

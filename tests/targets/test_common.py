@@ -31,9 +31,9 @@ def test_ops_that_have_torchs_name() -> None:
 @pytest.mark.parametrize(
     ("ids", "mask", "past", "said"),
     [
-        (np.zeros((2, 3)), None, 0, "2 sequences at once: the toy target runs 1"),
-        (np.zeros((1, 3)), np.array([[0, 1, 1]]), 0, "the toy target takes no padding"),
-        (np.zeros((1, 3)), None, 6, "9 tokens are more than the 8 that the cache holds"),
+        (np.zeros((2, 3)), None, 0, "2 sequences at once: the toy target runs at most 1"),
+        (np.zeros((1, 3)), np.array([[0, 1, 1]]), 0, "the toy target does not support padding"),
+        (np.zeros((1, 3)), None, 6, "9 tokens exceed the 8 that the KV cache holds"),
     ],
 )
 def test_a_step_beyond_the_limits_is_refused(ids: np.ndarray, mask: np.ndarray | None, past: int, said: str) -> None:

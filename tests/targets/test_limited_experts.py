@@ -58,8 +58,8 @@ def test_the_kernel_for_integers_has_no_such_limit_and_the_hint_leads_on(program
     target, plan = get_target("onnx"), requested("int8")
     (found,) = target.refusals(Quantize(plan).run(program).program, target.Options())
     assert (found.where, program.layers[0].module) == ("model.language_model.layers.3.mlp.experts",) * 2
-    assert "the kernel clamps what silu takes in, and not what it yields, so experts in int8" in found.reason
-    assert "experts_gate_up and experts_down of these layers float, by overrides" in found.hint
+    assert "the kernel clamps the input of silu, but this model clamps its output, so experts in int8" in found.reason
+    assert "experts_gate_up and experts_down of these layers float with overrides" in found.hint
     classes = ("experts_gate_up", "experts_down")
     overrides = [{"tensor_class": name, "layer": 3, "format": "none"} for name in classes]
     with_floats = QuantizationPlan.from_dict({**plan.to_dict(), "overrides": overrides})

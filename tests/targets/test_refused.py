@@ -27,7 +27,7 @@ from moec.passes.quantize import Quantize
 from moec.quantize.lazy import Coded
 from moec.quantize.plan import requested
 from moec.targets import get_target
-from moec.targets.common.refusals import listed
+from moec.targets.common.refusals import first_few
 
 aten = torch.ops.aten
 NAMES = ("onnx", "tflite", "tensorrt", "coreml")
@@ -50,51 +50,60 @@ CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any], str, str]] = {
     ),
     "onnx, narrow heads": (
         *("heads of 20", "onnx", {"flavor": "genai"}, {}),
-        *("heads of a multiple of 8 wide, not 20", "--target onnx --help"),
+        *("a multiple of 8 as head size, not 20", "--target onnx --help"),
     ),
     "onnx, zero points in standard ops": (
         *("olmoe", "onnx", {"flavor": "portable"}, {"format": {"formats": {"attention": "int4:32:asym"}}}),
-        *("asymmetric weights have no standard form here", "use a symmetric format"),
+        *("zero points are not supported in standard ops", "use a symmetric format"),
     ),
     "tflite, int4 with float activations": (
         *("olmoe", "tflite", {}, {"format": "int4:channel"}),
-        *("format int4:channel: LiteRT multiplies int4 weights with activations rounded", "--activations int8-dynamic"),
+        *(
+            "format int4:channel: LiteRT multiplies int4 weights only with activations that are rounded",
+            "--activations int8-dynamic",
+        ),
     ),
     "tflite, zero points": (
         *("olmoe", "tflite", {}, {"format": {"formats": {"attention": "int4:32:asym"}}, **DYNAMIC}),
-        *("format int4:32:asym:int8-dynamic: LiteRT has no kernel for weights with zero points", "all symmetric"),
+        *(
+            "format int4:32:asym:int8-dynamic: LiteRT has no kernel for weights with zero points",
+            "all without zero points",
+        ),
     ),
     "tflite, int8 in blocks": (
         *("olmoe", "tflite", {}, {"format": {"formats": {"attention": "int8:32"}}}),
-        *("LiteRT computes with int8 weights of one scale per row only", "int8:channel"),
+        *("LiteRT supports int8 weights with one scale per row, but not in blocks", "int8:channel"),
     ),
     "tflite, an embedding in blocks": (
         *("olmoe", "tflite", {}, {"format": {"formats": {"embedding": "int4:32"}}, **DYNAMIC}),
-        *("model.embed_tokens: aten.embedding.default: model.embed_tokens.weight: an embedding in blocks", "int8:ch"),
+        *(
+            "model.embed_tokens: aten.embedding.default: model.embed_tokens.weight: an embedding quantized in blocks",
+            "int8:ch",
+        ),
     ),
     "tflite, what tflite-runtime computes wrongly": (
         *("olmoe", "tflite", {"runtime": "tflite-runtime"}, {"format": "int8:channel", **DYNAMIC}),
-        *("tflite-runtime 2.14 gives zeros, silently", "--runtime litert"),
+        *("tflite-runtime 2.14 silently computes zeros", "--runtime litert"),
     ),
-    "tflite, a bundle with a state that is no cache": (
+    "tflite, a bundle with a state that is not a KV cache": (
         *("lfm2_moe", "tflite", {"bundle": True}, {}),
-        *("layer 0: its state of kind conv is no cache", "export without --bundle"),
+        *("layer 0: LiteRT-LM (--bundle) supports only KV caches", "export without --bundle"),
     ),
     "tensorrt, zero points": (
         *("olmoe", "tensorrt", ENGINE, {"format": {"formats": {"attention": "int4:32:asym"}}}),
-        *("no zero point other than 0", "TensorRT takes int8"),
+        *("no zero points other than 0", "TensorRT supports int8"),
     ),
     "tensorrt, int4 by row": (
         *("olmoe", "tensorrt", ENGINE, {"format": "int4:channel"}),
-        *("format int4:channel: int4 comes in blocks alone", "TensorRT takes int8"),
+        *("format int4:channel: int4 is supported in blocks only", "TensorRT supports int8"),
     ),
     "tensorrt, rounded activations": (
         *("olmoe", "tensorrt", ENGINE, {"format": "int8", **DYNAMIC}),
-        *("the parser has no DynamicQuantizeLinear", "TensorRT takes int8"),
+        *("the parser does not support DynamicQuantizeLinear", "TensorRT supports int8"),
     ),
     "tensorrt, rows that no block divides": (
         *("deepseek_v2", "tensorrt", ENGINE, {"format": "int8:channel"}),
-        *("kv_b_proj.weight: format int8:channel: its blocks are no multiples of 16", "TensorRT takes int8"),
+        *("kv_b_proj.weight: format int8:channel: its block size is not a multiple of 16", "TensorRT supports int8"),
     ),
     "tensorrt, int4 on Turing": (
         *(
@@ -103,27 +112,27 @@ CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any], str, str]] = {
             {**ENGINE, "compute_capability": ["7.5"]},
             {"format": {"formats": {"attention": "int4:32"}}},
         ),
-        *("7.5 have no int4", "TensorRT takes int8"),
+        *("7.5 do not support int4", "TensorRT supports int8"),
     ),
     "tensorrt, an opset": (
         *("olmoe", "tensorrt", {**ENGINE, "opset": 27}, {}),
-        *("--opset 27: the parser takes opset 17 to 26", "--target tensorrt --help"),
+        *("--opset 27: the parser supports opsets 17 to 26", "--target tensorrt --help"),
     ),
     "tensorrt, more memory than there may be": (
         *("olmoe", "tensorrt", {"memory_limit": 1e-6}, {}),
-        *("building the engine takes up to", "--no-engine"),
+        *("building the engine needs up to", "--no-engine"),
     ),
     "coreml, scales that are wider than the program": (
         *("olmoe", "coreml", {}, {"format": "int8:channel:fp32"}),
-        *("format int8:channel:fp32: its scales are fp32 and the program computes in fp16", "--dtype fp32"),
+        *("format int8:channel:fp32: its scales are fp32, but the program computes in fp16", "--dtype fp32"),
     ),
     "coreml, caches that swift-transformers does not know": (
         *("mimo_v2_flash", "coreml", {"flavor": "swift-transformers"}, {}),
-        *("caches differ in heads or width", "take the default flavor"),
+        *("KV caches that differ between layers", "use the default flavor"),
     ),
     "coreml, states that swift-transformers does not know": (
         *("lfm2_moe", "coreml", {"flavor": "swift-transformers"}, {}),
-        *("layer 0: its state of kind conv is no cache", "take the default flavor"),
+        *("layer 0: its state of kind conv is not a KV cache", "use the default flavor"),
     ),
 }
 
@@ -169,8 +178,8 @@ def test_on_the_command_line(checkpoint: Any, tmp_path: Path, capsys: pytest.Cap
     arguments = ["-t", "tflite", "--quantize", "int4:channel", "-q", "-o", str(tmp_path / "out")]
     assert cli.dispatch(["export", str(checkpoint("olmoe")), *arguments]) == 4
     said = " ".join(capsys.readouterr().err.split())
-    assert "LiteRT multiplies int4 weights with activations rounded to int8 only" in said
-    assert "hint: int8:channel" in said
+    assert "LiteRT multiplies int4 weights only with activations that are rounded to int8" in said
+    assert "hint: LiteRT supports int8:channel" in said
     assert not list(tmp_path.iterdir())
 
 
@@ -309,8 +318,8 @@ def test_one_rejection_for_all_weights_of_a_format(program_of: Any) -> None:
 
 
 def test_names_are_listed_once() -> None:
-    assert listed(["a", "b", "a"]) == "a, b"
-    assert listed(["a", "b", "a", "c", "d", "e"]) == "a, b, c and 2 more"
+    assert first_few(["a", "b", "a"]) == "a, b"
+    assert first_few(["a", "b", "a", "c", "d", "e"]) == "a, b, c and 2 more"
 
 
 def test_the_report_says_nothing_of_hints() -> None:

@@ -21,8 +21,8 @@ from moec.compiler.gates.integrity import expert_weights
 from moec.compiler.ir.program import Program
 from moec.compiler.pipeline.recorded_codes import on_grid
 from moec.passes.quantize import Quantize
-from moec.quantize.formats import IntegerFormat, TableFormat, parse_format, parse_held
-from moec.quantize.keep import Held
+from moec.quantize.formats import IntegerFormat, TableFormat, parse_format, parse_supported
+from moec.quantize.keep import SupportedFormats
 from moec.quantize.lazy import Quantized
 from moec.quantize.plan import ALWAYS_FLOAT, QuantizationPlan, TensorClass, requested
 from moec.quantize.recorded import sha256_of
@@ -117,7 +117,7 @@ def _offered(target: Target, options: TargetOptions, tensor_class: str, dtype: t
 
 
 def _grid(form: str) -> str:
-    found = parse_held(form)
+    found = parse_supported(form)
     assert isinstance(found, IntegerFormat | TableFormat)
     return found.grid
 
@@ -138,13 +138,13 @@ HELD: dict[str, tuple[set[str], set[str]]] = {
 @pytest.mark.parametrize("name", HELD)
 def test_codes_that_a_target_passes_on(name: str) -> None:
     target, grids = get_target(name), BLOCKS | ROWS | POINTS | TABLE
-    held = Held(functools.partial(target.kept_formats, target.Options(), dtype=target.default_dtype))
+    held = SupportedFormats(functools.partial(target.kept_formats, target.Options(), dtype=target.default_dtype))
     found = [{grid for grid in grids if _kept(held, grid + scales)} for scales in ("", ":fp32")]
     assert found == list(HELD[name])
 
 
-def _kept(held: Held, form: str) -> bool:
-    found = parse_held(form)
+def _kept(held: SupportedFormats, form: str) -> bool:
+    found = parse_supported(form)
     assert isinstance(found, IntegerFormat | TableFormat)
     return held.kept("experts_down", found) is not None
 

@@ -1,4 +1,4 @@
-"""A whole target in one file, for those who write one: calls of core ops as a table, and a runner that makes them."""
+"""A complete target in one file, as an example: it stores the calls of core ops, and its runner executes them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from moec.targets.stored_weights import StoredWeight
 
 FILE = "model.pt"
 OPS = {str(op): op for op in CORE}
-"""The lowering table: here every core op is what torch calls it."""
+"""The lowering table; in this target, core ops have torch's names."""
 
 
 class ToyTarget(Target):
@@ -73,7 +73,7 @@ class ToyTarget(Target):
 
 
 class ToyRunner:
-    """Makes the calls one after the other."""
+    """Executes the stored calls in order with torch."""
 
     def __init__(self, content: Mapping[str, Any]) -> None:
         self.content = content
@@ -123,7 +123,7 @@ def _call(op: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
 
 
 def _filled(argument: Any, values: Mapping[str, Any]) -> Any:
-    """`argument` with values in place of their names."""
+    """`argument` with each ("value", name) replaced by the value of that name."""
     if isinstance(argument, tuple) and len(argument) == 2 and argument[0] == "value":
         return values[argument[1]]
     if isinstance(argument, list | tuple):

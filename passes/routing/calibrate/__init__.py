@@ -1,1 +1,1 @@
-"""Fitting a policy: traces and sensitivities from text, allocation of slots to layers, the search under a bound."""
+"""Fitting a policy: traces and sensitivities from text, allocation of slots to layers, search under a loss bound."""

@@ -1,4 +1,4 @@
-"""Runs text through the interpreter and keeps what routing policies are calibrated and accounted by."""
+"""Runs text through the interpreter and records routing, for calibrating and evaluating policies."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Number = TypeVar("Number", int, float)
 BATCH = 4
 MASSES = (1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.35)
 REFERENCE_BYTES = 1 << 29
-"""What the reference's log probabilities may take while sensitivities are measured."""
+"""Maximum memory in bytes for the reference's log probabilities while sensitivities are measured."""
 Told = Callable[[int, int], None]
 Judge = Callable[[np.ndarray, np.ndarray], None]
 
@@ -37,7 +37,7 @@ def silent(done: int, total: int) -> None:
 
 @dataclass
 class _Layer:
-    """What one MoE layer has shown so far, a list entry per step."""
+    """Records of one MoE layer so far, with one list entry per step."""
 
     weights: list[Tensor] = field(default_factory=list)
     indices: list[Tensor] = field(default_factory=list)
@@ -48,11 +48,11 @@ class _Layer:
 
 
 class Collector:
-    """Observes the experts nodes of a Program that runs.
+    """Records the operands of experts nodes while a Program runs.
 
     Args:
-        program: What runs.
-        outputs: Also keep the norm of every expert's output and its largest magnitude.
+        program: The Program.
+        outputs: Whether to record the norm and the largest magnitude of every expert's output.
     """
 
     def __init__(self, program: Program, *, outputs: bool = False) -> None:
@@ -94,12 +94,12 @@ class Collector:
 
         Args:
             windows: Token ids.
-            told: Called with how many windows are done and how many there are.
+            told: Called with the number of finished windows and their total number.
             judge: Called with the ids [b, length] and logits [b, length, V] of every step.
         """
         for start in range(0, len(windows), BATCH):
             batch = windows[start : start + BATCH]
-            # A family may hand over every slot as a row of its own: no layer has more rows than that.
+            # Some families pass every slot as a separate row, so a layer has at most this many rows.
             self._rows = batch.size * max((self._slots(node) for node in self._numbers), default=1)
             logits = self.runner.prefill(batch)
             if judge is not None:
@@ -108,7 +108,7 @@ class Collector:
         self.runner.reset()
 
     def traces(self) -> list[RoutingTrace]:
-        """What was seen, one trace per MoE layer in order."""
+        """The recorded routing: one trace per MoE layer, in order."""
         return [
             RoutingTrace(
                 torch.cat(layer.weights),
@@ -125,12 +125,12 @@ class Collector:
 
 
 def collect(program: Program, windows: np.ndarray, told: Told = silent) -> list[RoutingTrace]:
-    """One pass over text: what every policy is calibrated by.
+    """Run text once and record the routing, from which policies are calibrated.
 
     Args:
         program: A Program without a policy.
         windows: Token ids [n, length].
-        told: Called with how many windows are done and how many there are.
+        told: Called with the number of finished windows and their total number.
 
     Returns:
         One trace per MoE layer, in order.
@@ -148,14 +148,14 @@ def measure_sensitivities(
     masses: tuple[float, ...] = MASSES,
     told: Told = silent,
 ) -> Sensitivities:
-    """Loss increase when one layer alone saves experts: mean KL divergence from the pretrained model, in nats.
+    """Loss increase when a single layer drops slots: mean KL divergence from the pretrained model, in nats.
 
     Args:
         program: A Program without a policy.
-        windows: Token ids [n, length]; fewer are taken where their logits would not fit into half a gigabyte.
-        ks: Measure every k below the pretrained one in every layer.
-        masses: Measure top-p at these masses, which fall from 1; empty: do not.
-        told: Called with how many measurements are done and how many there are.
+        windows: Token ids [n, length]; fewer are used if their logits do not fit into `REFERENCE_BYTES`.
+        ks: Whether to measure every k below the pretrained one in every layer.
+        masses: Masses at which to measure top-p, descending from 1; empty: none.
+        told: Called with the number of finished measurements and their total number.
     """
     most = max(1, REFERENCE_BYTES // (4 * program.vocab_size * windows.shape[1]))
     windows = windows[:most]
@@ -173,22 +173,22 @@ def measure_sensitivities(
 
     rows = list(enumerate(tops))
     k_loss = [
-        (*(loss(DynamicRouting(LayerK(ks=_with(tops, layer, k)))) for k in range(1, top)), 0.0)
+        (*(loss(DynamicRouting(LayerK(ks=_replaced_at(tops, layer, k)))) for k in range(1, top)), 0.0)
         for layer, top in rows
         if ks
     ]
-    # Without slack a layer keeps its whole mass.
+    # With a slack of 0, a layer keeps its whole mass.
     none = [0.0] * len(tops)
     mass_loss = [
-        (0.0, *(loss(DynamicRouting(TopP(mass=mass, slack=_with(none, layer, 1.0)))) for mass in masses[1:]))
+        (0.0, *(loss(DynamicRouting(TopP(mass=mass, slack=_replaced_at(none, layer, 1.0)))) for mass in masses[1:]))
         for layer, _ in rows
         if masses
     ]
     return Sensitivities(tuple(k_loss), masses, tuple(mass_loss))
 
 
-def _with(values: list[Number], position: int, value: Number) -> tuple[Number, ...]:
-    """The values with another one at a position."""
+def _replaced_at(values: list[Number], position: int, value: Number) -> tuple[Number, ...]:
+    """`values` with `value` at `position`."""
     changed = list(values)
     changed[position] = value
     return tuple(changed)

@@ -1,4 +1,4 @@
-"""Fits a policy to a budget, from traces of one pass over calibration text."""
+"""Fits a policy to a budget, from traces of calibration text."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ def fit(
     budget: float,
     sensitivities: Sensitivities | None = None,
 ) -> Policy:
-    """Finds the parameters with which a policy keeps the budget's share of the slots of calibration text.
+    """Find the parameters with which a policy keeps the share `budget` of the slots of calibration text.
 
     Args:
         name: The policy's name.
         traces: One trace per MoE layer, in order.
-        budget: Share of slots to keep, of those that the pretrained router gives; above 0 and at most 1.
+        budget: Share of the pretrained router's slots to keep; above 0 and at most 1.
         sensitivities: Measured losses; `layer-k` and `capped` need them, `top-p` and `threshold` use them.
 
     Returns:
-        The policy, which keeps the budget within half a percent of all slots. `uniform-k` and `layer-k` take
-        whole numbers of experts and keep as much as the budget allows.
+        The policy, which meets the budget within half a percent of all slots. `uniform-k` and `layer-k` use integer
+        numbers of experts, and keep as many slots as the budget allows.
 
     Raises:
         UsageError: The budget cannot be reached, or something that the policy needs is missing.
@@ -48,9 +48,9 @@ def fit(
 
 
 def bisect_knob(start: Policy, layers: Sequence[Slots], budget: float) -> Policy:
-    """Moves the policy's knob to where it keeps the budget's share of the slots.
+    """Set the policy's knob by bisection so that it keeps the share `budget` of the slots.
 
-    The kept share is monotone in the knob, so bisection finds it; which way it runs is seen at the two ends.
+    The kept share is monotone in the knob; its values at the two ends of the range show whether it rises or falls.
 
     Args:
         start: The policy, with its per-layer parameters set.
@@ -78,6 +78,6 @@ def bisect_knob(start: Policy, layers: Sequence[Slots], budget: float) -> Policy
     if abs(kept - budget) > TOLERANCE:
         raise UsageError(
             f"policy {start.name} cannot keep {budget:.1%} of the slots of this text: the nearest is {kept:.1%}",
-            hint=f"It can keep from {least:.1%} to {most:.1%}; every token keeps at least one expert per layer.",
+            hint=f"it can keep between {least:.1%} and {most:.1%}; every token keeps at least one expert per layer",
         )
     return best

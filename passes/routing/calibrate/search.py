@@ -1,4 +1,4 @@
-"""The largest saving that a bound on the quality loss allows."""
+"""Search for the largest saving within a bound on the quality loss."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Saving:
-    """What the search found.
+    """Result of the search.
 
     Attributes:
-        policy: The policy, or None where no saving stays within the bound.
-        budget: Share of slots that it keeps over calibration text; 1 without a policy.
-        tried: Every budget with its loss, in the order of the search.
+        policy: The policy, or None if no saving is within the bound.
+        budget: Share of slots that the policy keeps over calibration text; 1 without a policy.
+        tried: Every evaluated budget with its loss, in the order of the search.
     """
 
     policy: Policy | None
@@ -36,25 +36,25 @@ def largest_saving(
     least: float,
     evaluations: int = 7,
 ) -> Saving:
-    """Searches the smallest budget whose quality loss stays within a bound.
+    """Search for the smallest budget whose quality loss is within a bound.
 
-    The loss is taken to grow as the budget falls; the first evaluation is the least budget, the others bisect
-    between it and no saving at all, so their number is fixed and the budget is found to (1 - least) / 2^(n - 1).
+    The loss is assumed to grow as the budget falls. The first evaluation is at the least budget, the others bisect
+    between it and 1. With n evaluations, the budget is found to a precision of (1 - least) / 2^(n - 1).
 
     Args:
-        build: Makes the policy of a budget, such as a `fit` with its other arguments bound.
-        evaluate: Measures the quality loss of a policy, for instance the relative increase of perplexity.
-        max_loss: The largest loss allowed, in the unit of `evaluate`.
-        least: The smallest budget worth trying; it must be reachable.
-        evaluations: Calls of `evaluate`, at least 1.
+        build: Makes the policy for a budget, such as `fit` with its other arguments bound.
+        evaluate: Measures the quality loss of a policy, such as the relative increase of perplexity.
+        max_loss: Maximum loss, in the unit of `evaluate`.
+        least: The smallest budget to try; it must be reachable.
+        evaluations: Number of calls of `evaluate`, at least 1.
 
     Raises:
-        UsageError: `least`, `max_loss` or `evaluations` make no sense.
+            UsageError: `least`, `max_loss` or `evaluations` is out of range.
     """
     if not 0 < least < 1 or evaluations < 1 or max_loss < 0:
         raise UsageError(
-            f"no search with least budget {least}, {evaluations} evaluations and a quality loss of {max_loss}",
-            hint="The least budget lies between 0 and 1, the loss is at least 0.",
+            f"cannot search with a least budget of {least}, {evaluations} evaluations and a quality loss of {max_loss}",
+            hint="the least budget must be between 0 and 1, and the loss at least 0",
         )
     best: tuple[Policy | None, float] = (None, 1.0)
     tried: list[tuple[float, float]] = []

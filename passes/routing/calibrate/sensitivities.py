@@ -1,4 +1,4 @@
-"""What calibration hands to a policy that sets its own parameters."""
+"""The measurements from which policies set their parameters."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sensitivities:
-    """Loss increase when one MoE layer alone saves experts, measured on calibration text.
+    """Loss increase when a single MoE layer drops slots, measured on calibration text.
 
-    Any measure serves that is 0 without a saving and nearly additive over layers; the KL divergence from the
-    pretrained model is far less noisy than the difference of the cross entropies.
+    The measure must be 0 if nothing is dropped and nearly additive over layers. The KL divergence from the pretrained
+    model is far less noisy than the difference of the cross entropies.
 
     Attributes:
-        k_loss: [layers][k]: with uniform k = 1, 2, ... in that layer; the last entry, its pretrained k, is 0.
-        masses: Masses P at which top-p was measured, falling from 1.
-        mass_loss: [layers][masses]: with top-p at that mass in that layer.
+        k_loss: [layers][k]: loss with uniform k = 1, 2, ... in that layer; the last entry, its pretrained k, is 0.
+        masses: Masses P at which top-p was measured, descending from 1.
+        mass_loss: [layers][masses]: loss with top-p at that mass in that layer.
     """
 
     k_loss: tuple[tuple[float, ...], ...] = ()
@@ -34,12 +34,12 @@ class Sensitivities:
         if any(len(row) != len(self.masses) for row in self.mass_loss):
             raise UsageError(f"sensitivities need one loss per mass in every layer ({len(self.masses)} masses)")
         if self.masses != tuple(sorted(self.masses, reverse=True)) or self.masses[:1] not in ((), (1.0,)):
-            raise UsageError(f"the masses of sensitivities must fall from 1, not {self.masses}")
+            raise UsageError(f"the masses of sensitivities must descend from 1, not {self.masses}")
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Everything that a policy's parameters may depend on.
+    """The data that a policy's parameters may depend on.
 
     Attributes:
         layers: The replayed slots of every MoE layer.
@@ -55,12 +55,12 @@ class Calibration:
         """The table [layers][k] that the policy needs.
 
         Raises:
-            UsageError: It was not measured, or for another model.
+            UsageError: The table was not measured, or for another model.
         """
         table = self.sensitivities.k_loss if self.sensitivities else ()
         if tuple(len(row) for row in table) != tuple(slots.top_k for slots in self.layers):
             raise UsageError(
                 f"policy {name} needs the loss of every k in each of the {len(self.layers)} MoE layers",
-                hint="Measure them: moec calibrate.",
+                hint="measure them: moec calibrate",
             )
         return table

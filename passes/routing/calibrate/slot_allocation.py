@@ -1,4 +1,4 @@
-"""Exact allocation of a budget of slots to layers by dynamic programming."""
+"""Exact allocation of a budget of slots to layers, by dynamic programming."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ if TYPE_CHECKING:
 
 
 def allocate(losses: Sequence[Sequence[float]], costs: Sequence[Sequence[int]], limit: int) -> tuple[int, ...]:
-    """Chooses one option per layer: least sum of losses whose sum of costs is at most `limit`.
+    """Choose one option per layer, with the least sum of losses for a sum of costs of at most `limit`.
 
-    Alloc-MoE (arXiv:2604.08133) allocates expert activations this way. The programme is exact for losses that add
-    up over layers; its time is layers x limit x options. Of equal losses it takes the cheaper choice, then that
-    with the smaller options in the first layers, so that the result is deterministic.
+    Alloc-MoE (arXiv:2604.08133) allocates expert activations in this way. The result is exact for losses that add up
+    over layers; the time is layers x limit x options. Among equal losses, the cheaper choice wins, then the one with
+    the smaller options in the first layers, so that the result is deterministic.
 
     Args:
         losses: [layers][options], the loss increase of each option.
-        costs: [layers][options], its cost in whole units, at least 0.
-        limit: The most that all layers may cost together.
+        costs: [layers][options], the cost of each option: an integer of at least 0.
+        limit: Maximum sum of the costs.
 
     Returns:
         The chosen option of each layer.
@@ -42,7 +42,7 @@ def allocate(losses: Sequence[Sequence[float]], costs: Sequence[Sequence[int]], 
         least = sum(min(row) for row in costs)
         raise UsageError(
             f"the budget allows {limit} units, but the layers need at least {least}",
-            hint="Every token keeps at least one expert in every layer: raise the budget.",
+            hint="every token keeps at least one expert in every layer: raise the budget",
         )
     return min((loss, cost, chosen) for cost, (loss, chosen) in best.items())[2]
 
@@ -50,7 +50,7 @@ def allocate(losses: Sequence[Sequence[float]], costs: Sequence[Sequence[int]], 
 def _undominated(
     reached: dict[int, tuple[float, tuple[int, ...]]],
 ) -> dict[int, tuple[float, tuple[int, ...]]]:
-    """Leaves out what costs no less than another entry of at most the same loss: it can never win."""
+    """Drop entries that cost at least as much as another entry whose loss is no larger."""
     front: dict[int, tuple[float, tuple[int, ...]]] = {}
     least = float("inf")
     for cost in sorted(reached):
@@ -61,7 +61,7 @@ def _undominated(
 
 
 def layer_ks(k_loss: Sequence[Sequence[float]], budget: float) -> tuple[int, ...]:
-    """The k of each layer with the least sum of losses that keeps at most the budget's share of all slots.
+    """The k of each layer with the least sum of losses that keeps at most the share `budget` of all slots.
 
     Args:
         k_loss: [layers][k], the loss increase with k = 1, 2, ..., pretrained k in that layer alone.
@@ -71,6 +71,6 @@ def layer_ks(k_loss: Sequence[Sequence[float]], budget: float) -> tuple[int, ...
         UsageError: The budget is below one slot per layer.
     """
     costs = [range(1, len(row) + 1) for row in k_loss]
-    # 0.75 * 16 must allow 12 slots even where the product rounds down.
+    # 0.75 * 16 must allow 12 slots, even if the product is rounded down.
     limit = int(budget * sum(len(row) for row in k_loss) + 1e-9)
     return tuple(option + 1 for option in allocate(k_loss, costs, limit))

@@ -1,4 +1,4 @@
-"""What one pass over calibration text leaves behind, and what a policy would have kept of it."""
+"""Routing recorded over calibration text, and the slots that a policy would keep of it."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ class RoutingTrace:
     output_norms: Tensor | None = None
 
     def slots(self, layer: int) -> Slots:
-        """The trace as a policy sees it; a [T, 1] hidden state stands for the whole, for its RMS is the same."""
+        """The trace as input of a policy; hidden states are replaced by their RMS [T, 1], which has the same RMS."""
         weights = self.weights.to(torch.float32).clamp(min=0.0)
         return Slots(layer, self.indices, weights, self.hidden_rms.to(torch.float32).unsqueeze(-1))
 
 
 def replay(traces: Sequence[RoutingTrace]) -> list[Slots]:
-    """The slots of every layer; make them once and reuse them, since they cache ranks and masses."""
+    """The slots of every layer. Reuse them, since they cache ranks and masses."""
     return [trace.slots(layer) for layer, trace in enumerate(traces)]
 
 
 def kept_per_layer(policy: Policy, layers: Sequence[Slots]) -> tuple[float, ...]:
-    """Share of each layer's slots that the policy keeps, of those that the pretrained router gave.
+    """Share of the pretrained router's slots that the policy keeps in each layer.
 
-    A slot whose weight is 0 in the first place is not kept.
+    A slot whose routing weight is 0 counts as dropped.
     """
     return tuple(_kept(policy, slots) / slots.weights.numel() for slots in layers)
 

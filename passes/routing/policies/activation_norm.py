@@ -1,4 +1,4 @@
-"""The policy `activation-norm`: the number of experts follows the size of the hidden state."""
+"""The policy `activation-norm`: the number of experts depends on the norm of the hidden state."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 class ActivationNorm(ComplexityPolicy):
     """Complexity is the root mean square of the hidden state, c = sqrt(mean_h x_h^2).
 
-    It is held against the layer's distribution over calibration text (its quartiles, see `ComplexityPolicy`).
-    The sign of spread_l is that of the correlation of c with the routing weights' entropy in the layer, because
-    the norm grows with difficulty in some layers and falls in others. REAP (arXiv:2510.13999) weighs experts by the
-    norm of their output; this takes the norm of their input, which is known before they run.
+    It is compared with its quartiles over calibration text in the layer, see `ComplexityPolicy`.
+    The sign of spread_l is that of the correlation of c with the entropy of the routing weights in the layer, since the
+    norm grows with difficulty in some layers and falls in others. REAP (arXiv:2510.13999) weights experts by the norm
+    of their output; this policy uses the norm of their input, which is known before they run.
     """
 
     name: ClassVar[str] = "activation-norm"

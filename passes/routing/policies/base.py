@@ -1,13 +1,14 @@
 """The interface of a routing policy, and the one function that applies any of them.
 
-A policy only says which slots to keep. `select` does everything else, so that the contract of `moec::select`
-lives in one place: a dropped slot's weight is exactly 0, the slot with the largest weight is never dropped,
-and the row sum is preserved unless the policy says otherwise.
+A slot is one of the k experts that the router selected for a token. A policy only decides which slots to keep.
+`select` does everything else, so that the contract of `moec::select` is in one place: the weight of a dropped slot is
+exactly 0, the slot with the largest weight is never dropped, and the row sum is preserved unless the policy says
+otherwise.
 
-Everything here is traced into aten ops that all targets have (compare, where, arithmetic, sum, amax, mean, matmul).
-There is no sort, top-k or cumulative sum: k is small, so ranks come from comparing the slots pairwise, which is
-also what makes a policy independent of the order in which a router hands over its slots. Where the slots are known to
-come in descending order, ranks are constants and the mass before each slot is one product with a constant matrix.
+Everything here is traced into aten ops that all targets support (compare, where, arithmetic, sum, amax, mean, matmul).
+There is no sort, top-k or cumulative sum: since k is small, ranks are computed by comparing slots pairwise, so that a
+policy does not depend on the order of the router's slots. If slots are known to be in descending order, ranks are
+constants, and the mass before each slot is one product with a constant matrix.
 """
 
 from __future__ import annotations
@@ -28,23 +29,23 @@ if TYPE_CHECKING:
 
     from moec.passes.routing.calibrate.sensitivities import Calibration
 
-# Weights and row sums below this count as 0. It keeps 0 / 0 and log(0) out of the graph.
+# Weights and row sums below this count as 0, which avoids 0 / 0 and log(0).
 EPSILON = 1e-20
 
 
 @dataclass(frozen=True)
 class Slots:
-    """What a policy may look at: the routed slots of T tokens in one MoE layer.
+    """The input of a policy: the slots of T tokens in one MoE layer.
 
-    Quantities that several parts of a rule share are computed once, so that they are traced once.
+    Cached properties are computed once, so that they are traced once.
 
     Attributes:
-        layer: Number of the MoE layer, counted from 0.
+        layer: Index of the MoE layer.
         indices: [T, k] integers, the expert of each slot.
         weights: [T, k] float32, not negative, in any order.
         hidden: [T, H], the input of the experts.
         budget: Scalar tensor that replaces the policy's knob at run time, or None.
-        descending: The weights of each row are known to fall, or stay, from slot to slot.
+        descending: Whether the weights of each row are known to be in descending order.
     """
 
     layer: int
@@ -56,7 +57,7 @@ class Slots:
 
     @property
     def top_k(self) -> int:
-        """Slots per token."""
+        """Number of slots per token, k."""
         return int(self.weights.shape[-1])
 
     @cached_property
@@ -73,24 +74,24 @@ class Slots:
 
     @cached_property
     def second(self) -> Tensor:
-        """Second largest weight of each row, 0 where there is one slot: [T, 1] float32."""
+        """Second largest weight of each row, 0 if there is a single slot: [T, 1] float32."""
         if self.descending and self.top_k > 1:
             return self.weights.narrow(1, 1, 1)
         return torch.where(self.rank == 0, 0.0, self.weights).amax(-1, keepdim=True)
 
     @cached_property
     def shares(self) -> Tensor:
-        """Weights relative to their row sum: [T, k] float32, all 0 in a row of zeros."""
+        """Weights divided by their row sum: [T, k] float32; 0 in a row of zeros."""
         return self.weights / self.total.clamp(min=EPSILON)
 
     @cached_property
     def others(self) -> Tensor:
-        """The weights laid along the last axis, to be compared with each slot: [T, 1, k] float32."""
+        """The weights as [T, 1, k] float32, to compare each slot with all others."""
         return self.weights.unsqueeze(-2)
 
     @cached_property
     def before(self) -> Tensor:
-        """[T, k, k] bool: slot j comes before slot i in descending order, the first of equals first."""
+        """[T, k, k] bool, indexed [t, i, j]: slot j comes before slot i in descending order; ties by position."""
         other, own = self.others, self.weights.unsqueeze(-1)
         slot = torch.arange(self.top_k, device=self.weights.device)
         earlier = slot.unsqueeze(0) < slot.unsqueeze(1)
@@ -98,7 +99,7 @@ class Slots:
 
     @cached_property
     def rank(self) -> Tensor:
-        """Place of each slot in descending order, counted from 0: [T, k] float32, or [1, k] where that is constant."""
+        """Rank of each slot in descending order, from 0: [T, k] float32, or [1, k] if it is constant."""
         if self.descending:
             return torch.arange(self.top_k, dtype=torch.float32).unsqueeze(0)
         return self.before.to(torch.float32).sum(-1)
@@ -119,86 +120,86 @@ class Slots:
 
 @dataclass(frozen=True)
 class Policy(ABC):
-    """Which experts a token uses, of those that the router gave it.
+    """Decides which of the router's experts a token uses.
 
-    A policy is a frozen dataclass: its fields are its parameters (numbers, and tuples with one number per MoE
-    layer), so it is hashable, comparable and serialisable. It must be row-independent: a token's slots depend
-    on that token alone, never on its batch or its neighbours.
+    A policy is a frozen dataclass: its fields are its parameters (numbers, or tuples with one number per MoE layer), so
+    it is hashable, comparable and serialisable. It must be row-independent: which slots a token keeps depends on that
+    token alone, never on its batch or its neighbours.
 
     Attributes:
-        renormalize: Scale the kept weights so that the row sum is preserved.
+        renormalize: Whether to scale the kept weights so that the row sum is preserved.
     """
 
     name: ClassVar[str]
     """Name in recipes and on the command line."""
     knob: ClassVar[str | None] = None
-    """The scalar field that calibration bisects and that a `budget` operand replaces; None: there is none."""
+    """Scalar field that calibration bisects and that the run-time `budget` replaces; None: no such field."""
     knob_range: ClassVar[tuple[float, float]] = (0.0, 1.0)
-    """Values of the knob between which the kept share goes from least to all, or from all to least."""
+    """Range of the knob, over which the kept share goes from its minimum to 1, or from 1 to its minimum."""
     bisected: ClassVar[bool] = True
-    """Calibration bisects the knob; False: `prepare` sets it."""
+    """Whether calibration bisects the knob; if False, `prepare` sets it."""
     sensitivities: ClassVar[frozenset[str]] = frozenset()
-    """What calibration measures for `prepare`: "k" (the loss of every k per layer), "mass" (that of top-p masses)."""
+    """Measurements that `prepare` needs: "k" (the loss of every k per layer), "mass" (the loss of top-p masses)."""
     keeps_largest: ClassVar[bool] = False
-    """The rule by itself never drops the largest slot, so that `select` need not add it."""
+    """Whether the rule itself never drops the largest slot, so that `select` need not add it."""
 
     renormalize: bool = True
 
     @abstractmethod
     def keep(self, slots: Slots) -> Tensor | None:
-        """Says which slots stay.
+        """Decide which slots to keep.
 
         Args:
-            slots: The routed slots of one layer.
+            slots: The slots of one layer.
 
         Returns:
-            [T, k] bool, or None where this layer drops nothing and needs no node.
+            [T, k] bool, or None if the policy drops nothing in this layer, which then needs no node.
         """
 
     @classmethod
     def prepare(cls, calibration: Calibration) -> Self:  # noqa: ARG003 -- only some policies have per-layer parameters
-        """The policy with its per-layer parameters set from calibration text, before its knob is bisected."""
+        """The policy with its per-layer parameters set from calibration text; its knob is bisected afterwards."""
         return cls()
 
     def operand(self, slots: Slots) -> Tensor | float:
-        """The knob: the run-time operand where there is one, else the constant."""
+        """The knob: the run-time budget if there is one, else the policy's own value."""
         return self.knob_value if slots.budget is None else slots.budget
 
     @property
     def knob_value(self) -> float:
-        """Value of the field that is the knob."""
+        """Value of the knob."""
         assert self.knob is not None
         value: float = getattr(self, self.knob)
         return value
 
     def with_knob(self, value: float) -> Self:
-        """The same policy with another value of its knob."""
+        """The policy with another value of its knob."""
         assert self.knob is not None
         changed: dict[str, Any] = {self.knob: value}
         return replace(self, **changed)
 
     def require(self, valid: bool, message: str) -> None:
-        """Raises UsageError naming the policy unless the parameters are valid."""
+        """Raise a UsageError that names the policy unless `valid` is true."""
         if not valid:
-            raise UsageError(f"policy {self.name}: {message}", hint="See docs/routing.md for its parameters.")
+            raise UsageError(f"policy {self.name}: {message}", hint="see docs/routing.md for its parameters")
 
 
 def at_layer(values: Sequence[float], layer: int, default: float = 1.0) -> float:
-    """A per-layer parameter; an empty tuple means the default in every layer."""
+    """The value of a per-layer parameter in a layer; an empty tuple means the default in every layer."""
     if not values:
         return default
     if layer >= len(values):
         raise UsageError(
             f"a routing policy has parameters for {len(values)} MoE layers, but the model has a layer {layer}",
-            hint="Calibrate the policy on this model: moec calibrate.",
+            hint="calibrate the policy on this model: moec calibrate",
         )
     return values[layer]
 
 
 def selection(policy: Policy, slots: Slots) -> Tensor | None:
-    """The slots that stay: [T, k] bool with the largest of each row, or None for all.
+    """The slots to keep, always including the largest of each row: [T, k] bool, or None for all.
 
-    Of several equal largest slots at least the first stays.
+    Among several equal largest slots, at least the first is kept.
     """
     kept = policy.keep(slots)
     if kept is None or policy.keeps_largest:
@@ -215,11 +216,11 @@ def select(
     *,
     budget: Tensor | None = None,
 ) -> Tensor:
-    """Applies a policy to the routing weights of one MoE layer: what `moec::select` means.
+    """Apply a policy to the routing weights of one MoE layer. This defines the semantics of `moec::select`.
 
     Args:
         policy: The policy.
-        layer: Number of the MoE layer, counted from 0.
+        layer: Index of the MoE layer.
         hidden: [T, H], the input of the experts.
         indices: [T, k] integers, the expert of each slot.
         weights: [T, k] floating point, in any order; negative weights count as 0.
@@ -234,8 +235,8 @@ def select(
     """
     if budget is not None and policy.knob is None:
         raise UsageError(
-            f"policy {policy.name} has no scalar that could be set at run time",
-            hint="Drop --routing-input, or choose a policy with a threshold, such as top-p or capped.",
+            f"policy {policy.name} has no parameter that can be set at run time",
+            hint="drop --routing-input, or choose a policy with a threshold, such as top-p or capped",
         )
     slots = Slots(layer, indices, weights.to(torch.float32).clamp(min=0.0), hidden, budget)
     mask = selection(policy, slots)

@@ -1,4 +1,4 @@
-"""The policy `capped`: a number of experts per layer and, below it, a share of the routing mass."""
+"""The policy `capped`: a maximum number of experts per layer, and a share of the routing mass below it."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 class Capped(TopP):
     """Keeps slot i if layer-k and top-p both keep it: rank_i < cap_l and mass_before_i < P_l * sum_j w_j.
 
-    Allocation across layers and then across tokens, as Alloc-MoE (arXiv:2604.08133) combines them. The caps bound
-    the slowest token, which top-p alone does not.
+    It allocates across layers and then across tokens, as Alloc-MoE (arXiv:2604.08133) does. The caps bound the cost of
+    the most expensive token, which top-p alone does not.
 
     Attributes:
-        caps: Most slots per token, one number per MoE layer.
+        caps: Maximum number of slots per token, one number per MoE layer.
     """
 
     name: ClassVar[str] = "capped"
@@ -38,10 +38,10 @@ class Capped(TopP):
 
     @classmethod
     def prepare(cls, calibration: Calibration) -> Self:
-        """The caps by the dynamic programme at half the saving; the mass, bisected later, saves the rest."""
+        """Set the caps by dynamic programming for half the saving; the mass, bisected later, saves the rest."""
         k_loss = calibration.k_loss(cls.name)
         slots = sum(len(row) for row in k_loss)
-        # Round up: caps below the budget would leave nothing for the mass to adjust.
+        # Rounded up, since caps below the budget would leave nothing for the mass to adjust.
         half = math.ceil((1.0 + calibration.budget) / 2 * slots - 1e-9)
         caps = layer_ks(k_loss, half / slots)
         return replace(super().prepare(calibration), caps=caps)

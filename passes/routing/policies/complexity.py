@@ -1,4 +1,4 @@
-"""What the policies share that estimate how hard a token is and choose its number of experts by that."""
+"""Base of policies that estimate the complexity of a token and choose its number of experts accordingly."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ SMALLEST_SPREAD = 1e-6
 class ComplexityPolicy(Policy):
     """A number of experts per token: k_t = ceil(center + gain * (c_t - location_l) / spread_l), at least 1.
 
-    c_t is the estimated complexity of token t. Calibration sets location_l to its median in layer l and spread_l
-    to the distance between its quartiles, negative where the complexity falls with the need for experts.
-    Slot i stays if rank_i < k_t.
+    c_t is the estimated complexity of token t. Calibration sets location_l to its median in layer l, and spread_l to
+    its interquartile range, which is negative if tokens of lower complexity need more experts. Slot i is kept if
+    rank_i < k_t.
 
     Attributes:
-        center: Experts of a token of median complexity; fractions round up.
-        gain: Experts more for one spread above the median.
+        center: Number of experts of a token of median complexity; fractions are rounded up.
+        gain: Number of additional experts per spread above the median.
         location: One number per MoE layer; empty: 0 in every layer.
         spread: One number per MoE layer, not 0; empty: 1 in every layer.
     """
@@ -55,7 +55,7 @@ class ComplexityPolicy(Policy):
 
     @classmethod
     def prepare(cls, calibration: Calibration) -> Self:
-        """Location and spread are the median and the distance of the quartiles in each layer."""
+        """Set location and spread to the median and the interquartile range in each layer."""
         quartiles = [cls.complexity(slots).flatten().quantile(QUARTILES) for slots in calibration.layers]
         signs = [cls.direction(slots) for slots in calibration.layers]
         return cls(
@@ -68,7 +68,7 @@ class ComplexityPolicy(Policy):
 
     @staticmethod
     def direction(slots: Slots) -> float:  # noqa: ARG004 -- only an estimate of unknown sign looks at the text
-        """1 where more complexity needs more experts, -1 where fewer."""
+        """1 if tokens of higher complexity need more experts, -1 if they need fewer."""
         return 1.0
 
     def keep(self, slots: Slots) -> Tensor:

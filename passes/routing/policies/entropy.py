@@ -1,4 +1,4 @@
-"""The policy `entropy`: more experts where the router is undecided."""
+"""The policy `entropy`: more experts for tokens whose routing weights have a high entropy."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 class Entropy(ComplexityPolicy):
     """Complexity is the entropy of the routing weights, c = -sum_i p_i log p_i in nats with p_i = w_i / sum_j w_j.
 
-    Router entropy as the measure of how many experts a token needs: arXiv:2403.07652, whose training loss lowers
-    it. k_t then follows the rule of `ComplexityPolicy`.
+    arXiv:2403.07652 uses the router's entropy as a measure of how many experts a token needs, and lowers it by a
+    training loss. k_t follows from c as in `ComplexityPolicy`.
     """
 
     name: ClassVar[str] = "entropy"

@@ -1,4 +1,4 @@
-"""The policy `layer-k`: a number of experts per layer."""
+"""The policy `layer-k`: a fixed number of experts per token in each layer."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 class LayerK(Policy):
     """Keeps the k_l largest slots in layer l: rank_i < k_l.
 
-    The k_l come from an exact dynamic programme over measured sensitivities, as in Alloc-MoE (arXiv:2604.08133);
-    LExI (arXiv:2509.02753) searches the same space by evolution. A layer that keeps every slot gets no node.
+    The k_l come from exact dynamic programming over measured sensitivities, as in Alloc-MoE (arXiv:2604.08133). LExI
+    (arXiv:2509.02753) searches the same space by evolution. Layers that keep every slot get no node.
 
     Attributes:
-        ks: Slots to keep per token, one number per MoE layer.
+        ks: Number of slots to keep per token, one number per MoE layer.
     """
 
     name: ClassVar[str] = "layer-k"
@@ -36,7 +36,7 @@ class LayerK(Policy):
 
     @classmethod
     def prepare(cls, calibration: Calibration) -> Self:
-        """The k of every layer by the exact dynamic programme."""
+        """Set the k of every layer by dynamic programming."""
         return cls(ks=layer_ks(calibration.k_loss(cls.name), calibration.budget))
 
     def keep(self, slots: Slots) -> Tensor | None:

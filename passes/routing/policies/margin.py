@@ -1,4 +1,4 @@
-"""The policy `margin`: fewer experts where the router is confident of its first choice."""
+"""The policy `margin`: fewer experts for tokens whose largest routing weight is far above the second."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Margin(ComplexityPolicy):
-    """Complexity is the router's lack of confidence, c = -(w_(1) - w_(2)) / sum_j w_j, w_(1) >= w_(2) the largest two.
+    """Complexity is the negative margin, c = -(w_(1) - w_(2)) / sum_j w_j, with the largest two weights w_(1) >= w_(2).
 
-    The margin between the first two classes is the classic measure of confidence for early exit (BranchyNet,
-    arXiv:1709.01686, uses the entropy in its place). k_t follows the rule of `ComplexityPolicy`.
+    The margin between the first two classes is a classic measure of confidence for early exit (BranchyNet,
+    arXiv:1709.01686, uses the entropy instead). k_t follows from c as in `ComplexityPolicy`.
     """
 
     name: ClassVar[str] = "margin"

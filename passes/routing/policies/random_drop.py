@@ -1,4 +1,4 @@
-"""The control `random-drop`: slots are dropped by a fixed hash, whatever their weight."""
+"""The baseline `random-drop`: slots are dropped by a fixed hash, regardless of their weights."""
 
 from __future__ import annotations
 
@@ -21,16 +21,18 @@ EXPERT_FACTOR = 0.6180339887
 
 @dataclass(frozen=True)
 class RandomDrop(Policy):
-    """Keeps a slot besides the largest if its hash lies below the probability: u_i < probability.
+    """Keeps a slot other than the largest if its hash is below the probability: u_i < probability.
 
-    u_i = x_i - floor(x_i) with x_i = 61.803399 * (h_0 + h_1 + h_2 + h_3) + 0.6180339887 * e_i, h the hidden state
-    and e_i the slot's expert: uniform over [0, 1), the same on every run, and of that token alone. It uses fp32
-    additions, multiplications and a floor, no sine and no integer hash, so that every target finds the same slots;
-    the factor is as small as an even spread allows, since it magnifies the rounding differences between targets.
-    What a policy gains over this control is what its choice of slots is worth.
+    u_i = x_i - floor(x_i) with x_i = 61.803399 * (h_0 + h_1 + h_2 + h_3) + 0.6180339887 * e_i, where h is the hidden
+    state and e_i the slot's expert. u_i is uniform over [0, 1), the same on every run, and depends on that token alone.
+    It uses only fp32 additions, multiplications and a floor, without a sine or an integer hash, so that every target
+    finds the same slots. The factor magnifies rounding differences between targets, so it is as small as an even
+    distribution allows.
+
+    The gain of a policy over this baseline is the value of its choice of slots.
 
     Attributes:
-        probability: Of each slot but the largest to stay.
+        probability: Probability of keeping each slot other than the largest.
     """
 
     name: ClassVar[str] = "random-drop"
@@ -44,7 +46,7 @@ class RandomDrop(Policy):
 
     @classmethod
     def prepare(cls, calibration: Calibration) -> Self:
-        """The hash is uniform, so the probability follows from the budget: 1 slot of k always stays."""
+        """Compute the probability from the budget: the hash is uniform, and one slot of k is always kept."""
         slots = sum(slots.top_k for slots in calibration.layers)
         always = len(calibration.layers)
         probability = 1.0 if slots == always else (calibration.budget * slots - always) / (slots - always)

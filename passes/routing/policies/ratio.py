@@ -1,4 +1,4 @@
-"""The policy `ratio`: every weight against the largest of its token."""
+"""The policy `ratio`: each weight is compared with the largest of its token."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ SMALLEST_SCALE = 1e-4
 
 @dataclass(frozen=True)
 class Ratio(Policy):
-    """Keeps slot i if w_i >= beta_l * max_j w_j (NAEE, arXiv:2402.14800, there for the second of two experts).
+    """Keeps slot i if w_i >= beta_l * max_j w_j (NAEE, arXiv:2402.14800, for the second of two experts).
 
-    beta_l = beta * scale_l. NAEE takes the median of w_2 / w_1 over calibration text as beta_l, which is what
-    calibration puts in `scale`; beta then moves all layers together. A beta_l above 1 counts as 1.
+    beta_l = beta * scale_l. NAEE uses the median of w_2 / w_1 over calibration text as beta_l; calibration sets `scale`
+    to this median, and beta scales all layers together. A beta_l above 1 counts as 1.
 
     Attributes:
         beta: The ratio.
@@ -41,7 +41,7 @@ class Ratio(Policy):
 
     @classmethod
     def prepare(cls, calibration: Calibration) -> Self:
-        """The scale is the median of w_2 / w_1 in each layer."""
+        """Set the scale to the median of w_2 / w_1 in each layer."""
         return cls(scale=tuple(_median_ratio(slots) for slots in calibration.layers))
 
     def keep(self, slots: Slots) -> Tensor:
@@ -54,5 +54,5 @@ class Ratio(Policy):
 
 
 def _median_ratio(slots: Slots) -> float:
-    """Median over tokens of the second largest weight relative to the largest."""
+    """Median over tokens of the second largest weight divided by the largest."""
     return max(float((slots.second / slots.largest.clamp(min=EPSILON)).median()), SMALLEST_SCALE)

@@ -1,4 +1,4 @@
-"""The table of routing policies: built-in ones, third parties' from entry points, and those that are refused."""
+"""The table of routing policies: built-in ones, those of third parties, and those that are refused."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ REFUSED = {
     "expert-choice": "lets experts choose among the tokens of a batch",
     "capacity": "drops tokens when an expert's share of the batch is full",
 }
-"""Known policies that depend on the batch, and how."""
+"""Published policies that depend on the batch or on later tokens -> how they do."""
 
 
 def policies(extra: Iterable[EntryPoint] | None = None) -> dict[str, type[Policy]]:
@@ -57,7 +57,7 @@ def policies(extra: Iterable[EntryPoint] | None = None) -> dict[str, type[Policy
         extra: Entry points of third parties; None: those installed in the group `moec.policies`.
 
     Raises:
-        UsageError: Two policies claim one name, or an entry point is no Policy.
+        UsageError: Two policies have the same name, or an entry point is not a Policy.
     """
     table = {policy.name: policy for policy in BUILT_IN}
     return {**table, **load_plugins(GROUP, Policy, {*table, *REFUSED}, extra)}  # type: ignore[type-abstract]
@@ -67,13 +67,13 @@ def policy_type(name: str) -> type[Policy]:
     """The class of a policy.
 
     Raises:
-        UsageError: Nothing has that name, or it is a batch-dependent policy.
+        UsageError: No policy has this name, or the policy depends on the batch.
     """
     if name in REFUSED:
         raise UsageError(
             f"policy {name} {REFUSED[name]}: a token's experts must depend on that token alone, or its result would"
-            " change with the batch, and prefill followed by decode would differ from one pass",
-            hint="Choose a row-independent policy, such as top-p.",
+            " change with the batch, and prefill followed by decode would differ from a single pass",
+            hint="choose a row-independent policy, such as top-p",
         )
     table = policies()
     if name not in table:
@@ -82,10 +82,10 @@ def policy_type(name: str) -> type[Policy]:
 
 
 def policy(name: str, **parameters: Any) -> Policy:
-    """Makes a policy from its name and its parameters, such as those that JSON or YAML holds.
+    """Make a policy from its name and its parameters, as read from JSON or YAML.
 
     Raises:
-        UsageError: Unknown name or parameter, a batch-dependent policy, or a value that makes no sense.
+        UsageError: A name or parameter is unknown, the policy depends on the batch, or a value is out of range.
     """
     chosen = policy_type(name)
     known = [field.name for field in fields(chosen)]
@@ -97,5 +97,5 @@ def policy(name: str, **parameters: Any) -> Policy:
 
 
 def parameters_of(chosen: Policy) -> dict[str, Any]:
-    """The parameters of a policy, as `policy` takes them."""
+    """The parameters of a policy, as keyword arguments of `policy`."""
     return asdict(chosen)

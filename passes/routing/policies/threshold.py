@@ -1,4 +1,4 @@
-"""The policy `threshold`: routing weight times layer importance against one threshold."""
+"""The policy `threshold`: the routing weight times the layer's importance is compared with one threshold."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Threshold(Policy):
     """Keeps slot i if its share of the row sum, scaled by the layer's importance, reaches tau (arXiv:2511.15690).
 
     w_i / sum_j w_j * importance_l >= tau, computed as w_i >= min(tau / importance_l * sum_j w_j, max_j w_j), which
-    keeps the largest slot (and its equals) where nothing reaches the threshold.
+    keeps the largest slot (and equal ones) if no slot reaches the threshold.
 
     Attributes:
         tau: The threshold.
@@ -43,7 +43,7 @@ class Threshold(Policy):
 
     @classmethod
     def prepare(cls, calibration: Calibration) -> Self:
-        """The importance is the layer's sum of losses over all k, relative to the most important layer."""
+        """Set the importance to the layer's sum of losses over all k, relative to the most important layer."""
         if calibration.sensitivities is None:
             return cls()
         losses = [max(sum(row), 0.0) for row in calibration.k_loss(cls.name)]
@@ -56,6 +56,6 @@ class Threshold(Policy):
 
 
 def bound(slots: Slots, tau: Tensor | float, importance: float) -> Tensor:
-    """The smallest weight that stays: [T, 1] float32, at most the row's largest."""
+    """The smallest weight that is kept: [T, 1] float32, at most the largest of the row."""
     share = tau if importance == 1.0 else tau * (1.0 / importance)
     return torch.minimum(slots.total * share, slots.largest)

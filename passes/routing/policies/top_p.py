@@ -1,4 +1,4 @@
-"""The policy `top-p`: the smallest set of experts that holds a given share of the routing mass."""
+"""The policy `top-p`: the smallest set of experts with a given share of the routing mass."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ UNITS = 200
 
 @dataclass(frozen=True)
 class TopP(Policy):
-    """Keeps slot i while the slots before it hold less than the share P_l of the row sum (arXiv:2403.07652).
+    """Keeps slot i if the larger slots hold less than the share P_l of the row sum (arXiv:2403.07652).
 
-    mass_before_i < P_l * sum_j w_j, with mass_before_i the sum of the weights that come before slot i in
-    descending order, and P_l = 1 - (1 - P) * slack_l: a layer with slack 2 may lose twice the mass.
+    mass_before_i < P_l * sum_j w_j, where mass_before_i is the sum of the weights before slot i in descending order,
+    and P_l = 1 - (1 - P) * slack_l: a layer with slack 2 may lose twice the mass.
 
     Attributes:
         mass: P, the share of the routing mass to keep.
@@ -51,7 +51,7 @@ class TopP(Policy):
 
     @classmethod
     def prepare(cls, calibration: Calibration) -> Self:
-        """The slack of every layer, where the losses of masses were measured: see `layer_slack`."""
+        """Set the slack of every layer, if the losses of masses were measured; see `layer_slack`."""
         sensitivities = calibration.sensitivities
         if sensitivities is None or not sensitivities.mass_loss:
             return cls()
@@ -63,17 +63,17 @@ class TopP(Policy):
 
 
 def mass_at(mass: Tensor | float, slack: float) -> Tensor | float:
-    """The layer's share of mass, 1 - (1 - P) * slack, kept above 0 so that the largest slot always stays."""
+    """The layer's share of mass, 1 - (1 - P) * slack, but above 0, so that the largest slot is always kept."""
     if slack != 1.0:
         mass = 1.0 - (1.0 - mass) * slack
     return max(mass, SMALLEST_MASS) if isinstance(mass, float | int) else mass.clamp(min=SMALLEST_MASS)
 
 
 def layer_slack(layers: Sequence[Slots], budget: float, sensitivities: Sensitivities) -> tuple[float, ...]:
-    """How much more mass than the strictest layer each layer may lose.
+    """How much more mass each layer may lose than the layer that may lose the least.
 
-    The dynamic programme picks a mass per layer: least sum of the measured losses, interpolated between the
-    measured masses, at the budget's share of slots. The losses 1 - P_l are then scaled to a least of 1.
+    Dynamic programming chooses a mass P_l per layer, with the least sum of the measured losses (interpolated between
+    the measured masses) at the budget's share of slots. The result is 1 - P_l, scaled to a minimum of 1.
 
     Args:
         layers: The replayed slots of every MoE layer.
@@ -86,14 +86,14 @@ def layer_slack(layers: Sequence[Slots], budget: float, sensitivities: Sensitivi
     if len(sensitivities.mass_loss) != len(layers):
         raise UsageError(f"sensitivities of {len(sensitivities.mass_loss)} MoE layers for a model with {len(layers)}")
     fractions = [step / STEPS for step in range(STEPS)]
-    masses = _between(sensitivities.masses, fractions)
-    losses = [_between(row, fractions) for row in sensitivities.mass_loss]
+    masses = _interpolated(sensitivities.masses, fractions)
+    losses = [_interpolated(row, fractions) for row in sensitivities.mass_loss]
     costs = [[math.ceil(UNITS * kept_per_layer(TopP(mass=mass), [slots])[0]) for mass in masses] for slots in layers]
     chosen = allocate(losses, costs, math.floor(UNITS * budget * len(layers)))
     lost = [max(1.0 - masses[option], SMALLEST_LOST) for option in chosen]
     return tuple(value / min(lost) for value in lost)
 
 
-def _between(values: Sequence[float], fractions: Sequence[float]) -> list[float]:
-    """The values with linearly interpolated ones between every two neighbours."""
+def _interpolated(values: Sequence[float], fractions: Sequence[float]) -> list[float]:
+    """`values` with linearly interpolated values between neighbours."""
     return [a + (b - a) * fraction for a, b in pairwise(values) for fraction in fractions] + [values[-1]]

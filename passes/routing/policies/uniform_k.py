@@ -1,4 +1,4 @@
-"""The control `uniform-k`: the same number of experts for every token of every layer."""
+"""The baseline `uniform-k`: the same number of experts for every token in every layer."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 class UniformK(Policy):
     """Keeps the k largest slots: rank_i < k.
 
-    This is what lowering `num_experts_per_tok` in the config does. It is the baseline that every other policy
-    must beat at the same number of executed experts.
+    This is the effect of a lower `num_experts_per_tok` in the config, and the baseline that every other policy must
+    beat at the same number of executed experts.
 
     Attributes:
-        k: Slots to keep per token. As an operand it may be fractional and rounds up.
+        k: Number of slots to keep per token. At run time it may be fractional, and is rounded up.
     """
 
     name: ClassVar[str] = "uniform-k"
@@ -36,7 +36,7 @@ class UniformK(Policy):
 
     @classmethod
     def prepare(cls, calibration: Calibration) -> Self:
-        """The largest whole k within the budget, at least 1."""
+        """Set k to the largest integer within the budget, at least 1."""
         top_k = max(slots.top_k for slots in calibration.layers)
         return cls(k=max(1, int(calibration.budget * top_k + 1e-9)))
 

@@ -2,7 +2,7 @@
 
 Each op is computed in fp32 (integers exactly) and its result rounded to the type that the program
 declares, so an fp16 program rounds to fp16 after every op. It stands in for Core ML in the parity,
-coverage and quality gates; how fast the program runs on a device it cannot say.
+coverage and quality gates. It does not predict the speed on a device.
 """
 
 from moec.targets.coreml.executor.counters import Cost, Counters

@@ -39,7 +39,7 @@ class BlobFile:
             return np.memmap(self.path, dtype=np.uint8, mode="r")
         except (OSError, ValueError) as error:
             raise ArtifactError(
-                f"weight file {self.path} cannot be read: {error}", hint="Export the model again."
+                f"weight file {self.path} cannot be read: {error}", hint="export the model again"
             ) from error
 
     def read(self, offset: int, element: ElementType, shape: tuple[int, ...]) -> Array:
@@ -68,18 +68,18 @@ class BlobFile:
         where = f"weight file {self.path}, entry at byte {offset}"
         record = self._bytes[offset : offset + _RECORD.size].tobytes()
         if len(record) < _RECORD.size:
-            raise ArtifactError(f"{where}: the file ends before it", hint="Export the model again.")
+            raise ArtifactError(f"{where}: the file ends before it", hint="export the model again")
         sentinel, code, size, start = _RECORD.unpack(record)
         if sentinel != _SENTINEL:
-            raise ArtifactError(f"{where}: no entry starts there", hint="Export the model again.")
+            raise ArtifactError(f"{where}: no entry starts there", hint="export the model again")
         if code != element.blob_code:
             raise ArtifactError(
                 f"{where}: holds element type {code}, the program declares {element.name}",
-                hint="Export the model again.",
+                hint="export the model again",
             )
         if size < nbytes or start + nbytes > self._bytes.size:
             raise ArtifactError(
                 f"{where}: {nbytes} bytes expected, {min(size, max(self._bytes.size - start, 0))} present",
-                hint="Export the model again.",
+                hint="export the model again",
             )
         return int(start)

@@ -21,13 +21,13 @@ class Constant:
     Args:
         name: Name in the program.
         type: Declared type.
-        stored_bytes: Bytes in the weight file that reading the whole value touches; for a quantized
-            weight those of its data, scales and offsets or table. 0 for a value inlined in the program.
+        stored_bytes: Bytes in the weight file that are read for the whole value; for a quantized weight,
+            those of its data, scales and offsets or table. 0 for a value inlined in the program.
         key: Equal for constants that yield the same value, across functions too.
-        load: Produces the value.
-        keep: Whether producing it again costs enough for the cache to hold it.
-        exact: Produces it before it is rounded to its type, where it is computed from stored parts.
-        parts: Those parts by the names that the op has for them.
+        load: Computes the value.
+        keep: Whether recomputing it is expensive enough for the cache to hold it.
+        exact: Computes it without rounding to its type, if it is computed from stored parts.
+        parts: These parts by the op's parameter names.
     """
 
     name: str
@@ -59,7 +59,7 @@ class ConstantCache:
         return self._lookup(constant.key, constant.load)
 
     def widened(self, constant: Constant) -> Array:
-        """The value, fp16 widened to fp32; other types as they are."""
+        """The value, with fp16 widened to fp32; other types unchanged."""
         if constant.type.element.name != "fp16":
             return self.value(constant)
         return self._lookup((constant.key, "fp32"), lambda: self.value(constant).astype(np.float32))

@@ -1,4 +1,4 @@
-"""Kernels of `constexpr_*` ops: how a compressed weight becomes a dense one."""
+"""Kernels of `constexpr_*` ops, which decompress weights."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def _sparse_to_dense(args: Args) -> Array:
 
 def _cast(args: Args) -> Array:
     if args.text("output_dtype", "") != "fp32":
-        raise ValueError("constexpr_cast converts to fp32 alone")
+        raise ValueError("constexpr_cast converts to fp32 only")
     return args.array("source_val").astype(np.float32)
 
 

@@ -1,4 +1,4 @@
-"""Control flow and state: the ops that run blocks, or read and write what outlives them."""
+"""Control flow and states: ops that run nested blocks, and ops that read or write states."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def _cond(step: Step, frame: Frame) -> tuple[Array, ...]:
-    """Run one branch; the other is not touched, so neither its MACs nor its weights count."""
+    """Run one branch; the MACs and weights of the other do not count."""
     taken = bool(frame.value(step.operands["pred"][0]).reshape(()))
     return frame.run(step.blocks[0 if taken else 1])
 
@@ -31,7 +31,9 @@ def _while_loop(step: Step, frame: Frame) -> tuple[Array, ...]:
 def _state_name(step: Step) -> str:
     operand = step.operands["input"][0]
     if not isinstance(operand, StateRef):
-        raise ArtifactError(f"{step.operation.name} takes a tensor for a state", hint="Export the model again.")
+        raise ArtifactError(
+            f"{step.operation.name} needs a state, but its operand is a tensor", hint="export the model again"
+        )
     return operand.name
 
 

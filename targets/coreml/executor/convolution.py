@@ -1,4 +1,4 @@
-"""Kernel of convolutions."""
+"""Kernel of convolution."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def _padding(args: Args, kernel: tuple[int, ...], strides: tuple[int, ...]) -> list[tuple[int, int]]:
-    """Zeros before and behind each spatial axis; `kernel` are the sizes with the gaps of dilation."""
+    """Zeros before and after each spatial axis; `kernel` are the kernel's sizes including dilation."""
     kind, sizes = args.text("pad_type", "valid"), args.array("x").shape[2:]
     if kind == "valid":
         return [(0, 0)] * len(sizes)
@@ -23,7 +23,7 @@ def _padding(args: Args, kernel: tuple[int, ...], strides: tuple[int, ...]) -> l
         return list(zip(pad[::2], pad[1::2], strict=True))
     if kind not in ("same", "same_lower"):
         raise ValueError(f"unknown pad type {kind!r}")
-    # As many results as strides fit into the input; of an odd number of zeros the last lies behind, or before.
+    # There are ceil(n / stride) results. The extra zero of an odd total goes after the input ("same") or before it.
     totals = [max((-(-n // s) - 1) * s + k - n, 0) for n, k, s in zip(sizes, kernel, strides, strict=True)]
     halves = [(total // 2, total - total // 2) for total in totals]
     return [half[::-1] for half in halves] if kind == "same_lower" else halves

@@ -1,4 +1,4 @@
-"""What a run cost: executed multiply-accumulates and weight bytes read, per operation."""
+"""Cost of a run per operation: executed multiply-accumulates and weight bytes read."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ class Cost:
     """Cost of some operations.
 
     Args:
-        macs: Multiply-accumulates that they executed.
-        weight_bytes: Bytes of the weight file that they read, as stored (quantized), each time they ran.
-            Of a gathered or sliced weight only the share that was taken counts.
+        macs: Executed multiply-accumulates.
+        weight_bytes: Bytes read from the weight file, as stored (quantized), in all runs together. For a
+            gathered or sliced weight, only the part that was taken counts.
     """
 
     macs: int = 0
@@ -33,7 +33,7 @@ class Counters:
         self._costs: dict[tuple[str, ...], Cost] = {}
 
     def add(self, path: tuple[str, ...], cost: Cost) -> None:
-        """Record one run of the operation at `path`: names of the control flow around it, and its own."""
+        """Record one run of the operation at `path`: names of the enclosing control flow, then its own."""
         self._costs[path] = self._costs.get(path, Cost()) + cost
 
     def total(self, scope: str = "") -> Cost:

@@ -34,7 +34,7 @@ def _element(name: str, code: int, blob_code: int | None, bits: int, numpy: str)
 
 
 def _integers(kind: str, *rows: tuple[int, int, int | None]) -> tuple[ElementType, ...]:
-    """Whole numbers of some bits, in the narrowest type of numpy that holds them. A row: bits, code, blob code."""
+    """Integer types, each in the narrowest numpy type that holds it. A row is (bits, code, blob code)."""
     return tuple(_element(f"{kind}{bits}", code, blob, bits, f"{kind}{max(bits, 8)}") for bits, code, blob in rows)
 
 
@@ -54,7 +54,7 @@ BY_NAME = {element.name: element for element in ELEMENT_TYPES}
 
 @dataclass(frozen=True, slots=True)
 class TensorType:
-    """Element type and shape; a dimension that only the input decides is None.
+    """Element type and shape; a dimension that depends on the input is None.
 
     Args:
         element: Type of the elements.

@@ -1,4 +1,4 @@
-"""Runs a planned function: a walk over its steps, each result rounded to the type that it declares."""
+"""Runs a planned function step by step, rounding each result to its declared type."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class Frame:
     Args:
         plan: The function.
         slots: Values by slot; None before they are computed and after their last use.
-        state: States that it reads and writes.
-        cache: Constants.
-        counters: Where costs go.
+        state: The states that the function reads and writes.
+        cache: The constants of the model.
+        counters: The costs that the run adds to.
     """
 
     plan: FunctionPlan
@@ -42,7 +42,7 @@ class Frame:
         if isinstance(operand, Constant):
             return self.cache.widened(operand) if widened else self.cache.value(operand)
         if isinstance(operand, StateRef):
-            raise ArtifactError(f"state {operand.name} is used as a tensor", hint="Export the model again.")
+            raise ArtifactError(f"state {operand.name} is used as a tensor", hint="export the model again")
         array = self.slots[operand]
         if array is None:
             raise ValueError("an operand was released before its last use")
@@ -73,7 +73,7 @@ class Frame:
             where = describe(self.plan.function.name, step.operation)
             raise ArtifactError(
                 f"{step.operation.type} failed ({where}): {error}",
-                hint="The program is invalid, or was given values that it cannot process.",
+                hint="the program is invalid, or the values of its inputs are",
             ) from error
         self.counters.add(step.path, cost)
 
@@ -94,7 +94,7 @@ class Frame:
             raise ValueError(f"{len(results)} results for {len(outputs)} outputs")
         for slot, output, result in zip(step.outputs, outputs, results, strict=True):
             if not output.type.admits(result.shape):
-                raise ValueError(f"the result has shape {result.shape}, declared is {output.type}")
+                raise ValueError(f"the result has shape {result.shape}, but {output.type} is declared")
             self.slots[slot] = result.astype(output.type.element.numpy, copy=False)
 
 

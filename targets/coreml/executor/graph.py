@@ -22,7 +22,7 @@ from moec.targets.coreml.executor.dtypes import BY_CODE, Array, TensorType, pack
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-_HINT = "Only ML programs written by coremltools or moec can be run."
+_HINT = "only ML programs written by coremltools or moec can be run"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ class Operation:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A straight list of operations with its own inputs and outputs."""
+    """A list of operations with its own inputs and outputs."""
 
     inputs: tuple[Value, ...]
     operations: tuple[Operation, ...]
@@ -86,7 +86,7 @@ class Function:
 
 
 def cut(function: Function, inputs: Sequence[str], output: str) -> Function:
-    """The part of `function` that lies between the values `inputs`, which become its inputs, and `output`."""
+    """The part of `function` that computes the value `output` from the values `inputs`."""
     makers = {value.name: operation for operation in function.block.operations for value in operation.outputs}
     types = {value.name: value for value in function.inputs}
     types |= {value.name: value for operation in makers.values() for value in operation.outputs}
@@ -103,7 +103,7 @@ def cut(function: Function, inputs: Sequence[str], output: str) -> Function:
 
 
 def _reads(operation: Operation) -> Iterator[str]:
-    """Names that an operation reads, those of its blocks included (what they define themselves too)."""
+    """Names that an operation and its nested blocks read, including names that these blocks define."""
     for bound in operation.inputs.values():
         yield from (item for item in bound if isinstance(item, str))
     for block in operation.blocks:
@@ -116,7 +116,7 @@ class GraphReader:
     """Turns protobuf messages into the dataclasses above.
 
     Args:
-        directory: Folder that `@model_path` in the program stands for.
+        directory: Directory that `@model_path` in the program refers to.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -127,7 +127,7 @@ class GraphReader:
         """Read a `Function` message.
 
         Raises:
-            ArtifactError: It uses something that the format does not define.
+            ArtifactError: The message uses something that the format does not define.
         """
         blocks = message.block_specializations
         if message.opset not in blocks:
@@ -206,7 +206,7 @@ class GraphReader:
             ]
             return np.stack(items) if items else np.empty(0)
         if kind != "tensor":
-            raise ArtifactError(f"constant {name} has the unsupported form {kind}", hint=_HINT)
+            raise ArtifactError(f"constant {name} is stored as {kind}, which is not supported", hint=_HINT)
         tensor = message.immediateValue.tensor
         shape, element = _static_shape(declared, name), declared.element
         count = int(np.prod(shape, dtype=np.int64))
@@ -228,7 +228,7 @@ def _tensor_type(message: Any, name: str) -> TensorType:
     if kind == "listType":
         return _tensor_type(message.listType.type, name)
     if kind != "tensorType" or message.tensorType.dataType not in BY_CODE:
-        raise ArtifactError(f"{name} has a type that the executor does not know: {message}", hint=_HINT)
+        raise ArtifactError(f"{name} has a type that the executor does not support: {message}", hint=_HINT)
     tensor = message.tensorType
     shape: list[int | None] = []
     for dimension in tensor.dimensions:

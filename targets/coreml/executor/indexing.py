@@ -101,7 +101,7 @@ def _gather_nd(args: Args) -> Array:
 
 
 def _scattered(args: Args, window: tuple[Any, ...]) -> Array:
-    """`data` with `updates` combined into it at `window`, by `mode`, one after the other."""
+    """`data` with `updates` combined into `window` by `mode`; repeated indices are applied in order."""
     data = args.array("data").copy()
     mode = args.text("mode", "add")
     if mode == "update":

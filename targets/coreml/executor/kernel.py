@@ -1,4 +1,4 @@
-"""What a kernel is: a pure numpy function of an op's operands, and how its cost is counted."""
+"""Kernels: pure numpy functions of an op's operands, with the counting of their costs."""
 
 from __future__ import annotations
 
@@ -72,10 +72,10 @@ class Kernel:
     Args:
         run: Computes the results. It must not write to its operands. A ValueError, IndexError or
             KeyError means that the program is invalid.
-        widen: Give fp16 operands as fp32. The executor rounds results to the declared type, so an op on
-            fp16 is computed in fp32 and rounded once; data movement needs no widening.
+        widen: Whether fp16 operands are widened to fp32. The executor rounds results to the declared type, so
+            an op on fp16 is computed in fp32 and rounded once; data movement needs no widening.
         macs: Multiply-accumulates of one run, from its operands and its first result.
-        partial: Operand of which only as many elements are read as the results hold.
+        partial: Operand from which the op reads only as many elements as its results hold.
     """
 
     run: Callable[[Args], Result]
@@ -98,8 +98,8 @@ def axis_of(axis: int, rank: int) -> int:
 def checked_indices(args: Args, indices: Array, size: int) -> Array:
     """Indices along a dimension of `size`, as non-negative int64.
 
-    Core ML leaves an index out of range undefined (`validate_indices` false) or refuses it, and from
-    iOS 17 on counts negative ones as out of range: a program that needs one is wrong either way.
+    In Core ML, an index out of range has undefined results (`validate_indices` false) or is refused, and
+    from iOS 17 on this includes negative ones: a program that uses one is wrong in either case.
 
     Raises:
         ValueError: An index is out of range.

@@ -1,4 +1,4 @@
-"""Kernels of matrix products and attention; these ops carry the multiply-accumulates."""
+"""Kernels of matrix products and attention, with their multiply-accumulates."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def _einsum_macs(args: Args, result: Array) -> int:
 
 
 def _attention(args: Args) -> Array:
-    """softmax(query key^T / sqrt(E) + mask) value, rounded once; a boolean mask keeps where true."""
+    """softmax(query key^T / sqrt(E) + mask) value, rounded once; a boolean mask is true where visible."""
     query, key, value = args.array("query"), args.array("key"), args.array("value")
     scores = (query @ key.swapaxes(-1, -2)) * query.dtype.type(1.0 / np.sqrt(query.shape[-1]))
     mask = args.optional("attn_mask")

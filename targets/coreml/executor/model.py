@@ -1,4 +1,4 @@
-"""The executor's interface: open a package, make sessions, predict."""
+"""The executor's API: open a package, create sessions, predict."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class TensorDescriptor:
     Args:
         name: Its name.
         type: Element type and shape in the program; flexible dimensions are None.
-        ranges: Lowest and highest size of each dimension where the model gives ranges; no highest is None.
-        shapes: The shapes that the model enumerates, if it does.
+        ranges: Minimum and maximum size of each dimension, if the model gives ranges; None: no maximum.
+        shapes: The allowed shapes, if the model enumerates them.
     """
 
     name: str
@@ -40,7 +40,7 @@ class TensorDescriptor:
     shapes: tuple[tuple[int, ...], ...] = ()
 
     def admits(self, shape: tuple[int, ...]) -> bool:
-        """Whether the model takes or yields an array of `shape`."""
+        """Whether the model allows an array of `shape`."""
         if not self.type.admits(shape):
             return False
         if self.shapes:
@@ -77,7 +77,7 @@ class MilModel:
 
         Args:
             path: The package directory.
-            cache_bytes: Memory for unpacked and dequantized weights; the least recently used go first.
+            cache_bytes: Memory for unpacked and dequantized weights; the least recently used are dropped first.
 
         Raises:
             ArtifactError: Not an ML program package, or a damaged one.
@@ -97,14 +97,14 @@ class MilModel:
         """The function that runs when none is named.
 
         Raises:
-            UsageError: Several, and the model names no default.
+            UsageError: The model has several functions and no default.
         """
         named = self.spec.description.defaultFunctionName or "main"
         if named in self._functions:
             return str(named)
         if len(self._functions) == 1:
             return next(iter(self._functions))
-        raise UsageError("the model has no default function", hint=f"Name one of {', '.join(self.functions())}.")
+        raise UsageError("the model has no default function", hint=f"name one of {', '.join(self.functions())}")
 
     def inputs(self, function: str | None = None) -> tuple[TensorDescriptor, ...]:
         """Tensor inputs of `function` (default: the model's), states excluded.
@@ -135,7 +135,7 @@ class MilModel:
         return self.plan(function).constants
 
     def new_state(self) -> State:
-        """States of all functions, zeroed. A state of the same name is the same state in each of them.
+        """States of all functions, zeroed. Functions share states of the same name.
 
         Raises:
             ArtifactError: Two functions declare different types for one name.
@@ -145,8 +145,8 @@ class MilModel:
             for item in self.states(name):
                 if types.setdefault(item.name, item.type) != item.type:
                     raise ArtifactError(
-                        f"state {item.name} is {item.type} in function {name}, {types[item.name]} in another",
-                        hint="Give the state one type, or two names.",
+                        f"state {item.name} is {item.type} in function {name}, but {types[item.name]} in another",
+                        hint="give the state the same type in both functions, or two names",
                     )
         return State(types)
 
@@ -167,23 +167,23 @@ class MilModel:
         )
 
     def part(self, function: str, inputs: Sequence[str], output: str) -> MilSession:
-        """A session of what lies between some values of `function` and another, which are its inputs and output.
+        """A session of the part of `function` that computes `output` from `inputs`.
 
         Args:
-            function: Name.
-            inputs: Values outside of branches, which the caller provides in place of what computes them.
+            function: Name of the function.
+            inputs: Values outside of branches, which the caller provides.
             output: A value outside of branches.
 
         Raises:
             UsageError: No such function.
-            ArtifactError: The output needs something else that only the function's caller can provide.
+            ArtifactError: The output depends on another input of the function.
         """
         part = cut(self._function(function), inputs, output)
         descriptors = tuple(TensorDescriptor(value.name, value.type) for value in part.inputs)
         return MilSession(plan_function(part), descriptors, State({}), self._cache)
 
     def plan(self, function: str | None = None) -> FunctionPlan:
-        """The planned `function`; planned once.
+        """The plan of `function`, made on first use.
 
         Raises:
             UsageError: No such function.
@@ -197,7 +197,7 @@ class MilModel:
     def _function(self, name: str | None) -> Function:
         name = self.default_function() if name is None else name
         if name not in self._functions:
-            raise UsageError(f"the model has no function {name}", hint=f"Functions: {', '.join(self.functions())}.")
+            raise UsageError(f"the model has no function {name}", hint=f"its functions: {', '.join(self.functions())}")
         return self._functions[name]
 
     def _description(self, function: str) -> Any:
@@ -240,8 +240,7 @@ class MilSession:
             Array of each output, of the type that the program declares.
 
         Raises:
-            UsageError: An input is missing, unknown, of another kind of number or of a shape that the
-                model refuses.
+            UsageError: An input is missing or unknown, or has a dtype or shape that the model does not allow.
             ArtifactError: The program is invalid.
         """
         arrays = self._checked(feeds)
@@ -249,17 +248,17 @@ class MilSession:
         for name, slot in self.plan.inputs.items():
             slots[slot] = arrays[name]
         frame = Frame(self.plan, slots, self.state, self._cache, self.counters)
-        # Overflow to infinity and NaN are results like any other: what the caller compares tells them apart.
+        # Infinity and NaN are valid results; the caller compares them.
         with np.errstate(all="ignore"):
             results = frame.run(self.plan.body)
-        # Copies: a result may be a view of a state, a weight or the caller's own input.
+        # Copy, since a result may be a view of a state, a weight or the caller's input.
         return {value.name: np.array(result) for value, result in zip(self.plan.outputs, results, strict=True)}
 
     def _checked(self, feeds: Mapping[str, Any]) -> dict[str, Array]:
         if feeds.keys() != self._inputs.keys():
             raise UsageError(
                 f"function {self.plan.function.name} was given the inputs {sorted(feeds)}",
-                hint=f"It takes {', '.join(str(item) for item in self._inputs.values())}.",
+                hint=f"its inputs: {', '.join(str(item) for item in self._inputs.values())}",
             )
         return {name: _convert(descriptor, feeds[name]) for name, descriptor in self._inputs.items()}
 
@@ -268,18 +267,18 @@ def _convert(descriptor: TensorDescriptor, fed: Any) -> Array:
     array = np.asarray(fed)
     wanted = descriptor.type.element.numpy
     if not descriptor.admits(array.shape):
-        raise UsageError(f"input {descriptor.name} was given shape {array.shape}", hint=f"Give {descriptor}.")
+        raise UsageError(f"input {descriptor.name} was given shape {array.shape}", hint=f"expected: {descriptor}")
     if wanted.kind in "iub" and array.dtype.kind not in "iub":
-        raise UsageError(f"input {descriptor.name} was given {array.dtype}", hint=f"Give {descriptor}.")
+        raise UsageError(f"input {descriptor.name} was given {array.dtype}", hint=f"expected: {descriptor}")
     with np.errstate(all="ignore"):
         converted = array.astype(wanted)
     if wanted.kind in "iu" and not np.array_equal(converted, array):
-        raise UsageError(f"input {descriptor.name} holds values that {wanted} cannot", hint=f"Give {descriptor}.")
+        raise UsageError(f"input {descriptor.name} holds values that {wanted} cannot", hint=f"expected: {descriptor}")
     return converted
 
 
 def _descriptor(name: str, declared: TensorType, feature: Any) -> TensorDescriptor:
-    """Descriptor with the flexibility that the model's description adds to the program's type."""
+    """A descriptor of the program's type and the ranges or shapes in the model's description."""
     if feature is None or not feature.type.HasField("multiArrayType"):
         return TensorDescriptor(name, declared)
     array = feature.type.multiArrayType

@@ -34,7 +34,7 @@ def _layer_norm(args: Args) -> Array:
 
 
 def _instance_norm(args: Args) -> Array:
-    """Over the spatial dimensions of x [N, C, *D], scaled per channel."""
+    """Normalise over the spatial dimensions of x [N, C, *D] and scale per channel."""
     x = args.array("x")
     axes = tuple(range(2, x.ndim))
     shape = (1, x.shape[1], *(1 for _ in axes))
@@ -42,7 +42,7 @@ def _instance_norm(args: Args) -> Array:
 
 
 def _l2_norm(args: Args) -> Array:
-    """X / sqrt(sum(x^2) + epsilon) over the last three dimensions."""
+    """`x / sqrt(sum(x^2) + epsilon)` over the last three dimensions."""
     x = args.array("x")
     total = np.square(x).sum(axis=(-3, -2, -1), keepdims=True)
     result: Array = x / np.sqrt(total + x.dtype.type(args.number("epsilon", 1e-6)))

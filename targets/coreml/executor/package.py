@@ -17,7 +17,7 @@ def model_file(package: Path) -> Path:
         ArtifactError: Not a package, or a damaged one.
     """
     manifest = package / "Manifest.json"
-    hint = "Give the path of an .mlpackage directory."
+    hint = "give the path of an .mlpackage directory"
     try:
         content = json.loads(manifest.read_text(encoding="utf-8"))
         item = content["itemInfoEntries"][content["rootModelIdentifier"]]["path"]
@@ -47,11 +47,11 @@ def load_spec(path: Path) -> Any:
     try:
         model.ParseFromString(path.read_bytes())
     except decode_error as error:
-        raise ArtifactError(f"{path} is damaged: {error}", hint="Export the model again.") from error
+        raise ArtifactError(f"{path} is damaged: {error}", hint="export the model again") from error
     kind = model.WhichOneof("Type")
     if kind != "mlProgram":
         raise ArtifactError(
             f"{path} holds a model of type {kind}, not an ML program",
-            hint="Convert with minimum_deployment_target iOS 15 or later.",
+            hint="convert with minimum_deployment_target iOS 15 or later",
         )
     return model

@@ -1,7 +1,7 @@
-"""Makes a function runnable: names become slots, constants are folded, lifetimes are known.
+"""Plans a function: resolves names to slots, folds constants and finds the lifetimes of values.
 
-Done once per function. Nested blocks share the slots of their function, so that running a block is a
-walk over a list of steps.
+This is done once per function. Nested blocks share the slots of their function, so that running a block
+is a loop over a list of steps.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CONTROL_OPS = frozenset({"cond", "while_loop", "read_state", "write_state"})
 
 @dataclass(frozen=True, slots=True)
 class StateRef:
-    """A state, by the name of the function input."""
+    """A state, by the name of the function's input."""
 
     name: str
 
@@ -41,12 +41,12 @@ class Step:
     """One operation, ready to run.
 
     Args:
-        operation: Where it comes from.
-        path: Names of the control flow operations around it, and its own.
-        kernel: What computes it; None for control flow and state.
+        operation: The operation.
+        path: Names of the enclosing control flow operations, then its own.
+        kernel: Its kernel; None for control flow and states.
         operands: Slots, constants and states bound to each parameter.
         outputs: Slots that it fills.
-        release: Slots that nothing reads afterwards.
+        release: Slots that no later step reads.
         blocks: Nested blocks.
     """
 
@@ -74,9 +74,9 @@ class BlockPlan:
 
     Args:
         inputs: Slots of its inputs.
-        steps: In order.
-        outputs: What it yields.
-        release: Slots of its own that are alive only to be yielded.
+        steps: Its steps, in order.
+        outputs: Operands that it returns.
+        release: Its own slots that are used only as outputs.
     """
 
     inputs: tuple[int, ...]
@@ -90,10 +90,10 @@ class FunctionPlan:
     """A function, ready to run.
 
     Args:
-        function: Where it comes from.
+        function: The function.
         body: Its body.
         inputs: Slot of each tensor input.
-        slots: How many slots a run needs.
+        slots: Number of slots that a run needs.
         constants: Every constant of the function and its nested blocks, by name.
         outputs: Name and type of each output.
     """
@@ -111,7 +111,7 @@ def plan_function(function: Function) -> FunctionPlan:
 
     Raises:
         LoweringError: An op has no kernel.
-        ArtifactError: A name is used before anything defines it.
+        ArtifactError: A name is used before it is defined.
     """
     return _Planner(function).plan()
 
@@ -167,7 +167,7 @@ class _Planner:
         if kernel is None and operation.type not in CONTROL_OPS:
             raise LoweringError(
                 f"no kernel for op {operation.type} ({self._where(operation)})",
-                hint="The executor runs the ops that moec emits; see targets/coreml/executor/registry.py.",
+                hint="the executor runs only ops that moec emits; see targets/coreml/executor/registry.py",
             )
         inner = (*path, operation.name)
         operands = self._operands(operation, scope)
@@ -186,7 +186,7 @@ class _Planner:
         }
 
     def _folded(self, operation: Operation, scope: Scope) -> Constant | None:
-        """The constant that a `const` or `constexpr_*` operation stands for."""
+        """The constant of a `const` or `constexpr_*` operation; None for other operations."""
         if operation.type == "const":
             value = operation.inputs["val"][0]
             return value if isinstance(value, Constant) else None
@@ -196,7 +196,7 @@ class _Planner:
         if kernel is None:
             raise LoweringError(
                 f"no kernel for op {operation.type} ({self._where(operation)})",
-                hint="The executor runs the ops that moec emits; see targets/coreml/executor/registry.py.",
+                hint="the executor runs only ops that moec emits; see targets/coreml/executor/registry.py",
             )
         inputs = {
             key: tuple(item for item in items if isinstance(item, Constant))
@@ -207,8 +207,8 @@ class _Planner:
     def _lookup(self, name: str, scope: Scope, where: str) -> Operand:
         if name not in scope:
             raise ArtifactError(
-                f"{where} uses {name}, which nothing before it defines",
-                hint="Export the model again.",
+                f"{where} uses {name}, which is not defined before",
+                hint="export the model again",
             )
         return scope[name]
 
@@ -217,7 +217,7 @@ class _Planner:
 
 
 def describe(function: str, operation: Operation) -> str:
-    """Op, output and function, for messages."""
+    """An operation's name, output and function, for messages."""
     output = operation.outputs[0].name if operation.outputs else "none"
     return f"op {operation.name}, output {output}, function {function}"
 
@@ -232,13 +232,11 @@ def _derived(operation: Operation, kernel: Kernel, inputs: Mapping[str, tuple[Co
         try:
             array = np.asarray(kernel.run(Args(values)))
         except (ValueError, IndexError, KeyError) as error:
-            raise ArtifactError(
-                f"{operation.type} failed ({where}): {error}", hint="Export the model again."
-            ) from error
+            raise ArtifactError(f"{operation.type} failed ({where}): {error}", hint="export the model again") from error
         if not result.type.admits(array.shape):
             raise ArtifactError(
-                f"{operation.type} yields shape {array.shape}, declared is {result.type} ({where})",
-                hint="Export the model again.",
+                f"{operation.type} yields shape {array.shape}, but {result.type} is declared ({where})",
+                hint="export the model again",
             )
         return array
 
@@ -259,12 +257,12 @@ def _derived(operation: Operation, kernel: Kernel, inputs: Mapping[str, tuple[Co
 
 
 def widen(array: Array) -> Array:
-    """fp16 as fp32; other types as they are."""
+    """Widen fp16 to fp32; other types are unchanged."""
     return array.astype(np.float32) if array.dtype == np.float16 else array
 
 
 def _with_lifetimes(inputs: tuple[int, ...], steps: list[Step], outputs: tuple[Operand, ...]) -> BlockPlan:
-    """Attach to each step the slots of this block that it is the last to touch."""
+    """Set for each step the slots of this block that it is the last to use."""
     own = {*inputs, *(slot for step in steps for slot in step.outputs)}
     yielded = {operand for operand in outputs if isinstance(operand, int)} & own
     alive = set(yielded)

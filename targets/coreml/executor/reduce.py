@@ -17,7 +17,7 @@ Reduction = Callable[..., Any]
 
 def _log_sum_exp(x: Array, axis: tuple[int, ...] | None, keepdims: bool) -> Array:
     highest = x.max(axis=axis, keepdims=True)
-    # An infinite maximum would make the difference NaN; the sum of zeros or infinities is right without it.
+    # Subtracting an infinite maximum would give NaN; without it, the sum of zeros or infinities is right.
     shift = np.where(np.isfinite(highest), highest, 0).astype(x.dtype)
     total = np.log(np.exp(x - shift).sum(axis=axis, keepdims=True)) + shift
     result: Array = total if keepdims else np.squeeze(total, axis)
@@ -67,7 +67,7 @@ def _cumsum(args: Args) -> Array:
 
 
 def _order(x: Array, axis: int, *, ascending: bool) -> Array:
-    """Indices that sort `x`; of equal elements the one with the lower index comes first."""
+    """Indices that sort `x`; among equal elements, the lower index comes first."""
     if ascending:
         return np.argsort(x, axis=axis, kind="stable")
     backwards = np.argsort(np.flip(x, axis), axis=axis, kind="stable")
@@ -80,7 +80,7 @@ def _argsort(args: Args) -> Array:
 
 
 def _topk(args: Args) -> tuple[Array, ...]:
-    """Largest (or smallest) k, sorted. Core ML leaves the order of ties open; here the lower index wins."""
+    """The k largest (or smallest) elements, sorted; the lower of tied indices first (undefined in Core ML)."""
     x = args.array("x")
     axis = axis_of(args.integer("axis", -1), x.ndim)
     k = args.integer("k", 1)

@@ -1,4 +1,4 @@
-"""The table of kernels: every op type that the executor can run, apart from control flow and state."""
+"""The table of kernels: all op types that the executor can run, except control flow and states."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Kernels of ops that rearrange, join, split or generate tensors."""
+"""Kernels of ops that rearrange, concatenate, split or generate tensors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def _reshape(args: Args) -> Array:
-    """A 0 in the target shape keeps that dimension, -1 takes what is left."""
+    """Reshape; in the target shape, 0 keeps a dimension and -1 is inferred."""
     x, shape = args.array("x"), args.integers("shape") or ()
     if 0 in shape:
         if len(shape) != x.ndim:
@@ -112,7 +112,7 @@ def _one_hot(args: Args) -> Array:
 
 
 def _band_part(args: Args) -> Array:
-    """Zero outside `lower` diagonals below and `upper` above the main one; negative keeps all."""
+    """Keep `lower` diagonals below and `upper` above the main one, zero the others; negative keeps all."""
     x = args.array("x")
     below = np.arange(x.shape[-2])[:, None] - np.arange(x.shape[-1])[None, :]
     lower, upper = args.integer("lower", -1), args.integer("upper", -1)
@@ -137,7 +137,7 @@ _MOVING: dict[str, Callable[[Args], Result]] = {
     "one_hot": _one_hot,
     "band_part": _band_part,
 }
-"""Functions that compute nothing, and so take half precision as it is."""
+"""Ops that only move data, and so need no widening of half precision."""
 
 KERNELS: dict[str, Kernel] = {
     **{name: Kernel(function, widen=False) for name, function in _MOVING.items()},

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class State:
-    """The states of one conversation, all zero at first; sessions of several functions may share it.
+    """The states of one conversation, initially zero; sessions of several functions may share them.
 
     Args:
         types: Type of each state by name.
@@ -34,7 +34,7 @@ class State:
         for name, declared in self._types.items():
             shape = tuple(size for size in declared.shape or () if size is not None)
             if declared.shape is None or len(shape) != len(declared.shape):
-                raise ArtifactError(f"state {name} has no fixed shape: {declared}", hint="Export it again.")
+                raise ArtifactError(f"state {name} has no fixed shape: {declared}", hint="export the model again")
             self._arrays[name] = np.zeros(shape, declared.element.numpy)
 
     def __iter__(self) -> Iterator[str]:
@@ -43,11 +43,11 @@ class State:
     def type(self, name: str) -> TensorType:
         """Declared type of the state `name`. Raises UsageError if there is none."""
         if name not in self._types:
-            raise UsageError(f"no state is called {name}", hint=f"States: {', '.join(self._types) or 'none'}.")
+            raise UsageError(f"no state is called {name}", hint=f"its states: {', '.join(self._types) or 'none'}")
         return self._types[name]
 
     def read(self, name: str) -> Array:
-        """Content of the state `name`; not to be written to. Raises UsageError if there is none."""
+        """Content of the state `name`, which must not be modified. Raises UsageError if there is none."""
         self.type(name)
         return self._arrays[name]
 

@@ -1,1 +1,1 @@
-"""One small function per op, grouped by theme. `TABLE` in table.py joins them."""
+"""One small function per op, grouped by kind of op; `TABLE` in table.py joins them all."""

@@ -1,4 +1,4 @@
-"""`moec::attention` over the key-value cache that the states hold."""
+"""`moec::attention` over the KV cache in the model's states."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def _attention(ctx: Context, node: fx.Node) -> Sequence[Var | None]:
     keys = states.update(names[own.past_key], ctx.tensor(own.key))
     values = states.update(names[own.past_value], ctx.tensor(own.value))
     heads, groups = _heads(node)
-    # Query heads that share keys lie one after the other, as further rows of queries: no copy of the keys.
+    # Query heads of a group become more rows of one head, so that keys need not be repeated.
     rows = _grouped(ctx, own.query, groups)
     form = _elementary if own.sinks is not None or own.softcap else _fused
     mixed = form(ctx, node, rows, keys, values)
     width = int(own.value.meta["val"].shape[3])
     out = ctx.mb.reshape(x=mixed, shape=ctx.ints(1, heads, -1, width))
     out = ctx.mb.transpose(x=out, perm=ctx.ints(0, 2, 1, 3))
-    # The present keys and values are the states; nothing but the output of the Program refers to them.
+    # Present keys and values are the states. Only the outputs of the Program refer to them, so None will do.
     return ctx.cast(out, MIL_NAMES[result_dtype_of(node)]), None, None
 
 
@@ -41,7 +41,7 @@ def result_dtype_of(node: fx.Node) -> torch.dtype:
 
 
 def _heads(node: fx.Node) -> tuple[int, int]:
-    """Number of heads of the queries and of the keys."""
+    """Numbers of query heads and of key heads."""
     own = Attention.of(node)
     return int(own.query.meta["val"].shape[1]), int(own.key.meta["val"].shape[1])
 
@@ -55,7 +55,7 @@ def _grouped(ctx: Context, query: fx.Node, groups: int) -> Var:
 
 
 def _fused(ctx: Context, node: fx.Node, rows: Var, keys: Var, values: Var) -> Var:
-    """`scaled_dot_product_attention`, whose scale is always 1 / sqrt(width)."""
+    """Attention by `scaled_dot_product_attention`, whose scale is always 1 / sqrt(head size)."""
     own = Attention.of(node)
     fake = own.query.meta["val"]
     factor = own.scale * math.sqrt(int(fake.shape[3]))
@@ -65,7 +65,7 @@ def _fused(ctx: Context, node: fx.Node, rows: Var, keys: Var, values: Var) -> Va
 
 
 def _elementary(ctx: Context, node: fx.Node, rows: Var, keys: Var, values: Var) -> Var:
-    """Attention with a soft cap, or with one more column per head in the softmax (gpt-oss)."""
+    """Attention with a softcap or attention sinks, in elementary ops."""
     mb, own = ctx.mb, Attention.of(node)
     sinks, softcap = own.sinks, own.softcap
     product = mb.matmul(x=rows, y=keys, transpose_y=ctx.constant(True))
@@ -90,13 +90,13 @@ def _sink_column(ctx: Context, node: fx.Node, logits: Var) -> Var:
         x=ctx.tensor(Attention.of(node).sinks, torch.float32), shape=ctx.ints(1, groups, heads // groups, 1)
     )
     first = ctx.mb.mul(x=cut(ctx, logits, 3, 0, 1), y=ctx.tensor(0.0, torch.float32))
-    # The masked minimum times 0 is 0, never NaN: it is finite.
+    # All logits are finite, masked ones included, so their product with 0 is 0, never NaN.
     spread = ctx.mb.reshape(x=first, shape=ctx.ints(1, groups, heads // groups, -1))
     return ctx.mb.reshape(x=ctx.mb.add(x=spread, y=sinks), shape=ctx.ints(1, groups, -1, 1))
 
 
 def _mask_rows(ctx: Context, node: fx.Node) -> Var:
-    """The mask for grouped rows: [1, 1, G * S, context] bool, made once for all layers that share it."""
+    """The mask for grouped rows: [1, 1, G * S, context] bool; layers with the same mask share one value."""
     heads, groups = _heads(node)
     times = heads // groups
     mask = visible(ctx, node)
@@ -116,7 +116,7 @@ def _mask_key(node: fx.Node) -> tuple[fx.Node, str, int]:
 
 
 def visible(ctx: Context, node: fx.Node) -> Var:
-    """The mask [1, 1, S, context] bool of `moec.compiler.ir.ops.visible`, made once for all layers that share it."""
+    """The mask [1, 1, S, context] bool of `moec.compiler.ir.ops.visible`; layers with the same mask share one value."""
     position, kind, window = _mask_key(node)
 
     def make() -> Var:

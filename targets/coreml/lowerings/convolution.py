@@ -1,4 +1,4 @@
-"""Convolutions over the tokens."""
+"""Convolutions along the sequence axis."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ aten = torch.ops.aten
 
 
 def _conv1d(ctx: Context, node: fx.Node) -> Var:
-    """[1, C, S] with a weight [C', C / groups, K] -> [1, C', S']; padding is the same on both sides."""
+    """[1, C, S] with a weight [C', C / groups, K] -> [1, C', S']; symmetric padding."""
     x, weight, bias, stride, padding, dilation, groups = node.args
     dtype = result_dtype(node)
     given = {} if bias is None else {"bias": ctx.tensor(bias, dtype)}
@@ -39,7 +39,7 @@ def _conv1d(ctx: Context, node: fx.Node) -> Var:
 
 
 def _causal_conv(ctx: Context, node: fx.Node) -> Sequence[Var]:
-    """The convolution over what its state kept and the new inputs."""
+    """The convolution over the concatenation of its state and the new inputs."""
     own = CausalConv.of(node)
     dtype, kept, taps = result_dtype(own.x), int(shape_of(own.state)[2]), int(shape_of(own.weight)[2])
     joined = ctx.mb.concat(values=[ctx.tensor(own.state, dtype), ctx.tensor(own.x)], axis=2)

@@ -20,10 +20,10 @@ Lowering = Callable[[Context, fx.Node], Any]
 UNARY: Mapping[Any, str] = named(
     "abs exp sqrt floor ceil round sign cos sin tanh erf sigmoid relu silu softplus logical_not"
 )
-"""Ops that are one op of MIL on `x`."""
+"""Ops that are one MIL op of `x`."""
 
 SAFE: Mapping[Any, str] = {aten.log.default: "log", aten.rsqrt.default: "rsqrt"}
-"""The same, but MIL would add a small number to `x` if it were not told that this is 0."""
+"""The same, for MIL ops that add an `epsilon` to `x`, which is set to 0."""
 
 BINARY: Mapping[Any, str] = {
     aten.add.Tensor: "add",
@@ -42,7 +42,7 @@ BINARY: Mapping[Any, str] = {
     aten.logical_and.default: "logical_and",
     aten.logical_or.default: "logical_or",
 }
-"""Ops that are one op of MIL on `x` and `y`."""
+"""Ops that are one MIL op of `x` and `y`."""
 
 
 def _unary(op_type: str) -> Lowering:
@@ -58,7 +58,7 @@ def _safe(op_type: str) -> Lowering:
 
 def _binary(op_type: str) -> Lowering:
     def lower(ctx: Context, node: fx.Node) -> Var:
-        # A number among the operands takes the dtype that the op computes in, which is that of its result.
+        # A Python number among the operands is converted to the dtype of the result, in which the op computes.
         dtype = result_dtype(node)
         left, right = (ctx.tensor(item, None if is_tensor(item) else dtype) for item in node.args)
         return getattr(ctx.mb, op_type)(x=left, y=right)
@@ -88,17 +88,17 @@ def _clamp(ctx: Context, node: fx.Node) -> Var:
 
 
 def where(ctx: Context, condition: Var, yes: Var, no: Var, shape: tuple[Any, ...]) -> Var:
-    """`select`. MIL infers the shape of the result from the two values alone: one of them must have all of it."""
+    """MIL's `select`. It infers the result's shape from `yes` and `no`, so one of them must have that `shape`."""
     if any(len(value.shape) == len(shape) and _covers(value.shape, shape) for value in (yes, no)):
         return ctx.mb.select(cond=condition, a=yes, b=no)
-    # Zeros of the condition's shape: float arithmetic with it must not touch infinities.
+    # Adding zeros of the condition's shape broadcasts both; it leaves infinities unchanged.
     kind = ctx.type_name(no)
     zeros = ctx.mb.mul(x=ctx.mb.cast(x=condition, dtype=kind), y=ctx.constant(NUMPY[kind](0)))
     return ctx.mb.select(cond=condition, a=ctx.mb.add(x=zeros, y=yes), b=ctx.mb.add(x=zeros, y=no))
 
 
 def _covers(have: Any, shape: tuple[Any, ...]) -> bool:
-    """Whether no axis is broadcast; a symbolic size on both sides is one and the same axis."""
+    """Whether no axis of `have` needs to be broadcast; symbolic sizes on both sides count as equal."""
     return all(
         not isinstance(new, int) or (isinstance(old, int | np.integer) and int(old) == new)
         for old, new in zip(have, shape, strict=True)
@@ -110,7 +110,7 @@ def _covers(have: Any, shape: tuple[Any, ...]) -> bool:
 def _where(ctx: Context, node: fx.Node) -> Var:
     condition, yes, no = node.args
     dtype, shape = result_dtype(node), tuple(node.meta["val"].shape)
-    # Booleans travel as integers: `select` takes none.
+    # `select` does not take booleans: they are cast to integers and back.
     carried = torch.int32 if dtype is torch.bool else dtype
     picked = where(ctx, ctx.tensor(condition), ctx.tensor(yes, carried), ctx.tensor(no, carried), shape)
     return ctx.cast(picked, MIL_NAMES[dtype])

@@ -1,12 +1,12 @@
 """`moec::experts` and `moec::select`.
 
-Decode wraps each expert in a `cond`, so that one whose weight is 0 is not executed. Prefill computes every expert for
-every token and drops what its weight does not ask for: with many tokens nearly every expert is needed by some token,
-and a graph without branches is what the GPU and the neural engine run best. Both read the same stored weights.
+Decode wraps each expert in a `cond`, so that experts of weight 0 are not executed. Prefill computes every expert for
+every token and masks the results of weight 0: with many tokens, nearly every expert is needed by some token, and the
+GPU and the Neural Engine run a graph without branches best. Both functions share the stored weights.
 
-Names are short, because each stands in the graph several times: of expert 3 in layer 1 (layers with experts, counted
-from 0) `w1_3_up` and `w1_3_down` are the weights, `b1_3_up` and `b1_3_down` the biases, `moe1_3_up` and `moe1_3_down`
-the products and `moe1_3` the result of the `cond`. `up` holds the gate too, where there is one.
+Names are short, since each occurs several times in the graph. For expert 3 of MoE layer 1 (counted from 0), `w1_3_up`
+and `w1_3_down` are the weights, `b1_3_up` and `b1_3_down` the biases, `moe1_3_up` and `moe1_3_down` the products, and
+`moe1_3` is the result of the `cond`. `up` includes the gate of gated experts.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _GELU = {"gelu": "EXACT", "gelu_tanh": "TANH_APPROXIMATION"}
 
 
 def dense_weights(ctx: Context, node: fx.Node) -> Var:
-    """Routing weights as [T, E] float32: 0 for every expert that a token does not use."""
+    """Routing weights as [T, E] float32: 0 for every expert that was not selected for a token."""
     own, mb = Experts.of(node), ctx.mb
     experts = ctx.constant(np.arange(own.num_experts, dtype=np.int32)[None, None])
     picked = mb.expand_dims(x=ctx.tensor(own.indices, torch.int32), axes=ctx.ints(2))
@@ -47,10 +47,10 @@ def dense_weights(ctx: Context, node: fx.Node) -> Var:
 def _experts(ctx: Context, node: fx.Node) -> Var:
     own, dtype = Experts.of(node), result_dtype(node)
     if not all(stack.op == "get_attr" for stack in own.stacks.values()):
-        raise refuse(node, "the weights of the experts are computed in the graph", "run the common passes")
+        raise refuse(node, "expert weights that are computed in the graph are not supported", "run the common passes")
     x, dense = ctx.tensor(own.hidden_states, dtype), dense_weights(ctx, node)
     number = ctx.shared("experts layers", lambda: [0])
-    # Made here once, for every branch to refer to: inside of a branch each would be made again.
+    # Made outside, so that all branches share these constants; each branch would make its own.
     for shared in (2, len(x.shape) - 1):
         ctx.constant(np.int32(shared))
     ctx.text("fp32")
@@ -61,11 +61,11 @@ def _experts(ctx: Context, node: fx.Node) -> Var:
     layer = Layer(dense, own.num_experts, x, f"{EXPERT_SCOPE}{number[0]}", expert)
     number[0] += 1
     if not ctx.settings.skip_experts:
-        total = _all(ctx, layer)
+        total = _all_experts(ctx, layer)
     elif all(isinstance(size, int | np.integer) for size in x.shape):
-        total = _needed(ctx, layer)
+        total = _used_experts(ctx, layer)
     else:
-        total = _needed_in_turn(ctx, layer)
+        total = _used_experts_accumulated(ctx, layer)
     return ctx.cast(total, MIL_NAMES[dtype])
 
 
@@ -74,11 +74,11 @@ class Layer:
     """The experts of one layer.
 
     Args:
-        dense: Routing weights [T, E] float32, 0 for what is not used.
-        count: E.
-        x: Their input [T, H].
+        dense: Routing weights [T, E] float32, 0 for experts that were not selected.
+        count: Number of experts E.
+        x: Input of the experts [T, H].
         name: Prefix of the names of their results.
-        expert: Makes the result [T, H] of the expert with a given index.
+        expert: Lowers the expert of a given index; returns its output [T, H].
     """
 
     dense: Var
@@ -88,7 +88,7 @@ class Layer:
     expert: Callable[[int], Var]
 
     def split(self, ctx: Context, size: int) -> Sequence[Var]:
-        """The weights by groups of `size` experts, fewer in the last: [T, size] each."""
+        """The routing weights in groups of `size` experts (the last may be smaller): [T, size] each."""
         sizes = [min(size, self.count - start) for start in range(0, self.count, size)]
         if len(sizes) == 1:
             return [self.dense]
@@ -98,8 +98,8 @@ class Layer:
         return parts
 
 
-def _needed(ctx: Context, layer: Layer) -> Var:
-    """The sum over experts, those executed that one of the tokens uses, zeros in place of the others; few tokens."""
+def _used_experts(ctx: Context, layer: Layer) -> Var:
+    """The weighted sum over experts, for few tokens: experts without tokens are skipped and yield zeros."""
     mb, zeros = ctx.mb, ctx.constant(np.zeros(layer.x.shape, NUMPY[ctx.type_name(layer.x)]))
 
     def run(index: int) -> Var:
@@ -108,29 +108,29 @@ def _needed(ctx: Context, layer: Layer) -> Var:
 
     results = [
         mb.cond(
-            pred=_is_needed(ctx, own)[1],
+            pred=_is_used(ctx, own)[1],
             _true_fn=partial(run, index),
             _false_fn=lambda: mb.identity(x=zeros),
             name=f"{layer.name}_{index}",
         )
         for index, own in enumerate(layer.split(ctx, 1))
     ]
-    # An expert that is executed for one token is used by it: there are no other rows to drop.
+    # With one token, an executed expert is one that the token uses, so no row needs to be masked.
     return _weighted(ctx, results, layer.dense, masked=layer.x.shape[0] != 1)
 
 
-def _needed_in_turn(ctx: Context, layer: Layer) -> Var:
-    """As `_needed` for any number of tokens, so many maybe that the results of all experts would not fit."""
+def _used_experts_accumulated(ctx: Context, layer: Layer) -> Var:
+    """As `_used_experts`, but adds up one expert after another, so that memory does not grow with their number."""
     mb = ctx.mb
-    # Experts are summed in fp32, as the reference does.
+    # Experts are summed in fp32, as in the reference.
     total = mb.fill_like(ref_tensor=layer.x, value=np.float32(0))
     for index, own in enumerate(layer.split(ctx, 1)):
-        used, needed = _is_needed(ctx, own)
+        used, needed = _is_used(ctx, own)
 
         def run(index: int, total: Var, own: Var, used: Var) -> Var:
             with ctx.branch():
                 share = mb.mul(x=ctx.cast(layer.expert(index), "fp32"), y=own)
-                return mb.add(x=total, y=_of_used(ctx, used, share))
+                return mb.add(x=total, y=_mask_unused(ctx, used, share))
 
         total = mb.cond(
             pred=needed,
@@ -141,22 +141,22 @@ def _needed_in_turn(ctx: Context, layer: Layer) -> Var:
     return total
 
 
-def _is_needed(ctx: Context, own: Var) -> tuple[Var, Var]:
-    """Whether each token uses an expert, given its weights [T, 1], and whether any of them does, a scalar."""
+def _is_used(ctx: Context, own: Var) -> tuple[Var, Var]:
+    """Whether each token uses an expert with the routing weights `own` [T, 1], and whether any does (a scalar)."""
     mb, used = ctx.mb, ctx.mb.not_equal(x=own, y=ctx.tensor(0.0, torch.float32))
     if own.shape[0] == 1:
         return used, mb.squeeze(x=used, axes=ctx.ints(0, 1))
-    # A family whose experts scale their input has a row for each slot of the one token.
+    # In families whose experts scale their input, decode has one row for each of the token's slots.
     taken = mb.reduce_max(x=ctx.cast(used, "int32"), axes=ctx.ints(0, 1), keep_dims=ctx.constant(False))
     return used, ctx.cast(taken, "bool")
 
 
 GROUP_ROWS = 1024
-"""Most rows of results of experts that wait to be summed together: they take 12 bytes for each element of a row."""
+"""Maximum number of rows of expert outputs that are summed at once; each element takes 12 bytes meanwhile."""
 
 
-def _all(ctx: Context, layer: Layer) -> Var:
-    """The sum over all experts, each computed for every token; some results at a time, for fewer and larger ops."""
+def _all_experts(ctx: Context, layer: Layer) -> Var:
+    """The weighted sum over all experts, each computed for every token; it sums groups of them, to need fewer ops."""
     size = max(1, min(8, GROUP_ROWS // ctx.settings.chunk))
     sums = []
     for number, weights in enumerate(layer.split(ctx, size)):
@@ -166,24 +166,24 @@ def _all(ctx: Context, layer: Layer) -> Var:
 
 
 def _weighted(ctx: Context, results: Sequence[Var], weights: Var, *, masked: bool) -> Var:
-    """The results [T, H] of experts times their weights [T, experts], summed in fp32 as the reference does.
+    """The weighted sum of expert outputs, [T, H], computed in fp32 as in the reference.
 
     Args:
         ctx: The lowering.
-        results: Of each expert.
-        weights: Float32.
-        masked: Whether a result may belong to a weight of 0.
+        results: The output [T, H] of each expert.
+        weights: Routing weights [T, experts] float32.
+        masked: Whether weights may be 0, so that their rows must be masked.
     """
     mb, own = ctx.mb, ctx.mb.expand_dims(x=weights, axes=ctx.ints(2))
     stacked = mb.stack(values=results, axis=ctx.constant(np.int32(1)))
     if masked:
-        stacked = _of_used(ctx, mb.not_equal(x=own, y=ctx.tensor(0.0, torch.float32)), stacked)
+        stacked = _mask_unused(ctx, mb.not_equal(x=own, y=ctx.tensor(0.0, torch.float32)), stacked)
     share = mb.mul(x=ctx.cast(stacked, "fp32"), y=own)
     return mb.reduce_sum(x=share, axes=ctx.ints(1), keep_dims=ctx.constant(False))
 
 
-def _of_used(ctx: Context, used: Var, result: Var) -> Var:
-    """Only the rows whose weight is not 0: what the expert makes of the others, NaN too, is dropped."""
+def _mask_unused(ctx: Context, used: Var, result: Var) -> Var:
+    """`result` with zeros in the rows that are not `used`, even if the expert yields NaN there."""
     return ctx.mb.select(cond=used, a=result, b=ctx.constant(NUMPY[ctx.type_name(result)](0)))
 
 
@@ -220,7 +220,7 @@ def _row(ctx: Context, argument: fx.Node, index: int, dtype: torch.dtype, patter
 
 
 def activate(ctx: Context, projected: Var, gate: Gate, dtype: torch.dtype) -> Var:
-    """`gate` of `projected` [..., 2I] (or [..., I] without a gate)."""
+    """Apply `gate` to `projected` [..., 2I] ([..., I] if ungated) -> [..., I]."""
     axis = len(projected.shape) - 1
     if not gate.gated:
         parts = [projected]
@@ -254,14 +254,14 @@ class _Functions:
 
 
 def _select(ctx: Context, node: fx.Node) -> Var:
-    """`moec::select`: zero what the policy drops and keep the sum of the row if asked."""
+    """`moec::select`: zero the dropped slots and, with `renormalize`, scale the others to the sum of the row."""
     own, mb, dtype = Select.of(node), ctx.mb, result_dtype(node)
     value = ctx.tensor(own.weights)
     kept = mb.select(cond=ctx.tensor(own.keep), a=value, b=ctx.tensor(0.0, dtype))
     if not own.renormalize:
         return kept
     before, after = (mb.reduce_sum(x=item, axes=ctx.ints(1), keep_dims=True) for item in (value, kept))
-    # A row of zeros stays one: its sum is divided by the smallest number that is not 0.
+    # The divisor is at least the smallest normal number, so a row of zeros stays zeros.
     safe = mb.maximum(x=after, y=ctx.tensor(float(torch.finfo(dtype).tiny), dtype))
     return mb.mul(x=kept, y=mb.real_div(x=before, y=safe))
 

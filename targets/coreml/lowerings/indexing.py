@@ -1,4 +1,4 @@
-"""Ops that look up, write by index, or make tensors."""
+"""Ops that read or write by index, or create tensors."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def _gather(ctx: Context, node: fx.Node) -> Var:
 def _scatter(ctx: Context, node: fx.Node) -> Var:
     source, axis, index, updates = node.args
     dtype = result_dtype(node)
-    # Booleans travel as integers: a scatter takes none.
+    # A scatter does not take booleans: they are cast to integers and back.
     carried = torch.int32 if dtype is torch.bool else dtype
     places = ctx.tensor(index, torch.int32)
     written = ctx.mb.scatter_along_axis(
-        data=_beside(ctx, source, places, integer(axis), carried),
+        data=_resized_operand(ctx, source, places, integer(axis), carried),
         indices=places,
-        updates=_beside(ctx, updates, places, integer(axis), carried),
+        updates=_resized_operand(ctx, updates, places, integer(axis), carried),
         axis=integer(axis),
         mode="update",
         validate_indices=ctx.constant(False),
@@ -49,11 +49,11 @@ def _scatter(ctx: Context, node: fx.Node) -> Var:
     return ctx.cast(written, MIL_NAMES[dtype])
 
 
-def _beside(ctx: Context, argument: fx.node.Argument, places: Var, axis: int, dtype: torch.dtype) -> Var:
-    """An operand of a scatter, which has the sizes of `places` along all axes but one.
+def _resized_operand(ctx: Context, argument: fx.node.Argument, places: Var, axis: int, dtype: torch.dtype) -> Var:
+    """An operand of a scatter along `axis`, which must have the sizes of `places` along all other axes.
 
-    A filled tensor that several layers share has the unknown size of a tensor of one of them, and MIL does not know
-    that those of the others are the same: it is filled anew, in the sizes of `places`.
+    A filled tensor that several layers share has the symbolic size of a tensor in one of them, and MIL cannot know that
+    the sizes in the others are equal. Such a tensor is therefore filled again, with the sizes of `places`.
     """
     node = node_of(argument)
     if node.target is not aten.full.default or isinstance(node.args[1], fx.Node) or _known(node):
@@ -77,16 +77,16 @@ def _full(ctx: Context, node: fx.Node) -> Var:
     if all(isinstance(size, int) for size in sizes):
         return ctx.constant(np.broadcast_to(number(fill, result_dtype(node)), sizes).astype(NUMPY[name]))
     kind = "int32" if name == "bool" else name
-    filled = _like_a_tensor(ctx, sizes, NUMPY[kind](fill))
+    filled = _filled_like(ctx, sizes, NUMPY[kind](fill))
     if filled is None:
         filled = ctx.mb.fill(shape=ctx.dims(sizes), value=NUMPY[kind](fill))
     return ctx.cast(filled, name)
 
 
-def _like_a_tensor(ctx: Context, sizes: list[Any], fill: Any) -> Var | None:
-    """`fill` in a shape of which one size is that of a tensor; None for others.
+def _filled_like(ctx: Context, sizes: list[Any], fill: Any) -> Var | None:
+    """`fill` in the shape `sizes`, if one size is symbolic and is that of a tensor's axis; else None.
 
-    MIL gives each `fill` of an unknown size a size of its own, and then does not know that it is that of the tensor.
+    MIL's `fill` would get a new symbolic size, which MIL does not know to equal that of the tensor.
     """
     unknown = [axis for axis, size in enumerate(sizes) if isinstance(size, fx.Node)]
     if len(unknown) != 1 or sizes[unknown[0]].target is not aten.sym_size.int:

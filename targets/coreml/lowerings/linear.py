@@ -1,4 +1,4 @@
-"""Matrix products with weights and without."""
+"""Matrix products, with weights or between activations."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ aten = torch.ops.aten
 
 
 def project(ctx: Context, x: Var, weight: Var, bias: Var | None, dtype: torch.dtype) -> Var:
-    """`x @ weight.T + bias`, with zeros that all share where there is no bias."""
+    """`x @ weight.T + bias`; without a bias, with the shared zeros of `Context.zeros`."""
     return ctx.mb.linear(x=x, weight=weight, bias=ctx.zeros(int(weight.shape[0]), dtype) if bias is None else bias)
 
 

@@ -1,4 +1,4 @@
-"""Normalisation and rotary embedding. Norms are computed in fp32, whatever the program computes in."""
+"""Normalisation and rotary embedding. Norms are computed in fp32, even in an fp16 program."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _layer_norm(ctx: Context, node: fx.Node) -> Var:
 
 
 def _rotary(ctx: Context, node: fx.Node) -> Var:
-    """`x * cos + [-x2, x1] * sin`."""
+    """Rotary embedding: `x * cos + [-x2, x1] * sin`, where x1 and x2 are the halves of x."""
     own, mb, dtype, axis = Rotary.of(node), ctx.mb, result_dtype(node), rank(node) - 1
     value = ctx.tensor(own.x, dtype)
     if integer(int(node.meta["val"].shape[-1])) % 2:

@@ -16,7 +16,7 @@ from moec.targets.coreml.context import MIL_NAMES, Context, Var
 from moec.targets.coreml.lowerings.elementwise import Lowering
 
 Step = Mapping[str, Var]
-"""Operands of the op by name, those of the tokens with one token."""
+"""Operands of the op by name; operands with a sequence axis hold one token."""
 
 
 def _linear_attention(ctx: Context, node: fx.Node) -> Sequence[Var]:
@@ -32,7 +32,7 @@ def _linear_attention(ctx: Context, node: fx.Node) -> Sequence[Var]:
 
 
 def _loop(ctx: Context, own: LinearAttention, tokens: Step, state: Var) -> Sequence[Var]:
-    """The loop carries the number of the token, the state and the outputs."""
+    """A `while_loop` that carries the index of the token, the state and the outputs."""
     mb, (batch, _, heads, width) = ctx.mb, shape_of(own.value)
     count, axis = ctx.axis_length(own.value, 1), ctx.constant(np.int32(1))
     sizes = [ctx.ints(batch), mb.expand_dims(x=count, axes=ctx.ints(0)), ctx.ints(max(heads, own.heads[0]), width)]
@@ -82,7 +82,7 @@ def _token(ctx: Context, own: LinearAttention, step: Step) -> Sequence[Var]:
 
 
 def _repeated(ctx: Context, value: Var, have: int, wanted: int, axis: int) -> Var:
-    """The heads along `axis`, each repeated."""
+    """Repeat each of `have` heads along `axis`, up to `wanted` heads."""
     if have == wanted:
         return value
     places = ctx.ints(*(head * have // wanted for head in range(wanted)))

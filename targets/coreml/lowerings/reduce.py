@@ -1,4 +1,4 @@
-"""Reductions, and what ranks the elements of an axis."""
+"""Reductions, argmax, softmax, top-k and cumulative sums."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _softmax(ctx: Context, node: fx.Node) -> Var:
 def _topk(ctx: Context, node: fx.Node) -> Sequence[Var]:
     source, count, axis, largest, _sorted = node.args
     if not isinstance(count, int):
-        raise refuse(node, "a top-k of unknown size is not supported")
+        raise refuse(node, "a top-k with a symbolic k is not supported")
     found: Sequence[Var] = ctx.mb.topk(
         x=ctx.tensor(source), k=np.int32(count), axis=integer(axis), ascending=not largest
     )

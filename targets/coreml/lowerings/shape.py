@@ -1,4 +1,4 @@
-"""Ops that move and cut tensors; those that are alike on every target are in `moec.targets.common.lowerings`."""
+"""Ops that reshape and slice tensors; those common to all targets are in `moec.targets.common.lowerings`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _expand(ctx: Context, node: fx.Node) -> Var:
 
 
 def cut(ctx: Context, value: Var, axis: int, start: Any, stop: Any, step: int = 1) -> Var:
-    """`value[..., start:stop:step, ...]` along `axis`; a bound is a number, None or the node of a size."""
+    """`value[..., start:stop:step, ...]` along `axis`; a bound is an integer, None or the node of a size."""
     axes = len(value.shape)
     begin, end, stride = [0] * axes, [0] * axes, [1] * axes
     begin[axis], end[axis], stride[axis] = start or 0, 0 if stop is None else stop, step
@@ -57,7 +57,7 @@ def _slice(ctx: Context, node: fx.Node) -> Var:
 
 
 def _select(ctx: Context, node: fx.Node) -> Var:
-    """One index along an axis, which disappears."""
+    """One index along an axis, which is removed."""
     source, axis, index = node_of(node.args[0]), integer(node.args[1]), integer(node.args[2])
     length = source.meta["val"].shape[axis]
     start = index + length if index < 0 and isinstance(length, int) else index
@@ -68,7 +68,7 @@ def _select(ctx: Context, node: fx.Node) -> Var:
 def _pad(ctx: Context, node: fx.Node) -> Var:
     source, pads = node_of(node.args[0]), [integer(pad) for pad in listed(node.args[1])]
     axes = len(pads) // 2
-    # torch counts axes from the last one, MIL from the first, over all axes.
+    # torch lists pads from the last axis on, MIL for all axes from the first on.
     widths = [0, 0] * (rank(source) - axes) + [w for at in reversed(range(axes)) for w in pads[2 * at : 2 * at + 2]]
     value = ctx.tensor(node.args[2], result_dtype(node))
     return ctx.mb.pad(x=ctx.tensor(source), pad=ctx.ints(*widths), mode="constant", constant_val=value)

@@ -1,4 +1,4 @@
-"""The lowering table: op of the graph -> function that emits its MIL form."""
+"""The lowering table: op of the graph -> function that emits its MIL ops."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`moec::attention`: the standard op of opset 24, or elementary ops where that has no form."""
+"""`moec::attention`: the Attention op of opset 24, or elementary ops where Attention does not apply."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _attention(ctx: Context, node: fx.Node) -> Sequence[ir.Value]:
 
 
 def visible(ctx: Context, node: fx.Node) -> ir.Value:
-    """The mask [B, 1, S, T] bool of `moec.compiler.ir.ops.visible`, made once for all layers that share it."""
+    """The mask [B, 1, S, T] bool of `moec.compiler.ir.ops.visible`; layers with the same mask share one value."""
     own = Attention.of(node)
     mask, window = own.attention_mask, own.window
 
@@ -58,7 +58,7 @@ def visible(ctx: Context, node: fx.Node) -> ir.Value:
 
 
 def _slots_and_query(ctx: Context, node: fx.Node) -> tuple[ir.Value, ir.Value]:
-    """Slots [1, 1, 1, T] and the slot of each query [1, 1, S, 1]."""
+    """Indices of the cache slots [1, 1, 1, T], and the slot of each query [1, 1, S, 1]."""
     own = Attention.of(node)
     position = own.cache_position
 
@@ -88,19 +88,19 @@ def _same_chunk(ctx: Context, node: fx.Node, slots: ir.Value, query: ir.Value) -
 
         left = ctx.shared(("left padding", mask), padding)
         slots, query = (ctx.op("Sub", value, left) for value in (slots, query))
-        # A padding slot lies before its sequence: its negative chunk is cut off by the padding mask anyway.
+        # Left padding has negative indices; clamping them to 0 is harmless, since the padding mask hides these slots.
         slots, query = (ctx.op("Max", value, ctx.constant(np.int64(0))) for value in (slots, query))
     return ctx.op("Equal", ctx.op("Div", slots, window), ctx.op("Div", query, window))
 
 
 def decomposed(ctx: Context, node: fx.Node, mask: ir.Value, *, wide: bool = False) -> Sequence[ir.Value]:
-    """Attention in elementary ops; with sinks its softmax has one more column per head (gpt-oss).
+    """Attention in elementary ops; with attention sinks the softmax has one more column per head (gpt-oss).
 
     Args:
         ctx: The context.
         node: The attention node.
         mask: [B, 1, S, T] bool, see `visible`.
-        wide: Whether the softmax is computed in float32, as in the reference, whatever the graph computes in.
+        wide: Whether the softmax is computed in float32, as in the reference, rather than in the graph's dtype.
     """
     operands = Attention.of(node)
     own = result_dtype(operands.query)
@@ -122,7 +122,7 @@ def decomposed(ctx: Context, node: fx.Node, mask: ir.Value, *, wide: bool = Fals
 
 
 def _softmax(ctx: Context, node: fx.Node, logits: ir.Value, mask: ir.Value, dtype: torch.dtype) -> ir.Value:
-    """Softmax of logits [B, Hkv, G, S, T] in `dtype`, scaled, capped and masked."""
+    """Softmax in `dtype` of attention logits [B, Hkv, G, S, T], after scale, softcap and mask."""
     own = Attention.of(node)
     sinks, softcap = own.sinks, own.softcap
 

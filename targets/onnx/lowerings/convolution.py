@@ -1,4 +1,4 @@
-"""Convolutions over the tokens."""
+"""Convolutions along the sequence axis."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ aten = torch.ops.aten
 
 
 def _conv1d(ctx: Context, node: fx.Node) -> ir.Value:
-    """[B, C, S] with a weight [C', C / groups, K] -> [B, C', S']; padding is the same on both sides."""
+    """[B, C, S] with a weight [C', C / groups, K] -> [B, C', S']; symmetric padding."""
     x, weight, bias, stride, padding, dilation, groups = node.args
     dtype = result_dtype(node)
     return ctx.op(

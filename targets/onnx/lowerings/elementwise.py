@@ -38,12 +38,12 @@ ROWS: Mapping[Any, str] = {
     aten.bitwise_or.Tensor: "BitwiseOr",
     aten.bitwise_not.default: "BitwiseNot",
 }
-"""Ops that are one operator of ONNX with the same operands in the same order."""
+"""Ops that are one ONNX operator with the same operands in the same order."""
 
 
 def _row(op_type: str) -> Lowering:
     def lower(ctx: Context, node: fx.Node) -> ir.Value:
-        # A number among the operands takes the dtype that the op computes in, which is that of its result.
+        # A Python number among the operands is converted to the dtype of the result, in which the op computes.
         dtype = result_dtype(node)
         return ctx.op(op_type, *(ctx.tensor(item, None if is_tensor(item) else dtype) for item in node.args))
 
@@ -78,7 +78,7 @@ def _floor_divide(ctx: Context, node: fx.Node) -> ir.Value:
     left, right = (ctx.tensor(argument, dtype) for argument in node.args)
     if dtype.is_floating_point:
         return ctx.op("Floor", ctx.op("Div", left, right))
-    # ONNX Div truncates; with Mod of Python's sign the difference divides exactly.
+    # ONNX Div truncates. Mod has the sign of the divisor, as in Python, so left - left % right divides exactly.
     return ctx.op("Div", ctx.op("Sub", left, ctx.op("Mod", left, right)), right)
 
 

@@ -1,8 +1,8 @@
-"""`moec::experts` and `moec::select`: ONNX Runtime's `MoE`, or standard ops.
+"""`moec::experts` and `moec::select`: ONNX Runtime's `MoE` kernel, or standard ops.
 
-CPU `MoE` with `normalize_routing_weights=0` silently returns zeros when it may run in place
-(microsoft/onnxruntime#33866). It is therefore fed the logarithm of the routing weights, normalises them itself, and
-its output is multiplied by their sum: that form cannot fail that way.
+On CPU, `MoE` with `normalize_routing_weights=0` silently returns zeros when it may run in place
+(microsoft/onnxruntime#33866). This lowering therefore feeds it the logarithm of the routing weights, lets the kernel
+normalise them, and multiplies the output by their sum.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from moec.targets.onnx.lowerings.layouts import kernel_layout
 
 aten = torch.ops.aten
 PLAIN_KERNELS = ("relu", "silu", "identity")
-"""Activations without a gate that the `MoE` kernel computes as torch does (its gelu is another approximation)."""
+"""Ungated activations that the `MoE` kernel computes as torch does (its gelu is another approximation)."""
 
 
 FLOAT_HINT = (
-    "leave experts_gate_up and experts_down of these layers float, by overrides of the plan (docs/quantization.md)"
+    "leave experts_gate_up and experts_down of these layers float with overrides in the plan (docs/quantization.md)"
 )
 
 
@@ -41,18 +41,18 @@ def kernel_refusal(gate: Gate) -> str:
     if gate.gated and gate.activation != "silu":
         return f"the kernel has no gated {gate.activation}"
     if gate.limit and gate.limit_activated:
-        return f"the kernel clamps what {gate.activation} takes in, and not what it yields"
+        return f"the kernel clamps the input of {gate.activation}, but this model clamps its output"
     if not gate.gated and gate.activation not in PLAIN_KERNELS:
         return f"the kernel has no {gate.activation}"
     return ""
 
 
 def refusals(program: Program, *, contrib: bool) -> tuple[Rejection, ...]:
-    """Experts of integers that have no kernel: in standard ops they would be stored as floats.
+    """Quantized experts that no kernel can compute: standard ops would need their weights as floats.
 
     Args:
-        program: What is to be lowered.
-        contrib: Whether ONNX Runtime's own ops may be used.
+        program: The Program to lower.
+        contrib: Whether ops of the `com.microsoft` domain may be used.
     """
     found = []
     for node in program.nodes(EXPERTS):
@@ -66,13 +66,13 @@ def refusals(program: Program, *, contrib: bool) -> tuple[Rejection, ...]:
 
 
 def _format(program: Program, argument: Any) -> str:
-    """Text form of the integers of a weight; empty where it is a float."""
+    """Format of a quantized weight, as text; empty for a float weight."""
     tensor = program.weights[str(argument.target)] if argument.op == "get_attr" else None
     return str(tensor.format) if isinstance(tensor, Quantized) else ""
 
 
 def kernel_attributes(gate: Gate) -> dict[str, Any]:
-    """Attributes of `MoE` and `QMoE` for `gate`."""
+    """Attributes of `MoE` and `QMoE` that select the activation `gate`."""
     if not gate.gated:
         return {"activation_type": gate.activation}
     attributes: dict[str, Any] = {
@@ -85,20 +85,20 @@ def kernel_attributes(gate: Gate) -> dict[str, Any]:
 
 
 def dense_weights(ctx: Context, node: fx.Node) -> ir.Value:
-    """Routing weights as [T, E]: 0 for every expert that a token does not use."""
+    """Routing weights as [T, E]: 0 for every expert that was not selected for a token."""
     return _spread(ctx, node, ctx.tensor(Experts.of(node).weights, result_dtype(node)))
 
 
 def is_select(weights: fx.Node) -> bool:
-    """Whether routing weights come out of a policy's selection."""
+    """Whether routing weights are the output of a routing policy (`moec::select`)."""
     return weights.target is SELECT
 
 
 def _spread(ctx: Context, node: fx.Node, slots: ir.Value) -> ir.Value:
-    """The values of slots [T, k] at their experts, [T, E], and 0 elsewhere.
+    """Spread values per slot [T, k] to their experts, [T, E], with 0 elsewhere.
 
-    By comparison and a sum over k: a scatter would have to add, since a slot that was dropped may name the expert of
-    another, and several threads that add lose updates in ONNX Runtime (microsoft/onnxruntime#18048, #23396).
+    It compares and sums over k. A scatter would have to add, since a dropped slot may name the same expert as a kept
+    one, and adding from several threads loses updates in ONNX Runtime (microsoft/onnxruntime#18048, #23396).
     """
     operands, dtype = Experts.of(node), result_dtype(node)
     numbers = ctx.constant(np.arange(operands.num_experts, dtype=np.int64).reshape(1, 1, -1))
@@ -113,7 +113,7 @@ def _experts(ctx: Context, node: fx.Node) -> ir.Value:
     gate = own.gate
     refusal = kernel_refusal(gate) if ctx.dialect.contrib else ""
     if refusal:
-        ctx.reject(node, f"{refusal}: experts run in standard ops, two products each")
+        ctx.reject(node, f"{refusal}: experts run in standard ops, two matrix products each")
     if refusal or not ctx.dialect.contrib:
         return grouped(ctx, node, gate)
     if all(_is_quantized(ctx, stack) for stack in (own.gate_up_proj, own.down_proj)):
@@ -139,7 +139,7 @@ def _kernel(ctx: Context, node: fx.Node, gate: Gate) -> ir.Value:
             (own.down_bias, False),
         )
     ]
-    # The kernel normalises its weights: what a policy keeps need not be scaled, and the sum is that of what it saw.
+    # The kernel normalises the weights itself, so weights that a policy would renormalise are passed unscaled.
     scaled = is_select(weights) and Select.of(weights).renormalize
     slots = _kept(ctx, weights) if scaled else ctx.tensor(weights, dtype)
     dense = _spread(ctx, node, slots)
@@ -171,7 +171,7 @@ def _kernel_tensor(ctx: Context, argument: fx.Node, gate: Gate, *, first: bool) 
 
 
 def _select(ctx: Context, node: fx.Node) -> ir.Value:
-    """`moec::select`: zero what the policy drops and keep the sum of the row if asked."""
+    """`moec::select`: zero the dropped slots and, with `renormalize`, scale the others to the sum of the row."""
     own, kept = Select.of(node), _kept(ctx, node)
     if not own.renormalize:
         return kept
@@ -182,7 +182,7 @@ def _select(ctx: Context, node: fx.Node) -> ir.Value:
 
 
 def _kept(ctx: Context, node: fx.Node) -> ir.Value:
-    """The weights of a select node that stay, not scaled yet: 0 in dropped slots."""
+    """The weights of a select node before they are renormalised: 0 in dropped slots."""
     own, dtype = Select.of(node), result_dtype(node)
     zero = ctx.constant(np.asarray(0, np_dtype(dtype)))
 

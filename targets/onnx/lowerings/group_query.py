@@ -1,7 +1,7 @@
 """`moec::attention` as ONNX Runtime's GroupQueryAttention, whose past and present may share one buffer.
 
-The buffer is as long as the longest answer, so the length of the past says nothing: the attention mask does. Padding on
-the left, chunks and the like reach the kernel as a bias; it cuts at the causal diagonal and at a window by itself.
+The buffer may be longer than the sequence, so the number of past tokens comes from the attention mask. Left padding,
+chunks and the like reach the kernel as an additive bias; the kernel applies the causal mask and the sliding window.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ RECURRENT_KINDS = {"conv", "recurrent"}
 
 
 def share_lengths(ctx: Context) -> None:
-    """Take the length of the past from the attention mask, before anybody asks a buffer for it."""
+    """Define the length of the past by the attention mask. Call it before anything reads that length from a buffer."""
     placeholders = {node.name: node for node in ctx.program.graph.find_nodes(op="placeholder")}
     total = ctx.axis_length(placeholders["attention_mask"], 1)
     new = ctx.axis_length(placeholders["input_ids"], 1)
@@ -36,9 +36,12 @@ def group_query_attention(ctx: Context, node: fx.Node, allowed: ir.Value) -> Seq
     """Lower one attention node.
 
     Args:
-        ctx: The lowering, on which `share_lengths` was called.
-        node: A `moec::attention`.
-        allowed: What each new token may attend to, [B, 1, S, T] bool.
+        ctx: The lowering, after `share_lengths(ctx)`.
+        node: A `moec::attention` node.
+        allowed: Which slots each new token may attend to, [B, 1, S, T] bool.
+
+    Returns:
+            Output [B, S, H, D], present key and present value.
     """
     own = Attention.of(node)
     query, key, value = own.query, own.key, own.value
@@ -76,7 +79,7 @@ def _flat(ctx: Context, argument: object, width: int) -> ir.Value:
 
 
 def _lengths(ctx: Context, query: fx.Node) -> tuple[ir.Value, ir.Value]:
-    """`seqlens_k` [B], index of the last token, and the total length: padding on the left counts as tokens."""
+    """`seqlens_k` [B] (index of the last token) and the total length, both int32; left padding counts as tokens."""
 
     def total() -> ir.Value:
         return ctx.op("Cast", ctx.memo["total length"], to=int(ir.DataType.INT32))
@@ -91,7 +94,7 @@ def _lengths(ctx: Context, query: fx.Node) -> tuple[ir.Value, ir.Value]:
 
 def _bias(ctx: Context, allowed: ir.Value, dtype: torch.dtype) -> ir.Value:
     def make() -> ir.Value:
-        # Half the range: added to any logit it stays finite, so that a row of padding alone is no NaN.
+        # Half the range: the sum with any logit stays finite, so a row that is all padding does not become NaN.
         lowest = ctx.constant(np.asarray(torch.finfo(dtype).min / 2, np_dtype(dtype)))
         return ctx.op("Where", allowed, ctx.constant(np.asarray(0, np_dtype(dtype))), lowest)
 
@@ -99,47 +102,48 @@ def _bias(ctx: Context, allowed: ir.Value, dtype: torch.dtype) -> ir.Value:
 
 
 def refusals(program: Program) -> tuple[Rejection, ...]:
-    """What onnxruntime-genai's one description of a cache cannot say about `program`."""
-    if lonely := _lonely_states(program):
-        return lonely
+    """What `genai_config.json`, which describes one KV cache for all layers, cannot express about `program`."""
+    if incomplete := _incomplete_recurrent_layers(program):
+        return incomplete
     found = []
     for node in program.nodes(ATTENTION):
         own = Attention.of(node)
         key, value = own.key.meta["val"], own.value.meta["val"]
         if key.shape[3] != value.shape[3]:
-            reason = f"GroupQueryAttention needs keys and values of one width, not {key.shape[3]} and {value.shape[3]}"
+            sizes = f"{key.shape[3]} and {value.shape[3]}"
+            reason = f"GroupQueryAttention needs keys and values of the same head size, not {sizes}"
             found.append(Rejection("onnx", module_of(node), reason))
         elif int(key.shape[3]) % HEAD_MULTIPLE:
-            reason = f"GroupQueryAttention on CPU needs heads of a multiple of {HEAD_MULTIPLE} wide, not {key.shape[3]}"
+            reason = f"GroupQueryAttention on CPU needs a multiple of {HEAD_MULTIPLE} as head size, not {key.shape[3]}"
             found.append(Rejection("onnx", module_of(node), reason))
     shapes = {(heads_of(state), width_of(state)) for state in program.caches}
     if not found and len(shapes) > 1:
         sizes = ", ".join(f"{heads} x {width}" for heads, width in sorted(shapes))
-        found.append(Rejection("onnx", "the model", f"onnxruntime-genai wants caches of one shape, not {sizes}"))
+        found.append(Rejection("onnx", "the model", f"onnxruntime-genai needs KV caches of one shape, not {sizes}"))
     layers = sorted({state.layer for state in program.states})
     if not program.replaced and layers != list(range(len(layers))):
-        found.append(Rejection("onnx", "the model", "onnxruntime-genai wants a cache in every layer"))
+        found.append(Rejection("onnx", "the model", "onnxruntime-genai needs a KV cache in every layer"))
     return tuple(found)
 
 
-def _lonely_states(program: Program) -> tuple[Rejection, ...]:
-    """onnxruntime-genai finds the states of recurrent layers by their names, and each must keep one of either kind."""
+def _incomplete_recurrent_layers(program: Program) -> tuple[Rejection, ...]:
+    """The first recurrent layer without both kinds of state: onnxruntime-genai looks for both by name in each."""
     for state in program.replaced:
         kinds = {other.kind for other in program.replaced if other.layer == state.layer}
         if kinds != RECURRENT_KINDS:
             reason = (
-                f"it keeps a state of kind {state.kind} alone, and onnxruntime-genai wants that of a convolution and "
-                "that of a recurrence in every recurrent layer"
+                f"it keeps only a state of kind {state.kind}, but onnxruntime-genai needs a convolution state and a "
+                "recurrent state in every recurrent layer"
             )
             return (Rejection("onnx", f"layer {state.layer}", reason),)
     return ()
 
 
 def heads_of(state: StateSpec) -> int:
-    """Number of heads in a cache."""
+    """Number of heads in a KV cache."""
     return int(state.input.shape[1])
 
 
 def width_of(state: StateSpec) -> int:
-    """Width of a head in a cache."""
+    """Head size of a KV cache."""
     return int(state.input.shape[3])

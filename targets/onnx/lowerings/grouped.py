@@ -1,8 +1,10 @@
 """Experts in standard ops: slots sorted by expert, and two matrix products per expert over its own rows.
 
-Every expert is a pair of constant matrices, which ONNX Runtime packs once for its matrix product; the `MoE` kernel
-packs them at every call, which costs a third of a prefill. An idle expert is a product of no rows, so it costs two
-nodes that return at once. All else is done once for all experts.
+A slot is one of the k experts that the router selected for a token; there are T * k of them.
+
+Every expert is a pair of constant matrices, which ONNX Runtime packs once, when the model is loaded. The `MoE` kernel
+packs them at every call, which costs a third of a prefill. An expert without tokens costs two products of no rows,
+which return at once. All other steps run once for all experts.
 
 ```
 experts, slots = NonZero(expert of a slot is e, [E, T * k])  # sorted by expert, since NonZero goes row by row
@@ -14,8 +16,8 @@ place          = ScatterElements of 1, 2, .. N at slots      # [T * k], 0 where 
 weights [T, 1, k] @ Gather(rows, place) [T, k, H]
 ```
 
-Nothing is added by a scatter: several threads that add to one row lose updates in ONNX Runtime
-(microsoft/onnxruntime#18048, #23396). A scatter writes each place once, and every sum is a product.
+No scatter adds: adding to one row from several threads loses updates in ONNX Runtime
+(microsoft/onnxruntime#18048, #23396). The scatter writes each element once, and a matrix product does the sums.
 """
 
 from __future__ import annotations
@@ -36,12 +38,12 @@ from moec.targets.onnx.context import DTYPES, Context, np_dtype
 
 
 def grouped(ctx: Context, node: fx.Node, gate: Gate) -> ir.Value:
-    """Lower an experts node; see the module.
+    """Lower an experts node as the module's docstring describes.
 
     Args:
-        ctx: The graph so far.
-        node: The experts node; a slot whose weight is exactly 0 takes no part.
-        gate: Its activation.
+        ctx: The lowering.
+        node: The experts node; slots whose weight is exactly 0 are skipped.
+        gate: The activation of its experts.
 
     Returns:
         [T, H] in the dtype of the node.
@@ -58,18 +60,18 @@ def grouped(ctx: Context, node: fx.Node, gate: Gate) -> ir.Value:
         products = [ctx.op("Add", ctx.op("Concat", *products, axis=0), _biases(ctx, own.down_bias, slots))]
     nothing = ctx.constant(np.zeros((1, own.hidden_size), np_dtype(dtype)))
     rows = ctx.op("Concat", nothing, *products, axis=0)
-    return _mixed(ctx, rows, slots.places(ctx), weights, dtype)
+    return _weighted_sum(ctx, rows, slots.places(ctx), weights, dtype)
 
 
 @dataclass(frozen=True)
 class _Slots:
-    """The slots of a layer in the order in which its experts compute them.
+    """The slots of a layer, sorted by expert.
 
     Attributes:
-        order: Slots that were kept, sorted by expert, [N] of 0 .. T * k - 1.
-        experts: Expert of each, [N].
-        counts: Slots of each expert, [E].
-        live: Expert of every slot, -1 where it was dropped, [1, T * k].
+        order: The kept slots, sorted by expert, [N] of 0 .. T * k - 1.
+        experts: The expert of each kept slot, [N].
+        counts: Number of kept slots per expert, [E].
+        live: The expert of every slot, or -1 where it was dropped, [1, T * k].
     """
 
     order: ir.Value
@@ -81,7 +83,7 @@ class _Slots:
     def sort(cls, ctx: Context, node: fx.Node, weights: ir.Value) -> _Slots:
         """Sort the slots of an experts node by expert.
 
-        A slot is dropped where its weight is 0, or where its index names no expert.
+        A slot is dropped where its weight is 0 or its index is not that of an expert.
         """
         operands = Experts.of(node)
         used = ctx.op("Cast", weights, to=int(ir.DataType.BOOL))
@@ -99,15 +101,15 @@ class _Slots:
         return self.order if width == 1 else ctx.op("Div", self.order, ctx.constant(np.int64(width)))
 
     def places(self, ctx: Context) -> ir.Value:
-        """Where each slot was computed, [T * k]: 1 .. N, and 0 where it was dropped."""
+        """Row of each slot among the results, [T * k]: 1 .. N, or 0 where it was dropped."""
         one = ctx.constant(np.int64(1))
         numbers = ctx.op("Range", one, ctx.op("Add", ctx.op("Size", self.order), one), one)
         empty = ctx.op("Mul", ctx.op("Reshape", self.live, ctx.ints(-1)), ctx.constant(np.int64(0)))
         return ctx.op("ScatterElements", empty, self.order, numbers, axis=0)
 
 
-def _mixed(ctx: Context, rows: ir.Value, places: ir.Value, weights: ir.Value, dtype: torch.dtype) -> ir.Value:
-    """Each token's rows times its weights, summed over its slots: [T, H]; in float32, as in the reference."""
+def _weighted_sum(ctx: Context, rows: ir.Value, places: ir.Value, weights: ir.Value, dtype: torch.dtype) -> ir.Value:
+    """The weighted sum of each token's rows over its slots, [T, H], computed in float32 as in the reference."""
     if dtype != torch.float32:
         rows, weights = (ctx.op("Cast", value, to=int(ir.DataType.FLOAT)) for value in (rows, weights))
     own = ctx.op("Gather", rows, ctx.op("Reshape", places, ctx.op("Shape", weights)), axis=0)
@@ -116,7 +118,7 @@ def _mixed(ctx: Context, rows: ir.Value, places: ir.Value, weights: ir.Value, dt
 
 
 def _products(ctx: Context, rows: ir.Value, counts: ir.Value, stack: fx.Node) -> list[ir.Value]:
-    """Each expert's rows times its matrix: [N, K] -> [n, M] for each expert, N = the sum of all n."""
+    """Each expert's rows of [N, K] times its matrix: one [n, M] for each expert, where the n sum to N."""
     tensor = ctx.lazy(stack)
     name = ctx.program.weights.resolve(str(stack.target))
     half = ctx.stored_half(name) and tensor.dtype is torch.float32
@@ -153,7 +155,7 @@ class _Row(LazyTensor):
 
 
 def activate(ctx: Context, projected: ir.Value, gate: Gate, dtype: torch.dtype) -> ir.Value:
-    """`gate` of `projected` [..., 2I] (or [..., I] without a gate)."""
+    """Apply `gate` to `projected` [..., 2I] ([..., I] if ungated) -> [..., I]."""
     if not gate.gated:
         parts = [projected]
     elif gate.interleaved:

@@ -1,4 +1,4 @@
-"""Layouts that the MoE kernels of ONNX Runtime want."""
+"""Weight layouts that the MoE kernels of ONNX Runtime need."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from moec.compiler.ir.weights import LazyTensor, Mapped
 
 
 def interleave(value: Tensor) -> Tensor:
-    """[n, 2I, ...] with gate and up one after the other -> gate0, up0, gate1, ... along axis 1."""
+    """Reorder axis 1 of [n, 2I, ...] from gate0, gate1, ..., up0, up1, ... to gate0, up0, gate1, up1, ..."""
     gate, up = value.chunk(2, dim=1)
     return torch.stack([gate, up], dim=2).reshape(value.shape)
 
@@ -21,5 +21,5 @@ def interleaved_rows(tensor: LazyTensor) -> LazyTensor:
 
 
 def kernel_layout(tensor: LazyTensor, gate: Gate, *, first: bool) -> LazyTensor:
-    """The layout that the kernels want: [E, out, in], gate and up interleaved."""
+    """The layout of the kernels: [E, out, in]; gate and up interleaved if this is the `first` projection."""
     return interleaved_rows(tensor) if first and gate.gated and not gate.interleaved else tensor

@@ -1,4 +1,4 @@
-"""Matrix products with weights and without."""
+"""Matrix products, with weights or between activations."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ aten = torch.ops.aten
 
 
 def _linear(ctx: Context, node: fx.Node) -> ir.Value:
-    """`x @ weight.T + bias`; the weight is stored [in, out], as the kernels want it, unless others need it as it is."""
+    """`x @ weight.T + bias`; the weight is stored transposed, [in, out], unless another op uses it untransposed."""
     x, weight, bias = node.args
     assert isinstance(weight, fx.Node)
     dtype = result_dtype(node)
@@ -36,10 +36,10 @@ def _product(ctx: Context, node: fx.Node, x: ir.Value, weight: fx.Node) -> ir.Va
     own = ctx.program.weights[name]
     if isinstance(own, Quantized):
         if not ctx.dialect.contrib:
-            return quantized.linear(ctx, node, x, name, own)
+            return quantized.dequantized_product(ctx, node, x, name, own)
         return joint_product(ctx, node, x) or quantized.packed_product(ctx, x, {name: own}, dtype)
     if name in ctx.untransposed:
-        # Tied to the embedding: one copy serves both.
+        # The weight is tied to the embedding: one copy serves both.
         value = ctx.weight(name, dtype)
         if ctx.dialect.contrib:
             return ctx.op("FusedMatMul", x, value, domain=MS, transB=1)
@@ -52,7 +52,7 @@ def _product(ctx: Context, node: fx.Node, x: ir.Value, weight: fx.Node) -> ir.Va
 
 
 def untransposed_weights(graph: fx.Graph, resolve: Any) -> frozenset[str]:
-    """Weights of linears that something else than a linear uses too: tied embeddings."""
+    """Weights of linears that other ops use too: tied embeddings."""
     linear: set[str] = set()
     other: set[str] = set()
     for node in graph.find_nodes(op="get_attr"):

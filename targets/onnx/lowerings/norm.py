@@ -28,7 +28,7 @@ def _rms_norm(ctx: Context, node: fx.Node) -> ir.Value:
         scale = ctx.constant(np.ones(width, dtype=np_dtype(dtype)))
     else:
         scale = ctx.tensor(weight, dtype)
-    # ONNX Runtime's fused kernel predates the standard op and is the faster of the two on CPU.
+    # ONNX Runtime's own kernel is faster on CPU than the standard op.
     if ctx.dialect.contrib:
         fused = skip_norm(ctx, x, scale, eps)
         if fused is not None:
@@ -50,7 +50,7 @@ def _layer_norm(ctx: Context, node: fx.Node) -> ir.Value:
 
 
 def _rotary(ctx: Context, node: fx.Node) -> ir.Value:
-    """`RotaryEmbedding` takes one half of cos and sin as [B, S, D / 2]; the halves are made once for all layers."""
+    """`RotaryEmbedding` takes half of cos and sin, [B, S, D / 2]; all layers share these halves."""
     own = Rotary.of(node)
     x, cos, sin = own.x, own.cos, own.sin
     dtype, width = result_dtype(node), int(x.meta["val"].shape[-1])
@@ -71,7 +71,7 @@ def _rotary(ctx: Context, node: fx.Node) -> ir.Value:
 
 
 def rotary_plain(ctx: Context, node: fx.Node) -> ir.Value:
-    """The same in elementary ops, for tables whose layout the fused op does not take."""
+    """Rotary embedding in elementary ops, for tables whose layout `RotaryEmbedding` does not take."""
     own = Rotary.of(node)
     x, cos, sin = own.x, own.cos, own.sin
     width, axis = int(x.meta["val"].shape[-1]), rank(x) - 1

@@ -26,12 +26,12 @@ from moec.targets.onnx.lowerings.layouts import interleave, interleaved_rows
 BLOCKS = (128, 64, 32, 16)
 """Block sizes of the kernels."""
 INT8_ACTIVATIONS = 4
-"""`accuracy_level` that lets a kernel quantize its activations to int8."""
+"""The `accuracy_level` with which a kernel quantizes its activations to int8."""
 
 
 @dataclass(frozen=True)
 class Packed(LazyTensor):
-    """Codes, scales or zero points of a Quantized in a kernel's layout, made row by row.
+    """Codes, scales or zero points of a `Quantized` in a kernel's layout, computed slice by slice.
 
     `function` takes a QuantizedTensor, or with `scales_alone` a `Scales`, and returns its rows in that layout.
     """
@@ -43,7 +43,7 @@ class Packed(LazyTensor):
 
     scales_alone: bool = False
     identity: str = ""
-    """Tensors of one identity have the same bytes, whatever their shape: they are stored once."""
+    """Tensors of the same identity have the same bytes, whatever their shapes, and are stored once."""
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Pack the same rows of the source."""
@@ -57,30 +57,30 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         return codes
     if codes.shape[-1] % 2:
         codes = torch.nn.functional.pad(codes, (0, 1))
-    # A pair read as one number is low + 256 * high (every machine that runs torch is little-endian).
+    # Two bytes read as an int16 are low + 256 * high (every machine that runs torch is little-endian).
     pairs = codes.contiguous().view(torch.int16)
     return (pairs | (pairs >> 4)).to(torch.uint8)
 
 
 def expand_scales(scales: Tensor, groups: int) -> Tensor:
-    """Repeat the scales of larger blocks [..., G] so that there are `groups` of them."""
+    """Repeat scales [..., G] of larger blocks to [..., groups] scales of smaller ones."""
     return scales.repeat_interleave(groups // scales.shape[-1], dim=-1)
 
 
 def accuracy_level(*tensors: Quantized) -> int:
     """`accuracy_level` for weights of these formats.
 
-    ONNX Runtime on CPU has no product of 8-bit weights with float activations: it would dequantize the whole matrix for
-    every token (a head of 32000 x 1024 took 250 ms instead of 4).
+    ONNX Runtime on CPU has no kernel for 8-bit weights with float activations: it would dequantize the whole matrix for
+    every token (an lm_head of 32000 x 1024 took 250 ms in place of 4).
     """
     rounded = any(item.format.activations is Activations.INT8_DYNAMIC or item.format.bits == 8 for item in tensors)
     return INT8_ACTIVATIONS if rounded else 0
 
 
 def kernel_block(*tensors: Quantized) -> int:
-    """A block size that all tensors can be written in: the largest of 128 .. 16 that divides the blocks of each.
+    """The largest block size of the kernels (128 .. 16) that divides the block sizes of all tensors.
 
-    A row with one scale may be of any length: the kernels take a last block that is not full.
+    With one scale per row, the row may have any length: kernels accept a shorter last block.
     """
     for size in BLOCKS:
         if all(tensor.block % size == 0 for tensor in tensors):
@@ -92,12 +92,12 @@ def kernel_block(*tensors: Quantized) -> int:
 
 
 def kernel_groups(weight: Quantized, block: int) -> int:
-    """Blocks of a row, the last of which may be short."""
+    """Number of blocks per row; the last one may be shorter."""
     return -(-weight.shape[-1] // block)
 
 
 def stored_entry(weight: Quantized, block: int, *, base: str, first: int = 0, **others: Any) -> dict[str, Any]:
-    """What `moec.targets.onnx.stored` has to know of a weight whose initializers are called `base.codes` and so on."""
+    """The entry in `moec.targets.onnx.stored.TABLE` for a weight whose initializers are `{base}.codes` and so on."""
     return {
         "codes": f"{base}.codes",
         "scales": f"{base}.scales",
@@ -115,14 +115,14 @@ def stored_entry(weight: Quantized, block: int, *, base: str, first: int = 0, **
 # Linear ---------------------------------------------------------------------------------------------------------
 
 
-def linear(ctx: Context, node: fx.Node, x: ir.Value, name: str, weight: Quantized) -> ir.Value:
-    """`x @ weight.T` by DequantizeLinear and MatMul, where only standard ops are allowed."""
+def dequantized_product(ctx: Context, node: fx.Node, x: ir.Value, name: str, weight: Quantized) -> ir.Value:
+    """`x @ weight.T` by DequantizeLinear and MatMul, for dialects with standard ops only."""
     product: ir.Value = ctx.op("MatMul", x, ctx.op("Transpose", dequantize(ctx, node, name, weight), perm=[1, 0]))
     return product
 
 
 def packed_product(ctx: Context, x: ir.Value, weights: Mapping[str, Quantized], dtype: torch.dtype) -> ir.Value:
-    """`x @ weight.T` for weights of one format and width by one MatMulNBits, their outputs one after another.
+    """`x @ weight.T` by one MatMulNBits for several weights of the same format and K, with outputs concatenated.
 
     Args:
         ctx: The lowering.
@@ -147,15 +147,17 @@ def packed_product(ctx: Context, x: ir.Value, weights: Mapping[str, Quantized], 
         Packed(own, packed, (own.shape[0], groups, block * bits // 8), torch.uint8, identity=f"{own.name}.codes")
         for own in stores
     ]
-    points = None
+    zero_points = None
     if not fmt.symmetric:
-        points = ctx.initializer(f"{name}.zero_points", concatenate([_points(own, groups) for own in stores], 0))
+        zero_points = ctx.initializer(
+            f"{name}.zero_points", concatenate([_zero_points(own, groups) for own in stores], 0)
+        )
     return ctx.op(
         "MatMulNBits",
         x,
         ctx.initializer(f"{name}.codes", concatenate(codes, 0)),
         _scales(ctx, name, stores, groups, dtype),
-        points,
+        zero_points,
         domain=MS,
         K=columns,
         N=sum(own.shape[0] for own in stores),
@@ -168,9 +170,9 @@ def packed_product(ctx: Context, x: ir.Value, weights: Mapping[str, Quantized], 
 def _scales(ctx: Context, name: str, weights: Sequence[Quantized], groups: int, dtype: torch.dtype) -> ir.Value:
     """Scales [..., groups] in the dtype of the graph, as kernels read them.
 
-    Kernels pack constants when a model is loaded. A scale that is cast in the graph is a constant only after
-    optimization: without that, MatMulNBits packs codes without scales and gives zeros, silently. (QMoE is right either
-    way: its scales stay as small as the format has them.)
+    Kernels pack constants when a model is loaded. A scale that the graph casts is a constant only after graph
+    optimization: without it, MatMulNBits packs codes without scales and silently returns zeros. (QMoE handles both
+    cases, so its scales keep the smaller dtype of the format.)
     """
 
     def expanded(part: Scales) -> Tensor:
@@ -180,7 +182,7 @@ def _scales(ctx: Context, name: str, weights: Sequence[Quantized], groups: int, 
     return ctx.initializer(f"{name}.scales", concatenate(tensors, 0))
 
 
-def _points(weight: Quantized, groups: int) -> Packed:
+def _zero_points(weight: Quantized, groups: int) -> Packed:
     bits = weight.format.bits
     return Packed(
         weight,
@@ -209,15 +211,15 @@ def embedding(ctx: Context, node: fx.Node, indices: ir.Value, name: str, weight:
         identity=f"{weight.name}.codes",
     )
     ctx.coded[name] = {**stored_entry(weight, block, base=name), "codes": f"{name}.table"}
-    points = None
+    zero_points = None
     if not weight.format.symmetric:
-        points = ctx.initializer(f"{name}.zero_points", _points(weight, groups))
+        zero_points = ctx.initializer(f"{name}.zero_points", _zero_points(weight, groups))
     return ctx.op(
         "GatherBlockQuantized",
         ctx.initializer(f"{name}.table", codes),
         indices,
         _scales(ctx, name, [weight], groups, result_dtype(node)),
-        points,
+        zero_points,
         domain=MS,
         bits=bits,
         block_size=block,
@@ -230,29 +232,29 @@ def embedding(ctx: Context, node: fx.Node, indices: ir.Value, name: str, weight:
 
 
 def experts(ctx: Context, node: fx.Node, gate: Gate, dense: ir.Value, attributes: dict[str, Any]) -> ir.Value:
-    """`QMoE`, which drops a slot whose weight is 0 before tokens are grouped by expert, so that it costs nothing.
+    """`QMoE`, which drops slots of weight 0 before it groups tokens by expert, so that they cost nothing.
 
-    The routing weights are both what it selects by and, unnormalised, what it mixes by.
+    It takes the routing weights `dense` [T, E] twice: to select experts and, without normalising, to weight them.
     """
     own = Experts.of(node)
     tensors = [_quantized(ctx, argument) for argument in (own.gate_up_proj, own.down_proj)]
     biases = (own.gate_up_bias, own.down_bias)
     block = kernel_block(*(tensor for _, tensor in tensors))
     operands: list[ir.Value | None] = [ctx.tensor(own.hidden_states), dense]
-    points: list[ir.Value | None] = []
+    zero_point_inputs: list[ir.Value | None] = []
     for (name, tensor), bias, first in zip(tensors, biases, (True, False), strict=True):
         interleaved = first and gate.gated and not gate.interleaved
         codes, scales, zero_points = _stack(tensor, kernel_groups(tensor, block), interleaved)
         operands += [ctx.initializer(f"{name}.codes", codes), ctx.initializer(f"{name}.scales", scales)]
         operands.append(None if bias is None else _bias(ctx, bias, interleaved))
-        points.append(None if zero_points is None else ctx.initializer(f"{name}.zero_points", zero_points))
+        zero_point_inputs.append(None if zero_points is None else ctx.initializer(f"{name}.zero_points", zero_points))
         ctx.experts[name] = stored_entry(tensor, block, base=name, interleaved=interleaved)
     bits = [tensor.format.bits for _, tensor in tensors]
     return ctx.op(
         "QMoE",
         *operands,
         *(None,) * 3,
-        *points,
+        *zero_point_inputs,
         None,
         dense,
         domain=MS,
@@ -268,13 +270,13 @@ def experts(ctx: Context, node: fx.Node, gate: Gate, dense: ir.Value, attributes
 
 
 def refusals(program: Program) -> tuple[Rejection, ...]:
-    """Experts whose two products have different widths: `QMoE` on CPU computes both in one."""
+    """Experts whose two projections have different bit widths: `QMoE` on CPU needs the same for both."""
     found = []
     for node in program.nodes(EXPERTS):
         first, second = (_bits(program, node.args[position]) for position in (3, 5))
         if first != second:
             widths = " and ".join(f"{bits} bits" if bits else "float" for bits in (first, second))
-            reason = f"gate_up_proj and down_proj have {widths}, but QMoE computes both products in one width"
+            reason = f"gate_up_proj and down_proj have {widths}, but QMoE needs the same number of bits for both"
             found.append(Rejection("onnx", module_of(node), reason))
     return tuple(found)
 
@@ -299,7 +301,7 @@ def _bias(ctx: Context, bias: Any, interleaved: bool) -> ir.Value:
 
 
 def _stack(tensor: Quantized, groups: int, interleaved: bool) -> tuple[Packed, Packed, Packed | None]:
-    """Codes [E, N, K * bits / 8], scales [E, N, groups] and zero points, the rows of gate and up interleaved."""
+    """Codes [E, N, K * bits / 8], scales [E, N, groups] and zero points; gate and up rows are interleaved if asked."""
     count, rows, columns = tensor.shape
     bits, stored = tensor.format.bits, tensor.format.scale_type.dtype
 
@@ -315,14 +317,14 @@ def _stack(tensor: Quantized, groups: int, interleaved: bool) -> tuple[Packed, P
     if tensor.format.symmetric:
         return codes, scales, None
     width = (groups * bits + 7) // 8
-    points = Packed(
+    zero_points = Packed(
         tensor,
         lambda part: ordered(pack(expand_scales(part.unsigned_zero_points(), groups), bits)),
         (count, rows, width),
         torch.uint8,
         True,
     )
-    return codes, scales, points
+    return codes, scales, zero_points
 
 
 # Standard ops ---------------------------------------------------------------------------------------------------
@@ -335,7 +337,7 @@ def dequantize(ctx: Context, node: fx.Node, name: str, weight: Quantized) -> ir.
     groups = kernel_groups(weight, block)
     codes = Packed(weight, lambda part: part.codes, (rows, columns), torch.int8)
     if not weight.format.symmetric:
-        raise refuse(node, "asymmetric weights have no standard form here", hint="use a symmetric format")
+        raise refuse(node, "zero points are not supported in standard ops", hint="use a symmetric format")
     ctx.coded[name] = stored_entry(weight, block, base=name, bits=8, signed=True)
     return ctx.shared(
         ("dequantized", name),

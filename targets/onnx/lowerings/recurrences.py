@@ -18,14 +18,14 @@ from moec.targets.onnx.context import DTYPES, MS, Context, Lowering
 from moec.targets.onnx.lowerings.grouped import activate
 
 FUSED_ACTIVATIONS = {"identity": "none", "silu": "silu"}
-"""Activations that `CausalConvWithState` knows, by its names."""
+"""Activations that `CausalConvWithState` can fuse -> its names for them."""
 
 
 def _causal_conv(ctx: Context, node: fx.Node) -> Sequence[ir.Value]:
     own = CausalConv.of(node)
     if not ctx.dialect.contrib or own.activation not in FUSED_ACTIVATIONS:
         return _plain_conv(ctx, own)
-    # The kernel on CPU is for float32. Its state holds K - 1 inputs, and ours with zeros before the weights.
+    # The CPU kernel supports float32 only. Its state holds K - 1 inputs and moec's holds more: zeros pad the weights.
     x, weight, state = (ctx.tensor(item, torch.float32) for item in (own.x, own.weight, own.state))
     missing = _kept(own) + 1 - _taps(own)
     if missing:
@@ -43,7 +43,7 @@ def _causal_conv(ctx: Context, node: fx.Node) -> Sequence[ir.Value]:
 
 
 def _plain_conv(ctx: Context, own: CausalConv) -> Sequence[ir.Value]:
-    """The convolution over what its state kept and the new inputs."""
+    """The convolution over the concatenation of its state and the new inputs, in standard ops."""
     dtype, kept = result_dtype(own.x), _kept(own)
     joined = ctx.op("Concat", ctx.tensor(own.state, dtype), ctx.tensor(own.x), axis=2)
     skipped = kept + 1 - _taps(own)
@@ -72,7 +72,7 @@ def _linear_attention(ctx: Context, node: fx.Node) -> Sequence[ir.Value]:
 
 
 def _kernel(ctx: Context, own: LinearAttention) -> Sequence[ir.Value]:
-    """`LinearAttention`: heads lie side by side in the last axis, and keys have as many as values."""
+    """`LinearAttention`, which takes heads side by side in the last axis and as many key heads as value heads."""
     queries, keys, heads = own.heads
     key_width, width = own.widths
     key = ctx.tensor(own.key, torch.float32)
@@ -96,14 +96,14 @@ def _kernel(ctx: Context, own: LinearAttention) -> Sequence[ir.Value]:
 
 
 def _repeated(ctx: Context, value: ir.Value, have: int, wanted: int) -> ir.Value:
-    """Heads [B, S, `have`, D] each repeated: [B, S, `wanted`, D]. TensorRT builds no Scan over what Expand made."""
+    """Repeat each head: [B, S, `have`, D] -> [B, S, `wanted`, D]. TensorRT cannot build a Scan over Expand's output."""
     if have == wanted:
         return value
     return ctx.op("Gather", value, ctx.ints(*(head * have // wanted for head in range(wanted))), axis=2)
 
 
 def _scan(ctx: Context, own: LinearAttention) -> Sequence[ir.Value]:
-    """A Scan over the tokens, whose body is the definition of the op."""
+    """A Scan over the tokens; its body is the op's definition for one token."""
     queries, keys, heads = own.heads
     operands = {"query": own.query, "key": own.key, "value": own.value, "decay": own.decay, "beta": own.beta}
     taken = {name: ctx.tensor(node, torch.float32) for name, node in operands.items() if node is not None}
@@ -135,7 +135,7 @@ def _body_input(ctx: Context, body: ir.Graph, name: str, shape: Sequence[Any]) -
 
 
 def _token(ctx: Context, own: LinearAttention, step: Mapping[str, ir.Value]) -> Sequence[ir.Value]:
-    """One token: the new state [B, H, Dk, Dv] and its output [B, max(H, Hq), Dv]."""
+    """One token of the scan: the new state [B, H, Dk, Dv] and the output [B, max(H, Hq), Dv]."""
     queries, _, heads = own.heads
     state, key, value = step["state"], ctx.op("Unsqueeze", step["key"], ctx.ints(3)), step["value"]
     if own.decay is not None:

@@ -1,4 +1,4 @@
-"""Reductions, and what ranks the elements of an axis."""
+"""Reductions, argmax, softmax, top-k and cumulative sums."""
 
 from __future__ import annotations
 

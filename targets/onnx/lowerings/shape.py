@@ -1,4 +1,4 @@
-"""Ops that move, cut and make tensors; those that are alike on every target are in `moec.targets.common.lowerings`."""
+"""Ops that reshape, index and create tensors; those common to all targets are in `moec.targets.common.lowerings`."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def _source(node: fx.Node) -> fx.Node:
 
 
 def reshape_target(source: Sequence[Any], target: Sequence[Any]) -> list[int] | None:
-    """A constant shape for Reshape, or None where it takes arithmetic.
+    """A constant shape for ONNX Reshape, or None where the shape must be computed at run time.
 
-    0 copies a size from the same place of the input, and one size may be left to be found as -1.
+    In it, 0 copies the size of the same axis of the input, and one size may be -1, which Reshape infers.
     """
     out: list[int] = []
     unknown = 0
@@ -56,7 +56,7 @@ def _reshape(ctx: Context, node: fx.Node) -> ir.Value:
 
 
 def _expand(ctx: Context, node: fx.Node) -> ir.Value:
-    # ONNX Expand broadcasts, so 1 keeps a size.
+    # ONNX Expand broadcasts: 1 keeps the size of an axis.
     source, wanted = _source(node), expansion(node)
     if all(size == 1 for size in wanted) and len(wanted) == rank(source):
         return ctx.tensor(source)

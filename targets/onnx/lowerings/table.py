@@ -1,4 +1,4 @@
-"""The lowering table: op of the graph -> function that emits its ONNX form."""
+"""The lowering table: op of the graph -> function that emits its ONNX nodes."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Lowering functions where the TensorRT dialect differs from standard ONNX."""
+"""Lowering functions that differ from those of standard ONNX."""

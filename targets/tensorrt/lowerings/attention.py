@@ -1,7 +1,7 @@
-"""`moec::attention` in elementary ops, or as the standard op without a past.
+"""`moec::attention` in elementary ops, or as the standard op `Attention` without its inputs for a past.
 
-The parser refuses `Attention` with a past. The builder refuses it in float32 although the parser takes it, and
-in float16 beside a Loop unless its layer is marked as decomposable.
+The parser does not support `Attention` with a past. The builder fails on it in float32, although the parser accepts it,
+and in float16 in a network with a Loop, unless its layer is marked as decomposable.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ HEAD_MULTIPLE, LARGEST_HEAD = 8, 256
 
 
 def fused_refusal(node: fx.Node, opset: int) -> str:
-    """Why the standard op does not serve `node`; empty where it does."""
+    """Why `node` cannot be an `Attention` op; empty if it can."""
     own = Attention.of(node)
     query, value = own.query, own.value
     width = int(query.meta["val"].shape[3])
     if opset < FUSED_OPSET:
-        return f"Attention is an operator from opset {FUSED_OPSET} on"
+        return f"Attention needs opset {FUSED_OPSET} or later"
     if query.meta["val"].dtype != torch.float16:
-        return "the builder takes Attention in float16 alone"
+        return "the builder supports Attention in float16 only"
     if own.sinks is not None or own.softcap:
-        return "Attention has no sinks, and the parser no soft cap"
+        return "Attention has no sinks, and the parser does not support its softcap"
     if int(value.meta["val"].shape[3]) != width or width % HEAD_MULTIPLE or width > LARGEST_HEAD:
-        return f"heads must be equally wide, a multiple of {HEAD_MULTIPLE} and at most {LARGEST_HEAD}"
+        return f"head sizes must be equal, a multiple of {HEAD_MULTIPLE} and at most {LARGEST_HEAD}"
     return ""
 
 
 def decomposed_attention(ctx: Context, node: fx.Node) -> Sequence[ir.Value]:
-    """Elementary ops; the softmax is computed in float32, as in the reference."""
+    """Attention in elementary ops, with the softmax in float32 as in the reference."""
     return decomposed(ctx, node, visible(ctx, node), wide=True)
 
 
 def fused_attention(ctx: Context, node: fx.Node) -> Sequence[ir.Value]:
-    """The standard op where it serves."""
+    """The op `Attention` where it can be used, else elementary ops."""
     if reason := fused_refusal(node, ctx.dialect.opset):
         ctx.reject(node, f"attention in elementary ops: {reason}")
         return decomposed_attention(ctx, node)

@@ -1,7 +1,7 @@
-"""`moec::experts` in what TensorRT takes: no NonZero, no scatter that adds, no kernel of another domain.
+"""`moec::experts` in ops that TensorRT supports: no NonZero, no scatter that adds, no kernels of other domains.
 
-Every form drops a slot of weight 0: what an expert yields for it is replaced by 0 and not multiplied, so that NaN and
-infinity do not get through. Sums are float32, as in the reference.
+Every form drops slots of weight 0: the expert's output is replaced by 0, not multiplied by it, so that NaN and infinity
+have no effect. Sums are computed in float32, as in the reference.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ FLOAT = int(ir.DataType.FLOAT)
 
 
 def _stack(ctx: Context, argument: Any) -> ir.Value:
-    """The stacked weights or biases of a layer, [E, ...], as the Program has them."""
+    """The stacked weights or biases of a layer, [E, ...], in the layout of the Program."""
     name = ctx.program.weights.resolve(str(argument.target))
     own, dtype = ctx.program.weights[name], argument.meta["val"].dtype
     if isinstance(own, Quantized):
@@ -66,7 +66,7 @@ class _Layer:
         return self.ctx.constant(np.asarray(0, np_dtype(dtype)))
 
     def dense_weights(self) -> ir.Value:
-        """Routing weights [T, E]: 0 for every expert that a token does not use."""
+        """Routing weights as [T, E]: 0 for every expert that was not selected for a token."""
         ctx = self.ctx
         numbers = ctx.constant(np.arange(self.count, dtype=np.int64).reshape(1, 1, -1))
         own = ctx.op("Equal", ctx.op("Unsqueeze", self.indices, ctx.ints(2)), numbers)
@@ -74,7 +74,7 @@ class _Layer:
         return ctx.op("ReduceSum", spread, ctx.ints(1), keepdims=0)
 
     def run(self, x: ir.Value, first: ir.Value, second: ir.Value, biases: list[ir.Value | None], rank: int) -> ir.Value:
-        """The experts with these weights of `rank` axes on `x`."""
+        """Both projections of experts applied to `x`, with weights of `rank` axes."""
         ctx = self.ctx
         for position, weight in enumerate((first, second)):
             x = _project(ctx, x, weight, rank)
@@ -84,7 +84,7 @@ class _Layer:
         return x
 
     def weighted(self, result: ir.Value, weights: ir.Value) -> ir.Value:
-        """`result * weights` in float32, and 0 where the weight is 0 whatever the result is."""
+        """`result * weights` in float32, but 0 where the weight is 0, even if the result is NaN."""
         ctx = self.ctx
         if self.dtype != torch.float32:
             result, weights = (ctx.op("Cast", value, to=FLOAT) for value in (result, weights))
@@ -92,16 +92,16 @@ class _Layer:
         return ctx.op("Where", ctx.op("Equal", weights, zero), zero, ctx.op("Mul", result, weights))
 
     def narrowed(self, total: ir.Value) -> ir.Value:
-        """The float32 sum in the dtype of the graph."""
+        """The float32 sum, cast to the dtype of the graph."""
         return total if self.dtype == torch.float32 else self.ctx.op("Cast", total, to=int(DTYPES[self.dtype]))
 
 
 def _gather(ctx: Context, node: fx.Node) -> ir.Value:
-    """The weights of every slot, [T, k, N, K], gathered: few tokens."""
+    """Gather the weights of every slot, [T, k, N, K]; for few tokens."""
     layer = _Layer(ctx, node)
     last, zero = ctx.constant(np.int64(layer.count - 1)), ctx.constant(np.int64(0))
     inside = ctx.op("Clip", layer.indices, zero, last)
-    # A slot whose index names no expert is padding.
+    # A slot whose index is not that of an expert is padding.
     weights = ctx.op("Where", ctx.op("Equal", inside, layer.indices), layer.weights, layer.zero(layer.dtype))
 
     def own(stack: ir.Value) -> ir.Value:
@@ -116,7 +116,7 @@ def _gather(ctx: Context, node: fx.Node) -> ir.Value:
 
 
 def _dense(ctx: Context, node: fx.Node) -> ir.Value:
-    """Every expert for every token, [E, T, H]."""
+    """Compute every expert for every token, [E, T, H]."""
     layer = _Layer(ctx, node)
     first, second, stacked = layer.stacks()
     biases = [None if bias is None else ctx.op("Unsqueeze", bias, ctx.ints(1)) for bias in stacked]
@@ -127,7 +127,7 @@ def _dense(ctx: Context, node: fx.Node) -> ir.Value:
 
 
 def _loop_if(ctx: Context, node: fx.Node) -> ir.Value:
-    """A Loop over the experts with an If in it: an expert that no token uses is skipped."""
+    """A Loop over the experts with an If in it, which skips experts without tokens."""
     layer = _Layer(ctx, node)
     dense = layer.dense_weights()
     columns = ctx.op("Unsqueeze", ctx.op("Transpose", dense, perm=[1, 0]), ctx.ints(2))

@@ -12,41 +12,42 @@ from moec.targets.onnx.context import DTYPES, Context
 from moec.targets.onnx.lowerings.quantized import Packed, expand_scales, pack, stored_entry
 
 HINT = (
-    "TensorRT takes int8 per channel or in blocks and int4 in blocks, symmetric, with float activations: int8, int4:64"
+    "TensorRT supports int8 per channel or in blocks and int4 in blocks, without zero points and with float "
+    "activations, such as int8 or int4:64"
 )
 BLOCKS = (128, 64, 32, 16)
-"""Blocks that scales are written for. One block to a row fails in the builder, which says that a value is no value."""
+"""Block sizes in the file. The builder fails on a single block per row."""
 
 
-def inexpressible(weight: Quantized) -> str:
-    """Why TensorRT cannot take the format of a weight; empty where it can."""
+def unsupported_reason(weight: Quantized) -> str:
+    """Why TensorRT does not support the format of a weight; empty if it does."""
     form = weight.format
     if not form.symmetric:
-        return "DequantizeLinear takes no zero point other than 0"
+        return "DequantizeLinear supports no zero points other than 0"
     if form.bits == 4 and form.granularity == "channel":
-        return "int4 comes in blocks alone"
+        return "int4 is supported in blocks only"
     if form.activations is not Activations.FLOAT:
-        return "the parser has no DynamicQuantizeLinear, so activations cannot be rounded to int8"
+        return "the parser does not support DynamicQuantizeLinear, so activations cannot be rounded to int8"
     if not stored_block(weight):
-        return f"its blocks are no multiples of {BLOCKS[-1]}, or rows are no longer than that"
+        return f"its block size is not a multiple of {BLOCKS[-1]}, or its rows are not longer than that"
     return ""
 
 
 def stored_block(weight: Quantized) -> int:
-    """Block that the scales of `weight` are written for; 0 where there is none."""
+    """Block size of `weight` in the file; 0 if no size in `BLOCKS` fits."""
     return next((size for size in BLOCKS if weight.block % size == 0 and size < weight.shape[-1]), 0)
 
 
 def dequantized(ctx: Context, name: str, weight: Quantized, dtype: torch.dtype) -> ir.Value:
-    """The float values [..., N, K] of a quantized weight.
+    """The float values [..., N, K] of a quantized weight, in `dtype`.
 
-    Codes and scales are constants of the file, int4 codes two in a byte. Scales are stored in the dtype of the plan
-    and cast to that of the graph, which is what DequantizeLinear then yields.
+    Codes and scales are constants in the file, with two int4 codes per byte. Scales are stored in the dtype of the plan
+    and cast to that of the graph, which is then the dtype of DequantizeLinear's output.
 
     Raises:
-        RefusedError: TensorRT does not take the format.
+        RefusedError: TensorRT does not support the format.
     """
-    if reason := inexpressible(weight):
+    if reason := unsupported_reason(weight):
         raise RefusedError(name, f"format {weight.format}: {reason}", hint=HINT)
     block = stored_block(weight)
     groups = weight.shape[-1] // block

@@ -1,4 +1,4 @@
-"""The TensorRT dialect: the table of standard ONNX with other functions where the parser or the builder refuses."""
+"""The TensorRT dialect: standard ONNX, with other lowerings where the parser or the builder fails."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from moec.targets.tensorrt.lowerings.quantized import dequantized
 
 aten = torch.ops.aten
 FUSED_OPSET = 23
-"""RMSNormalization, RotaryEmbedding and Attention are standard operators from here on."""
+"""First opset with RMSNormalization, RotaryEmbedding and Attention."""
 
 
 def tensorrt_dialect(form: Form, opset: int, *, fused: bool = False) -> Dialect:
-    """What the parser reads and the builder builds, attention `fused` where that has a form."""
+    """The dialect of an opset and a form of experts; `fused`: attention as one op where possible."""
     overrides: dict[object, Lowering] = {
         EXPERTS: BY_FORM[form],
         ATTENTION: fused_attention if fused else decomposed_attention,
@@ -38,7 +38,7 @@ def tensorrt_dialect(form: Form, opset: int, *, fused: bool = False) -> Dialect:
 
 
 def _quantized(ctx: Context, argument: object) -> tuple[str, Quantized] | None:
-    """Name and value of a weight that the plan quantizes; None for any other operand."""
+    """Name and value of a quantized weight; None for any other operand."""
     if not isinstance(argument, fx.Node) or argument.op != "get_attr":
         return None
     name = ctx.program.weights.resolve(str(argument.target))
@@ -67,7 +67,7 @@ def _embedding(ctx: Context, node: fx.Node) -> ir.Value:
 
 
 def _rms_norm(ctx: Context, node: fx.Node) -> ir.Value:
-    """The norm in elementary ops, in float32 as in the reference."""
+    """RMSNorm in elementary ops, computed in float32 as in the reference."""
     own, dtype = RmsNorm.of(node), result_dtype(node)
     x, weight, eps = own.hidden_states, own.weight, own.eps
     wide = ctx.tensor(x, torch.float32)

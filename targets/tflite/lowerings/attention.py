@@ -1,7 +1,7 @@
-"""`moec::attention` over a cache of fixed capacity: new keys and values are written at their slots, the rest is masked.
+"""`moec::attention` over a KV cache of fixed capacity: new keys and values are written to their slots.
 
-Slots beyond the newest token hold what was there before, or the keys of padding. The causal mask keeps them out with a
-weight of exactly 0 (the exponential of -1e9 underflows), and they are overwritten before a token may see them.
+Slots after the newest token hold stale values or the keys of padding. The causal mask gives them a weight of exactly 0
+(exp(-1e9) underflows), and they are overwritten before a token may attend to them.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ def _attention(ctx: Context, node: fx.Node) -> Sequence[Value]:
     values = _updated(ctx, own.past_value, own.value, own.cache_position)
     heads, length, depth = shape_of(own.query)[1:]
     groups, capacity, width = keys.shape[1], ctx.settings.capacity, values.shape[3]
-    # Query heads of one group lie behind one another: one product per key head, without a copy of the keys.
+    # The query heads of a group are contiguous: one product per key head, without repeating the keys.
     scaled = ctx.op("MUL", ctx.tensor(own.query), ctx.scalar(own.scale))
     grouped = ctx.reshape(scaled, (1, groups, heads // groups * length, depth))
-    logits = ctx.reshape(batch_matmul(ctx, grouped, keys, turned=True), (1, heads, length, capacity))
+    logits = ctx.reshape(batch_matmul(ctx, grouped, keys, transposed=True), (1, heads, length, capacity))
     if own.softcap:
         cap = own.softcap
         logits = ctx.op("MUL", ctx.op("TANH", ctx.op("MUL", logits, ctx.scalar(1 / cap))), ctx.scalar(cap))
@@ -48,7 +48,7 @@ def _attention(ctx: Context, node: fx.Node) -> Sequence[Value]:
 
 
 def _updated(ctx: Context, past: fx.Node, new: fx.Node, position: fx.Node) -> Value:
-    """The cache [1, heads, capacity, D] with the new tokens at their slots."""
+    """The cache [1, heads, capacity, D] with the new tokens written to their slots."""
 
     def start() -> Value:
         first = ctx.slice(ctx.tensor(position, torch.int64), 0, 0, 1)
@@ -60,7 +60,7 @@ def _updated(ctx: Context, past: fx.Node, new: fx.Node, position: fx.Node) -> Va
 
 
 def _mask(ctx: Context, node: fx.Node) -> Value:
-    """What is added to the logits, [1, 1, S, capacity]: 0 where a token is visible; one for all layers alike."""
+    """Additive mask [1, 1, S, capacity]: 0 where a slot is visible, else `MASKED`; layers of one kind share it."""
     own = Attention.of(node)
     position, kind, window = own.cache_position, own.kind, own.window
 
@@ -84,7 +84,7 @@ def _mask(ctx: Context, node: fx.Node) -> Value:
 
 
 def _softmax(ctx: Context, logits: Value, sinks: Value | None) -> Value:
-    """Softmax over the slots, with a sink per head where there are any: a column that is dropped afterwards."""
+    """Softmax over the slots. An attention sink is one more column per head, which is dropped afterwards."""
     if sinks is None:
         return ctx.op("SOFTMAX", logits, beta=1.0)
     column = ctx.expand(ctx.reshape(sinks, (1, sinks.shape[0], 1, 1)), (*logits.shape[:3], 1))

@@ -1,4 +1,4 @@
-"""Convolutions over the tokens, as LiteRT's convolutions of images of height 1, whose channels come last."""
+"""Convolutions along the sequence axis, as 2-D convolutions of images of height 1 with channels last."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ aten = torch.ops.aten
 
 
 def _conv1d(ctx: Context, node: fx.Node) -> Value:
-    """[B, C, S] with a weight [C', C / groups, K] -> [B, C', S']; padding is the same on both sides."""
+    """[B, C, S] with a weight [C', C / groups, K] -> [B, C', S']; symmetric padding."""
     arguments: list[Any] = list(node.args)
     x, weight, bias, stride, padding, dilation, groups = arguments
     if integer(groups) > 1 and groups != shape_of(x)[1]:
-        raise refuse(node, "a convolution in groups of several channels is not supported")
+        raise refuse(node, "a grouped convolution with several channels per group is not supported")
     (step,), (pad,), (gap,) = listed(stride), listed(padding), listed(dilation)
     rows = _padded(ctx, ctx.transpose(ctx.tensor(x, result_dtype(node)), (0, 2, 1)), pad)
     apart = integer(groups) > 1
@@ -36,7 +36,7 @@ def _conv1d(ctx: Context, node: fx.Node) -> Value:
 
 
 def _causal_conv(ctx: Context, node: fx.Node) -> Sequence[Value]:
-    """The convolution over what its state kept and the new inputs."""
+    """The convolution over the concatenation of its state and the new inputs."""
     own = CausalConv.of(node)
     kept, taps = shape_of(own.state)[2], shape_of(own.weight)[2]
     joined = inputs_of(ctx, node)
@@ -47,7 +47,7 @@ def _causal_conv(ctx: Context, node: fx.Node) -> Sequence[Value]:
 
 
 def inputs_of(ctx: Context, node: fx.Node) -> Value:
-    """The state of a `moec::causal_conv` and its new inputs, [B, C, W + S]."""
+    """The state [B, C, W] of a `moec::causal_conv` and its new inputs [B, C, S], concatenated."""
     own = CausalConv.of(node)
     return ctx.shared_value(("inputs", node), lambda: ctx.concat([ctx.tensor(own.state), ctx.tensor(own.x)], 2))
 
@@ -55,7 +55,7 @@ def inputs_of(ctx: Context, node: fx.Node) -> Value:
 def _convolved(
     ctx: Context, rows: Value, weight: fx.Node, bias: Any, *, apart: bool, step: int = 1, gap: int = 1
 ) -> Value:
-    """[B, S, C] with a weight [C', C or 1, K] -> [B, S', C'], each channel `apart` or all together."""
+    """[B, S, C] with a weight [C', C or 1, K] -> [B, S', C']; `apart`: depthwise."""
     batch, length, inner = rows.shape
     channels, _, taps = shape_of(weight)
     results = (length - gap * (taps - 1) - 1) // step + 1
@@ -77,7 +77,7 @@ def _convolved(
 
 
 def _padded(ctx: Context, value: Value, pad: int) -> Value:
-    """[B, S, C] with `pad` zeros before and behind the tokens."""
+    """[B, S, C] -> [B, S + 2 * pad, C], with zeros before and after the tokens."""
     if not pad:
         return value
     batch, length, channels = value.shape
@@ -86,9 +86,9 @@ def _padded(ctx: Context, value: Value, pad: int) -> Value:
 
 
 def _filter(ctx: Context, node: fx.Node, axes: tuple[int, ...]) -> Value:
-    """The weight [C', C / groups, K] with its axes in the order that LiteRT wants, -1 being the height."""
+    """The weight [C', C / groups, K] with its axes in LiteRT's order; -1 is the new axis of the height."""
     if node.op == "get_attr":
-        weight = ctx.shared.weights.turned(str(node.target), node.meta["val"].dtype, axes)
+        weight = ctx.shared.weights.transposed(str(node.target), node.meta["val"].dtype, axes)
         return ctx.float32(ctx.graph.weight(weight))
     turned = ctx.transpose(ctx.tensor(node, torch.float32), [axis for axis in axes if axis >= 0])
     return ctx.reshape(turned, [1 if axis < 0 else shape_of(node)[axis] for axis in axes])

@@ -32,7 +32,7 @@ ROWS: Mapping[Any, str] = {
     **named("neg abs exp log sqrt rsqrt floor ceil round sign cos sin tanh relu", str.upper),
     aten.sigmoid.default: "LOGISTIC",
 }
-"""Ops that are one operator of LiteRT with the same operands in the same order, and a result of their dtype."""
+"""Ops that are one LiteRT operator with the same operands in the same order and a result of their dtype."""
 
 COMPARISONS: Mapping[Any, str] = {
     aten.eq.Tensor: "EQUAL",
@@ -44,7 +44,7 @@ COMPARISONS: Mapping[Any, str] = {
 
 
 def _row(name: str) -> Lowering:
-    # A number among the operands takes the dtype that the op computes in, which is that of its result.
+    # A Python number among the operands is converted to the dtype of the result, in which the op computes.
     return lambda ctx, node: ctx.op(name, *(ctx.tensor(item, result_dtype(node)) for item in node.args))
 
 
@@ -66,7 +66,7 @@ def _gelu(ctx: Context, node: fx.Node) -> Value:
 
 
 def _softplus(ctx: Context, node: fx.Node) -> Value:
-    """log(1 + e^x) as max(x, 0) + log(1 + e^-|x|), which never overflows."""
+    """log(1 + e^x) as max(x, 0) + log(1 + e^-|x|), which cannot overflow."""
     x = ctx.tensor(node.args[0])
     small = ctx.op("EXP", ctx.op("NEG", ctx.op("ABS", x)))
     return ctx.op("ADD", ctx.op("RELU", x), ctx.op("LOG", ctx.op("ADD", small, ctx.scalar(1.0))))
@@ -81,7 +81,7 @@ def _clamp(ctx: Context, node: fx.Node) -> Value:
 
 
 def choose(ctx: Context, condition: Value, yes: Value, no: Value) -> Value:
-    """`yes` where `condition`, else `no`; all broadcast."""
+    """`yes` where `condition` is true, else `no`; all three are broadcast."""
     return ctx.op(
         "SELECT_V2",
         condition,

@@ -1,7 +1,8 @@
 """`moec::experts` and `moec::select`.
 
-Each expert is an IF: its weights are constants of the branch, so that an expert that no token needs costs a comparison
-and is not even read. Without control flow every expert is computed and what no token asked for is cut out.
+Each expert is an IF whose branch holds the expert's weights as constants: an expert without tokens costs a comparison,
+and its weights are not read. Without control flow, every expert is computed for all tokens, and the results for
+tokens that did not select it are masked out.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def _experts(ctx: Context, node: fx.Node) -> Value:
 
 
 def _dense_weights(ctx: Context, own: Experts) -> Value:
-    """Routing weights [T, E]: those of the slots at their experts, 0 elsewhere."""
+    """Routing weights as [T, E]: 0 for every expert that was not selected for a token."""
     indices, weights = ctx.tensor(own.indices, torch.int64), ctx.tensor(own.weights, torch.float32)
     column, hot = ctx.reshape(weights, (*weights.shape, 1)), one_hot(ctx, indices, own.num_experts)
     return ctx.reduce("SUM", choose(ctx, hot, column, ctx.scalar(0.0)), [1], keep=False)
@@ -71,7 +72,7 @@ def _branch(ctx: Context, node: fx.Node, index: int, x: Value) -> Graph:
 
 
 def _idle(ctx: Context, x: Value) -> Graph:
-    """The branch of an expert that no token needs; one for all of the same size."""
+    """The branch that returns its running total unchanged, for experts without tokens; all of one size share it."""
     if x.shape not in ctx.shared.idle:
         graph = ctx.shared.idle[x.shape] = Graph("idle")
         graph.output("total", _operands(graph, x)[2])
@@ -79,7 +80,7 @@ def _idle(ctx: Context, x: Value) -> Graph:
 
 
 def _expert(ctx: Context, node: fx.Node, index: int, x: Value, weight: Value, total: Value) -> Value:
-    """`total + weight * expert(x)`; tokens of weight 0 keep their total even if the expert yields NaN for them."""
+    """`total + weight * expert(x)`; tokens of weight 0 keep their total even if the expert computes NaN for them."""
     own = Experts.of(node)
     first = own.gated and own.interleaved
     projected = _project(ctx, node, index, x, (own.gate_up_proj, own.gate_up_bias), interleaved=first)
@@ -101,13 +102,13 @@ def _project(
     *,
     interleaved: bool,
 ) -> Value:
-    """One of the two projections, with the stack of its matrices and that of its biases, if it has any."""
+    """One projection of expert `index`; `stacks` are the nodes of all experts' matrices and of their biases, if any."""
     made = []
     for source in stacks:
         if source is None:
             continue
         if source.op != "get_attr":
-            raise refuse(node, "experts whose weights are computed in the graph are not supported")
+            raise refuse(node, "expert weights that are computed in the graph are not supported")
         name, dtype = str(source.target), source.meta["val"].dtype
         made.append(ctx.shared.weights.expert(name, index, dtype, interleaved=interleaved))
         entry = {"transposed": False, "interleaved": interleaved}
@@ -117,7 +118,7 @@ def _project(
 
 
 def activate(ctx: Context, projected: Value, gate: Gate) -> Value:
-    """`gate` on [T, 2I] (gate and up one after the other) or [T, I]."""
+    """Apply `gate` to `projected` [T, 2I] (gate, then up; [T, I] if ungated) -> [T, I]."""
     parts = ctx.split(projected, [projected.shape[1] // 2] * 2, 1) if gate.gated else [projected]
     return gated(_Functions(ctx), gate, parts)
 
@@ -146,7 +147,7 @@ class _Functions:
 
 
 def _select(ctx: Context, node: fx.Node) -> Value:
-    """`moec::select`: zero what the policy drops and keep the sum of the row if asked."""
+    """`moec::select`: zero the dropped slots and, with `renormalize`, scale the others to the sum of the row."""
     own = Select.of(node)
     value = ctx.tensor(own.weights, torch.float32)
     kept = choose(ctx, ctx.tensor(own.keep, torch.bool), value, ctx.scalar(0.0))

@@ -1,4 +1,4 @@
-"""Matrix products with weights and without, and embeddings."""
+"""Matrix products, with weights or between activations, and embeddings."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ aten = torch.ops.aten
 
 
 def fully_connected(ctx: Context, x: Value, weight: Weight | Value, bias: Value | None) -> Value:
-    """`x @ weight.T + bias`; a weight that is not `dynamic` is expanded to float32 before, once for all calls."""
+    """`x @ weight.T + bias`; a weight that is not `dynamic` is first dequantized to float32, once for all calls."""
     matrix = weight if isinstance(weight, Value) else ctx.graph.weight(weight)
     if isinstance(weight, Weight) and not weight.dynamic:
         matrix = ctx.float32(matrix)
@@ -36,11 +36,11 @@ def _linear(ctx: Context, node: fx.Node) -> Value:
     return fully_connected(ctx, ctx.tensor(x, dtype), matrix, own)
 
 
-def batch_matmul(ctx: Context, left: Value, right: Value, *, turned: bool = False) -> Value:
-    """`left @ right`, or `left @ right.T` of the last two axes where `turned`."""
+def batch_matmul(ctx: Context, left: Value, right: Value, *, transposed: bool = False) -> Value:
+    """`left @ right`, or `left @ right.mT` if `transposed`."""
     batch = _broadcast(left.shape[:-2], right.shape[:-2])
-    width = right.shape[-2 if turned else -1]
-    return ctx.op("BATCH_MATMUL", left, right, shape=(*batch, left.shape[-2], width), adjX=False, adjY=turned)
+    width = right.shape[-2 if transposed else -1]
+    return ctx.op("BATCH_MATMUL", left, right, shape=(*batch, left.shape[-2], width), adjX=False, adjY=transposed)
 
 
 def _broadcast(left: tuple[int, ...], right: tuple[int, ...]) -> tuple[int, ...]:
@@ -53,19 +53,20 @@ def _matmul(ctx: Context, node: fx.Node) -> Value:
 
 
 def _embedding(ctx: Context, node: fx.Node) -> Value:
-    """Rows of a table; those of a quantized one are dequantized as they are fetched."""
+    """Rows of an embedding; rows of a quantized one are dequantized as they are looked up."""
     table, index = node_of(node.args[0]), ctx.tensor(node.args[1], torch.int64)
     if table.op != "get_attr":
         return ctx.gather(ctx.tensor(table), index, 0)
     weight = ctx.shared.weights.matrix(str(table.target), result_dtype(node))
-    if ctx.settings.older:
-        # It can gather neither halves nor codes.
+    if ctx.settings.legacy:
+        # tflite-runtime can look up neither fp16 nor quantized rows, so the whole table is dequantized first.
         return ctx.gather(ctx.float32(ctx.graph.weight(weight)), index, 0)
     if not weight.block:
         rows = ctx.gather(ctx.graph.weight(weight), index, 0)
         return ctx.op("DEQUANTIZE", rows, dtype="FLOAT32") if rows.dtype == "FLOAT16" else rows
     if weight.blockwise:
-        raise refuse(node, f"{weight.name}: an embedding in blocks is not supported", "give embeddings int8:channel")
+        reason = f"{weight.name}: an embedding quantized in blocks is not supported"
+        raise refuse(node, reason, "use int8:channel for embeddings")
     flat = ctx.reshape(index, (-1,) if index.rank == 1 else (_size(index.shape),))
     rows = ctx.op(
         "EMBEDDING_LOOKUP", flat, ctx.graph.weight(weight), shape=(flat.shape[0], weight.shape[1]), dtype="FLOAT32"

@@ -1,4 +1,4 @@
-"""Normalisation and rotary embedding, in elementary ops that XNNPACK takes."""
+"""Normalisation and rotary embedding, in elementary ops that XNNPACK supports."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""`moec::linear_attention`: a few operators for one token, and a WHILE over the tokens of a prompt.
+"""`moec::linear_attention`: a few operators for one token, and a WHILE loop over the tokens of a prompt.
 
-The loop ends at the last token that is none of padding, so that padding at the end of a piece reaches no state. Without
-control flow the tokens follow each other in the graph, and those of padding have no decay and no weight.
+The loop stops before the padding at the end of a piece, so padding changes no state. Without control flow the loop is
+unrolled, and the log decay and the update rate (or, without one, the value) of padding are set to 0.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from moec.targets.tflite.lowerings.elementwise import Lowering
 from moec.targets.tflite.model import Value
 
 Step = Mapping[str, Value]
-"""Operands of the op by name; those of the tokens have one token."""
+"""Operands of the op by name; operands with a sequence axis hold one token."""
 
 
 def _linear_attention(ctx: Context, node: fx.Node) -> Sequence[Value]:
@@ -33,16 +33,16 @@ def _linear_attention(ctx: Context, node: fx.Node) -> Sequence[Value]:
         return _token(ctx, own, {**tokens, "state": state})
     if ctx.settings.branches:
         return _loop(ctx, node, tokens, state)
-    return _in_a_row(ctx, own, tokens, state)
+    return _unrolled(ctx, own, tokens, state)
 
 
 def token_count(ctx: Context, length: int) -> Value:
-    """How many of `length` tokens are none of padding, int32 [1]: an input of the signature where it has one."""
+    """How many of `length` tokens are not padding, int32 [1]: the signature's input, or a constant if it has none."""
     return ctx.shared_value(TOKEN_COUNT, lambda: ctx.constant(np.array([length]), torch.int32))
 
 
 def _loop(ctx: Context, node: fx.Node, tokens: Step, state: Value) -> Sequence[Value]:
-    """A WHILE over the tokens; it sees nothing but what it carries from one to the next."""
+    """A WHILE over the tokens. Its body reads only loop-carried values, so all operands are carried."""
     own = LinearAttention.of(node)
     batch, length, heads, width = tokens["value"].shape
     carried = {
@@ -74,7 +74,7 @@ def _loop(ctx: Context, node: fx.Node, tokens: Step, state: Value) -> Sequence[V
     return named["out"], named["state"]
 
 
-def _in_a_row(ctx: Context, own: LinearAttention, tokens: Step, state: Value) -> Sequence[Value]:
+def _unrolled(ctx: Context, own: LinearAttention, tokens: Step, state: Value) -> Sequence[Value]:
     length = tokens["value"].shape[1]
     numbers = ctx.constant(np.arange(length), torch.int32)
     used = ctx.cast(ctx.op("LESS", numbers, token_count(ctx, length), shape=(length,), dtype="BOOL"), "FLOAT32")
@@ -112,11 +112,11 @@ def _token(ctx: Context, own: LinearAttention, step: Step) -> Sequence[Value]:
 
 
 def _repeated(ctx: Context, value: Value, have: int, wanted: int, axis: int) -> Value:
-    """The heads along `axis`, each repeated."""
+    """Repeat each of `have` heads along `axis`, up to `wanted` heads."""
     if have == wanted:
         return value
     return ctx.gather(value, ctx.ints(*(head * have // wanted for head in range(wanted))), axis)
 
 
 TABLE: Mapping[Any, Lowering] = {LINEAR_ATTENTION: _linear_attention}
-"""The lowering table: op of the graph -> function that emits its LiteRT form."""
+"""Op of the graph -> function that emits its LiteRT operators."""

@@ -1,4 +1,4 @@
-"""Reductions, and what ranks the elements of an axis."""
+"""Reductions, argmax, softmax, top-k and cumulative sums."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _argmax(ctx: Context, node: fx.Node) -> Value:
 
 
 def _last_axis(ctx: Context, value: Value, axis: int, call: Any) -> Any:
-    """`call` on `value` with `axis` moved to the end, for operators that know the last axis alone."""
+    """Apply `call` to `value` with `axis` moved to the end, for operators that work on the last axis only."""
     place = axis % value.rank
     if place == value.rank - 1:
         return call(value)

@@ -1,6 +1,6 @@
-"""Ops that move and cut tensors; those that are alike on every target are in `moec.targets.common.lowerings`.
+"""Ops that reshape and index tensors; those common to all targets are in `moec.targets.common.lowerings`.
 
-What is made of numbers alone is computed while lowering.
+Ops that create tensors from numbers need no lowering: they are computed as constants.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def _expand(ctx: Context, node: fx.Node) -> Value:
 
 
 def _slice(ctx: Context, node: fx.Node) -> Value:
-    # Typed as Any: with every kind of argument that fx allows, the overloads of `slice` take mypy minutes.
+    # Typed as Any, since mypy takes minutes for the overloads of `slice` with fx's union of argument types.
     arguments: list[Any] = list(node.args)
     source, place, start, stop, step = arguments
     value = ctx.tensor(source)
@@ -53,28 +53,28 @@ def _select(ctx: Context, node: fx.Node) -> Value:
 
 
 def _gather(ctx: Context, node: fx.Node) -> Value:
-    """Torch's gather, where all axes before the last are those of the index: a GATHER with batch axes."""
+    """torch.gather along the last axis, as a GATHER whose batch axes are all others."""
     source, axis, index = node.args
     value, places = ctx.tensor(source), ctx.tensor(index, torch.int64)
     last = value.rank - 1
     if axis != last or value.shape[:last] != places.shape[:last]:
-        raise refuse(node, "gather along another axis than the last is not supported")
+        raise refuse(node, "gather along an axis other than the last is not supported")
     return ctx.op("GATHER", value, places, shape=places.shape, axis=last, batchDims=last)
 
 
 def one_hot(ctx: Context, index: Value, depth: int) -> Value:
-    """[..., k] indices -> [..., k, depth] bool."""
+    """Indices [..., k] -> one-hot [..., k, depth] bool."""
     line = ctx.constant(np.arange(depth).reshape((1,) * index.rank + (depth,)), torch.int32)
     return ctx.op("EQUAL", ctx.reshape(index, (*index.shape, 1)), line, dtype="BOOL")
 
 
 def _scatter(ctx: Context, node: fx.Node) -> Value:
-    """Torch's scatter along the last axis, for indices that are distinct within a row, as those of top-k are."""
+    """torch.scatter along the last axis, for indices that are distinct within a row, as those of top-k are."""
     source, axis, index, updates = node.args
     target, places = ctx.tensor(source), ctx.tensor(index, torch.int64)
     last = target.rank - 1
     if axis != last or target.shape[:last] != places.shape[:last]:
-        raise refuse(node, "scatter along another axis than the last is not supported")
+        raise refuse(node, "scatter along an axis other than the last is not supported")
     hot = one_hot(ctx, places, target.shape[last])
     hit = ctx.reduce("REDUCE_ANY", hot, [last], keep=False)
     values = ctx.cast(ctx.tensor(updates), "FLOAT32")

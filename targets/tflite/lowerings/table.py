@@ -1,4 +1,4 @@
-"""The lowering table: op of the graph -> function that emits its LiteRT form."""
+"""The lowering table: op of the graph -> function that emits its LiteRT operators."""
 
 from __future__ import annotations
 

@@ -145,7 +145,7 @@ def several_axes(build, x):
     ("form", "reason"),
     [
         (another_axis, "over the axes [0]"),
-        (axis_not_kept, "with the axis kept"),
+        (axis_not_kept, "with keepdim"),
         (epsilon_of_a_tensor, "epsilon is not a number"),
         (another_tensor, "scales %y by the mean square of %x"),
         (several_axes, "normalises 2 axes"),

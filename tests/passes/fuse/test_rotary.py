@@ -154,11 +154,11 @@ def tables_for_heads(build, x):
 @pytest.mark.parametrize(
     ("form", "reason"),
     [
-        (unequal_halves, "unequal parts of its input: 3 and 5 wide"),
-        (wrong_order, "no rotation"),
+        (unequal_halves, "parts of its input have different widths: 3 and 5"),
+        (wrong_order, "not a rotation"),
         (tables_of_any_kind, "halves of its tables may differ"),
         (halves_where_pairs_belong, "equal pairs"),
-        (another_input, "not that input times a table"),
+        (another_input, "not the same input times a table"),
         (tables_for_heads, "halves of its tables may differ"),
     ],
 )

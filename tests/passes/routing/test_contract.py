@@ -221,7 +221,7 @@ def test_no_operand_can_drop_the_largest_slot(name: str, value: float) -> None:
 
 
 def test_an_operand_needs_a_knob() -> None:
-    with pytest.raises(UsageError, match="layer-k has no scalar"):
+    with pytest.raises(UsageError, match="layer-k has no parameter"):
         select(
             LayerK(ks=(1,)),
             0,

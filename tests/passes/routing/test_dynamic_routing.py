@@ -150,7 +150,7 @@ def test_a_policy_that_keeps_everything_inserts_nothing(build: Any) -> None:
 
 
 def test_an_operand_at_run_time_needs_a_knob(build: Any) -> None:
-    with pytest.raises(UsageError, match="layer-k has no scalar"):
+    with pytest.raises(UsageError, match="layer-k has no parameter"):
         DynamicRouting(policy("layer-k", ks=[1]), runtime_budget=True).run(layer(build, 2, 3))
 
 

@@ -17,7 +17,7 @@ from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.ir.program import Program
 from moec.compiler.ir.weights import Converted, LazyTensor
 from moec.quantize.methods import calibrated as calibration
-from moec.quantize.methods.calibrated import calibrate, mapped
+from moec.quantize.methods.calibrated import calibrate, file_backed_tensor
 from moec.quantize.methods.gptq import GptqOptions
 from moec.quantize.plan import requested
 
@@ -98,7 +98,7 @@ def test_every_token_is_counted_once_for_each_of_its_experts(program: Program, t
 
 def test_codes_lie_in_a_file_that_is_gone_with_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    codes = mapped((2, 3, 4))
+    codes = file_backed_tensor((2, 3, 4))
     codes.fill_(7)
     assert codes.sum() == 7 * 24
     assert not list(tmp_path.iterdir())

@@ -161,7 +161,7 @@ def test_auto_keeps_to_a_limit_of_loss(program: Program, text: np.ndarray) -> No
 def test_an_impossible_size_says_what_is_possible(program: Program, text: np.ndarray) -> None:
     with pytest.raises(UsageError, match="1000000 bytes") as error:
         choose(program, text[:1], blocks, max_size="1MB", max_increase=None)
-    assert "smallest formats on offer take 4949120 bytes" in error.value.hint
+    assert "smallest available formats take 4949120 bytes" in error.value.hint
 
 
 @pytest.mark.parametrize(

@@ -151,7 +151,7 @@ def test_scales_are_widened_and_never_narrowed(tiny_checkpoint: Any, program_of:
     check_against_interpreter(lowered, 1e-4)
     assert Comparisons(narrow, CoremlTarget().stored_weights(lowered.directory)).judge().status is Status.PASS
     wide = quantized(program_of(checkpoint, torch.float16), "int8:channel:fp32")
-    with pytest.raises(LoweringError, match="its scales are fp32 and the program computes in fp16") as raised:
+    with pytest.raises(LoweringError, match="its scales are fp32, but the program computes in fp16") as raised:
         lower(wide, context=32)
     assert "--dtype fp32" in raised.value.hint
 
@@ -277,7 +277,7 @@ def test_a_flipped_block_of_any_one_expert_is_caught(tiny_checkpoint: Any, progr
 
 @pytest.mark.parametrize("minimum", ["ios16", "ios17", "macos13", "macos14"])
 def test_systems_without_states_are_refused(minimum: str) -> None:
-    with pytest.raises(UsageError, match=f"{minimum} has neither states.*nor int4 weights"):
+    with pytest.raises(UsageError, match=f"{minimum} supports neither states.*nor int4 weights"):
         validate(CoremlOptions, {"minimum": minimum}, where="options")
 
 

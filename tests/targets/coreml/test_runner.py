@@ -16,7 +16,7 @@ from moec.compiler.common.errors import ArtifactError, UsageError
 from moec.targets.coreml import predict
 from moec.targets.coreml.metadata import METADATA_KEY, ModelMetadata, read_metadata
 from moec.targets.coreml.package import PACKAGE
-from moec.targets.coreml.predict import CoreMLBackend, InterpreterBackend, open_backend
+from moec.targets.coreml.predict import CoreMLBackend, ExecutorBackend, open_backend
 from moec.targets.coreml.runner import CoremlRunner
 
 VOCABULARY = 7
@@ -76,9 +76,9 @@ def test_prompts_go_in_pieces_and_single_tokens_to_decode(recorded: tuple[Coreml
 @pytest.mark.parametrize(
     ("ids", "mask", "message"),
     [
-        (np.zeros((2, 1), int), None, "2 sequences at once: the CoreML target runs 1"),
-        (np.zeros((1, 2), int), np.array([[0, 1]]), "takes no padding"),
-        (np.zeros((1, 11), int), None, "11 tokens are more than the 10"),
+        (np.zeros((2, 1), int), None, "2 sequences at once: the CoreML target runs at most 1"),
+        (np.zeros((1, 2), int), np.array([[0, 1]]), "does not support padding"),
+        (np.zeros((1, 11), int), None, "11 tokens exceed the 10"),
     ],
 )
 def test_what_the_runner_does_not_take(
@@ -157,7 +157,7 @@ def test_other_systems_use_the_executor(
     monkeypatch.setattr(predict.sys, "platform", "linux")
     lowered = lower(program_of(tiny_checkpoint("olmoe"), torch.float16), context=16, prefill_chunk=4)
     backend = open_backend(lowered.directory / PACKAGE)
-    assert isinstance(backend, InterpreterBackend)
+    assert isinstance(backend, ExecutorBackend)
     runner = lowered.runner()
     first = runner.prefill(np.array([[5, 6, 7]]))
     np.testing.assert_array_equal(runner.prefill(np.array([[5, 6, 7]])), first)

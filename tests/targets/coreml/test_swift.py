@@ -75,7 +75,7 @@ def test_callers_that_count_exactly_get_the_same(
         if past < 40:
             want = runner.decode(piece)
             assert np.abs(found - want).max() <= 1e-2 * np.abs(want).max()
-    with pytest.raises(UsageError, match="40 tokens are more than the 39"):
+    with pytest.raises(UsageError, match="40 tokens exceed the 39"):
         runner.decode(ids[:, -1:])
 
 
@@ -99,7 +99,7 @@ def test_names_and_ranges_are_those_of_the_library(tiny: Program, lower: Any) ->
 def test_a_single_token_skips_the_experts_that_it_does_not_need(tiny: Program, swift: Any, lower: Any) -> None:
     target = CoremlTarget()
     assert target.capabilities(SWIFT, Phase.DECODE).skips_experts
-    assert "all tokens of a call" in target.capabilities(SWIFT, Phase.PREFILL).reason
+    assert "computed for all its tokens" in target.capabilities(SWIFT, Phase.PREFILL).reason
     routed = DynamicRouting(UniformK(k=1)).run(tiny).program
     macs = []
     for lowered in (swift, lower(routed, context=48, flavor="swift-transformers")):
@@ -120,15 +120,15 @@ def test_what_does_not_fit_the_library_is_refused(
 ) -> None:
     several = program_of(tiny_checkpoint("mimo_v2_flash"), torch.float16)
     (refused,) = CoremlTarget().lint(several, SWIFT)
-    assert "caches differ in heads or width" in refused.reason
+    assert "KV caches that differ between layers" in refused.reason
     assert "keyCache0" in refused.where
-    with pytest.raises(LoweringError, match="caches differ in heads or width"):
+    with pytest.raises(LoweringError, match="KV caches that differ between layers"):
         lower(several, context=48, flavor="swift-transformers")
     budget = DynamicRouting(UniformK(k=1), runtime_budget=True).run(tiny).program
     (refused,) = CoremlTarget().lint(budget, SWIFT)
     assert (refused.where, "feeds no such input" in refused.reason) == ("input routing_budget", True)
     assert not CoremlTarget().lint(budget, CoremlOptions())
-    with pytest.raises(UsageError, match="4 tokens or more"):
+    with pytest.raises(UsageError, match="at least 4 tokens"):
         validate(CoremlOptions, {"flavor": "swift-transformers", "context": 3}, where="options")
 
 

@@ -64,7 +64,7 @@ def test_shared_buffer(family: str, tiny_checkpoint: Any, lower_checkpoint: Any)
 def test_the_runner_writes_into_one_buffer_and_makes_a_larger_one(
     batch: int, tiny_checkpoint: Any, lower_checkpoint: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(states, "LEAST", 8)
+    monkeypatch.setattr(states, "INITIAL_CAPACITY", 8)
     model = lower_checkpoint(tiny_checkpoint("olmoe"), flavor="genai")
     runner, reference = OnnxTarget().open(model.directory), ProgramRunner(model.program)
     tokens = np.random.default_rng(1).integers(3, model.program.vocab_size, (batch, 40))
@@ -112,8 +112,8 @@ def test_refusals(tmp_path: Any, tiny_checkpoint: Any, program_of: Any) -> None:
     program = program_of(tiny_checkpoint("deepseek_v3"))
     options = OnnxOptions(flavor="genai")
     (first, *_) = OnnxTarget().lint(program, options)
-    assert first.reason == "GroupQueryAttention needs keys and values of one width, not 28 and 20"
+    assert first.reason == "GroupQueryAttention needs keys and values of the same head size, not 28 and 20"
     assert "self_attn" in first.where
-    with pytest.raises(LoweringError, match="of one width"):
+    with pytest.raises(LoweringError, match="of the same head size"):
         OnnxTarget().lower(program, options, tmp_path, lambda *_: None)
     assert OnnxTarget().lint(program, OnnxOptions()) == ()

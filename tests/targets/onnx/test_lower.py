@@ -68,7 +68,7 @@ def test_op_without_lowering(one_op: Any, tmp_path: Path) -> None:
     one = one_op(aten.logit.default, lambda d: (torch.ones(d.b, 4),))
     with pytest.raises(LoweringError) as caught:
         OnnxTarget().lower(one.program, OnnxOptions(), tmp_path, lambda *_: None)
-    assert caught.value.message == "the.module: the target onnx has no lowering for aten.logit.default"
+    assert caught.value.message == "the.module: the onnx target has no lowering for aten.logit.default"
     assert "aten.log.default" in caught.value.hint
     assert [(item.where, item.reason) for item in OnnxTarget().lint(one.program, OnnxOptions())] == [
         ("the.module", "no lowering for aten.logit.default")
@@ -129,6 +129,6 @@ def test_runner_profile(tiny_checkpoint: Any, lower_checkpoint: Any) -> None:
     model = lower_checkpoint(tiny_checkpoint("olmoe"))
     runner = OnnxRunner(model.directory, threads=1, profile=True)
     runner.prefill(np.array([[3, 4, 5]]))
-    spent = runner.kernels()
+    spent = runner.kernel_times()
     assert spent["MatMul"] > 0
     assert runner.facts()["threads"] == 1

@@ -88,7 +88,11 @@ def test_experts(name: str, contrib: bool, bias: bool, check_op: Any) -> None:
     assert ("MoE" in session.op_types) == in_kernel
     reasons = [rejection.reason for rejection in session.context.rejections]
     assert bool(reasons) == (contrib and not in_kernel)
-    said = "and not what it yields" if name == "limit-activated" else name.removeprefix("plain-").replace("-", "_")
+    said = (
+        "but this model clamps its output"
+        if name == "limit-activated"
+        else name.removeprefix("plain-").replace("-", "_")
+    )
     assert all(said in reason for reason in reasons)
 
 
@@ -143,7 +147,7 @@ def test_rejection_of_an_activation_without_kernel(tiny_checkpoint: Any, lower_c
         layer.module for layer in model.program.layers
     ]
     assert {rejection.reason for rejection in model.lowered.rejections} == {
-        "the kernel has no gated gelu_tanh: experts run in standard ops, two products each"
+        "the kernel has no gated gelu_tanh: experts run in standard ops, two matrix products each"
     }
 
 

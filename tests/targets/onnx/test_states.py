@@ -12,7 +12,7 @@ import pytest
 from moec.compiler.common.errors import LoweringError
 from moec.compiler.ir.interpreter import ProgramRunner
 from moec.targets.onnx.runner import OnnxRunner
-from moec.targets.onnx.states import Growing, zeros
+from moec.targets.onnx.states import GrowingStates, zeros
 from moec.targets.onnx.target import OnnxOptions, OnnxTarget
 
 
@@ -69,7 +69,7 @@ def test_a_state_that_is_not_handed_on_is_noticed(hybrid: Any) -> None:
     want = ProgramRunner(hybrid.program).prefill(ids)
     runner.prefill(ids[:, :6])
     kept = runner._states
-    assert isinstance(kept, Growing)
+    assert isinstance(kept, GrowingStates)
     for spec in kept.specs:
         if "conv" in spec.name:
             kept.values[spec.name] = ort.OrtValue.ortvalue_from_numpy(zeros(spec, 1, 0))
@@ -82,7 +82,7 @@ def test_onnxruntime_genai_wants_both_states_of_a_recurrent_layer(
 ) -> None:
     program, options = program_of(tiny_checkpoint(family)), OnnxOptions(flavor="genai")
     (rejection,) = OnnxTarget().lint(program, options)
-    assert (rejection.where, f"a state of kind {kind} alone" in rejection.reason) == ("layer 0", True)
+    assert (rejection.where, f"only a state of kind {kind}" in rejection.reason) == ("layer 0", True)
     with pytest.raises(LoweringError, match=f"kind {kind}"):
         OnnxTarget().lower(program, options, tmp_path, lambda *_: None)
 

@@ -120,11 +120,11 @@ def test_a_build_that_takes_too_much_memory_is_refused_or_ended(
 ) -> None:
     program = program_of(tiny_checkpoint("granitemoe"))
     options = TensorrtOptions(memory_limit=0.05, **SMALL)
-    with pytest.raises(LoweringError, match=r"takes up to 0\.\d GB of memory, and 0\.1 GB may be used"):
+    with pytest.raises(LoweringError, match=r"needs up to 0\.\d GB of memory, but 0\.1 GB may be used"):
         TensorrtTarget().lower(program, options, tmp_path, lambda *_: None)
     assert not any(tmp_path.iterdir())
     monkeypatch.setattr(build, "check_memory", lambda *_: None)
-    with pytest.raises(LoweringError, match=r"was ended: it took more than the 0\.1 GB"):
+    with pytest.raises(LoweringError, match=r"was ended: it used more than 0\.1 GB"):
         TensorrtTarget().lower(program, options, tmp_path, lambda *_: None)
 
 
@@ -149,7 +149,7 @@ def test_what_the_builder_refuses_is_told(
     monkeypatch.setattr(build, "run", broken)
     with pytest.raises(LoweringError) as caught:
         target.lower(program, options, tmp_path, lambda *_: None)
-    assert "Hardmax: the parser of TensorRT refuses it" in caught.value.message
+    assert "Hardmax: TensorRT's parser failed" in caught.value.message
     assert caught.value.message.startswith("model.layers.0")
 
 
@@ -186,11 +186,11 @@ def test_missing_extra(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("form", "options", "reason"),
     [
-        ("int4:32:asym", {}, "no zero point other than 0"),
+        ("int4:32:asym", {}, "no zero points other than 0"),
         ("int8:int8-dynamic", {}, "DynamicQuantizeLinear"),
-        ("int4:channel", {}, "in blocks alone"),
-        ("int4:32", {"compute_capability": ("7.5", "8.6")}, "7.5 have no int4"),
-        ("none", {"opset": 27}, "opset 17 to 26"),
+        ("int4:channel", {}, "in blocks only"),
+        ("int4:32", {"compute_capability": ("7.5", "8.6")}, "7.5 do not support int4"),
+        ("none", {"opset": 27}, "opsets 17 to 26"),
     ],
 )
 def test_what_is_refused_before_lowering(

@@ -43,7 +43,7 @@ def test_half_precision(
 def test_older_operators(tiny_checkpoint: Any, program_of: Any, lower: Any, assert_same: Callable[..., None]) -> None:
     model = lower(program_of(tiny_checkpoint("mixtral")), opset=21, attention="fused")
     assert not {"RMSNormalization", "RotaryEmbedding", "Attention"} & set(model.lowered.facts["ops"])
-    assert "Attention is an operator from opset 23 on" in model.lowered.rejections[0].reason
+    assert "Attention needs opset 23 or later" in model.lowered.rejections[0].reason
     assert_same(model, LIMITS[torch.float32])
 
 

@@ -169,7 +169,7 @@ def test_what_does_not_fit_is_refused(sliding: Any) -> None:
     runner, _ = opened(sliding)
     assert (runner.limits.max_batch, runner.limits.max_sequence) == (2, 24)
     runner.prefill(np.full((1, 24), 3))
-    with pytest.raises(UsageError, match="room for 2 of 24") as caught:
+    with pytest.raises(UsageError, match="the engine holds 2 of 24") as caught:
         runner.decode(np.full((1, 1), 3))
     assert "--context" in caught.value.hint
     with pytest.raises(UsageError, match="3 sequences"):
@@ -243,7 +243,7 @@ def test_the_gpu_session_speaks_to_library_and_driver(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="CUDA: 2"):
         session.allocate(1 << 60)
     path.write_bytes(b"other")
-    with pytest.raises(ArtifactError, match="cannot read it"):
+    with pytest.raises(ArtifactError, match="cannot load it"):
         engine.GpuSession(path, profiles, library, Cuda())
 
 
@@ -283,8 +283,8 @@ def test_why_an_engine_does_not_run_here(monkeypatch: pytest.MonkeyPatch) -> Non
     }
     for gpu, reason in answers.items():
         monkeypatch.setattr(engine, "find_gpu", lambda gpu=gpu: gpu)
-        assert engine.why_not(SETTINGS) == reason
-    assert engine.why_not(SETTINGS.model_copy(update={"engine": None})) == "no engine was built"
+        assert engine.why_engine_cannot_run(SETTINGS) == reason
+    assert engine.why_engine_cannot_run(SETTINGS.model_copy(update={"engine": None})) == "no engine was built"
 
 
 def test_no_cuda_bindings(monkeypatch: pytest.MonkeyPatch) -> None:

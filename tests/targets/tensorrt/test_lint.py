@@ -79,9 +79,9 @@ def test_what_is_taken_passes() -> None:
 
 def test_attention_with_a_past() -> None:
     past = [value(name, H) for name in ("q", "k", "v", "m", "pk", "pv")]
-    assert "joined outside" in check("Attention", past, outputs=3)[0]
+    assert "concatenated outside" in check("Attention", past, outputs=3)[0]
 
 
 @pytest.mark.parametrize("opset", [16, 27])
 def test_opset(opset: int) -> None:
-    assert check("Relu", [value("x")], opset=opset) == [f"opset: the parser takes opset 17 to 26, and not {opset}"]
+    assert check("Relu", [value("x")], opset=opset) == [f"opset: the parser supports opsets 17 to 26, not {opset}"]

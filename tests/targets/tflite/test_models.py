@@ -298,10 +298,10 @@ def test_experts_stored_otherwise_are_read_back_in_the_programs_layout(build: An
 @pytest.mark.parametrize(
     ("formats", "reason"),
     [
-        ({"experts_gate_up": "int8:32"}, "one scale per row only"),
+        ({"experts_gate_up": "int8:32"}, "one scale per row"),
         ({"experts_gate_up": "int4:32:asym"}, "zero points"),
-        ({"embedding": f"int4:32:{DYNAMIC}"}, "embedding in blocks"),
-        ({"experts_gate_up": "int4:32"}, "rounded to int8 only"),
+        ({"embedding": f"int4:32:{DYNAMIC}"}, "embedding quantized in blocks"),
+        ({"experts_gate_up": "int4:32"}, "only with activations that are rounded to int8"),
     ],
 )
 def test_what_litert_cannot_express_is_an_error_that_names_tensor_and_format(
@@ -383,9 +383,9 @@ def test_what_the_runner_does_not_take(build: Any, program_of: Programs) -> None
     runner = build.runner(program_of("golden"), lengths=(1, 8), capacity=10)
     ids = tokens(program_of("golden"), 11)
     for call, message in (
-        (lambda: runner.prefill(np.repeat(ids[:, :2], 2, axis=0)), "runs 1"),
-        (lambda: runner.prefill(ids[:, :2], np.array([[0, 1]])), "no padding"),
-        (lambda: runner.prefill(ids), "11 tokens are more than the 10"),
+        (lambda: runner.prefill(np.repeat(ids[:, :2], 2, axis=0)), "runs at most 1"),
+        (lambda: runner.prefill(ids[:, :2], np.array([[0, 1]])), "does not support padding"),
+        (lambda: runner.prefill(ids), "11 tokens exceed the 10"),
     ):
         with pytest.raises(UsageError, match=message):
             call()

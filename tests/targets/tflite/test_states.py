@@ -106,7 +106,7 @@ def test_a_state_that_is_made_otherwise_is_refused(
         made = graph.call_function(operation, (inputs if arguments else last, *arguments))
     made.meta = dict(last.meta)
     output.args = ([results[0], made, *results[2:]],)
-    with pytest.raises(LoweringError, match="not the last of what a convolution takes in"):
+    with pytest.raises(LoweringError, match="other than the last inputs of a convolution"):
         build.file(hybrid.replace(graph=graph))
 
 

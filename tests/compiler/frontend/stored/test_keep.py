@@ -21,10 +21,10 @@ from moec.compiler.frontend.capture import capture
 from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.ir.interpreter import ProgramRunner
 from moec.compiler.ir.program import Program
-from moec.compiler.pipeline.quantization import Material, manifest_facts, plan_quantization
+from moec.compiler.pipeline.quantization import QuantizationInputs, manifest_facts, plan_quantization
 from moec.compiler.pipeline.recipe import QuantizeRecipe
 from moec.compiler.report.describe import describe_built
-from moec.quantize.keep import Held
+from moec.quantize.keep import SupportedFormats
 from moec.targets import get_target
 from moec.targets.stored_weights import Codes
 
@@ -204,8 +204,9 @@ def lowered(program: Program, name: str, directory: Path) -> Lowered:
     target = get_target(name)
     options = validate(target.Options, OPTIONS[name], where=name)
     dtype = "fp16" if program.dtype is torch.float16 else "fp32"
-    held = Held(partial(target.kept_formats, options, dtype=dtype), partial(target.auto_formats, options))
-    plan = plan_quantization(QuantizeRecipe(format="keep"), Material(None, program, None, None, None), held, None)  # type: ignore[arg-type]
+    held = SupportedFormats(partial(target.kept_formats, options, dtype=dtype), partial(target.auto_formats, options))
+    inputs = QuantizationInputs(None, program, None, None, None)  # type: ignore[arg-type]
+    plan = plan_quantization(QuantizeRecipe(format="keep"), inputs, held, None)
     later, done = (*plan.passes, *target.passes(options)), [item.name for item in passes.default_passes()]
     final, log = passes.run_passes(program, later, completed=done)
     assert target.refusals(final, options) == ()
@@ -236,7 +237,8 @@ def test_the_report_says_what_was_kept_and_what_took_the_place_of_the_rest(
         assert found.rejections == []
         assert_codes_are_those_of(load_file(stored_checkpoint(name) / "model.safetensors"), found, name, target)
     else:
-        why = "a scale holds for runs of 1 of its 64 columns" if "act-order" in name else "the target does not hold"
+        runs = "its scales are shared by runs of 1 of 64 columns"
+        why = runs if "act-order" in name else "the target does not support"
         assert all(why in reason for reason in found.rejections)
         assert found.rejections
     if (name, target) == ("gpt_oss mxfp4", COREML):
@@ -294,5 +296,5 @@ def test_floats_have_no_codes_to_keep(
 ) -> None:
     arguments = ["export", str(tiny_checkpoint("olmoe")), "-t", "onnx", "-o", str(tmp_path / "out"), "-q"]
     assert cli.dispatch([*arguments, "--quantize", "keep"]) == 2
-    assert "no weight of this checkpoint is stored as codes" in capsys.readouterr().err
+    assert "no weight of this checkpoint is stored quantized" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

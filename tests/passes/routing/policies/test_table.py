@@ -80,5 +80,5 @@ def test_a_clash_is_an_error(points: list[tuple[str, str]]) -> None:
 
 @pytest.mark.parametrize("point", [("text", "text"), ("other", "mine")])
 def test_what_is_no_policy_of_that_name_is_an_error(point: tuple[str, str]) -> None:
-    with pytest.raises(UsageError, match="is no Policy"):
+    with pytest.raises(UsageError, match="does not refer to a Policy"):
         policies([Installed(*point, GROUP)])

@@ -1,6 +1,7 @@
 """Runs a `.tflite` file with tflite-runtime 2.14, the last release of LiteRT under its former name.
 
-It is made for numpy 1 and crashes with numpy 2, so it lives in an environment of its own and runs as a child process.
+It was built for numpy 1 and crashes with numpy 2, so it is installed in a separate virtual environment and runs as a
+child process.
 """
 
 from __future__ import annotations
@@ -13,28 +14,28 @@ from pathlib import Path
 import numpy as np
 
 from moec.compiler.common.errors import ArtifactError, MissingExtraError
-from moec.targets.tflite.engine import Place, cannot_load
-from moec.targets.tflite.former_runtime_worker import receive, send
+from moec.targets.tflite.engine import InputSpec, cannot_load
+from moec.targets.tflite.legacy_runtime_worker import receive, send
 
-_WORKER = Path(__file__).with_name("former_runtime_worker.py")
+_WORKER = Path(__file__).with_name("legacy_runtime_worker.py")
 
 
 def environment() -> Path:
-    """Where the environment with tflite-runtime is expected."""
+    """Directory of the virtual environment with tflite-runtime."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(cache) / "moec" / "tflite-runtime"
 
 
-class OlderEngine:
-    """A child process that runs the file; see `moec.targets.tflite.engine.Engine`.
+class LegacyEngine:
+    """Runs the file in a child process; see `moec.targets.tflite.engine.Engine`.
 
     Args:
         file: The model.
-        threads: Threads of the runtime; 0 is its default.
+        threads: Threads of the runtime; 0: its default.
 
     Raises:
         ArtifactError: tflite-runtime cannot load the file.
-        MissingExtraError: There is no environment with tflite-runtime.
+        MissingExtraError: The virtual environment with tflite-runtime does not exist.
     """
 
     def __init__(self, file: Path, threads: int) -> None:
@@ -42,7 +43,7 @@ class OlderEngine:
         python = home / "bin" / "python"
         if not python.is_file():
             raise MissingExtraError(
-                f"tflite-runtime needs an environment of its own with numpy 1, and {home} is none",
+                f"tflite-runtime needs a separate virtual environment with numpy 1, and {home} is not one",
                 hint=f"python3.11 -m venv {home} && {home}/bin/pip install tflite-runtime==2.14.0 'numpy<2'",
             )
         command = [str(python), "-I", str(_WORKER), str(file), str(threads)]
@@ -54,8 +55,8 @@ class OlderEngine:
             raise cannot_load(file, "tflite-runtime", str(answer["error"]))
         self.runtime = f"tflite-runtime {answer.pop('version')}"
         self.signatures = tuple(str(name) for name in answer.pop("signatures"))
-        self.inputs: Mapping[str, Place] = {
-            name.removeprefix("input."): Place(value.shape, value.dtype) for name, value in sorted(answer.items())
+        self.inputs: Mapping[str, InputSpec] = {
+            name.removeprefix("input."): InputSpec(value.shape, value.dtype) for name, value in sorted(answer.items())
         }
 
     def reset(self) -> None:
@@ -66,7 +67,7 @@ class OlderEngine:
         """Run one signature; see `Engine`.
 
         Raises:
-            ArtifactError: The runtime fails.
+            ArtifactError: The runtime fails on the signature, or its process ended.
         """
         self._send({"signature": np.array(signature), **feeds})
         answer = self._answer()
@@ -79,16 +80,16 @@ class OlderEngine:
         try:
             send(self._process.stdin, arrays)  # type: ignore[arg-type]
         except BrokenPipeError as error:
-            raise self._died() from error
+            raise self._crashed() from error
 
     def _answer(self) -> dict[str, np.ndarray]:
         assert self._process.stdout is not None
         answer = receive(self._process.stdout)  # type: ignore[arg-type]
         if answer is None:
-            raise self._died()
+            raise self._crashed()
         return answer
 
-    def _died(self) -> ArtifactError:
+    def _crashed(self) -> ArtifactError:
         code = self._process.wait()
         return ArtifactError(
             f"the process of tflite-runtime ended with status {code}",

@@ -1,8 +1,9 @@
-"""Runs a `.tflite` file with tflite-runtime for another process; imports nothing but it and numpy.
+"""The child process that runs a `.tflite` file with tflite-runtime. Imports only tflite-runtime and numpy.
 
-Started as a script by the Python of an environment of its own: `python worker.py FILE THREADS`. Messages on standard
-input and output are 8 bytes of length and an .npz. The first answer tells signatures and inputs; after it, each request
-names a signature in "signature" beside its inputs (an empty name: reset) and is answered by the logits.
+The Python of a separate virtual environment runs this file as a script with the arguments FILE THREADS. Each message on
+standard input and output is a length of 8 bytes and an .npz file. The first answer lists signatures and inputs. Each
+request names a signature in "signature", beside its inputs, and is answered with the logits; an empty name resets the
+states.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def receive(stream: BinaryIO) -> dict[str, np.ndarray] | None:
 
 
 def main(file: str, threads: int, answers: BinaryIO) -> None:
-    """Serve until the stream of requests ends."""
+    """Load the file and answer requests until standard input ends."""
     import tflite_runtime.interpreter as runtime
 
     try:
@@ -78,7 +79,7 @@ def _version() -> str:
 
 
 if __name__ == "__main__":
-    # What the runtime prints must not get among the answers.
+    # What the runtime prints on standard output must not mix with the answers.
     with os.fdopen(os.dup(1), "wb") as stream:
         os.dup2(2, 1)
         main(sys.argv[1], int(sys.argv[2]), stream)
