@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from moec.compiler.common.rejections import Rejection
+from moec.compiler.ir.indexer import INDEXER
 from moec.compiler.ir.operands import Experts
 from moec.compiler.ir.ops import ATTENTION, EXPERTS, RMS_NORM, ROTARY, SELECT
 from moec.compiler.ir.recurrences import CAUSAL_CONV, LINEAR_ATTENTION
@@ -26,6 +27,7 @@ __all__ = [
     "CACHE_KINDS",
     "CAUSAL_CONV",
     "EXPERTS",
+    "INDEXER",
     "LINEAR_ATTENTION",
     "RMS_NORM",
     "ROTARY",
@@ -56,7 +58,7 @@ class TensorSpec:
     dtype: torch.dtype
 
 
-CACHE_KINDS = ("key", "value")
+CACHE_KINDS = ("key", "value", "index_key")
 """Kinds of state that grow by the new tokens of a step; [B, heads, past_sequence, width]."""
 
 
@@ -64,7 +66,8 @@ CACHE_KINDS = ("key", "value")
 class StateSpec:
     """One state that a step reads and replaces. It starts as zeros, and a cache with no tokens.
 
-    `kind` is "key" or "value", or "conv": the last inputs of a short causal convolution, [B, channels, kernel size].
+    `kind` is "key" or "value", "index_key" (the keys of an indexer, which has one head), "conv" (the last inputs of a
+    short causal convolution, [B, channels, kernel size]) or "recurrent" (what a scan over the tokens carries on).
     """
 
     layer: int

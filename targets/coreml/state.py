@@ -22,7 +22,7 @@ from moec.targets.common.refusals import RefusedError
 from moec.targets.coreml.context import Context, Var
 
 CACHES: Mapping[str, str] = {"key": "keyCache", "value": "valueCache"}
-BASES: Mapping[str, str] = {**CACHES, "conv": "convState", "recurrent": "recurrentState"}
+BASES: Mapping[str, str] = {**CACHES, "index_key": "indexKeyCache", "conv": "convState", "recurrent": "recurrentState"}
 """Names of the states by kind of state, see `moec.compiler.ir.program.StateSpec`."""
 REMAINDER = "Remainder"
 REMAINDER_SCALE = 2048.0

@@ -15,7 +15,7 @@ from torch import fx
 
 from moec.compiler.common.rejections import Rejection
 from moec.compiler.ir.operands import Attention
-from moec.compiler.ir.program import ATTENTION, Program, StateSpec, module_of
+from moec.compiler.ir.program import ATTENTION, INDEXER, Program, StateSpec, module_of
 from moec.targets.common.arguments import result_dtype
 from moec.targets.onnx.context import MS, Context, np_dtype
 
@@ -102,6 +102,9 @@ def refusals(program: Program) -> tuple[Rejection, ...]:
     """What onnxruntime-genai's one description of a cache cannot say about `program`."""
     if lonely := _lonely_states(program):
         return lonely
+    if indexers := program.nodes(INDEXER):
+        reason = "onnxruntime-genai has no cache for the keys of an indexer"
+        return (Rejection("onnx", module_of(indexers[0]), reason),)
     found = []
     for node in program.nodes(ATTENTION):
         own = Attention.of(node)
