@@ -17,6 +17,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from moec.compiler.common.errors import UnsupportedModelError
 from moec.compiler.frontend.activations import gate_of
+from moec.compiler.frontend.indexers import SelectedTokens
 from moec.compiler.frontend.masks import Mask
 from moec.compiler.frontend.recording import Recording, active_record
 from moec.compiler.ir.experts import Gate
@@ -41,6 +42,7 @@ def attention_hook(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     position_bias: Tensor | None = None,
+    indices: SelectedTokens | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attention implementation: one `moec::attention` node per layer.
@@ -56,6 +58,7 @@ def attention_hook(
         softcap: See `moec::attention`.
         s_aux: Attention sinks, [Hq].
         position_bias: Must be None.
+        indices: What an indexer selected of the visible tokens.
 
     Returns:
         Output [B, S, Hq, Dv], and None in place of the attention weights.
@@ -94,6 +97,7 @@ def attention_hook(
         pattern.kind,
         pattern.window,
         float(softcap or 0.0),
+        None if indices is None else indices.mask,
     )
     record.present.setdefault((layer, "key"), present_key)
     record.present.setdefault((layer, "value"), present_value)

@@ -53,16 +53,34 @@ class Mask:
         """
         return classify(self.function, self.max_length)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """bool: True where a token is visible."""
+        return torch.bool
+
     def __getattr__(self, name: str) -> Any:
         raise MaskUseError
 
-    def __getitem__(self, index: Any) -> Any:
-        raise MaskUseError
+    def __getitem__(self, index: Any) -> Mask:
+        """The mask of the first head, which is that of all."""
+        if index[:2] != (slice(None), 0) or any(item != slice(None) for item in index[2:]):
+            raise MaskUseError
+        return self
+
+    def __invert__(self) -> InvertedMask:
+        return InvertedMask(self)
 
     @classmethod
     def __torch_function__(cls, *_: Any, **__: Any) -> Any:
         """Called by every function of torch that gets a Mask."""
         raise MaskUseError
+
+
+@dataclass(frozen=True, slots=True)
+class InvertedMask:
+    """What is not visible in a mask."""
+
+    mask: Mask
 
 
 def classify(mask_function: MaskFunction, max_length: int) -> MaskPattern:

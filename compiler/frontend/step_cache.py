@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin
 
 from moec.compiler.common.errors import UnsupportedModelError
+from moec.compiler.frontend.indexers import IndexedKeys, update_indexer
 from moec.compiler.frontend.recording import Recording
 
 
@@ -65,6 +66,10 @@ class StepLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):  # type: ignor
                 hint="a scan that is not in compiler/frontend/scans.py needs an adapter",
             )
         return recurrent_states
+
+    def update_indexer(self, indexer_key_states: Tensor) -> IndexedKeys:
+        """Take the new keys [B, S, D] of an indexer; `moec::indexer` appends and scores them."""
+        return update_indexer(self.record, self.index, indexer_key_states)
 
     def get_seq_length(self) -> Any:
         """Number of tokens in the past."""

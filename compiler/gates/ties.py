@@ -1,9 +1,10 @@
-"""Finds router decisions that are ties, and the experts of each token.
+"""Finds decisions of routers and indexers that are ties, and the experts of each token.
 
 Routing is discontinuous: if the k-th and the (k+1)-th score of a token are almost equal, two correct implementations
 may choose different experts, and their logits differ by far more than rounding. Ties are found at the decision nodes of
 the reference: top-k and argmax whose indices are used, and comparisons of floats (thresholds of routing policies), if
-they lead to an experts node without another experts or attention node in between.
+they lead to an experts node without another experts or attention node in between. An indexer, which selects the tokens
+to attend to, decides likewise.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from torch import Tensor, fx
 
 from moec.compiler.common.errors import UnsupportedModelError
 from moec.compiler.ir.analysis import ancestors, is_mixer
+from moec.compiler.ir.indexer import visible_scores
 from moec.compiler.ir.operands import Experts
-from moec.compiler.ir.program import EXPERTS, Program
+from moec.compiler.ir.program import EXPERTS, INDEXER, Program
 
 aten = torch.ops.aten
 
@@ -47,6 +49,18 @@ def _cut_gap(scores: Tensor, counts: Tensor, negated: bool = False) -> Tensor:
     scale = torch.where(one_sign, taken.abs(), finite.abs().amax(-1)).clamp(min=1e-30)
     gap = torch.nan_to_num((taken - left) / scale, nan=torch.inf, posinf=torch.inf)
     return torch.where((counts > 0) & (counts <= last), gap, torch.inf)
+
+
+def _threshold_gap(scores: Tensor, count: int) -> Tensor:
+    """Gap between the `count`th largest score and the largest one below it, relative to the largest |score|: [...].
+
+    Scores that are equal bit by bit are taken or left together. Infinite where nothing finite is left.
+    """
+    scores = scores.double()
+    threshold = scores.topk(min(count, scores.shape[-1])).values[..., -1:]
+    left = scores.masked_fill(scores >= threshold, -torch.inf).amax(-1)
+    scale = torch.where(scores.isfinite(), scores.abs(), 0).amax(-1).clamp(min=1e-30)
+    return torch.nan_to_num((threshold.squeeze(-1) - left) / scale, nan=torch.inf, posinf=torch.inf)
 
 
 def _argmax_gap(scores: Tensor, dim: int | None = -1, *_: object) -> Tensor:
@@ -147,6 +161,10 @@ class RouterWatch:
                 self.tied |= tied.numpy().reshape(self._shape)
             if node.target in _VALUES_AND_INDICES:
                 self._ranked = args[0]
+        elif node.target is INDEXER:
+            *operands, top_k = args
+            gaps = _threshold_gap(visible_scores(*operands), top_k)
+            self.tied |= (gaps < self._margin).numpy().reshape(self._shape)
         elif node in self._layers:
             self._note_cut(args[2])
             self._note_experts(node, args[1], args[2])

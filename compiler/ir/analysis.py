@@ -7,12 +7,13 @@ from typing import Any
 
 from torch import fx
 
+from moec.compiler.ir.indexer import INDEXER
 from moec.compiler.ir.operands import Experts
 from moec.compiler.ir.ops import ATTENTION, EXPERTS
 from moec.compiler.ir.program import module_of
 from moec.compiler.ir.recurrences import CAUSAL_CONV, LINEAR_ATTENTION
 
-TOKEN_MIXERS = frozenset({ATTENTION, LINEAR_ATTENTION, CAUSAL_CONV})
+TOKEN_MIXERS = frozenset({ATTENTION, INDEXER, LINEAR_ATTENTION, CAUSAL_CONV})
 """Ops that mix tokens."""
 MIXERS = TOKEN_MIXERS | {EXPERTS}
 """Ops at which a walk from a router back through the graph stops, since they belong to an earlier block."""

@@ -138,6 +138,23 @@ class Attention(_View):
     kind: str
     window: int
     softcap: float
+    selected: fx.Node | None
+
+
+@dataclass(frozen=True, slots=True)
+class Indexer(_View):
+    """Operands of `moec::indexer`; shapes and meaning as there."""
+
+    query: fx.Node
+    key: fx.Node
+    weights: fx.Node
+    past_key: fx.Node
+    cache_position: fx.Node
+    attention_mask: fx.Node | None
+    scale: float
+    kind: str
+    window: int
+    top_k: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -112,7 +112,8 @@ def _(weights: Tensor, keep: Tensor, renormalize: bool) -> Tensor:  # noqa: ARG0
 torch.library.define(
     "moec::attention",
     "(Tensor query, Tensor key, Tensor value, Tensor past_key, Tensor past_value, Tensor cache_position, "
-    "Tensor? attention_mask, Tensor? sinks, float scale, str kind, int window, float softcap) "
+    "Tensor? attention_mask, Tensor? sinks, float scale, str kind, int window, float softcap, "
+    "Tensor? selected=None) "
     "-> (Tensor, Tensor, Tensor)",
 )
 
@@ -160,6 +161,7 @@ def attention(
     kind: str,
     window: int,
     softcap: float,
+    selected: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Scaled dot product attention over a growing KV cache, whose layout each target chooses.
 
@@ -176,6 +178,7 @@ def attention(
         kind: "causal", "sliding" or "chunked"; see `visible`.
         window: See `visible`.
         softcap: `cap * tanh(logits / cap)` where it is not 0 (Gemma 2).
+        selected: Of the visible slots, those to attend to, [B, S, P + S] bool (see `moec::indexer`); None: all.
 
     Returns:
         Output [B, S, Hq, Dv], present key [B, Hkv, P + S, D] and present value [B, Hkv, P + S, Dv]. A padding token
@@ -187,6 +190,8 @@ def attention(
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
     allowed = visible(cache_position, keys.shape[2], attention_mask, kind, window)
+    if selected is not None:
+        allowed = allowed & selected
     logits = logits.masked_fill(~allowed[:, None], torch.finfo(logits.dtype).min)
     if sinks is not None:
         column = sinks.float().reshape(1, -1, 1, 1).expand(logits.shape[0], -1, logits.shape[2], 1)

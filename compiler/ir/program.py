@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from moec.compiler.common.rejections import Rejection
+from moec.compiler.ir.indexer import INDEXER
 from moec.compiler.ir.operands import Experts
 from moec.compiler.ir.ops import ATTENTION, EXPERTS, RMS_NORM, ROTARY, SELECT
 from moec.compiler.ir.recurrences import CAUSAL_CONV, LINEAR_ATTENTION
@@ -26,6 +27,7 @@ __all__ = [
     "CACHE_KINDS",
     "CAUSAL_CONV",
     "EXPERTS",
+    "INDEXER",
     "LINEAR_ATTENTION",
     "RMS_NORM",
     "ROTARY",
@@ -56,7 +58,7 @@ class TensorSpec:
     dtype: torch.dtype
 
 
-CACHE_KINDS = ("key", "value")
+CACHE_KINDS = ("key", "value", "index_key")
 """Kinds of state that grow by the new tokens of a step: [B, heads, past_sequence, width]."""
 
 
@@ -66,8 +68,9 @@ class StateSpec:
 
     Attributes:
         layer: Index of the layer.
-        kind: "key" or "value" (`CACHE_KINDS`); "conv", the last inputs of a short causal convolution, [B, channels,
-            kernel size]; or "recurrent", the state of a scan over the tokens, [B, heads, key width, value width].
+        kind: "key" or "value"; "index_key", the keys of an indexer, which has one head (these are `CACHE_KINDS`);
+            "conv", the last inputs of a short causal convolution, [B, channels, kernel size]; or "recurrent", the state
+            of a scan over the tokens, [B, heads, key width, value width].
         input: Name, shape and dtype before a step.
         output: Name, shape and dtype after a step.
     """

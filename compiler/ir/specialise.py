@@ -11,7 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moec.compiler.common.errors import UnsupportedModelError, UsageError
 from moec.compiler.ir.fake_values import fake_mode, infer, shape_and_dtype
-from moec.compiler.ir.operands import Attention
+from moec.compiler.ir.indexer import INDEXER
+from moec.compiler.ir.operands import Attention, Indexer
 from moec.compiler.ir.program import ATTENTION, Dim, Program, StateSpec, TensorSpec, module_of, moe_layers
 
 _LENGTHS = ("sequence", "past_sequence", "total_sequence")
@@ -189,8 +190,8 @@ def _without_ones(node: fx.Node, ones: set[fx.Node]) -> None:
     Raises:
         UnsupportedModelError: Neither is possible.
     """
-    if node.target is ATTENTION:
-        mask = Attention.of(node).attention_mask
+    if node.target in (ATTENTION, INDEXER):
+        mask = (Attention if node.target is ATTENTION else Indexer).of(node).attention_mask
         node.args = tuple(None if argument is mask else argument for argument in node.args)
     elif node.target in _MOVES:
         ones.add(node)

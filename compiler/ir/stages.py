@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from moec.compiler.ir.indexer import INDEXER
 from moec.compiler.ir.ops import ATTENTION, EXPERTS, RMS_NORM, ROTARY, SELECT
 from moec.compiler.ir.recurrences import CAUSAL_CONV, LINEAR_ATTENTION
 
@@ -124,12 +125,13 @@ SEMANTIC: Mapping[Any, str] = {
     EXPERTS: "the experts of a layer; a slot whose weight is 0 contributes nothing",
     SELECT: "the routing weights that a policy keeps, renormalised or not",
     ATTENTION: "attention over a cache to which this step's keys and values are appended",
+    INDEXER: "which earlier tokens a layer attends to, by scores of their own (arXiv 2512.02556)",
     LINEAR_ATTENTION: "a scan over the tokens with a state of one matrix per head (arXiv 2412.06464 and others)",
     CAUSAL_CONV: "a convolution of each channel over its last inputs, which are a state",
     RMS_NORM: "root mean square norm over the last axis (arXiv 1910.07467)",
     ROTARY: "rotation of halves of the last axis by tables of cosines and sines (arXiv 2104.09864)",
 }
-"""Defined exactly by their references in `moec.compiler.ir.ops` and `moec.compiler.ir.recurrences`."""
+"""Defined exactly by their references in `moec.compiler.ir.ops`, `experts`, `indexer` and `recurrences`."""
 
 SIZES: Mapping[Any, str] = {
     aten.sym_size.int: "a size of a tensor",

@@ -13,7 +13,7 @@ from torch import fx
 
 from moec.compiler.common.rejections import Rejection
 from moec.compiler.ir.operands import Experts
-from moec.compiler.ir.program import ATTENTION, EXPERTS, Program
+from moec.compiler.ir.program import ATTENTION, EXPERTS, INDEXER, Program
 from moec.compiler.ir.specialise import specialise, without_padding
 from moec.targets.common.added_inputs import default_values, row_widths
 from moec.targets.common.refusals import RefusedError, refuse
@@ -159,7 +159,7 @@ class _Function:
         if value is not None:
             # Core ML has no scalar inputs.
             ctx.set(node, value if node.meta["val"].ndim else ctx.mb.squeeze(x=value, axes=ctx.ints(0)))
-        elif any(user.target not in (ATTENTION, torch.ops.aten.sym_size.int) for user in node.users):
+        elif any(user.target not in (ATTENTION, INDEXER, torch.ops.aten.sym_size.int) for user in node.users):
             raise refuse(node, "an op other than attention reads the KV cache")
 
 

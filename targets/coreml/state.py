@@ -24,7 +24,7 @@ from moec.targets.common.refusals import RefusedError
 from moec.targets.coreml.context import Context, Var
 
 CACHES: Mapping[str, str] = {"key": "keyCache", "value": "valueCache"}
-BASES: Mapping[str, str] = {**CACHES, "conv": "convState", "recurrent": "recurrentState"}
+BASES: Mapping[str, str] = {**CACHES, "index_key": "indexKeyCache", "conv": "convState", "recurrent": "recurrentState"}
 """Kind of state (see `moec.compiler.ir.program.StateSpec`) -> name of the Core ML state."""
 REMAINDER = "Remainder"
 REMAINDER_SCALE = 2048.0

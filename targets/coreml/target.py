@@ -94,7 +94,7 @@ class CoremlTarget(base.Target):
     default_dtype: ClassVar[Literal["fp32", "fp16"]] = "fp16"
     takes_embeddings: ClassVar[bool] = True
     weight_formats: ClassVar[frozenset[str]] = frozenset({"int8", "int4", "palettize4", "table4"})
-    state_kinds: ClassVar[frozenset[str]] = frozenset({"key", "value", "conv", "recurrent"})
+    state_kinds: ClassVar[frozenset[str]] = frozenset({"key", "value", "index_key", "conv", "recurrent"})
 
     def capabilities(self, options: base.TargetOptions, phase: base.Phase) -> base.Capabilities:
         """Decode skips experts by a `cond` around each; prefill computes every expert for every token."""

@@ -55,7 +55,7 @@ class OnnxTarget(base.Target):
     name: ClassVar[str] = "onnx"
     Options: ClassVar[type[base.TargetOptions]] = OnnxOptions
     tools: ClassVar[tuple[str, ...]] = ("onnx-ir", "onnx", "onnxruntime")
-    state_kinds: ClassVar[frozenset[str]] = frozenset({"key", "value", "conv", "recurrent"})
+    state_kinds: ClassVar[frozenset[str]] = frozenset({"key", "value", "index_key", "conv", "recurrent"})
     takes_embeddings: ClassVar[bool] = True
 
     def capabilities(self, options: base.TargetOptions, phase: base.Phase) -> base.Capabilities:  # noqa: ARG002

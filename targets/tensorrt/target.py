@@ -85,7 +85,7 @@ class TensorrtTarget(base.Target):
     extra: ClassVar[str | None] = "tensorrt"
     tools: ClassVar[tuple[str, ...]] = ("tensorrt-rtx", "onnx-ir", "onnx", "onnxruntime")
     takes_embeddings: ClassVar[bool] = True
-    state_kinds: ClassVar[frozenset[str]] = frozenset({"key", "value", "conv", "recurrent"})
+    state_kinds: ClassVar[frozenset[str]] = frozenset({"key", "value", "index_key", "conv", "recurrent"})
 
     def capabilities(self, options: base.TargetOptions, phase: base.Phase) -> base.Capabilities:
         """`loop-if` skips experts that no token of a step uses; the other forms skip nothing."""

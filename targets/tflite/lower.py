@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from moec.compiler.ir.operands import Experts
-from moec.compiler.ir.program import ATTENTION, EXPERTS, Program
+from moec.compiler.ir.program import ATTENTION, EXPERTS, INDEXER, Program
 from moec.compiler.ir.specialise import specialise, without_padding
 from moec.targets.common.added_inputs import default_values, row_widths
 from moec.targets.common.refusals import RefusedError, first_few, refuse
@@ -144,7 +144,7 @@ def _outputs(ctx: Context, program: Program, count: Value | None) -> None:
 
 def _is_constant(ctx: Context, node: fx.Node) -> bool:
     """Whether all arguments of `node` are constants, such as sizes and what was computed from them."""
-    return node.target not in (ATTENTION, EXPERTS) and all(
+    return node.target not in (ATTENTION, EXPERTS, INDEXER) and all(
         ctx.known(argument) is not None for argument in node.all_input_nodes
     )
 

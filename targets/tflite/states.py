@@ -25,8 +25,14 @@ aten = torch.ops.aten
 
 def state_name(kind: str, layer: int) -> str:
     """Name of a state in the file; KV caches have the names that LiteRT's tools give them."""
-    prefixes = {"conv": CONVOLUTION_PREFIX, "recurrent": RECURRENCE_PREFIX}
-    return f"{CACHE_PREFIX}{kind[0]}_{layer}" if kind in CACHE_KINDS else f"{prefixes[kind]}{layer}"
+    prefixes = {
+        "key": f"{CACHE_PREFIX}k_",
+        "value": f"{CACHE_PREFIX}v_",
+        "index_key": f"{CACHE_PREFIX}index_",
+        "conv": CONVOLUTION_PREFIX,
+        "recurrent": RECURRENCE_PREFIX,
+    }
+    return f"{prefixes[kind]}{layer}"
 
 
 def add_state(ctx: Context, node: fx.Node, state: StateSpec) -> None:

@@ -77,7 +77,7 @@ class TfliteTarget(base.Target):
         "int4": {name: _ROWS if name in {"embedding", "lm_head"} else _BLOCKS for name in QUANTIZED},
     }
     scale_types: ClassVar[frozenset[str]] = frozenset({"fp16", "bf16", "fp32"})
-    state_kinds: ClassVar[frozenset[str]] = frozenset({"key", "value", "conv", "recurrent"})
+    state_kinds: ClassVar[frozenset[str]] = frozenset({"key", "value", "index_key", "conv", "recurrent"})
 
     def auto_formats(self, options: base.TargetOptions, tensor_class: str) -> tuple[str, ...]:
         """The formats of the presets and larger blocks; for tflite-runtime, those with float activations."""

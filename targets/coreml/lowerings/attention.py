@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import fx
 
-from moec.compiler.ir.operands import Attention
+from moec.compiler.ir.operands import Attention, Indexer
 from moec.compiler.ir.program import ATTENTION
 from moec.targets.coreml.context import MIL_NAMES, Context, Var
 from moec.targets.coreml.lowerings.elementwise import Lowering, where
@@ -98,8 +98,11 @@ def _sink_column(ctx: Context, node: fx.Node, logits: Var) -> Var:
 def _mask_rows(ctx: Context, node: fx.Node) -> Var:
     """The mask for grouped rows: [1, 1, G * S, context] bool; layers with the same mask share one value."""
     heads, groups = _heads(node)
-    times = heads // groups
-    mask = visible(ctx, node)
+    times, own = heads // groups, Attention.of(node)
+    if own.selected is None:
+        mask = visible(ctx, own)
+    else:
+        mask = ctx.mb.expand_dims(x=ctx.tensor(own.selected), axes=ctx.ints(1))
     if times == 1:
         return mask
 
@@ -107,17 +110,13 @@ def _mask_rows(ctx: Context, node: fx.Node) -> Var:
         repeated = ctx.mb.tile(x=ctx.cast(mask, "int32"), reps=ctx.ints(1, 1, times, 1))
         return ctx.cast(repeated, "bool")
 
-    return ctx.shared(("mask rows", *_mask_key(node), times), make)
+    key = own.selected or (own.cache_position, own.kind, own.window)
+    return ctx.shared(("mask rows", key, times), make)
 
 
-def _mask_key(node: fx.Node) -> tuple[fx.Node, str, int]:
-    own = Attention.of(node)
-    return own.cache_position, own.kind, own.window
-
-
-def visible(ctx: Context, node: fx.Node) -> Var:
+def visible(ctx: Context, own: Attention | Indexer) -> Var:
     """The mask [1, 1, S, context] bool of `moec.compiler.ir.ops.visible`; layers with the same mask share one value."""
-    position, kind, window = _mask_key(node)
+    position, kind, window = own.cache_position, own.kind, own.window
 
     def make() -> Var:
         mb = ctx.mb

@@ -12,6 +12,7 @@ from moec.targets.coreml.lowerings import (
     convolution,
     elementwise,
     experts,
+    indexer,
     indexing,
     linear,
     norm,
@@ -21,6 +22,6 @@ from moec.targets.coreml.lowerings import (
 )
 from moec.targets.coreml.lowerings.elementwise import Lowering
 
-_MODULES = (attention, convolution, elementwise, experts, indexing, linear, norm, recurrences, reduce, shape)
+_MODULES = (attention, convolution, elementwise, experts, indexer, indexing, linear, norm, recurrences, reduce, shape)
 
 TABLE: Mapping[Any, Lowering] = joined(lowerings.TABLE, lowerings.SIZES, *(module.TABLE for module in _MODULES))

@@ -10,7 +10,7 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
-from moec.compiler.ir.operands import Attention
+from moec.compiler.ir.operands import Attention, Indexer
 from moec.compiler.ir.program import ATTENTION
 from moec.targets.common.arguments import result_dtype
 from moec.targets.onnx.context import DTYPES, Context, Lowering, np_dtype
@@ -18,7 +18,7 @@ from moec.targets.onnx.lowerings.group_query import group_query_attention
 
 
 def _attention(ctx: Context, node: fx.Node) -> Sequence[ir.Value]:
-    own, mask = Attention.of(node), visible(ctx, node)
+    own, mask = Attention.of(node), attended(ctx, node)
     if ctx.dialect.shared_buffer:
         return group_query_attention(ctx, node, mask)
     if own.sinks is not None:
@@ -36,19 +36,26 @@ def _attention(ctx: Context, node: fx.Node) -> Sequence[ir.Value]:
     return ctx.op("Transpose", out, perm=[0, 2, 1, 3]), present_key, present_value
 
 
-def visible(ctx: Context, node: fx.Node) -> ir.Value:
-    """The mask [B, 1, S, T] bool of `moec.compiler.ir.ops.visible`; layers with the same mask share one value."""
+def attended(ctx: Context, node: fx.Node) -> ir.Value:
+    """The slots that an attention node attends to, [B, 1, S, T] bool: visible, and selected if it has an indexer."""
     own = Attention.of(node)
+    if own.selected is None:
+        return visible(ctx, own)
+    return ctx.op("Unsqueeze", ctx.tensor(own.selected), ctx.ints(1))
+
+
+def visible(ctx: Context, own: Attention | Indexer) -> ir.Value:
+    """The mask [B, 1, S, T] bool of `moec.compiler.ir.ops.visible`, made once for all layers that share it."""
     mask, window = own.attention_mask, own.window
 
     def make() -> ir.Value:
-        slots, query = _slots_and_query(ctx, node)
+        slots, query = _slots_and_query(ctx, own)
         allowed = ctx.op("LessOrEqual", slots, query)
         if own.kind == "sliding":
             low = ctx.op("Sub", query, ctx.constant(np.int64(window)))
             allowed = ctx.op("And", allowed, ctx.op("Greater", slots, low))
         if own.kind == "chunked":
-            allowed = ctx.op("And", allowed, _same_chunk(ctx, node, slots, query))
+            allowed = ctx.op("And", allowed, _same_chunk(ctx, own, slots, query))
         if mask is not None:
             kept = ctx.op("Unsqueeze", ctx.tensor(mask, torch.bool), ctx.ints(1, 2))
             allowed = ctx.op("And", allowed, kept)
@@ -57,16 +64,12 @@ def visible(ctx: Context, node: fx.Node) -> ir.Value:
     return ctx.shared(("visible", own.cache_position, mask, own.kind, window), make)
 
 
-def _slots_and_query(ctx: Context, node: fx.Node) -> tuple[ir.Value, ir.Value]:
+def _slots_and_query(ctx: Context, own: Attention | Indexer) -> tuple[ir.Value, ir.Value]:
     """Indices of the cache slots [1, 1, 1, T], and the slot of each query [1, 1, S, 1]."""
-    own = Attention.of(node)
     position = own.cache_position
 
-    def total_length() -> ir.Value:
-        return ctx.op("Add", ctx.axis_length(own.past_key, 2), ctx.axis_length(own.key, 2))
-
     def slots() -> ir.Value:
-        total = ctx.shared("total length", total_length)
+        total = total_length(ctx, own)
         line = ctx.op("Range", ctx.constant(np.int64(0)), total, ctx.constant(np.int64(1)))
         return ctx.op("Unsqueeze", line, ctx.ints(0, 1, 2))
 
@@ -76,8 +79,16 @@ def _slots_and_query(ctx: Context, node: fx.Node) -> tuple[ir.Value, ir.Value]:
     return ctx.shared("slots", slots), ctx.shared(("query slots", position), query)
 
 
-def _same_chunk(ctx: Context, node: fx.Node, slots: ir.Value, query: ir.Value) -> ir.Value:
-    own = Attention.of(node)
+def total_length(ctx: Context, own: Attention | Indexer) -> ir.Value:
+    """Number of tokens in the cache after the step, int64 without axes."""
+
+    def make() -> ir.Value:
+        return ctx.op("Add", ctx.axis_length(own.past_key, 2), ctx.axis_length(own.key, 2))
+
+    return ctx.shared("total length", make)
+
+
+def _same_chunk(ctx: Context, own: Attention | Indexer, slots: ir.Value, query: ir.Value) -> ir.Value:
     mask, window = own.attention_mask, ctx.constant(np.int64(own.window))
     if mask is not None:
 
@@ -99,7 +110,7 @@ def decomposed(ctx: Context, node: fx.Node, mask: ir.Value, *, wide: bool = Fals
     Args:
         ctx: The context.
         node: The attention node.
-        mask: [B, 1, S, T] bool, see `visible`.
+        mask: [B, 1, S, T] bool, see `attended`.
         wide: Whether the softmax is computed in float32, as in the reference, rather than in the graph's dtype.
     """
     operands = Attention.of(node)

@@ -15,7 +15,7 @@ from torch import fx
 
 from moec.compiler.common.rejections import Rejection
 from moec.compiler.ir.operands import Attention
-from moec.compiler.ir.program import ATTENTION, Program, StateSpec, module_of
+from moec.compiler.ir.program import ATTENTION, INDEXER, Program, StateSpec, module_of
 from moec.targets.common.arguments import result_dtype
 from moec.targets.onnx.context import MS, Context, np_dtype
 
@@ -105,6 +105,9 @@ def refusals(program: Program) -> tuple[Rejection, ...]:
     """What `genai_config.json`, which describes one KV cache for all layers, cannot express about `program`."""
     if incomplete := _incomplete_recurrent_layers(program):
         return incomplete
+    if indexers := program.nodes(INDEXER):
+        reason = "onnxruntime-genai has no cache for the keys of an indexer"
+        return (Rejection("onnx", module_of(indexers[0]), reason),)
     found = []
     for node in program.nodes(ATTENTION):
         own = Attention.of(node)

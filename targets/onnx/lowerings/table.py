@@ -13,6 +13,7 @@ from moec.targets.onnx.lowerings import (
     convolution,
     elementwise,
     experts,
+    indexer,
     linear,
     norm,
     recurrences,
@@ -20,7 +21,7 @@ from moec.targets.onnx.lowerings import (
     shape,
 )
 
-_MODULES = (attention, convolution, elementwise, experts, linear, norm, recurrences, reduce, shape)
+_MODULES = (attention, convolution, elementwise, experts, indexer, linear, norm, recurrences, reduce, shape)
 
 TABLE: Mapping[Any, Lowering] = joined(lowerings.TABLE, lowerings.SIZES, *(module.TABLE for module in _MODULES))
 

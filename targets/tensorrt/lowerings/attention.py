@@ -14,7 +14,7 @@ from torch import fx
 
 from moec.compiler.ir.operands import Attention
 from moec.targets.onnx.context import Context
-from moec.targets.onnx.lowerings.attention import decomposed, visible
+from moec.targets.onnx.lowerings.attention import attended, decomposed
 
 FUSED_OPSET = 23
 HEAD_MULTIPLE, LARGEST_HEAD = 8, 256
@@ -38,7 +38,7 @@ def fused_refusal(node: fx.Node, opset: int) -> str:
 
 def decomposed_attention(ctx: Context, node: fx.Node) -> Sequence[ir.Value]:
     """Attention in elementary ops, with the softmax in float32 as in the reference."""
-    return decomposed(ctx, node, visible(ctx, node), wide=True)
+    return decomposed(ctx, node, attended(ctx, node), wide=True)
 
 
 def fused_attention(ctx: Context, node: fx.Node) -> Sequence[ir.Value]:
@@ -46,7 +46,7 @@ def fused_attention(ctx: Context, node: fx.Node) -> Sequence[ir.Value]:
     if reason := fused_refusal(node, ctx.dialect.opset):
         ctx.reject(node, f"attention in elementary ops: {reason}")
         return decomposed_attention(ctx, node)
-    own, mask = Attention.of(node), visible(ctx, node)
+    own, mask = Attention.of(node), attended(ctx, node)
     keys = ctx.op("Concat", ctx.tensor(own.past_key), ctx.tensor(own.key), axis=2)
     values = ctx.op("Concat", ctx.tensor(own.past_value), ctx.tensor(own.value), axis=2)
     out = ctx.op("Attention", ctx.tensor(own.query), keys, values, mask, scale=own.scale)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import fx
 
-from moec.compiler.ir.operands import Attention
+from moec.compiler.ir.operands import Attention, Indexer
 from moec.compiler.ir.program import ATTENTION
 from moec.targets.common.arguments import shape_of
 from moec.targets.common.refusals import refuse
@@ -29,8 +29,8 @@ def _attention(ctx: Context, node: fx.Node) -> Sequence[Value]:
     own = Attention.of(node)
     if own.attention_mask is not None:
         raise refuse(node, "attention with a padding mask is not supported")
-    keys = _updated(ctx, own.past_key, own.key, own.cache_position)
-    values = _updated(ctx, own.past_value, own.value, own.cache_position)
+    keys = updated(ctx, own.past_key, own.key, own.cache_position)
+    values = updated(ctx, own.past_value, own.value, own.cache_position)
     heads, length, depth = shape_of(own.query)[1:]
     groups, capacity, width = keys.shape[1], ctx.settings.capacity, values.shape[3]
     # The query heads of a group are contiguous: one product per key head, without repeating the keys.
@@ -40,14 +40,14 @@ def _attention(ctx: Context, node: fx.Node) -> Sequence[Value]:
     if own.softcap:
         cap = own.softcap
         logits = ctx.op("MUL", ctx.op("TANH", ctx.op("MUL", logits, ctx.scalar(1 / cap))), ctx.scalar(cap))
-    logits = ctx.op("ADD", logits, _mask(ctx, node))
+    logits = ctx.op("ADD", logits, _mask(ctx, own))
     probabilities = _softmax(ctx, logits, None if own.sinks is None else ctx.tensor(own.sinks, torch.float32))
     mixed = batch_matmul(ctx, ctx.reshape(probabilities, (1, groups, heads // groups * length, capacity)), values)
     out = ctx.transpose(ctx.reshape(mixed, (1, heads, length, width)), (0, 2, 1, 3))
     return out, keys, values
 
 
-def _updated(ctx: Context, past: fx.Node, new: fx.Node, position: fx.Node) -> Value:
+def updated(ctx: Context, past: fx.Node, new: fx.Node, position: fx.Node) -> Value:
     """The cache [1, heads, capacity, D] with the new tokens written to their slots."""
 
     def start() -> Value:
@@ -59,9 +59,19 @@ def _updated(ctx: Context, past: fx.Node, new: fx.Node, position: fx.Node) -> Va
     return ctx.op("DYNAMIC_UPDATE_SLICE", cache, ctx.tensor(new), begin, shape=cache.shape)
 
 
-def _mask(ctx: Context, node: fx.Node) -> Value:
-    """Additive mask [1, 1, S, capacity]: 0 where a slot is visible, else `MASKED`; layers of one kind share it."""
-    own = Attention.of(node)
+def _mask(ctx: Context, own: Attention) -> Value:
+    """Additive mask [1, 1, S, capacity]: 0 where a slot is attended to, else `MASKED`; layers of one kind share it."""
+    allowed = visible(ctx, own) if own.selected is None else ctx.tensor(own.selected)
+
+    def make() -> Value:
+        added = choose(ctx, allowed, ctx.scalar(0.0), ctx.scalar(MASKED))
+        return ctx.reshape(added, (1, 1, *added.shape[-2:]))
+
+    return ctx.shared_value(("mask", allowed), make)
+
+
+def visible(ctx: Context, own: Attention | Indexer) -> Value:
+    """The mask of `moec.compiler.ir.ops.visible`, bool [S, capacity]; layers of one kind share it."""
     position, kind, window = own.cache_position, own.kind, own.window
 
     def make() -> Value:
@@ -77,10 +87,9 @@ def _mask(ctx: Context, node: fx.Node) -> Value:
             chunk = ctx.constant(slots[None] // window, torch.int32)
             same = ctx.op("EQUAL", chunk, ctx.op("FLOOR_DIV", query, size), dtype="BOOL")
             allowed = ctx.op("LOGICAL_AND", allowed, same)
-        added = choose(ctx, allowed, ctx.scalar(0.0), ctx.scalar(MASKED))
-        return ctx.reshape(added, (1, 1, *added.shape))
+        return allowed
 
-    return ctx.shared_value(("mask", position, kind, window), make)
+    return ctx.shared_value(("visible", position, kind, window), make)
 
 
 def _softmax(ctx: Context, logits: Value, sinks: Value | None) -> Value:

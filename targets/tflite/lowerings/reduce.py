@@ -55,23 +55,24 @@ def _softmax(ctx: Context, node: fx.Node) -> Value:
     return made
 
 
-def _largest(ctx: Context, value: Value, count: int) -> list[Value]:
+def largest(ctx: Context, value: Value, count: int) -> list[Value]:
+    """Values and int32 indices of the `count` largest along the last axis, the largest first."""
     shape = (*value.shape[:-1], count)
     number = ctx.constant(np.int32(count), torch.int32)
     return ctx.graph.op("TOPK_V2", [value, number], [(shape, value.dtype), (shape, "INT32")])
 
 
-def _top(ctx: Context, value: Value, count: int, *, largest: bool) -> list[Value]:
-    if largest:
-        return _largest(ctx, value, count)
-    values, indices = _largest(ctx, ctx.op("NEG", value), count)
+def _top(ctx: Context, value: Value, count: int, *, of_largest: bool) -> list[Value]:
+    if of_largest:
+        return largest(ctx, value, count)
+    values, indices = largest(ctx, ctx.op("NEG", value), count)
     return [ctx.op("NEG", values), indices]
 
 
 def _topk(ctx: Context, node: fx.Node) -> Sequence[Value]:
-    source, count, axis, largest, _sorted = node.args
+    source, count, axis, of_largest, _sorted = node.args
     made: Sequence[Value] = _last_axis(
-        ctx, ctx.tensor(source), integer(axis), lambda x: _top(ctx, x, integer(count), largest=bool(largest))
+        ctx, ctx.tensor(source), integer(axis), lambda x: _top(ctx, x, integer(count), of_largest=bool(of_largest))
     )
     return made
 

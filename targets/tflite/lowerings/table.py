@@ -12,6 +12,7 @@ from moec.targets.tflite.lowerings import (
     convolution,
     elementwise,
     experts,
+    indexer,
     linear,
     norm,
     recurrences,
@@ -20,6 +21,6 @@ from moec.targets.tflite.lowerings import (
 )
 from moec.targets.tflite.lowerings.elementwise import Lowering
 
-_MODULES = (attention, convolution, elementwise, experts, linear, norm, recurrences, reduce, shape)
+_MODULES = (attention, convolution, elementwise, experts, indexer, linear, norm, recurrences, reduce, shape)
 
 TABLE: Mapping[Any, Lowering] = joined(lowerings.TABLE, *(module.TABLE for module in _MODULES))
