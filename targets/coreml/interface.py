@@ -203,6 +203,7 @@ def refusals(program: Program, flavor: Flavor) -> tuple[Rejection, ...]:
         for spec in extra_inputs(program)
     ]
     known = " and ".join(CACHES.values())
+    others = [state for state in program.states if state.kind not in CACHES]
     found += [
         Rejection(
             "coreml",
@@ -210,9 +211,10 @@ def refusals(program: Program, flavor: Flavor) -> tuple[Rejection, ...]:
             f"its state of kind {state.kind} is not a KV cache: {flavor} supports only {known}",
             DEFAULT_HINT,
         )
-        for state in program.replaced[:1]
+        for state in others[:1]
     ]
-    locations = state_layout(program.replace(states=program.caches), 1).locations.values()
+    keys_and_values = tuple(state for state in program.states if state.kind in CACHES)
+    locations = state_layout(program.replace(states=keys_and_values), 1).locations.values()
     states = list(dict.fromkeys(location.state for location in locations))
     if states != list(CACHES.values()):
         reason = f"KV caches that differ between layers need {len(states)} states, but {flavor} supports only {known}"

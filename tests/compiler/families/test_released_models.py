@@ -8,7 +8,7 @@ import pytest
 
 from moec.compiler.common.errors import MoecError, UnsupportedModelError, UsageError
 from moec.compiler.families import released_page
-from moec.compiler.families.families_page import NO, YES
+from moec.compiler.families.families_page import IN_PART, NO, YES
 from moec.compiler.families.released_models import released_config, released_names, write_released_checkpoint
 from moec.compiler.frontend.architecture import ALIASES, is_native, notes, read_config
 from moec.compiler.frontend.capture import capture
@@ -47,6 +47,12 @@ def rows(names: list[str]) -> list[Any]:
 def test_every_gate_passes_on_onnx(name: str) -> None:
     (cell,) = released_page.check([name], ["onnx"], forms=["static"], progress=silent)
     assert cell.found == YES, cell.reason
+
+
+@pytest.mark.parametrize("target", ["tflite", "coreml", "tensorrt"])
+def test_sparse_attention_on_the_other_targets(target: str) -> None:
+    (cell,) = released_page.check(["DeepSeek-V3.2"], [target], forms=["top-p"], progress=silent)
+    assert cell.found in (YES, IN_PART), cell.reason
 
 
 @pytest.mark.slow

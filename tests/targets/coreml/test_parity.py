@@ -72,7 +72,7 @@ def test_every_family(family: str, dtype: torch.dtype, tiny_checkpoint: Any, pro
 @pytest.mark.parametrize("family", sorted(set(family_names()) - NOT_CAPTURED - HYBRIDS))
 def test_every_family_for_swift_transformers(family: str, tiny_checkpoint: Any, program_of: Any, lower: Any) -> None:
     program = program_of(tiny_checkpoint(family), torch.float32)
-    if family in SEVERAL_STATES:
+    if family in SEVERAL_STATES or program.nodes(INDEXER):
         with pytest.raises(LoweringError, match="KV caches that differ between layers"):
             lower(program, context=64, flavor="swift-transformers")
     else:
