@@ -95,7 +95,7 @@ class Quantize(Group):
     activations: Annotated[
         str | None, _quantize("float|int8-dynamic", "What kernels may round activations to. (default: float)")
     ] = None
-    max_size: Annotated[str | None, _quantize("300MB|0.3x", "For auto: largest size; x: of fp16.")] = None
+    max_size: Annotated[str | None, _quantize("300MB|0.3x", "For auto: largest size; 0.3x is relative to fp16.")] = None
     max_perplexity_increase: Annotated[
         str | None, _quantize("0.5%", "For auto: largest predicted increase of perplexity.")
     ] = None
@@ -124,7 +124,7 @@ class Demands(Group):
         str | None, _latency("KEY=VALUE,...", "Budgets: decode.p50=12ms,prefill128.p90=300ms,load=2s,size=400MB.")
     ] = None
     latency_baseline: Annotated[Path | None, _latency("DIRECTORY", "Artifact to compare with.")] = None
-    max_regression: Annotated[str | None, _latency("5%", "How much slower it may be. (default: 5%)")] = None
+    max_regression: Annotated[str | None, _latency("5%", "Largest slowdown from the baseline. (default: 5%)")] = None
     latency_threads: Annotated[int | None, _latency("N", "Threads of the runtime. (default: 1)")] = None
     latency_seconds: Annotated[float | None, _latency("S", "Longest time of sampling in seconds. (default: 120)")] = (
         None

@@ -58,7 +58,7 @@ def attention_hook(
         softcap: See `moec::attention`.
         s_aux: Attention sinks, [Hq].
         position_bias: Must be None.
-        indices: What an indexer selected of the visible tokens.
+        indices: The visible tokens that an indexer selected; None for all.
 
     Returns:
         Output [B, S, Hq, Dv], and None in place of the attention weights.

@@ -1,6 +1,6 @@
-"""Sparse attention with an indexer (DeepSeek-V3.2, GLM-5 and others) becomes `moec::indexer` while a model is traced.
+"""Turns the indexer of sparse attention (DeepSeek-V3.2, GLM-5 and others) into `moec::indexer` while a model is traced.
 
-The modeling files of transformers score the keys of the cache in plain tensor operations, whose lengths depend on the
+The modeling files of transformers score the keys of the cache by plain tensor operations, whose shapes depend on the
 past:
 
 ```
@@ -11,8 +11,8 @@ indices = index_scores.masked_fill(~mask, -inf).topk(min(index_topk, T)).indices
 attention_function(..., mask, indices=indices)
 ```
 
-The cache hands out an `IndexedKeys` in place of `k`, which takes part in exactly these operations, in this order, and
-collects their operands. Any other operation on it is an error that names the module.
+During a trace, the cache returns an `IndexedKeys` in place of `k`. It supports exactly these operations in this order,
+and records their operands. Any other operation on it is an error that names the module.
 """
 
 from __future__ import annotations
@@ -33,24 +33,24 @@ from moec.compiler.frontend.recording import Recording
 from moec.compiler.ir.indexer import INDEXER
 
 KIND = "index_key"
-"""Kind of the state that holds the keys of an indexer, see `moec.compiler.ir.program.StateSpec`."""
+"""Kind of the state with the keys of an indexer, as in `moec.compiler.ir.program.StateSpec`."""
 
 
 @dataclass(frozen=True)
 class _StandIn:
-    """What all stand-ins share: an operation that a stand-in does not take part in is an error."""
+    """Base class of the stand-ins: an operation that a stand-in does not support is an error."""
 
     record: Recording
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # looked up by Python itself and by torch
+        if name.startswith("__"):  # Python and torch look up such names
             raise AttributeError(name)
         raise self._unknown(name)
 
     def _unknown(self, operation: str) -> UnsupportedModelError:
         return UnsupportedModelError(
             f"{self.record.where()}: its indexer scores tokens in a way that moec does not know ({operation})",
-            hint="moec/compiler/frontend/indexers.py is the one place to add it",
+            hint="to support it, extend compiler/frontend/indexers.py",
         )
 
     def _check(self, holds: bool, operation: str) -> None:
@@ -65,7 +65,7 @@ class IndexedKeys(_StandIn):
     Attributes:
         layer: Index of the layer.
         key: Keys of the new tokens, [B, S, D].
-        axes: The axes that the tensor would have, after what was done so far.
+        axes: The axes of the tensor after the operations so far.
     """
 
     layer: int
@@ -78,7 +78,7 @@ class IndexedKeys(_StandIn):
         return dataclasses.replace(self, axes="BDT")
 
     def float(self) -> IndexedKeys:
-        """Scores are computed in float32 anyway."""
+        """Unchanged, since scores are computed in float32 anyway."""
         return self
 
     def unsqueeze(self, axis: int) -> IndexedKeys:
@@ -99,16 +99,16 @@ class IndexedKeys(_StandIn):
 
 @dataclass(frozen=True)
 class IndexerScores(_StandIn):
-    """Stands for the scores of the tokens: of every head [B, S, H, T], and after `weights` [B, S, T].
+    """Stands for the scores of the tokens: [B, S, H, T] per head, and [B, S, T] after they are weighted.
 
     Attributes:
-        keys: What was scored.
+        keys: The keys.
         query: [B, S, H, D].
         scale: Factor on the products.
-        rectified: Whether the products went through ReLU.
-        weights: Weight of each head, [B, S, 1, H].
-        squeezed: Whether the axis of size 1 is gone.
-        mask: What is visible.
+        rectified: Whether ReLU was applied to the products.
+        weights: Weight of each head, [B, S, 1, H]; None before they are applied.
+        squeezed: Whether the axis of size 1 was removed.
+        mask: The mask of visible tokens; None before it is applied.
     """
 
     keys: IndexedKeys
@@ -120,7 +120,7 @@ class IndexerScores(_StandIn):
     mask: Mask | None = None
 
     def __mul__(self, factor: Any) -> IndexerScores:
-        """A positive factor, before the weights."""
+        """Multiply by a positive number, before the weights are applied."""
         self._check(isinstance(factor, int | float) and factor > 0 and self.weights is None, "multiplication")
         return dataclasses.replace(self, scale=self.scale * factor)
 
@@ -130,17 +130,17 @@ class IndexerScores(_StandIn):
         return dataclasses.replace(self, squeezed=True)
 
     def masked_fill(self, mask: Any, value: float) -> IndexerScores:
-        """What is not visible is never selected."""
+        """Apply the inverted mask, so that tokens that are not visible are never selected."""
         self._check(self.squeezed and isinstance(mask, InvertedMask) and value == -torch.inf, "masked_fill")
         return dataclasses.replace(self, mask=mask.mask)
 
     @property
     def shape(self) -> tuple[Any, ...]:
-        """[B, S, T], with a T that exceeds every number of tokens to select: `moec::indexer` takes the smaller one."""
+        """[B, S, T] with a T above any number of tokens to select, since `moec::indexer` handles a smaller T itself."""
         return (*self.query.shape[:2], sys.maxsize)
 
     def topk(self, k: int, dim: int = -1) -> SelectedTokens:
-        """Emit the op."""
+        """Emit `moec::indexer` with the recorded operands."""
         mask, weights = self.mask, self.weights
         if mask is None or weights is None or not (self.rectified and dim == -1 and isinstance(k, int)):
             raise self._unknown("topk")
@@ -179,10 +179,10 @@ class IndexerScores(_StandIn):
 
 @dataclass(frozen=True)
 class SelectedTokens(_StandIn):
-    """Stands for the indices of the selected tokens, which a layer hands to its attention function or the next layer.
+    """Stands for the indices of the selected tokens, which a layer passes to its attention function or the next layer.
 
     Attributes:
-        mask: [B, S, T] bool; None while the shapes of the states are still being found out.
+        mask: [B, S, T] bool, true for selected tokens; None in the first pass, which finds the shapes of the states.
     """
 
     mask: Tensor | None
@@ -193,13 +193,13 @@ class SelectedTokens(_StandIn):
         return self
 
     def to(self, dtype: torch.dtype) -> SelectedTokens:
-        """Of another integer type."""
+        """Unchanged by a cast to another integer type."""
         self._check(not dtype.is_floating_point, "to")
         return self
 
 
 def update_indexer(record: Recording, layer: int, key: Tensor) -> IndexedKeys:
-    """What the cache hands to an indexer that gives it the keys of the new tokens, [B, S, D]."""
+    """The stand-in for the keys of the cache, for an indexer that adds the keys `key` [B, S, D] of the new tokens."""
     if record.past is None:
         record.states.setdefault((layer, KIND), (("batch", 1, "past_sequence", int(key.shape[-1])), key.dtype))
     return IndexedKeys(record, layer, key)

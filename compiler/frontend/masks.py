@@ -39,7 +39,8 @@ class MaskPattern:
 class Mask:
     """Stands for a mask tensor: it holds the mask function, which is classified when a layer attends with it.
 
-    A mask that no layer uses is never classified. Using a Mask as a tensor raises `MaskUseError`.
+    A mask that no layer uses is never classified. Apart from what an indexer needs, using a Mask as a tensor raises
+    `MaskUseError`.
     """
 
     function: MaskFunction
@@ -55,14 +56,14 @@ class Mask:
 
     @property
     def dtype(self) -> torch.dtype:
-        """bool: True where a token is visible."""
+        """torch.bool: true means visible."""
         return torch.bool
 
     def __getattr__(self, name: str) -> Any:
         raise MaskUseError
 
     def __getitem__(self, index: Any) -> Mask:
-        """The mask of the first head, which is that of all."""
+        """The mask of the first head, `mask[:, 0]`, which all heads share."""
         if index[:2] != (slice(None), 0) or any(item != slice(None) for item in index[2:]):
             raise MaskUseError
         return self
@@ -78,7 +79,7 @@ class Mask:
 
 @dataclass(frozen=True, slots=True)
 class InvertedMask:
-    """What is not visible in a mask."""
+    """Stands for the inverse of a mask: the tokens that are not visible."""
 
     mask: Mask
 

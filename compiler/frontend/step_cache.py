@@ -68,7 +68,7 @@ class StepLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):  # type: ignor
         return recurrent_states
 
     def update_indexer(self, indexer_key_states: Tensor) -> IndexedKeys:
-        """Take the new keys [B, S, D] of an indexer; `moec::indexer` appends and scores them."""
+        """Record the new keys [B, S, D] of an indexer; `moec::indexer` appends them to the past and scores them."""
         return update_indexer(self.record, self.index, indexer_key_states)
 
     def get_seq_length(self) -> Any:

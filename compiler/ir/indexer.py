@@ -1,8 +1,8 @@
-"""`moec::indexer`: which earlier tokens the layers of a model with sparse attention attend to.
+"""`moec::indexer`: selects the tokens to which sparse attention attends.
 
 Importing this module registers the op in the namespace `torch.ops.moec`. DeepSeek-V3.2, GLM-5 and others score every
-earlier token with a few narrow heads and attend to the tokens with the largest scores (arXiv 2512.02556, "lightning
-indexer"). The keys of these heads are a state of their own.
+earlier token with a few narrow heads, and attend only to the tokens with the largest scores (the "lightning indexer" of
+arXiv 2512.02556). The keys of these heads are a state of the kind "index_key".
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ def indexer(
     """Select the tokens that each new token attends to.
 
     `score[t] = sum over heads of weights * relu(scale * query . key[t])`, in float32. A token is selected if it is
-    visible and no more than `top_k - 1` visible tokens have a larger score. Tokens of equal score are selected or left
-    out together, so that more than `top_k` may be selected; with the heads of a released model, scores are distinct.
+    visible and at most `top_k - 1` visible tokens have a larger score. Tokens with equal scores are selected or
+    left out together, so more than `top_k` tokens may be selected. In released models scores are distinct.
 
     Args:
         query: [B, S, H, D], rotary embedding applied.
-        key: [B, 1, S, D], which all heads share.
+        key: [B, 1, S, D], shared by all heads.
         weights: Weight of each head, [B, S, H].
         past_key: [B, 1, P, D].
         cache_position: Slots of the new tokens in the cache, [S] int64.
         attention_mask: [B, P + S], 0 where the slot is padding, or None.
         scale: Factor on the products.
-        kind: What is visible, see `moec.compiler.ir.ops.visible`.
-        window: See there.
+        kind: Kind of the mask, as in `moec.compiler.ir.ops.visible`.
+        window: Size of the mask's window or chunk.
         top_k: Number of tokens to select, at least 1.
 
     Returns:
@@ -69,7 +69,7 @@ def visible_scores(
     kind: str,
     window: int,
 ) -> Tensor:
-    """Score of each token, -inf where it is not visible: [B, S, P + S] float32. Arguments as in `indexer`."""
+    """Scores of all tokens, -inf for those that are not visible: [B, S, P + S] float32; arguments as for `indexer`."""
     keys = torch.cat([past_key, key], dim=2)
     products = torch.matmul(query.transpose(1, 2).float(), keys.transpose(-1, -2).float()) * scale
     scores = (weights.transpose(1, 2).unsqueeze(-1).float() * products.relu()).sum(1)

@@ -125,7 +125,7 @@ SEMANTIC: Mapping[Any, str] = {
     EXPERTS: "the experts of a layer; a slot whose weight is 0 contributes nothing",
     SELECT: "the routing weights that a policy keeps, renormalised or not",
     ATTENTION: "attention over a cache to which this step's keys and values are appended",
-    INDEXER: "which earlier tokens a layer attends to, by scores of their own (arXiv 2512.02556)",
+    INDEXER: "the tokens that sparse attention attends to, selected by scores of an indexer (arXiv 2512.02556)",
     LINEAR_ATTENTION: "a scan over the tokens with a state of one matrix per head (arXiv 2412.06464 and others)",
     CAUSAL_CONV: "a convolution of each channel over its last inputs, which are a state",
     RMS_NORM: "root mean square norm over the last axis (arXiv 1910.07467)",

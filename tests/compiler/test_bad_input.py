@@ -234,7 +234,7 @@ def quantized(checkpoint: Path) -> None:
         (damaged_config, 10, ["cannot be read as JSON"]),
         (unknown_model, 3, ["no_such_model"]),
         (remote_code, 3, ["auto_map", "--trust-remote-code"]),
-        (quantized, 3, ["stored quantized (hqq)", "moec reads awq, bitsandbytes", "dequantized"]),
+        (quantized, 3, ["the weights are quantized (hqq)", "moec reads awq, bitsandbytes", "dequantized"]),
     ],
 )
 def test_bad_checkpoints(
