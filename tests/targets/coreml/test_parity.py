@@ -16,6 +16,7 @@ from moec.compiler.gates.cases import Case
 from moec.compiler.gates.compare import compare, run_case
 from moec.compiler.gates.reference import Oracle
 from moec.compiler.gates.tolerance import TOLERANCES, Precision
+from moec.compiler.ir.program import INDEXER
 
 LIMITS = {"fp32": 1e-4, "fp16": 2e-2}
 TIED_PROMPT = 2
@@ -72,7 +73,10 @@ def test_every_family(family: str, dtype: torch.dtype, tiny_checkpoint: Any, pro
 @pytest.mark.parametrize("family", sorted(set(family_names()) - NOT_CAPTURED - HYBRIDS))
 def test_every_family_for_swift_transformers(family: str, tiny_checkpoint: Any, program_of: Any, lower: Any) -> None:
     program = program_of(tiny_checkpoint(family), torch.float32)
-    if family in SEVERAL_STATES or program.nodes(INDEXER):
+    if program.nodes(INDEXER):
+        with pytest.raises(LoweringError, match="its state of kind index_key is not a KV cache"):
+            lower(program, context=64, flavor="swift-transformers")
+    elif family in SEVERAL_STATES:
         with pytest.raises(LoweringError, match="KV caches that differ between layers"):
             lower(program, context=64, flavor="swift-transformers")
     else:
