@@ -16,6 +16,7 @@ from moec.compiler.gates.cases import Case
 from moec.compiler.gates.compare import compare, run_case
 from moec.compiler.gates.reference import Oracle
 from moec.compiler.gates.tolerance import TOLERANCES, Precision
+from moec.compiler.ir.program import INDEXER
 
 LIMITS = {"fp32": 1e-4, "fp16": 2e-2}
 TIED_PROMPT = 2
