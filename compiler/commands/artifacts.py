@@ -28,7 +28,7 @@ def verify(
         signed = signature.check(directory, public_key)
 
     def show() -> None:
-        console.line(f"{directory}: {len(digests)} files are as they were built")
+        console.line(f"{directory}: {len(digests)} files are unchanged since they were built")
         if signed is not None:
             console.line(f"the signature is valid: {signed}")
 

@@ -18,7 +18,7 @@ from moec.compiler.common.errors import MoecError, first_line
 MAX_BYTES = 64 << 20
 """Largest JSON or YAML file that is read; moec.json of a model with 100,000 tensors takes a tenth of that."""
 MAX_NODES = 200_000
-"""Most values that a YAML file may stand for once its aliases are written out."""
+"""Largest number of values of a YAML file after its aliases are expanded."""
 
 MAX_DEPTH = 100
 """Deepest nesting of brackets in a YAML file: the time that PyYAML takes grows with the open brackets at each step."""
@@ -95,12 +95,10 @@ def parse_json(path: Path, data: bytes, error: type[_BadFile], *, hint: str) -> 
 
 
 def read_yaml(path: Path, error: type[_BadFile], *, hint: str) -> dict[str, Any]:
-    """Read a file that holds one YAML mapping, and refuse one whose aliases stand for more than `MAX_NODES` values.
-
-    Args: as for `read_json`.
+    """Read a file that holds one YAML mapping; arguments as for `read_json`.
 
     Raises:
-        MoecError: As for `read_json`.
+        MoecError: As for `read_json`, or its aliases expand to more than `MAX_NODES` values.
     """
     value = _parsed(path, _read(path, "YAML", error, hint), _load_yaml, "YAML", error, hint)
     if not isinstance(value, dict):
@@ -146,7 +144,7 @@ def _load_yaml(text: str) -> Any:
 
 
 def _count(node: yaml.Node, known: dict[int, int]) -> int:
-    """The number of values that `node` stands for; an alias counts each time it is used.
+    """The number of values of `node` after its aliases are expanded.
 
     Raises:
         ValueError: There are more than `MAX_NODES`, or a node contains itself.

@@ -143,7 +143,7 @@ class Attention(_View):
 
 @dataclass(frozen=True, slots=True)
 class Indexer(_View):
-    """Operands of `moec::indexer`; shapes and meaning as there."""
+    """Operands of `moec::indexer`, with the same shapes and meaning."""
 
     query: fx.Node
     key: fx.Node
