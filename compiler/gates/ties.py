@@ -19,8 +19,9 @@ from torch import Tensor, fx
 
 from moec.compiler.common.errors import UnsupportedModelError
 from moec.compiler.ir.analysis import ancestors, is_mixer
-from moec.compiler.ir.indexer import visible_scores
+from moec.compiler.ir.indexer import token_scores
 from moec.compiler.ir.operands import Experts
+from moec.compiler.ir.ops import visible
 from moec.compiler.ir.program import EXPERTS, INDEXER, Program
 
 aten = torch.ops.aten
@@ -51,16 +52,22 @@ def _cut_gap(scores: Tensor, counts: Tensor, negated: bool = False) -> Tensor:
     return torch.where((counts > 0) & (counts <= last), gap, torch.inf)
 
 
-def _threshold_gap(scores: Tensor, count: int) -> Tensor:
-    """Gap between the `count`th largest score and the largest one below it, relative to the largest |score|: [...].
+def _selection_gap(operands: tuple[Any, ...], selected: Tensor, keys: Tensor) -> Tensor:
+    """Gap between the lowest score that an indexer selects and the highest that it leaves, relative to the largest.
 
-    Scores that are equal bit by bit are taken or left together. Infinite where nothing finite is left.
+    Args:
+        operands: The arguments of `moec::indexer`.
+        selected: Its first result, [B, S, T] bool; scores that are equal bit by bit are taken or left together.
+        keys: Its second result.
+
+    Returns:
+        [B, S], infinite where nothing visible is left.
     """
-    scores = scores.double()
-    threshold = scores.topk(min(count, scores.shape[-1])).values[..., -1:]
-    left = scores.masked_fill(scores >= threshold, -torch.inf).amax(-1)
-    scale = torch.where(scores.isfinite(), scores.abs(), 0).amax(-1).clamp(min=1e-30)
-    return torch.nan_to_num((threshold.squeeze(-1) - left) / scale, nan=torch.inf, posinf=torch.inf)
+    query, _, weights, _, position, mask, scale, kind, window, _ = operands
+    left = visible(position, keys.shape[2], mask, kind, window) & ~selected
+    scores = token_scores(query, keys, weights, scale).double()
+    gap = scores.masked_fill(~selected, torch.inf).amin(-1) - scores.masked_fill(~left, -torch.inf).amax(-1)
+    return gap / scores.masked_fill(~(left | selected), 0).abs().amax(-1).clamp(min=1e-30)
 
 
 def _argmax_gap(scores: Tensor, dim: int | None = -1, *_: object) -> Tensor:
@@ -149,7 +156,7 @@ class RouterWatch:
         self.slots: dict[int, np.ndarray] = {}
         self._ranked: Tensor | None = None
 
-    def __call__(self, node: fx.Node, args: tuple[Any, ...], result: Any) -> None:  # noqa: ARG002
+    def __call__(self, node: fx.Node, args: tuple[Any, ...], result: Any) -> None:
         """See `moec.compiler.ir.interpreter.Observer`."""
         if node in self._decisions:
             gaps = _GAPS[node.target](*args)
@@ -162,9 +169,7 @@ class RouterWatch:
             if node.target in _VALUES_AND_INDICES:
                 self._ranked = args[0]
         elif node.target is INDEXER:
-            *operands, top_k = args
-            gaps = _threshold_gap(visible_scores(*operands), top_k)
-            self.tied |= (gaps < self._margin).numpy().reshape(self._shape)
+            self.tied |= (_selection_gap(args, *result) < self._margin).numpy().reshape(self._shape)
         elif node in self._layers:
             self._note_cut(args[2])
             self._note_experts(node, args[1], args[2])

@@ -53,28 +53,17 @@ def indexer(
     Returns:
         `selected` [B, S, P + S] bool, and the present keys [B, 1, P + S, D].
     """
-    scores = visible_scores(query, key, weights, past_key, cache_position, attention_mask, scale, kind, window)
-    threshold = scores.topk(min(top_k, scores.shape[-1])).values[..., -1:]
-    return (scores >= threshold) & scores.isfinite(), torch.cat([past_key, key], dim=2)
-
-
-def visible_scores(
-    query: Tensor,
-    key: Tensor,
-    weights: Tensor,
-    past_key: Tensor,
-    cache_position: Tensor,
-    attention_mask: Tensor | None,
-    scale: float,
-    kind: str,
-    window: int,
-) -> Tensor:
-    """Scores of all tokens, -inf for those that are not visible: [B, S, P + S] float32; arguments as for `indexer`."""
     keys = torch.cat([past_key, key], dim=2)
-    products = torch.matmul(query.transpose(1, 2).float(), keys.transpose(-1, -2).float()) * scale
-    scores = (weights.transpose(1, 2).unsqueeze(-1).float() * products.relu()).sum(1)
     allowed = visible(cache_position, keys.shape[2], attention_mask, kind, window)
-    return scores.masked_fill(~allowed, -torch.inf)
+    scores = token_scores(query, keys, weights, scale).masked_fill(~allowed, -torch.inf)
+    threshold = scores.topk(min(top_k, scores.shape[-1])).values[..., -1:]
+    return allowed & (scores >= threshold), keys
+
+
+def token_scores(query: Tensor, keys: Tensor, weights: Tensor, scale: float) -> Tensor:
+    """Score of each token in `keys` [B, 1, T, D], visible or not: [B, S, T] float32; the rest as in `indexer`."""
+    products = torch.matmul(query.transpose(1, 2).float(), keys.transpose(-1, -2).float()) * scale
+    return (weights.transpose(1, 2).unsqueeze(-1).float() * products.relu()).sum(1)
 
 
 @torch.library.register_fake("moec::indexer")  # type: ignore[untyped-decorator]

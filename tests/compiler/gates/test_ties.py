@@ -6,7 +6,15 @@ import torch
 
 from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.gates.compare import excused_positions
-from moec.compiler.gates.ties import RouterWatch, _comparison_gap, _independent, _top_k_gap, decision_nodes
+from moec.compiler.gates.ties import (
+    RouterWatch,
+    _comparison_gap,
+    _independent,
+    _selection_gap,
+    _top_k_gap,
+    decision_nodes,
+)
+from moec.compiler.ir.indexer import INDEXER
 from moec.compiler.ir.interpreter import ProgramRunner
 from moec.compiler.ir.program import EXPERTS, Program
 
@@ -111,3 +119,19 @@ def test_a_tie_that_did_not_flip_excuses_nothing() -> None:
 
 def test_nan_is_never_excused() -> None:
     assert not excused_positions(np.array([[np.inf]]), np.array([[True]]), 1e-4).any()
+
+
+def test_an_indexer_ties_where_a_token_that_it_leaves_scores_like_one_that_it_selects() -> None:
+    """Keys of one element whose value is their score; equal ones are selected together, so they are no tie."""
+
+    def gap(*scores: float, top_k: int) -> float:
+        past = torch.tensor(scores)[None, None, :-1, None]
+        new = torch.tensor(scores)[None, None, -1:, None]
+        one = torch.ones(1, 1, 1)
+        operands = (one[..., None], new, one, past, torch.tensor([len(scores) - 1]), None, 1.0, "causal", 0, top_k)
+        return float(_selection_gap(operands, *INDEXER(*operands)))
+
+    assert gap(4.0, 1.0, 2.0, 2.001, top_k=2) == pytest.approx(0.001 / 4, rel=1e-3)
+    assert gap(4.0, 1.0, 2.0, 2.0, top_k=2) == pytest.approx(1.0 / 4)
+    assert gap(4.0, 1.0, 2.0, top_k=3) == torch.inf
+    assert gap(2.0, 2.0, 2.0, top_k=1) == torch.inf
