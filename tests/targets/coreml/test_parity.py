@@ -30,7 +30,16 @@ NOT_CAPTURED = frozenset({"doge", "llama", "nllb_moe", "switch_transformers"})
 """Encoder-decoders, a dense model and a dynamic mask."""
 HYBRIDS = frozenset(
     {
-        *("bailing_hybrid", "granitemoehybrid", "jamba", "kimi_linear", "lfm2_moe", "minimax", "nemotron_h"),
+        *(
+            "bailing_hybrid",
+            "granitemoehybrid",
+            "jamba",
+            "kimi_linear",
+            "lara_mini",
+            "lfm2_moe",
+            "minimax",
+            "nemotron_h",
+        ),
         *("qwen3_5_moe_text", "qwen3_next", "zaya"),
     }
 )
