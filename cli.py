@@ -28,6 +28,7 @@ from moec.compiler.commands.generation import run
 from moec.compiler.commands.inspection import doctor, families, inspect
 from moec.compiler.commands.options import ArtifactDirectory, Demands, OutputConsole, Quantize, Revision, Routing, Trust
 from moec.compiler.commands.pipelines import build, diff, publish
+from moec.compiler.commands.search import search
 from moec.compiler.commands.serve import serve
 from moec.compiler.common.errors import MoecError, UsageError, out_of_memory
 from moec.compiler.common.memory import check_address_space, keep_freed_memory
@@ -195,7 +196,7 @@ def _application(arguments: list[str]) -> typer.Typer:
         """Compile Mixture-of-Experts checkpoints into deployable artifacts, with proof."""
 
     app.command("export")(_guarded(_export_command(arguments), compiles=True))
-    compiling = (build, calibrate, estimate, validate, families)
+    compiling = (build, search, calibrate, estimate, validate, families)
     for command in (*compiling, verify, run, chat, serve, inspect, diff, publish, doctor):
         compiles = command in compiling
         app.command(command.__name__)(_guarded(with_groups(command), compiles=compiles))

@@ -19,8 +19,8 @@ class PerLayer(Policy):
     """Keeps in layer l what the policy of that layer keeps; all slots where it has none.
 
     Which rule serves a layer best, and how much it may save, differs from layer to layer; `moec search` looks for both.
-    A policy with numbers per MoE layer has one of each here, for the layer that it stands in; `renormalize` is that of
-    this policy in all of them.
+    A policy with numbers per MoE layer has one of each here, for the layer that it stands in. Kept weights are scaled
+    where this policy and that of the layer say so.
 
     Attributes:
         layers: A policy per MoE layer, or None. In a recipe: `{policy: top-p, mass: 0.9}`.
@@ -47,6 +47,11 @@ class PerLayer(Policy):
             "policy per-layer is not fitted to a budget: each layer has a policy with parameters of its own",
             hint="moec search finds them; a recipe gives them as routing.parameters",
         )
+
+    def renormalizes(self, layer: int) -> bool:
+        """See `Policy.renormalizes`."""
+        own = self.layers[layer] if self.layers else None
+        return self.renormalize and (own is None or own.renormalize)
 
     def keep(self, slots: Slots) -> Tensor | None:
         """See `Policy.keep`."""

@@ -112,7 +112,11 @@ def parameters_of(chosen: Policy) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """The inverse of `_value`."""
+    """The inverse of `_value`; of a policy within a policy only what is not at its default."""
     if isinstance(value, tuple):
         return [_plain(item) for item in value] if any(isinstance(item, Policy) for item in value) else value
-    return {"policy": value.name, **parameters_of(value)} if isinstance(value, Policy) else value
+    if not isinstance(value, Policy):
+        return value
+    changed = [field for field in fields(value) if getattr(value, field.name) != field.default]
+    own = {field.name: _plain(getattr(value, field.name)) for field in changed}
+    return {"policy": value.name, **own}

@@ -45,6 +45,13 @@ def test_a_layer_of_any_policy_stands_alone(whole: Policy) -> None:
     assert not torch.equal(chosen(whole, 0), chosen(whole, 1))
 
 
+def test_a_layer_may_leave_its_kept_weights_as_they_are() -> None:
+    mixed = PerLayer(layers=(TopP(mass=0.6), TopP(mass=0.6, renormalize=False)))
+    assert torch.equal(chosen(mixed, 0), chosen(TopP(mass=0.6), 0))
+    assert torch.equal(chosen(mixed, 1), chosen(TopP(mass=0.6, renormalize=False), 0))
+    assert not torch.equal(chosen(mixed, 0), chosen(mixed, 1))
+
+
 def test_json_holds_it() -> None:
     plain = json.loads(json.dumps(parameters_of(MIXED)))
     assert plain["layers"][0] is None
