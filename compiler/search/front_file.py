@@ -1,4 +1,7 @@
-"""front.json: what a search found, with what it was measured on. The models here are its schema."""
+"""front.json: what a search found, with what it was measured on. The models here are its schema.
+
+`docs/front.schema.json` is this as JSON Schema; a test compares the two.
+"""
 
 from __future__ import annotations
 

@@ -181,16 +181,23 @@ class IncrementalRunner(ProgramRunner):
         return tuple(node for node in self._nodes[:cut] if node in before and (node in used or node is logits))
 
     def _set(self, variant: Variant) -> None:
-        """Find the weights of a variant."""
-        self._variant, self._weights = variant, {}
+        self._variant, self._weights = variant, self._weights_of(variant)
+
+    def weights_of(self, variant: Variant) -> dict[str, LazyTensor]:
+        """The weights of a variant that are not those of the pretrained model."""
+        return {name: own.tensor for name, own in self._weights_of(variant).items()}
+
+    def _weights_of(self, variant: Variant) -> dict[str, _Weight]:
+        found: dict[str, _Weight] = {}
         for part, text in zip(self._parts, variant.formats, strict=True):
             if text != FLOAT:
-                self._weights |= {name: _Weight(f"{name} {text}", self._in_format(name, text)) for name in part.names}
+                found |= {name: _Weight(f"{name} {text}", self._in_format(name, text)) for name in part.names}
         for number, removed in enumerate(variant.removed):
             for name, rows in self._rows_of(number, removed).items():
-                own = self._weights.get(name, _Weight(name, self.program.weights[name]))
+                own = found.get(name, _Weight(name, self.program.weights[name]))
                 key = f"{own.key} without {removed}"
-                self._weights[name] = _Weight(key, SelectedRows(own.tensor, rows.indices))
+                found[name] = _Weight(key, SelectedRows(own.tensor, rows.indices))
+        return found
 
     def _in_format(self, name: str, text: str) -> LazyTensor:
         source, fmt = self.program.weights[name], parse_format(text)

@@ -41,7 +41,7 @@ class Moves:
             kinds += [self.swap, self.move_slots]
         if len(self._formats) > 1:
             kinds.append(self.move_bytes)
-        return kinds[int(random.integers(len(kinds)))](genome, random)
+        return self._space.canonical(kinds[int(random.integers(len(kinds)))](genome, random))
 
     def step(self, genome: Genome, random: Random) -> Genome:
         """Change one to three genes a little; a rule is drawn anew."""

@@ -38,7 +38,7 @@ def seeds(space: Space, costs: Costs, sensitivities: Sensitivities, traces: Sequ
     """
     mixed = list(_mixed(space, sensitivities)) if space.routing else []
     fitted = list(_fitted(space, sensitivities, traces)) if space.routing else []
-    stored = list(_stored(space, costs, sensitivities))
+    stored = list(allocated_formats(space, costs, sensitivities))
     joint = [_joined(space, routed, held) for routed in mixed[::2] for held in stored[::2]]
     every = [space.unchanged, *mixed, *stored, *joint, *fitted]
     return [np.array(key) for key in dict.fromkeys(tuple(space.canonical(genome).tolist()) for genome in every)]
@@ -80,17 +80,17 @@ def _options(space: Space, sensitivities: Sensitivities, layer: int) -> list[tup
 
 
 def _fitted(space: Space, sensitivities: Sensitivities, traces: Sequence[RoutingTrace]) -> Iterator[Genome]:
-    losses = _layer_losses(space, sensitivities)
+    measured = layer_losses(space, sensitivities)
     for name in POLICIES:
         for budget in BUDGETS:
             try:
-                chosen = fit(name, traces, budget, losses)
+                chosen = fit(name, traces, budget, measured)
             except UsageError:
                 continue  # this policy cannot keep so little, or so much
             yield space.nearest([in_layer(chosen, layer) for layer in range(len(space.slots))])
 
 
-def _layer_losses(space: Space, sensitivities: Sensitivities) -> LayerLosses:
+def layer_losses(space: Space, sensitivities: Sensitivities) -> LayerLosses:
     """The tables that policies are fitted with, read off the measured curves."""
     by_k, by_mass = [], []
     for layer, slots in enumerate(space.slots):
@@ -106,7 +106,8 @@ def _layer_losses(space: Space, sensitivities: Sensitivities) -> LayerLosses:
     return LayerLosses(tuple(by_k), MASSES, tuple(by_mass))
 
 
-def _stored(space: Space, costs: Costs, sensitivities: Sensitivities) -> Iterator[Genome]:
+def allocated_formats(space: Space, costs: Costs, sensitivities: Sensitivities) -> Iterator[Genome]:
+    """Formats that lose least in several sizes, as `--quantize auto` allocates them, the smallest first."""
     offered = {}
     for gene in space.genes:
         if gene.kind == "format":

@@ -4,10 +4,10 @@ Divergences of single choices add up nearly: with v_g the root of what choice g 
 prediction of the additive model. What was measured is regressed as the ratio to S by a Gaussian process (Rasmussen and
 Williams, "Gaussian Processes for Machine Learning", 2006, chapters 2 and 5) with prior mean 1 and the kernel
 
-    a sum_g f_g f'_g  +  b (e . e')^2  +  c exp(-|e - e'|^2 / 2 l^2 - (log S - log S')^2 / 2 m^2)  +  n,
+    a sum_g f_g f'_g  +  c exp(-|e - e'|^2 / 2 l^2 - (log S - log S')^2 / 2 m^2)  +  n,
 
-f = v^2 / S, e = v / |v|: a lets single choices count more or less than measured, b lets pairs of them add up or cancel
-(a loss that is quadratic in the change of the logits has such terms), c is for what is left. n is noise.
+f = v^2 / S, e = v / |v|: a lets single choices count more or less than measured, c lets them help or hurt each other
+where they go together, and more or less where much is changed. n is noise.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from scipy.stats import spearmanr
 
 FLOOR = 1e-6
 """Nats: least S, where ratios would mean nothing."""
-START = np.log([0.1, 0.1, 0.1, 0.5, 1.0, 0.02])
-"""Logarithms of a, b, c, l, m and n before they are fitted."""
-BOUNDS = [(-9.0, 3.0)] * 3 + [(-3.0, 2.0), (-2.0, 3.0), (-9.0, 1.0)]
+START = np.log([0.1, 0.1, 0.5, 1.0, 0.02])
+"""Logarithms of a, c, l, m and n before they are fitted."""
+BOUNDS = [(-9.0, 3.0)] * 2 + [(-3.0, 2.0), (-2.0, 3.0), (-9.0, 1.0)]
 LEAST = 12
 """Measured individuals before the parameters of the kernel are fitted."""
 MISLEADS = 0.7
@@ -50,12 +50,12 @@ class _Features:
 
 
 def _kernel(theta: Array, first: _Features, second: _Features) -> Array:
-    a, b, c, length, scale, _ = np.exp(theta)
+    a, c, length, scale, _ = np.exp(theta)
     cosines = first.directions @ second.directions.T
     norms = (first.directions**2).sum(1)[:, None] + (second.directions**2).sum(1)[None]
     distances = np.maximum(norms - 2 * cosines, 0.0) / (2 * length**2)
     distances = distances + (first.logs[:, None] - second.logs[None]) ** 2 / (2 * scale**2)
-    found: Array = a * (first.shares @ second.shares.T) + b * cosines**2 + c * np.exp(-distances)
+    found: Array = a * (first.shares @ second.shares.T) + c * np.exp(-distances)
     return found
 
 
@@ -98,7 +98,7 @@ class Surrogate:
         )
 
     def _covariance(self, theta: Array) -> Array:
-        noise = np.exp(theta[5]) + self._noise
+        noise = np.exp(theta[4]) + self._noise
         found: Array = _kernel(theta, self._features, self._features) + np.diag(noise)
         return found
 
