@@ -181,7 +181,7 @@ def _version(wanted: bool) -> None:
 
 
 def _application(arguments: list[str]) -> typer.Typer:
-    """The application; `export` has the flags of the target that the command line or its recipe names."""
+    """The application; `export` and `search` have the flags of the target that the command line or its recipe names."""
     app = typer.Typer(name="moec", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
     @app.callback()
@@ -195,19 +195,21 @@ def _application(arguments: list[str]) -> typer.Typer:
     ) -> None:
         """Compile Mixture-of-Experts checkpoints into deployable artifacts, with proof."""
 
-    app.command("export")(_guarded(_export_command(arguments), compiles=True))
-    compiling = (build, search, calibrate, estimate, validate, families)
+    for function in (export, search):
+        app.command(function.__name__)(_guarded(_with_target_flags(function, arguments), compiles=True))
+    compiling = (build, calibrate, estimate, validate, families)
     for command in (*compiling, verify, run, chat, serve, inspect, diff, publish, doctor):
         compiles = command in compiling
         app.command(command.__name__)(_guarded(with_groups(command), compiles=compiles))
     return app
 
 
-def _export_command(arguments: list[str]) -> Callable[..., int]:
+def _with_target_flags(function: Callable[..., int], arguments: list[str]) -> Callable[..., int]:
+    """A command with the flags of the target that the command line, not parsed yet, names for it."""
     from moec.compiler.commands.flags import named_target, with_flags, without_flags
 
-    name = named_target(arguments) if arguments[:1] == ["export"] else None
-    command = with_groups(export)
+    name = named_target(arguments) if arguments[:1] == [function.__name__] else None
+    command = with_groups(function)
     if name is None:
         return without_flags(command)
     from moec.targets import get_target

@@ -99,8 +99,11 @@ def search(
     store: Annotated[Path | None, typer.Option(help="Directory of measurements that searches share.")] = None,
     revision: Revision = None,
     trust_remote_code: Trust = False,
+    **options: Any,
 ) -> int:
     """Search routing, pruning and formats of every layer together, and judge the best recipes on held-out text.
+
+    Name a target to see its own options: moec search --target NAME --help.
 
     Each recipe of the front is built by: moec export CHECKPOINT --recipe SEARCH/front/00.yaml -o out
     """
@@ -110,10 +113,11 @@ def search(
 
     if executor not in EXECUTORS:
         raise unknown(executor, EXECUTORS, "unknown executor", "the executors")
+    own = {name: value for name, value in options.items() if value is not None}
     if resume:
-        directory, settings = _resumed(checkpoint, {**wanted, **limits}, output)
+        directory, settings = _resumed(checkpoint, {**wanted, **limits, **own}, output)
     else:
-        asked = {**wanted, "revision": revision, "trust_remote_code": trust_remote_code or None}
+        asked = {**wanted, "options": own, "revision": revision, "trust_remote_code": trust_remote_code or None}
         directory, settings = _begun(checkpoint, asked, limits, output)
     front = _run(console, directory, settings, executor=executor, jobs=jobs, store=store)
     console.result(front.model_dump(mode="json"), lambda: _show(console, front, directory))

@@ -137,7 +137,7 @@ def resumed(directory: Path, checkpoint: str | None = None) -> Settings:
         settings.checkpoint, revision=settings.revision, trust_remote_code=settings.trust_remote_code
     )
     known, found = content.get("source") or {}, opened.digests
-    if differing := sorted(name for name in {*known, *found} if False):
+    if differing := sorted(name for name in {*known, *found} if known.get(name) != found.get(name)):
         raise CheckpointError(
             f"{directory} is a search of another checkpoint than {opened.directory}: {', '.join(differing[:4])} differ",
             hint="give it back its checkpoint, or begin a search of this one in another directory",

@@ -72,6 +72,17 @@ def test_objectives_that_cannot_be_had_are_refused(
     assert not (tmp_path / "search").exists()
 
 
+def test_options_of_the_target_are_flags(
+    capsys: pytest.CaptureFixture[str], golden_model: Path, tmp_path: Path
+) -> None:
+    arguments = [str(golden_model), "-t", "onnx", "--flavor", "portible", "-o", str(tmp_path / "search")]
+    code, said = run(capsys, arguments)
+    assert code == 2
+    assert "flavor" in said
+    assert "portable" in said
+    assert not (tmp_path / "search").exists()
+
+
 def test_no_tokenizer_is_said(capsys: pytest.CaptureFixture[str], golden_model: Path, tmp_path: Path) -> None:
     shutil.copytree(golden_model, tmp_path / "model", ignore=shutil.ignore_patterns("tokenizer*", "texts", "*.npz"))
     code, said = run(capsys, [str(tmp_path / "model"), "-t", "onnx", "-o", str(tmp_path / "search")])
