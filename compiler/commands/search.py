@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moec.compiler.commands.flags import Group
-from moec.compiler.commands.options import Revision, Shown, Trust
+from moec.compiler.commands.options import OutputConsole, Revision, Trust
 from moec.compiler.common.errors import UsageError
 from moec.compiler.common.validation import unknown
 
@@ -41,7 +41,7 @@ class LimitFlags(Group):
     max_decode: Annotated[str | None, _limit("TIME", "Of a decode step: 12ms.")] = None
     max_prefill: Annotated[str | None, _limit("TIME", "Of a prefill.")] = None
 
-    def made(self) -> Mapping[str, str]:
+    def value(self) -> Mapping[str, str]:
         """Name of an objective -> what was given."""
         names = {
             "max_perplexity_increase": "perplexity",
@@ -73,7 +73,7 @@ class WantedFlags(Group):
     members: Annotated[int | None, typer.Option(help="Members of the front to build. (default: 6)")] = None
     seed: Annotated[int | None, typer.Option(help="Of all that chance decides. (default: 0)")] = None
 
-    def made(self) -> Mapping[str, Any]:
+    def value(self) -> Mapping[str, Any]:
         """Key of the settings -> what was given."""
         given = {key: value for key, value in asdict(self).items() if value is not None}
         if self.budget is not None:
@@ -88,7 +88,7 @@ Wanted = Annotated[Mapping[str, Any], WantedFlags]
 def search(
     wanted: Wanted,
     limits: Limits,
-    console: Shown,
+    console: OutputConsole,
     checkpoint: Annotated[
         str, typer.Argument(metavar="CHECKPOINT|SEARCH", help="Directory or hub id; with --resume a search.")
     ],

@@ -17,7 +17,7 @@ from torch import Tensor
 from moec import passes
 from moec.compiler.build.cache import tools
 from moec.compiler.common.digest import sha256_of_json, sha256_of_text
-from moec.compiler.common.files import beside
+from moec.compiler.common.files import replacing
 from moec.compiler.common.model_config import context_length
 from moec.compiler.common.progress import Progress
 from moec.compiler.frontend.capture import capture
@@ -150,7 +150,7 @@ class Evaluator:
             ids = self.windows[first : first + BATCH]
             unchanged = Variant.unchanged(self.program, self.parts)
             logits = self.runner.evaluate(unchanged, (self.folder.name, first), ids).logits
-            with beside(path) as partial, partial.open("wb") as file:
+            with replacing(path) as partial, partial.open("wb") as file:
                 np.save(file, log_probabilities(logits).numpy())
         return torch.from_numpy(np.load(path, mmap_mode="c"))
 
@@ -168,7 +168,7 @@ class Evaluator:
                 continue
             fitting = [part for part in self.parts if self._fits(part, fmt)]
             found = calibrate(self.program, plan_of(dict.fromkeys(fitting, fmt)), every, progress=progress).rounded
-            with beside(path) as partial:
+            with replacing(path) as partial:
                 save_file({key: value for name, result in found.items() for key, value in _flat(name, result)}, partial)
 
     def _fits(self, part: Part, fmt: IntegerFormat) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 from markupsafe import Markup
 
 from moec.compiler.common.errors import OutputError
-from moec.compiler.common.files import write_whole
+from moec.compiler.common.files import write_atomically
 from moec.compiler.report import plots
 from moec.compiler.report.page import Cell, Part, Section, Table, page
 from moec.compiler.report.plots import Dot, Labels
@@ -29,7 +29,7 @@ def write_report(directory: Path, front: Front) -> Path:
     """
     path = directory / REPORT
     try:
-        write_whole(path, to_html(front))
+        write_atomically(path, to_html(front))
     except OSError as error:
         raise OutputError(
             f"{path}: cannot be written: {error.strerror or error}", hint="free space, and --resume"

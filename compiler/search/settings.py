@@ -10,7 +10,7 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from moec.compiler.common.errors import ArtifactError, CheckpointError, OutputError, UsageError
-from moec.compiler.common.files import read_json, write_whole
+from moec.compiler.common.files import read_json, write_atomically
 from moec.compiler.common.validation import validate
 from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.pipeline.recipe import DType
@@ -106,7 +106,7 @@ def begin(directory: Path, settings: Settings, checkpoint: Checkpoint) -> None:
         "settings": settings.model_dump(mode="json"),
     }
     try:
-        write_whole(directory / FILE, json.dumps(content, indent=2) + "\n")
+        write_atomically(directory / FILE, json.dumps(content, indent=2) + "\n")
     except OSError as error:
         raise OutputError(
             f"{directory}: cannot be written: {error.strerror or error}", hint="choose another directory with -o"

@@ -20,7 +20,7 @@ from moec.compiler.build.matrix import Cell
 from moec.compiler.build.worker import Outcome
 from moec.compiler.common.digest import sha256_of_text
 from moec.compiler.common.errors import OutputError
-from moec.compiler.common.files import write_whole
+from moec.compiler.common.files import write_atomically
 from moec.compiler.common.progress import Progress
 from moec.compiler.gates.quality import held_out_text
 from moec.compiler.measure.latency import process
@@ -306,7 +306,7 @@ def _not_told_apart(judged: Sequence[_Judged]) -> list[tuple[str, str]]:
 
 def _write(path: Path, text: str) -> None:
     try:
-        write_whole(path, text)
+        write_atomically(path, text)
     except OSError as error:
         raise OutputError(
             f"{path}: cannot be written: {error.strerror or error}", hint="free space, and --resume"

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from moec.compiler.common.progress_bars import no_bars
+from moec.compiler.common.progress_bars import no_progress_bars
 from moec.compiler.families.tiny_models import character_tokenizer, tiny_model
 from moec.compiler.search.evaluation import Evaluator, Subject
 from moec.compiler.search.session import Finished, Opened, open_search, run_search
@@ -41,7 +41,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four of eight experts for a token, and widths that blocks of 32 divide."""
     directory = tmp_path_factory.mktemp("checkpoint")
     model = tiny_model("olmoe", intermediate_size=64, num_experts_per_tok=4)
-    with no_bars():
+    with no_progress_bars():
         model.save_pretrained(directory)
     character_tokenizer(model.config.vocab_size).save(str(directory / "tokenizer.json"))
     return directory
