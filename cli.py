@@ -28,6 +28,7 @@ from moec.compiler.commands.generation import run
 from moec.compiler.commands.inspection import doctor, families, inspect
 from moec.compiler.commands.options import ArtifactDirectory, Demands, OutputConsole, Quantize, Revision, Routing, Trust
 from moec.compiler.commands.pipelines import build, diff, publish
+from moec.compiler.commands.search import search
 from moec.compiler.commands.serve import serve
 from moec.compiler.common.errors import MoecError, UsageError, out_of_memory
 from moec.compiler.common.memory import check_address_space, keep_freed_memory
@@ -180,7 +181,7 @@ def _version(wanted: bool) -> None:
 
 
 def _application(arguments: list[str]) -> typer.Typer:
-    """The application; `export` has the flags of the target that the command line or its recipe names."""
+    """The application; `export` and `search` have the flags of the target that the command line or its recipe names."""
     app = typer.Typer(name="moec", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
     @app.callback()
@@ -194,7 +195,8 @@ def _application(arguments: list[str]) -> typer.Typer:
     ) -> None:
         """Compile Mixture-of-Experts checkpoints into deployable artifacts, with proof."""
 
-    app.command("export")(_guarded(_export_command(arguments), compiles=True))
+    for function in (export, search):
+        app.command(function.__name__)(_guarded(_with_target_flags(function, arguments), compiles=True))
     compiling = (build, calibrate, estimate, validate, families)
     for command in (*compiling, verify, run, chat, serve, inspect, diff, publish, doctor):
         compiles = command in compiling
@@ -202,11 +204,12 @@ def _application(arguments: list[str]) -> typer.Typer:
     return app
 
 
-def _export_command(arguments: list[str]) -> Callable[..., int]:
+def _with_target_flags(function: Callable[..., int], arguments: list[str]) -> Callable[..., int]:
+    """A command with the flags of the target that the command line, not parsed yet, names for it."""
     from moec.compiler.commands.flags import named_target, with_flags, without_flags
 
-    name = named_target(arguments) if arguments[:1] == ["export"] else None
-    command = with_groups(export)
+    name = named_target(arguments) if arguments[:1] == [function.__name__] else None
+    command = with_groups(function)
     if name is None:
         return without_flags(command)
     from moec.targets import get_target

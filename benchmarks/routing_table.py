@@ -28,6 +28,7 @@ from moec.passes.routing.calibrate.fit import fit
 from moec.passes.routing.calibrate.traces import kept_share, replay
 from moec.passes.routing.dynamic_routing import DynamicRouting
 from moec.passes.routing.policies.base import Policy
+from moec.passes.routing.policies.per_layer import PerLayer
 from moec.passes.routing.policies.table import BUILT_IN, parameters_of
 from moec.passes.routing.policies.top_p import TopP
 
@@ -76,7 +77,7 @@ def increase(losses: np.ndarray, reference: np.ndarray) -> tuple[float, float, f
 def jobs(traces: list[Any], sensitivities: Any) -> dict[str, Policy]:
     """All policies at all budgets, and those of the verdict at its goal, calibrated on the calibration text."""
     made: dict[str, Policy] = {}
-    for kind in BUILT_IN:
+    for kind in (kind for kind in BUILT_IN if kind is not PerLayer):
         for budget in BUDGETS:
             made[f"{kind.name} {budget:.2f}"] = fit(kind.name, traces, budget, sensitivities)
     top_k = traces[0].weights.shape[1]

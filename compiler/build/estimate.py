@@ -84,7 +84,7 @@ def estimate(wanted: EstimateRequest, progress: Progress) -> dict[str, Any]:
 def predict(counts: Counts, stored: Mapping[str, str], wanted: EstimateRequest, progress: Progress) -> dict[str, Any]:
     """The estimate from the counts of a Program; `stored` are its formats, from `counting.formats`."""
     device = None if wanted.device is None else load_device(wanted.device)
-    where = _device(device) if device else _here()
+    where = _device(device) if device else here()
     found = {
         "weights": {"bytes": counts.size, "by_class": dict(counts.weight_bytes)},
         "parameters": {"total": counts.parameters, "active": counts.active},
@@ -121,7 +121,8 @@ def _device(device: Device) -> dict[str, Any]:
     return device.model_dump()
 
 
-def _here() -> dict[str, Any]:
+def here() -> dict[str, Any]:
+    """This machine as a device: its bandwidth is measured once."""
     key = {"machine": machine(), "moec": moec.__version__}
     measured = cached("bandwidth", key, lambda: {"bandwidth": bandwidth()})
     assert measured is not None

@@ -76,17 +76,10 @@ def on_ray(tasks: Sequence[Task], jobs: int) -> Iterator[Outcome]:
     Raises:
         MissingExtraError: Ray is not installed.
     """
-    if importlib.util.find_spec("ray") is None:
-        raise MissingExtraError("ray is not installed", hint="pip install 'moec[ray]'")
-    import ray
-
-    started = not ray.is_initialized()
-    if started:
-        ray.init(configure_logging=False, log_to_driver=False, include_dashboard=False)
     cores = max(1, (os.cpu_count() or 1) // jobs)
-    remote: Any = ray.remote(num_cpus=cores, max_retries=1)(_on_node)
-    waiting = {remote.remote(asdict(task), list(sys.path)): task for task in tasks}
-    try:
+    with ray_cluster() as ray:
+        remote: Any = ray.remote(num_cpus=cores, max_retries=1)(_on_node)
+        waiting = {remote.remote(asdict(task), list(sys.path)): task for task in tasks}
         while waiting:
             (ready,), _ = ray.wait(list(waiting), num_returns=1)
             task = waiting.pop(ready)
@@ -94,6 +87,24 @@ def on_ray(tasks: Sequence[Task], jobs: int) -> Iterator[Outcome]:
                 yield Outcome(**ray.get(ready))
             except ray.exceptions.RayError as error:
                 yield failed(task, f"its worker died: {' '.join(str(error).split())[:200]}", INTERNAL, 0.0)
+
+
+@contextlib.contextmanager
+def ray_cluster() -> Iterator[Any]:
+    """The module `ray`, connected to the cluster that RAY_ADDRESS names, or to one that is started here and ended.
+
+    Raises:
+        MissingExtraError: Ray is not installed.
+    """
+    if importlib.util.find_spec("ray") is None:
+        raise MissingExtraError("ray is not installed", hint="pip install 'moec[ray]'")
+    import ray
+
+    started = not ray.is_initialized()
+    if started:
+        ray.init(configure_logging=False, log_to_driver=False, include_dashboard=False)
+    try:
+        yield ray
     finally:
         if started:
             ray.shutdown()

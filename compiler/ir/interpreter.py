@@ -254,6 +254,13 @@ class ProgramRunner(Interpreter):
 
     def decode(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None) -> np.ndarray:
         """Continue: input_ids [B, S], attention_mask [B, past + S] (all ones if None) -> logits [B, S, V]."""
+        results = self.run(self.feeds(input_ids, attention_mask))
+        self._states = {state.input.name: results[state.output.name] for state in self.program.states}
+        self._length += input_ids.shape[1]
+        return results["logits"].float().numpy()
+
+    def feeds(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None) -> dict[str, Tensor]:
+        """What the next step is fed; arguments as for `decode`."""
         ids = torch.from_numpy(np.ascontiguousarray(input_ids, dtype=np.int64))
         states = self._states or empty_states(self.program, ids.shape[0])
         past, total = self._length, self._length + ids.shape[1]
@@ -269,10 +276,7 @@ class ProgramRunner(Interpreter):
             "cache_position": torch.arange(past, total),
             **states,
         }
-        results = self.run({**feeds, **self._extra(feeds)})
-        self._states = {state.input.name: results[state.output.name] for state in self.program.states}
-        self._length = total
-        return results["logits"].float().numpy()
+        return {**feeds, **self._extra(feeds)}
 
     def _extra(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Defaults of the inputs that passes added, such as a routing budget."""

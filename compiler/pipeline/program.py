@@ -30,7 +30,7 @@ from moec.quantize.recorded import RecordedCodes
 from moec.targets import get_target
 from moec.targets.base import Phase, Target, TargetOptions
 
-_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def build(
     with stages("capture"):
         checkpoint = _opened(recipe)
         target.check(options, checkpoint.raw_config)
-        captured = captures.of(checkpoint, _DTYPES[recipe.dtype or target.default_dtype])
+        captured = captures.of(checkpoint, DTYPES[recipe.dtype or target.default_dtype])
     with stages("passes"):
         common = (*((InputsEmbeds(),) if recipe.inputs_embeds else ()), *passes.default_passes())
         program, log = captures.after(captured, common, stages.ran)

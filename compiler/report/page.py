@@ -70,21 +70,30 @@ class Section:
 
 def to_html(report: Mapping[str, Any]) -> str:
     """The page of a report (the content of report.json)."""
-    template = (
-        importlib.resources.files("moec")
-        .joinpath("compiler", "report", "templates", TEMPLATE)
-        .read_text(encoding="utf-8")
-    )
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"size": size, "seconds": _seconds}
-    page: str = environment.from_string(template).render(
+    return page(
+        TEMPLATE,
+        sections(report),
         report=report,
         name=", ".join(report["model"].get("architectures", ())) or "artifact",
-        sections=sections(report),
     )
-    return page
+
+
+def page(template: str, content: Sequence[Section], **values: Any) -> str:
+    """A page of sections: `template` says what is above and below them, with `values`."""
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(_template),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"size": size, "seconds": _seconds}
+    return environment.get_template(template).render(sections=content, **values)
+
+
+def _template(name: str) -> str:
+    folder = importlib.resources.files("moec").joinpath("compiler", "report", "templates")
+    return folder.joinpath(name).read_text(encoding="utf-8")
 
 
 def sections(report: Mapping[str, Any]) -> list[Section]:

@@ -79,6 +79,47 @@ def line(
     return _source(svg)
 
 
+@dataclass(frozen=True)
+class Dot:
+    """A point that says what it is where the mouse rests on it, and leads somewhere when it is clicked.
+
+    Attributes:
+        x: Across.
+        y: Up.
+        text: What it says.
+        link: An id on the page; empty: none.
+        low: Lower end of an interval of `y`; None: there is none.
+        high: Upper end.
+    """
+
+    x: float
+    y: float
+    text: str
+    link: str = ""
+    low: float | None = None
+    high: float | None = None
+
+
+def scatter(labels: Labels, dots: Sequence[Dot], axes: tuple[str, str]) -> str:
+    """Points that stand by themselves, with their intervals; `axes` labels across and up."""
+    across = _Scale.of([dot.x for dot in dots])
+    up = _Scale.of([value for dot in dots for value in (dot.y, dot.low, dot.high) if value is not None])
+    svg = _canvas(labels)
+    _vertical(svg, up, axes[1])
+    _horizontal(svg, across, axes[0])
+    for dot in dots:
+        x, y = _x(across.place(dot.x)), _y(up.place(dot.y))
+        place = ElementTree.SubElement(svg, "a", {"href": f"#{dot.link}"}) if dot.link else svg
+        if dot.low is not None and dot.high is not None:
+            ends = {"y1": _y(up.place(dot.low)), "y2": _y(up.place(dot.high))}
+            _add(place, "line", {"x1": x, "x2": x, **ends}, "curve")
+        circle = ElementTree.SubElement(
+            place, "circle", {"cx": f"{x:.1f}", "cy": f"{y:.1f}", "r": "5", "class": "point"}
+        )
+        ElementTree.SubElement(circle, "title").text = dot.text
+    return _source(svg)
+
+
 BINS = 25
 
 

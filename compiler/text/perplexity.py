@@ -49,12 +49,20 @@ class Comparison:
         return math.exp(float((self.candidate - self.reference).mean())) - 1
 
     def interval(self) -> tuple[float, float]:
-        """Paired bootstrap interval of `increase` over windows: 95 %, percentile method, 2000 resamples."""
-        differences = self.candidate - self.reference
-        draws = np.random.default_rng(0).integers(0, len(differences), (RESAMPLES, len(differences)))
-        means = np.exp(differences[draws].mean(axis=1)) - 1
-        low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-        return float(low), float(high)
+        """Paired bootstrap interval of `increase` over windows."""
+        return increase_interval(self.candidate - self.reference)
+
+
+def increase_interval(differences: np.ndarray) -> tuple[float, float]:
+    """Bootstrap interval of a relative increase of perplexity: 95 %, percentile method, 2000 resamples of the windows.
+
+    Args:
+        differences: Mean loss of each window over that of another model, nats, [n].
+    """
+    draws = np.random.default_rng(0).integers(0, len(differences), (RESAMPLES, len(differences)))
+    means = np.exp(differences[draws].mean(axis=1)) - 1
+    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:

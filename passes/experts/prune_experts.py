@@ -245,12 +245,24 @@ def choose_removed(
     """
     if not 0 < share < 1:
         raise UsageError(f"the share of experts to prune must be between 0 and 1, not {share:g}")
+    ranked = rank_removable(program, traces, peaks)
+    counts = [int(share * row.num_experts + 1e-9) for row in program.layers]
+    return tuple(tuple(sorted(order[:count])) for order, count in zip(ranked, counts, strict=True))
+
+
+def rank_removable(
+    program: Program, traces: Sequence[RoutingTrace], peaks: Sequence[Tensor]
+) -> tuple[tuple[int, ...], ...]:
+    """The experts of each layer that may be removed, those that matter least first; arguments as for `choose_removed`.
+
+    Super experts are not among them, and every token finds its top-k among those that are left if all of them go.
+    """
     protected = set(super_experts(peaks))
-    removed = []
+    ranked = []
     for row, trace in zip(program.layers, traces, strict=True):
         assert trace.output_norms is not None
         scores = reap_saliency(trace.indices, trace.weights, trace.output_norms, row.num_experts).tolist()
         free = [expert for expert in range(row.num_experts) if (row.index, expert) not in protected]
-        count = min(int(share * row.num_experts + 1e-9), row.num_experts - row.top_k, len(free))
-        removed.append(tuple(sorted(sorted(free, key=lambda expert: (scores[expert], expert))[:count])))
-    return tuple(removed)
+        free.sort(key=lambda expert: (scores[expert], expert))
+        ranked.append(tuple(free[: row.num_experts - row.top_k]))
+    return tuple(ranked)

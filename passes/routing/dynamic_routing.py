@@ -112,7 +112,7 @@ class DynamicRouting(Pass):
         ordered_indices, ordered = inserter.in_order(indices, weights)
         seen = ordered if non_negative(weights) else inserter.call(aten.clamp.default, ordered, 0)
         keep = inserter.splice(rule, [hidden, ordered_indices, seen, budget])
-        selected = inserter.call(SELECT, ordered, keep, self.policy.renormalize)
+        selected = inserter.call(SELECT, ordered, keep, self.policy.renormalizes(layer))
         experts.update_arg(1, ordered_indices)
         experts.update_arg(2, selected)
         return ""

@@ -25,6 +25,7 @@ PACKAGES = (
     "compiler/pipeline",
     "compiler/families",
     "compiler/build",
+    "compiler/search",
     "compiler/run",
     "compiler/api.py",
     "compiler/commands",

@@ -29,6 +29,33 @@ files = sorted(Path(found.source.removeprefix("file://")).iterdir())
 print(json.dumps({"versions": versions, "tags": dict(found.tags), "files": [path.name for path in files]}))
 """
 
+SEARCH = """
+import json, sys, threading, time
+from pathlib import Path
+import psutil
+from moec.compiler.search.session import open_search, run_search
+from moec.compiler.search.settings import make_settings
+
+def kill_one(file):
+    \"\"\"As soon as something has been measured.\"\"\"
+    while not list(file.parent.glob(file.name)):
+        time.sleep(0.01)
+    workers = [p for p in psutil.process_iter(["cmdline"]) if "ray::_Actor" in " ".join(p.info["cmdline"] or [])]
+    workers[0].kill()
+    killed.append(workers[0].pid)
+
+fields = json.loads(sys.argv[1])
+folder, executor, killed = Path(sys.argv[2]), sys.argv[3], []
+if executor == "ray":
+    threading.Thread(target=kill_one, args=(folder / "evaluations-*.jsonl",), daemon=True).start()
+found = open_search(make_settings(fields), folder, lambda *_: None)
+done = run_search(found, folder, executor=executor, jobs=int(sys.argv[4]), store=None, progress=lambda *_: None)
+archive = done.search.archive
+front = [[*item.genome] for item in archive.front]
+print(json.dumps({"front": front, "lost": done.lost, "individuals": len(done.search.seen), "killed": len(killed),
+                  "measured": len(archive.found)}))
+"""
+
 
 @pytest.fixture(scope="session")
 def beside() -> Callable[[str], Path]:
@@ -69,6 +96,38 @@ def test_a_matrix_on_a_local_ray(
         assert [cell["status"] for cell in cells] == ["failed", status], done.stderr
         assert done.returncode == 2
     assert (tmp_path / "out" / f"{tiny_checkpoint('olmoe').name}-good" / "model.onnx").is_file()
+
+
+def test_a_search_on_a_local_ray_survives_a_worker_that_is_killed(
+    beside: Callable[[str], Path], golden_model: Path, tmp_path: Path
+) -> None:
+    fields = {
+        "checkpoint": str(golden_model),
+        "target": "onnx",
+        "objectives": "perplexity,expert-flops",
+        "windows": 4,
+        "window": 32,
+        "population": 12,
+        "generations": 2,
+    }
+    answers = []
+    for executor in ("local", "ray"):
+        done = run(
+            beside("ray"),
+            "-c",
+            SEARCH,
+            json.dumps(fields),
+            tmp_path / executor,
+            executor,
+            "2" if executor == "ray" else "1",
+        )
+        assert done.returncode == 0, done.stderr
+        answers.append(json.loads(done.stdout.splitlines()[-1]))
+    here, there = answers
+    assert (here["killed"], there["killed"]) == (0, 1)
+    assert there["lost"] == 0
+    assert there["front"] == here["front"]
+    assert len(there["front"]) > 2
 
 
 def test_versions_in_mlflow(

@@ -17,5 +17,6 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "activation-norm": {"center": 2.0, "location": [1.0, 1.0], "spread": [0.3, -0.2]},
     "uniform-k": {"k": 2},
     "random-drop": {"probability": 0.5},
+    "per-layer": {"layers": [{"policy": "top-p", "mass": 0.8}, {"policy": "threshold", "tau": 0.2}]},
 }
 POLICIES = {built_in.name: policy(built_in.name, **PARAMETERS[built_in.name]) for built_in in BUILT_IN}

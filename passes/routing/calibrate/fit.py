@@ -50,8 +50,6 @@ def fit(
 def bisect_knob(start: Policy, layers: Sequence[Slots], budget: float) -> Policy:
     """Set the policy's knob by bisection so that it keeps the share `budget` of the slots.
 
-    The kept share is monotone in the knob; its values at the two ends of the range show whether it rises or falls.
-
     Args:
         start: The policy, with its per-layer parameters set.
         layers: The replayed slots of every MoE layer.
@@ -60,13 +58,35 @@ def bisect_knob(start: Policy, layers: Sequence[Slots], budget: float) -> Policy
     Raises:
         UsageError: No value of the knob comes within half a percent.
     """
+    best, kept = nearest_knob(start, layers, budget)
+    if abs(kept - budget) > TOLERANCE:
+        least, most = sorted(kept_share(start.with_knob(value), layers) for value in start.knob_range)
+        raise UsageError(
+            f"policy {start.name} cannot keep {budget:.1%} of the slots of this text: the nearest is {kept:.1%}",
+            hint=f"it can keep between {least:.1%} and {most:.1%}; every token keeps at least one expert per layer",
+        )
+    return best
+
+
+def nearest_knob(
+    start: Policy, layers: Sequence[Slots], budget: float, *, steps: int = BISECTIONS
+) -> tuple[Policy, float]:
+    """The policy whose knob comes nearest to keeping the budget's share of the slots, and the share that it keeps.
+
+    The kept share is monotone in the knob; its values at the two ends of the range show whether it rises or falls.
+
+    Args:
+        start: The policy, with its per-layer parameters set.
+        layers: The replayed slots of every MoE layer.
+        budget: Share of slots to keep.
+        steps: Bisections.
+    """
     low, high = start.knob_range
     less, more = start.with_knob(low), start.with_knob(high)
     kept_less, kept_more = kept_share(less, layers), kept_share(more, layers)
     if kept_less > kept_more:
         (low, high), (less, more), (kept_less, kept_more) = (high, low), (more, less), (kept_more, kept_less)
-    least, most = kept_less, kept_more
-    for _ in range(BISECTIONS):
+    for _ in range(steps):
         middle = (low + high) / 2
         candidate = start.with_knob(middle)
         kept = kept_share(candidate, layers)
@@ -74,10 +94,4 @@ def bisect_knob(start: Policy, layers: Sequence[Slots], budget: float) -> Policy
             low, less, kept_less = middle, candidate, kept
         else:
             high, more, kept_more = middle, candidate, kept
-    best, kept = (more, kept_more) if kept_more - budget <= budget - kept_less else (less, kept_less)
-    if abs(kept - budget) > TOLERANCE:
-        raise UsageError(
-            f"policy {start.name} cannot keep {budget:.1%} of the slots of this text: the nearest is {kept:.1%}",
-            hint=f"it can keep between {least:.1%} and {most:.1%}; every token keeps at least one expert per layer",
-        )
-    return best
+    return (more, kept_more) if kept_more - budget <= budget - kept_less else (less, kept_less)

@@ -178,6 +178,10 @@ class Policy(ABC):
         changed: dict[str, Any] = {self.knob: value}
         return replace(self, **changed)
 
+    def renormalizes(self, layer: int) -> bool:  # noqa: ARG002 -- some policies differ from layer to layer
+        """Whether the kept weights of an MoE layer are scaled."""
+        return self.renormalize
+
     def require(self, valid: bool, message: str) -> None:
         """Raise a UsageError that names the policy unless `valid` is true."""
         if not valid:
@@ -243,6 +247,6 @@ def select(
     if mask is None:
         return weights
     kept = torch.where(mask, slots.weights, 0.0)
-    if policy.renormalize:
+    if policy.renormalizes(layer):
         kept = kept * (slots.total / kept.sum(-1, keepdim=True).clamp(min=EPSILON))
     return kept.to(weights.dtype)

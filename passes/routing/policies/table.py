@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, fields
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from moec.compiler.common.errors import UsageError
@@ -14,6 +14,7 @@ from moec.passes.routing.policies.capped import Capped
 from moec.passes.routing.policies.entropy import Entropy
 from moec.passes.routing.policies.layer_k import LayerK
 from moec.passes.routing.policies.margin import Margin
+from moec.passes.routing.policies.per_layer import PerLayer
 from moec.passes.routing.policies.random_drop import RandomDrop
 from moec.passes.routing.policies.ratio import Ratio
 from moec.passes.routing.policies.threshold import Threshold
@@ -37,6 +38,7 @@ BUILT_IN: tuple[type[Policy], ...] = (
     ActivationNorm,
     UniformK,
     RandomDrop,
+    PerLayer,
 )
 
 REFUSED = {
@@ -92,10 +94,29 @@ def policy(name: str, **parameters: Any) -> Policy:
     for key in parameters:
         if key not in known:
             raise unknown(key, known, f"policy {name} has no parameter", "its parameters")
-    values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in parameters.items()}
-    return chosen(**values)
+    return chosen(**{key: _value(value) for key, value in parameters.items()})
+
+
+def _value(given: Any) -> Any:
+    """A parameter from what JSON or YAML holds: lists are tuples, and a mapping that names a policy is that policy."""
+    if isinstance(given, list):
+        return tuple(map(_value, given))
+    if isinstance(given, dict) and isinstance(given.get("policy"), str):
+        return policy(given["policy"], **{key: value for key, value in given.items() if key != "policy"})
+    return given
 
 
 def parameters_of(chosen: Policy) -> dict[str, Any]:
     """The parameters of a policy, as keyword arguments of `policy`."""
-    return asdict(chosen)
+    return {field.name: _plain(getattr(chosen, field.name)) for field in fields(chosen)}
+
+
+def _plain(value: Any) -> Any:
+    """The inverse of `_value`; of a policy within a policy only what is not at its default."""
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value] if any(isinstance(item, Policy) for item in value) else value
+    if not isinstance(value, Policy):
+        return value
+    changed = [field for field in fields(value) if getattr(value, field.name) != field.default]
+    own = {field.name: _plain(getattr(value, field.name)) for field in changed}
+    return {"policy": value.name, **own}

@@ -19,6 +19,7 @@ from moec.passes.routing.policies.capped import Capped
 from moec.passes.routing.policies.entropy import Entropy
 from moec.passes.routing.policies.layer_k import LayerK
 from moec.passes.routing.policies.margin import Margin
+from moec.passes.routing.policies.per_layer import PerLayer
 from moec.passes.routing.policies.random_drop import RandomDrop
 from moec.passes.routing.policies.ratio import Ratio
 from moec.passes.routing.policies.table import BUILT_IN
@@ -54,6 +55,7 @@ POLICIES: dict[str, Policy] = {
     "activation-norm": ActivationNorm(center=2.0, location=(1.0, 1.0), spread=(0.3, -0.3)),
     "uniform-k": UniformK(k=2),
     "random-drop": RandomDrop(probability=0.5),
+    "per-layer": PerLayer(layers=(TopP(mass=0.7), Threshold(tau=0.2))),
     "drop-all": DropAll(),
 }
 every_policy = pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES.keys())

@@ -1,0 +1,217 @@
+"""`moec search`: recipes of a model for several goals at once."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from moec.compiler.commands.flags import Group
+from moec.compiler.commands.options import OutputConsole, Revision, Trust
+from moec.compiler.common.errors import UsageError
+from moec.compiler.common.validation import unknown
+
+if TYPE_CHECKING:
+    from moec.compiler.commands.console import Console
+    from moec.compiler.search.front_file import Front, Member
+    from moec.compiler.search.settings import Settings
+
+_UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
+_GOALS = "perplexity, divergence, expert-flops, size, memory, bytes-per-token, decode.p50, prefill.p50"
+
+
+def _limit(metavar: str, text: str) -> Any:
+    return typer.Option(metavar=metavar, help=text, rich_help_panel="Limits")
+
+
+@dataclass(frozen=True)
+class LimitFlags(Group):
+    """The most that objectives may be; a field is the flag of the objective whose name it has."""
+
+    max_perplexity_increase: Annotated[str | None, _limit("SHARE", "Of the increase of perplexity: 1%.")] = None
+    max_divergence: Annotated[str | None, _limit("NATS", "Of the KL divergence per token.")] = None
+    max_expert_flops: Annotated[str | None, _limit("SHARE", "Of the expert FLOPs that are executed.")] = None
+    max_size: Annotated[str | None, _limit("BYTES", "Of all weights: 4GB.")] = None
+    max_memory: Annotated[str | None, _limit("BYTES", "Of weights and states.")] = None
+    max_bytes_per_token: Annotated[str | None, _limit("BYTES", "Of what a token reads.")] = None
+    max_decode: Annotated[str | None, _limit("TIME", "Of a decode step: 12ms.")] = None
+    max_prefill: Annotated[str | None, _limit("TIME", "Of a prefill.")] = None
+
+    def value(self) -> Mapping[str, str]:
+        """Name of an objective -> what was given."""
+        names = {
+            "max_perplexity_increase": "perplexity",
+            "max_decode": "decode.p50",
+            "max_prefill": "prefill.p50",
+        }
+        given = {key: value for key, value in asdict(self).items() if value is not None}
+        return {names.get(key, key.removeprefix("max_").replace("_", "-")): value for key, value in given.items()}
+
+
+@dataclass(frozen=True)
+class WantedFlags(Group):
+    """What is looked for, in what, and for how long."""
+
+    target: Annotated[str | None, typer.Option("--target", "-t", help="What recipes are for.")] = None
+    objectives: Annotated[
+        str | None,
+        typer.Option(metavar="NAMES", help=f"What shall be small: {_GOALS}. (default: perplexity,expert-flops,size)"),
+    ] = None
+    device: Annotated[str | None, typer.Option(help="A device profile; without it this machine.")] = None
+    dtype: Annotated[str | None, typer.Option(metavar="fp32|fp16", help="Precision of what is not quantized.")] = None
+    population: Annotated[int | None, typer.Option(help="Individuals of a generation. (default: 64)")] = None
+    generations: Annotated[int | None, typer.Option(help="Generations. (default: 40)")] = None
+    budget: Annotated[str | None, typer.Option(metavar="TIME", help="Time in place of generations: 20m.")] = None
+    text: Annotated[Path | None, typer.Option(help="Text to measure recipes on; moec brings one along.")] = None
+    held_out: Annotated[Path | None, typer.Option(help="Text to judge the front on; moec brings it along.")] = None
+    windows: Annotated[int | None, typer.Option(help="Windows to measure a recipe on. (default: 32)")] = None
+    held_out_windows: Annotated[int | None, typer.Option(help="Windows to judge the front on. (default: 96)")] = None
+    members: Annotated[int | None, typer.Option(help="Members of the front to build. (default: 6)")] = None
+    seed: Annotated[int | None, typer.Option(help="Of all that chance decides. (default: 0)")] = None
+
+    def value(self) -> Mapping[str, Any]:
+        """Key of the settings -> what was given."""
+        given = {key: value for key, value in asdict(self).items() if value is not None}
+        if self.budget is not None:
+            given["budget"] = parse_time(self.budget)
+        return {key: str(value) if isinstance(value, Path) else value for key, value in given.items()}
+
+
+Limits = Annotated[Mapping[str, str], LimitFlags]
+Wanted = Annotated[Mapping[str, Any], WantedFlags]
+
+
+def search(
+    wanted: Wanted,
+    limits: Limits,
+    console: OutputConsole,
+    checkpoint: Annotated[
+        str, typer.Argument(metavar="CHECKPOINT|SEARCH", help="Directory or hub id; with --resume a search.")
+    ],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Directory of the search.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a search that was stopped.")] = False,
+    executor: Annotated[str, typer.Option(metavar="local|ray", help="Where recipes are measured and built.")] = "local",
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Workers.")] = 1,
+    store: Annotated[Path | None, typer.Option(help="Directory of measurements that searches share.")] = None,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    **options: Any,
+) -> int:
+    """Search routing, pruning and formats of every layer together, and judge the best recipes on held-out text.
+
+    Name a target to see its own options: moec search --target NAME --help.
+
+    Each recipe of the front is built by: moec export CHECKPOINT --recipe SEARCH/front/00.yaml -o out
+    """
+    # First of all: without the extra nothing is written.
+    import moec.compiler.search.engine  # noqa: F401
+    from moec.compiler.search.workers import EXECUTORS
+
+    if executor not in EXECUTORS:
+        raise unknown(executor, EXECUTORS, "unknown executor", "the executors")
+    own = {name: value for name, value in options.items() if value is not None}
+    if resume:
+        directory, settings = _resumed(checkpoint, {**wanted, **limits, **own}, output)
+    else:
+        asked = {**wanted, "options": own, "revision": revision, "trust_remote_code": trust_remote_code or None}
+        directory, settings = _begun(checkpoint, asked, limits, output)
+    front = _run(console, directory, settings, executor=executor, jobs=jobs, store=store)
+    console.result(front.model_dump(mode="json"), lambda: _show(console, front, directory))
+    failed = [member.artifact.exit_code for member in front.members if member.artifact and member.artifact.exit_code]
+    return failed[0] if len(set(failed)) == 1 else int(bool(failed))
+
+
+def _resumed(location: str, given: Mapping[str, Any], output: Path | None) -> tuple[Path, Settings]:
+    from moec.compiler.search.settings import resumed
+
+    if given or output is not None:
+        named = ", ".join(sorted(given)) or "--output"
+        raise UsageError(
+            f"a search goes on as it was begun, and {named} cannot be given with --resume",
+            hint="begin another search in another directory; --store lets it use what was measured",
+        )
+    directory = Path(location).expanduser()
+    return directory, resumed(directory)
+
+
+def _begun(
+    checkpoint: str, asked: Mapping[str, Any], limits: Mapping[str, str], output: Path | None
+) -> tuple[Path, Settings]:
+    from moec.compiler.frontend.checkpoint import Checkpoint
+    from moec.compiler.gates.quality import held_out_text
+    from moec.compiler.search.objectives import OBJECTIVES, parse_limit
+    from moec.compiler.search.session import check_settings
+    from moec.compiler.search.settings import begin, make_settings
+    from moec.compiler.text.corpus import read_text
+    from moec.compiler.text.tokenizer import open_tokenizer
+
+    if output is None:
+        raise UsageError("no directory of the search is given", hint="give -o DIRECTORY")
+    if not asked.get("target"):
+        raise UsageError("no target is given", hint="give --target NAME; 'moec doctor' lists them")
+    parsed = {name: parse_limit(OBJECTIVES[name], value) for name, value in limits.items()}
+    settings = make_settings({**asked, "checkpoint": checkpoint, "limits": parsed})
+    # Before anything is written: what the target does not have, and a text that is not there, are found at once.
+    check_settings(settings)
+    read_text(settings.text)
+    held_out_text(settings.held_out)
+    opened = Checkpoint.open(checkpoint, revision=settings.revision, trust_remote_code=settings.trust_remote_code)
+    open_tokenizer(opened.directory)
+    directory = output.expanduser()
+    begin(directory, settings, opened)
+    return directory, settings
+
+
+def _run(
+    console: Console, directory: Path, settings: Settings, *, executor: str, jobs: int, store: Path | None
+) -> Front:
+    from moec.compiler.search.report import write_report
+    from moec.compiler.search.session import open_search, run_search
+    from moec.compiler.search.truth import conclude
+
+    with console.progress() as progress:
+        found = open_search(settings, directory, progress)
+        finished = run_search(found, directory, executor=executor, jobs=jobs, store=store, progress=progress)
+        front = conclude(found, finished, directory, executor=executor, jobs=jobs, progress=progress)
+        write_report(directory, front)
+    return front
+
+
+def _show(console: Console, front: Front, directory: Path) -> None:
+    from moec.compiler.search.objectives import OBJECTIVES, PERPLEXITY, shown
+
+    goals = [OBJECTIVES[name] for name in front.objectives]
+
+    def row(member: Member) -> tuple[str, ...]:
+        judged = member.held_out
+        cells = [shown(item, judged.values[item.name]) for item in goals]
+        interval = f"[{judged.perplexity.low:+.2%}, {judged.perplexity.high:+.2%}]"
+        built = "" if member.artifact is None else "failed" if member.artifact.exit_code else "proven"
+        return (member.recipe, *cells, *((interval,) if PERPLEXITY in goals else ()), built)
+
+    header = ("recipe", *front.objectives, *(("95 %",) if PERPLEXITY in goals else ()), "artifact")
+    console.rows([row(member) for member in front.members], header=header)
+    console.line(f"{front.individuals} individuals, {front.measured} of them measured, in {front.seconds:.0f} s")
+    rank = front.surrogate.rank_correlation
+    if rank is not None:
+        verdict = ": it misleads, trust the measured front alone" if front.surrogate.misleads else ""
+        console.line(f"surrogate: rank correlation {rank:.3f} on {front.surrogate.individuals} individuals{verdict}")
+    for first, second in front.not_told_apart:
+        console.line(f"held-out text does not tell the losses of {first} and {second} apart")
+    console.line(f"{directory / 'report.html'} shows them")
+
+
+def parse_time(text: str) -> float:
+    """Seconds that 90s, 20m or 2h mean.
+
+    Raises:
+        UsageError: It is none of these.
+    """
+    match = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([a-z]*)", text.strip().lower())
+    if not match or match[2] not in _UNITS or float(match[1]) <= 0:
+        raise UsageError(f"--budget {text}: not a time", hint="write 90s, 20m or 2h")
+    return float(match[1]) * _UNITS[match[2]]

@@ -1,0 +1,310 @@
+"""The search: pymoo varies a population, a surrogate judges it, and what might change the front is measured.
+
+With two or three objectives NSGA-II selects (Deb et al., "A Fast and Elitist Multiobjective Genetic Algorithm",
+2002), with more NSGA-III (Deb and Jain, 2014). In each generation those individuals are measured that would add most to
+the hypervolume of the front if they were as good as the surrogate allows. All that chance decides hangs on the seed,
+and what is measured is the same on any number of workers, so that a search which is run again goes the same way.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from moec.compiler.common.errors import MissingExtraError
+from moec.compiler.search.archive import Archive, Individual
+from moec.compiler.search.costs import Costs
+from moec.compiler.search.objectives import DIVERGENCE, PERPLEXITY
+from moec.compiler.search.sensitivity import Sensitivities
+from moec.compiler.search.space import Genome, Space
+from moec.compiler.search.store import Measured
+from moec.compiler.search.surrogate import Surrogate
+from moec.compiler.search.volume import Volume
+
+try:
+    from pymoo.algorithms.moo.nsga2 import NSGA2
+    from pymoo.algorithms.moo.nsga3 import NSGA3
+    from pymoo.core.evaluator import Evaluator
+    from pymoo.core.problem import Problem
+    from pymoo.core.termination import NoTermination
+    from pymoo.problems.static import StaticProblem
+    from pymoo.util.ref_dirs import get_reference_directions
+
+    from moec.compiler.search.operators import Change, Excess, LayerCrossover, Moves, Within
+except ImportError as error:  # pragma: no cover - says which extra is missing
+    raise MissingExtraError(
+        "moec search needs pymoo, which is not installed", hint="pip install 'moec[search]'"
+    ) from error
+
+OPTIMISM = 1.0
+"""Standard deviations by which an individual may be better than predicted, when it is chosen for measuring."""
+REFIT_EVERY = 4
+"""Generations after which the kernel of the surrogate is fitted anew."""
+WORST: Mapping[str, float] = {PERPLEXITY.name: 0.1, DIVERGENCE.name: 0.1}
+"""What is worse than this is not looked for, unless a limit allows it."""
+Key = tuple[int, ...]
+Measure = Callable[[Sequence[Key], Callable[[Key, Measured], bool]], Mapping[Key, Measured]]
+"""Measures individuals, and gives one up where the function says so of what it has read; see `session`."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What is told of a generation.
+
+    Attributes:
+        number: From 0, which are the seeds.
+        individuals: Different ones that have been judged by now.
+        measured: Those of them that were run on text.
+        volume: Hypervolume of the measured front.
+        front: Members of it.
+    """
+
+    number: int
+    individuals: int
+    measured: int
+    volume: float
+    front: int
+
+
+class Search:
+    """A search over one space.
+
+    Args:
+        space: What is varied.
+        costs: Counts what is not measured.
+        archive: Takes what is measured, and knows objectives and limits.
+        sensitivities: What genes lose by themselves.
+        measure: See `Measure`.
+        population: Individuals of a generation.
+        share: Of all individuals, those that may be measured.
+        seed: Of all that chance decides.
+    """
+
+    def __init__(
+        self,
+        space: Space,
+        costs: Costs,
+        archive: Archive,
+        sensitivities: Sensitivities,
+        measure: Measure,
+        *,
+        population: int,
+        share: float,
+        seed: int,
+    ) -> None:
+        self.space, self.costs, self.archive, self.sensitivities = space, costs, archive, sensitivities
+        self._measure, self._population, self._share = measure, population, share
+        self._random = np.random.default_rng([seed, 1])
+        moves = Moves(space, sensitivities)
+        excess = Excess(space, costs, archive.limits)
+        self._moves, self._excess = moves, excess
+        self.worst = self._worst()
+        self.volume = Volume(self.worst)
+        self.seen: dict[Key, None] = {}
+        self.generations: list[Generation] = []
+        self._theta: np.ndarray | None = None
+        self._loss = self._divergence = None  # type: Surrogate | None
+        self._problem = _Problem(space, len(archive.objectives))
+        self._algorithm = self._made(seed, LayerCrossover(space), Change(moves), Within(moves, excess))
+
+    def _made(self, seed: int, crossover: Any, mutation: Any, repair: Any) -> Any:
+        objectives = len(self.archive.objectives)
+        common = {
+            "pop_size": self._population,
+            "crossover": crossover,
+            "mutation": mutation,
+            "repair": repair,
+            "eliminate_duplicates": True,
+            "sampling": np.zeros((0, len(self.space.genes))),
+        }
+        if objectives <= 3:
+            algorithm = NSGA2(**common)
+        else:
+            algorithm = NSGA3(ref_dirs=_directions(objectives, self._population), **common)
+        algorithm.setup(self._problem, termination=NoTermination(), seed=seed)
+        return algorithm
+
+    def _worst(self) -> list[float]:
+        """The point from which hypervolume is measured: the pretrained model's cost, and losses that nobody wants."""
+        layers = np.ones(len(self.space.slots))
+        counted = self.costs.of(self.space.variant(self.space.unchanged), layers)
+        limits = {item.name: limit for item, limit in self.archive.limits.items() if limit > 0}
+        # A little beyond it, so that the pretrained model itself counts.
+        whole = {name: 1.01 * value for name, value in counted.items()}
+        return [
+            limits.get(item.name, WORST.get(item.name, whole.get(item.name, 1.0))) for item in self.archive.objectives
+        ]
+
+    def start(self, seeds: Sequence[Genome]) -> None:
+        """Measure the seeds, and fill the population with variations of them."""
+        known = dict.fromkeys(self._key(self._moves.repaired(genome, self._excess)) for genome in seeds)
+        self._take(list(known), 0)
+        self._fit(refit=True)
+        first = list(known)[: self._population]
+        tries = 0
+        while len(first) < self._population and tries < 50 * self._population:
+            parent = np.array(list(known)[int(self._random.integers(len(known)))])
+            for _ in range(int(self._random.integers(1, 5))):
+                parent = self._moves.change(parent, self._random)
+            key = self._key(self._moves.repaired(parent, self._excess))
+            tries += 1
+            if key not in first:
+                first.append(key)
+        self.seen |= dict.fromkeys(first)
+        self._algorithm.initialization.sampling = np.array(first)
+        self._algorithm.pop_size = len(first)
+        population = self._algorithm.ask()
+        self._measure_some(population)
+        self._judge(population)
+        self._algorithm.tell(infills=population)
+        self._tell(0)
+
+    def step(self) -> bool:
+        """One generation; False where nothing new can be made."""
+        number = len(self.generations)
+        self._judge(self._algorithm.pop)
+        population = self._algorithm.ask()
+        if population is None or not len(population):
+            return False
+        population.set("X", np.array([self.space.canonical(row) for row in population.get("X")]))
+        self.seen |= dict.fromkeys(self._key(row) for row in population.get("X"))
+        self._measure_some(population)
+        self._fit(refit=number % REFIT_EVERY == 0)
+        self._judge(population)
+        self._judge(self._algorithm.pop)
+        self._algorithm.tell(infills=population)
+        self._tell(number)
+        return True
+
+    def _key(self, row: Any) -> Key:
+        return tuple(int(value) for value in self.space.canonical(np.asarray(row)))
+
+    @property
+    def allowed(self) -> int:
+        """How many individuals may have been measured by now."""
+        return math.ceil(self._share * len(self.seen))
+
+    def _measure_some(self, population: Any) -> None:
+        """Measure what would add most to the front if it is as good as the surrogate allows."""
+        pool = dict.fromkeys(map(self._key, population.get("X")))
+        if self._algorithm.pop is not None and len(self._algorithm.pop):
+            pool |= dict.fromkeys(map(self._key, self._algorithm.pop.get("X")))
+        fresh = [key for key in pool if key not in self.archive.found and key not in self.archive.failed]
+        count = min(self.allowed - len(self.archive.found), len(fresh))
+        if count <= 0:
+            return
+        rows, within, sure = self._hoped(fresh)
+        candidates = [index for index in range(len(fresh)) if within[index]]
+        front = np.array([self.archive.row(item.values) for item in self.archive.front])
+        best = self.volume.best(front, rows[candidates], count)
+        chosen = [candidates[index] for index, _ in best]
+        # Where nothing is expected to change the front, it is asked where the least is known.
+        rest = sorted((index for index in range(len(fresh)) if index not in chosen), key=lambda index: -sure[index])
+        chosen += rest[: max(0, min(count - len(chosen), count // 4))]
+        self._take([fresh[index] for index in chosen], len(self.generations))
+
+    def _take(self, keys: Sequence[Key], generation: int) -> None:
+        """Measure individuals, with what was expected of each."""
+        fresh = [key for key in keys if key not in self.archive.found]
+        expected: dict[Key, tuple[float, float] | None] = dict.fromkeys(fresh)
+        if self._loss is not None and fresh:
+            means, deviations = self._loss.predict(self._roots(fresh))
+            expected |= {key: (float(m), float(d)) for key, m, d in zip(fresh, means, deviations, strict=True)}
+        self.seen |= dict.fromkeys(fresh)
+        measured = self._measure(fresh, self.archive.hopeless)
+        for key in fresh:
+            if key in measured:
+                self.archive.add(key, measured[key], generation, expected[key])
+            else:
+                self.archive.failed.add(key)
+
+    def _fit(self, *, refit: bool) -> None:
+        known = list(self.archive.found.values())
+        if not known:
+            return
+        roots = self._roots([item.genome for item in known])
+        losses, divergences, variances = [], [], []
+        for item in known:
+            differences = self.archive.differences(item.measured)
+            losses.append(float(differences.mean()))
+            divergences.append(item.values[DIVERGENCE.name])
+            short = not item.complete and len(differences) > 1
+            variances.append(float(differences.var(ddof=1)) / len(differences) if short else 0.0)
+        spread = np.array(variances)
+        self._loss = Surrogate(roots, np.array(losses), spread, self._theta, refit=refit)
+        self._theta = self._loss.theta
+        self._divergence = Surrogate(roots, np.array(divergences), spread, self._theta, refit=False)
+
+    def _roots(self, keys: Sequence[Key]) -> np.ndarray:
+        return np.array([self.sensitivities.roots(np.array(key)) for key in keys])
+
+    def _counted(self, key: Key) -> dict[str, float]:
+        genome = np.array(key)
+        return self.costs.of(self.space.variant(genome), self.space.kept(genome))
+
+    def _hoped(self, keys: Sequence[Key]) -> tuple[np.ndarray, list[bool], np.ndarray]:
+        """Objectives as good as the surrogate allows, whether limits may be met, and how little is known."""
+        means, deviations = self._predicted(keys)
+        rows, within = [], []
+        for index, key in enumerate(keys):
+            values = {
+                **self._counted(key),
+                **{name: means[name][index] - OPTIMISM * deviations[name][index] for name in means},
+            }
+            rows.append(self.archive.row(values))
+            within.append(self.archive.within(values))
+        return np.array(rows), within, deviations[PERPLEXITY.name]
+
+    def _predicted(self, keys: Sequence[Key]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        roots = self._roots(keys)
+        assert self._loss is not None
+        assert self._divergence is not None
+        loss, loss_deviation = self._loss.predict(roots)
+        divergence, divergence_deviation = self._divergence.predict(roots)
+        means = {PERPLEXITY.name: np.expm1(loss), DIVERGENCE.name: divergence}
+        return means, {PERPLEXITY.name: loss_deviation, DIVERGENCE.name: divergence_deviation}
+
+    def _judge(self, population: Any) -> None:
+        """Give each individual of a population what is known of it, or else what the surrogate expects."""
+        keys = [self._key(row) for row in population.get("X")]
+        means, _ = self._predicted(keys)
+        rows, excess = [], []
+        for index, key in enumerate(keys):
+            found: Individual | None = self.archive.found.get(key)
+            known: Mapping[str, float] = (
+                found.values if found else {**self._counted(key), **{name: means[name][index] for name in means}}
+            )
+            row = self.archive.row(known)
+            rows.append(row)
+            # What is beyond the reference point is not looked for, as what is beyond a limit.
+            beyond = sum(max(0.0, value / worst - 1) for value, worst in zip(row, self.worst, strict=True))
+            excess.append([self.archive.missed(known) + beyond])
+        Evaluator(skip_already_evaluated=False).eval(
+            StaticProblem(self._problem, F=np.array(rows), G=np.array(excess)), population
+        )
+
+    def _tell(self, number: int) -> None:
+        front = self.archive.front
+        volume = self.volume.of(np.array([self.archive.row(item.values) for item in front]))
+        self.generations.append(Generation(number, len(self.seen), len(self.archive.found), volume, len(front)))
+
+
+class _Problem(Problem):  # type: ignore[misc]
+    """Bounds alone: the population is judged outside of pymoo."""
+
+    def __init__(self, space: Space, objectives: int) -> None:
+        super().__init__(
+            n_var=len(space.genes), n_obj=objectives, n_ieq_constr=1, xl=space.low, xu=space.high, vtype=int
+        )
+
+
+def _directions(objectives: int, population: int) -> Any:
+    """Das and Dennis' directions, as many as fit into a population."""
+    partitions = 1
+    while math.comb(objectives + partitions, partitions + 1) <= population:
+        partitions += 1
+    return get_reference_directions("das-dennis", objectives, n_partitions=partitions)

@@ -1,0 +1,212 @@
+"""True evaluations: a variant reads text and is compared with the pretrained model, whose answer is kept."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from moec import passes
+from moec.compiler.build.cache import tools
+from moec.compiler.common.digest import sha256_of_json, sha256_of_text
+from moec.compiler.common.files import replacing
+from moec.compiler.common.model_config import context_length
+from moec.compiler.common.progress import Progress
+from moec.compiler.frontend.capture import capture
+from moec.compiler.frontend.checkpoint import Checkpoint
+from moec.compiler.ir.program import Program
+from moec.compiler.search.incremental import Codes, IncrementalRunner
+from moec.compiler.search.store import Measured
+from moec.compiler.search.variant import Variant
+from moec.compiler.text.corpus import read_text, spread, tokenize, windows
+from moec.quantize.formats import IntegerFormat, parse_format
+from moec.quantize.methods.calibrated import calibrate
+from moec.quantize.methods.rounding import RoundingResult
+from moec.quantize.methods.tensors import QuantizedTensor
+from moec.quantize.planning.sensitivity import Part, parts_of, plan_of
+
+BATCH = 4
+"""Windows that run together."""
+CODES_WINDOWS = 96
+"""Windows of text that codes are calibrated on, as in an export."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is evaluated, and on what: JSON-able, so that a worker on another machine can be told.
+
+    Attributes:
+        checkpoint: Directory or hub id.
+        directory: Where the answers of the pretrained model and calibrated codes are kept.
+        text: Calibration text; None: what moec brings along.
+        windows: Windows of it.
+        window: Tokens of a window.
+        revision: Branch, tag or commit of a hub id.
+        trust_remote_code: Run modelling code that the checkpoint brings along.
+    """
+
+    checkpoint: str
+    directory: str
+    text: str | None = None
+    windows: int = 32
+    window: int = 256
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass
+class Evaluator:
+    """The pretrained model, and what its variants do on the same text."""
+
+    subject: Subject
+    checkpoint: Checkpoint = field(init=False)
+    program: Program = field(init=False)
+    parts: tuple[Part, ...] = field(init=False)
+    runner: IncrementalRunner = field(init=False)
+    text: str = field(init=False)
+    windows: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        given = self.subject
+        text = read_text(given.text)
+        self.checkpoint = Checkpoint.open(
+            given.checkpoint, revision=given.revision, trust_remote_code=given.trust_remote_code
+        )
+        self.program, _ = passes.run_passes(capture(self.checkpoint), passes.default_passes())
+        self.parts = parts_of(self.program)
+        self.runner = IncrementalRunner(self.program, self.parts)
+        self._read(text, given.windows)
+
+    def _read(self, text: str, most: int) -> None:
+        length = min(self.subject.window, context_length(self.program.config) or self.subject.window)
+        self.text, self._every = text, windows(tokenize(self.checkpoint.directory, text), length)
+        count = min(most, len(self._every))
+        # Whole batches: what is measured of a window then hangs on nothing but the window.
+        self.windows = spread(self._every, max(count - count % BATCH, min(count, BATCH)))
+
+    def on(self, text: str, most: int) -> Evaluator:
+        """The same model and codes on other text: what is found there concerns no search."""
+        other = copy.copy(self)
+        for name in ("context", "folder"):
+            other.__dict__.pop(name, None)
+        other._read(text, most)
+        return other
+
+    @cached_property
+    def context(self) -> Mapping[str, Any]:
+        """All that decides a result beside the recipe."""
+        return {
+            "source": dict(sorted(self.checkpoint.digests.items())),
+            "text": sha256_of_text(self.text),
+            "windows": list(self.windows.shape),
+            "tools": tools(),
+        }
+
+    @cached_property
+    def folder(self) -> Path:
+        """Where what belongs to this checkpoint and text is kept."""
+        return Path(self.subject.directory) / f"pretrained-{sha256_of_json(self.context)[:16]}"
+
+    def use_codes(self) -> None:
+        """Take the codes that `calibrate` has left, here or in another process."""
+        self.runner = IncrementalRunner(self.program, self.parts, self._codes())
+
+    def evaluate(self, sections: Mapping[str, Any], start: int, stop: int) -> Measured:
+        """Read the windows [start, stop), which begin and end with a batch.
+
+        Args:
+            sections: `routing` and `quantize` of a recipe, as `Variant.sections` makes them.
+            start: First window.
+            stop: The one after the last.
+        """
+        variant = Variant.of(sections, self.program, self.parts)
+        found = Measured()
+        for first in range(start, stop, BATCH):
+            found += self._batch(variant, first)
+        return found
+
+    def _batch(self, variant: Variant, first: int) -> Measured:
+        ids = self.windows[first : first + BATCH]
+        output = self.runner.evaluate(variant, (self.folder.name, first), ids)
+        expected = self._reference(first)
+        logs = log_probabilities(output.logits)
+        successors = torch.from_numpy(ids[:, 1:])
+        losses = -logs.gather(-1, successors[..., None])[..., 0].double().mean(-1)
+        divergences = (expected.exp() * (expected - logs)).sum(-1).double().mean(-1)
+        return Measured(tuple(losses.tolist()), tuple(divergences.tolist()), (output.kept,) * len(ids))
+
+    def _reference(self, first: int) -> Tensor:
+        """Log probabilities of the pretrained model for a batch, computed once: [B, S - 1, V] float32."""
+        path = self.folder / f"reference-{first}.npy"
+        if not path.exists():
+            ids = self.windows[first : first + BATCH]
+            unchanged = Variant.unchanged(self.program, self.parts)
+            logits = self.runner.evaluate(unchanged, (self.folder.name, first), ids).logits
+            with replacing(path) as partial, partial.open("wb") as file:
+                np.save(file, log_probabilities(logits).numpy())
+        return torch.from_numpy(np.load(path, mmap_mode="c"))
+
+    def calibrate(self, formats: Sequence[str], progress: Progress) -> None:
+        """Choose codes for every part in each of these formats by GPTQ, once, and keep them for all workers.
+
+        A tensor's codes depend on its inputs in the pretrained model, not on the formats of others. Formats without
+        codes of 4 bits are rounded to nearest, as an export does.
+        """
+        every = spread(self._every, CODES_WINDOWS)
+        for text in formats:
+            fmt = parse_format(text)
+            path = self._codes_path(text)
+            if not isinstance(fmt, IntegerFormat) or fmt.bits != 4 or path.exists():
+                continue
+            fitting = [part for part in self.parts if self._fits(part, fmt)]
+            found = calibrate(self.program, plan_of(dict.fromkeys(fitting, fmt)), every, progress=progress).rounded
+            with replacing(path) as partial:
+                save_file({key: value for name, result in found.items() for key, value in _flat(name, result)}, partial)
+
+    def _fits(self, part: Part, fmt: IntegerFormat) -> bool:
+        widths = {self.program.weights[name].shape[-1] for name in part.names}
+        return not isinstance(fmt.granularity, int) or not any(width % fmt.granularity for width in widths)
+
+    def _codes_path(self, text: str) -> Path:
+        return self.folder / f"codes-{text.replace(':', '-')}.safetensors"
+
+    def _codes(self) -> Codes:
+        found: dict[tuple[str, str], RoundingResult] = {}
+        for path in sorted(self.folder.glob("codes-*.safetensors")):
+            text = path.name.removeprefix("codes-").removesuffix(".safetensors").replace("-", ":")
+            fmt = parse_format(text)
+            assert isinstance(fmt, IntegerFormat)
+            held = load_file(path)
+            for key in held:
+                name, _, what = key.rpartition("/")
+                if what == "codes":
+                    codes = held[key]
+                    resolved = fmt.resolve(codes.shape[-1], name)
+                    tensor = QuantizedTensor(resolved, codes, held[f"{name}/scales"], held.get(f"{name}/points"))
+                    found[name, text] = RoundingResult(tensor, ())
+        return found
+
+
+def _flat(name: str, result: RoundingResult) -> list[tuple[str, Tensor]]:
+    tensor = result.tensor
+    found = [(f"{name}/codes", tensor.codes), (f"{name}/scales", tensor.scales)]
+    if tensor.zero_points is not None:
+        found.append((f"{name}/points", tensor.zero_points))
+    return [(key, value.clone().contiguous()) for key, value in found]
+
+
+def log_probabilities(logits: Tensor) -> Tensor:
+    """Log probabilities of the successors of all tokens but the last: [B, S, V] -> [B, S - 1, V] float32."""
+    return torch.log_softmax(logits[:, :-1].float(), dim=-1)
+
+
+Evaluate = Callable[[Mapping[str, Any], int, int], Measured]
+"""See `Evaluator.evaluate`."""

@@ -1,0 +1,246 @@
+"""Runs variants of one Program, and of each only what comes after the first thing in which it differs from an earlier.
+
+The graph is that of the pretrained model. It is cut before each node that reads something that variants vary: the
+weights of a part, the weights that pruning an MoE layer changes, the slots that a policy drops. What crosses a cut is
+kept under all choices that were made before it, so that a variant that shares its first choices with an earlier one
+goes on from there. What a policy does to the slots is what `moec::select` means (`policies.base.select`).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from moec.compiler.ir.analysis import ancestors
+from moec.compiler.ir.interpreter import ProgramRunner
+from moec.compiler.ir.program import EXPERTS, Program
+from moec.compiler.ir.weights import LazyTensor
+from moec.compiler.search.variant import FLOAT, Variant
+from moec.passes.experts.prune_experts import PruneExperts, SelectedRows
+from moec.passes.routing.policies.base import select
+from moec.quantize.formats import FloatFormat, FloatKind, IntegerFormat, PaletteFormat, parse_format
+from moec.quantize.lazy import Float16, palettized, quantized
+from moec.quantize.methods.rounding import RoundingResult
+from moec.quantize.planning.sensitivity import Part
+
+STATE_BYTES = 1 << 30
+"""Memory for what crosses the cuts."""
+Codes = Mapping[tuple[str, str], RoundingResult]
+"""Name of a tensor and text form of a format -> codes that calibration chose for it; else it is rounded to nearest."""
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """A tensor of a variant, and the name under which its values are kept."""
+
+    key: str
+    tensor: LazyTensor
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a variant computes for a batch.
+
+    Attributes:
+        logits: [B, S, V] float32.
+        kept: Of each MoE layer the share of the pretrained slots that is executed.
+    """
+
+    logits: Tensor
+    kept: tuple[float, ...]
+
+
+class IncrementalRunner(ProgramRunner):
+    """Runs variants of `program`.
+
+    Args:
+        program: Float Program after the common passes, in float32.
+        parts: What formats are chosen for; see `parts_of`.
+        codes: See `Codes`.
+        state_bytes: See `STATE_BYTES`.
+    """
+
+    def __init__(
+        self, program: Program, parts: Sequence[Part], codes: Codes | None = None, *, state_bytes: int = STATE_BYTES
+    ) -> None:
+        super().__init__(program)
+        self._parts, self._codes = tuple(parts), codes or {}
+        self._part_of = {name: index for index, part in enumerate(parts) for name in part.names}
+        self._numbers = {node: number for number, node in enumerate(program.nodes(EXPERTS))}
+        self._pruned: dict[tuple[int, tuple[int, ...]], dict[str, SelectedRows]] = {}
+        self._prunable = [frozenset(self._rows_of(number, (0,))) for number in range(len(program.layers))]
+        self._weights: dict[str, _Weight] = {}
+        self._variant = Variant.unchanged(program, parts)
+        self._kept: dict[int, float] = {}
+        self._nodes = self._needed()
+        self._sites = self._find_sites()
+        self._cuts = sorted({start for start, _ in self._sites})
+        self._crossing = {cut: self._across(cut) for cut in self._cuts}
+        self._states_kept: OrderedDict[tuple[Hashable, ...], tuple[dict[fx.Node, Any], dict[int, float]]] = (
+            OrderedDict()
+        )
+        self._state_limit, self._state_used = state_bytes, 0
+        self.executed = 0
+        """Nodes that have been run so far."""
+
+    def pruned_weights(self, number: int) -> frozenset[str]:
+        """The weights of which pruning an MoE layer leaves some rows out; none where it cannot be pruned."""
+        return self._prunable[number]
+
+    @torch.no_grad()
+    def evaluate(self, variant: Variant, batch: Hashable, input_ids: np.ndarray) -> Output:
+        """Run a variant.
+
+        Args:
+            variant: What to run.
+            batch: A name of the batch: results are shared by all calls with that name.
+            input_ids: [B, S].
+
+        Raises:
+            LoweringError: Experts of a layer cannot be pruned.
+        """
+        self._set(variant)
+        values, start = self._resume(batch, input_ids)
+        for index in range(start, len(self._nodes)):
+            if index in self._crossing and index != start:
+                self._keep(batch, index, values)
+            node = self._nodes[index]
+            if node.op == "call_function":
+                values[node] = self._call(node, values)
+                self.executed += 1
+                for dead in self._last_use[node]:
+                    values.pop(dead, None)
+        logits = values[self.program.outputs()["logits"]].float()
+        return Output(logits, tuple(self._kept[number] for number in range(len(self.program.layers))))
+
+    def _resume(self, batch: Hashable, input_ids: np.ndarray) -> tuple[dict[fx.Node, Any], int]:
+        """The values to go on from, and the first node that is not among them."""
+        for cut in reversed(self._cuts):
+            key = self._key(batch, cut)
+            if key in self._states_kept:
+                self._states_kept.move_to_end(key)
+                values, kept = self._states_kept[key]
+                self._kept = dict(kept)
+                return dict(values), cut
+        self.reset()
+        fed = self.feeds(input_ids)
+        names = [spec.name for spec in self.program.inputs] + [state.input.name for state in self.program.states]
+        placeholders = self.program.graph.find_nodes(op="placeholder")
+        self._kept = {}
+        return {node: fed[name] for node, name in zip(placeholders, names, strict=True)}, 0
+
+    def _keep(self, batch: Hashable, cut: int, values: Mapping[fx.Node, Any]) -> None:
+        key = self._key(batch, cut)
+        if key in self._states_kept:
+            return
+        held = {node: values[node] for node in self._crossing[cut] if node in values}
+        self._states_kept[key] = (held, dict(self._kept))
+        self._state_used += _bytes(held)
+        while self._state_used > self._state_limit:
+            _, (old, _) = self._states_kept.popitem(last=False)
+            self._state_used -= _bytes(old)
+
+    def _key(self, batch: Hashable, cut: int) -> tuple[Hashable, ...]:
+        """Everything that was chosen before a cut."""
+        return (batch, cut, *(self._choice(site) for start, site in self._sites if start < cut))
+
+    def _choice(self, site: tuple[str, int]) -> Hashable:
+        kind, index = site
+        chosen = {"format": self._variant.formats, "prune": self._variant.removed, "policy": self._variant.policies}
+        return chosen[kind][index]
+
+    def _needed(self) -> list[fx.Node]:
+        wanted = ancestors([self.program.outputs()["logits"]])
+        return [node for node in self.program.graph.nodes if node in wanted]
+
+    def _find_sites(self) -> list[tuple[int, tuple[str, int]]]:
+        """First node that depends on each choice, and the choice, in the order of the graph."""
+        found: dict[tuple[str, int], int] = {}
+        resolve = self.program.weights.resolve
+        for index, node in enumerate(self._nodes):
+            names = {resolve(str(source.target)) for source in node.all_input_nodes if source.op == "get_attr"}
+            sites = [("format", self._part_of[name]) for name in names if name in self._part_of]
+            sites += [("prune", number) for number, own in enumerate(self._prunable) if names & own]
+            if node in self._numbers:
+                sites.append(("policy", self._numbers[node]))
+            for site in sites:
+                found.setdefault(site, index)
+        return sorted((index, site) for site, index in found.items())
+
+    def _across(self, cut: int) -> tuple[fx.Node, ...]:
+        """Nodes before a cut whose values are needed after it."""
+        before = set(self._nodes[:cut])
+        used = {source for node in self._nodes[cut:] for source in node.all_input_nodes}
+        logits = self.program.outputs()["logits"]
+        return tuple(node for node in self._nodes[:cut] if node in before and (node in used or node is logits))
+
+    def _set(self, variant: Variant) -> None:
+        self._variant, self._weights = variant, self._weights_of(variant)
+
+    def weights_of(self, variant: Variant) -> dict[str, LazyTensor]:
+        """The weights of a variant that are not those of the pretrained model."""
+        return {name: own.tensor for name, own in self._weights_of(variant).items()}
+
+    def _weights_of(self, variant: Variant) -> dict[str, _Weight]:
+        found: dict[str, _Weight] = {}
+        for part, text in zip(self._parts, variant.formats, strict=True):
+            if text != FLOAT:
+                found |= {name: _Weight(f"{name} {text}", self._in_format(name, text)) for name in part.names}
+        for number, removed in enumerate(variant.removed):
+            for name, rows in self._rows_of(number, removed).items():
+                own = found.get(name, _Weight(name, self.program.weights[name]))
+                key = f"{own.key} without {removed}"
+                found[name] = _Weight(key, SelectedRows(own.tensor, rows.indices))
+        return found
+
+    def _in_format(self, name: str, text: str) -> LazyTensor:
+        source, fmt = self.program.weights[name], parse_format(text)
+        if isinstance(fmt, IntegerFormat):
+            return quantized(name, source, fmt, self._codes.get((name, text)))
+        if isinstance(fmt, PaletteFormat):
+            return palettized(name, source, fmt)
+        assert isinstance(fmt, FloatFormat)
+        return Float16(source) if fmt.kind is FloatKind.FP16 else source
+
+    def _rows_of(self, number: int, removed: tuple[int, ...]) -> dict[str, SelectedRows]:
+        """The weights of which a layer keeps some rows when experts are removed from it."""
+        if not removed:
+            return {}
+        if (number, removed) not in self._pruned:
+            layers = len(self.program.layers)
+            every = tuple(removed if layer == number else () for layer in range(layers))
+            result = PruneExperts(every).run(self.program)
+            self._pruned[number, removed] = {
+                name: tensor
+                for name in map(self.program.weights.resolve, self.program.weight_names())
+                if isinstance(tensor := result.program.weights[name], SelectedRows)
+                and tensor is not self.program.weights[name]
+            }
+        return self._pruned[number, removed]
+
+    def _weight(self, node: fx.Node, row: int | None = None) -> Tensor:
+        name = self.program.weights.resolve(str(node.target))
+        own = self._weights.get(name)
+        if own is None:
+            return super()._weight(node, row)
+        return self._reader.read(own.key, own.tensor, node.meta["val"].dtype, row)
+
+    def _experts(
+        self, node: fx.Node, values: dict[fx.Node, Any], hidden: Tensor, indices: Tensor, weights: Tensor
+    ) -> Tensor:
+        number = self._numbers[node]
+        policy = self._variant.policies[number]
+        if policy is not None:
+            weights = select(policy, 0, hidden, indices, weights)
+        self._kept[number] = float((weights != 0).sum()) / weights.numel()
+        return super()._experts(node, values, hidden, indices, weights)
+
+
+def _bytes(values: Mapping[fx.Node, Any]) -> int:
+    return sum(value.numel() * value.element_size() for value in values.values() if isinstance(value, Tensor))

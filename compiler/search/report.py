@@ -1,0 +1,269 @@
+"""report.html of a search: one page that needs nothing else. Points of its plots say what they are, and lead to it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+
+from markupsafe import Markup
+
+from moec.compiler.common.errors import OutputError
+from moec.compiler.common.files import write_atomically
+from moec.compiler.report import plots
+from moec.compiler.report.page import Cell, Part, Section, Table, page
+from moec.compiler.report.plots import Dot, Labels
+from moec.compiler.search.front_file import FILE, Front, Member
+from moec.compiler.search.objectives import OBJECTIVES, PERPLEXITY, Objective, shown
+
+REPORT = "report.html"
+_SCALES = {"share": (100.0, "%"), "nats": (1.0, "nats"), "bytes": (1e-6, "MB"), "seconds": (1e3, "ms")}
+
+
+def write_report(directory: Path, front: Front) -> Path:
+    """Write the page of a search.
+
+    Raises:
+        OutputError: The directory cannot be written.
+    """
+    path = directory / REPORT
+    try:
+        write_atomically(path, to_html(front))
+    except OSError as error:
+        raise OutputError(
+            f"{path}: cannot be written: {error.strerror or error}", hint="free space, and --resume"
+        ) from error
+    return path
+
+
+def to_html(front: Front) -> str:
+    """The page."""
+    return page(
+        "search.html.jinja", sections(front), name=Path(front.settings["checkpoint"]).name, summary=summary(front)
+    )
+
+
+def summary(front: Front) -> list[tuple[str, str]]:
+    """What was done, in a few lines."""
+    rows = [
+        ("Objectives", ", ".join(OBJECTIVES[name].title for name in front.objectives)),
+        ("Target", str(front.settings["target"])),
+        (
+            "Individuals",
+            (
+                f"{front.individuals}, of which {front.measured} were run on text, {front.given_up} of them in part; "
+                f"{front.single_choices} runs measured single choices; {front.lost} were lost"
+            ),
+        ),
+        ("Time", f"{front.seconds:.0f} s"),
+        ("Hypervolume", ", ".join(f"{value:.4f} ({_ON[where]})" for where, value in front.hypervolume.items())),
+        ("Figures", f"{FILE} has all of them"),
+    ]
+    if front.surrogate.misleads:
+        rows.append(
+            ("Beware", "the surrogate misled this search: its predictions do not rank individuals as text does")
+        )
+    return rows
+
+
+_ON = {"search": "text of the search", "held_out": "held-out text"}
+
+
+def sections(front: Front) -> list[Section]:
+    """Every section, in order."""
+    return [
+        Section("front", "Front on held-out text", _front(front), "nothing was found"),
+        Section("apart", "What held-out text does not tell apart", _apart(front), "it tells all neighbours apart"),
+        Section("artifacts", "Members that were built", _artifacts(front), "no member was built (--members)"),
+        Section("generations", "Evolution", _generations(front), "there was one generation"),
+        Section("layers", "What each layer keeps", _layers(front), "nothing was found"),
+        Section("formats", "Formats", _formats(front), "no formats were varied"),
+        Section(
+            "surrogate", "Predicted and measured loss", _surrogate(front), "nothing was measured after it was predicted"
+        ),
+        *(_member(front, member) for member in front.members),
+    ]
+
+
+def _scaled(objective: Objective, value: float) -> float:
+    return value * _SCALES[objective.unit][0]
+
+
+def _axis(objective: Objective) -> str:
+    return f"{objective.name}, {_SCALES[objective.unit][1]}"
+
+
+def _front(front: Front) -> list[Part]:
+    goals = [OBJECTIVES[name] for name in front.objectives]
+    parts = []
+    for up, across in combinations(goals, 2):
+        dots = [_dot(member, goals, across, up) for member in front.members]
+        labels = Labels(
+            f"front-{across.name}-{up.name}", f"{up.title} by {across.title}", f"{len(dots)} recipes, each a point."
+        )
+        parts.append(Part(plot=Markup(plots.scatter(labels, dots, (_axis(across), _axis(up))))))
+    rows = [
+        (
+            Cell(member.name),
+            *(Cell(shown(item, member.held_out.values[item.name]), True) for item in goals),
+            Cell(_interval(member), True),
+            *(Cell(shown(item, member.values[item.name]), True) for item in goals),
+        )
+        for member in front.members
+    ]
+    held = [f"{item.name}, held-out" for item in goals]
+    seen = [f"{item.name}, search" for item in goals]
+    caption = "Recipes that no other dominates on the text of the search, and what text that it never saw says of them."
+    return [*parts, Part(Table(caption, ("Recipe", *held, "perplexity, 95 %", *seen), rows))]
+
+
+def _dot(member: Member, goals: Sequence[Objective], across: Objective, up: Objective) -> Dot:
+    values = member.held_out.values
+    text = f"{member.name}: " + ", ".join(f"{item.name} {shown(item, values[item.name])}" for item in goals)
+    ends = (member.held_out.perplexity.low, member.held_out.perplexity.high) if up is PERPLEXITY else (None, None)
+    low, high = (None if end is None else _scaled(up, end) for end in ends)
+    return Dot(
+        _scaled(across, values[across.name]), _scaled(up, values[up.name]), text, f"member-{member.name}", low, high
+    )
+
+
+def _interval(member: Member) -> str:
+    found = member.held_out.perplexity
+    return f"{found.value:+.2%} [{found.low:+.2%}, {found.high:+.2%}]"
+
+
+def _apart(front: Front) -> list[Part]:
+    if not front.not_told_apart:
+        return []
+    rows = [(Cell(first), Cell(second)) for first, second in front.not_told_apart]
+    caption = (
+        "Neighbours by perplexity whose 95 % interval of the difference holds zero: choose by the other objectives."
+    )
+    return [Part(Table(caption, ("Recipe", "Recipe"), rows))]
+
+
+def _artifacts(front: Front) -> list[Part]:
+    rows = [
+        (
+            Cell(member.name),
+            Cell("proven" if built.exit_code == 0 else f"exit code {built.exit_code}", alarm=built.exit_code != 0),
+            Cell(f"{built.bytes / 1e6:.2f} MB", True),
+            Cell("" if built.held_out is None else f"{built.held_out.perplexity.value:+.2%}", True),
+            Cell("" if built.decode_seconds is None else f"{built.decode_seconds * 1e3:.3g} ms", True),
+            Cell(built.summary),
+        )
+        for member in front.members
+        if (built := member.artifact) is not None
+    ]
+    header = ("Recipe", "Gates", "All files", "Perplexity by the runtime", "Decode, measured", "What the gates found")
+    return (
+        [Part(Table("Artifacts of members, run on held-out text by the runtime of the target.", header, rows))]
+        if rows
+        else []
+    )
+
+
+def _generations(front: Front) -> list[Part]:
+    points = [(float(item.number), item.volume) for item in front.generations]
+    if len(points) < 2:
+        return []
+    labels = Labels("volume", "Hypervolume by generation", f"From {points[0][1]:.4f} to {points[-1][1]:.4f}.")
+    rows = [
+        (
+            Cell(str(item.number)),
+            *(
+                Cell(text, True)
+                for text in (str(item.individuals), str(item.measured), f"{item.volume:.5f}", str(item.front))
+            ),
+        )
+        for item in front.generations
+    ]
+    worst = ", ".join(f"{name} {shown(OBJECTIVES[name], value)}" for name, value in front.worst.items())
+    caption = f"Of the measured front, as a share of the box between zero and ({worst})."
+    table = Table(caption, ("Generation", "Individuals", "Measured", "Hypervolume", "Front"), rows)
+    return [Part(table, Markup(plots.line(labels, points, ("generation", "hypervolume"))))]
+
+
+def _layers(front: Front) -> list[Part]:
+    if not front.members:
+        return []
+    count = len(front.members[0].layers)
+    header = ("Recipe", *(f"layer {number}" for number in range(count)))
+    kept = [
+        (Cell(member.name), *(Cell(f"{layer.kept:.0%}", True, layer.kept) for layer in member.layers))
+        for member in front.members
+    ]
+    gone = [
+        (Cell(member.name), *(Cell(str(layer.removed), True, min(1.0, layer.removed / 16)) for layer in member.layers))
+        for member in front.members
+    ]
+    parts = [
+        Part(
+            Table("Share of the slots that are executed; the pretrained model executes all.", header, kept, dense=True)
+        )
+    ]
+    if any(layer.removed for member in front.members for layer in member.layers):
+        parts.append(Part(Table("Experts that are pruned.", header, gone, dense=True)))
+    return parts
+
+
+def _formats(front: Front) -> list[Part]:
+    names = list(dict.fromkeys(name for member in front.members for name in member.formats))
+    if not names:
+        return []
+    rows = [
+        (Cell(member.name), *(Cell(member.formats.get(name, "none")) for name in names)) for member in front.members
+    ]
+    return [Part(Table("Format of each part of the model.", ("Recipe", *names), rows, dense=True))]
+
+
+def _surrogate(front: Front) -> list[Part]:
+    facts = front.surrogate
+    if not facts.predicted:
+        return []
+    rank = "not defined" if facts.rank_correlation is None else f"{facts.rank_correlation:.3f}"
+    dots = [
+        Dot(1e3 * predicted, 1e3 * measured, f"predicted {predicted:.5f}, measured {measured:.5f} nats")
+        for predicted, measured in zip(facts.predicted, facts.measured, strict=True)
+    ]
+    labels = Labels(
+        "surrogate-plot", "Measured by predicted loss", f"{len(dots)} individuals, rank correlation {rank}."
+    )
+    errors = [abs(a - b) for a, b in zip(facts.predicted, facts.measured, strict=True)]
+    rows = [
+        (Cell("Rank correlation (Spearman)"), Cell(rank, True, alarm=facts.misleads)),
+        (Cell("Individuals"), Cell(str(facts.individuals), True)),
+        (
+            Cell("Root of the mean squared error, nats"),
+            Cell(f"{math.sqrt(math.fsum(e * e for e in errors) / len(errors)):.2e}", True),
+        ),
+    ]
+    caption = "Individuals that were predicted before they were measured on all windows."
+    return [
+        Part(Table(caption, ("", ""), rows), Markup(plots.scatter(labels, dots, ("predicted, 0.001 nats", "measured"))))
+    ]
+
+
+def _member(front: Front, member: Member) -> Section:
+    values: Mapping[str, str] = {
+        "Command": member.command,
+        "Perplexity on held-out text": _interval(member),
+        **{OBJECTIVES[name].title: shown(OBJECTIVES[name], member.held_out.values[name]) for name in front.objectives},
+        "Found in generation": str(member.generation),
+    }
+    rows = [(Cell(name), Cell(text)) for name, text in values.items()]
+    layers = [
+        (
+            Cell(str(number)),
+            Cell(layer.rule or "all slots"),
+            Cell(f"{layer.kept:.1%}", True),
+            Cell(str(layer.removed), True),
+        )
+        for number, layer in enumerate(member.layers)
+    ]
+    parts = [
+        Part(Table(f"Recipe {member.recipe}.", ("", ""), rows)),
+        Part(Table("Its MoE layers.", ("Layer", "Rule", "Slots executed", "Experts pruned"), layers)),
+    ]
+    return Section(f"member-{member.name}", f"Recipe {member.name}", parts)

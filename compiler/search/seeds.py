@@ -1,0 +1,145 @@
+"""Individuals that a search starts from: what the exact allocators give by the measured sensitivities."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from moec.compiler.common.errors import UsageError
+from moec.compiler.search.costs import Costs
+from moec.compiler.search.sensitivity import Sensitivities
+from moec.compiler.search.space import LEVELS, RULES, Genome, Space
+from moec.passes.routing.calibrate.collect import MASSES
+from moec.passes.routing.calibrate.fit import fit
+from moec.passes.routing.calibrate.sensitivities import Sensitivities as LayerLosses
+from moec.passes.routing.calibrate.slot_allocation import allocate
+from moec.passes.routing.calibrate.traces import RoutingTrace, kept_share
+from moec.passes.routing.policies.per_layer import in_layer
+from moec.passes.routing.policies.top_p import TopP
+from moec.quantize.formats import parse_format
+from moec.quantize.planning.allocation import Candidate, trade_off
+
+BUDGETS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
+"""Shares of the slots at which policies are fitted."""
+POLICIES = ("threshold", "top-p", "layer-k")
+POINTS = 7
+"""Allocations of formats, from the smallest to the best."""
+UNITS = 100
+"""Steps of a layer's share in the allocation over rules and levels."""
+
+
+def seeds(space: Space, costs: Costs, sensitivities: Sensitivities, traces: Sequence[RoutingTrace]) -> list[Genome]:
+    """Different individuals, the most useful first.
+
+    They are the pretrained model; rules and levels of every layer by the exact programme over all that was measured;
+    policies as `moec export` fits them; formats as `--quantize auto` allocates them; and the first two with the third.
+    """
+    mixed = list(_mixed(space, sensitivities)) if space.routing else []
+    fitted = list(_fitted(space, sensitivities, traces)) if space.routing else []
+    stored = list(allocated_formats(space, costs, sensitivities))
+    joint = [_joined(space, routed, held) for routed in mixed[::2] for held in stored[::2]]
+    every = [space.unchanged, *mixed, *stored, *joint, *fitted]
+    return [np.array(key) for key in dict.fromkeys(tuple(space.canonical(genome).tolist()) for genome in every)]
+
+
+def _mixed(space: Space, sensitivities: Sensitivities) -> Iterator[Genome]:
+    """The least sum of losses over layers for each budget, whatever the rule (Alloc-MoE, arXiv:2604.08133)."""
+    layers = [index for index in range(len(space.slots)) if ("level", index) in space.places]
+    if not layers:
+        return
+    options = [_options(space, sensitivities, layer) for layer in layers]
+    losses = [[loss for _, _, loss in each] for each in options]
+    units = [[math.ceil(UNITS * level / LEVELS) for _, level, _ in each] for each in options]
+    for budget in BUDGETS:
+        try:
+            chosen = allocate(losses, units, int(budget * UNITS * len(layers)))
+        except UsageError:
+            continue  # fewer slots than one for each token
+        found = space.unchanged.copy()
+        for layer, each, option in zip(layers, options, chosen, strict=True):
+            rule, level, _ = each[option]
+            found[space.places["rule", layer]], found[space.places["level", layer]] = rule, level
+        yield found
+
+
+def _options(space: Space, sensitivities: Sensitivities, layer: int) -> list[tuple[int, int, float]]:
+    """Rule, level and loss of the best rule at each level."""
+    place = space.places["level", layer]
+    gene, found = space.genes[place], []
+    for level in range(gene.low, LEVELS + 1):
+        best = (math.inf, 0)
+        for rule in range(len(RULES)):
+            genome = space.unchanged.copy()
+            genome[place], genome[space.places["rule", layer]] = level, rule
+            if space.canonical(genome)[place] == level:
+                best = min(best, (sensitivities.root(gene, genome) ** 2, rule))
+        found.append((best[1], level, best[0]))
+    return found
+
+
+def _fitted(space: Space, sensitivities: Sensitivities, traces: Sequence[RoutingTrace]) -> Iterator[Genome]:
+    measured = layer_losses(space, sensitivities)
+    for name in POLICIES:
+        for budget in BUDGETS:
+            try:
+                chosen = fit(name, traces, budget, measured)
+            except UsageError:
+                continue  # this policy cannot keep so little, or so much
+            yield space.nearest([in_layer(chosen, layer) for layer in range(len(space.slots))])
+
+
+def layer_losses(space: Space, sensitivities: Sensitivities) -> LayerLosses:
+    """The tables that policies are fitted with, read off the measured curves."""
+    by_k, by_mass = [], []
+    for layer, slots in enumerate(space.slots):
+
+        def loss(level: float, rule: tuple[str, bool], layer: int = layer) -> float:
+            curve = sensitivities.curves.get(("level", layer, RULES.index(rule)))
+            return curve.root(level) ** 2 if curve is not None and level < LEVELS else 0.0
+
+        ks = range(1, slots.top_k + 1)
+        by_k.append(tuple(loss(LEVELS * k / slots.top_k, ("uniform-k", True)) for k in ks))
+        shares = [kept_share(TopP(mass=mass), [slots]) for mass in MASSES]
+        by_mass.append(tuple(loss(LEVELS * share, ("top-p", True)) if share < 1 else 0.0 for share in shares))
+    return LayerLosses(tuple(by_k), MASSES, tuple(by_mass))
+
+
+def allocated_formats(space: Space, costs: Costs, sensitivities: Sensitivities) -> Iterator[Genome]:
+    """Formats that lose least in several sizes, as `--quantize auto` allocates them, the smallest first."""
+    offered = {}
+    for gene in space.genes:
+        if gene.kind == "format":
+            offered[str(gene.index)] = [
+                Candidate(
+                    parse_format(text),
+                    costs.part_bytes(gene.index, text),
+                    _loss(space, sensitivities, gene.index, value),
+                )
+                for value, text in enumerate(space.formats[gene.index])
+            ]
+    if not offered:
+        return
+    for allocation in trade_off(offered, points=POINTS):
+        found = space.unchanged.copy()
+        for name, candidate in allocation.choices:
+            index = int(name)
+            found[space.places["format", index]] = space.formats[index].index(str(candidate.format))
+        yield found
+
+
+def _loss(space: Space, sensitivities: Sensitivities, index: int, value: int) -> float:
+    genome = space.unchanged.copy()
+    place = space.places["format", index]
+    genome[place] = value
+    return sensitivities.root(space.genes[place], genome) ** 2
+
+
+def _joined(space: Space, routed: Genome, stored: Genome) -> Genome:
+    """Routing of the first, formats of the second."""
+    found = routed.copy()
+    for place, gene in enumerate(space.genes):
+        if gene.kind == "format":
+            found[place] = stored[place]
+    return found

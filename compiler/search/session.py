@@ -1,0 +1,373 @@
+"""One search from its settings to a measured front: what is opened, measured first, searched, and kept on the way.
+
+A search that was killed is run again from its beginning: chance repeats itself by the seed, and whatever was measured
+is read from the store, so that it comes to where it was in seconds and goes on as it would have.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from moec.compiler.build.estimate import here
+from moec.compiler.common.errors import LoweringError, UsageError
+from moec.compiler.common.progress import Progress
+from moec.compiler.common.validation import validate
+from moec.compiler.measure.estimate.devices import Device, load_device
+from moec.compiler.pipeline.program import DTYPES
+from moec.compiler.pipeline.refusals import check_target
+from moec.compiler.search.archive import Archive
+from moec.compiler.search.costs import Costs, Speed
+from moec.compiler.search.engine import Generation, Key, Search
+from moec.compiler.search.evaluation import BATCH, Evaluator, Subject
+from moec.compiler.search.objectives import OBJECTIVES, Objective, check_objectives, shown
+from moec.compiler.search.seeds import seeds
+from moec.compiler.search.sensitivity import Probe, Sensitivities, probes
+from moec.compiler.search.settings import GENERATIONS_FILE, Settings
+from moec.compiler.search.space import Space
+from moec.compiler.search.store import Measured, Store
+from moec.compiler.search.variant import FLOAT
+from moec.compiler.search.workers import Run, Task, opened
+from moec.compiler.text.corpus import spread
+from moec.passes.experts.prune_experts import rank_removable
+from moec.passes.quantize import Quantize
+from moec.passes.routing.calibrate.collect import Collector
+from moec.passes.routing.calibrate.traces import RoutingTrace, replay
+from moec.quantize.formats import parse_format
+from moec.quantize.planning.sensitivity import Part, formats_for, plan_of
+from moec.targets import get_target
+from moec.targets.base import Phase, Target, TargetOptions
+
+TRACED_WINDOWS = 16
+"""Windows whose routing rules are fitted to."""
+SENSITIVITY_WINDOWS = 8
+"""Windows that single choices are measured on."""
+STAGES = (0.25, 0.5, 1.0)
+"""Shares of the windows after which an individual may be given up."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What a search works on.
+
+    Attributes:
+        settings: What was asked for.
+        target: Of the recipes.
+        options: Its options.
+        evaluator: The pretrained model and the text.
+        space: What is varied.
+        costs: Counts what is not measured.
+        traces: Routing of the pretrained model.
+    """
+
+    settings: Settings
+    target: Target
+    options: TargetOptions
+    evaluator: Evaluator
+    space: Space
+    costs: Costs
+    traces: tuple[RoutingTrace, ...]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a search came to.
+
+    Attributes:
+        search: The engine with its archive, surrogate and generations.
+        seconds: What the generations took, over all times that it was run.
+        sensitivity_runs: Runs that measured single choices.
+        lost: Individuals that cost more workers than they may.
+    """
+
+    search: Search
+    seconds: float
+    sensitivity_runs: int
+    lost: int
+
+
+def open_search(settings: Settings, directory: Path, progress: Progress) -> Opened:
+    """Open model and text, and find out what may be varied.
+
+    Raises:
+        MoecError: As for an export; objectives that the target does not have, and limits that nothing can meet.
+    """
+    target, options, device = check_settings(settings)
+    goals = settings.goals
+    subject = Subject(
+        settings.checkpoint,
+        str(directory.resolve()),
+        settings.text,
+        settings.windows,
+        settings.window,
+        settings.revision,
+        settings.trust_remote_code,
+    )
+    progress("capture", 0, 1)
+    evaluator = Evaluator(subject)
+    target.check(options, evaluator.checkpoint.raw_config)
+    progress("capture", 1, 1)
+    if not evaluator.program.layers:
+        raise UsageError(f"{settings.checkpoint} has no MoE layer", hint="moec search varies mixtures of experts")
+    counted = [item for item in (*goals, *settings.bounds) if not item.by_running]
+    storage, routing = any(item.storage for item in counted), any(item.routing for item in counted)
+    check_target(target, evaluator.program, options)
+    formats = _formats(evaluator, target, options, storage=storage)
+    evaluator.calibrate(sorted({text for each in formats for text in each if text != FLOAT}), progress)
+    evaluator.use_codes()
+    traces, peaks = _traced(evaluator, progress, outputs=storage)
+    removable = (
+        _removable(evaluator, rank_removable(evaluator.program, traces, peaks)) if storage else [()] * len(traces)
+    )
+    slots = tuple(replace(slots, layer=0) for slots in replay(traces))
+    owners = tuple(_owner(evaluator, part) for part in evaluator.parts)
+    space = Space(slots, tuple(removable), formats, owners, routing)
+    speed = Speed(here()["bandwidth"]) if device is None else Speed.of(device)
+    itemsize = DTYPES[settings.dtype or target.default_dtype].itemsize
+    skips = target.capabilities(options, Phase.DECODE).skips_experts
+    costs = Costs(
+        evaluator.program, evaluator.parts, evaluator.runner.pruned_weights, itemsize=itemsize, skips=skips, speed=speed
+    )
+    found = Opened(settings, target, options, evaluator, space, costs, tuple(traces))
+    _check_limits(found)
+    return found
+
+
+def check_settings(settings: Settings) -> tuple[Target, TargetOptions, Device | None]:
+    """Target, its options and the device, after all that can be said before the model is opened.
+
+    Raises:
+        UsageError: There is none of that name, or an objective that it does not have.
+    """
+    target = get_target(settings.target)
+    options = validate(target.Options, settings.options, where=f"options of target {target.name}")
+    device = None if settings.device is None else load_device(settings.device)
+    check_objectives((*settings.goals, *settings.bounds), target, options, device)
+    return target, options, device
+
+
+def _formats(
+    evaluator: Evaluator, target: Target, options: TargetOptions, *, storage: bool
+) -> tuple[tuple[str, ...], ...]:
+    """Formats on offer for each part, without those that the target refuses for the model as a whole."""
+    program, parts = evaluator.program, evaluator.parts
+    if not storage:
+        return ((FLOAT,),) * len(parts)
+    offered = [
+        [str(fmt) for fmt in formats_for(program, part, partial(target.auto_formats, options))] for part in parts
+    ]
+    refused: set[str] = set()
+    for text in sorted({text for each in offered for text in each}):
+        fitting = [part for part, each in zip(parts, offered, strict=True) if text in each]
+        rounded = Quantize(plan_of(dict.fromkeys(fitting, parse_format(text)))).run(program).program
+        try:
+            check_target(target, rounded, options)
+        except LoweringError:
+            refused.add(text)
+    kept = tuple(tuple(text for text in each if text not in refused) for each in offered)
+    return tuple(each or (FLOAT,) for each in kept)
+
+
+def _traced(evaluator: Evaluator, progress: Progress, *, outputs: bool) -> tuple[list[RoutingTrace], list[Tensor]]:
+    collector = Collector(evaluator.program, outputs=outputs)
+    sample = spread(evaluator.windows, TRACED_WINDOWS)
+    collector.run(sample, lambda done, total: progress("routing of the pretrained model", done, total))
+    return collector.traces(), collector.peaks()
+
+
+def _removable(evaluator: Evaluator, ranked: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """Experts that may go, of the layers whose router can do without a row."""
+    return [order if evaluator.runner.pruned_weights(number) else () for number, order in enumerate(ranked)]
+
+
+def _owner(evaluator: Evaluator, part: Part) -> int:
+    """The MoE layer in the same layer of the model as a part; -1 where there is none."""
+    resolve = evaluator.program.weights.resolve
+    stacks = {resolve(row.gate_up_proj): row.index for row in evaluator.program.layers}
+    experts = {other.layer: stacks[name] for other in evaluator.parts for name in other.names if name in stacks}
+    return experts.get(part.layer, -1)
+
+
+def _check_limits(found: Opened) -> None:
+    """Refuse limits that no individual can meet.
+
+    Raises:
+        UsageError: There is one; the hint says the least that is possible.
+    """
+    least = found.space.unchanged.copy()
+    for place, gene in enumerate(found.space.genes):
+        least[place] = {"level": gene.low, "format": 0, "prune": gene.high, "rule": least[place]}[gene.kind]
+    least = found.space.canonical(least)
+    counted = found.costs.of(found.space.variant(least), found.space.kept(least))
+    for item, limit in found.settings.bounds.items():
+        if not item.by_running and counted[item.name] > limit:
+            raise UsageError(
+                f"--max-{item.name} {shown(item, limit)}: nothing that the search may choose meets it",
+                hint=f"the nearest is {shown(item, counted[item.name])}: coarsest formats and fewest experts",
+            )
+
+
+def run_search(
+    found: Opened, directory: Path, *, executor: str, jobs: int, store: Path | None, progress: Progress
+) -> Finished:
+    """Search; see the module.
+
+    Raises:
+        UsageError: No individual that was measured meets all limits; the hint says the nearest.
+        OutputError: The directory cannot be written.
+    """
+    kept = Store(store or directory, found.evaluator.context)
+    with opened(executor, found.evaluator, jobs) as run:
+        measuring = _Measuring(found, kept, run, progress)
+        reference = measuring.of({}, len(found.evaluator.windows))
+        listed = probes(found.space, found.costs)
+        sensitivities = Sensitivities(found.space, found.costs, measuring.divergences(listed))
+        archive = Archive(found.space, found.costs, reference, found.settings.goals, found.settings.bounds)
+        search = Search(
+            found.space,
+            found.costs,
+            archive,
+            sensitivities,
+            measuring.individuals,
+            population=found.settings.population,
+            share=found.settings.share,
+            seed=found.settings.seed,
+        )
+        clock = _Clock(directory / GENERATIONS_FILE)
+        search.start(seeds(found.space, found.costs, sensitivities, found.traces)[: found.settings.population])
+        clock.tick(search.generations[-1])
+        while _more(found.settings, search, clock) and search.step():
+            clock.tick(search.generations[-1])
+            _tell(found.settings, search, clock, progress)
+    if not archive.front:
+        _refuse(archive, found.settings.bounds)
+    return Finished(search, clock.seconds, len(listed), len(archive.failed))
+
+
+def _more(settings: Settings, search: Search, clock: _Clock) -> bool:
+    done = len(search.generations) - 1
+    if settings.last is not None:
+        return done < settings.last
+    assert settings.budget is not None
+    return clock.knows(done + 1) or clock.seconds < settings.budget
+
+
+def _tell(settings: Settings, search: Search, clock: _Clock, progress: Progress) -> None:
+    if settings.last is not None:
+        progress("generations", len(search.generations) - 1, settings.last)
+    else:
+        assert settings.budget is not None
+        progress("seconds", min(int(clock.seconds), int(settings.budget)), int(settings.budget))
+
+
+def _refuse(archive: Archive, bounds: Mapping[Objective, float]) -> None:
+    nearest = archive.nearest()
+    assert nearest is not None
+    wanted = ", ".join(f"{item.name} {shown(item, limit)}" for item, limit in bounds.items())
+    named = {*archive.objectives, *bounds}
+    reached = ", ".join(
+        f"{item.name} {shown(item, nearest.values[item.name])}" for item in OBJECTIVES.values() if item in named
+    )
+    raise UsageError(
+        f"no recipe that was measured meets all limits ({wanted})",
+        hint=f"the nearest has {reached}: allow as much, or more",
+    )
+
+
+class _Measuring:
+    """Asks the store, and the workers for what is not there."""
+
+    def __init__(self, found: Opened, store: Store, run: Run, progress: Progress) -> None:
+        self._found, self._store, self._run, self._progress = found, store, run, progress
+        self.failed: set[str] = set()
+
+    def of(self, sections: Mapping[str, object], windows: int) -> Measured:
+        """What the first windows say of one variant."""
+        self._complete([sections], windows, "pretrained model")
+        return self._store.get(sections).first(windows)
+
+    def divergences(self, listed: Sequence[Probe]) -> list[float]:
+        """Of each probe, nats per token."""
+        windows = min(SENSITIVITY_WINDOWS, len(self._found.evaluator.windows))
+        sections = [self._sections(probe.genome) for probe in listed]
+        self._complete(sections, windows, "single choices")
+        return [float(np.mean(self._store.get(each).first(windows).divergences or [0.0])) for each in sections]
+
+    def individuals(self, keys: Sequence[Key], hopeless: Callable[[Key, Measured], bool]) -> Mapping[Key, Measured]:
+        """See `engine.Measure`."""
+        # Those that begin alike come one after the other, so that what they share is run once.
+        alive = {key: self._sections(key) for key in sorted(keys)}
+        results: dict[Key, Measured] = {}
+        every = len(self._found.evaluator.windows)
+        for share in STAGES:
+            windows = max(BATCH, int(share * every) // BATCH * BATCH) if share < 1 else every
+            self._complete(list(alive.values()), windows, "measured individuals")
+            for key, sections in list(alive.items()):
+                known = self._store.get(sections)
+                if known.windows < windows:
+                    del alive[key]  # it has cost more workers than it may
+                    results.pop(key, None)
+                    continue
+                results[key] = known.first(windows)
+                if windows < every and hopeless(key, results[key]):
+                    del alive[key]
+        return {key: results[key] for key in keys if key in results}
+
+    def _sections(self, key: Key) -> dict[str, object]:
+        variant = self._found.space.variant(np.array(key))
+        return variant.sections(self._found.evaluator.parts)
+
+    def _complete(self, every: Sequence[Mapping[str, object]], windows: int, what: str) -> None:
+        tasks = [
+            Task(sections, known, windows)
+            for sections in every
+            if (known := self._store.get(sections).windows) < windows
+        ]
+        for done, (index, measured) in enumerate(self._run(tasks)):
+            if measured is not None:
+                self._store.put(tasks[index].sections, tasks[index].start, measured)
+            self._progress(what, done + 1, len(tasks))
+
+
+class _Clock:
+    """What generations took, in a file, so that a search that goes on knows how long it has been."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._started = path, time.monotonic()
+        self._known = self._read()
+
+    def _read(self) -> dict[int, float]:
+        found: dict[int, float] = {}
+        for line in self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []:
+            try:
+                plain = json.loads(line)
+                found[int(plain["number"])] = float(plain["seconds"])
+            except (ValueError, KeyError, TypeError):
+                continue  # the line that was being written when the search was killed
+        return found
+
+    def knows(self, number: int) -> bool:
+        """Whether a generation has been begun before."""
+        return number in self._known
+
+    @property
+    def seconds(self) -> float:
+        """What all generations took, those of earlier times included."""
+        return max(self._known.values(), default=0.0) + time.monotonic() - self._started
+
+    def tick(self, generation: Generation) -> None:
+        """A generation ended."""
+        if self.knows(generation.number):
+            self._started = time.monotonic()
+            return
+        line = json.dumps({**asdict(generation), "seconds": self.seconds}) + "\n"
+        whole = not self._path.exists() or self._path.read_bytes()[-1:] in (b"", b"\n")
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(line if whole else "\n" + line)

@@ -1,0 +1,208 @@
+"""What a search may vary: an individual is a row of whole numbers, and stands for a variant of the model.
+
+Each MoE layer has a rule by which it drops slots, the share of its slots that the rule leaves on calibration text, and
+a number of experts to prune; each part that can be quantized has a format. Rules are fitted to their shares on the
+routing of the pretrained model, as `moec calibrate` fits them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+
+from moec.compiler.search.variant import Variant
+from moec.passes.routing.calibrate.fit import nearest_knob
+from moec.passes.routing.calibrate.sensitivities import Calibration
+from moec.passes.routing.calibrate.traces import kept_share
+from moec.passes.routing.policies.base import Policy, Slots
+from moec.passes.routing.policies.table import policy_type
+
+Genome = np.ndarray[tuple[int], np.dtype[np.int64]]
+LEVELS = 100
+"""A level is a share of a layer's slots in percent; this one keeps all of them."""
+RULES: tuple[tuple[str, bool], ...] = (
+    ("top-p", True),
+    ("top-p", False),
+    ("threshold", True),
+    ("threshold", False),
+    ("ratio", True),
+    ("uniform-k", True),
+    ("uniform-k", False),
+)
+"""Policies of a layer, and whether they scale what is left."""
+BISECTIONS = 24
+DIGITS = 5
+"""Significant digits of a fitted parameter, so that recipes can be read."""
+
+
+@dataclass(frozen=True)
+class Gene:
+    """One number of an individual.
+
+    Attributes:
+        kind: "rule", "level", "prune" or "format".
+        index: Of the MoE layer; of the part for "format".
+        low: Smallest value.
+        high: Largest value.
+    """
+
+    kind: str
+    index: int
+    low: int
+    high: int
+
+
+@dataclass(frozen=True)
+class Space:
+    """Everything that can be chosen.
+
+    Attributes:
+        slots: The routing of the pretrained model on calibration text, an entry per MoE layer.
+        removable: Experts of each MoE layer that may go, those that matter least first.
+        formats: Text forms of the formats on offer for each part, the smallest first; one alone: there is no choice.
+        owners: Of each part, the MoE layer that it is near; -1: none.
+        routing: Whether rules and levels are varied.
+    """
+
+    slots: tuple[Slots, ...]
+    removable: tuple[tuple[int, ...], ...]
+    formats: tuple[tuple[str, ...], ...]
+    owners: tuple[int, ...]
+    routing: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_fitted", {})
+
+    @cached_property
+    def genes(self) -> tuple[Gene, ...]:
+        """The genes, those of one layer beside each other."""
+        found: list[Gene] = []
+        for index, slots in enumerate(self.slots):
+            if self.routing and slots.top_k > 1:
+                found.append(Gene("rule", index, 0, len(RULES) - 1))
+                found.append(Gene("level", index, math.ceil(LEVELS / slots.top_k), LEVELS))
+            if self.removable[index]:
+                found.append(Gene("prune", index, 0, len(self.removable[index])))
+        found += [Gene("format", index, 0, len(each) - 1) for index, each in enumerate(self.formats) if len(each) > 1]
+        return tuple(found)
+
+    @cached_property
+    def low(self) -> Genome:
+        """Smallest value of each gene."""
+        return np.array([gene.low for gene in self.genes], dtype=np.int64)
+
+    @cached_property
+    def high(self) -> Genome:
+        """Largest value of each gene."""
+        return np.array([gene.high for gene in self.genes], dtype=np.int64)
+
+    @cached_property
+    def places(self) -> Mapping[tuple[str, int], int]:
+        """Kind and index of a gene -> its place."""
+        return {(gene.kind, gene.index): place for place, gene in enumerate(self.genes)}
+
+    @cached_property
+    def blocks(self) -> tuple[np.ndarray, ...]:
+        """Places of the genes that belong together: those of one layer, or of one part that is in none."""
+        found: dict[tuple[str, int], list[int]] = {}
+        for place, gene in enumerate(self.genes):
+            layer = self.owners[gene.index] if gene.kind == "format" else gene.index
+            found.setdefault(("layer", layer) if layer >= 0 else ("part", gene.index), []).append(place)
+        return tuple(np.array(places) for places in found.values())
+
+    @cached_property
+    def unchanged(self) -> Genome:
+        """The individual that is the pretrained model, in the best formats on offer."""
+        values = {"rule": 0, "level": LEVELS, "prune": 0}
+        return np.array([values.get(gene.kind, gene.high) for gene in self.genes], dtype=np.int64)
+
+    def canonical(self, genome: Genome) -> Genome:
+        """The same variant in one spelling: within bounds, and no rule where all slots stay."""
+        found = np.clip(genome, self.low, self.high)
+        for index, slots in enumerate(self.slots):
+            place = self.places.get(("level", index))
+            if place is None:
+                continue
+            rule = self.places["rule", index]
+            if RULES[found[rule]][0] == "uniform-k":
+                found[place] = round(LEVELS * self._whole(slots, int(found[place])) / slots.top_k)
+            if found[place] >= LEVELS:
+                found[rule] = 0
+        return found
+
+    def variant(self, genome: Genome) -> Variant:
+        """What an individual stands for."""
+        value = self.value
+        policies = [
+            self.policy(index, value(genome, "rule", index, 0), value(genome, "level", index, LEVELS))
+            for index in range(len(self.slots))
+        ]
+        removed = [
+            tuple(sorted(order[: value(genome, "prune", index, 0)])) for index, order in enumerate(self.removable)
+        ]
+        formats = [each[value(genome, "format", index, 0)] for index, each in enumerate(self.formats)]
+        return Variant(tuple(policies), tuple(removed), tuple(formats))
+
+    def value(self, genome: Genome, kind: str, index: int, default: int) -> int:
+        """Value of a gene, or the default where it is not varied."""
+        place = self.places.get((kind, index))
+        return default if place is None else int(genome[place])
+
+    def policy(self, layer: int, rule: int, level: int) -> Policy | None:
+        """What a rule at a level is in a layer; None where all slots stay."""
+        return self._fit(layer, rule, level)[0]
+
+    def kept(self, genome: Genome) -> np.ndarray:
+        """Share of the slots that each MoE layer keeps on the routing of the pretrained model: [layers]."""
+        value = self.value
+        return np.array(
+            [
+                self._fit(index, value(genome, "rule", index, 0), value(genome, "level", index, LEVELS))[1]
+                for index in range(len(self.slots))
+            ]
+        )
+
+    def _fit(self, layer: int, rule: int, level: int) -> tuple[Policy | None, float]:
+        if level >= LEVELS:
+            return None, 1.0
+        fitted: dict[tuple[int, int, int], tuple[Policy | None, float]] = self.__dict__["_fitted"]
+        if (layer, rule, level) not in fitted:
+            fitted[layer, rule, level] = self._fit_anew(layer, rule, level)
+        return fitted[layer, rule, level]
+
+    def _fit_anew(self, layer: int, rule: int, level: int) -> tuple[Policy, float]:
+        (name, renormalize), slots = RULES[rule], self.slots[layer]
+        kind = policy_type(name)
+        start = replace(kind.prepare(Calibration([slots], level / LEVELS)), renormalize=renormalize)
+        if not kind.bisected:
+            start = start.with_knob(self._whole(slots, level))
+        else:
+            start, _ = nearest_knob(start, [slots], level / LEVELS, steps=BISECTIONS)
+            start = start.with_knob(float(f"{start.knob_value:.{DIGITS}g}"))
+        return start, kept_share(start, [slots])
+
+    @staticmethod
+    def _whole(slots: Slots, level: int) -> int:
+        return max(1, round(slots.top_k * level / LEVELS))
+
+    def nearest(self, policies: Sequence[Policy | None], formats: Sequence[str] | None = None) -> Genome:
+        """The individual nearest to given policies and formats.
+
+        A policy of another kind than the rules becomes the first rule that keeps as many slots.
+        """
+        found = self.unchanged.copy()
+        for index, own in enumerate(policies):
+            if own is None or ("rule", index) not in self.places:
+                continue
+            names = [name for name, renormalize in RULES if renormalize == own.renormalize]
+            rule = RULES.index((own.name if own.name in names else names[0], own.renormalize))
+            found[self.places["rule", index]] = rule
+            found[self.places["level", index]] = round(LEVELS * kept_share(own, [self.slots[index]]))
+        for index, text in enumerate(formats or ()):
+            if ("format", index) in self.places and text in self.formats[index]:
+                found[self.places["format", index]] = self.formats[index].index(text)
+        return self.canonical(found)

@@ -1,0 +1,68 @@
+"""Hypervolume of a front, and what further individuals would add to it."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+
+import numpy as np
+
+Array = np.ndarray
+
+
+class Volume:
+    """The hypervolume between a front and a reference point, as a share of the box from zero to that point.
+
+    Zitzler and Thiele, "Multiobjective Optimization Using Evolutionary Algorithms", 1998. What is no better than the
+    point in some objective counts nothing; what is below zero counts as zero.
+
+    Args:
+        worst: The reference point, all of it above 0: [m].
+    """
+
+    def __init__(self, worst: Sequence[float]) -> None:
+        from pymoo.indicators.hv import HV
+
+        self._worst = np.array(worst, dtype=np.float64)
+        self._indicator = HV(ref_point=np.ones(len(worst)))
+
+    def of(self, rows: Array) -> float:
+        """The volume of a front [n, m]."""
+        inside = self._inside(rows)
+        return float(self._indicator(inside)) if len(inside) else 0.0
+
+    def _inside(self, rows: Array) -> Array:
+        scaled = np.clip(np.asarray(rows, dtype=np.float64).reshape(-1, len(self._worst)) / self._worst, 0.0, None)
+        found: Array = scaled[(scaled < 1.0).all(axis=1)]
+        return found
+
+    def best(self, front: Array, candidates: Array, count: int) -> list[tuple[int, float]]:
+        """The candidates [c, m] that would add most to a front, one after the other.
+
+        What a candidate adds never grows as others join the front, so that bounds from before serve.
+
+        Args:
+            front: What is known, [n, m].
+            candidates: What might be.
+            count: At most so many.
+
+        Returns:
+            Indices and what each adds beyond those before it; without those that add nothing.
+        """
+        known, base = np.asarray(front).reshape(-1, len(self._worst)), self.of(front)
+        # All that is compared with the first entry was computed for the front as it is at that time.
+        waiting = [(-(self.of(np.vstack([known, row])) - base), index, 0) for index, row in enumerate(candidates)]
+        heapq.heapify(waiting)
+        chosen: list[tuple[int, float]] = []
+        while waiting and len(chosen) < count:
+            gain, index, round_ = heapq.heappop(waiting)
+            if -gain <= 1e-12:
+                break
+            if round_ == len(chosen):
+                chosen.append((index, -gain))
+                known = np.vstack([known, candidates[index]])
+                base = self.of(known)
+            else:
+                again = self.of(np.vstack([known, candidates[index]])) - base
+                heapq.heappush(waiting, (-again, index, len(chosen)))
+        return chosen

@@ -1,0 +1,223 @@
+"""Where individuals are measured: in this process, in several of this machine, or on a Ray cluster.
+
+A worker opens the model once and is then told one individual after the other. One that dies costs what it was at, which
+another is told in its place; what has killed two workers is given up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from moec.compiler.build.executors import ray_cluster
+from moec.compiler.common.errors import MoecError
+from moec.compiler.search.evaluation import Evaluator, Subject
+from moec.compiler.search.store import Measured
+
+TRIES = 2
+"""Workers that an individual may cost."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """The windows [start, stop) of the variant that these sections of a recipe describe."""
+
+    sections: Mapping[str, Any]
+    start: int
+    stop: int
+
+
+Run = Callable[[Sequence[Task]], Iterator[tuple[int, Measured | None]]]
+"""Tasks -> index and result of each as they are ready; None where it was given up."""
+
+
+@contextlib.contextmanager
+def here(evaluator: Evaluator, _jobs: int) -> Iterator[Run]:
+    """One individual at a time, in this process."""
+
+    def run(tasks: Sequence[Task]) -> Iterator[tuple[int, Measured | None]]:
+        for index, task in enumerate(tasks):
+            yield index, evaluator.evaluate(task.sections, task.start, task.stop)
+
+    yield run
+
+
+class _Process:
+    """A worker process; see `moec.compiler.search.worker`."""
+
+    def __init__(self, subject: Subject, threads: int) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "moec.compiler.search.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env={"OMP_NUM_THREADS": str(threads), **os.environ},
+        )
+        self._say(asdict(subject))
+
+    def _say(self, what: Mapping[str, Any]) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(what) + "\n")
+        self._process.stdin.flush()
+
+    def ask(self, task: Task) -> Measured:
+        """The result of a task.
+
+        Raises:
+            OSError: The process is dead.
+            MoecError: The evaluation failed.
+        """
+        self._say(asdict(task))
+        assert self._process.stdout is not None
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise BrokenPipeError("the worker ended")
+        found = json.loads(answer)
+        if "error" in found:
+            raise MoecError(found["error"])
+        return Measured.of(found)
+
+    @property
+    def pid(self) -> int:
+        """Of the process."""
+        return self._process.pid
+
+    def end(self) -> None:
+        """End the process, and wait for it."""
+        self._process.kill()
+        self._process.communicate()
+
+
+class _Pool:
+    """Processes, each with a thread that hands it tasks."""
+
+    def __init__(self, subject: Subject, jobs: int) -> None:
+        self._subject, self._jobs = subject, jobs
+        self._threads = max(1, (os.cpu_count() or 1) // jobs)
+        self.alive: dict[int, _Process] = {}
+
+    def run(self, tasks: Sequence[Task]) -> Iterator[tuple[int, Measured | None]]:
+        """See `Run`.
+
+        Raises:
+            MoecError: An evaluation failed for a reason of its own.
+        """
+        waiting, done = deque((index, 0) for index in range(len(tasks))), queue.Queue[Any]()
+        for number in range(min(self._jobs, len(tasks))):
+            threading.Thread(target=self._serve, args=(number, tasks, waiting, done), daemon=True).start()
+        for _ in tasks:
+            index, found = done.get()
+            if isinstance(found, MoecError):
+                raise found
+            yield index, found
+
+    def _serve(
+        self, number: int, tasks: Sequence[Task], waiting: deque[tuple[int, int]], done: queue.Queue[Any]
+    ) -> None:
+        """Hand tasks to one process until there are none; one that died is started anew."""
+        while waiting:
+            with contextlib.suppress(IndexError):  # another thread took the last one
+                index, tries = waiting.popleft()
+                try:
+                    done.put((index, self._process(number).ask(tasks[index])))
+                except MoecError as error:
+                    done.put((index, error))
+                except (OSError, ValueError):
+                    self.alive.pop(number).end()
+                    if tries + 1 < TRIES:
+                        waiting.append((index, tries + 1))
+                    else:
+                        done.put((index, None))
+
+    def _process(self, number: int) -> _Process:
+        if number not in self.alive:
+            self.alive[number] = _Process(self._subject, self._threads)
+        return self.alive[number]
+
+    def end(self) -> None:
+        """End all processes."""
+        for process in self.alive.values():
+            process.end()
+
+
+@contextlib.contextmanager
+def in_processes(evaluator: Evaluator, jobs: int) -> Iterator[Run]:
+    """As many processes of this machine as `jobs` says; the cores are shared out among them."""
+    pool = _Pool(evaluator.subject, jobs)
+    try:
+        yield pool.run
+    finally:
+        pool.end()
+
+
+@contextlib.contextmanager
+def on_ray(evaluator: Evaluator, jobs: int) -> Iterator[Run]:
+    """As many actors as `jobs` says on the cluster that RAY_ADDRESS names, or on one that is started here.
+
+    Checkpoint, texts and the directory of the search must be at the same place on every node.
+
+    Raises:
+        MissingExtraError: Ray is not installed.
+    """
+    with ray_cluster() as ray:
+        actor: Any = ray.remote(num_cpus=max(1, (os.cpu_count() or 1) // jobs), max_restarts=-1)(_Actor)
+        actors = [actor.remote(asdict(evaluator.subject), list(sys.path)) for _ in range(jobs)]
+
+        def run(tasks: Sequence[Task]) -> Iterator[tuple[int, Measured | None]]:
+            waiting, free = deque((index, 0) for index in range(len(tasks))), deque(actors)
+            running: dict[Any, tuple[int, int, Any]] = {}
+            while waiting or running:
+                while waiting and free:
+                    (index, tries), worker = waiting.popleft(), free.popleft()
+                    running[worker.evaluate.remote(asdict(tasks[index]))] = (index, tries, worker)
+                (ready,), _ = ray.wait(list(running), num_returns=1)
+                index, tries, worker = running.pop(ready)
+                free.append(worker)
+                try:
+                    yield index, Measured.of(ray.get(ready))
+                except ray.exceptions.RayActorError:
+                    if tries + 1 < TRIES:
+                        waiting.append((index, tries + 1))
+                    else:
+                        yield index, None
+                except ray.exceptions.RayTaskError as error:
+                    raise MoecError(f"a worker failed: {' '.join(str(error.cause).split())[:300]}") from error
+
+        yield run
+
+
+class _Actor:
+    """A worker on Ray, which finds moec where the driver found it."""
+
+    def __init__(self, subject: dict[str, Any], path: list[str]) -> None:
+        sys.path[:] = [*sys.path, *(entry for entry in path if entry not in sys.path)]
+        self._evaluator = Evaluator(Subject(**subject))
+        self._evaluator.use_codes()
+
+    def evaluate(self, task: dict[str, Any]) -> dict[str, Any]:
+        """The result of a task, in its plain form."""
+        return asdict(self._evaluator.evaluate(**task))
+
+    def pid(self) -> int:
+        """Of the process that it runs in."""
+        return os.getpid()
+
+
+def opened(executor: str, evaluator: Evaluator, jobs: int) -> contextlib.AbstractContextManager[Run]:
+    """Workers of a kind: "local" or "ray"."""
+    if executor == "ray":
+        return on_ray(evaluator, jobs)
+    return in_processes(evaluator, jobs) if jobs > 1 else here(evaluator, jobs)
+
+
+EXECUTORS = ("local", "ray")

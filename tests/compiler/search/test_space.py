@@ -1,0 +1,184 @@
+"""Individuals: what they stand for, and how they are varied, crossed and repaired."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from moec.compiler.search.costs import Costs, Speed
+from moec.compiler.search.evaluation import Evaluator
+from moec.compiler.search.objectives import EXPERT_FLOPS, SIZE
+from moec.compiler.search.operators import Excess, LayerCrossover, Moves
+from moec.compiler.search.sensitivity import Sensitivities, probes
+from moec.compiler.search.space import LEVELS, RULES, Space
+from moec.passes.routing.policies.base import Slots
+from moec.passes.routing.policies.per_layer import in_layer
+from moec.passes.routing.policies.threshold import Threshold
+
+LAYERS = 2
+
+
+@pytest.fixture(scope="module")
+def space(evaluator: Evaluator) -> Space:
+    random = torch.Generator().manual_seed(0)
+    weights = torch.rand(500, 4, generator=random).softmax(-1).sort(-1, descending=True).values
+    slots = tuple(Slots(0, torch.arange(4).expand(500, 4), weights, torch.ones(500, 1)) for _ in range(LAYERS))
+    formats = tuple(("int4:32", "int8:32", "fp16") for _ in evaluator.parts)
+    owners = tuple(part.layer for part in evaluator.parts)
+    return Space(slots, ((3, 1), (0, 2, 5)), formats, owners)
+
+
+@pytest.fixture(scope="module")
+def costs(evaluator: Evaluator) -> Costs:
+    pruned = evaluator.runner.pruned_weights
+    return Costs(evaluator.program, evaluator.parts, pruned, itemsize=4, skips=True, speed=Speed(1e9, 1e9))
+
+
+@pytest.fixture(scope="module")
+def sensitivities(space: Space, costs: Costs) -> Sensitivities:
+    """The first layer loses ten times as much as the second."""
+
+    def loss(key: tuple[str, int, int], place: float) -> float:
+        lost = 1 - place / LEVELS if key[0] == "level" else 0.01
+        return lost**2 * (1.0 if key[1] == 0 else 0.1)
+
+    return Sensitivities(space, costs, [loss(probe.key, probe.place) for probe in probes(space, costs)])
+
+
+def test_the_pretrained_model_is_an_individual(space: Space) -> None:
+    variant = space.variant(space.unchanged)
+    assert variant.policies == (None, None)
+    assert variant.removed == ((), ())
+    assert set(variant.formats) == {"fp16"}
+    assert space.kept(space.unchanged).tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("rule", range(len(RULES)))
+@pytest.mark.parametrize("level", [30, 55, 80])
+def test_a_rule_keeps_what_its_level_says(space: Space, rule: int, level: int) -> None:
+    genome = space.unchanged.copy()
+    genome[space.places["rule", 1]], genome[space.places["level", 1]] = rule, level
+    genome = space.canonical(genome)
+    first, second = space.kept(genome)
+    step = 0.13 if RULES[rule][0] == "uniform-k" else 0.01
+    assert first == 1.0
+    assert second == pytest.approx(level / 100, abs=step)
+    policy = space.variant(genome).policies[1]
+    assert policy is not None
+    assert (policy.name, policy.renormalize) == RULES[rule]
+
+
+def test_one_variant_has_one_spelling(space: Space) -> None:
+    genome = space.unchanged.copy()
+    genome[space.places["rule", 0]] = 3
+    genome[space.places["prune", 1]] = 99
+    found = space.canonical(genome)
+    assert found[space.places["rule", 0]] == 0
+    assert found[space.places["prune", 1]] == 3
+    assert np.array_equal(space.canonical(found), found)
+
+
+def test_those_that_matter_least_go_first(space: Space) -> None:
+    genome = space.unchanged.copy()
+    genome[space.places["prune", 1]] = 2
+    assert space.variant(genome).removed == ((), (0, 2))
+
+
+def test_the_nearest_individual_keeps_as_much(space: Space) -> None:
+    policies = [in_layer(Threshold(tau=0.2, importance=(1.0, 0.9)), layer) for layer in range(LAYERS)]
+    found = space.nearest(policies, ["int8:32"] * len(space.formats))
+    assert [type(policy) for policy in space.variant(found).policies] == [Threshold, Threshold]
+    assert set(space.variant(found).formats) == {"int8:32"}
+    for layer, policy in enumerate(space.variant(found).policies):
+        assert policy is not None
+        assert policy.knob_value == pytest.approx(policies[layer].knob_value / (1, 0.9)[layer], rel=0.05)
+
+
+def test_costs_follow_the_choices(space: Space, costs: Costs) -> None:
+    base, small = space.unchanged, space.unchanged.copy()
+    for place, gene in enumerate(space.genes):
+        small[place] = {"format": 0, "prune": gene.high, "level": 50, "rule": 0}[gene.kind]
+    whole = costs.of(space.variant(base), space.kept(base))
+    less = costs.of(space.variant(small), space.kept(small))
+    assert whole["expert-flops"] == 1.0
+    assert less["expert-flops"] == pytest.approx(0.5, abs=0.02)
+    assert all(less[name] < whole[name] for name in whole)
+    assert whole["memory"] > whole["size"] > whole["bytes-per-token"] * 0.5
+
+
+def test_a_target_that_cannot_skip_saves_no_work(space: Space, evaluator: Evaluator) -> None:
+    pruned = evaluator.runner.pruned_weights
+    dense = Costs(evaluator.program, evaluator.parts, pruned, itemsize=4, skips=False, speed=Speed(1e9))
+    found = dense.of(space.variant(space.unchanged), [0.5, 0.5])
+    assert found == dense.of(space.variant(space.unchanged), [1.0, 1.0])
+
+
+def test_repair_meets_the_limits_where_it_costs_least(space: Space, costs: Costs, sensitivities: Sensitivities) -> None:
+    size = 0.6 * costs.of(space.variant(space.unchanged), space.kept(space.unchanged))["size"]
+    moves, limits = Moves(space, sensitivities), {EXPERT_FLOPS: 0.8, SIZE: size}
+    excess = Excess(space, costs, limits)
+    assert excess(space.unchanged) > 0
+    found = moves.repaired(space.unchanged, excess)
+    assert excess(found) == 0
+    first, second = space.kept(found)
+    assert first > second
+    assert np.array_equal(moves.repaired(found, excess), found)
+
+
+def test_budget_moves_to_where_it_is_missed_most(space: Space, sensitivities: Sensitivities) -> None:
+    genome = space.unchanged.copy()
+    levels = [space.places["level", layer] for layer in range(LAYERS)]
+    genome[levels] = 60
+    found = Moves(space, sensitivities).move_slots(genome, np.random.default_rng(0))
+    assert found[levels[0]] > 60 > found[levels[1]]
+    assert found[levels].sum() == 120
+
+
+def test_layers_swap_rule_and_level_together(space: Space, sensitivities: Sensitivities) -> None:
+    genome = space.unchanged.copy()
+    pairs = [[space.places["rule", layer], space.places["level", layer]] for layer in range(LAYERS)]
+    genome[pairs[0]], genome[pairs[1]] = [2, 40], [4, 70]
+    found = Moves(space, sensitivities).swap(genome, np.random.default_rng(0))
+    assert found[pairs[0]].tolist() == [4, 70]
+    assert found[pairs[1]].tolist() == [2, 40]
+
+
+def test_layers_are_crossed_as_a_whole(space: Space) -> None:
+    parents = np.stack([np.tile(space.low, (20, 1)), np.tile(space.high, (20, 1))])
+    found = LayerCrossover(space)._do(None, parents, random_state=np.random.default_rng(0))
+    sides = set()
+    for mating in range(20):
+        for block in space.blocks:
+            low = (found[0, mating, block] == space.low[block]).all()
+            assert low or (found[0, mating, block] == space.high[block]).all()
+            sides.add(bool(low))
+            assert (found[:, mating, block].sum(axis=0) == (space.low + space.high)[block]).all()
+    assert sides == {True, False}
+
+
+def test_changes_stay_within_bounds_and_repeat_themselves(space: Space, sensitivities: Sensitivities) -> None:
+    def walk() -> list[list[int]]:
+        random, genome, moves = np.random.default_rng(3), space.unchanged, Moves(space, sensitivities)
+        found = []
+        for _ in range(300):
+            genome = moves.change(genome, random)
+            found.append(genome.tolist())
+        return found
+
+    walked = walk()
+    assert walked == walk()
+    assert len({tuple(row) for row in walked}) > 150
+    assert all((space.low <= row).all() and (row <= space.high).all() for row in np.array(walked))
+
+
+def test_between_two_measurements_the_root_is_interpolated(space: Space, sensitivities: Sensitivities) -> None:
+    genome = space.unchanged.copy()
+    genome[space.places["level", 0]] = 90
+    genome[space.places["level", 1]] = 70
+    roots = dict(
+        zip([(gene.kind, gene.index) for gene in sensitivities.groups], sensitivities.roots(genome), strict=True)
+    )
+    assert roots["level", 0] == pytest.approx(0.1)
+    assert roots["level", 1] == pytest.approx(0.3 * 0.1**0.5)
+    assert roots["format", 0] == 0
