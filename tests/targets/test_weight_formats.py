@@ -19,7 +19,7 @@ from moec.compiler.frontend.capture import capture
 from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.gates.integrity import expert_weights
 from moec.compiler.ir.program import Program
-from moec.compiler.pipeline.recorded_codes import on_grid
+from moec.compiler.pipeline.recorded_codes import read_in_format
 from moec.passes.quantize import Quantize
 from moec.quantize.formats import IntegerFormat, TableFormat, parse_format, parse_supported
 from moec.quantize.keep import SupportedFormats
@@ -161,7 +161,7 @@ def assert_read_back(program: Program, stored: Mapping[str, StoredWeight]) -> No
             continue
         assert weight.bits == own.format.bits or weight.bits == 8
         for start, stop in ((0, own.shape[0]), (2, 5)):
-            want, found = own.quantized_rows(start, stop), on_grid(name, weight, start, stop, own.format)
+            want, found = own.quantized_rows(start, stop), read_in_format(name, weight, start, stop, own.format)
             assert sha256_of([found]) == sha256_of([want])
             assert torch.equal(found.codes, want.codes)
             assert torch.equal(found.scales, want.scales)

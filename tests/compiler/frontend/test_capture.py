@@ -136,7 +136,7 @@ MASKED = r"^model\.layers\.0: MixtralDecoderLayer of .* cannot be traced: it com
     ("deed", "message"),
     [
         (lambda hidden, *_: bool(hidden.sum() > 0), "branches on the values of a tensor"),
-        (lambda _, mask, __: mask.dtype, MASKED),
+        (lambda _, mask, __: mask.sum(), MASKED),
         (lambda _, mask, __: mask[:, :, 0], MASKED),
         (lambda hidden, mask, _: hidden + mask, MASKED),
         (lambda hidden, mask, _: torch.where(mask, hidden, 0), MASKED),

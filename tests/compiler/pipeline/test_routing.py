@@ -211,7 +211,7 @@ def test_an_export_with_routing_is_proven_and_can_be_validated(golden_model: Pat
     view = experts_by_token(str(tmp_path / "out"), "In the beginning", str(golden_model))
     assert "".join(token["text"] for token in view).split() == ["In", "the", "beginning"]
     assert "of the slots are used" in coloured(view).plain
-    with pytest.raises(UsageError, match="in the form of its runtime"):
+    with pytest.raises(UsageError, match="in the format of its runtime"):
         experts_by_token(str(tmp_path / "out"), "In the beginning", None)
 
 

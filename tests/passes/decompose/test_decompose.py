@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from moec.compiler.ir.indexer import INDEXER
 from moec.compiler.ir.interpreter import Interpreter
 from moec.compiler.ir.ops import ATTENTION, EXPERTS
 from moec.compiler.ir.stages import CORE, SIZES
@@ -37,5 +38,5 @@ def test_an_op_in_core_ops_gives_what_torch_gives(op: Any, arguments: Any, outpu
 def test_every_rule_and_every_core_op_has_a_case() -> None:
     undefined = {aten.empty.memory_format, aten.new_empty.default, aten.empty_like.default}
     training = {aten.native_layer_norm.default, aten.log_sigmoid_forward.default, aten.sort.stable}
-    elsewhere = {ATTENTION, EXPERTS, operator.getitem, *SIZES, *undefined, *training}
+    elsewhere = {ATTENTION, EXPERTS, INDEXER, operator.getitem, *SIZES, *undefined, *training}
     assert {*RULES, *CORE} - elsewhere - {aten.concat.default} <= {*ONE, *SEVERAL}
