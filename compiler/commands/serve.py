@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import ipaddress
 import socket
@@ -60,10 +61,9 @@ def serve(
         address = f"[{host}]" if ":" in host else host
         console.note(f"'{settings.model}' at http://{address}:{listener.getsockname()[1]}/v1; Ctrl-C ends")
         config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=10)
-        try:
+        with contextlib.suppress(KeyboardInterrupt):  # may be raised again after everything was closed
             uvicorn.Server(config).run(sockets=[listener])
-        except KeyboardInterrupt:  # raised again after everything was closed
-            console.note("ended")
+        console.note("ended")
     return 0
 
 
