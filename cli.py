@@ -86,7 +86,7 @@ def export(
     wanted = merge(recipe, {**common, **sections_of_flags(flags, calibration or ()), **options})
     with console.progress() as progress:
         result = compile_recipe(wanted, output, overwrite=overwrite, gates=not no_gates, progress=progress)
-    return console.verdicts(result)
+    return console.verdicts(result, wanted.checkpoint)
 
 
 def calibrate(
@@ -140,7 +140,7 @@ def validate(
             trust_remote_code=trust_remote_code,
             progress=progress,
         )
-    return console.verdicts(result)
+    return console.verdicts(result, against)
 
 
 def _guarded(command: Callable[..., int], *, compiles: bool) -> Callable[..., None]:

@@ -169,7 +169,9 @@ def test_inspect_artifact_and_checkpoint(
         assert cli.dispatch(["inspect", str(location)]) == 0
         text = capsys.readouterr().out
         assert "2 layers of 8, top-2, width 48" in text
+    assert found[artifact].pop("summary")["next"][0]["command"] == f"moec chat {artifact}"
     described, checkpoint = found.values()
+    assert "summary" not in checkpoint
     source = described["model"].pop("source")
     assert described["model"] == checkpoint["model"]
     assert source == {key: checkpoint["model"][key] for key in ("parameters", "moe_layers")}

@@ -121,8 +121,19 @@ class Console:
         write("\n")
         return "".join(written)
 
-    def verdicts(self, result: Result) -> int:
-        """Print the verdicts of an export or a validation; return the exit code."""
+    def summary(self, summary: Mapping[str, Any]) -> None:
+        """Print the summary of an artifact (`moec.compiler.report.summary`) on stdout, and the next commands."""
+        from moec.compiler.report.summary import command_lines, summary_rows
+
+        self.rows(summary_rows(summary))
+        self.line("")
+        self.line("\n".join(command_lines(summary)))
+
+    def verdicts(self, result: Result, checkpoint: str) -> int:
+        """Print verdicts and summary of an export or a validation of `checkpoint`; return the exit code."""
+        from moec.compiler.report.summary import summarise
+        from moec.compiler.report.write import file_sizes
+
         judged = [
             {"gate": v.gate, "status": str(v.status), "summary": v.summary, "figures": dict(v.figures)}
             for v in result.verdicts
@@ -133,14 +144,23 @@ class Console:
             "verdicts": judged,
             "rejections": result.manifest.get("rejections", []),
             "seconds": dict(result.timings),
+            "summary": summarise(
+                result.manifest,
+                file_sizes(result.directory),
+                judged,
+                directory=str(result.directory),
+                checkpoint=checkpoint,
+            ),
         }
 
         def show() -> None:
             self._trade_off(result.manifest)
-            if found := remarks(result.manifest.get("model", {})):
-                self.rows(found)
+            if noted := remarks(result.manifest.get("model", {})):
+                self.rows(noted)
             self.rows([(v.gate, str(v.status), v.summary) for v in result.verdicts], header=("gate", "verdict", ""))
             self.line(f"{result.directory}: {sum(result.timings.values()):.1f} s; report.html has the details")
+            self.line("")
+            self.summary(found["summary"])
 
         self.result(found, show)
         if result.failed:

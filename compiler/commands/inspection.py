@@ -33,7 +33,14 @@ def inspect(
         console.result({"tokens": view}, lambda: console.show(coloured(view)))
         return 0
     found = inspection.inspect(location, revision=revision, trust_remote_code=trust_remote_code)
-    console.result(found, lambda: console.rows(describe(found)))
+
+    def show() -> None:
+        if "summary" in found:
+            console.summary(found["summary"])
+            console.line("")
+        console.rows(describe(found))
+
+    console.result(found, show)
     return 0
 
 

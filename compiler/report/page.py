@@ -17,6 +17,7 @@ from markupsafe import Markup
 from moec.compiler.report import plots
 from moec.compiler.report.describe import describe_built
 from moec.compiler.report.plots import Labels
+from moec.compiler.report.summary import next_rows, summary_rows
 
 TEMPLATE = "report.html.jinja"
 _SAMPLES = 20
@@ -75,6 +76,8 @@ def to_html(report: Mapping[str, Any]) -> str:
         sections(report),
         report=report,
         name=", ".join(report["model"].get("architectures", ())) or "artifact",
+        summary=summary_rows(report["summary"]) if report["summary"] else [],
+        commands=next_rows(report["summary"]) if report["summary"] else [],
     )
 
 

@@ -20,6 +20,7 @@ from moec.compiler.common.verdict import Status, Verdict
 from moec.compiler.gates.run import exit_code
 from moec.compiler.report.page import to_html
 from moec.compiler.report.schema import HTML, JSON, JUNIT, SCHEMA_VERSION, Report
+from moec.compiler.report.summary import summarise
 
 
 def write(
@@ -51,11 +52,13 @@ def make_report(
     directory: Path, manifest: Mapping[str, Any], verdicts: Sequence[Verdict], timings: Mapping[str, float]
 ) -> dict[str, Any]:
     """The content of report.json; arguments as for `write`."""
+    files, judged = file_sizes(directory), [asdict(verdict) for verdict in verdicts]
     report = {
         "schema_version": SCHEMA_VERSION,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "exit_code": exit_code(verdicts),
-        "verdicts": [asdict(verdict) for verdict in verdicts],
+        "summary": summarise(manifest, files, judged),
+        "verdicts": judged,
         "timings": dict(timings),
         "machine": machine(),
         "versions": dict(sorted(manifest.get("tools", {}).items())),
@@ -64,7 +67,7 @@ def make_report(
         "routing": manifest.get("routing", {}),
         "quantization": manifest.get("quantization", {}),
         "rejections": list(_rejections(manifest)),
-        "files": _files(directory),
+        "files": files,
         "tensor_bytes": manifest.get("facts", {}).get("tensor_bytes") or manifest.get("tensor_bytes", {}),
     }
     return Report.model_validate(_plain(report)).model_dump(mode="json")
@@ -76,7 +79,7 @@ def _rejections(manifest: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     yield from manifest.get("rejections", ())
 
 
-def _files(directory: Path) -> dict[str, int]:
+def file_sizes(directory: Path) -> dict[str, int]:
     """Path in the artifact -> bytes, for every file but the reports."""
     paths = sorted(path for path in directory.rglob("*") if path.is_file())
     names = {path.relative_to(directory).as_posix(): path for path in paths}
