@@ -32,12 +32,16 @@ class Cell:
         number: Whether it is aligned as a number.
         heat: Intensity of its colour in 0..1; None: no colour.
         alarm: Whether it has a red frame.
+        link: Address that the first cell of a row leads to; empty: none.
+        style: Class of its style, such as "status pass"; empty: none.
     """
 
     text: str
     number: bool = False
     heat: float | None = None
     alarm: bool = False
+    link: str = ""
+    style: str = ""
 
 
 @dataclass(frozen=True)
