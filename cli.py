@@ -21,7 +21,7 @@ import typer
 import moec
 from moec.compiler.commands.artifacts import verify
 from moec.compiler.commands.chat import chat
-from moec.compiler.commands.console import LOG_FORMAT, Console, accept_any_character
+from moec.compiler.commands.console import LOG_FORMAT, Console, accept_any_character, loading
 from moec.compiler.commands.estimation import estimate
 from moec.compiler.commands.flags import with_groups
 from moec.compiler.commands.generation import run
@@ -67,9 +67,7 @@ def export(
 
     The options of a target are shown by: moec export --target NAME --help.
     """
-    from moec.compiler.api import merge
     from moec.compiler.commands.flags import sections_of_flags
-    from moec.compiler.pipeline.export import compile_recipe
 
     if output is None:
         raise UsageError("no output directory is given", hint="give -o DIRECTORY")
@@ -83,8 +81,13 @@ def export(
     }
     routed = {**routing.section(), "max_quality_loss": demands.max_quality_loss}
     flags = {"routing": routed, "quantize": quantize.section(), **demands.sections()}
-    wanted = merge(recipe, {**common, **sections_of_flags(flags, calibration or ()), **options})
+    given = {**common, **sections_of_flags(flags, calibration or ()), **options}
     with console.progress() as progress:
+        # Imports of torch and others take seconds, so something is shown before them.
+        from moec.compiler.api import merge
+        from moec.compiler.pipeline.export import compile_recipe
+
+        wanted = merge(recipe, given)
         result = compile_recipe(wanted, output, overwrite=overwrite, gates=not no_gates, progress=progress)
     return console.verdicts(result, wanted.checkpoint)
 
@@ -100,10 +103,10 @@ def calibrate(
     trust_remote_code: Trust = False,
 ) -> int:
     """Fit a routing policy to expert budgets; 'moec export --calibration FILE' takes the result."""
-    from moec.compiler.pipeline import routing as plans
-
-    budgets = plans.parse_budgets(budget)
     with console.progress() as progress:
+        from moec.compiler.pipeline import routing as plans
+
+        budgets = plans.parse_budgets(budget)
         found = plans.calibrate_file(
             checkpoint,
             policy,
@@ -129,9 +132,10 @@ def validate(
 ) -> int:
     """Run the gates again on an existing artifact."""
     from moec.compiler.commands.flags import sections_of_flags
-    from moec.compiler.pipeline.export import validate_artifact
 
     with console.progress() as progress:
+        from moec.compiler.pipeline.export import validate_artifact
+
         result = validate_artifact(
             directory,
             against,
@@ -250,7 +254,9 @@ def dispatch(arguments: list[str]) -> int:
     def call() -> int:
         try:
             chosen = _choose_log_format(arguments)
-            _application(chosen)(chosen, prog_name="moec")
+            with loading(chosen):
+                application = _application(chosen)
+            application(chosen, prog_name="moec")
         except SystemExit as done:
             return done.code if isinstance(done.code, int) else int(done.code is not None)
         return 0

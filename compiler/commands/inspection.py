@@ -23,16 +23,19 @@ def inspect(
     trust_remote_code: Trust = False,
 ) -> int:
     """Show layers, experts, parameters, states, what can be captured, and files."""
-    from moec.compiler.report import inspect as inspection
     from moec.compiler.report.describe import describe
 
     if text is not None:
-        from moec.compiler.commands.token_view import coloured, experts_by_token
+        with console.progress():
+            from moec.compiler.commands.token_view import coloured, experts_by_token
 
-        view = experts_by_token(location, text, against, trust_remote_code=trust_remote_code)
+            view = experts_by_token(location, text, against, trust_remote_code=trust_remote_code)
         console.result({"tokens": view}, lambda: console.show(coloured(view)))
         return 0
-    found = inspection.inspect(location, revision=revision, trust_remote_code=trust_remote_code)
+    with console.progress():
+        from moec.compiler.report import inspect as inspection
+
+        found = inspection.inspect(location, revision=revision, trust_remote_code=trust_remote_code)
 
     def show() -> None:
         if "summary" in found:
@@ -46,9 +49,10 @@ def inspect(
 
 def doctor(console: OutputConsole) -> int:
     """Show which targets can be built, run and measured here, and the pip commands that add the others."""
-    from moec.compiler.commands.doctor import doctor as examine
+    with console.progress():
+        from moec.compiler.commands.doctor import doctor as examine
 
-    found = examine()
+        found = examine()
 
     def show() -> None:
         console.rows(found["environment"].items())
@@ -85,11 +89,13 @@ def families(
 ) -> int:
     """List the model families of which moec has tiny models, or check what works for each."""
     from moec.compiler.commands.flags import given
-    from moec.compiler.families import families_page as checks
-    from moec.compiler.pipeline.recipe import read_recipe
 
     if released:
         return _released(console, names or (), target, resume, output)
+    with console.progress():
+        from moec.compiler.families import families_page as checks
+        from moec.compiler.pipeline.recipe import read_recipe
+
     chosen = checks.choose(names or ())
     if not check:
         console.result({"families": list(chosen)}, lambda: console.line("\n".join(chosen)))

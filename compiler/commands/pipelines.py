@@ -23,12 +23,12 @@ def build(
     no_gates: Annotated[bool, typer.Option("--no-gates", help="Run no gates and use no cache.")] = False,
 ) -> int:
     """Build every cell of a matrix, with results of earlier builds from the cache; failures do not stop the others."""
-    from moec.compiler.build import batch
-    from moec.compiler.build.cache import default_directory
-    from moec.compiler.build.matrix import read_matrix
-
-    cells = read_matrix(matrix)
     with console.progress() as progress:
+        from moec.compiler.build import batch
+        from moec.compiler.build.cache import default_directory
+        from moec.compiler.build.matrix import read_matrix
+
+        cells = read_matrix(matrix)
         outcomes = batch.build_matrix(
             cells,
             output,
