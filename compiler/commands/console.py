@@ -68,10 +68,16 @@ class Console:
 
         return RichConsole(stderr=True, markup=False, highlight=False, emoji=False)
 
-    def result(self, value: Mapping[str, Any], show: Callable[[], None]) -> None:
-        """Print `value` as JSON, or call `show`."""
+    def result(self, value: Mapping[str, Any], show: Callable[[], None], code: int = 0) -> None:
+        """Print `value` as JSON, with `ok` before it, or call `show`.
+
+        Args:
+            value: The result of the command.
+            show: Prints the result for people.
+            code: Exit code of the command; `ok` is whether it is 0.
+        """
         if self.json:
-            write(as_json(value) + "\n")
+            write(as_json({"ok": not code, **value}) + "\n")
         else:
             show()
 
@@ -158,7 +164,7 @@ class Console:
             self.line("")
             self.summary(found["summary"])
 
-        self.result(found, show)
+        self.result(found, show, result.exit_code)
         if result.failed:
             self.note("a gate failed: the artifact is kept so that it can be examined; do not ship it")
         return result.exit_code
@@ -209,6 +215,11 @@ class Console:
         self._json_error("interrupted", "", INTERRUPTED)
         return INTERRUPTED
 
+    def wrong_usage(self, code: int) -> int:
+        """Print as JSON that the command line is wrong, which stderr has explained; return the exit code."""
+        self._json_error("the command line is wrong; stderr says how", "moec COMMAND --help lists the options", code)
+        return code
+
     def _complain(self, message: str, hint: str, code: int, notes: Sequence[str]) -> None:
         if self.log_json:
             self._log("error", message=message, hint=hint, exit_code=code, notes=list(notes))
@@ -235,7 +246,7 @@ class Console:
     def _json_error(self, message: str, hint: str, code: int) -> None:
         if self.json:
             error = {"message": message, "hint": hint, "exit_code": code}
-            write(as_json({"error": error}) + "\n")
+            write(as_json({"ok": False, "error": error}) + "\n")
 
     @contextlib.contextmanager
     def progress(self) -> Iterator[Progress]:

@@ -57,12 +57,17 @@ def doctor(console: OutputConsole) -> int:
     def show() -> None:
         console.rows(found["environment"].items())
         console.line("")
-        columns = ("build", "run", "measure", "install")
+        columns = ("build", "run", "measure")
         rows = [(name, *(facts.get(column, "") for column in columns)) for name, facts in found["targets"].items()]
         console.rows(rows, header=("target", *columns))
         console.line("")
-        commands = [(f"moec {name}", facts["run"], facts["install"]) for name, facts in found["commands"].items()]
-        console.rows(commands, header=("command", "run", "install"))
+        commands = [(f"moec {name}", facts["run"]) for name, facts in found["commands"].items()]
+        console.rows(commands, header=("command", "run"))
+        if found["gaps"]:
+            console.line("\nTo add what is missing:")
+            width = max(map(len, found["gaps"]))
+            lines = [f"{command:{width}}  # {', '.join(adds)}" for command, adds in found["gaps"].items()]
+            console.line("\n".join(lines))
 
     console.result(found, show)
     return 0

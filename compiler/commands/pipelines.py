@@ -50,7 +50,7 @@ def build(
         said = ", ".join(f"{count} {status}" for status, count in counts.items())
         console.line(f"{output}: {said}; {batch.PAGE} has the details")
 
-    console.result({"exit_code": code, "cells": [asdict(found) for found in outcomes]}, show)
+    console.result({"exit_code": code, "cells": [asdict(found) for found in outcomes]}, show, code)
     return code
 
 
@@ -78,8 +78,9 @@ def diff(
             console.rows(judgement.rows(found, _WIDTH), header=("section", "", "A", "B", "change"))
 
     said = {"comparison": str(judged.comparison), "sentence": judged.sentence}
-    console.result({**said, "differences": [item.as_dict() for item in found]}, show)
-    return int(exit_code and bool(found))
+    code = int(exit_code and bool(found))
+    console.result({**said, "differences": [item.as_dict() for item in found]}, show, code)
+    return code
 
 
 def publish(

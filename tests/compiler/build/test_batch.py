@@ -353,6 +353,10 @@ def test_the_examples_for_pipelines_name_commands_and_recipes_that_exist() -> No
     for cell in cells:
         make_recipe(cell.fields)
     known = {command.name for command in cli._application([]).registered_commands}
+    for path in folder.glob("*.yml"):
+        # moec is installed from its repository or a wheel, not from an index.
+        assert re.findall(r"pip install .*?(\S+)\n", path.read_text()) == ['"$MOEC"']
+        assert re.search(r"MOEC: moec\[\w+\] @ git\+https://", path.read_text())
     for path in (folder / "github-actions.yml", folder / "gitlab-ci.yml"):
         text = path.read_text()
         assert isinstance(yaml.safe_load(text), dict)
