@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,7 @@ import typer
 import moec
 from moec.compiler.commands.artifacts import verify
 from moec.compiler.commands.chat import chat
-from moec.compiler.commands.console import LOG_FORMAT, Console, accept_any_character
+from moec.compiler.commands.console import LOG_FORMAT, Console, accept_any_character, loading
 from moec.compiler.commands.estimation import estimate
 from moec.compiler.commands.flags import with_groups
 from moec.compiler.commands.generation import run
@@ -35,6 +36,13 @@ from moec.compiler.common.memory import check_address_space, keep_freed_memory
 from moec.compiler.common.threads import WAIT_WITHOUT_SPINNING
 
 
+def _targets() -> list[str]:
+    """The names that `--target` may have, for completion in a shell."""
+    from moec.targets import target_names
+
+    return list(target_names())
+
+
 def export(
     routing: Routing,
     quantize: Quantize,
@@ -42,7 +50,8 @@ def export(
     console: OutputConsole,
     checkpoint: Annotated[str | None, typer.Argument(help="Directory or hub id; may be in the recipe instead.")] = None,
     target: Annotated[
-        str | None, typer.Option("--target", "-t", help="Name of the target; 'moec doctor' lists them.")
+        str | None,
+        typer.Option("--target", "-t", help="Name of the target; 'moec doctor' lists them.", autocompletion=_targets),
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Directory to make.")] = None,
     dtype: Annotated[
@@ -67,9 +76,7 @@ def export(
 
     The options of a target are shown by: moec export --target NAME --help.
     """
-    from moec.compiler.api import merge
     from moec.compiler.commands.flags import sections_of_flags
-    from moec.compiler.pipeline.export import compile_recipe
 
     if output is None:
         raise UsageError("no output directory is given", hint="give -o DIRECTORY")
@@ -83,10 +90,15 @@ def export(
     }
     routed = {**routing.section(), "max_quality_loss": demands.max_quality_loss}
     flags = {"routing": routed, "quantize": quantize.section(), **demands.sections()}
-    wanted = merge(recipe, {**common, **sections_of_flags(flags, calibration or ()), **options})
+    given = {**common, **sections_of_flags(flags, calibration or ()), **options}
     with console.progress() as progress:
+        # Imports of torch and others take seconds, so something is shown before them.
+        from moec.compiler.api import merge
+        from moec.compiler.pipeline.export import compile_recipe
+
+        wanted = merge(recipe, given)
         result = compile_recipe(wanted, output, overwrite=overwrite, gates=not no_gates, progress=progress)
-    return console.verdicts(result)
+    return console.verdicts(result, wanted.checkpoint)
 
 
 def calibrate(
@@ -100,10 +112,10 @@ def calibrate(
     trust_remote_code: Trust = False,
 ) -> int:
     """Fit a routing policy to expert budgets; 'moec export --calibration FILE' takes the result."""
-    from moec.compiler.pipeline import routing as plans
-
-    budgets = plans.parse_budgets(budget)
     with console.progress() as progress:
+        from moec.compiler.pipeline import routing as plans
+
+        budgets = plans.parse_budgets(budget)
         found = plans.calibrate_file(
             checkpoint,
             policy,
@@ -129,9 +141,10 @@ def validate(
 ) -> int:
     """Run the gates again on an existing artifact."""
     from moec.compiler.commands.flags import sections_of_flags
-    from moec.compiler.pipeline.export import validate_artifact
 
     with console.progress() as progress:
+        from moec.compiler.pipeline.export import validate_artifact
+
         result = validate_artifact(
             directory,
             against,
@@ -140,19 +153,24 @@ def validate(
             trust_remote_code=trust_remote_code,
             progress=progress,
         )
-    return console.verdicts(result)
+    return console.verdicts(result, against)
 
 
-def _guarded(command: Callable[..., int], *, compiles: bool) -> Callable[..., None]:
+def _guarded(
+    command: Callable[..., int], *, compiles: bool, started: Callable[[], None] = lambda: None
+) -> Callable[..., None]:
     """Wrap a command so that an exception becomes a message and an exit code.
 
     Args:
         command: The command.
         compiles: Whether it needs the memory of an export.
+        started: Called when the command line was right and the command starts.
     """
 
     @functools.wraps(command)
     def guarded(**arguments: Any) -> None:
+        started()
+
         def call() -> int:
             if compiles:
                 check_address_space()
@@ -180,9 +198,12 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-def _application(arguments: list[str]) -> typer.Typer:
-    """The application; `export` and `search` have the flags of the target that the command line or its recipe names."""
-    app = typer.Typer(name="moec", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+def _application(arguments: list[str], started: Callable[[], None] = lambda: None) -> typer.Typer:
+    """The application; `export` and `search` have the flags of the target that the command line or its recipe names.
+
+    `started` is called when the command line was right and a command starts.
+    """
+    app = typer.Typer(name="moec", no_args_is_help=True, pretty_exceptions_enable=False)
 
     @app.callback()
     def root(
@@ -196,25 +217,33 @@ def _application(arguments: list[str]) -> typer.Typer:
         """Compile Mixture-of-Experts checkpoints into deployable artifacts, with proof."""
 
     for function in (export, search):
-        app.command(function.__name__)(_guarded(_with_target_flags(function, arguments), compiles=True))
+        command = _with_target_flags(function, arguments)
+        app.command(function.__name__)(_guarded(command, compiles=True, started=started))
     compiling = (build, calibrate, estimate, validate, families)
     for command in (*compiling, verify, run, chat, serve, inspect, diff, publish, doctor):
         compiles = command in compiling
-        app.command(command.__name__)(_guarded(with_groups(command), compiles=compiles))
+        app.command(command.__name__)(_guarded(with_groups(command), compiles=compiles, started=started))
     return app
 
 
 def _with_target_flags(function: Callable[..., int], arguments: list[str]) -> Callable[..., int]:
     """A command with the flags of the target that the command line, not parsed yet, names for it."""
-    from moec.compiler.commands.flags import named_target, with_flags, without_flags
+    from moec.compiler.commands.flags import completed_words, named_target, with_flags, without_flags
 
-    name = named_target(arguments) if arguments[:1] == [function.__name__] else None
-    command = with_groups(function)
-    if name is None:
-        return without_flags(command)
-    from moec.targets import get_target
+    command, completed = with_groups(function), completed_words()
+    words = completed or arguments
+    try:
+        name = named_target(words) if words[:1] == [function.__name__] else None
+        if name is None:
+            return without_flags(command)
+        from moec.targets import get_target
 
-    return with_flags(command, get_target(name).Options.model_fields, f"Options of target {name}")
+        return with_flags(command, get_target(name).Options.model_fields, f"Options of target {name}")
+    except MoecError:
+        # The name is still being typed.
+        if completed:
+            return without_flags(command)
+        raise
 
 
 def _terminate(_signal: int, _frame: FrameType | None) -> NoReturn:
@@ -246,13 +275,17 @@ def _choose_log_format(arguments: list[str]) -> list[str]:
 def dispatch(arguments: list[str]) -> int:
     """Run a command line without the name of the program, and return its exit code."""
     console = Console("--json" in arguments, debug="--debug" in arguments)
+    started = threading.Event()
 
     def call() -> int:
         try:
             chosen = _choose_log_format(arguments)
-            _application(chosen)(chosen, prog_name="moec")
+            with loading(chosen):
+                application = _application(chosen, started.set)
+            application(chosen, prog_name="moec")
         except SystemExit as done:
-            return done.code if isinstance(done.code, int) else int(done.code is not None)
+            code = done.code if isinstance(done.code, int) else int(done.code is not None)
+            return console.wrong_usage(code) if code and not started.is_set() else code
         return 0
 
     return _guard(console, call)

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict
 from moec.compiler.common.errors import MissingExtraError, UsageError
 from moec.compiler.common.progress import Progress
 from moec.compiler.common.rejections import Rejection
+from moec.targets.next_steps import CHAT, SERVE, VALIDATE, NextStep
 
 if TYPE_CHECKING:
     from moec.compiler.common.verdict import Verdict
@@ -243,6 +244,7 @@ class Target(ABC):
     `weight_formats` are the kinds of quantized weights that it supports, such as "int4": the first words of formats.
     `scale_types` are the dtypes of scales that it supports: "fp16", "bf16", "fp32".
     `state_kinds` are the kinds of state that it carries from step to step, see `moec.compiler.ir.program.StateSpec`.
+    `next_steps` are three commands that a user of a new artifact is likely to want.
     Constructing a target imports nothing heavy: lowering modules are imported in the methods that need them.
     """
 
@@ -257,6 +259,7 @@ class Target(ABC):
     weight_formats: ClassVar[frozenset[str]] = frozenset({"int8", "int4"})
     scale_types: ClassVar[frozenset[str]] = frozenset({"fp16", "fp32"})
     state_kinds: ClassVar[frozenset[str]] = frozenset({"key", "value"})
+    next_steps: ClassVar[tuple[NextStep, ...]] = (CHAT, SERVE, VALIDATE)
 
     @abstractmethod
     def capabilities(self, options: TargetOptions, phase: Phase) -> Capabilities:

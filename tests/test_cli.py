@@ -1,9 +1,11 @@
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -169,7 +171,9 @@ def test_inspect_artifact_and_checkpoint(
         assert cli.dispatch(["inspect", str(location)]) == 0
         text = capsys.readouterr().out
         assert "2 layers of 8, top-2, width 48" in text
+    assert found[artifact].pop("summary")["next"][0]["command"] == f"moec chat {artifact}"
     described, checkpoint = found.values()
+    assert "summary" not in checkpoint
     source = described["model"].pop("source")
     assert described["model"] == checkpoint["model"]
     assert source == {key: checkpoint["model"][key] for key in ("parameters", "moe_layers")}
@@ -200,12 +204,30 @@ def test_inspect_says_why_a_model_cannot_be_captured(tmp_path: Path, capsys: pyt
     assert "dense model" in found["reason"]
 
 
+def test_json_says_whether_all_is_well(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def said(*arguments: str) -> tuple[int, dict[str, Any]]:
+        code = cli.dispatch([*arguments, "--json"])
+        return code, json.loads(capsys.readouterr().out)
+
+    code, found = said("families")
+    assert (code, next(iter(found.items()))) == (0, ("ok", True))
+    code, found = said("verify", str(tmp_path))
+    assert (code, found["ok"], found["error"]["exit_code"]) == (9, False, 9)
+    # What the parser of the command line refuses.
+    code, found = said("verify", str(tmp_path), "--nonsense")
+    assert (code, found["ok"], found["error"]["exit_code"]) == (2, False, 2)
+    code, found = said("nonsense")
+    assert (code, found["ok"]) == (2, False)
+
+
 def test_doctor_and_families(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.dispatch(["doctor", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["environment"]["moec"] == moec.__version__
     assert found["targets"].keys() == set(targets.target_names())
+    assert found["ok"] is True
     assert found["commands"]["serve"] == {"run": "yes", "install": ""}
+    assert found["gaps"].get("pip install 'moec[ray]'", ["moec build --executor ray"]) == ["moec build --executor ray"]
     assert cli.dispatch(["doctor"]) == 0
     assert "fake" in capsys.readouterr().out
     monkeypatch.setattr("moec.compiler.commands.serve.MODULES", ("json", "no_such_module"))
@@ -213,7 +235,9 @@ def test_doctor_and_families(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     told = capsys.readouterr().out
     assert "moec serve" in told
     assert "no: needs no_such_module" in told
-    assert "pip install 'moec[serve]'" in told
+    # One command for each gap, once.
+    assert re.findall(r"^pip install 'moec\[serve\]' +# (.*)$", told, re.M) == ["moec serve"]
+    assert told.count("moec[serve]") == 1
     assert cli.dispatch(["families"]) == 0
     assert "olmoe" in capsys.readouterr().out.split()
     assert cli.dispatch(["families", "olmo"]) == 2

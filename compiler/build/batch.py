@@ -1,4 +1,4 @@
-"""`moec build`: build every cell of a matrix or take it from the cache, and write a summary."""
+"""`moec build`: build every cell of a matrix or take it from the cache, and write a summary in three forms."""
 
 from __future__ import annotations
 
@@ -14,16 +14,19 @@ from moec.compiler.build.cache import Cache
 from moec.compiler.build.executors import EXECUTORS
 from moec.compiler.build.matrix import Cell
 from moec.compiler.build.worker import Outcome, Task, size
+from moec.compiler.common.artifact import is_artifact
 from moec.compiler.common.errors import ArtifactError, CheckpointError, OutputError, UsageError
 from moec.compiler.common.files import write_atomically
 from moec.compiler.common.validation import unknown
 from moec.compiler.pipeline.recipe import make_recipe
+from moec.compiler.report.matrix_page import Build, to_html
 from moec.compiler.report.schema import read_report
+from moec.compiler.report.write import to_junit
 
 if TYPE_CHECKING:
     from moec.compiler.common.progress import Progress
 
-SUMMARY = "summary.json"
+SUMMARY, PAGE, JUNIT = "summary.json", "summary.html", "summary.xml"
 FAILED = 1
 """Exit code if cells failed with different exit codes."""
 
@@ -38,7 +41,7 @@ def build_matrix(
     gates: bool = True,
     progress: Progress = lambda *_: None,
 ) -> tuple[Outcome, ...]:
-    """Build all cells into `output`/NAME and write `output`/summary.json after each of them.
+    """Build all cells into `output`/NAME and write a summary there: summary.json after each cell, the rest at the end.
 
     Args:
         cells: The cells to build.
@@ -77,7 +80,9 @@ def build_matrix(
             done[outcome.name] = outcome
             _write(output, cells, done)
             progress("cells", len(done), len(cells))
-    return tuple(done[cell.name] for cell in cells)
+    outcomes = tuple(done[cell.name] for cell in cells)
+    _report(output, outcomes)
+    return outcomes
 
 
 def exit_code(outcomes: Sequence[Outcome]) -> int:
@@ -108,6 +113,32 @@ def _from_cache(cell: Cell, key: str, cache: Cache, output: Path) -> Outcome | N
     return Outcome(cell.name, "cached", 0, summary, seconds, size(output / cell.name), verdicts)
 
 
+def _report(output: Path, outcomes: Sequence[Outcome]) -> None:
+    """Write the summary for people, as a page that links to the cells' reports, and for CI systems, as JUnit.
+
+    Raises:
+        OutputError: `output` cannot be written.
+    """
+    builds = []
+    for found in outcomes:
+        directory = output / found.name
+        report = read_report(directory) if is_artifact(directory) else None
+        builds.append(Build(found.name, found.status, found.summary, found.seconds, report))
+    suites = {build.name: build.report.verdicts for build in builds if build.report}
+    failed = {build.name: build.why for build in builds if build.report is None}
+    _put(output / PAGE, to_html(builds))
+    _put(output / JUNIT, to_junit(suites, failed).decode())
+
+
+def _put(path: Path, text: str) -> None:
+    try:
+        write_atomically(path, text)
+    except OSError as error:
+        raise OutputError(
+            f"{path.parent}: cannot be written: {error.strerror or error}", hint="choose another directory with -o"
+        ) from error
+
+
 def _write(output: Path, cells: Sequence[Cell], done: dict[str, Outcome]) -> None:
     """Write the summary of the finished cells atomically."""
     outcomes = [asdict(done[cell.name]) for cell in cells if cell.name in done]
@@ -117,9 +148,4 @@ def _write(output: Path, cells: Sequence[Cell], done: dict[str, Outcome]) -> Non
         "missing": [cell.name for cell in cells if cell.name not in done],
         "exit_code": exit_code(list(done.values())),
     }
-    try:
-        write_atomically(output / SUMMARY, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-    except OSError as error:
-        raise OutputError(
-            f"{output}: cannot be written: {error.strerror or error}", hint="choose another directory with -o"
-        ) from error
+    _put(output / SUMMARY, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

@@ -46,7 +46,8 @@ def chat(
     """
     from moec.compiler.run.conversation import Conversation
 
-    generator = generation.generator(directory)
+    with console.progress():
+        generator = generation.generator(directory)
     with generator.session() as session:
         conversation = Conversation(
             generator,

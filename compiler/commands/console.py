@@ -9,7 +9,6 @@ import os
 import platform
 import sys
 import tempfile
-import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,13 +24,12 @@ if TYPE_CHECKING:
     import rich.console
     import rich.text
 
+    from moec.compiler.common.progress import Progress
     from moec.compiler.pipeline.export import Result
 
 INTERNAL, INTERRUPTED = 70, 130
 LOG_FORMAT = "MOEC_LOG_FORMAT"
 """Environment variable for the format of stderr, "text" or "json"; `--log-format` sets it."""
-_INTERVAL = 5.0
-"""Seconds between two progress lines of a step if there is no terminal."""
 _STYLES = {
     "pass": "green",
     "fail": "bold red",
@@ -57,8 +55,6 @@ class Console:
     quiet: bool = False
     debug: bool = False
     log_json: bool = field(default_factory=lambda: os.environ.get(LOG_FORMAT) == "json")
-    _seen: dict[str, float] = field(default_factory=dict)
-    _told: dict[str, float] = field(default_factory=dict)
 
     @cached_property
     def _out(self) -> rich.console.Console:
@@ -72,10 +68,16 @@ class Console:
 
         return RichConsole(stderr=True, markup=False, highlight=False, emoji=False)
 
-    def result(self, value: Mapping[str, Any], show: Callable[[], None]) -> None:
-        """Print `value` as JSON, or call `show`."""
+    def result(self, value: Mapping[str, Any], show: Callable[[], None], code: int = 0) -> None:
+        """Print `value` as JSON, with `ok` before it, or call `show`.
+
+        Args:
+            value: The result of the command.
+            show: Prints the result for people.
+            code: Exit code of the command; `ok` is whether it is 0.
+        """
         if self.json:
-            write(as_json(value) + "\n")
+            write(as_json({"ok": not code, **value}) + "\n")
         else:
             show()
 
@@ -121,8 +123,19 @@ class Console:
         write("\n")
         return "".join(written)
 
-    def verdicts(self, result: Result) -> int:
-        """Print the verdicts of an export or a validation; return the exit code."""
+    def summary(self, summary: Mapping[str, Any]) -> None:
+        """Print the summary of an artifact (`moec.compiler.report.summary`) on stdout, and the next commands."""
+        from moec.compiler.report.summary import command_lines, summary_rows
+
+        self.rows(summary_rows(summary))
+        self.line("")
+        self.line("\n".join(command_lines(summary)))
+
+    def verdicts(self, result: Result, checkpoint: str) -> int:
+        """Print verdicts and summary of an export or a validation of `checkpoint`; return the exit code."""
+        from moec.compiler.report.summary import summarise
+        from moec.compiler.report.write import file_sizes
+
         judged = [
             {"gate": v.gate, "status": str(v.status), "summary": v.summary, "figures": dict(v.figures)}
             for v in result.verdicts
@@ -133,16 +146,25 @@ class Console:
             "verdicts": judged,
             "rejections": result.manifest.get("rejections", []),
             "seconds": dict(result.timings),
+            "summary": summarise(
+                result.manifest,
+                file_sizes(result.directory),
+                judged,
+                directory=str(result.directory),
+                checkpoint=checkpoint,
+            ),
         }
 
         def show() -> None:
             self._trade_off(result.manifest)
-            if found := remarks(result.manifest.get("model", {})):
-                self.rows(found)
+            if noted := remarks(result.manifest.get("model", {})):
+                self.rows(noted)
             self.rows([(v.gate, str(v.status), v.summary) for v in result.verdicts], header=("gate", "verdict", ""))
             self.line(f"{result.directory}: {sum(result.timings.values()):.1f} s; report.html has the details")
+            self.line("")
+            self.summary(found["summary"])
 
-        self.result(found, show)
+        self.result(found, show, result.exit_code)
         if result.failed:
             self.note("a gate failed: the artifact is kept so that it can be examined; do not ship it")
         return result.exit_code
@@ -193,6 +215,11 @@ class Console:
         self._json_error("interrupted", "", INTERRUPTED)
         return INTERRUPTED
 
+    def wrong_usage(self, code: int) -> int:
+        """Print as JSON that the command line is wrong, which stderr has explained; return the exit code."""
+        self._json_error("the command line is wrong; stderr says how", "moec COMMAND --help lists the options", code)
+        return code
+
     def _complain(self, message: str, hint: str, code: int, notes: Sequence[str]) -> None:
         if self.log_json:
             self._log("error", message=message, hint=hint, exit_code=code, notes=list(notes))
@@ -219,68 +246,20 @@ class Console:
     def _json_error(self, message: str, hint: str, code: int) -> None:
         if self.json:
             error = {"message": message, "hint": hint, "exit_code": code}
-            write(as_json({"error": error}) + "\n")
+            write(as_json({"ok": False, "error": error}) + "\n")
 
     @contextlib.contextmanager
-    def progress(self) -> Iterator[Callable[[str, int, int], None]]:
+    def progress(self) -> Iterator[Progress]:
         """Yield a Progress: bars on a terminal, a line for each finished step elsewhere, nothing if quiet."""
+        from moec.compiler.commands import progress_view
+
         if self.quiet:
             yield lambda _name, _done, _total: None
         elif self._err.is_terminal and not self.log_json:
-            with self._bars() as update:
+            with progress_view.bars(self._err) as update:
                 yield update
         else:
-            yield self._print_step
-
-    @contextlib.contextmanager
-    def _bars(self) -> Iterator[Callable[[str, int, int], None]]:
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            SpinnerColumn,
-            TaskID,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
-
-        columns = (
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-        )
-        tasks: dict[str, TaskID] = {}
-        with Progress(*columns, console=self._err) as bars:
-
-            def update(name: str, done: int, total: int) -> None:
-                if name not in tasks:
-                    tasks[name] = bars.add_task(name, total=total or None, rate="")
-                # A step with a single unit of work has an indeterminate bar until it is done.
-                known = total if total > 1 or done else None
-                rate = bars.tasks[tasks[name]].speed
-                bars.update(tasks[name], completed=done, total=known, rate=_rate(rate) if total > 1 else "")
-
-            yield update
-
-    def _print_step(self, name: str, done: int, total: int) -> None:
-        """Print a line when a step is done, and every few seconds during it, with rate and remaining time."""
-        now = time.perf_counter()
-        start = self._seen.setdefault(name, now)
-        finished = bool(total) and done >= total
-        if finished:
-            self._print(f"{name}: {now - start:.1f} s", step=name, done=done, total=total, seconds=now - start)
-        elif done and now - self._told.get(name, start) >= _INTERVAL:
-            rate = done / (now - start)
-            left = (total - done) / rate
-            text = f"{name}: {done} of {total}, {_rate(rate)}, {left:.0f} s left"
-            self._print(text, step=name, done=done, total=total, rate=rate, seconds_left=left)
-            self._told[name] = now
+            yield progress_view.lines(self._print)
 
     def _print(self, text: str, **fields: Any) -> None:
         """Print a line of progress, as text or as JSON."""
@@ -288,6 +267,26 @@ class Console:
             self._log("info", **fields)
         else:
             self._err.print(text, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def loading(arguments: Sequence[str]) -> Iterator[None]:
+    """Show on a terminal that a command line with a command is being prepared; it is gone afterwards.
+
+    This does not load rich, which would take longer than what it announces.
+    """
+    log_json, dumb = os.environ.get(LOG_FORMAT) == "json", os.environ.get("TERM") == "dumb"
+    asked = bool(arguments) and not {"-q", "--quiet", "--help", "--version"} & {*arguments}
+    if log_json or dumb or not asked or not sys.stderr.isatty():
+        yield
+        return
+    sys.stderr.write("  loading")
+    sys.stderr.flush()
+    try:
+        yield
+    finally:
+        sys.stderr.write("\r\x1b[K")
+        sys.stderr.flush()
 
 
 def as_json(value: Any) -> str:
@@ -312,13 +311,6 @@ def accept_any_character() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-
-
-def _rate(per_second: float | None) -> str:
-    """A rate as units per second, or as seconds per unit if it is below one per second."""
-    if not per_second:
-        return ""
-    return f"{per_second:.3g}/s" if per_second >= 1 else f"{1 / per_second:.3g} s each"
 
 
 def _write_crash_log(error: Exception) -> str | None:

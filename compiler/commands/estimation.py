@@ -31,23 +31,23 @@ def estimate(
 
     The first estimate for a target and a format on a machine builds and measures a few small models.
     """
-    from moec.compiler.build.estimate import EstimateRequest, describe
-    from moec.compiler.build.estimate import estimate as compute
-
-    wanted = EstimateRequest(
-        checkpoint,
-        target,
-        quantize,
-        dtype,
-        routing,
-        expert_budget,
-        context,
-        device,
-        price_per_hour,
-        trust_remote_code,
-        revision,
-    )
     with console.progress() as progress:
+        from moec.compiler.build.estimate import EstimateRequest, describe
+        from moec.compiler.build.estimate import estimate as compute
+
+        wanted = EstimateRequest(
+            checkpoint,
+            target,
+            quantize,
+            dtype,
+            routing,
+            expert_budget,
+            context,
+            device,
+            price_per_hour,
+            trust_remote_code,
+            revision,
+        )
         found = compute(wanted, progress)
     console.result(found, lambda: console.rows(describe(found)))
     return 0

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
+import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
@@ -165,6 +167,18 @@ def find_flag(arguments: list[str], *names: str) -> str | None:
         if name in names:
             found = value if equals else next(iter(arguments[position + 1 : position + 2]), found)
     return found
+
+
+def completed_words() -> list[str]:
+    """The words after "moec" of the command line that a shell asks to complete; none if it asks for nothing."""
+    # The variables that typer's scripts for shells set: the second is that of bash.
+    line = os.environ.get("_TYPER_COMPLETE_ARGS") or os.environ.get("COMP_WORDS", "")
+    if "_MOEC_COMPLETE" not in os.environ:
+        return []
+    try:
+        return shlex.split(line)[1:]
+    except ValueError:  # a quote that is still open
+        return line.split()[1:]
 
 
 def named_target(arguments: list[str]) -> str | None:

@@ -23,35 +23,51 @@ def inspect(
     trust_remote_code: Trust = False,
 ) -> int:
     """Show layers, experts, parameters, states, what can be captured, and files."""
-    from moec.compiler.report import inspect as inspection
     from moec.compiler.report.describe import describe
 
     if text is not None:
-        from moec.compiler.commands.token_view import coloured, experts_by_token
+        with console.progress():
+            from moec.compiler.commands.token_view import coloured, experts_by_token
 
-        view = experts_by_token(location, text, against, trust_remote_code=trust_remote_code)
+            view = experts_by_token(location, text, against, trust_remote_code=trust_remote_code)
         console.result({"tokens": view}, lambda: console.show(coloured(view)))
         return 0
-    found = inspection.inspect(location, revision=revision, trust_remote_code=trust_remote_code)
-    console.result(found, lambda: console.rows(describe(found)))
+    with console.progress():
+        from moec.compiler.report import inspect as inspection
+
+        found = inspection.inspect(location, revision=revision, trust_remote_code=trust_remote_code)
+
+    def show() -> None:
+        if "summary" in found:
+            console.summary(found["summary"])
+            console.line("")
+        console.rows(describe(found))
+
+    console.result(found, show)
     return 0
 
 
 def doctor(console: OutputConsole) -> int:
     """Show which targets can be built, run and measured here, and the pip commands that add the others."""
-    from moec.compiler.commands.doctor import doctor as examine
+    with console.progress():
+        from moec.compiler.commands.doctor import doctor as examine
 
-    found = examine()
+        found = examine()
 
     def show() -> None:
         console.rows(found["environment"].items())
         console.line("")
-        columns = ("build", "run", "measure", "install")
+        columns = ("build", "run", "measure")
         rows = [(name, *(facts.get(column, "") for column in columns)) for name, facts in found["targets"].items()]
         console.rows(rows, header=("target", *columns))
         console.line("")
-        commands = [(f"moec {name}", facts["run"], facts["install"]) for name, facts in found["commands"].items()]
-        console.rows(commands, header=("command", "run", "install"))
+        commands = [(f"moec {name}", facts["run"]) for name, facts in found["commands"].items()]
+        console.rows(commands, header=("command", "run"))
+        if found["gaps"]:
+            console.line("\nTo add what is missing:")
+            width = max(map(len, found["gaps"]))
+            lines = [f"{command:{width}}  # {', '.join(adds)}" for command, adds in found["gaps"].items()]
+            console.line("\n".join(lines))
 
     console.result(found, show)
     return 0
@@ -78,11 +94,13 @@ def families(
 ) -> int:
     """List the model families of which moec has tiny models, or check what works for each."""
     from moec.compiler.commands.flags import given
-    from moec.compiler.families import families_page as checks
-    from moec.compiler.pipeline.recipe import read_recipe
 
     if released:
         return _released(console, names or (), target, resume, output)
+    with console.progress():
+        from moec.compiler.families import families_page as checks
+        from moec.compiler.pipeline.recipe import read_recipe
+
     chosen = checks.choose(names or ())
     if not check:
         console.result({"families": list(chosen)}, lambda: console.line("\n".join(chosen)))

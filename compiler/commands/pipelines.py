@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -16,19 +16,19 @@ _WIDTH = 20
 def build(
     console: OutputConsole,
     matrix: Annotated[Path, typer.Argument(metavar="MATRIX.YAML", help="Models, targets, quantization, routing.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Directory of the artifacts and of summary.json.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory of the artifacts and of the summary.")],
     jobs: Annotated[int, typer.Option("--jobs", "-j", min=0, help="Builds at a time; 0: one per two cores.")] = 0,
     executor: Annotated[str, typer.Option(metavar="process|ray", help="Where cells are built.")] = "process",
     cache: Annotated[Path | None, typer.Option(help="Directory of the cache. (default: ~/.cache/moec/builds)")] = None,
     no_gates: Annotated[bool, typer.Option("--no-gates", help="Run no gates and use no cache.")] = False,
 ) -> int:
     """Build every cell of a matrix, with results of earlier builds from the cache; failures do not stop the others."""
-    from moec.compiler.build import batch
-    from moec.compiler.build.cache import default_directory
-    from moec.compiler.build.matrix import read_matrix
-
-    cells = read_matrix(matrix)
     with console.progress() as progress:
+        from moec.compiler.build import batch
+        from moec.compiler.build.cache import default_directory
+        from moec.compiler.build.matrix import read_matrix
+
+        cells = read_matrix(matrix)
         outcomes = batch.build_matrix(
             cells,
             output,
@@ -47,9 +47,10 @@ def build(
         ]
         console.rows(rows, header=("cell", "", "time", "size", ""))
         counts = {status: sum(found.status == status for found in outcomes) for status in ("built", "cached", "failed")}
-        console.line(f"{output}: " + ", ".join(f"{count} {status}" for status, count in counts.items()))
+        said = ", ".join(f"{count} {status}" for status, count in counts.items())
+        console.line(f"{output}: {said}; {batch.PAGE} has the details")
 
-    console.result({"exit_code": code, "cells": [asdict(found) for found in outcomes]}, show)
+    console.result({"exit_code": code, "cells": [asdict(found) for found in outcomes]}, show, code)
     return code
 
 
@@ -58,35 +59,28 @@ def diff(
     first: Annotated[Path, typer.Argument(metavar="A", help="An artifact.")],
     second: Annotated[Path, typer.Argument(metavar="B", help="Another one.")],
     exit_code: Annotated[bool, typer.Option("--exit-code", help="Return 1 if anything differs.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown, for a pull request.")] = False,
 ) -> int:
-    """Show what differs between two artifacts: source, recipe, graph, sizes, routing, quantization and gates."""
+    """Say whether B is better or worse than A, and what differs: recipe, graph, sizes, routing, gates and more."""
+    from moec.compiler.report import judgement
     from moec.compiler.report.diff import diff as compare
 
     found = compare(first, second)
+    judged = judgement.judge(found)
 
     def show() -> None:
-        rows = [
-            (
-                item.section,
-                item.what,
-                _short(item.first),
-                _short(item.second),
-                "" if item.change is None else f"{item.change:+.1%}",
-            )
-            for item in found
-        ]
-        if rows:
-            console.rows(rows, header=("section", "", "A", "B", "change"))
-        else:
-            console.line("no difference")
+        if markdown:
+            console.line(judgement.markdown(found, judged))
+            return
+        console.line(judged.sentence)
+        if found:
+            console.line("")
+            console.rows(judgement.rows(found, _WIDTH), header=("section", "", "A", "B", "change"))
 
-    console.result({"differences": [item.as_dict() for item in found]}, show)
-    return int(exit_code and bool(found))
-
-
-def _short(value: Any) -> str:
-    text = "-" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
-    return text if len(text) <= _WIDTH else f"{text[: _WIDTH - 2]}.."
+    said = {"comparison": str(judged.comparison), "sentence": judged.sentence}
+    code = int(exit_code and bool(found))
+    console.result({**said, "differences": [item.as_dict() for item in found]}, show, code)
+    return code
 
 
 def publish(

@@ -46,7 +46,8 @@ def serve(
 
     from moec.compiler.run.server.app import Settings, make_app
 
-    generator = running.generator(directory)
+    with console.progress():
+        generator = running.generator(directory)
     settings = Settings(
         model=model_name or directory.expanduser().resolve().name,
         api_key=api_key,

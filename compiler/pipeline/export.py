@@ -33,6 +33,7 @@ from moec.compiler.pipeline.recorded_codes import recorded_codes
 from moec.compiler.pipeline.refusals import check_target
 from moec.compiler.pipeline.stages import Stages, silent
 from moec.compiler.report import write as report
+from moec.compiler.report.summary import README, readme
 from moec.compiler.text.tokenizer import make_loadable
 from moec.targets.base import Lowered, Target, TargetOptions
 
@@ -130,7 +131,7 @@ def compile_recipe(
 def _package(
     directory: Path, recipe: Recipe, target: Target, options: TargetOptions, built: Built, lowered: Lowered
 ) -> dict[str, Any]:
-    """Add configs, tokenizer, the target's own files and moec.json to the model files; return moec.json's content."""
+    """Add configs, tokenizer, the target's own files, README.md and moec.json; return the content of moec.json."""
     for path in built.checkpoint.companions():
         shutil.copyfile(path, directory / path.name)
     make_loadable(directory)
@@ -148,6 +149,8 @@ def _package(
         "tensor_bytes": tensor_bytes(built.program),
         "tools": _tools(target),
     }
+    sizes = {name: (directory / name).stat().st_size for name in content["model_files"]}
+    (directory / README).write_text(readme(content, sizes), encoding="utf-8")
     return write_manifest(directory, content)
 
 
@@ -210,7 +213,8 @@ def _recorded(recipe: Recipe, options: TargetOptions, built: Built) -> dict[str,
 
 
 def _source(checkpoint: Checkpoint) -> dict[str, Any]:
-    return {"digests": dict(sorted(checkpoint.digests.items()))}
+    size = sum(path.stat().st_size for path in checkpoint.files)
+    return {"digests": dict(sorted(checkpoint.digests.items())), "bytes": size}
 
 
 def _tools(target: Target) -> dict[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -98,9 +98,9 @@ def build(
         checkpoint = _opened(recipe)
         target.check(options, checkpoint.raw_config)
         captured = captures.of(checkpoint, DTYPES[recipe.dtype or target.default_dtype])
-    with stages("passes"):
-        common = (*((InputsEmbeds(),) if recipe.inputs_embeds else ()), *passes.default_passes())
-        program, log = captures.after(captured, common, stages.ran)
+    common = (*((InputsEmbeds(),) if recipe.inputs_embeds else ()), *passes.default_passes())
+    with stages("passes", len(common)) as one_is_done:
+        program, log = captures.after(captured, common, one_is_done)
     settings = None if recipe.routing is None or recipe.routing.does_nothing else recipe.routing
     weights = None if recipe.quantize is None or recipe.quantize.does_nothing else recipe.quantize
 
@@ -113,7 +113,7 @@ def build(
         check(program)
     with stages("routing") if settings else contextlib.nullcontext():
         routing = plan_routing(settings, checkpoint, program, stages.progress)
-        program, log = _run(routing.passes, program, log, stages.ran)
+        program, log = _run(routing.passes, program, log)
     if settings and codes is None:
         with stages("accounting"):
             capable = {phase: target.capabilities(options, phase) for phase in Phase}
@@ -123,7 +123,7 @@ def build(
         in_float32 = functools.partial(_in_float32, captured, program, (*common, *routing.passes))
         material = QuantizationInputs(checkpoint, program, in_float32, check, stages.progress)
         quantization = plan_quantization(weights, material, _formats(recipe, target, options), codes)
-        final, log = _run((*quantization.passes, *target.passes(options)), program, log, stages.ran)
+        final, log = _run((*quantization.passes, *target.passes(options)), program, log)
     model = _described(captured, final, (routing.recorded or {}).get("removed"))
     return Built(checkpoint, captured, final, model, _pass_log(log), routing, quantization)
 
@@ -146,13 +146,10 @@ def _formats(recipe: Recipe, target: Target, options: TargetOptions) -> Supporte
 
 
 def _run(
-    more: Sequence[Pass],
-    program: Program,
-    log: Sequence[passes.PassRecord],
-    on_pass: Callable[[passes.PassRecord], None] | None = None,
+    more: Sequence[Pass], program: Program, log: Sequence[passes.PassRecord]
 ) -> tuple[Program, tuple[passes.PassRecord, ...]]:
     """Run the passes `more` after those of `log`; return the Program and the log of all."""
-    program, new = passes.run_passes(program, more, on_pass, completed=[record.name for record in log])
+    program, new = passes.run_passes(program, more, completed=[record.name for record in log])
     return program, (*log, *new)
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from moec.compiler.common.errors import out_of_memory
 from moec.compiler.common.progress import Progress
-from moec.passes import PassRecord
 
 
 @dataclass
@@ -20,12 +19,18 @@ class Stages:
     timings: dict[str, float] = field(default_factory=dict)
 
     @contextlib.contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        """Run a stage."""
-        start = time.perf_counter()
-        self.progress(name, 0, 1)
+    def __call__(self, name: str, parts: int = 1) -> Iterator[Callable[[object], None]]:
+        """Run a stage of `parts` parts; the function that it yields says that one of them is done."""
+        start, done = time.perf_counter(), 0
+
+        def one_is_done(_: object) -> None:
+            nonlocal done
+            done = min(done + 1, parts - 1)
+            self.progress(name, done, parts)
+
+        self.progress(name, 0, parts)
         try:
-            yield
+            yield one_is_done
         except Exception as error:
             no_memory = out_of_memory(error)
             (no_memory or error).add_note(f"stage: {name}")
@@ -33,11 +38,7 @@ class Stages:
                 raise no_memory from error
             raise
         self.timings[name] = time.perf_counter() - start
-        self.progress(name, 1, 1)
-
-    def ran(self, record: PassRecord) -> None:
-        """Report a pass that ran."""
-        self.progress(f"pass {record.name}", 1, 1)
+        self.progress(name, parts, parts)
 
 
 def silent(name: str, done: int, total: int) -> None:

@@ -109,19 +109,23 @@ def _beside(built: str, source: str) -> str:
     return built if source in ("", built) else f"{built} (the source model: {source})"
 
 
+def executed_text(routing: Mapping[str, Any]) -> str:
+    """The share of the expert FLOPs that dynamic routing executes in each phase; empty if it was not counted."""
+    phases = sorted(routing.get("accounting", {}).get("phases", {}).items())
+    shares = [
+        f"{phase} {found['executed_flops_share']:.1%}" for phase, found in phases if "executed_flops_share" in found
+    ]
+    return f"expert FLOPs executed: {', '.join(shares)}" if shares else ""
+
+
 def _routing_rows(routing: Mapping[str, Any]) -> list[Row]:
     rows = []
     if policy := routing.get("policy"):
         text = str(policy)
         if parameters := routing.get("parameters"):
             text += f" ({', '.join(f'{key} {_plain(value)}' for key, value in parameters.items())})"
-        shares = [
-            f"{phase} {found['executed_flops_share']:.1%}"
-            for phase, found in routing.get("accounting", {}).get("phases", {}).items()
-            if "executed_flops_share" in found
-        ]
-        if shares:
-            text += f"; expert FLOPs executed: {', '.join(shares)}"
+        if executed := executed_text(routing):
+            text += f"; {executed}"
         rows.append(("routing", text if len(text) <= _LONGEST else text[:_LONGEST] + " ..."))
     if removed := routing.get("pruning", {}).get("removed"):
         rows.append(("pruned experts", f"{sum(removed)} in {len(removed)} layers"))

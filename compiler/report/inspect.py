@@ -11,6 +11,7 @@ from typing import Any
 from moec.compiler.common.artifact import MANIFEST, is_artifact, read_manifest
 from moec.compiler.common.errors import UnsupportedModelError
 from moec.compiler.common.model_config import read_config
+from moec.compiler.report.summary import summarise
 
 
 def inspect(location: str, *, revision: str | None = None, trust_remote_code: bool = False) -> dict[str, Any]:
@@ -43,12 +44,15 @@ def _artifact(directory: Path) -> dict[str, Any]:
         "facts",
         "tools",
     )
+    verdicts = report.get("verdicts", [])
+    sizes = _sizes({name: directory / name for name in (MANIFEST, *manifest["files"])})
     return {
         "kind": "artifact",
         "location": str(directory),
+        "summary": summarise(manifest, sizes["files"], verdicts, directory=str(directory)),
         **{name: manifest[name] for name in kept if name in manifest},
-        "verdicts": report.get("verdicts", []),
-        **_sizes({name: directory / name for name in (MANIFEST, *manifest["files"])}),
+        "verdicts": verdicts,
+        **sizes,
     }
 
 

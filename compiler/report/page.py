@@ -17,6 +17,7 @@ from markupsafe import Markup
 from moec.compiler.report import plots
 from moec.compiler.report.describe import describe_built
 from moec.compiler.report.plots import Labels
+from moec.compiler.report.summary import next_rows, summary_rows
 
 TEMPLATE = "report.html.jinja"
 _SAMPLES = 20
@@ -31,12 +32,16 @@ class Cell:
         number: Whether it is aligned as a number.
         heat: Intensity of its colour in 0..1; None: no colour.
         alarm: Whether it has a red frame.
+        link: Address that the first cell of a row leads to; empty: none.
+        style: Class of its style, such as "status pass"; empty: none.
     """
 
     text: str
     number: bool = False
     heat: float | None = None
     alarm: bool = False
+    link: str = ""
+    style: str = ""
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,8 @@ def to_html(report: Mapping[str, Any]) -> str:
         sections(report),
         report=report,
         name=", ".join(report["model"].get("architectures", ())) or "artifact",
+        summary=summary_rows(report["summary"]) if report["summary"] else [],
+        commands=next_rows(report["summary"]) if report["summary"] else [],
     )
 
 

@@ -61,6 +61,10 @@ class Report(_Part):
     schema_version: int = Field(description="Raised when a key is removed or changes its meaning.")
     created: str = Field(description="Time of the gates: UTC, ISO 8601.")
     exit_code: int = Field(description="0 unless a gate failed.")
+    summary: dict[str, Any] = Field(
+        default_factory=dict,
+        description="What was made, with the next commands; missing in older reports.",
+    )
     verdicts: list[VerdictRecord] = Field(description="One per gate, including gates that did not run.")
     timings: dict[str, float] = Field(description="Stage -> seconds of wall-clock time, in order.")
     machine: Machine

@@ -19,7 +19,8 @@ from moec.compiler.common.machine import machine
 from moec.compiler.common.verdict import Status, Verdict
 from moec.compiler.gates.run import exit_code
 from moec.compiler.report.page import to_html
-from moec.compiler.report.schema import HTML, JSON, JUNIT, SCHEMA_VERSION, Report
+from moec.compiler.report.schema import HTML, JSON, JUNIT, SCHEMA_VERSION, Report, VerdictRecord
+from moec.compiler.report.summary import summarise
 
 
 def write(
@@ -40,7 +41,7 @@ def write(
     try:
         (directory / JSON).write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         (directory / HTML).write_text(to_html(report), encoding="utf-8")
-        (directory / JUNIT).write_bytes(to_junit(verdicts))
+        (directory / JUNIT).write_bytes(to_junit({"moec gates": verdicts}))
     except OSError as error:
         raise OutputError(
             f"{directory}: the report cannot be written: {error}", hint="check free space and permissions"
@@ -51,11 +52,13 @@ def make_report(
     directory: Path, manifest: Mapping[str, Any], verdicts: Sequence[Verdict], timings: Mapping[str, float]
 ) -> dict[str, Any]:
     """The content of report.json; arguments as for `write`."""
+    files, judged = file_sizes(directory), [asdict(verdict) for verdict in verdicts]
     report = {
         "schema_version": SCHEMA_VERSION,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "exit_code": exit_code(verdicts),
-        "verdicts": [asdict(verdict) for verdict in verdicts],
+        "summary": summarise(manifest, files, judged),
+        "verdicts": judged,
         "timings": dict(timings),
         "machine": machine(),
         "versions": dict(sorted(manifest.get("tools", {}).items())),
@@ -64,7 +67,7 @@ def make_report(
         "routing": manifest.get("routing", {}),
         "quantization": manifest.get("quantization", {}),
         "rejections": list(_rejections(manifest)),
-        "files": _files(directory),
+        "files": files,
         "tensor_bytes": manifest.get("facts", {}).get("tensor_bytes") or manifest.get("tensor_bytes", {}),
     }
     return Report.model_validate(_plain(report)).model_dump(mode="json")
@@ -76,7 +79,7 @@ def _rejections(manifest: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     yield from manifest.get("rejections", ())
 
 
-def _files(directory: Path) -> dict[str, int]:
+def file_sizes(directory: Path) -> dict[str, int]:
     """Path in the artifact -> bytes, for every file but the reports."""
     paths = sorted(path for path in directory.rglob("*") if path.is_file())
     names = {path.relative_to(directory).as_posix(): path for path in paths}
@@ -96,30 +99,44 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def to_junit(verdicts: Sequence[Verdict]) -> bytes:
-    """The verdicts as JUnit XML: one test case per gate; a gate that did not run is skipped, never passed."""
-    failures = sum(verdict.status.failed for verdict in verdicts)
-    skipped = sum(verdict.status is Status.NOT_RUN for verdict in verdicts)
-    seconds = [float(verdict.figures.get("seconds", 0.0)) for verdict in verdicts]
-    counts = {
-        "tests": str(len(verdicts)),
-        "failures": str(failures),
-        "skipped": str(skipped),
-        "errors": "0",
-        "time": f"{sum(seconds):.3f}",
-    }
-    suites = ElementTree.Element("testsuites", counts)
-    suite = ElementTree.SubElement(suites, "testsuite", {"name": "moec gates", **counts})
-    for verdict, duration in zip(verdicts, seconds, strict=True):
-        case = ElementTree.SubElement(
-            suite, "testcase", {"classname": "moec.gates", "name": verdict.gate, "time": f"{duration:.3f}"}
-        )
-        if verdict.status.failed:
-            ElementTree.SubElement(case, "failure", {"message": verdict.summary})
-        elif verdict.status is Status.NOT_RUN:
-            ElementTree.SubElement(case, "skipped", {"message": verdict.summary})
-        else:
-            ElementTree.SubElement(case, "system-out").text = verdict.summary
-    ElementTree.indent(suites)
-    content: bytes = ElementTree.tostring(suites, encoding="utf-8", xml_declaration=True)
+def to_junit(suites: Mapping[str, Sequence[VerdictRecord | Verdict]], failed: Mapping[str, str] | None = None) -> bytes:
+    """Verdicts as JUnit XML: one test case per gate; a gate that did not run is skipped, never passed.
+
+    Args:
+        suites: Name of a test suite -> its verdicts.
+        failed: Name of a test suite without verdicts -> why there are none; it has one test case with an error.
+    """
+    root = ElementTree.Element("testsuites")
+    for name, verdicts in suites.items():
+        cases = [_case(verdict) for verdict in verdicts]
+        ElementTree.SubElement(root, "testsuite", {"name": name, **_counts(cases)}).extend(cases)
+    for name, reason in (failed or {}).items():
+        case = ElementTree.Element("testcase", {"classname": "moec.build", "name": "build", "time": "0.000"})
+        ElementTree.SubElement(case, "error", {"message": reason})
+        ElementTree.SubElement(root, "testsuite", {"name": name, **_counts([case])}).append(case)
+    root.attrib.update(_counts(list(root.iter("testcase"))))
+    ElementTree.indent(root)
+    content: bytes = ElementTree.tostring(root, encoding="utf-8", xml_declaration=True)
     return content
+
+
+def _case(verdict: VerdictRecord | Verdict) -> ElementTree.Element:
+    seconds = float(verdict.figures.get("seconds", 0.0))
+    case = ElementTree.Element("testcase", {"classname": "moec.gates", "name": verdict.gate, "time": f"{seconds:.3f}"})
+    if verdict.status.failed:
+        ElementTree.SubElement(case, "failure", {"message": verdict.summary})
+    elif verdict.status is Status.NOT_RUN:
+        ElementTree.SubElement(case, "skipped", {"message": verdict.summary})
+    else:
+        ElementTree.SubElement(case, "system-out").text = verdict.summary
+    return case
+
+
+def _counts(cases: Sequence[ElementTree.Element]) -> dict[str, str]:
+    """The attributes of a test suite: how many of its cases failed, were skipped or had an error, and their seconds."""
+    found = {plural: sum(case.find(tag) is not None for case in cases) for plural, tag in _OUTCOMES.items()}
+    seconds = sum(float(case.get("time", 0)) for case in cases)
+    return {"tests": str(len(cases)), **{name: str(count) for name, count in found.items()}, "time": f"{seconds:.3f}"}
+
+
+_OUTCOMES = {"failures": "failure", "skipped": "skipped", "errors": "error"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Mapping
 from enum import StrEnum
@@ -15,6 +16,7 @@ from moec.compiler.common.progress import Progress
 from moec.compiler.common.rejections import Rejection
 from moec.targets import base
 from moec.targets.coreml.flavors import Flavor
+from moec.targets.next_steps import CHAT, VALIDATE, NextStep
 
 if TYPE_CHECKING:
     from moec.compiler.ir.program import Program
@@ -95,6 +97,11 @@ class CoremlTarget(base.Target):
     takes_embeddings: ClassVar[bool] = True
     weight_formats: ClassVar[frozenset[str]] = frozenset({"int8", "int4", "palettize4", "table4"})
     state_kinds: ClassVar[frozenset[str]] = frozenset({"key", "value", "index_key", "conv", "recurrent"})
+    next_steps: ClassVar[tuple[NextStep, ...]] = (
+        CHAT,
+        dataclasses.replace(VALIDATE, does="runs the gates on a Mac, by Core ML itself"),
+        NextStep("xcrun coremlcompiler compile {directory}/model.mlpackage .", "compiles it for an app, on a Mac"),
+    )
 
     def capabilities(self, options: base.TargetOptions, phase: base.Phase) -> base.Capabilities:
         """Decode skips experts by a `cond` around each; prefill computes every expert for every token."""

@@ -12,6 +12,7 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
+from moec.compiler.common.progress import in_megabytes
 from moec.compiler.ir.operands import Attention
 from moec.compiler.ir.program import ATTENTION, EXPERTS, Program, TensorSpec, module_of
 from moec.compiler.ir.weights import LazyTensor
@@ -166,7 +167,7 @@ def write(model: ir.Model, ctx: Context, directory: Path, progress: Any) -> None
     The bytes are the same on every run: tensors are stored in the order of first use, with zeros as padding.
     """
     sizes = {_identity(name, tensor): tensor.nbytes for name, (_, tensor) in ctx.initializers.items()}
-    total, done = sum(sizes.values()), 0
+    total, done, told = sum(sizes.values()), 0, in_megabytes(progress, "weights")
     offsets: dict[str, int] = {}
     with (directory / DATA).open("wb") as file:
         for name, (value, tensor) in ctx.initializers.items():
@@ -177,7 +178,7 @@ def write(model: ir.Model, ctx: Context, directory: Path, progress: Any) -> None
                 for chunk in tensor.chunks():
                     file.write(_bytes(chunk).data)
                     done += chunk.numel() * chunk.element_size()
-                    progress("weights", done, total)
+                    told(done, total)
             assert value.dtype is not None
             assert isinstance(value.shape, ir.Shape)
             value.const_value = ir.ExternalTensor(

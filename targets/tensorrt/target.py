@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -18,6 +19,7 @@ from moec.compiler.common.progress import Progress
 from moec.compiler.common.rejections import Rejection
 from moec.targets import base
 from moec.targets.common.added_inputs import default_values, row_widths
+from moec.targets.next_steps import CHAT, VALIDATE, NextStep
 from moec.targets.tensorrt import builder
 from moec.targets.tensorrt.capability import DEFAULT, parse
 from moec.targets.tensorrt.forms import ExpertShape, Form, choose
@@ -86,6 +88,11 @@ class TensorrtTarget(base.Target):
     tools: ClassVar[tuple[str, ...]] = ("tensorrt-rtx", "onnx-ir", "onnx", "onnxruntime")
     takes_embeddings: ClassVar[bool] = True
     state_kinds: ClassVar[frozenset[str]] = frozenset({"key", "value", "index_key", "conv", "recurrent"})
+    next_steps: ClassVar[tuple[NextStep, ...]] = (
+        NextStep("moec doctor", "shows whether this machine has a GPU and a driver that run the engine"),
+        dataclasses.replace(VALIDATE, does="runs the gates on the engine, on the machine with the GPU"),
+        CHAT,
+    )
 
     def capabilities(self, options: base.TargetOptions, phase: base.Phase) -> base.Capabilities:
         """`loop-if` skips experts that no token of a step uses; the other forms skip nothing."""

@@ -14,6 +14,7 @@ from moec.compiler.common.model_config import cache_length
 from moec.compiler.common.progress import Progress
 from moec.compiler.common.rejections import Rejection
 from moec.targets import base
+from moec.targets.next_steps import CHAT, VALIDATE, NextStep
 
 if TYPE_CHECKING:
     from moec.compiler.ir.interpreter import ActivationRounding
@@ -78,6 +79,11 @@ class TfliteTarget(base.Target):
     }
     scale_types: ClassVar[frozenset[str]] = frozenset({"fp16", "bf16", "fp32"})
     state_kinds: ClassVar[frozenset[str]] = frozenset({"key", "value", "index_key", "conv", "recurrent"})
+    next_steps: ClassVar[tuple[NextStep, ...]] = (
+        CHAT,
+        VALIDATE,
+        NextStep(f"adb push {{directory}}/{MODEL} /data/local/tmp/", "copies it to an Android device"),
+    )
 
     def auto_formats(self, options: base.TargetOptions, tensor_class: str) -> tuple[str, ...]:
         """The formats of the presets and larger blocks; for tflite-runtime, those with float activations."""

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from moec.compiler.common.errors import LoweringError
-from moec.compiler.common.progress import Progress
+from moec.compiler.common.progress import Progress, in_megabytes
 from moec.targets.tflite.library import module, schema
 from moec.targets.tflite.model import Graph, Model, Operator, Tensor, Weight
 
@@ -106,10 +106,12 @@ def write(model: Model, path: Path, progress: Progress) -> int:
     packed = _Packer(model)
     header = packed.pack()
     weights = model.weights()
+    total, done, told = sum(weight.nbytes for weight in weights), 0, in_megabytes(progress, "weights")
     offset = _aligned(len(header))
     with path.open("wb") as file:
-        for index, weight in enumerate(weights):
-            progress("weights", index, len(weights))
+        for weight in weights:
+            told(done, total)
+            done += weight.nbytes
             file.seek(offset)
             scales = _stream(weight, file.write)
             packed.place(header, weight, offset)
@@ -124,7 +126,7 @@ def write(model: Model, path: Path, progress: Progress) -> int:
         file.truncate(offset)
         file.seek(0)
         file.write(header)
-    progress("weights", len(weights), len(weights))
+    told(done, total)
     return offset
 
 

@@ -1,4 +1,4 @@
-"""report.html in a real browser without a window: `apt-get install chromium`, then `pytest -m interop`."""
+"""report.html and summary.html in a real browser without a window: `apt-get install chromium`, `pytest -m interop`."""
 
 from __future__ import annotations
 
@@ -13,9 +13,15 @@ import pytest
 
 from moec.compiler.common.verdict import Status, Verdict
 from moec.compiler.report import write as report
+from moec.compiler.report.matrix_page import Build, to_html
+from moec.compiler.report.schema import read_report
 
 pytestmark = pytest.mark.interop
 PHONE, DESK = 360, 1280
+LIGHT, DARK = 1, 0
+"""Values of Chromium's setting preferredColorScheme."""
+CONTRAST = 4.5
+"""Smallest ratio of contrast for text: WCAG 2.2, success criterion 1.4.3 (level AA)."""
 
 # What the page says of itself once it is laid out in a frame of the width of a screen.
 PROBE = """
@@ -23,6 +29,20 @@ PROBE = """
 addEventListener("load", () => {
   const frame = document.querySelector("iframe"), page = frame.contentDocument;
   const shown = (node) => node.getBoundingClientRect();
+  const pixel = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
+  // Relative luminance by WCAG of a colour of CSS over the colours below it.
+  const luminance = (colours) => { pixel.clearRect(0, 0, 1, 1);
+    for (const colour of colours) { pixel.fillStyle = colour; pixel.fillRect(0, 0, 1, 1); }
+    const [r, g, b] = [...pixel.getImageData(0, 0, 1, 1).data].map((value) => value / 255)
+      .map((value) => value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4);
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
+  const contrast = (node) => { const below = [], style = getComputedStyle(node);
+    for (let each = node; each; each = each.parentElement) below.unshift(getComputedStyle(each).backgroundColor);
+    const text = node.namespaceURI.endsWith("svg") ? style.fill : style.color;
+    const [low, high] = [luminance(below), luminance([...below, text])].sort((a, b) => a - b);
+    return (high + 0.05) / (low + 0.05); };
+  const texts = [...page.body.querySelectorAll("*")].filter((node) => !["STYLE", "title", "desc"].includes(node.tagName)
+    && [...node.childNodes].some((child) => child.nodeType === 3 && child.textContent.trim()));
   const found = {
     width: page.documentElement.scrollWidth,
     height: page.documentElement.scrollHeight,
@@ -36,6 +56,8 @@ addEventListener("load", () => {
       !(node.getAttribute("aria-label") || (node.getAttribute("aria-labelledby") || "").split(" ").every((id) =>
         page.getElementById(id)?.textContent.trim()))).length,
     scripts: page.scripts.length,
+    contrast: Math.min(...texts.map(contrast)),
+    texts: texts.length,
   };
   document.body.dataset.found = JSON.stringify(found);
 });
@@ -52,8 +74,8 @@ def chromium(*arguments: str | Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A report in which everything was measured, as large as that of a model with 16 layers of 64 experts."""
+def reported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a report in which everything was measured, of a model with 16 layers of 64 experts."""
     directory = tmp_path_factory.mktemp("report")
     tokens = [[(7 * layer + 13 * expert) % 97 for expert in range(64)] for layer in range(16)]
     layers = [
@@ -79,27 +101,54 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
         },
     }
     report.write(directory, manifest, verdicts, {"capture": 2.0, "gates": 10.0})
-    return (directory / report.HTML).read_text(encoding="utf-8")
+    return directory
+
+
+@pytest.fixture
+def page(reported: Path) -> str:
+    return (reported / report.HTML).read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def matrix(reported: Path) -> str:
+    """The page of a matrix in which cells were built and one failed."""
+    found = read_report(reported)
+    builds = [Build("bad", "failed", "no such checkpoint: /nowhere", 0.1, None)]
+    for number in range(1, 6):
+        figures = {"bytes": number * 10**7, "ratio": number / 5, "perplexity_increase": 0.05 / number}
+        summary = {**found.summary, **figures, "tokens_per_second": {"decode128": 100.0 * number}}
+        made = found.model_copy(update={"summary": summary})
+        builds.append(Build(f"model-onnx-int{number}-lean", "built", "", 9.0, made))
+    return to_html(builds)
 
 
 @pytest.mark.parametrize("width", [PHONE, DESK])
-def test_the_page_fits_and_can_be_used_without_a_mouse(page: str, width: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("scheme", [LIGHT, DARK])
+@pytest.mark.parametrize(("kind", "plots"), [("page", 5), ("matrix", 1)])
+def test_a_page_fits_is_legible_and_can_be_used_without_a_mouse(
+    kind: str, plots: int, scheme: int, width: int, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    page = request.getfixturevalue(kind)
     frame = f'<iframe width="{width}" height="6000" style="border:0" srcdoc="{html.escape(page)}"></iframe>'
     around = tmp_path / "around.html"
-    around.write_text(f"<!doctype html><meta charset=utf-8><body style='margin:0'>{frame}{PROBE}")
-    dom = chromium("--dump-dom", around.as_uri())
+    head = "<!doctype html><meta charset=utf-8><meta name=color-scheme content='light dark'>"
+    around.write_text(f"{head}<body style='margin:0'>{frame}{PROBE}")
+    colours = f"--blink-settings=preferredColorScheme={scheme}"
+    dom = chromium(colours, "--dump-dom", around.as_uri())
     match = re.search(r'data-found="([^"]*)"', dom)
     assert match is not None, dom[:300]
     found = json.loads(html.unescape(match.group(1)))
     assert found["width"] <= width, "the page itself scrolls sideways"
-    assert len(found["plots"]) == 5
+    assert len(found["plots"]) == plots
     assert all(0.8 * min(width, 700) <= plot[0] <= width and plot[1] > 100 for plot in found["plots"])
     assert min(found["letters"]) >= 9, "the letters of a plot are too small"
     assert found["small"] == 0
     assert found["focusable"]
     assert all(found["focusable"])
     assert found["unlabelled"] == found["scripts"] == 0
+    assert found["texts"] > 20
+    assert found["contrast"] >= CONTRAST
     picture = tmp_path / "page.png"
-    chromium(f"--screenshot={picture}", f"--window-size={max(width, 600)},{found['height']}", around.as_uri())
+    chromium(colours, f"--screenshot={picture}", f"--window-size={max(width, 600)},{found['height']}", around.as_uri())
     assert picture.read_bytes().startswith(b"\x89PNG")
-    assert picture.stat().st_size > 50_000, "the picture is all but empty"
+    assert picture.stat().st_size > 25_000, "the picture is all but empty"

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -135,7 +136,22 @@ def test_a_bad_cell_fails_alone_and_the_rest_is_cached(tiny_checkpoint: Tiny, tm
     assert "a fault that nobody foresaw" in first["cell-3"].summary
     assert batch.exit_code(list(first.values())) == 1
     assert batch.exit_code([first["cell-0"], first["cell-2"]]) == 4
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["cell-0", "cell-1", "summary.json"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "cell-0", "cell-1", "summary.html", "summary.json", "summary.xml",
+    ]  # fmt: skip
+    suites = {
+        suite.get("name"): suite for suite in ElementTree.parse(tmp_path / "out" / "summary.xml").iter("testsuite")
+    }
+    assert list(suites) == ["cell-0", "cell-1", "cell-2", "cell-3", "cell-4", "cell-5"]
+    assert [case.get("name") for case in suites["cell-0"]] == ["parity: artifact"]
+    refused = suites["cell-2"].find("testcase/error")
+    assert refused is not None
+    assert refused.get("message") == first["cell-2"].summary
+    page = (tmp_path / "out" / "summary.html").read_text()
+    assert "2 built, 4 failed" in page
+    assert '<a href="cell-1/report.html">cell-1</a>' in page
+    assert "cell-2/report.html" not in page
+    assert page.count("it was told to") == 1
     built.clear()
     second = run(cells, tmp_path)
     assert [found.status for found in second.values()][:2] == ["cached", "cached"]
@@ -337,6 +353,10 @@ def test_the_examples_for_pipelines_name_commands_and_recipes_that_exist() -> No
     for cell in cells:
         make_recipe(cell.fields)
     known = {command.name for command in cli._application([]).registered_commands}
+    for path in folder.glob("*.yml"):
+        # moec is installed from its repository or a wheel, not from an index.
+        assert re.findall(r"pip install .*?(\S+)\n", path.read_text()) == ['"$MOEC"']
+        assert re.search(r"MOEC: moec\[\w+\] @ git\+https://", path.read_text())
     for path in (folder / "github-actions.yml", folder / "gitlab-ci.yml"):
         text = path.read_text()
         assert isinstance(yaml.safe_load(text), dict)

@@ -44,7 +44,7 @@ def test_artifacts_of_one_recipe_do_not_differ(tmp_path: Path, capsys: pytest.Ca
     first, second = artifact(tmp_path / "a"), artifact(tmp_path / "b")
     assert diff(first, second) == []
     assert cli.dispatch(["diff", str(first), str(second), "--exit-code"]) == 0
-    assert "no difference" in capsys.readouterr().out
+    assert capsys.readouterr().out == "B is the same as A, in every figure.\n"
 
 
 def test_a_difference_is_found_in_every_section(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -73,9 +73,19 @@ def test_a_difference_is_found_in_every_section(tmp_path: Path, capsys: pytest.C
     assert (found["gates", "quality"].first, found["gates", "quality"].second) == ("not run", "fail")
     assert ("routing", "slots kept layer 0") in found
     assert cli.dispatch(["diff", str(first), str(second), "--exit-code"]) == 1
-    assert "-50.0%" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert shown.startswith("B is worse than A: quality: fail in place of not run; it differs in source, recipe, ")
+    assert "-50.0%" in shown
     assert cli.dispatch(["diff", str(first), str(second), "--json"]) == 0
-    assert len(json.loads(capsys.readouterr().out)["differences"]) == len(found)
+    said = json.loads(capsys.readouterr().out)
+    assert len(said["differences"]) == len(found)
+    assert (said["comparison"], said["sentence"]) == ("worse", shown.splitlines()[0])
+    assert cli.dispatch(["diff", str(first), str(second), "--markdown"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith(
+        f"**{said['sentence']}**\n\n<details><summary>{len(found)} differences</summary>\n\n| section |"
+    )
+    assert "| recipe | dtype | fp32 | fp16 |  |" in text
 
 
 def test_diff_of_what_is_no_artifact(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from moec.compiler.pipeline.export import Result, validate_artifact
 from moec.compiler.pipeline.program import build_program
 from moec.compiler.pipeline.recipe import Recipe, make_recipe
 from moec.compiler.pipeline.stages import silent
+from moec.compiler.report.summary import built_rows
 
 Tiny = Callable[[str], Path]
 REPORTS = {"report.json", "report.html", "report.xml"}
@@ -56,8 +57,16 @@ def test_the_manifest_says_what_was_built_and_nothing_else(exported: Result, tin
     assert [record["name"] for record in manifest["passes"]]
     assert manifest["tools"]["moec"] == moec.__version__
     assert {"torch", "transformers"} <= manifest["tools"].keys()
-    for absent in (str(exported.directory.parent), str(tiny_checkpoint("olmoe")), "seconds"):
-        assert absent not in text
+    checkpoint = tiny_checkpoint("olmoe")
+    assert manifest["source"]["bytes"] == (checkpoint / "model.safetensors").stat().st_size
+    # README.md is the same on every rebuild too, and says what report.json says.
+    assert "README.md" in manifest["files"]
+    readme = (exported.directory / "README.md").read_text()
+    summary = json.loads((exported.directory / "report.json").read_text())["summary"]
+    assert all(f"| {name} | {said} |" in readme for name, said in built_rows(summary))
+    assert f"{summary['bytes'] / 1e3:.2f} kB, {summary['ratio']:.2f} of the checkpoint's" in readme
+    for absent in (str(exported.directory.parent), str(checkpoint), "seconds"):
+        assert absent not in text + readme
 
 
 def test_a_rebuild_is_byte_identical(exported: Result, tiny_checkpoint: Tiny, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from moec.compiler.common.errors import ArtifactError, OutputError
 from moec.compiler.common.verdict import Status, Verdict
 from moec.compiler.report import schema as report_schema
 from moec.compiler.report import write as report
-from moec.compiler.report.page import Section, sections
+from moec.compiler.report.page import Section, sections, to_html
 
 ROOT = Path(__file__).resolve().parents[3]
 COVERAGE = {
@@ -158,6 +158,16 @@ def test_html_is_whole_and_needs_no_network(written: Path) -> None:
     assert "a <b> & c" in page.text  # escaped in the source, or it would be a tag
     for text in ("✗ fail", "✓ pass", "○ not run", "batch <1>", "inf", "4.0 MB", "2.00 s", "no kernel", "2.13.0"):
         assert text in page.text
+
+
+def test_the_page_begins_with_the_summary(written: Path) -> None:
+    content = json.loads((written / report.JSON).read_text())
+    assert content["summary"]["target"] == "onnx"
+    page = _Page((written / report.HTML).read_text(encoding="utf-8"))
+    assert page.text.index("TinyForCausalLM -> onnx") < page.text.index("Verdicts")
+    assert page.text.index("moec chat .") < page.text.index("Verdicts")
+    older = {**content, "summary": {}}
+    assert "Summary" not in _Page(to_html(older)).text
 
 
 def test_html_is_accessible(written: Path) -> None:
