@@ -54,6 +54,7 @@ def build(
     facts: dict[str, Any] = {
         "capacity": capacity,
         "experts": shared.experts,
+        "tables": sorted(shared.tables),
         "layers": layers,
         "prefill_lengths": [n for n in lengths if n > 1],
     }
