@@ -49,7 +49,7 @@ def run(faults: Sequence[Fault], targets: Sequence[str], directory: Path, resume
     if resume is not None and resume.is_file():
         for line in resume.read_text().splitlines():
             entry = json.loads(line)
-            known[entry.pop("key")] = Outcome(tuple(entry.pop("caught")), **entry)
+            known[entry["key"]] = Outcome(tuple(entry["caught"]), entry["said"], entry["refused"])
     workshop, rows = Workshop(directory / "models"), list[Row]()
     for fault in faults:
         outcomes = {}
