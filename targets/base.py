@@ -381,7 +381,7 @@ class Target(ABC):
         """The weights in the files of an artifact, by their names in the final Program.
 
         Returns:
-            Every tensor of experts, and every other weight that is stored quantized.
+            Every tensor of experts, every embedding, and every other weight that is stored quantized.
         """
 
     def open_experts(self, directory: Path, *, threads: int = 0) -> Mapping[str, ExpertsRunner]:  # noqa: ARG002

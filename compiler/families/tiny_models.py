@@ -90,7 +90,7 @@ def tiny_model(family: str, *, seed: int = 0, **overrides: Any) -> PreTrainedMod
 
 
 def write_tiny_checkpoint(
-    family: str, directory: Path, *, seed: int = 0, dtype: str = "float32", tokenizer: bool = False
+    family: str, directory: Path, *, seed: int = 0, dtype: str = "float32", tokenizer: bool = False, **overrides: Any
 ) -> Path:
     """Write config.json, generation_config.json and model.safetensors of a tiny random model.
 
@@ -102,6 +102,7 @@ def write_tiny_checkpoint(
         seed: Seed of every weight.
         dtype: Name of a torch floating-point dtype, such as "float16".
         tokenizer: Whether to write a tokenizer.json too, with one token per character, so that text can be used.
+        overrides: See `tiny_config`.
 
     Returns:
         `directory`.
@@ -114,7 +115,7 @@ def write_tiny_checkpoint(
     torch_dtype = getattr(torch, dtype, None)
     if not isinstance(torch_dtype, torch.dtype) or not torch_dtype.is_floating_point:
         raise UsageError(f"unknown dtype {dtype!r}", hint="use float32, float16 or bfloat16")
-    model = tiny_model(family, seed=seed)
+    model = tiny_model(family, seed=seed, **overrides)
     torch.nn.Module.to(model, torch_dtype)
     model.config.dtype = torch_dtype
     with no_progress_bars():

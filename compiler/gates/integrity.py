@@ -1,6 +1,9 @@
-"""Integrity: the artifact holds every expert of the final Program, in the format of the plan.
+"""Integrity: the artifact holds every expert, embedding and quantized weight of the final Program as planned.
 
-Weights whose codes were read back from the artifact are checked by `examination` instead.
+A text reaches few experts and few rows of an embedding, and one code of a quantized matrix changes logits by less than
+the rounding of activations does. So these weights are compared value by value. All other weights take part in every
+logit, and the parity gate compares logits. Weights whose codes were read back from the artifact are checked by
+`examination` instead.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from moec.compiler.common.progress import Progress
 from moec.compiler.common.verdict import Status, Verdict
 from moec.compiler.gates.compare import relative_error
 from moec.compiler.gates.examination import Examined, examine
+from moec.compiler.ir.analysis import lookup_tables
 from moec.compiler.ir.operands import Experts
 from moec.compiler.ir.program import EXPERTS, Program
 from moec.quantize.lazy import Coded, CodedFormat
@@ -31,9 +35,20 @@ ROUNDING = 1e-6
 """Largest difference of dequantized values relative to the largest one, from the order of float32 operations."""
 
 
+ROWS_BYTES = 1 << 25
+"""Bytes of float32 values of a matrix that are compared at a time."""
+
+
 @dataclass(frozen=True)
 class Comparison:
-    """Result for one expert tensor: number of experts, indices of those that differ, largest relative difference."""
+    """Result for one weight.
+
+    Attributes:
+        name: Its name.
+        experts: Number of experts of a stack; 0 for another weight.
+        wrong: Indices of the experts that differ; of another weight, the first rows of the slices that do.
+        error: Largest relative difference.
+    """
 
     name: str
     experts: int
@@ -59,8 +74,19 @@ def expert_weights(program: Program) -> dict[str, torch.dtype]:
     return found
 
 
+def other_weights(program: Program) -> dict[str, torch.dtype]:
+    """Name of every embedding and every quantized weight that is not one of experts -> its dtype in the graph."""
+    experts, tables = expert_weights(program), set(map(program.weights.resolve, lookup_tables(program.graph)))
+    found: dict[str, torch.dtype] = {}
+    for node in program.graph.find_nodes(op="get_attr"):
+        name = program.weights.resolve(str(node.target))
+        if name not in experts and (name in tables or _format(program, name) is not None):
+            found[name] = node.meta["val"].dtype
+    return found
+
+
 class Comparisons:
-    """Compares every expert of every expert tensor with the artifact's.
+    """Compares every expert, every embedding and every quantized weight with the artifact's.
 
     Computing the values of the Program's experts takes most of the time. The coverage gate computes them anyway and
     passes them to `compare`; `judge` computes those that are missing.
@@ -75,10 +101,12 @@ class Comparisons:
 
     def __init__(self, program: Program, stored: Mapping[str, StoredWeight]) -> None:
         self._program, self._stored = program, stored
-        self._names = expert_weights(program)
+        experts, others = expert_weights(program), other_weights(program)
+        self._names = experts | others
         # Codes that were read back from the artifact are equal to it by construction; `examine` checks them.
         own = [name for name in self._names if name in stored and not isinstance(program.weights[name], Recorded)]
         self._errors: dict[str, dict[int, float]] = {name: {} for name in own}
+        self._experts = experts.keys() & self._errors.keys()
 
     def compare(self, name: str, index: int, values: Tensor) -> None:
         """Compare one expert of the tensor `name`.
@@ -88,14 +116,18 @@ class Comparisons:
             index: Index of the expert along axis 0.
             values: The values of this expert in the Program.
         """
-        if name in self._errors:
-            # Weights are dequantized in float32, whatever the dtype of the graph.
-            dtype = self._names[name] if _format(self._program, name) is None else torch.float32
-            want = values.to(dtype).float().numpy()
-            self._errors[name][index] = relative_error(self._stored[name].values(index, index + 1)[0], want)
+        if name in self._experts:
+            self._compare(name, index, values[None])
+
+    def _compare(self, name: str, start: int, values: Tensor) -> None:
+        """Compare a slice along axis 0 that begins at `start`."""
+        # Weights are dequantized in float32, whatever the dtype of the graph.
+        dtype = self._names[name] if _format(self._program, name) is None else torch.float32
+        want = values.to(dtype).float().numpy()
+        self._errors[name][start] = relative_error(self._stored[name].values(start, start + len(want)), want)
 
     def judge(self, progress: Progress = lambda *_: None) -> Verdict:
-        """Compare the experts that were not compared yet, one at a time, and return the verdict.
+        """Compare what was not compared yet, one expert or some rows at a time, and return the verdict.
 
         Args:
             progress: Called for every tensor.
@@ -104,35 +136,50 @@ class Comparisons:
         for done, (name, errors) in enumerate(self._errors.items()):
             progress(GATE, done, len(self._errors))
             tensor = self._program.weights[name]
-            for index in range(tensor.shape[0]):
-                if index not in errors:
-                    self.compare(name, index, tensor.rows(index, index + 1)[0])
+            for start, stop in self._slices(name):
+                if start not in errors:
+                    self._compare(name, start, tensor.rows(start, stop))
         progress(GATE, len(self._errors), len(self._errors))
         missing = [name for name in self._names if name not in self._stored]
         found = [self._comparison(name, errors) for name, errors in self._errors.items()]
         return _judge(found, missing, _in_other_formats(self._program, self._names, self._stored), examined)
 
+    def _slices(self, name: str) -> Iterator[tuple[int, int]]:
+        """Slices along axis 0: experts, or as many rows of another weight as `ROWS_BYTES` allows."""
+        shape = self._program.weights[name].shape
+        step = 1 if name in self._experts else max(1, ROWS_BYTES // (4 * torch.Size(shape[1:]).numel()))
+        for start in range(0, shape[0], step):
+            yield start, min(start + step, shape[0])
+
     def _comparison(self, name: str, errors: Mapping[int, float]) -> Comparison:
         limit = 0.0 if _format(self._program, name) is None else ROUNDING
         wrong = sorted(index for index, error in errors.items() if not error <= limit)
-        return Comparison(name, len(errors), tuple(wrong), max(errors.values(), default=0.0))
+        experts = len(errors) if name in self._experts else 0
+        return Comparison(name, experts, tuple(wrong), max(errors.values(), default=0.0))
 
 
 def _judge(comparisons: list[Comparison], missing: list[str], other: list[str], examined: Examined) -> Verdict:
     wrong = [item for item in comparisons if item.wrong]
     problems = [
         *_listed("missing from the artifact", missing),
-        *_listed("different", [f"{item.name} experts {_numbers(item.wrong)}" for item in wrong]),
+        *_listed("different", [_place(item) for item in wrong]),
         *_listed("in another format than planned", other),
         *_listed("codes that moec.json does not record", examined.not_recorded()),
         *_listed("too far from the checkpoint for a rounding of it", examined.too_far()),
     ]
-    total = sum(item.experts for item in comparisons)
+    total, stacks = sum(item.experts for item in comparisons), sum(item.experts > 0 for item in comparisons)
     figures = {**_figures(comparisons, missing, other), "read_back": examined.figures}
     if problems:
         return Verdict(GATE, Status.FAIL, "; ".join(problems), EXIT_CODE, figures)
-    equal = f"{total} experts in {len(comparisons)} tensors equal the plan's" if comparisons else ""
-    return Verdict(GATE, Status.PASS, "; ".join(filter(None, (equal, examined.summary))), EXIT_CODE, figures)
+    equal = f"{total} experts in {stacks} tensors equal the plan's" if stacks else ""
+    others = len(comparisons) - stacks
+    also = f"so do embeddings and quantized weights ({others})" if others else ""
+    return Verdict(GATE, Status.PASS, "; ".join(filter(None, (equal, also, examined.summary))), EXIT_CODE, figures)
+
+
+def _place(item: Comparison) -> str:
+    """A weight that differs, and where."""
+    return f"{item.name} {'experts' if item.experts else 'from row'} {_numbers(item.wrong)}"
 
 
 def _format(program: Program, name: str) -> CodedFormat | None:

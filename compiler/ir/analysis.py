@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import fx
 
 from moec.compiler.ir.indexer import INDEXER
@@ -51,6 +52,12 @@ def router_nodes(experts: fx.Node) -> list[fx.Node]:
     before = ancestors([operands.hidden_states], is_mixer)
     wanted = ancestors([operands.indices, operands.weights], lambda node: node in before or is_mixer(node))
     return [node for node in experts.graph.nodes if node in wanted and node not in before]
+
+
+def lookup_tables(graph: fx.Graph) -> list[str]:
+    """Names of the weights whose rows are looked up by index: embeddings."""
+    tables = (node.args[0] for node in graph.find_nodes(op="call_function", target=torch.ops.aten.embedding.default))
+    return [str(table.target) for table in tables if isinstance(table, fx.Node) and table.op == "get_attr"]
 
 
 def layer_of(node: fx.Node) -> int:

@@ -32,12 +32,16 @@ class CoremlExperts:
         """hidden_states [T, H], indices [T, k], weights [T, k] -> [T, H] float32."""
         *names, output = self._layers[layer]
         session = self._model.part(self._function, names, output)
-        results = []
-        for start in range(0, len(hidden), self._tokens):
-            piece = slice(start, start + self._tokens)
-            feeds = dict(zip(names, (hidden[piece], indices[piece], weights[piece]), strict=True))
-            results.append(session.predict(feeds)[output].astype(np.float32, copy=False))
-        return np.concatenate(results)
+        # Models that give every slot of a token a row of its own have more rows than tokens.
+        fixed = (session.inputs[names[0]].type.shape or (None,))[0]
+        rows, results = fixed or self._tokens, []
+        for start in range(0, len(hidden), rows):
+            pieces = [value[start : start + rows] for value in (hidden, indices, weights)]
+            if fixed:  # the last call is filled up with rows of weight 0
+                pieces = [np.pad(piece, [(0, fixed - len(piece)), (0, 0)]) for piece in pieces]
+            found = session.predict(dict(zip(names, pieces, strict=True)))[output]
+            results.append(found.astype(np.float32, copy=False))
+        return np.concatenate(results)[: len(hidden)]
 
 
 def open_experts(directory: Path) -> Mapping[str, CoremlExperts]:

@@ -227,7 +227,7 @@ def model_metadata(built: Built, shape: Shape, renamed: Mapping[str, Mapping[str
         context=shape.context,
         chunk=shape.chunk,
         experts=built.expert_tensors,
-        coded=built.pool.coded,
+        matrices=built.pool.matrices,
         layers={
             function: [LayerValues(*(renamed[function].get(item.name, item.name) for item in layer)) for layer in found]
             for function, found in built.layers.items()

@@ -34,7 +34,7 @@ class ModelMetadata(BaseModel):
         context: Tokens that the KV cache holds.
         chunk: Maximum number of tokens per call.
         experts: Stack of experts -> name of their constants, with `{}` for the index of the expert.
-        coded: Quantized tensor -> name of its constant.
+        matrices: Embedding or quantized matrix -> name of its constant.
         layers: Function -> the experts of each layer; empty in packages of older versions of moec.
         inputs: Input that a pass added -> its default values, flattened.
         token_inputs: Input with one row per token that a pass added -> width of a row.
@@ -46,7 +46,7 @@ class ModelMetadata(BaseModel):
     context: int
     chunk: int
     experts: dict[str, str]
-    coded: dict[str, str] = {}
+    matrices: dict[str, str] = {}
     layers: dict[str, list[LayerValues]] = {}
     inputs: dict[str, list[float]]
     token_inputs: dict[str, int] = {}

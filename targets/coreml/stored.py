@@ -21,14 +21,14 @@ Find = Callable[[str], "Constant"]
 
 
 def stored_weights(directory: Path) -> Mapping[str, StoredWeight]:
-    """The tensors of experts and the quantized matrices that the model's metadata names."""
+    """The tensors of experts, the embeddings and the quantized matrices that the model's metadata names."""
     model, metadata = MilModel.open(directory / PACKAGE), read_metadata(directory)
 
     def find(label: str) -> Constant:
         return model.constants()[label]
 
     experts = {name: _experts(find, pattern) for name, pattern in metadata.experts.items()}
-    return {name: _matrix(find(label)) for name, label in metadata.coded.items()} | experts
+    return {name: _matrix(find(label)) for name, label in metadata.matrices.items()} | experts
 
 
 def _experts(find: Find, pattern: str) -> StoredWeight:

@@ -49,14 +49,14 @@ class WeightPool:
 
     Attributes:
         stored_bytes: Name of an array -> its bytes in the weight file.
-        coded: Name of a weight that is quantized as a whole -> name of its constant.
+        matrices: Name of an embedding, or of a weight that is quantized as a whole -> name of its constant.
     """
 
     def __init__(self, *, blank: bool = False) -> None:
         self._blank = blank
         self._arrays: dict[str, np.ndarray] = {}
         self.stored_bytes: dict[str, int] = {}
-        self.coded: dict[str, str] = {}
+        self.matrices: dict[str, str] = {}
         self._types = coremltools_module("coremltools.converters.mil.mil").types
         # To numpy this type is int8; the builder recognises it and stores 4 bits per element.
         self._int4 = self._types.nptype_from_builtin(self._types.int4)
@@ -97,7 +97,7 @@ class WeightPool:
                 RefusedError: The scales have another type than the program computes in.
         """
         if isinstance(tensor, Coded):
-            self.coded[name] = identifier(name)
+            self.matrices[name] = identifier(name)
         return self._stored(mb, name, tensor, type_name, None, identifier(name))
 
     def row(self, mb: Any, name: str, tensor: LazyTensor, type_name: str, index: int, label: str) -> Any:

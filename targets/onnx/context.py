@@ -82,9 +82,9 @@ class Context:
         self.origins: dict[str, str] = {}
         self.nodes: list[ir.Node] = []
         self.initializers: dict[str, tuple[ir.Value, LazyTensor]] = {}
-        # Where experts, and other quantized weights, are in the file: entries of `moec.targets.onnx.stored.TABLE`.
+        # Where experts, embeddings and quantized weights are in the file: `moec.targets.onnx.stored.TABLE`.
         self.experts: dict[str, dict[str, Any]] = {}
-        self.coded: dict[str, dict[str, Any]] = {}
+        self.others: dict[str, dict[str, Any]] = {}
         # Of each experts node: role -> value and dtype. A lowering may replace them by the values that it uses itself.
         self.layers: list[dict[str, tuple[ir.Value, torch.dtype]]] = []
         self.rejections: list[Rejection] = []

@@ -66,7 +66,7 @@ def build(program: Program, dialect: Dialect) -> tuple[ir.Model, Context]:
     )
     model = ir.Model(graph, ir_version=IR_VERSION, producer_name="moec")
     model.metadata_props["moec.attention"] = "GroupQueryAttention" if dialect.shared_buffer else "Attention"
-    model.metadata_props[TABLE] = json.dumps({**ctx.coded, **ctx.experts}, sort_keys=True)
+    model.metadata_props[TABLE] = json.dumps({**ctx.others, **ctx.experts}, sort_keys=True)
     layers = [
         {role: [value.name, int(DTYPES[dtype])] for role, (value, dtype) in entry.items()} for entry in ctx.layers
     ]

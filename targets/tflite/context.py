@@ -59,6 +59,7 @@ class Shared:
         program: The Program with dynamic axes.
         weights: Its tensors in the form that the file holds.
         experts: Program name of an expert tensor -> how to find it in the file.
+        tables: Names of the embeddings.
         rejections: Why nodes were not lowered to the fastest form.
         idle: Branches for experts without tokens, by the types of their operands.
     """
@@ -66,6 +67,7 @@ class Shared:
     program: Program
     weights: Weights
     experts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    tables: set[str] = field(default_factory=set)
     rejections: list[Rejection] = field(default_factory=list)
     idle: dict[Any, Graph] = field(default_factory=dict)
 

@@ -31,29 +31,30 @@ class TfliteExperts:
     Args:
         file: The model.
         signature: "decode" or "prefill_N".
-        tokens: Number of tokens that the signature takes.
         threads: Threads; 0 is the runtime's default.
     """
 
-    def __init__(self, file: TfliteFile, signature: str, tokens: int, threads: int) -> None:
-        self._file, self._signature, self._tokens, self._threads = file, signature, tokens, threads
+    def __init__(self, file: TfliteFile, signature: str, threads: int) -> None:
+        self._file, self._signature, self._threads = file, signature, threads
         self._layers: list[list[int]] = file.facts["layers"][signature]
         self._open: tuple[int, Any] | None = None
 
     def __call__(self, layer: int, hidden: np.ndarray, indices: np.ndarray, weights: np.ndarray) -> np.ndarray:
-        """hidden_states [T, H], indices [T, k], weights [T, k] -> [T, H] float32, in steps of `tokens` tokens."""
+        """hidden_states [T, H], indices [T, k], weights [T, k] -> [T, H] float32, in steps of the rows of the graph."""
         if self._open is None or self._open[0] != layer:
             self._open = None  # one layer is open at a time
             self._open = (layer, self._interpreter(layer))
         run = self._open[1].get_signature_runner(SIGNATURE)
         kinds = {name: item["dtype"] for name, item in run.get_input_details().items()}
         given = dict(zip(ROLES, (hidden, indices, weights), strict=False))
+        # Models that give every slot of a token a row of its own have more rows than tokens.
+        rows = int(run.get_input_details()["hidden_states"]["shape"][0])
         results = []
-        for start in range(0, len(hidden), self._tokens):
+        for start in range(0, len(hidden), rows):
             feeds = {}
             for role, kind in kinds.items():
-                piece = given[role][start : start + self._tokens]
-                padding = [(0, self._tokens - len(piece)), (0, 0)]  # tokens of weight 0
+                piece = given[role][start : start + rows]
+                padding = [(0, rows - len(piece)), (0, 0)]  # rows of weight 0
                 feeds[role] = np.pad(piece.astype(kind), padding)
             results.append(np.array(run(**feeds)["output"]))
         return np.concatenate(results)[: len(hidden)]
@@ -81,8 +82,7 @@ def open_experts(path: Path, threads: int) -> Mapping[str, TfliteExperts]:
     file = TfliteFile(path)
     if "layers" not in file.facts:
         raise ArtifactError(f"{path}: no MoE layers in its metadata", hint="export the model again")
-    lengths = {name: 1 if name == "decode" else int(name.rpartition("_")[2]) for name in file.facts["layers"]}
-    return {name: TfliteExperts(file, name, tokens, threads) for name, tokens in lengths.items()}
+    return {name: TfliteExperts(file, name, threads) for name in file.facts["layers"]}
 
 
 def write_layer(file: TfliteFile, signature: str, operands: list[int], path: Path) -> None:

@@ -54,8 +54,10 @@ def build(
     facts: dict[str, Any] = {
         "capacity": capacity,
         "experts": shared.experts,
+        "tables": sorted(shared.tables),
         "layers": layers,
         "prefill_lengths": [n for n in lengths if n > 1],
+        "rotary_borders": list(program.rotary_borders),
     }
     facts["inputs"] = default_values(plain)
     facts["token_inputs"] = row_widths(plain)

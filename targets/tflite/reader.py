@@ -112,7 +112,7 @@ class TfliteFile:
         return self.buffer(graph.Tensors(details.Scales()).Buffer()).view("<f2")
 
     def stored_weights(self) -> Mapping[str, StoredWeight]:
-        """Every tensor of experts and every quantized matrix, by its name in the Program."""
+        """Every tensor of experts, every embedding and every quantized matrix, by its name in the Program."""
         entries: Mapping[str, Mapping[str, bool]] = self.facts["experts"]
         found = {
             name: StoredWeight(self._bits(f"{name}.0"), partial(self._experts, name, entry))
@@ -122,7 +122,9 @@ class TfliteFile:
             of_expert = name.rpartition(".")[0] in entries
             if not of_expert and tensor.Quantization() is not None and (bits := self._bits(name)) is not None:
                 found[name] = StoredWeight(bits, partial(self._matrix, name))
-        return found
+        return found | {
+            name: StoredWeight(self._bits(name), partial(self._matrix, name)) for name in self.facts.get("tables", ())
+        }
 
     def _bits(self, name: str) -> int | None:
         return _BITS.get(self._kind(self._tensor(name)[0]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ class TfliteRunner(SingleSequenceRunner):
         self.overrides: dict[str, np.ndarray] = {}
         """See `moec.targets.base.AdjustableRunner`."""
         self.capacity = int(facts["capacity"])
+        self._borders: Sequence[int] = facts.get("rotary_borders", ())
         self._counts = any(name.startswith(REPLACED_PREFIXES) for name in places)
         sizes = (int(n.removeprefix(_PREFIX)) for n in self._engine.signatures if n != DECODE)
         self.lengths = tuple(sorted(sizes, reverse=True))
@@ -87,7 +88,14 @@ class TfliteRunner(SingleSequenceRunner):
         for size in self.lengths:
             if size <= remaining:
                 return size
-        fitting = [size for size in self.lengths if self._length + size <= self.capacity]
+        end = self._length + remaining
+        fitting = [
+            size
+            for size in self.lengths
+            if self._length + size <= self.capacity
+            # Padding counts as tokens where rotary frequencies depend on the length.
+            and not any(end <= border < self._length + size for border in self._borders)
+        ]
         # An update that exceeds the capacity must be avoided: LiteRT would shift it back until it fits.
         if fitting and remaining > 1 and remaining * MAX_PADDING_FACTOR >= min(fitting):
             return min(fitting)

@@ -69,7 +69,7 @@ class ToyTarget(Target):
         def stored(value: Tensor) -> StoredWeight:
             return StoredWeight(None, lambda start, stop: value[start:stop].float().numpy())
 
-        return {content["names"][name]: stored(value) for name, value in content["weights"].items() if value.ndim == 3}
+        return {content["names"][name]: stored(value) for name, value in content["weights"].items() if value.ndim > 1}
 
 
 class ToyRunner:

@@ -227,7 +227,7 @@ class MilSession:
         self.plan = plan
         self.state = state
         self.counters = Counters()
-        self._inputs = {item.name: item for item in inputs}
+        self.inputs = {item.name: item for item in inputs}
         self._cache = cache
 
     def predict(self, feeds: Mapping[str, Any]) -> dict[str, Array]:
@@ -255,12 +255,12 @@ class MilSession:
         return {value.name: np.array(result) for value, result in zip(self.plan.outputs, results, strict=True)}
 
     def _checked(self, feeds: Mapping[str, Any]) -> dict[str, Array]:
-        if feeds.keys() != self._inputs.keys():
+        if feeds.keys() != self.inputs.keys():
             raise UsageError(
                 f"function {self.plan.function.name} was given the inputs {sorted(feeds)}",
-                hint=f"its inputs: {', '.join(str(item) for item in self._inputs.values())}",
+                hint=f"its inputs: {', '.join(str(item) for item in self.inputs.values())}",
             )
-        return {name: _convert(descriptor, feeds[name]) for name, descriptor in self._inputs.items()}
+        return {name: _convert(descriptor, feeds[name]) for name, descriptor in self.inputs.items()}
 
 
 def _convert(descriptor: TensorDescriptor, fed: Any) -> Array:

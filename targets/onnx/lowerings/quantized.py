@@ -141,7 +141,7 @@ def packed_product(ctx: Context, x: ir.Value, weights: Mapping[str, Quantized], 
 
     first = 0
     for own_name, own in weights.items():
-        ctx.coded[own_name] = stored_entry(own, block, first=first, base=name)
+        ctx.others[own_name] = stored_entry(own, block, first=first, base=name)
         first += own.shape[0]
     codes: list[LazyTensor] = [
         Packed(own, packed, (own.shape[0], groups, block * bits // 8), torch.uint8, identity=f"{own.name}.codes")
@@ -210,7 +210,7 @@ def embedding(ctx: Context, node: fx.Node, indices: ir.Value, name: str, weight:
         torch.uint8,
         identity=f"{weight.name}.codes",
     )
-    ctx.coded[name] = {**stored_entry(weight, block, base=name), "codes": f"{name}.table"}
+    ctx.others[name] = {**stored_entry(weight, block, base=name), "codes": f"{name}.table"}
     zero_points = None
     if not weight.format.symmetric:
         zero_points = ctx.initializer(f"{name}.zero_points", _zero_points(weight, groups))
@@ -338,7 +338,7 @@ def dequantize(ctx: Context, node: fx.Node, name: str, weight: Quantized) -> ir.
     codes = Packed(weight, lambda part: part.codes, (rows, columns), torch.int8)
     if not weight.format.symmetric:
         raise refuse(node, "zero points are not supported in standard ops", hint="use a symmetric format")
-    ctx.coded[name] = stored_entry(weight, block, base=name, bits=8, signed=True)
+    ctx.others[name] = stored_entry(weight, block, base=name, bits=8, signed=True)
     return ctx.shared(
         ("dequantized", name),
         lambda: ctx.op(

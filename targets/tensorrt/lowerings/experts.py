@@ -31,7 +31,7 @@ def _stack(ctx: Context, argument: Any) -> ir.Value:
     own, dtype = ctx.program.weights[name], argument.meta["val"].dtype
     if isinstance(own, Quantized):
         value = dequantized(ctx, name, own, dtype)
-        ctx.experts[name] = ctx.coded[name]
+        ctx.experts[name] = ctx.others[name]
         return value
     half = ctx.stored_half(name)
     stored = f"{name}.stack.fp16" if half and dtype is torch.float32 else f"{name}.stack"

@@ -51,7 +51,7 @@ def dequantized(ctx: Context, name: str, weight: Quantized, dtype: torch.dtype) 
         raise RefusedError(name, f"format {weight.format}: {reason}", hint=HINT)
     block = stored_block(weight)
     groups = weight.shape[-1] // block
-    ctx.coded[name] = stored_entry(weight, block, base=name, signed=True)
+    ctx.others[name] = stored_entry(weight, block, base=name, signed=True)
 
     def make() -> ir.Value:
         return ctx.op(

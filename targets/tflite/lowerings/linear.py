@@ -58,6 +58,7 @@ def _embedding(ctx: Context, node: fx.Node) -> Value:
     if table.op != "get_attr":
         return ctx.gather(ctx.tensor(table), index, 0)
     weight = ctx.shared.weights.matrix(str(table.target), result_dtype(node))
+    ctx.shared.tables.add(weight.name)
     if ctx.settings.legacy:
         # tflite-runtime can look up neither fp16 nor quantized rows, so the whole table is dequantized first.
         return ctx.gather(ctx.float32(ctx.graph.weight(weight)), index, 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import numpy as np
@@ -18,6 +19,7 @@ from moec.compiler.gates.reference import SAMPLED, HiddenStates, Trace
 from moec.compiler.gates.tolerance import Precision
 from moec.compiler.gates.usage import Usage
 from moec.compiler.ir.interpreter import ActivationRounding, Interpreter, ProgramRunner
+from moec.compiler.ir.operands import Experts
 from moec.compiler.ir.program import EXPERTS, MoeLayer, Program
 from moec.compiler.ir.weights import LazyTensor
 from moec.targets.stored_weights import StoredWeight
@@ -110,6 +112,21 @@ def test_experts_that_changed_places_and_nan_are_seen(mixtral: Captured, hidden:
     assert verdict.figures["max_error"] == np.inf
 
 
+@pytest.mark.parametrize("limit", [0.0, 14.0])
+def test_a_limit_of_the_gate_that_no_text_reaches_is_seen(gpt_oss: Captured, limit: float) -> None:
+    program, states = gpt_oss[1], HiddenStates(gpt_oss[1])
+    ids = prompts(program).random(1, 100)
+    expected = ProgramRunner(program, observer=states).prefill(ids)
+    graph = program.copy_graph()
+    for node in graph.find_nodes(op="call_function", target=EXPERTS):
+        node.args = dataclasses.replace(Experts.of(node), limit=limit).args
+    other = program.replace(graph=graph)
+    np.testing.assert_array_equal(ProgramRunner(other).prefill(ids), expected)
+    assert _judge(program, program, states.rows).status is Status.PASS
+    verdict = _judge(program, other, states.rows)
+    assert [row["wrong"] for row in verdict.figures["experts"]] == [list(range(8))] * len(program.layers)
+
+
 @pytest.mark.parametrize(("share", "run"), [(0.25, 2), (0.3, 3), (0.0, 0)])
 def test_a_share_of_the_experts_is_spread_over_all(
     share: float, run: int, mixtral: Captured, hidden: dict[int, Tensor]
@@ -157,7 +174,7 @@ def test_both_gates_read_every_expert_once_and_one_token_goes_to_one(
     def stored(name: str) -> StoredWeight:
         return StoredWeight(None, lambda start, stop: program.weights[name].rows(start, stop).numpy())
 
-    comparisons = Comparisons(watched, {name: stored(name) for name in names})
+    comparisons = Comparisons(watched, {name: stored(name) for name in (*names, "model.embed_tokens.weight")})
     run_every_expert(watched, {"": artifact}, hidden, watch=comparisons.compare)
     assert comparisons.judge().status is Status.PASS
     assert set(reads.values()) == {1}

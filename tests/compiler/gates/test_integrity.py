@@ -10,7 +10,8 @@ import torch
 from moec.compiler.common.errors import ArtifactError
 from moec.compiler.common.verdict import Status
 from moec.compiler.frontend.checkpoint import Checkpoint
-from moec.compiler.gates.integrity import Comparisons, expert_weights
+from moec.compiler.gates import integrity
+from moec.compiler.gates.integrity import Comparisons, expert_weights, other_weights
 from moec.compiler.gates.tolerance import Precision, precision_of
 from moec.compiler.ir.program import EXPERTS, Program
 from moec.compiler.ir.weights import LazyTensor
@@ -25,7 +26,7 @@ def _stored(program: Program, bits: int | None = None) -> dict[str, StoredWeight
     def stored(name: str) -> StoredWeight:
         return StoredWeight(bits, lambda start, stop: program.weights[name].rows(start, stop).numpy())
 
-    return {name: stored(name) for name in expert_weights(program)}
+    return {name: stored(name) for name in (*expert_weights(program), *other_weights(program))}
 
 
 def _of_each(change: Callable[[int, np.ndarray], np.ndarray], right: StoredWeight) -> StoredWeight:
@@ -43,7 +44,8 @@ def test_every_expert_is_compared(gpt_oss: Captured) -> None:
     assert verdict.status is Status.PASS
     biases = sum("bias" in tensor["name"] for tensor in verdict.figures["tensors"])
     assert biases == 2 * len(program.layers)
-    assert all(tensor["experts"] == 8 for tensor in verdict.figures["tensors"])
+    assert [tensor["experts"] for tensor in verdict.figures["tensors"]] == [8] * 4 * len(program.layers) + [0]
+    assert verdict.summary == "96 experts in 12 tensors equal the plan's; so do embeddings and quantized weights (1)"
 
 
 def test_what_was_compared_is_not_made_again(mixtral: Captured) -> None:
@@ -103,6 +105,41 @@ def test_swapped_experts_wrong_shapes_and_missing_tensors_are_found(mixtral: Cap
     assert f"missing from the artifact: {name}" in verdict.summary
 
 
+def _with_row(right: StoredWeight, row: int, change: Callable[[np.ndarray], object]) -> StoredWeight:
+    """A matrix with one row changed in place."""
+
+    def rows(start: int, stop: int) -> np.ndarray:
+        values = right.values(start, stop).copy()
+        if start <= row < stop:
+            change(values[row - start])
+        return values
+
+    return replace(right, rows=rows)
+
+
+def test_a_row_of_an_embedding_that_no_text_reaches_is_compared(
+    mixtral: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program, stored, name = mixtral[1], _stored(mixtral[1]), "model.embed_tokens.weight"
+    monkeypatch.setattr(integrity, "ROWS_BYTES", 20 * 64 * 4)
+    spoiled = {**stored, name: _with_row(stored[name], 53, lambda row: row.__setitem__(5, np.nextafter(row[5], 9)))}
+    assert Comparisons(program, spoiled).judge().summary == f"different: {name} from row 40"
+    del stored[name]
+    assert Comparisons(program, stored).judge().summary == f"missing from the artifact: {name}"
+
+
+def test_every_quantized_weight_is_compared(mixtral: Captured) -> None:
+    name = "model.layers.1.self_attn.q_proj.weight"
+    planned = {name: _Planned(mixtral[1].weights[name], IntegerFormat(8, "channel"))}
+    program = mixtral[1].replace(weights=mixtral[1].weights.with_tensors(planned))
+    stored = _stored(mixtral[1])
+    assert f"missing from the artifact: {name}" in Comparisons(program, stored).judge().summary
+    right = StoredWeight(8, lambda start, stop: program.weights[name].rows(start, stop).numpy())
+    assert Comparisons(program, {**stored, name: right}).judge().status is Status.PASS
+    spoiled = _with_row(right, 7, lambda row: row.__imul__(1.1))
+    assert Comparisons(program, {**stored, name: spoiled}).judge().summary == f"different: {name} from row 0"
+
+
 def test_weights_computed_in_the_graph_are_an_error(mixtral: Captured) -> None:
     program = mixtral[1]
     graph = program.copy_graph()
@@ -145,7 +182,8 @@ def test_quantized_experts_must_be_stored_as_codes_of_the_planned_width(mixtral:
 
 def test_rounding_is_allowed_to_quantized_experts_alone(mixtral: Captured) -> None:
     program = _quantized(mixtral[1])
-    rounded = {name: _of_each(_next, weight) for name, weight in _stored(program, bits=4).items()}
+    own = expert_weights(program)
+    rounded = {name: _of_each(_next, item) if name in own else item for name, item in _stored(program, bits=4).items()}
     assert Comparisons(program, rounded).judge().status is Status.PASS
     assert Comparisons(mixtral[1], rounded).judge().status is Status.FAIL
 

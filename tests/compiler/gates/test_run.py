@@ -16,7 +16,7 @@ from moec.compiler.common.errors import ArtifactError
 from moec.compiler.common.progress import Progress
 from moec.compiler.common.verdict import Status, Verdict
 from moec.compiler.frontend.checkpoint import Checkpoint
-from moec.compiler.gates.integrity import expert_weights
+from moec.compiler.gates.integrity import expert_weights, other_weights
 from moec.compiler.gates.repeatability import RepeatabilityOptions
 from moec.compiler.gates.run import SEVERAL_FAILED, ExpertTensors, GateInputs, exit_code, run_gate, run_gates, table
 from moec.compiler.ir.interpreter import ProgramRunner
@@ -53,7 +53,7 @@ class InterpreterTarget(base.Target):
         def stored(name: str) -> StoredWeight:
             return StoredWeight(None, lambda start, stop: self.program.weights[name].rows(start, stop).numpy())
 
-        return {name: stored(name) for name in expert_weights(self.program)}
+        return {name: stored(name) for name in (*expert_weights(self.program), *other_weights(self.program))}
 
 
 class BrokenTarget(InterpreterTarget):
@@ -80,7 +80,10 @@ def test_a_right_artifact_passes_every_gate(mixtral: Captured) -> None:
             def noted(weight: StoredWeight) -> StoredWeight:
                 return replace(weight, rows=lambda *rows: during.add(told[-1]) or weight.rows(*rows))
 
-            return {name: noted(weight) for name, weight in super().stored_weights(directory).items()}
+            return {
+                name: noted(weight) if name in expert_weights(self.program) else weight
+                for name, weight in super().stored_weights(directory).items()
+            }
 
     verdicts = _run(mixtral, Watched(mixtral[1]), progress=lambda what, done, total: told.append(what))
     proofs = ["parity: capture", "parity: artifact", "coverage", "integrity", "repeatability"]

@@ -15,6 +15,7 @@ import torch
 from moec.compiler.common.errors import LoweringError, UsageError
 from moec.compiler.common.validation import validate
 from moec.compiler.common.verdict import Status
+from moec.compiler.gates.coverage import run_every_expert
 from moec.compiler.gates.integrity import Comparisons
 from moec.compiler.ir.interpreter import ProgramRunner
 from moec.compiler.ir.program import EXPERTS, Program
@@ -308,3 +309,15 @@ def test_capabilities() -> None:
     prefill = target.capabilities(options, Phase.PREFILL)
     assert not prefill.skips_experts
     assert "every expert" in prefill.reason
+
+
+def test_experts_run_alone_where_every_slot_of_a_token_has_a_row(
+    tiny_checkpoint: Any, program_of: Any, lower: Any
+) -> None:
+    """The function for one token then takes two rows, as Llama 4 with two experts per token has them."""
+    program = program_of(tiny_checkpoint("llama4_text"), torch.float32)
+    runners = CoremlTarget().open_experts(lower(program, context=32).directory)
+    hidden = {row.index: torch.randn(8, row.hidden_size) for row in program.layers}
+    errors = [error for result in run_every_expert(program, runners, hidden) for error in result.errors.values()]
+    assert len(errors) == sum(row.num_experts for row in program.layers)
+    assert max(errors) < 1e-5

@@ -16,6 +16,7 @@ from torch import Tensor
 import moec
 from moec import passes
 from moec.compiler.common.errors import ArtifactError, LoweringError, MissingExtraError, UsageError
+from moec.compiler.families.tiny_models import write_tiny_checkpoint
 from moec.compiler.gates.coverage import run_every_expert
 from moec.compiler.ir.experts import ACTIVATIONS, Gate
 from moec.compiler.ir.interpreter import ProgramRunner
@@ -251,7 +252,32 @@ def test_formats(build: Any, program_of: Programs, formats: dict[str, str], limi
     assert np.median(errors) < limit
 
 
-@pytest.mark.parametrize("family", ["mixtral", "Llama-4-Maverick"], ids=["operands", "constant operands"])
+def test_padding_of_a_prompt_does_not_change_rotary_frequencies(
+    build: Any, program_of: Programs, tmp_path: Path
+) -> None:
+    """A prompt of 20 tokens would be padded to 32, but frequencies change at 24; one of 29 tokens is padded."""
+    factors = {"short_factor": [1.0] * 8, "long_factor": [1.0 + index for index in range(8)]}
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        **factors,
+        "factor": 8.0,
+        "original_max_position_embeddings": 24,
+    }
+    checkpoint = write_tiny_checkpoint("qwen3_moe", tmp_path / "longrope", rope_parameters=rope)
+    program = program_of(checkpoint)
+    assert program.rotary_borders == (24,)
+    runner, reference = build.runner(program, lengths=(1, 32)), ProgramRunner(program)
+    for length in (20, 29):
+        ids = tokens(program, length)
+        assert difference(runner.prefill(ids), reference.prefill(ids)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "family",
+    ["mixtral", "Llama-4-Maverick", "llama4_text"],
+    ids=["operands", "constant operands", "a row for every slot"],
+)
 def test_experts_run_by_themselves(build: Any, program_of: Programs, family: str) -> None:
     program = program_of(family)
     runners = open_experts(build.file(program), threads=1)
@@ -282,7 +308,7 @@ def test_experts_are_read_back_as_planned(build: Any, program_of: Programs, text
     program = quantized(program_of("mixtral"), experts_gate_up=text, experts_down=f"int4:channel:{DYNAMIC}")
     stored = TfliteFile(build.file(program, lengths=(1,))).stored_weights()
     names = {name for layer in program.layers for name in (layer.gate_up_proj, layer.down_proj)}
-    assert set(stored) == names
+    assert set(stored) == {*names, "model.embed_tokens.weight"}
     for name in names:
         for index in (0, program.weights[name].shape[0] - 1):
             want = program.weights[name].rows(index, index + 1)[0].float().numpy()
