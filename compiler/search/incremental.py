@@ -93,6 +93,11 @@ class IncrementalRunner(ProgramRunner):
         """The weights of which pruning an MoE layer leaves some rows out; none where it cannot be pruned."""
         return self._prunable[number]
 
+    def order(self, variant: Variant) -> tuple[str, ...]:
+        """What to sort variants by, so that those that begin alike are run one after the other."""
+        self._variant = variant
+        return tuple(str(self._choice(site)) for _, site in self._sites)
+
     @torch.no_grad()
     def evaluate(self, variant: Variant, batch: Hashable, input_ids: np.ndarray) -> Output:
         """Run a variant.

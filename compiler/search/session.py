@@ -303,7 +303,9 @@ class _Measuring:
     def individuals(self, keys: Sequence[Key], hopeless: Callable[[Key, Measured], bool]) -> Mapping[Key, Measured]:
         """See `engine.Measure`."""
         # Those that begin alike come one after the other, so that what they share is run once.
-        alive = {key: self._sections(key) for key in sorted(keys)}
+        order = self._found.evaluator.runner.order
+        ordered = sorted(keys, key=lambda key: order(self._found.space.variant(np.array(key))))
+        alive = {key: self._sections(key) for key in ordered}
         results: dict[Key, Measured] = {}
         every = len(self._found.evaluator.windows)
         for share in STAGES:

@@ -94,6 +94,19 @@ def test_only_what_comes_after_the_first_change_is_run(evaluator: Evaluator, var
     assert run("routed") == head
 
 
+def test_in_order_less_is_run(evaluator: Evaluator, variants: dict[str, Variant]) -> None:
+    mixed = [variants["base"], variants["rounded"], variants["last layer"], variants["head"], variants["rounded"]]
+
+    def run(listed: list[Variant]) -> int:
+        runner = IncrementalRunner(evaluator.program, evaluator.parts, state_bytes=60_000)
+        for variant in listed:
+            runner.evaluate(variant, 0, evaluator.windows[:4])
+        return runner.executed
+
+    order = IncrementalRunner(evaluator.program, evaluator.parts).order
+    assert run(sorted(mixed, key=order)) < run(mixed)
+
+
 def test_batches_do_not_mix(evaluator: Evaluator, variants: dict[str, Variant]) -> None:
     runner = IncrementalRunner(evaluator.program, evaluator.parts)
     first, second = (runner.evaluate(variants["base"], batch, evaluator.windows[batch : batch + 4]) for batch in (0, 4))
