@@ -38,7 +38,7 @@ from moec.compiler.frontend.meta_model import fake_parameters, meta_model
 from moec.compiler.frontend.recording import Recording, recording, watching
 from moec.compiler.frontend.rope import replace_length_branches
 from moec.compiler.frontend.scans import scans_as_ops
-from moec.compiler.frontend.step_cache import cache_class, check_convolutions, step_cache
+from moec.compiler.frontend.step_cache import CacheUseError, cache_class, check_convolutions, step_cache
 from moec.compiler.ir.program import (
     CACHE_KINDS,
     Dim,
@@ -195,7 +195,7 @@ def _call(
 
 def _reason(error: Exception) -> str:
     """What went wrong in a module, for readers who know the model and not the tracer."""
-    if isinstance(error, MaskUseError):
+    if isinstance(error, MaskUseError | CacheUseError):
         return str(error)
     if isinstance(error, GuardOnDataDependentSymNode | DataDependentOutputException):
         return "its Python code branches on the values of a tensor, which differ from input to input"

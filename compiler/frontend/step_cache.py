@@ -14,6 +14,10 @@ from moec.compiler.frontend.indexers import IndexedKeys, update_indexer
 from moec.compiler.frontend.recording import Recording
 
 
+class CacheUseError(AttributeError):
+    """A layer asks its cache for something that moec does not know; `hasattr` answers no."""
+
+
 class StepLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):  # type: ignore[no-untyped-call]
     """One layer of the cache: it returns the new keys and values unchanged and records them.
 
@@ -28,6 +32,9 @@ class StepLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):  # type: ignor
         self.record, self.index, self.length = record, index, length
         self.is_initialized = True
         self.has_previous_state = defaultdict(bool, {0: False})
+
+    def __getattr__(self, name: str) -> Any:
+        raise CacheUseError(f"it keeps a state that moec does not know: its cache has no {name}")
 
     def lazy_initialization(self, *_: Any, **__: Any) -> None:
         """Nothing to set up: the past is an input."""

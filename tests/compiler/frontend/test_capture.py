@@ -154,6 +154,10 @@ MASKED = r"^model\.layers\.0: MixtralDecoderLayer of .* cannot be traced: it com
             "MixtralForCausalLM: layer 0 keeps the inputs of a convolution that moec does not know",
         ),
         (
+            lambda _, __, cache: cache.layers[0].store_compression_weights,
+            "it keeps a state that moec does not know: its cache has no store_compression_weights",
+        ),
+        (
             lambda hidden, _, cache: cache.update_recurrent_state(hidden, 0),
             r"^model\.layers\.0: MixtralDecoderLayer keeps a recurrent state that no scan known to moec computed",
         ),
