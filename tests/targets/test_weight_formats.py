@@ -17,7 +17,7 @@ from moec.compiler.common.validation import validate
 from moec.compiler.families.tiny_models import tiny_model
 from moec.compiler.frontend.capture import capture
 from moec.compiler.frontend.checkpoint import Checkpoint
-from moec.compiler.gates.integrity import expert_weights
+from moec.compiler.gates.integrity import expert_weights, other_weights
 from moec.compiler.ir.program import Program
 from moec.compiler.pipeline.recorded_codes import read_in_format
 from moec.passes.quantize import Quantize
@@ -150,14 +150,13 @@ def _kept(held: SupportedFormats, form: str) -> bool:
 
 
 def assert_read_back(program: Program, stored: Mapping[str, StoredWeight]) -> None:
-    """Every weight with codes is read back as these very codes, and experts as they are."""
-    experts = set(expert_weights(program))
-    coded = {name for name in program.weight_names() if isinstance(program.weights[name], Quantized)}
-    assert stored.keys() == experts | {program.weights.resolve(name) for name in coded}
+    """Every weight with codes is read back as these very codes, and experts and embeddings as they are."""
+    names = expert_weights(program) | other_weights(program)
+    assert stored.keys() == names.keys()
     for name, weight in stored.items():
         own = program.weights[name]
         if not isinstance(own, Quantized):
-            np.testing.assert_array_equal(weight.values(1, 3), own.rows(1, 3).float().numpy())
+            np.testing.assert_array_equal(weight.values(1, 3), own.rows(1, 3).to(names[name]).float().numpy())
             continue
         assert weight.bits == own.format.bits or weight.bits == 8
         for start, stop in ((0, own.shape[0]), (2, 5)):
