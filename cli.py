@@ -217,8 +217,8 @@ def _application(arguments: list[str], started: Callable[[], None] = lambda: Non
         """Compile Mixture-of-Experts checkpoints into deployable artifacts, with proof."""
 
     for function in (export, search):
-        command = _with_target_flags(function, arguments)
-        app.command(function.__name__)(_guarded(command, compiles=True, started=started))
+        flagged = _with_target_flags(function, arguments)
+        app.command(function.__name__)(_guarded(flagged, compiles=True, started=started))
     compiling = (build, calibrate, estimate, validate, families)
     for command in (*compiling, verify, run, chat, serve, inspect, diff, publish, doctor):
         compiles = command in compiling

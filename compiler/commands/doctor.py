@@ -44,6 +44,7 @@ def doctor() -> dict[str, Any]:
 
 
 _EXTRAS = {
+    "search": ("pymoo", "search"),
     "build --executor ray": ("ray", "ray"),
     "publish --to mlflow": ("mlflow", "mlflow"),
     "verify --public-key": ("minisign", "sign"),

@@ -107,22 +107,24 @@ def search(
 
     Each recipe of the front is built by: moec export CHECKPOINT --recipe SEARCH/front/00.yaml -o out
     """
-    # First of all: without the extra nothing is written.
-    import moec.compiler.search.engine  # noqa: F401
-    from moec.compiler.search.workers import EXECUTORS
+    with console.progress():
+        # First of all: without the extra nothing is written.
+        import moec.compiler.search.engine  # noqa: F401
+        from moec.compiler.search.workers import EXECUTORS
 
-    if executor not in EXECUTORS:
-        raise unknown(executor, EXECUTORS, "unknown executor", "the executors")
-    own = {name: value for name, value in options.items() if value is not None}
-    if resume:
-        directory, settings = _resumed(checkpoint, {**wanted, **limits, **own}, output)
-    else:
-        asked = {**wanted, "options": own, "revision": revision, "trust_remote_code": trust_remote_code or None}
-        directory, settings = _begun(checkpoint, asked, limits, output)
+        if executor not in EXECUTORS:
+            raise unknown(executor, EXECUTORS, "unknown executor", "the executors")
+        own = {name: value for name, value in options.items() if value is not None}
+        if resume:
+            directory, settings = _resumed(checkpoint, {**wanted, **limits, **own}, output)
+        else:
+            asked = {**wanted, "options": own, "revision": revision, "trust_remote_code": trust_remote_code or None}
+            directory, settings = _begun(checkpoint, asked, limits, output)
     front = _run(console, directory, settings, executor=executor, jobs=jobs, store=store)
-    console.result(front.model_dump(mode="json"), lambda: _show(console, front, directory))
     failed = [member.artifact.exit_code for member in front.members if member.artifact and member.artifact.exit_code]
-    return failed[0] if len(set(failed)) == 1 else int(bool(failed))
+    code = failed[0] if len(set(failed)) == 1 else int(bool(failed))
+    console.result(front.model_dump(mode="json"), lambda: _show(console, front, directory), code)
+    return code
 
 
 def _resumed(location: str, given: Mapping[str, Any], output: Path | None) -> tuple[Path, Settings]:

@@ -157,6 +157,11 @@ def test_steps_that_repeat_and_steps_without_an_end(monkeypatch: pytest.MonkeyPa
     update("formats", 3, 3)
     update("search", 5, 0)
     assert [line.split(":")[0] for line in told] == ["formats", "formats"]
+    told.clear()
+    # What a step that ended had opened begins anew when it comes again.
+    for call in (("gates", 0, 1), ("latency", 2, 9), ("gates", 1, 1), ("latency", 0, 9), ("latency", 9, 9)):
+        update(*call)
+    assert told == ["gates: 2.0 s", "latency: 1.0 s"]
 
 
 @pytest.mark.parametrize(

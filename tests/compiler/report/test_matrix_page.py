@@ -42,6 +42,7 @@ def test_a_page_of_what_was_measured(builds: list[Build]) -> None:
 
 
 def test_one_cell_has_no_trade_off_and_no_failures(tmp_path: Path) -> None:
+    assert "<circle" not in to_html([Build("a", "built", "", 1.0, report_of(tmp_path / "a", 10, increase=0.1))])
     page = to_html([Build("one", "built", "", 1.0, report_of(tmp_path / "one", 10))])
     assert "Not measured: it needs two cells with a perplexity" in page
     assert "Failures" not in page
