@@ -34,7 +34,8 @@ class CoremlExperts:
         session = self._model.part(self._function, names, output)
         # Models that give every slot of a token a row of its own have more rows than tokens.
         fixed = (session.inputs[names[0]].type.shape or (None,))[0]
-        rows, results = fixed or self._tokens, []
+        rows = fixed or self._tokens
+        results: list[np.ndarray] = []
         for start in range(0, len(hidden), rows):
             pieces = [value[start : start + rows] for value in (hidden, indices, weights)]
             if fixed:  # the last call is filled up with rows of weight 0
