@@ -15,8 +15,8 @@ from moec.compiler.build.executors import EXECUTORS
 from moec.compiler.build.matrix import Cell
 from moec.compiler.build.worker import Outcome, Task, size
 from moec.compiler.common.artifact import is_artifact
-from moec.compiler.common.errors import ArtifactError, CheckpointError, OutputError, UsageError
-from moec.compiler.common.files import write_atomically
+from moec.compiler.common.errors import ArtifactError, CheckpointError, UsageError
+from moec.compiler.common.files import write_output
 from moec.compiler.common.validation import unknown
 from moec.compiler.pipeline.recipe import make_recipe
 from moec.compiler.report.matrix_page import Build, to_html
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from moec.compiler.common.progress import Progress
 
 SUMMARY, PAGE, JUNIT = "summary.json", "summary.html", "summary.xml"
+HINT = "choose another directory with -o"
 FAILED = 1
 """Exit code if cells failed with different exit codes."""
 
@@ -126,17 +127,8 @@ def _report(output: Path, outcomes: Sequence[Outcome]) -> None:
         builds.append(Build(found.name, found.status, found.summary, found.seconds, report))
     suites = {build.name: build.report.verdicts for build in builds if build.report}
     failed = {build.name: build.why for build in builds if build.report is None}
-    _put(output / PAGE, to_html(builds))
-    _put(output / JUNIT, to_junit(suites, failed).decode())
-
-
-def _put(path: Path, text: str) -> None:
-    try:
-        write_atomically(path, text)
-    except OSError as error:
-        raise OutputError(
-            f"{path.parent}: cannot be written: {error.strerror or error}", hint="choose another directory with -o"
-        ) from error
+    write_output(output / PAGE, to_html(builds), hint=HINT)
+    write_output(output / JUNIT, to_junit(suites, failed).decode(), hint=HINT)
 
 
 def _write(output: Path, cells: Sequence[Cell], done: dict[str, Outcome]) -> None:
@@ -148,4 +140,4 @@ def _write(output: Path, cells: Sequence[Cell], done: dict[str, Outcome]) -> Non
         "missing": [cell.name for cell in cells if cell.name not in done],
         "exit_code": exit_code(list(done.values())),
     }
-    _put(output / SUMMARY, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    write_output(output / SUMMARY, json.dumps(content, indent=2, ensure_ascii=False) + "\n", hint=HINT)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -47,19 +47,12 @@ OutputConsole = Annotated[Console, Output]
 """The console of a command, made from its output flags."""
 
 
-def _routing(metavar: str | None, text: str) -> Any:
-    """A flag of dynamic routing."""
-    return typer.Option(metavar=metavar, help=text, rich_help_panel="Dynamic routing")
+def panel(title: str) -> Callable[[str | None, str], Any]:
+    """What makes the flags that `--help` shows under `title`, of a metavar and a help text."""
+    return lambda metavar, text: typer.Option(metavar=metavar, help=text, rich_help_panel=title)
 
 
-def _quantize(metavar: str, text: str) -> Any:
-    """A flag of quantization."""
-    return typer.Option(metavar=metavar, help=text, rich_help_panel="Quantization")
-
-
-def _latency(metavar: str, text: str) -> Any:
-    """A flag of the latency gate."""
-    return typer.Option(metavar=metavar, help=text, rich_help_panel="Latency")
+_routing, _quantize, _latency = panel("Dynamic routing"), panel("Quantization"), panel("Latency")
 
 
 @dataclass(frozen=True)

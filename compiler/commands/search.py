@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moec.compiler.commands.flags import Group
-from moec.compiler.commands.options import OutputConsole, Revision, Trust
+from moec.compiler.commands.options import OutputConsole, Revision, Trust, panel
 from moec.compiler.common.errors import UsageError
 from moec.compiler.common.validation import unknown
 
@@ -24,8 +24,7 @@ _UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
 _GOALS = "perplexity, divergence, expert-flops, size, memory, bytes-per-token, decode.p50, prefill.p50"
 
 
-def _limit(metavar: str, text: str) -> Any:
-    return typer.Option(metavar=metavar, help=text, rich_help_panel="Limits")
+_limit = panel("Limits")
 
 
 @dataclass(frozen=True)

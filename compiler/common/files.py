@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from moec.compiler.common.errors import MoecError, first_line
+from moec.compiler.common.errors import MoecError, OutputError, first_line
 
 MAX_BYTES = 64 << 20
 """Largest JSON or YAML file that is read; moec.json of a model with 100,000 tensors takes a tenth of that."""
@@ -70,6 +70,23 @@ def write_atomically(path: Path, text: str) -> None:
     """
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def write_output(path: Path, text: str, *, hint: str) -> None:
+    """Write a text file that the user asked for, in UTF-8 and atomically.
+
+    Args:
+        path: The file.
+        text: What it holds.
+        hint: What the user can do if it cannot be written.
+
+    Raises:
+        OutputError: The file system refuses.
+    """
+    try:
+        write_atomically(path, text)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written: {error.strerror or error}", hint=hint) from error
 
 
 def read_json(path: Path, error: type[_BadFile], *, hint: str) -> dict[str, Any]:

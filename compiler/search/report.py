@@ -9,13 +9,13 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from moec.compiler.common.errors import OutputError
-from moec.compiler.common.files import write_atomically
+from moec.compiler.common.files import write_output
 from moec.compiler.report import plots
 from moec.compiler.report.page import Cell, Part, Section, Table, page
 from moec.compiler.report.plots import Dot, Labels
 from moec.compiler.search.front_file import FILE, Front, Member
 from moec.compiler.search.objectives import OBJECTIVES, PERPLEXITY, Objective, shown
+from moec.compiler.search.settings import SPACE_HINT
 
 REPORT = "report.html"
 _SCALES = {"share": (100.0, "%"), "nats": (1.0, "nats"), "bytes": (1e-6, "MB"), "seconds": (1e3, "ms")}
@@ -28,12 +28,7 @@ def write_report(directory: Path, front: Front) -> Path:
         OutputError: The directory cannot be written.
     """
     path = directory / REPORT
-    try:
-        write_atomically(path, to_html(front))
-    except OSError as error:
-        raise OutputError(
-            f"{path}: cannot be written: {error.strerror or error}", hint="free space, and --resume"
-        ) from error
+    write_output(path, to_html(front), hint=SPACE_HINT)
     return path
 
 

@@ -10,7 +10,7 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from moec.compiler.common.errors import ArtifactError, CheckpointError, OutputError, UsageError
-from moec.compiler.common.files import read_json, write_atomically
+from moec.compiler.common.files import read_json, write_output
 from moec.compiler.common.validation import validate
 from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.pipeline.recipe import DType
@@ -18,6 +18,7 @@ from moec.compiler.search.objectives import OBJECTIVES, Objective, parse_objecti
 
 FILE, GENERATIONS_FILE = "search.json", "generations.jsonl"
 SCHEMA_VERSION = 1
+SPACE_HINT = "free space, and --resume"
 POPULATION, GENERATIONS = 64, 40
 
 
@@ -105,12 +106,7 @@ def begin(directory: Path, settings: Settings, checkpoint: Checkpoint) -> None:
         "source": dict(sorted(checkpoint.digests.items())),
         "settings": settings.model_dump(mode="json"),
     }
-    try:
-        write_atomically(directory / FILE, json.dumps(content, indent=2) + "\n")
-    except OSError as error:
-        raise OutputError(
-            f"{directory}: cannot be written: {error.strerror or error}", hint="choose another directory with -o"
-        ) from error
+    write_output(directory / FILE, json.dumps(content, indent=2) + "\n", hint="choose another directory with -o")
 
 
 def resumed(directory: Path, checkpoint: str | None = None) -> Settings:

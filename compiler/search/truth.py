@@ -19,8 +19,7 @@ from moec.compiler.build.estimate_calibration import undisturbed
 from moec.compiler.build.matrix import Cell
 from moec.compiler.build.worker import Outcome
 from moec.compiler.common.digest import sha256_of_text
-from moec.compiler.common.errors import OutputError
-from moec.compiler.common.files import write_atomically
+from moec.compiler.common.files import write_output
 from moec.compiler.common.progress import Progress
 from moec.compiler.gates.quality import held_out_text
 from moec.compiler.measure.latency import process
@@ -41,6 +40,7 @@ from moec.compiler.search.front_file import (
 )
 from moec.compiler.search.objectives import DECODE, DIVERGENCE, PERPLEXITY
 from moec.compiler.search.session import Finished, Opened
+from moec.compiler.search.settings import SPACE_HINT
 from moec.compiler.search.store import Measured
 from moec.compiler.search.surrogate import MISLEADS, rank_correlation
 from moec.compiler.search.variant import FLOAT
@@ -95,7 +95,7 @@ def conclude(
     outcomes = _built(found, finished, judged, directory, executor=executor, jobs=jobs, progress=progress)
     members = [_member(found, finished, held, reference, one, outcomes.get(one.name), directory) for one in judged]
     front = _front(found, finished, text, members, judged)
-    _write(directory / FILE, front.model_dump_json(indent=2) + "\n")
+    write_output(directory / FILE, front.model_dump_json(indent=2) + "\n", hint=SPACE_HINT)
     return front
 
 
@@ -126,7 +126,9 @@ def _judge(found: Opened, held: Evaluator, directory: Path, name: str, individua
         fields |= {"quantize": {**sections["quantize"], "calibration": where}} if "quantize" in sections else {}
         fields |= {"routing": {**sections["routing"], "text": where}} if "routing" in sections else {}
     plain = {key: value for key, value in fields.items() if value not in (None, {}, False)}
-    _write(directory / FOLDER / f"{name}.yaml", yaml.safe_dump(plain, sort_keys=False, width=120))
+    write_output(
+        directory / FOLDER / f"{name}.yaml", yaml.safe_dump(plain, sort_keys=False, width=120), hint=SPACE_HINT
+    )
     return _Judged(name, individual, held.evaluate(sections, 0, len(held.windows)), plain)
 
 
@@ -302,12 +304,3 @@ def _not_told_apart(judged: Sequence[_Judged]) -> list[tuple[str, str]]:
         if low <= 0 <= high:
             found.append((first.name, second.name))
     return found
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        write_atomically(path, text)
-    except OSError as error:
-        raise OutputError(
-            f"{path}: cannot be written: {error.strerror or error}", hint="free space, and --resume"
-        ) from error
