@@ -21,7 +21,9 @@ Values = Mapping[str, float]
 
 @dataclass(frozen=True)
 class Individual:
-    """One that has been measured.
+    """A point of the search space and what was measured of it.
+
+    Whoever is dominated beyond doubt after a part of the windows is given up, and never enters the front.
 
     Attributes:
         genome: Its numbers.

@@ -41,7 +41,9 @@ CODES_WINDOWS = 96
 
 @dataclass(frozen=True)
 class Subject:
-    """What is evaluated, and on what: JSON-able, so that a worker on another machine can be told.
+    """What is evaluated, and on what.
+
+    It can be written as JSON, so that a worker on another machine can be told.
 
     Attributes:
         checkpoint: Directory or hub id.

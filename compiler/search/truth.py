@@ -58,7 +58,14 @@ SECONDS = 8.0
 
 @dataclass(frozen=True)
 class _Judged:
-    """A member with what held-out text says of it."""
+    """A member with what held-out text says of it.
+
+    Attributes:
+        name: Name of its recipe in the front.
+        individual: What the search measured.
+        held_out: What held-out text says.
+        fields: Its fields in front.json.
+    """
 
     name: str
     individual: Individual
