@@ -32,6 +32,7 @@ from moec.compiler.gates.parity import (
     gather_artifact,
     judge_parity,
 )
+from moec.compiler.gates.reference import reference_threads
 from moec.compiler.gates.repeatability import EXIT_CODE as REPEATABILITY_EXIT_CODE
 from moec.compiler.gates.repeatability import GATE as REPEATABILITY_GATE
 from moec.compiler.gates.repeatability import RepeatabilityOptions, judge_repeatability
@@ -102,7 +103,8 @@ def run_gates(
         *((own.name, own.exit_code, partial(own.judge, subject)) for own in inputs.target.gates()),
         *further,
     ]
-    return tuple(run_gate(name, code, gate) for name, code, gate in gates)
+    with reference_threads(inputs.program):
+        return tuple(run_gate(name, code, gate) for name, code, gate in gates)
 
 
 class _Run:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
 
 from moec.compiler.common.errors import ArtifactError
@@ -17,6 +18,7 @@ from moec.compiler.common.progress import Progress
 from moec.compiler.common.verdict import Status, Verdict
 from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.gates.integrity import expert_weights, other_weights
+from moec.compiler.gates.reference import reference_threads
 from moec.compiler.gates.repeatability import RepeatabilityOptions
 from moec.compiler.gates.run import SEVERAL_FAILED, ExpertTensors, GateInputs, exit_code, run_gate, run_gates, table
 from moec.compiler.ir.interpreter import ProgramRunner
@@ -175,3 +177,17 @@ def test_the_table_names_every_status() -> None:
     Console(file=out, width=100, no_color=True).print(table(verdicts))
     for text in ("PASS", "FAIL", "NOT RUN", "[why]"):
         assert text in out.getvalue()
+
+
+def test_the_reference_of_a_small_model_runs_on_one_thread(
+    mixtral: Captured, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    request.addfinalizer(lambda: torch.set_num_threads(1))  # as the other tests of this folder want it
+    _, program = mixtral
+    torch.set_num_threads(2)
+    with reference_threads(program):
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == 2
+    monkeypatch.setattr("moec.compiler.gates.reference.SMALL", 0)
+    with reference_threads(program):
+        assert torch.get_num_threads() == 2
