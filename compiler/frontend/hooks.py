@@ -79,9 +79,7 @@ def attention_hook(
         raise UnsupportedModelError(f"{where}: attention with a position bias is not supported")
     layer = _layer_of(record, module, key)
     if record.past is None:
-        for kind, state in (("key", key), ("value", value)):
-            shape = ("batch", int(state.shape[1]), "past_sequence", int(state.shape[3]))
-            record.states.setdefault((layer, kind), (shape, state.dtype))
+        _note_cache(record, layer, key, value)
         return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
     pattern = attention_mask.pattern()
     out, present_key, present_value = ATTENTION(
@@ -102,6 +100,13 @@ def attention_hook(
     record.present.setdefault((layer, "key"), present_key)
     record.present.setdefault((layer, "value"), present_value)
     return out, None
+
+
+def _note_cache(record: Recording, layer: int, key: Tensor, value: Tensor) -> None:
+    """Enter the KV cache of a layer into the state table."""
+    for kind, state in (("key", key), ("value", value)):
+        shape = ("batch", int(state.shape[1]), "past_sequence", int(state.shape[3]))
+        record.states.setdefault((layer, kind), (shape, state.dtype))
 
 
 def _layer_of(record: Recording, module: nn.Module, key: Tensor) -> int:

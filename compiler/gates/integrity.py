@@ -171,10 +171,12 @@ def _judge(comparisons: list[Comparison], missing: list[str], other: list[str], 
     figures = {**_figures(comparisons, missing, other), "read_back": examined.figures}
     if problems:
         return Verdict(GATE, Status.FAIL, "; ".join(problems), EXIT_CODE, figures)
-    equal = f"{total} experts in {stacks} tensors equal the plan's" if stacks else ""
     others = len(comparisons) - stacks
-    also = f"so do embeddings and quantized weights ({others})" if others else ""
-    return Verdict(GATE, Status.PASS, "; ".join(filter(None, (equal, also, examined.summary))), EXIT_CODE, figures)
+    compared = [f"{total} experts in {stacks} tensors"] if stacks else []
+    if others:
+        compared.append(f"{others} of embeddings and quantized weights")
+    equal = f"{' and '.join(compared)} equal the plan's" if compared else ""
+    return Verdict(GATE, Status.PASS, "; ".join(filter(None, (equal, examined.summary))), EXIT_CODE, figures)
 
 
 def _place(item: Comparison) -> str:

@@ -80,7 +80,7 @@ def built_rows(summary: Mapping[str, Any]) -> list[Row]:
     """The rows of `summary_rows` that are the same on every rebuild."""
     experts, size = summary["experts"], size_text(summary["bytes"])
     if summary["ratio"] is not None:
-        size += f", {summary['ratio']:.2f} of the checkpoint's {size_text(summary['source_bytes'])}"
+        size += f", {summary['ratio']:.2f} times the checkpoint's {size_text(summary['source_bytes'])}"
     formats = "; ".join(f"{name}: {', '.join(classes)}" for name, classes in summary["formats"].items())
     return [
         ("made", f"{summary['source'] or 'a model'} -> {summary['target']} {summary['dtype']}".rstrip()),

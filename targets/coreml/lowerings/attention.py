@@ -99,10 +99,10 @@ def _mask_rows(ctx: Context, node: fx.Node) -> Var:
     """The mask for grouped rows: [1, 1, G * S, context] bool; layers with the same mask share one value."""
     heads, groups = _heads(node)
     times, own = heads // groups, Attention.of(node)
-    if own.selected is None:
-        mask = visible(ctx, own)
-    else:
-        mask = ctx.mb.expand_dims(x=ctx.tensor(own.selected), axes=ctx.ints(1))
+    mask = visible(ctx, own)
+    if own.selected is not None:
+        selected = ctx.mb.expand_dims(x=ctx.tensor(own.selected), axes=ctx.ints(1))
+        mask = ctx.mb.logical_and(x=mask, y=selected)
     if times == 1:
         return mask
 
@@ -110,8 +110,8 @@ def _mask_rows(ctx: Context, node: fx.Node) -> Var:
         repeated = ctx.mb.tile(x=ctx.cast(mask, "int32"), reps=ctx.ints(1, 1, times, 1))
         return ctx.cast(repeated, "bool")
 
-    key = own.selected or (own.cache_position, own.kind, own.window)
-    return ctx.shared(("mask rows", key, times), make)
+    key = own.selected, own.cache_position, own.kind, own.window
+    return ctx.shared(("mask rows", *key, times), make)
 
 
 def visible(ctx: Context, own: Attention | Indexer) -> Var:

@@ -41,7 +41,7 @@ def attended(ctx: Context, node: fx.Node) -> ir.Value:
     own = Attention.of(node)
     if own.selected is None:
         return visible(ctx, own)
-    return ctx.op("Unsqueeze", ctx.tensor(own.selected), ctx.ints(1))
+    return ctx.op("And", visible(ctx, own), ctx.op("Unsqueeze", ctx.tensor(own.selected), ctx.ints(1)))
 
 
 def visible(ctx: Context, own: Attention | Indexer) -> ir.Value:

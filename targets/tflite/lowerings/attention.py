@@ -61,11 +61,13 @@ def updated(ctx: Context, past: fx.Node, new: fx.Node, position: fx.Node) -> Val
 
 def _mask(ctx: Context, own: Attention) -> Value:
     """Additive mask [1, 1, S, capacity]: 0 where a slot is attended to, else `MASKED`; layers of one kind share it."""
-    allowed = visible(ctx, own) if own.selected is None else ctx.tensor(own.selected)
+    allowed = visible(ctx, own)
+    if own.selected is not None:
+        allowed = ctx.op("LOGICAL_AND", allowed, ctx.reshape(ctx.tensor(own.selected), allowed.shape))
 
     def make() -> Value:
         added = choose(ctx, allowed, ctx.scalar(0.0), ctx.scalar(MASKED))
-        return ctx.reshape(added, (1, 1, *added.shape[-2:]))
+        return ctx.reshape(added, (1, 1, *added.shape))
 
     return ctx.shared_value(("mask", allowed), make)
 

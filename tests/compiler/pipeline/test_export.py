@@ -64,7 +64,7 @@ def test_the_manifest_says_what_was_built_and_nothing_else(exported: Result, tin
     readme = (exported.directory / "README.md").read_text()
     summary = json.loads((exported.directory / "report.json").read_text())["summary"]
     assert all(f"| {name} | {said} |" in readme for name, said in built_rows(summary))
-    assert f"{summary['bytes'] / 1e3:.2f} kB, {summary['ratio']:.2f} of the checkpoint's" in readme
+    assert f"{summary['bytes'] / 1e3:.2f} kB, {summary['ratio']:.2f} times the checkpoint's" in readme
     for absent in (str(exported.directory.parent), str(checkpoint), "seconds"):
         assert absent not in text + readme
 

@@ -49,7 +49,7 @@ def test_every_figure_is_that_of_the_artifact() -> None:
         "formats": "fp16: router; int4:32: attention, experts_down",
         "routing": "top-p; expert FLOPs executed: decode 75.0%, prefill 90.0%",
         "experts left": "22 of 32",
-        "model files": "1.00 MB, 0.25 of the checkpoint's 4.00 MB",
+        "model files": "1.00 MB, 0.25 times the checkpoint's 4.00 MB",
         "perplexity": "+1.23% against the source model",
         "tokens per second": "250 (decode128)",
     }
