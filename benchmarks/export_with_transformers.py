@@ -10,7 +10,7 @@ import time
 
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
-from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
+from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter  # type: ignore[attr-defined]
 
 
 def main(checkpoint: str, output: str) -> None:

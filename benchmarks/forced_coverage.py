@@ -31,7 +31,7 @@ from moec.compiler.gates.usage import Usage
 from moec.passes import default_passes, run_passes
 from moec.passes.quantize import Quantize
 from moec.quantize.plan import requested
-from moec.targets.onnx.target import OnnxOptions, OnnxTarget
+from moec.targets.onnx.target import OnnxTarget
 
 HIDDEN, INNER, EXPERTS, TOP_K, VOCABULARY = 2048, 1024, 64, 8, 50304
 
@@ -102,7 +102,7 @@ def main() -> None:
     target, artifact = OnnxTarget(), options.directory / f"onnx-{options.format}-{options.layers}"
     if not artifact.is_dir():
         artifact.mkdir(parents=True)
-        target.lower(program, OnnxOptions(), artifact, lambda *_: None)
+        target.lower(program, target.Options(), artifact, lambda *_: None)
     hidden = {row.index: torch.randn(SAMPLED, row.hidden_size) for row in program.layers}
     start, wall, most = time.process_time(), time.perf_counter(), 0
     process = psutil.Process()

@@ -93,7 +93,7 @@ def decode_seconds(directories: list[Path], rounds: int = 60) -> list[float]:
 
 def planted(source: Path, output: Path, slow_down: float) -> tuple[Path, float]:
     """An artifact whose decode takes about `1 + slow_down` times as long, and the measured slow-down."""
-    products = 100
+    products, found = 100, 0.0
     for _ in range(4):
         plant(source, output, products)
         plain, slowed = decode_seconds([source, output])

@@ -67,6 +67,7 @@ def killed(matrix: Path, work: Path, jobs: int, after: int) -> list[str]:
     """Kill the command with SIGKILL once `after` cells are built; returns the cells that were built."""
     summary = work / "out" / "summary.json"
     with subprocess.Popen(command(matrix, work, jobs), stdout=subprocess.DEVNULL) as process:
+        cells: list[dict[str, str]] = []
         while process.poll() is None:
             time.sleep(0.2)
             cells = json.loads(summary.read_text())["cells"] if summary.exists() else []

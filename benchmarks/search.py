@@ -57,7 +57,7 @@ class Stranger:
 
     def __init__(self, found: Opened, variants: Sequence[Variant], archive: Archive) -> None:
         self.variants = variants
-        self.archive = Archive(self, found.costs, archive.reference, archive.objectives, {})  # type: ignore[arg-type]
+        self.archive = Archive(self, found.costs, archive.reference, archive.objectives, {})
         for number, variant in enumerate(variants):
             sections = variant.sections(found.evaluator.parts)
             measured = found.evaluator.evaluate(sections, 0, len(found.evaluator.windows))

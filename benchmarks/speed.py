@@ -59,12 +59,13 @@ class Genai:
 
         config = og.Config(directory)
         config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": 1}}}}))
-        self.og, self.model, self.generator = og, og.Model(config), None
+        self.og, self.model = og, og.Model(config)
+        self.generator: Any = None
 
     def prefill(self, ids: np.ndarray) -> None:
         parameters = self.og.GeneratorParams(self.model)
         parameters.set_search_options(max_length=1024, do_sample=False)
-        self.generator: Any = self.og.Generator(self.model, parameters)
+        self.generator = self.og.Generator(self.model, parameters)
         self.generator.append_tokens(ids[0].tolist())
         self.generator.get_logits()
 
@@ -183,11 +184,8 @@ def compare(models: Mapping[str, Model], rounds: int) -> None:
     for turn in range(rounds + 1):  # the first round warms up
         for name, model in models.items():
             ids = random.integers(3, 31999, (1, PROMPT))
-            prefill = cpu_ms(lambda model=model, ids=ids: model.prefill(ids))  # type: ignore[misc]
-            steps = [
-                cpu_ms(lambda model=model: model.decode(random.integers(3, 31999, (1, 1))))  # type: ignore[misc]
-                for _ in range(STEPS)
-            ]
+            prefill = cpu_ms(lambda model=model, ids=ids: model.prefill(ids))
+            steps = [cpu_ms(lambda model=model: model.decode(random.integers(3, 31999, (1, 1)))) for _ in range(STEPS)]
             if turn:
                 found[name]["prefill"].append(prefill)
                 found[name]["decode"].append(min(steps))

@@ -29,9 +29,10 @@ from moec.compiler.ir.program import EXPERTS, Program
 from moec.compiler.ir.weights import Constant, LazyTensor, WeightStore
 from moec.quantize.formats import IntegerFormat, parse_format
 from moec.quantize.lazy import Quantized
+from moec.targets.common.table import lookup
 from moec.targets.tflite.context import Context, Settings, Shared
 from moec.targets.tflite.library import module
-from moec.targets.tflite.lowerings.table import lookup
+from moec.targets.tflite.lowerings.table import TABLE
 from moec.targets.tflite.model import Graph, Model
 from moec.targets.tflite.weights import Weights
 from moec.targets.tflite.writer import write
@@ -85,7 +86,7 @@ def write_moec(block: Block, form: str, path: Path, *, branches: bool = True) ->
     hidden, indices, weights, gate_up, down = nodes
     call = graph.call_function(EXPERTS, (hidden, indices, weights, gate_up, None, down, None, *GATE))
     call.meta["val"] = hidden.meta["val"]
-    ctx.graph.output("out", lookup(call)(ctx, call))
+    ctx.graph.output("out", lookup(TABLE, call, "tflite")(ctx, call))
     write(Model(signatures={"decode": ctx.graph}), path, lambda *_: None)
 
 

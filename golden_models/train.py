@@ -247,7 +247,7 @@ def save(model: OlmoeForCausalLM, tokenizer: Tokenizer, output: Path) -> None:
     model.config.use_cache = True
     torch.nn.Module.half(model)
     model.save_pretrained(output)
-    wrapped = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+    wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT
     )
     wrapped.save_pretrained(output)

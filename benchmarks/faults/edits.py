@@ -27,7 +27,7 @@ from moec.passes.rewriting import Rewrite, call
 
 aten = torch.ops.aten
 
-VIEWS = {
+VIEWS: dict[Any, Any] = {
     ATTENTION: operands.Attention,
     CAUSAL_CONV: operands.CausalConv,
     EXPERTS: operands.Experts,

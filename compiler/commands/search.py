@@ -1,4 +1,4 @@
-"""`moec search`: recipes of a model for several goals at once."""
+"""`moec search`: find the best recipes of a model for several objectives."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ _limit = panel("Limits")
 
 @dataclass(frozen=True)
 class LimitFlags(Group):
-    """The most that objectives may be; a field is the flag of the objective whose name it has."""
+    """Upper limits of objectives, one flag per objective."""
 
-    max_perplexity_increase: Annotated[str | None, _limit("SHARE", "Of the increase of perplexity: 1%.")] = None
-    max_divergence: Annotated[str | None, _limit("NATS", "Of the KL divergence per token.")] = None
-    max_expert_flops: Annotated[str | None, _limit("SHARE", "Of the expert FLOPs that are executed.")] = None
-    max_size: Annotated[str | None, _limit("BYTES", "Of all weights: 4GB.")] = None
-    max_memory: Annotated[str | None, _limit("BYTES", "Of weights and states.")] = None
-    max_bytes_per_token: Annotated[str | None, _limit("BYTES", "Of what a token reads.")] = None
-    max_decode: Annotated[str | None, _limit("TIME", "Of a decode step: 12ms.")] = None
-    max_prefill: Annotated[str | None, _limit("TIME", "Of a prefill.")] = None
+    max_perplexity_increase: Annotated[str | None, _limit("SHARE", "Largest increase of perplexity: 1%.")] = None
+    max_divergence: Annotated[str | None, _limit("NATS", "Largest KL divergence per token.")] = None
+    max_expert_flops: Annotated[str | None, _limit("SHARE", "Largest share of the expert FLOPs.")] = None
+    max_size: Annotated[str | None, _limit("BYTES", "Largest size of all weights: 4GB.")] = None
+    max_memory: Annotated[str | None, _limit("BYTES", "Largest size of weights and states.")] = None
+    max_bytes_per_token: Annotated[str | None, _limit("BYTES", "Most bytes read per token.")] = None
+    max_decode: Annotated[str | None, _limit("TIME", "Longest decode step: 12ms.")] = None
+    max_prefill: Annotated[str | None, _limit("TIME", "Longest prefill.")] = None
 
     def value(self) -> Mapping[str, str]:
-        """Name of an objective -> what was given."""
+        """Name of an objective -> the given text."""
         names = {
             "max_perplexity_increase": "perplexity",
             "max_decode": "decode.p50",
@@ -53,27 +53,31 @@ class LimitFlags(Group):
 
 @dataclass(frozen=True)
 class WantedFlags(Group):
-    """What is looked for, in what, and for how long."""
+    """Settings of a search."""
 
-    target: Annotated[str | None, typer.Option("--target", "-t", help="What recipes are for.")] = None
+    target: Annotated[str | None, typer.Option("--target", "-t", help="Target of the recipes.")] = None
     objectives: Annotated[
         str | None,
-        typer.Option(metavar="NAMES", help=f"What shall be small: {_GOALS}. (default: perplexity,expert-flops,size)"),
+        typer.Option(metavar="NAMES", help=f"What to minimize: {_GOALS}. (default: perplexity,expert-flops,size)"),
     ] = None
-    device: Annotated[str | None, typer.Option(help="A device profile; without it this machine.")] = None
-    dtype: Annotated[str | None, typer.Option(metavar="fp32|fp16", help="Precision of what is not quantized.")] = None
-    population: Annotated[int | None, typer.Option(help="Individuals of a generation. (default: 64)")] = None
-    generations: Annotated[int | None, typer.Option(help="Generations. (default: 40)")] = None
-    budget: Annotated[str | None, typer.Option(metavar="TIME", help="Time in place of generations: 20m.")] = None
-    text: Annotated[Path | None, typer.Option(help="Text to measure recipes on; moec brings one along.")] = None
-    held_out: Annotated[Path | None, typer.Option(help="Text to judge the front on; moec brings it along.")] = None
+    device: Annotated[str | None, typer.Option(help="Device profile. (default: this machine)")] = None
+    dtype: Annotated[
+        str | None, typer.Option(metavar="fp32|fp16", help="Precision of other weights than quantized ones.")
+    ] = None
+    population: Annotated[int | None, typer.Option(help="Individuals per generation. (default: 64)")] = None
+    generations: Annotated[int | None, typer.Option(help="Number of generations. (default: 40)")] = None
+    budget: Annotated[str | None, typer.Option(metavar="TIME", help="Time limit in place of --generations: 20m.")] = (
+        None
+    )
+    text: Annotated[Path | None, typer.Option(help="Text to measure recipes on. (default: included text)")] = None
+    held_out: Annotated[Path | None, typer.Option(help="Text to evaluate the front on. (default: included)")] = None
     windows: Annotated[int | None, typer.Option(help="Windows to measure a recipe on. (default: 32)")] = None
-    held_out_windows: Annotated[int | None, typer.Option(help="Windows to judge the front on. (default: 96)")] = None
-    members: Annotated[int | None, typer.Option(help="Members of the front to build. (default: 6)")] = None
-    seed: Annotated[int | None, typer.Option(help="Of all that chance decides. (default: 0)")] = None
+    held_out_windows: Annotated[int | None, typer.Option(help="Windows to evaluate the front on. (default: 96)")] = None
+    members: Annotated[int | None, typer.Option(help="Number of members of the front to build. (default: 6)")] = None
+    seed: Annotated[int | None, typer.Option(help="Seed of the random number generators. (default: 0)")] = None
 
     def value(self) -> Mapping[str, Any]:
-        """Key of the settings -> what was given."""
+        """Name of a setting -> the given value."""
         given = {key: value for key, value in asdict(self).items() if value is not None}
         if self.budget is not None:
             given["budget"] = parse_time(self.budget)
@@ -89,25 +93,26 @@ def search(
     limits: Limits,
     console: OutputConsole,
     checkpoint: Annotated[
-        str, typer.Argument(metavar="CHECKPOINT|SEARCH", help="Directory or hub id; with --resume a search.")
+        str,
+        typer.Argument(metavar="CHECKPOINT|SEARCH", help="Directory or hub id; with --resume, a search."),
     ],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Directory of the search.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with a search that was stopped.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume a stopped search.")] = False,
     executor: Annotated[str, typer.Option(metavar="local|ray", help="Where recipes are measured and built.")] = "local",
-    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Workers.")] = 1,
-    store: Annotated[Path | None, typer.Option(help="Directory of measurements that searches share.")] = None,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Number of workers.")] = 1,
+    store: Annotated[Path | None, typer.Option(help="Directory of measurements that several searches share.")] = None,
     revision: Revision = None,
     trust_remote_code: Trust = False,
     **options: Any,
 ) -> int:
-    """Search routing, pruning and formats of every layer together, and judge the best recipes on held-out text.
+    """Search routing, pruning and formats of all layers together, and evaluate the best recipes on held-out text.
 
     Name a target to see its own options: moec search --target NAME --help.
 
-    Each recipe of the front is built by: moec export CHECKPOINT --recipe SEARCH/front/00.yaml -o out
+    Build a recipe of the front with: moec export CHECKPOINT --recipe SEARCH/front/00.yaml -o out
     """
     with console.progress():
-        # First of all: without the extra nothing is written.
+        # Imported first, so that nothing is written when the extra is missing.
         import moec.compiler.search.engine  # noqa: F401
         from moec.compiler.search.workers import EXECUTORS
 
@@ -132,8 +137,8 @@ def _resumed(location: str, given: Mapping[str, Any], output: Path | None) -> tu
     if given or output is not None:
         named = ", ".join(sorted(given)) or "--output"
         raise UsageError(
-            f"a search goes on as it was begun, and {named} cannot be given with --resume",
-            hint="begin another search in another directory; --store lets it use what was measured",
+            f"{named} cannot be given with --resume: a resumed search keeps its settings",
+            hint="start a new search in another directory; --store lets it reuse measurements",
         )
     directory = Path(location).expanduser()
     return directory, resumed(directory)
@@ -151,12 +156,12 @@ def _begun(
     from moec.compiler.text.tokenizer import open_tokenizer
 
     if output is None:
-        raise UsageError("no directory of the search is given", hint="give -o DIRECTORY")
+        raise UsageError("no directory is given for the search", hint="give -o DIRECTORY")
     if not asked.get("target"):
         raise UsageError("no target is given", hint="give --target NAME; 'moec doctor' lists them")
     parsed = {name: parse_limit(OBJECTIVES[name], value) for name, value in limits.items()}
     settings = make_settings({**asked, "checkpoint": checkpoint, "limits": parsed})
-    # Before anything is written: what the target does not have, and a text that is not there, are found at once.
+    # Unsupported objectives and missing texts are reported before anything is written.
     check_settings(settings)
     read_text(settings.text)
     held_out_text(settings.held_out)
@@ -199,18 +204,18 @@ def _show(console: Console, front: Front, directory: Path) -> None:
     console.line(f"{front.individuals} individuals, {front.measured} of them measured, in {front.seconds:.0f} s")
     rank = front.surrogate.rank_correlation
     if rank is not None:
-        verdict = ": it misleads, trust the measured front alone" if front.surrogate.misleads else ""
+        verdict = "; its predictions mislead, so trust only measured values" if front.surrogate.misleads else ""
         console.line(f"surrogate: rank correlation {rank:.3f} on {front.surrogate.individuals} individuals{verdict}")
     for first, second in front.not_told_apart:
-        console.line(f"held-out text does not tell the losses of {first} and {second} apart")
-    console.line(f"{directory / 'report.html'} shows them")
+        console.line(f"the losses of {first} and {second} on held-out text do not differ significantly")
+    console.line(f"report: {directory / 'report.html'}")
 
 
 def parse_time(text: str) -> float:
-    """Seconds that 90s, 20m or 2h mean.
+    """Parse a time such as 90s, 20m or 2h into seconds.
 
     Raises:
-        UsageError: It is none of these.
+        UsageError: The text is not a time.
     """
     match = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([a-z]*)", text.strip().lower())
     if not match or match[2] not in _UNITS or float(match[1]) <= 0:

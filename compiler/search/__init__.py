@@ -1,1 +1,1 @@
-"""Many recipes of one model: what may be varied, how it is judged without building it, and the front that is found."""
+"""Search over recipes of one model: the search space, evaluation of a recipe without a build, and the Pareto front."""

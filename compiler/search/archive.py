@@ -1,4 +1,4 @@
-"""The individuals that have been measured, what is known of each, and the front of them."""
+"""The measured individuals, their objective values and their Pareto front."""
 
 from __future__ import annotations
 
@@ -14,24 +14,25 @@ from moec.compiler.search.space import Space
 from moec.compiler.search.store import Measured
 
 DOUBT = 3.0
-"""Standard errors of a paired difference beyond which nothing is in doubt."""
+"""Number of standard errors beyond which a paired difference counts as certain."""
 Values = Mapping[str, float]
 """Name of an objective -> value."""
 
 
 @dataclass(frozen=True)
 class Individual:
-    """A point of the search space and what was measured of it.
+    """A measured point of the search space.
 
-    Whoever is dominated beyond doubt after a part of the windows is given up, and never enters the front.
+    An individual that is certainly dominated after some of the windows is not measured further and never enters the
+    front.
 
     Attributes:
-        genome: Its numbers.
-        measured: What text said of it.
-        values: Every objective.
-        complete: It has read all windows; else it was given up.
-        generation: In which it was measured.
-        predicted: What the surrogate expected of its loss before, nats, and the standard deviation.
+        genome: Its integers.
+        measured: Losses and divergences by window.
+        values: Value of every objective.
+        complete: Whether all windows were measured.
+        generation: The generation in which it was measured.
+        predicted: Mean and standard deviation of the loss that the surrogate predicted before, nats.
     """
 
     genome: tuple[int, ...]
@@ -46,11 +47,11 @@ class Archive:
     """Measured individuals by genome.
 
     Args:
-        space: What they are of.
-        costs: Counts what is not measured.
-        reference: What the pretrained model says of the same windows.
-        objectives: What is looked for.
-        limits: The most that objectives may be.
+        space: The search space.
+        costs: Computes the objectives that are not measured.
+        reference: The pretrained model, measured on the same windows.
+        objectives: The objectives to minimize.
+        limits: Upper limits of objectives.
     """
 
     def __init__(
@@ -69,25 +70,25 @@ class Archive:
     def add(
         self, genome: tuple[int, ...], measured: Measured, generation: int, predicted: tuple[float, float] | None
     ) -> None:
-        """Take an individual in."""
+        """Add a measured individual."""
         complete = measured.windows >= self.reference.windows
         values = self.values(genome, measured)
         self.found[genome] = Individual(genome, measured, values, complete, generation, predicted)
 
     def values(self, genome: tuple[int, ...], measured: Measured) -> Values:
-        """Every objective of an individual, by what some windows say."""
+        """Value of every objective, from the windows measured so far."""
         kept = np.mean(np.array(measured.kept), axis=0)
         counted = self._costs.of(self._space.variant(np.array(genome)), kept)
         loss = float(np.mean(self.differences(measured)))
         return {PERPLEXITY.name: math.expm1(loss), DIVERGENCE.name: float(np.mean(measured.divergences)), **counted}
 
     def differences(self, measured: Measured) -> np.ndarray:
-        """Loss of each window over that of the pretrained model, nats."""
+        """Loss of each window minus that of the pretrained model, nats."""
         found: np.ndarray = np.array(measured.losses) - np.array(self.reference.losses[: measured.windows])
         return found
 
     def within(self, values: Values) -> bool:
-        """Whether all limits are met."""
+        """Whether the values meet all limits."""
         return all(values[item.name] <= limit for item, limit in self.limits.items())
 
     def row(self, values: Values) -> tuple[float, ...]:
@@ -96,12 +97,12 @@ class Archive:
 
     @property
     def complete(self) -> list[Individual]:
-        """Those that have read all windows."""
+        """The individuals that were measured on all windows."""
         return [item for item in self.found.values() if item.complete]
 
     @property
     def front(self) -> list[Individual]:
-        """Those within the limits that no other dominates, by falling last objective; of equals the first."""
+        """The non-dominated individuals within the limits, sorted by their objectives; of equal ones the first."""
         inside = [item for item in self.complete if self.within(item.values)]
         rows = {self.row(item.values): item for item in reversed(inside)}
         kept = [row for row in rows if not any(dominates(other, row) for other in rows)]
@@ -112,11 +113,11 @@ class Archive:
         return min(self.found.values(), key=lambda item: (self.missed(item.values), item.genome), default=None)
 
     def missed(self, values: Values) -> float:
-        """By how much limits are missed, relative to them."""
+        """The sum of the excesses over the limits, relative to each limit."""
         return sum(max(0.0, values[item.name] / max(limit, 1e-30) - 1) for item, limit in self.limits.items())
 
     def hopeless(self, genome: tuple[int, ...], measured: Measured) -> bool:
-        """Whether the windows read so far leave no doubt that an individual is dominated, or breaks a limit."""
+        """Whether an individual is certainly dominated or beyond a limit, judged by the windows so far."""
         values = self.values(genome, measured)
         differences = self.differences(measured)
         if PERPLEXITY in self.limits and _surely_above(differences, math.log1p(self.limits[PERPLEXITY])):

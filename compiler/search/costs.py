@@ -1,4 +1,4 @@
-"""What a variant costs, counted and not measured: bytes, FLOPs and the time that bandwidth and peak FLOP/s allow."""
+"""Costs of a variant that are computed, not measured: bytes, FLOPs and the time that bandwidth and FLOP/s allow."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from moec.quantize.plan import TensorClass
 from moec.quantize.planning.sensitivity import Part, size_of
 
 CONTEXT = 128
-"""Tokens before the one that is decoded, as `moec estimate` takes them."""
+"""Past tokens of the decode step, as in `moec estimate`."""
 PROMPT = 512
-"""Tokens of a prefill."""
+"""Tokens of the prefill."""
 
 
 @dataclass(frozen=True)
 class Speed:
-    """How fast a device is at best.
+    """Peak speed of a device.
 
     Attributes:
         bandwidth: Bytes per second.
-        flops: FLOP per second; None where nothing is known.
+        flops: FLOP per second; None if unknown.
     """
 
     bandwidth: float
@@ -37,20 +37,20 @@ class Speed:
 
     @classmethod
     def of(cls, device: Device) -> Speed:
-        """Of a device profile."""
+        """Take the speed of a device profile."""
         return cls(device.bandwidth, device.flops)
 
 
 class Costs:
-    """Counts variants of a Program.
+    """Computes the costs of variants of a Program.
 
     Args:
         program: The pretrained model, in float32.
-        parts: What formats are chosen for.
-        pruned: MoE layer -> the weights of which pruning leaves rows out.
-        itemsize: Bytes of a weight that is not quantized, in the artifact.
-        skips: Whether the target does not execute dropped slots.
-        speed: Of the device.
+        parts: The parts whose formats are chosen.
+        pruned: MoE layer -> the weights that lose rows when its experts are pruned.
+        itemsize: Bytes per element of weights that are not quantized, in the artifact.
+        skips: Whether the target skips the experts of dropped slots.
+        speed: Speed of the device.
     """
 
     def __init__(
@@ -85,11 +85,11 @@ class Costs:
         self._expert_flops = 2.0 * float(slots.sum())
 
     def of(self, variant: Variant, kept: Sequence[float] | np.ndarray) -> dict[str, float]:
-        """Every cost of a variant by the name of its objective.
+        """All computed objectives of a variant, by name.
 
         Args:
             variant: The variant.
-            kept: Of each MoE layer, the share of the pretrained slots that its policy leaves.
+            kept: Share of the pretrained slots that the policy of each MoE layer keeps.
         """
         executed = float(np.dot(self._slot_share, kept))
         work = executed if self._skips else 1.0
@@ -123,7 +123,7 @@ class Costs:
         return max(read / self._speed.bandwidth, by_flops)
 
     def part_bytes(self, part: int, text: str) -> int:
-        """Bytes of a part in a format, given as text."""
+        """Bytes of a part in a format given by its text form."""
         if (part, text) not in self._known:
             self._known[part, text] = self._bytes(part, text)
         return self._known[part, text]

@@ -1,9 +1,9 @@
-"""The search: pymoo varies a population, a surrogate judges it, and what might change the front is measured.
+"""The search: pymoo evolves a population, a surrogate predicts its losses, and promising individuals are measured.
 
-With two or three objectives NSGA-II selects (Deb et al., "A Fast and Elitist Multiobjective Genetic Algorithm",
-2002), with more NSGA-III (Deb and Jain, 2014). In each generation those individuals are measured that would add most to
-the hypervolume of the front if they were as good as the surrogate allows. All that chance decides hangs on the seed,
-and what is measured is the same on any number of workers, so that a search which is run again goes the same way.
+Selection is by NSGA-II for two or three objectives (Deb et al., "A Fast and Elitist Multiobjective Genetic Algorithm",
+2002) and by NSGA-III for more (Deb and Jain, 2014). Each generation measures the individuals that would add most to the
+hypervolume of the front at the optimistic end of their predictions. All random choices depend on the seed, and results
+do not depend on the number of workers, so a repeated search takes the same course.
 """
 
 from __future__ import annotations
@@ -41,26 +41,26 @@ except ImportError as error:  # pragma: no cover - says which extra is missing
     ) from error
 
 OPTIMISM = 1.0
-"""Standard deviations by which an individual may be better than predicted, when it is chosen for measuring."""
+"""Standard deviations that are subtracted from a predicted loss when individuals are chosen for measurement."""
 REFIT_EVERY = 4
-"""Generations after which the kernel of the surrogate is fitted anew."""
+"""Number of generations between fits of the surrogate's kernel."""
 WORST: Mapping[str, float] = {PERPLEXITY.name: 0.1, DIVERGENCE.name: 0.1}
-"""What is worse than this is not looked for, unless a limit allows it."""
+"""Largest values of interest, unless a limit is given."""
 Key = tuple[int, ...]
 Measure = Callable[[Sequence[Key], Callable[[Key, Measured], bool]], Mapping[Key, Measured]]
-"""Measures individuals, and gives one up where the function says so of what it has read; see `session`."""
+"""Measures individuals; stops measuring one when the function returns True for its measurements; see `session`."""
 
 
 @dataclass(frozen=True)
 class Generation:
-    """What is told of a generation.
+    """Progress after a generation.
 
     Attributes:
-        number: From 0, which are the seeds.
-        individuals: Different ones that have been judged by now.
-        measured: Those of them that were run on text.
+        number: Number of the generation; 0 is the initial population.
+        individuals: Distinct individuals so far.
+        measured: Individuals measured on text so far.
         volume: Hypervolume of the measured front.
-        front: Members of it.
+        front: Size of the measured front.
     """
 
     number: int
@@ -71,17 +71,17 @@ class Generation:
 
 
 class Search:
-    """A search over one space.
+    """A search over one search space.
 
     Args:
-        space: What is varied.
-        costs: Counts what is not measured.
-        archive: Takes what is measured, and knows objectives and limits.
-        sensitivities: What genes lose by themselves.
+        space: The search space.
+        costs: Computes the objectives that are not measured.
+        archive: Holds the measured individuals, the objectives and the limits.
+        sensitivities: Measured sensitivity of every gene.
         measure: See `Measure`.
-        population: Individuals of a generation.
-        share: Of all individuals, those that may be measured.
-        seed: Of all that chance decides.
+        population: Individuals per generation.
+        share: Largest share of all individuals that is measured.
+        seed: Seed of the random number generators.
     """
 
     def __init__(
@@ -129,18 +129,18 @@ class Search:
         return algorithm
 
     def _worst(self) -> list[float]:
-        """The point from which hypervolume is measured: the pretrained model's cost, and losses that nobody wants."""
+        """The reference point of the hypervolume: costs of the pretrained model, and the largest losses of interest."""
         layers = np.ones(len(self.space.slots))
         counted = self.costs.of(self.space.variant(self.space.unchanged), layers)
         limits = {item.name: limit for item, limit in self.archive.limits.items() if limit > 0}
-        # A little beyond it, so that the pretrained model itself counts.
+        # Slightly beyond the pretrained model, so that it has a hypervolume of its own.
         whole = {name: 1.01 * value for name, value in counted.items()}
         return [
             limits.get(item.name, WORST.get(item.name, whole.get(item.name, 1.0))) for item in self.archive.objectives
         ]
 
     def start(self, seeds: Sequence[Genome]) -> None:
-        """Measure the seeds, and fill the population with variations of them."""
+        """Measure the initial individuals and fill the population with mutations of them."""
         known = dict.fromkeys(self._key(self._moves.repaired(genome, self._excess)) for genome in seeds)
         self._take(list(known), 0)
         self._fit(refit=True)
@@ -164,7 +164,7 @@ class Search:
         self._tell(0)
 
     def step(self) -> bool:
-        """One generation; False where nothing new can be made."""
+        """Run one generation; False if there are no new individuals."""
         number = len(self.generations)
         self._judge(self._algorithm.pop)
         population = self._algorithm.ask()
@@ -185,11 +185,11 @@ class Search:
 
     @property
     def allowed(self) -> int:
-        """How many individuals may have been measured by now."""
+        """Number of individuals that may have been measured by now."""
         return math.ceil(self._share * len(self.seen))
 
     def _measure_some(self, population: Any) -> None:
-        """Measure what would add most to the front if it is as good as the surrogate allows."""
+        """Measure the individuals that would add most to the front at the optimistic end of their predictions."""
         pool = dict.fromkeys(map(self._key, population.get("X")))
         if self._algorithm.pop is not None and len(self._algorithm.pop):
             pool |= dict.fromkeys(map(self._key, self._algorithm.pop.get("X")))
@@ -202,13 +202,13 @@ class Search:
         front = np.array([self.archive.row(item.values) for item in self.archive.front])
         best = self.volume.best(front, rows[candidates], count)
         chosen = [candidates[index] for index, _ in best]
-        # Where nothing is expected to change the front, it is asked where the least is known.
+        # Some of the remaining measurements go to the most uncertain individuals.
         rest = sorted((index for index in range(len(fresh)) if index not in chosen), key=lambda index: -sure[index])
         chosen += rest[: max(0, min(count - len(chosen), count // 4))]
         self._take([fresh[index] for index in chosen], len(self.generations))
 
     def _take(self, keys: Sequence[Key], generation: int) -> None:
-        """Measure individuals, with what was expected of each."""
+        """Measure individuals and record the prediction made for each before."""
         fresh = [key for key in keys if key not in self.archive.found]
         expected: dict[Key, tuple[float, float] | None] = dict.fromkeys(fresh)
         if self._loss is not None and fresh:
@@ -247,7 +247,7 @@ class Search:
         return self.costs.of(self.space.variant(genome), self.space.kept(genome))
 
     def _hoped(self, keys: Sequence[Key]) -> tuple[np.ndarray, list[bool], np.ndarray]:
-        """Objectives as good as the surrogate allows, whether limits may be met, and how little is known."""
+        """Optimistic objectives [n, m], whether each may meet the limits, and the uncertainty of each loss [n]."""
         means, deviations = self._predicted(keys)
         rows, within = [], []
         for index, key in enumerate(keys):
@@ -269,7 +269,7 @@ class Search:
         return means, {PERPLEXITY.name: loss_deviation, DIVERGENCE.name: divergence_deviation}
 
     def _judge(self, population: Any) -> None:
-        """Give each individual of a population what is known of it, or else what the surrogate expects."""
+        """Set the objectives of a population: measured values where they exist, predictions otherwise."""
         keys = [self._key(row) for row in population.get("X")]
         means, _ = self._predicted(keys)
         rows, excess = [], []
@@ -280,7 +280,7 @@ class Search:
             )
             row = self.archive.row(known)
             rows.append(row)
-            # What is beyond the reference point is not looked for, as what is beyond a limit.
+            # The region beyond the reference point is treated like the region beyond a limit.
             beyond = sum(max(0.0, value / worst - 1) for value, worst in zip(row, self.worst, strict=True))
             excess.append([self.archive.missed(known) + beyond])
         Evaluator(skip_already_evaluated=False).eval(
@@ -294,7 +294,7 @@ class Search:
 
 
 class _Problem(Problem):  # type: ignore[misc]
-    """Bounds alone: the population is judged outside of pymoo."""
+    """The bounds of the genes; objectives are computed outside of pymoo."""
 
     def __init__(self, space: Space, objectives: int) -> None:
         super().__init__(
@@ -303,7 +303,7 @@ class _Problem(Problem):  # type: ignore[misc]
 
 
 def _directions(objectives: int, population: int) -> Any:
-    """Das and Dennis' directions, as many as fit into a population."""
+    """Das and Dennis' reference directions, at most as many as the population has individuals."""
     partitions = 1
     while math.comb(objectives + partitions, partitions + 1) <= population:
         partitions += 1

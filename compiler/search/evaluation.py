@@ -1,4 +1,4 @@
-"""True evaluations: a variant reads text and is compared with the pretrained model, whose answer is kept."""
+"""Measurement of variants on text, compared with the stored outputs of the pretrained model."""
 
 from __future__ import annotations
 
@@ -34,25 +34,23 @@ from moec.quantize.methods.tensors import QuantizedTensor
 from moec.quantize.planning.sensitivity import Part, parts_of, plan_of
 
 BATCH = 4
-"""Windows that run together."""
+"""Windows per batch."""
 CODES_WINDOWS = 96
-"""Windows of text that codes are calibrated on, as in an export."""
+"""Number of windows on which GPTQ is calibrated, as in an export."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is evaluated, and on what.
-
-    It can be written as JSON, so that a worker on another machine can be told.
+    """The model and the text of an evaluation, in a form that JSON can carry to a worker.
 
     Attributes:
         checkpoint: Directory or hub id.
-        directory: Where the answers of the pretrained model and calibrated codes are kept.
-        text: Calibration text; None: what moec brings along.
-        windows: Windows of it.
-        window: Tokens of a window.
+        directory: Directory for outputs of the pretrained model and for calibrated codes.
+        text: Calibration text; None: the one that moec includes.
+        windows: Number of windows.
+        window: Tokens per window.
         revision: Branch, tag or commit of a hub id.
-        trust_remote_code: Run modelling code that the checkpoint brings along.
+        trust_remote_code: Run modelling code of the checkpoint.
     """
 
     checkpoint: str
@@ -66,7 +64,7 @@ class Subject:
 
 @dataclass
 class Evaluator:
-    """The pretrained model, and what its variants do on the same text."""
+    """Measures variants of the pretrained model on one text."""
 
     subject: Subject
     checkpoint: Checkpoint = field(init=False)
@@ -91,11 +89,11 @@ class Evaluator:
         length = min(self.subject.window, context_length(self.program.config) or self.subject.window)
         self.text, self._every = text, windows(tokenize(self.checkpoint.directory, text), length)
         count = min(most, len(self._every))
-        # Whole batches: what is measured of a window then hangs on nothing but the window.
+        # Whole batches only, so that a measurement of a window does not depend on how many windows there are.
         self.windows = spread(self._every, max(count - count % BATCH, min(count, BATCH)))
 
     def on(self, text: str, most: int) -> Evaluator:
-        """The same model and codes on other text: what is found there concerns no search."""
+        """An evaluator of the same model and codes on another text, whose results are not stored for the search."""
         other = copy.copy(self)
         for name in ("context", "folder"):
             other.__dict__.pop(name, None)
@@ -104,7 +102,7 @@ class Evaluator:
 
     @cached_property
     def context(self) -> Mapping[str, Any]:
-        """All that decides a result beside the recipe."""
+        """Everything but the recipe that determines a result."""
         return {
             "source": dict(sorted(self.checkpoint.digests.items())),
             "text": sha256_of_text(self.text),
@@ -114,20 +112,20 @@ class Evaluator:
 
     @cached_property
     def folder(self) -> Path:
-        """Where what belongs to this checkpoint and text is kept."""
+        """Directory of stored data of this checkpoint and text."""
         return Path(self.subject.directory) / f"pretrained-{sha256_of_json(self.context)[:16]}"
 
     def use_codes(self) -> None:
-        """Take the codes that `calibrate` has left, here or in another process."""
+        """Use the codes that `calibrate` stored, in this process or in another."""
         self.runner = IncrementalRunner(self.program, self.parts, self._codes())
 
     def evaluate(self, sections: Mapping[str, Any], start: int, stop: int) -> Measured:
-        """Read the windows [start, stop), which begin and end with a batch.
+        """Measure a variant on the windows [start, stop), which must be whole batches.
 
         Args:
             sections: `routing` and `quantize` of a recipe, as `Variant.sections` makes them.
             start: First window.
-            stop: The one after the last.
+            stop: End of the range, exclusive.
         """
         variant = Variant.of(sections, self.program, self.parts)
         found = Measured()
@@ -146,7 +144,7 @@ class Evaluator:
         return Measured(tuple(losses.tolist()), tuple(divergences.tolist()), (output.kept,) * len(ids))
 
     def _reference(self, first: int) -> Tensor:
-        """Log probabilities of the pretrained model for a batch, computed once: [B, S - 1, V] float32."""
+        """Log probabilities of the pretrained model for a batch, computed once and stored: [B, S - 1, V] float32."""
         path = self.folder / f"reference-{first}.npy"
         if not path.exists():
             ids = self.windows[first : first + BATCH]
@@ -157,10 +155,10 @@ class Evaluator:
         return torch.from_numpy(np.load(path, mmap_mode="c"))
 
     def calibrate(self, formats: Sequence[str], progress: Progress) -> None:
-        """Choose codes for every part in each of these formats by GPTQ, once, and keep them for all workers.
+        """Quantize every part to each of these formats by GPTQ, once, and store the codes for all workers.
 
-        A tensor's codes depend on its inputs in the pretrained model, not on the formats of others. Formats without
-        codes of 4 bits are rounded to nearest, as an export does.
+        The inputs of a tensor come from the pretrained model, so its codes do not depend on the formats of other parts.
+        Formats that do not have 4 bits are rounded to nearest, as in an export.
         """
         every = spread(self._every, CODES_WINDOWS)
         for text in formats:
@@ -206,7 +204,7 @@ def _flat(name: str, result: RoundingResult) -> list[tuple[str, Tensor]]:
 
 
 def log_probabilities(logits: Tensor) -> Tensor:
-    """Log probabilities of the successors of all tokens but the last: [B, S, V] -> [B, S - 1, V] float32."""
+    """Log probabilities of the next token at all positions but the last: [B, S, V] -> [B, S - 1, V] float32."""
     return torch.log_softmax(logits[:, :-1].float(), dim=-1)
 
 

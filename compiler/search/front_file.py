@@ -1,6 +1,6 @@
-"""front.json: what a search found, with what it was measured on. The models here are its schema.
+"""The schema of front.json, the result of a search.
 
-`docs/front.schema.json` is this as JSON Schema; a test compares the two.
+`docs/front.schema.json` is the same schema as JSON Schema; a test compares the two.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ class _Plain(BaseModel):
 
 
 class Interval(_Plain):
-    """An increase of perplexity: 0.01 is 1 %."""
+    """A relative increase of perplexity with its 95 % interval; 0.01 is 1 %."""
 
     value: float
-    low: float = Field(description="Of the 95 % interval: paired bootstrap over windows.")
+    low: float = Field(description="Lower end of the 95 % interval, by paired bootstrap over windows.")
     high: float
 
 
 class HeldOut(_Plain):
-    """What held-out text says."""
+    """Measurements on held-out text."""
 
     perplexity: Interval
     divergence: float | None = Field(default=None, description="KL from the pretrained model, nats per token.")
@@ -44,49 +44,51 @@ class Built(_Plain):
     directory: str
     exit_code: int
     summary: str
-    bytes: int = Field(description="Of all files.")
+    bytes: int = Field(description="Bytes of all files.")
     verdicts: dict[str, str] = Field(description="Gate -> status.")
-    held_out: HeldOut | None = Field(default=None, description="By the runtime of the target; None where it failed.")
+    held_out: HeldOut | None = Field(
+        default=None, description="Measured in the target's runtime; None if the build failed."
+    )
     decode_seconds: float | None = Field(default=None, description="Measured median of a decode step after 128 tokens.")
 
 
 class LayerChoice(_Plain):
-    """What a member does in one MoE layer."""
+    """The choices of a member for one MoE layer."""
 
-    rule: str = Field(description="Policy with its parameters; empty where all slots stay.")
-    kept: float = Field(description="Share of the slots that are executed on the text of the search.")
-    removed: int = Field(description="Experts that are pruned.")
+    rule: str = Field(description="Policy with its parameters; empty if all slots are kept.")
+    kept: float = Field(description="Share of executed slots on the text of the search.")
+    removed: int = Field(description="Number of pruned experts.")
 
 
 class Member(_Plain):
     """One recipe of the front."""
 
     name: str
-    recipe: str = Field(description="Its file, relative to the directory of the search.")
-    command: str = Field(description="What builds it.")
+    recipe: str = Field(description="Recipe file, relative to the directory of the search.")
+    command: str = Field(description="Command that builds it.")
     values: dict[str, float] = Field(description="Name of an objective -> value on the text of the search.")
-    predicted: float | None = Field(description="What the surrogate expected of its loss before it was measured, nats.")
+    predicted: float | None = Field(description="Loss that the surrogate predicted before the measurement, nats.")
     generation: int
     layers: list[LayerChoice]
     formats: dict[str, str] = Field(description="Part of the model -> format.")
-    held_out: HeldOut = Field(description="By the interpreter.")
-    artifact: Built | None = Field(default=None, description="None where it was not built.")
+    held_out: HeldOut = Field(description="Measured in the interpreter.")
+    artifact: Built | None = Field(default=None, description="None if it was not built.")
 
 
 class SurrogateFacts(_Plain):
-    """How well the surrogate predicts."""
+    """Accuracy of the surrogate."""
 
     rank_correlation: float | None = Field(
-        description="Spearman's, of predicted and measured loss of individuals that it was not fitted to."
+        description="Spearman's, of predicted and measured losses of individuals outside the fit."
     )
-    individuals: int = Field(description="Those that it is taken over.")
+    individuals: int = Field(description="Number of individuals of the rank correlation.")
     misleads: bool
-    predicted: list[float] = Field(description="Nats, of each of them.")
+    predicted: list[float] = Field(description="Predicted loss of each of these individuals, nats.")
     measured: list[float]
 
 
 class GenerationFacts(_Plain):
-    """What was known after a generation."""
+    """Progress after a generation."""
 
     number: int
     individuals: int
@@ -104,32 +106,34 @@ class Front(_Plain):
     source: dict[str, str] = Field(description="Digests of the checkpoint.")
     texts: dict[str, str] = Field(description="sha256 of the text of the search and of the held-out text.")
     objectives: list[str]
-    worst: dict[str, float] = Field(description="The point that hypervolume is measured from.")
-    hypervolume: dict[str, float] = Field(description="Of the members: on the text of the search, on held-out text.")
+    worst: dict[str, float] = Field(description="Reference point of the hypervolume.")
+    hypervolume: dict[str, float] = Field(description="On the text of the search, and on held-out text.")
     individuals: int
     measured: int
-    given_up: int = Field(description="Measured on some windows alone, since they were dominated beyond doubt.")
+    given_up: int = Field(description="Individuals measured on some windows only, since they were certainly dominated.")
     lost: int = Field(description="Individuals that could not be measured.")
-    single_choices: int = Field(description="Runs that measured what single choices lose.")
-    seconds: float = Field(description="Of the generations.")
+    single_choices: int = Field(description="Runs that measured the sensitivity of single genes.")
+    seconds: float = Field(description="Seconds of all generations.")
     members: list[Member]
     not_told_apart: list[tuple[str, str]] = Field(
-        description="Neighbours whose losses held-out text does not tell apart."
+        description="Neighbours whose losses on held-out text do not differ significantly."
     )
     surrogate: SurrogateFacts
     generations: list[GenerationFacts]
 
 
 def read_front(directory: Path) -> Front:
-    """The front of a search that has ended.
+    """Read the front of a finished search.
 
     Raises:
-        ArtifactError: There is none, or the file is damaged.
-        UsageError: It is not what this version writes.
+        ArtifactError: The file is missing or damaged.
+        UsageError: The file does not have this version's schema.
     """
     path = directory / FILE
     if not path.is_file():
         raise ArtifactError(
-            f"{directory}: no {FILE} in it", hint=f"let the search end: moec search {directory} --resume"
+            f"{directory} does not contain {FILE}", hint=f"finish the search: moec search {directory} --resume"
         )
-    return validate(Front, read_json(path, ArtifactError, hint="let the search end anew (--resume)"), where=str(path))
+    return validate(
+        Front, read_json(path, ArtifactError, hint="finish the search again with --resume"), where=str(path)
+    )

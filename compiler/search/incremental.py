@@ -1,9 +1,9 @@
-"""Runs variants of one Program, and of each only what comes after the first thing in which it differs from an earlier.
+"""Runs variants of one Program incrementally: a variant resumes at the first node where it differs from earlier ones.
 
-The graph is that of the pretrained model. It is cut before each node that reads something that variants vary: the
-weights of a part, the weights that pruning an MoE layer changes, the slots that a policy drops. What crosses a cut is
-kept under all choices that were made before it, so that a variant that shares its first choices with an earlier one
-goes on from there. What a policy does to the slots is what `moec::select` means (`policies.base.select`).
+The graph is that of the pretrained model. It is cut before each node that depends on a choice: the format of a part,
+the pruned experts of an MoE layer, or its routing policy. The values that cross a cut are cached under all choices
+before it, so a variant that shares its first choices with an earlier one resumes from these values. A policy is applied
+by `policies.base.select`, the reference of `moec::select`.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from moec.quantize.methods.rounding import RoundingResult
 from moec.quantize.planning.sensitivity import Part
 
 STATE_BYTES = 1 << 30
-"""Memory for what crosses the cuts."""
+"""Memory limit of the cached values, in bytes."""
 Codes = Mapping[tuple[str, str], RoundingResult]
-"""Name of a tensor and text form of a format -> codes that calibration chose for it; else it is rounded to nearest."""
+"""Name of a tensor and text form of a format -> calibrated codes; other tensors are rounded to nearest."""
 
 
 @dataclass(frozen=True)
 class _Weight:
-    """A tensor of a variant, and the name under which its values are kept."""
+    """A tensor of a variant, and the key under which its values are cached."""
 
     key: str
     tensor: LazyTensor
@@ -45,11 +45,11 @@ class _Weight:
 
 @dataclass(frozen=True)
 class Output:
-    """What a variant computes for a batch.
+    """Result of a variant for a batch.
 
     Attributes:
         logits: [B, S, V] float32.
-        kept: Of each MoE layer the share of the pretrained slots that is executed.
+        kept: Share of the pretrained slots that each MoE layer executes.
     """
 
     logits: Tensor
@@ -61,7 +61,7 @@ class IncrementalRunner(ProgramRunner):
 
     Args:
         program: Float Program after the common passes, in float32.
-        parts: What formats are chosen for; see `parts_of`.
+        parts: The parts whose formats are chosen; see `parts_of`.
         codes: See `Codes`.
         state_bytes: See `STATE_BYTES`.
     """
@@ -87,14 +87,14 @@ class IncrementalRunner(ProgramRunner):
         )
         self._state_limit, self._state_used = state_bytes, 0
         self.executed = 0
-        """Nodes that have been run so far."""
+        """Number of nodes that have been run so far."""
 
     def pruned_weights(self, number: int) -> frozenset[str]:
-        """The weights of which pruning an MoE layer leaves some rows out; none where it cannot be pruned."""
+        """The weights that lose rows when an MoE layer is pruned; empty if it cannot be pruned."""
         return self._prunable[number]
 
     def order(self, variant: Variant) -> tuple[str, ...]:
-        """What to sort variants by, so that those that begin alike are run one after the other."""
+        """Sort key that places variants with the same first choices next to each other."""
         self._variant = variant
         return tuple(str(self._choice(site)) for _, site in self._sites)
 
@@ -103,12 +103,12 @@ class IncrementalRunner(ProgramRunner):
         """Run a variant.
 
         Args:
-            variant: What to run.
-            batch: A name of the batch: results are shared by all calls with that name.
+            variant: The variant to run.
+            batch: Identifies the batch; calls with the same identifier share cached values.
             input_ids: [B, S].
 
         Raises:
-            LoweringError: Experts of a layer cannot be pruned.
+            LoweringError: The experts of a layer cannot be pruned.
         """
         self._set(variant)
         values, start = self._resume(batch, input_ids)
@@ -125,7 +125,7 @@ class IncrementalRunner(ProgramRunner):
         return Output(logits, tuple(self._kept[number] for number in range(len(self.program.layers))))
 
     def _resume(self, batch: Hashable, input_ids: np.ndarray) -> tuple[dict[fx.Node, Any], int]:
-        """The values to go on from, and the first node that is not among them."""
+        """Cached values to resume from, and the index of the first node to run."""
         for cut in reversed(self._cuts):
             key = self._key(batch, cut)
             if key in self._states_kept:
@@ -152,7 +152,7 @@ class IncrementalRunner(ProgramRunner):
             self._state_used -= _bytes(old)
 
     def _key(self, batch: Hashable, cut: int) -> tuple[Hashable, ...]:
-        """Everything that was chosen before a cut."""
+        """The batch, the cut and all choices before the cut."""
         return (batch, cut, *(self._choice(site) for start, site in self._sites if start < cut))
 
     def _choice(self, site: tuple[str, int]) -> Hashable:
@@ -165,7 +165,7 @@ class IncrementalRunner(ProgramRunner):
         return [node for node in self.program.graph.nodes if node in wanted]
 
     def _find_sites(self) -> list[tuple[int, tuple[str, int]]]:
-        """First node that depends on each choice, and the choice, in the order of the graph."""
+        """Index of the first node that depends on each choice, and the choice, in graph order."""
         found: dict[tuple[str, int], int] = {}
         resolve = self.program.weights.resolve
         for index, node in enumerate(self._nodes):
@@ -179,7 +179,7 @@ class IncrementalRunner(ProgramRunner):
         return sorted((index, site) for site, index in found.items())
 
     def _across(self, cut: int) -> tuple[fx.Node, ...]:
-        """Nodes before a cut whose values are needed after it."""
+        """Nodes before a cut whose values are used after it."""
         before = set(self._nodes[:cut])
         used = {source for node in self._nodes[cut:] for source in node.all_input_nodes}
         logits = self.program.outputs()["logits"]
@@ -189,7 +189,7 @@ class IncrementalRunner(ProgramRunner):
         self._variant, self._weights = variant, self._weights_of(variant)
 
     def weights_of(self, variant: Variant) -> dict[str, LazyTensor]:
-        """The weights of a variant that are not those of the pretrained model."""
+        """The weights of a variant that differ from the pretrained model."""
         return {name: own.tensor for name, own in self._weights_of(variant).items()}
 
     def _weights_of(self, variant: Variant) -> dict[str, _Weight]:
@@ -214,7 +214,7 @@ class IncrementalRunner(ProgramRunner):
         return Float16(source) if fmt.kind is FloatKind.FP16 else source
 
     def _rows_of(self, number: int, removed: tuple[int, ...]) -> dict[str, SelectedRows]:
-        """The weights of which a layer keeps some rows when experts are removed from it."""
+        """The weights that lose rows when experts of a layer are removed, with their remaining rows."""
         if not removed:
             return {}
         if (number, removed) not in self._pruned:

@@ -1,4 +1,4 @@
-"""What a search looks for, and what each of it depends on. All are to be as small as possible."""
+"""The objectives of a search, all of which are minimized."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from moec.targets import base
 
 @dataclass(frozen=True)
 class Objective:
-    """One goal.
+    """One quantity to minimize.
 
     Attributes:
-        name: On the command line and in files.
-        title: For people.
+        name: Its name on the command line and in files.
+        title: Its name in reports.
         unit: "share" (0.01 is 1 %), "nats", "bytes" or "seconds".
-        by_running: It needs the model to be run on text; the others are counted.
-        routing: Whether slots that a policy drops change it.
-        storage: Whether formats and pruned experts change it.
+        by_running: Whether the model must run on text to measure it; other objectives are computed from the recipe.
+        routing: Whether it depends on the slots that a policy drops.
+        storage: Whether it depends on formats and pruned experts.
     """
 
     name: str
@@ -37,46 +37,46 @@ class Objective:
 PERPLEXITY = Objective("perplexity", "increase of perplexity", "share", True, True, True)
 DIVERGENCE = Objective("divergence", "KL divergence per token", "nats", True, True, True)
 EXPERT_FLOPS = Objective(
-    "expert-flops", "expert FLOPs executed, of those of the pretrained top-k", "share", routing=True
+    "expert-flops", "expert FLOPs executed, as a share of the pretrained model's", "share", routing=True
 )
 SIZE = Objective("size", "bytes of all weights", "bytes", storage=True)
 MEMORY = Objective("memory", "bytes of weights and states", "bytes", storage=True)
-BYTES = Objective("bytes-per-token", "bytes that one token reads", "bytes", routing=True, storage=True)
-DECODE = Objective("decode.p50", "seconds of a decode step, at best", "seconds", routing=True, storage=True)
-PREFILL = Objective("prefill.p50", "seconds of a prefill, at best", "seconds", routing=True)
+BYTES = Objective("bytes-per-token", "bytes read per token", "bytes", routing=True, storage=True)
+DECODE = Objective("decode.p50", "estimated seconds of a decode step", "seconds", routing=True, storage=True)
+PREFILL = Objective("prefill.p50", "estimated seconds of a prefill", "seconds", routing=True)
 OBJECTIVES: Mapping[str, Objective] = {
     item.name: item for item in (PERPLEXITY, DIVERGENCE, EXPERT_FLOPS, SIZE, MEMORY, BYTES, DECODE, PREFILL)
 }
 MOST = 6
-"""Most objectives: with more, nearly everything is on the front."""
+"""Maximum number of objectives; with more, nearly every individual is on the front."""
 
 
 def parse_objectives(text: str) -> tuple[Objective, ...]:
     """Objectives from "perplexity,size".
 
     Raises:
-        UsageError: One is unknown or named twice, there is but one, or none says how good the model is.
+        UsageError: A name is unknown or repeated, there are too few or too many, or none measures quality or cost.
     """
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
         if name not in OBJECTIVES:
             raise unknown(name, OBJECTIVES, "unknown objective", "the objectives")
     if len(set(names)) < len(names):
-        raise UsageError(f"--objectives {text}: one is named twice", hint="name each once")
+        raise UsageError(f"--objectives {text}: an objective is repeated", hint="name each objective once")
     if not 2 <= len(names) <= MOST:
         raise UsageError(
-            f"--objectives {text}: {len(names)} objectives, and a search takes 2 to {MOST}",
-            hint="such as --objectives perplexity,expert-flops,size",
+            f"--objectives {text}: {len(names)} objectives were given, but a search takes 2 to {MOST}",
+            hint="for example --objectives perplexity,expert-flops,size",
         )
     found = tuple(OBJECTIVES[name] for name in names)
     if not any(item.by_running for item in found):
         raise UsageError(
-            f"--objectives {text}: none of them says how good the model is, so that the worst model would win",
+            f"--objectives {text}: none of them measures the quality of the model, so the worst model would win",
             hint="add perplexity or divergence",
         )
     if all(item.by_running for item in found):
         raise UsageError(
-            f"--objectives {text}: none of them rewards a saving, so that the pretrained model would win",
+            f"--objectives {text}: none of them measures a cost, so the pretrained model would win",
             hint="add expert-flops, size, bytes-per-token, memory, decode.p50 or prefill.p50",
         )
     return found
@@ -85,10 +85,10 @@ def parse_objectives(text: str) -> tuple[Objective, ...]:
 def check_objectives(
     objectives: Sequence[Objective], target: base.Target, options: base.TargetOptions, device: Device | None
 ) -> None:
-    """Refuse what a target or device cannot have.
+    """Refuse objectives that the target or the device does not support.
 
     Raises:
-        UsageError: The target executes dropped slots, or nothing is known of the device's speed.
+        UsageError: The target executes dropped slots, or the FLOP/s of the device are unknown.
     """
     capable = {phase: target.capabilities(options, phase) for phase in base.Phase}
     phases = {EXPERT_FLOPS.name: base.Phase.DECODE, PREFILL.name: base.Phase.PREFILL}
@@ -96,22 +96,22 @@ def check_objectives(
         phase = phases.get(item.name)
         if phase is not None and not capable[phase].skips_experts:
             raise UsageError(
-                f"objective {item.name}: target {target.name} executes the experts of dropped slots too in {phase} "
+                f"objective {item.name}: target {target.name} also executes the experts of dropped slots in {phase} "
                 f"({capable[phase].reason})",
-                hint="leave it out: size, memory and perplexity are objectives on every target",
+                hint="leave it out; every target supports size, memory and perplexity",
             )
         if item is PREFILL and (device is None or device.flops is None):
             raise UsageError(
-                f"objective {item.name}: no FLOP/s are known of {'this machine' if device is None else device.name}",
-                hint="name a device whose profile has them (--device), or take decode.p50",
+                f"objective {item.name}: the FLOP/s of {'this machine' if device is None else device.name} are unknown",
+                hint="choose a device whose profile has them (--device), or use decode.p50",
             )
 
 
 def parse_limit(objective: Objective, text: str) -> float:
-    """A limit as a user writes it: 1% or 0.01, 300MB, 12ms.
+    """Parse a limit such as 1%, 0.01, 300MB or 12ms.
 
     Raises:
-        UsageError: It cannot be read, or is negative.
+        UsageError: It cannot be parsed, or is negative.
     """
     try:
         value = _parsed(objective, text.strip().lower())
@@ -120,7 +120,7 @@ def parse_limit(objective: Objective, text: str) -> float:
             f"--max-{objective.name} {text}: not a {_KIND[objective.unit]}", hint=_LIKE[objective.unit]
         ) from error
     if value < 0:
-        raise UsageError(f"--max-{objective.name} {text}: it cannot be negative", hint=_LIKE[objective.unit])
+        raise UsageError(f"--max-{objective.name} {text}: a limit cannot be negative", hint=_LIKE[objective.unit])
     return value
 
 
@@ -146,7 +146,7 @@ _LIKE = {"share": "write 1% or 0.01", "nats": "write 0.02", "bytes": "write 300M
 
 
 def shown(objective: Objective, value: float) -> str:
-    """A value for people."""
+    """Format a value for display."""
     if objective.unit == "share":
         return f"{value:+.2%}" if objective is PERPLEXITY else f"{value:.1%}"
     if objective.unit == "bytes":
@@ -155,6 +155,6 @@ def shown(objective: Objective, value: float) -> str:
 
 
 def dominates(first: Sequence[float], second: Sequence[float]) -> bool:
-    """Whether the first is no worse in any objective and better in one."""
+    """Whether the first is not worse in any objective and better in at least one."""
     pairs: list[tuple[Any, Any]] = list(zip(first, second, strict=True))
     return all(a <= b for a, b in pairs) and any(a < b for a, b in pairs)

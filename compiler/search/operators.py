@@ -1,7 +1,7 @@
-"""How individuals are varied, for pymoo.
+"""Mutation, crossover and repair operators for pymoo.
 
-There are steps, swaps between layers, budget that moves to where it is missed most, layers that are crossed as a whole,
-and repair to the limits that can be counted.
+Mutations are small steps, swaps between layers, and moves of slots or bytes from the least to the most sensitive
+layer. Crossover exchanges whole layers. Repair meets the limits that can be computed without running the model.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from moec.compiler.search.space import Genome, Space
 
 Random = np.random.Generator
 STEPS: Mapping[str, int] = {"level": 12, "prune": 3, "format": 2}
-"""Largest step of a mutation."""
+"""Kind of a gene -> largest step of a mutation."""
 REPAIRS = 400
-"""Most steps of a repair."""
+"""Maximum number of steps of a repair."""
 
 
 class Moves:
-    """Single changes of individuals of a space."""
+    """Elementary changes of individuals."""
 
     def __init__(self, space: Space, sensitivities: Sensitivities) -> None:
         self._space, self._sensitivities = space, sensitivities
@@ -35,7 +35,7 @@ class Moves:
         self._formats = [place for place, gene in enumerate(space.genes) if gene.kind == "format"]
 
     def change(self, genome: Genome, random: Random) -> Genome:
-        """One change, of a kind that chance picks."""
+        """Apply one change of a random kind."""
         kinds: list[Callable[[Genome, Random], Genome]] = [self.step, self.step]
         if len(self._levels) > 1:
             kinds += [self.swap, self.move_slots]
@@ -44,7 +44,7 @@ class Moves:
         return self._space.canonical(kinds[int(random.integers(len(kinds)))](genome, random))
 
     def step(self, genome: Genome, random: Random) -> Genome:
-        """Change one to three genes a little; a rule is drawn anew."""
+        """Change one to three genes by a small step; a rule is drawn at random instead."""
         found = genome.copy()
         for place in random.choice(len(genome), size=min(len(genome), int(random.integers(1, 4))), replace=False):
             gene = self._space.genes[place]
@@ -56,7 +56,7 @@ class Moves:
         return found
 
     def swap(self, genome: Genome, random: Random) -> Genome:
-        """Two layers exchange their rules and levels."""
+        """Exchange the rules and levels of two layers."""
         first, second = random.choice(self._levels, size=2, replace=False)
         found = genome.copy()
         for offset in (0, -1):  # the rule of a layer comes before its level
@@ -64,11 +64,11 @@ class Moves:
         return found
 
     def move_slots(self, genome: Genome, random: Random) -> Genome:
-        """Slots go from the layer of several that misses them least to the one that misses them most."""
+        """Among a few layers, move slots from the least sensitive to the most sensitive one."""
         return self._move(genome, random, self._levels, int(random.integers(1, STEPS["level"] + 1)))
 
     def move_bytes(self, genome: Genome, random: Random) -> Genome:
-        """One part gets a finer format, and one a coarser."""
+        """Among a few parts, give the least sensitive a smaller format and the most sensitive a larger one."""
         return self._move(genome, random, self._formats, 1)
 
     def _move(self, genome: Genome, random: Random, places: Sequence[int], by: int) -> Genome:
@@ -80,14 +80,14 @@ class Moves:
         return found
 
     def _loss(self, genome: Genome, place: int, by: int) -> float:
-        """What it costs to lower a gene, by the additive model."""
+        """Loss that lowering a gene adds, predicted by the additive model."""
         gene = self._space.genes[place]
         lower = genome.copy()
         lower[place] = max(gene.low, genome[place] - by)
         return self._sensitivities.root(gene, lower) ** 2 - self._sensitivities.root(gene, genome) ** 2
 
     def repaired(self, genome: Genome, excess: Callable[[Genome], float]) -> Genome:
-        """The cheapest steps that bring `excess` to 0, as far as steps do."""
+        """Take the steps with the least loss per unit of `excess` until it is 0 or no step reduces it."""
         found = self._space.canonical(genome)
         over = excess(found)
         for _ in range(REPAIRS):
@@ -102,7 +102,7 @@ class Moves:
         return found
 
     def _lowered(self, genome: Genome, place: int) -> Genome:
-        """A step towards less: fewer slots, more pruned experts, a coarser format."""
+        """A step towards a lower cost: fewer slots, more pruned experts or a smaller format."""
         gene, found = self._space.genes[place], genome.copy()
         found[place] += {"level": -4, "format": -1, "prune": 1, "rule": 0}[gene.kind]
         return found
@@ -118,14 +118,14 @@ class Moves:
 
 
 class Excess:
-    """By how much an individual exceeds the limits that are counted, relative to them."""
+    """By how much an individual exceeds the limits on computed costs, relative to each limit."""
 
     def __init__(self, space: Space, costs: Costs, limits: Mapping[Objective, float]) -> None:
         self._space, self._costs = space, costs
         self._limits = {item: limit for item, limit in limits.items() if not item.by_running}
 
     def __call__(self, genome: Genome) -> float:
-        """The sum of what exceeds; 0 where all limits are met."""
+        """The sum of the relative excesses; 0 if all limits are met."""
         if not self._limits:
             return 0.0
         counted = self._costs.of(self._space.variant(genome), self._space.kept(genome))
@@ -133,7 +133,7 @@ class Excess:
 
 
 class LayerCrossover(Crossover):  # type: ignore[misc]
-    """Two parents exchange whole layers: each by chance, or all from one on."""
+    """Exchange whole layers of two parents: each with probability 1/2, or all after a random one."""
 
     def __init__(self, space: Space) -> None:
         super().__init__(2, 2)
@@ -151,7 +151,7 @@ class LayerCrossover(Crossover):  # type: ignore[misc]
 
 
 class Change(Mutation):  # type: ignore[misc]
-    """`Moves.change` of every individual, for some of them twice."""
+    """Apply `Moves.change` to every individual once or twice."""
 
     def __init__(self, moves: Moves) -> None:
         super().__init__()
@@ -166,7 +166,7 @@ class Change(Mutation):  # type: ignore[misc]
 
 
 class Within(Repair):  # type: ignore[misc]
-    """`Moves.repaired` of every individual."""
+    """Apply `Moves.repaired` to every individual."""
 
     def __init__(self, moves: Moves, excess: Excess) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""report.html of a search: one page that needs nothing else. Points of its plots say what they are, and lead to it."""
+"""report.html of a search: one self-contained page whose plot points are labelled and link to their recipes."""
 
 from __future__ import annotations
 
@@ -33,31 +33,34 @@ def write_report(directory: Path, front: Front) -> Path:
 
 
 def to_html(front: Front) -> str:
-    """The page."""
+    """Render the page."""
     return page(
         "search.html.jinja", sections(front), name=Path(front.settings["checkpoint"]).name, summary=summary(front)
     )
 
 
 def summary(front: Front) -> list[tuple[str, str]]:
-    """What was done, in a few lines."""
+    """Rows of the summary at the top of the page."""
     rows = [
         ("Objectives", ", ".join(OBJECTIVES[name].title for name in front.objectives)),
         ("Target", str(front.settings["target"])),
         (
             "Individuals",
             (
-                f"{front.individuals}, of which {front.measured} were run on text, {front.given_up} of them in part; "
-                f"{front.single_choices} runs measured single choices; {front.lost} were lost"
+                f"{front.individuals}; {front.measured} were measured on text, {front.given_up} of them only in part; "
+                f"{front.single_choices} runs measured single genes; {front.lost} could not be measured"
             ),
         ),
         ("Time", f"{front.seconds:.0f} s"),
         ("Hypervolume", ", ".join(f"{value:.4f} ({_ON[where]})" for where, value in front.hypervolume.items())),
-        ("Figures", f"{FILE} has all of them"),
+        ("All figures", f"in {FILE}"),
     ]
     if front.surrogate.misleads:
         rows.append(
-            ("Beware", "the surrogate misled this search: its predictions do not rank individuals as text does")
+            (
+                "Warning",
+                "the surrogate misled this search: its predictions do not rank individuals as measurements do",
+            )
         )
     return rows
 
@@ -68,15 +71,18 @@ _ON = {"search": "text of the search", "held_out": "held-out text"}
 def sections(front: Front) -> list[Section]:
     """Every section, in order."""
     return [
-        Section("front", "Front on held-out text", _front(front), "nothing was found"),
-        Section("apart", "What held-out text does not tell apart", _apart(front), "it tells all neighbours apart"),
-        Section("artifacts", "Members that were built", _artifacts(front), "no member was built (--members)"),
-        Section("generations", "Evolution", _generations(front), "there was one generation"),
-        Section("layers", "What each layer keeps", _layers(front), "nothing was found"),
-        Section("formats", "Formats", _formats(front), "no formats were varied"),
+        Section("front", "Front on held-out text", _front(front), "the front is empty"),
         Section(
-            "surrogate", "Predicted and measured loss", _surrogate(front), "nothing was measured after it was predicted"
+            "apart",
+            "Recipes with the same held-out loss",
+            _apart(front),
+            "all neighbours differ significantly",
         ),
+        Section("artifacts", "Artifacts", _artifacts(front), "no member was built (--members)"),
+        Section("generations", "Progress by generation", _generations(front), "there was only one generation"),
+        Section("layers", "Routing and pruning by layer", _layers(front), "the front is empty"),
+        Section("formats", "Formats", _formats(front), "formats were not varied"),
+        Section("surrogate", "Predicted and measured loss", _surrogate(front), "no prediction was measured afterwards"),
         *(_member(front, member) for member in front.members),
     ]
 
@@ -109,7 +115,7 @@ def _front(front: Front) -> list[Part]:
     ]
     held = [f"{item.name}, held-out" for item in goals]
     seen = [f"{item.name}, search" for item in goals]
-    caption = "Recipes that no other dominates on the text of the search, and what text that it never saw says of them."
+    caption = "Recipes that are not dominated on the text of the search, with their values on held-out text."
     return [*parts, Part(Table(caption, ("Recipe", *held, "perplexity, 95 %", *seen), rows))]
 
 
@@ -133,7 +139,7 @@ def _apart(front: Front) -> list[Part]:
         return []
     rows = [(Cell(first), Cell(second)) for first, second in front.not_told_apart]
     caption = (
-        "Neighbours by perplexity whose 95 % interval of the difference holds zero: choose by the other objectives."
+        "Neighbours by perplexity whose difference has a 95 % interval that contains zero. Choose by other objectives."
     )
     return [Part(Table(caption, ("Recipe", "Recipe"), rows))]
 
@@ -151,11 +157,9 @@ def _artifacts(front: Front) -> list[Part]:
         for member in front.members
         if (built := member.artifact) is not None
     ]
-    header = ("Recipe", "Gates", "All files", "Perplexity by the runtime", "Decode, measured", "What the gates found")
+    header = ("Recipe", "Gates", "Size", "Perplexity change in the runtime", "Decode, measured", "Verdicts")
     return (
-        [Part(Table("Artifacts of members, run on held-out text by the runtime of the target.", header, rows))]
-        if rows
-        else []
+        [Part(Table("Built members, run on held-out text by the runtime of the target.", header, rows))] if rows else []
     )
 
 
@@ -175,7 +179,7 @@ def _generations(front: Front) -> list[Part]:
         for item in front.generations
     ]
     worst = ", ".join(f"{name} {shown(OBJECTIVES[name], value)}" for name, value in front.worst.items())
-    caption = f"Of the measured front, as a share of the box between zero and ({worst})."
+    caption = f"Hypervolume of the measured front, as a share of the box between zero and ({worst})."
     table = Table(caption, ("Generation", "Individuals", "Measured", "Hypervolume", "Front"), rows)
     return [Part(table, Markup(plots.line(labels, points, ("generation", "hypervolume"))))]
 
@@ -193,13 +197,9 @@ def _layers(front: Front) -> list[Part]:
         (Cell(member.name), *(Cell(str(layer.removed), True, min(1.0, layer.removed / 16)) for layer in member.layers))
         for member in front.members
     ]
-    parts = [
-        Part(
-            Table("Share of the slots that are executed; the pretrained model executes all.", header, kept, dense=True)
-        )
-    ]
+    parts = [Part(Table("Share of executed slots; the pretrained model executes all.", header, kept, dense=True))]
     if any(layer.removed for member in front.members for layer in member.layers):
-        parts.append(Part(Table("Experts that are pruned.", header, gone, dense=True)))
+        parts.append(Part(Table("Number of pruned experts.", header, gone, dense=True)))
     return parts
 
 
@@ -230,11 +230,11 @@ def _surrogate(front: Front) -> list[Part]:
         (Cell("Rank correlation (Spearman)"), Cell(rank, True, alarm=facts.misleads)),
         (Cell("Individuals"), Cell(str(facts.individuals), True)),
         (
-            Cell("Root of the mean squared error, nats"),
+            Cell("Root mean square error, nats"),
             Cell(f"{math.sqrt(math.fsum(e * e for e in errors) / len(errors)):.2e}", True),
         ),
     ]
-    caption = "Individuals that were predicted before they were measured on all windows."
+    caption = "Individuals that were predicted before they were measured."
     return [
         Part(Table(caption, ("", ""), rows), Markup(plots.scatter(labels, dots, ("predicted, 0.001 nats", "measured"))))
     ]
@@ -259,6 +259,6 @@ def _member(front: Front, member: Member) -> Section:
     ]
     parts = [
         Part(Table(f"Recipe {member.recipe}.", ("", ""), rows)),
-        Part(Table("Its MoE layers.", ("Layer", "Rule", "Slots executed", "Experts pruned"), layers)),
+        Part(Table("MoE layers.", ("Layer", "Rule", "Slots executed", "Experts pruned"), layers)),
     ]
     return Section(f"member-{member.name}", f"Recipe {member.name}", parts)

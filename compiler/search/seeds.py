@@ -1,4 +1,4 @@
-"""Individuals that a search starts from: what the exact allocators give by the measured sensitivities."""
+"""The initial individuals of a search, computed by the exact allocators from the measured sensitivities."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from moec.quantize.formats import parse_format
 from moec.quantize.planning.allocation import Candidate, trade_off
 
 BUDGETS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
-"""Shares of the slots at which policies are fitted."""
+"""Shares of the slots to which policies are fitted."""
 POLICIES = ("threshold", "top-p", "layer-k")
 POINTS = 7
-"""Allocations of formats, from the smallest to the best."""
+"""Number of format allocations between the smallest and the most accurate."""
 UNITS = 100
-"""Steps of a layer's share in the allocation over rules and levels."""
+"""Resolution of a layer's share in the joint allocation of rules and levels."""
 
 
 def seeds(space: Space, costs: Costs, sensitivities: Sensitivities, traces: Sequence[RoutingTrace]) -> list[Genome]:
-    """Different individuals, the most useful first.
+    """Distinct initial individuals, the most useful first.
 
-    They are the pretrained model; rules and levels of every layer by the exact programme over all that was measured;
-    policies as `moec export` fits them; formats as `--quantize auto` allocates them; and the first two with the third.
+    They are the pretrained model, exact allocations of rules and levels over all layers, allocations of formats as by
+    `--quantize auto`, combinations of both, and policies fitted as by `moec export`.
     """
     mixed = list(_mixed(space, sensitivities)) if space.routing else []
     fitted = list(_fitted(space, sensitivities, traces)) if space.routing else []
@@ -45,7 +45,7 @@ def seeds(space: Space, costs: Costs, sensitivities: Sensitivities, traces: Sequ
 
 
 def _mixed(space: Space, sensitivities: Sensitivities) -> Iterator[Genome]:
-    """The least sum of losses over layers for each budget, whatever the rule (Alloc-MoE, arXiv:2604.08133)."""
+    """Allocations with the least total loss for each budget, over all rules (Alloc-MoE, arXiv:2604.08133)."""
     layers = [index for index in range(len(space.slots)) if ("level", index) in space.places]
     if not layers:
         return
@@ -56,7 +56,7 @@ def _mixed(space: Space, sensitivities: Sensitivities) -> Iterator[Genome]:
         try:
             chosen = allocate(losses, units, int(budget * UNITS * len(layers)))
         except UsageError:
-            continue  # fewer slots than one for each token
+            continue  # the budget allows less than one slot per token
         found = space.unchanged.copy()
         for layer, each, option in zip(layers, options, chosen, strict=True):
             rule, level, _ = each[option]
@@ -65,7 +65,7 @@ def _mixed(space: Space, sensitivities: Sensitivities) -> Iterator[Genome]:
 
 
 def _options(space: Space, sensitivities: Sensitivities, layer: int) -> list[tuple[int, int, float]]:
-    """Rule, level and loss of the best rule at each level."""
+    """The best rule, the level and the loss, for each level."""
     place = space.places["level", layer]
     gene, found = space.genes[place], []
     for level in range(gene.low, LEVELS + 1):
@@ -86,12 +86,12 @@ def _fitted(space: Space, sensitivities: Sensitivities, traces: Sequence[Routing
             try:
                 chosen = fit(name, traces, budget, measured)
             except UsageError:
-                continue  # this policy cannot keep so little, or so much
+                continue  # this policy cannot reach the budget
             yield space.nearest([in_layer(chosen, layer) for layer in range(len(space.slots))])
 
 
 def layer_losses(space: Space, sensitivities: Sensitivities) -> LayerLosses:
-    """The tables that policies are fitted with, read off the measured curves."""
+    """The loss tables that policy fitting needs, interpolated from the measured curves."""
     by_k, by_mass = [], []
     for layer, slots in enumerate(space.slots):
 
@@ -107,7 +107,7 @@ def layer_losses(space: Space, sensitivities: Sensitivities) -> LayerLosses:
 
 
 def allocated_formats(space: Space, costs: Costs, sensitivities: Sensitivities) -> Iterator[Genome]:
-    """Formats that lose least in several sizes, as `--quantize auto` allocates them, the smallest first."""
+    """Allocations of formats with the least loss at several sizes, as by `--quantize auto`, the smallest first."""
     offered = {}
     for gene in space.genes:
         if gene.kind == "format":
@@ -137,7 +137,7 @@ def _loss(space: Space, sensitivities: Sensitivities, index: int, value: int) ->
 
 
 def _joined(space: Space, routed: Genome, stored: Genome) -> Genome:
-    """Routing of the first, formats of the second."""
+    """Combine the routing of the first with the formats of the second."""
     found = routed.copy()
     for place, gene in enumerate(space.genes):
         if gene.kind == "format":

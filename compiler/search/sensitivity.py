@@ -1,8 +1,8 @@
-"""What each choice of a variant costs by itself, measured: the additive part of the surrogate.
+"""Measured sensitivity of every gene: the additive part of the surrogate.
 
-One gene at a time is changed in the pretrained model, at a few of its values, and the divergence of the next-token
-distributions is measured. It grows with the square of what the change does to the logits, so that between two measured
-values its root is interpolated.
+One gene of the pretrained model is changed at a time, to a few of its values, and the divergence of the next-token
+distributions is measured. The divergence grows with the square of the change of the logits, so its square root is
+interpolated between measured values.
 """
 
 from __future__ import annotations
@@ -17,37 +17,37 @@ from moec.compiler.search.costs import Costs
 from moec.compiler.search.space import LEVELS, RULES, Gene, Genome, Space
 
 LEVEL_SHARES = (0.0, 0.35, 0.6, 0.8)
-"""Where levels are measured, from the least to all slots."""
+"""Levels that are measured, as shares of the range from the smallest level to all slots."""
 PRUNE_SHARES = (0.25, 0.5, 1.0)
-"""Where pruning is measured, of the experts of a layer that may go."""
+"""Numbers of pruned experts that are measured, as shares of the removable experts of a layer."""
 FORMAT_SHARES = (0.0, 0.34, 0.67)
-"""Where formats are measured, from the smallest to the largest."""
+"""Formats that are measured, as shares of the range from the smallest to the largest."""
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Divergence of one gene by itself.
+    """Divergence as a function of one gene, with all other genes unchanged.
 
     Attributes:
-        places: Where it was measured, rising: levels, experts, or bytes.
-        divergences: Nats per token there.
+        places: Measured points, ascending: levels, numbers of pruned experts, or bytes.
+        divergences: Divergence at each point, nats per token.
     """
 
     places: tuple[float, ...]
     divergences: tuple[float, ...]
 
     def root(self, place: float) -> float:
-        """Root of the divergence at a place."""
+        """Square root of the divergence at a point, interpolated."""
         return float(np.interp(place, self.places, np.sqrt(self.divergences)))
 
 
 Key = tuple[str, int, int]
-"""Kind and index of a gene, and for levels the rule."""
+"""Kind and index of a gene, and the rule if it is a level."""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """One measurement: a curve, a place on it, and the individual that is there."""
+    """One measurement: the key of a curve, a point on it, and the individual to measure."""
 
     key: Key
     place: float
@@ -55,12 +55,12 @@ class Probe:
 
 
 class Sensitivities:
-    """What the genes of a space cost by themselves.
+    """The measured curves of all genes.
 
     Args:
-        space: What is varied.
-        costs: Tells how large formats are.
-        divergences: Of each of `probes(space, costs)`, nats per token.
+        space: The search space.
+        costs: Computes the bytes of formats.
+        divergences: Divergence of each of `probes(space, costs)`, nats per token.
     """
 
     def __init__(self, space: Space, costs: Costs, divergences: Sequence[float]) -> None:
@@ -81,11 +81,11 @@ class Sensitivities:
         return tuple(gene for gene in self._space.genes if gene.kind != "rule")
 
     def roots(self, genome: Genome) -> np.ndarray:
-        """Root of the divergence of each group by itself: [groups]."""
+        """Square root of the divergence that each group causes alone: [groups]."""
         return np.array([self.root(gene, genome) for gene in self.groups])
 
     def root(self, gene: Gene, genome: Genome) -> float:
-        """Root of the divergence of one group."""
+        """Square root of the divergence that one group causes alone."""
         value = self._space.value(genome, gene.kind, gene.index, 0)
         if gene.kind == "level" and value >= LEVELS:
             return 0.0
@@ -94,7 +94,7 @@ class Sensitivities:
 
 
 def probes(space: Space, costs: Costs) -> list[Probe]:
-    """What is to be measured, in the order of the genes."""
+    """All measurements that the curves need, in the order of the genes."""
     found: list[Probe] = []
     for gene in space.genes:
         rules = range(len(RULES)) if gene.kind == "level" else (0,)
@@ -121,14 +121,14 @@ def _probes(space: Space, costs: Costs, gene: Gene, rule: int) -> list[Probe]:
 
 
 def _place(space: Space, costs: Costs, gene: Gene, value: int) -> float:
-    """Where a value of a gene is on its curve; formats are as fine as they are large."""
+    """The point of a gene's value on its curve; a format is represented by its bytes."""
     return (
         float(costs.part_bytes(gene.index, space.formats[gene.index][value])) if gene.kind == "format" else float(value)
     )
 
 
 def _nothing(space: Space, costs: Costs, key: Key) -> float:
-    """Where a gene changes nothing."""
+    """The point at which a gene leaves the model unchanged."""
     kind, index, _ = key
     if kind == "format":
         return float(costs.part_bytes(index, space.formats[index][-1]))

@@ -1,7 +1,7 @@
-"""One search from its settings to a measured front: what is opened, measured first, searched, and kept on the way.
+"""Runs one search, from its settings to a measured front.
 
-A search that was killed is run again from its beginning: chance repeats itself by the seed, and whatever was measured
-is read from the store, so that it comes to where it was in seconds and goes on as it would have.
+A stopped search is resumed by running it again from the start: the seed repeats all random choices and measurements are
+read from the store, so it reaches the point where it stopped within seconds and then continues.
 """
 
 from __future__ import annotations
@@ -46,24 +46,24 @@ from moec.targets import get_target
 from moec.targets.base import Phase, Target, TargetOptions
 
 TRACED_WINDOWS = 16
-"""Windows whose routing rules are fitted to."""
+"""Number of windows to whose routing policies are fitted."""
 SENSITIVITY_WINDOWS = 8
-"""Windows that single choices are measured on."""
+"""Number of windows on which single genes are measured."""
 STAGES = (0.25, 0.5, 1.0)
-"""Shares of the windows after which an individual may be given up."""
+"""Shares of the windows after which a certainly dominated individual is dropped."""
 
 
 @dataclass(frozen=True)
 class Opened:
-    """What a search works on.
+    """The opened model and text of a search.
 
     Attributes:
-        settings: What was asked for.
-        target: Of the recipes.
-        options: Its options.
-        evaluator: The pretrained model and the text.
-        space: What is varied.
-        costs: Counts what is not measured.
+        settings: The settings of the search.
+        target: Target of the recipes.
+        options: Options of the target.
+        evaluator: Measures variants of the model.
+        space: The search space.
+        costs: Computes the objectives that are not measured.
         traces: Routing of the pretrained model.
     """
 
@@ -78,13 +78,13 @@ class Opened:
 
 @dataclass(frozen=True)
 class Finished:
-    """What a search came to.
+    """Result of a search.
 
     Attributes:
         search: The engine with its archive, surrogate and generations.
-        seconds: What the generations took, over all times that it was run.
-        sensitivity_runs: Runs that measured single choices.
-        lost: Individuals that cost more workers than they may.
+        seconds: Time of all generations, including those of earlier runs.
+        sensitivity_runs: Number of individuals that measured single genes.
+        lost: Number of individuals that could not be measured.
     """
 
     search: Search
@@ -94,10 +94,10 @@ class Finished:
 
 
 def open_search(settings: Settings, directory: Path, progress: Progress) -> Opened:
-    """Open model and text, and find out what may be varied.
+    """Open the model and the text, and build the search space.
 
     Raises:
-        MoecError: As for an export; objectives that the target does not have, and limits that nothing can meet.
+        MoecError: As for an export; also for unsupported objectives and for limits that no individual can meet.
     """
     target, options, device = check_settings(settings)
     goals = settings.goals
@@ -115,7 +115,7 @@ def open_search(settings: Settings, directory: Path, progress: Progress) -> Open
     target.check(options, evaluator.checkpoint.raw_config)
     progress("capture", 1, 1)
     if not evaluator.program.layers:
-        raise UsageError(f"{settings.checkpoint} has no MoE layer", hint="moec search varies mixtures of experts")
+        raise UsageError(f"{settings.checkpoint} has no MoE layer", hint="moec search is for Mixture-of-Experts models")
     counted = [item for item in (*goals, *settings.bounds) if not item.by_running]
     storage, routing = any(item.storage for item in counted), any(item.routing for item in counted)
     check_target(target, evaluator.program, options)
@@ -141,10 +141,10 @@ def open_search(settings: Settings, directory: Path, progress: Progress) -> Open
 
 
 def check_settings(settings: Settings) -> tuple[Target, TargetOptions, Device | None]:
-    """Target, its options and the device, after all that can be said before the model is opened.
+    """Check the settings without opening the model, and return target, options and device.
 
     Raises:
-        UsageError: There is none of that name, or an objective that it does not have.
+        UsageError: A name is unknown, or the target or device does not support an objective.
     """
     target = get_target(settings.target)
     options = validate(target.Options, settings.options, where=f"options of target {target.name}")
@@ -156,7 +156,7 @@ def check_settings(settings: Settings) -> tuple[Target, TargetOptions, Device | 
 def _formats(
     evaluator: Evaluator, target: Target, options: TargetOptions, *, storage: bool
 ) -> tuple[tuple[str, ...], ...]:
-    """Formats on offer for each part, without those that the target refuses for the model as a whole."""
+    """Allowed formats of each part, without those that the target refuses for this model."""
     program, parts = evaluator.program, evaluator.parts
     if not storage:
         return ((FLOAT,),) * len(parts)
@@ -183,12 +183,12 @@ def _traced(evaluator: Evaluator, progress: Progress, *, outputs: bool) -> tuple
 
 
 def _removable(evaluator: Evaluator, ranked: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
-    """Experts that may go, of the layers whose router can do without a row."""
+    """Removable experts of the layers whose router can be pruned."""
     return [order if evaluator.runner.pruned_weights(number) else () for number, order in enumerate(ranked)]
 
 
 def _owner(evaluator: Evaluator, part: Part) -> int:
-    """The MoE layer in the same layer of the model as a part; -1 where there is none."""
+    """The MoE layer in the same decoder layer as a part; -1 if there is none."""
     resolve = evaluator.program.weights.resolve
     stacks = {resolve(row.gate_up_proj): row.index for row in evaluator.program.layers}
     experts = {other.layer: stacks[name] for other in evaluator.parts for name in other.names if name in stacks}
@@ -199,7 +199,7 @@ def _check_limits(found: Opened) -> None:
     """Refuse limits that no individual can meet.
 
     Raises:
-        UsageError: There is one; the hint says the least that is possible.
+        UsageError: A limit cannot be met; the hint gives the smallest possible value.
     """
     least = found.space.unchanged.copy()
     for place, gene in enumerate(found.space.genes):
@@ -209,18 +209,18 @@ def _check_limits(found: Opened) -> None:
     for item, limit in found.settings.bounds.items():
         if not item.by_running and counted[item.name] > limit:
             raise UsageError(
-                f"--max-{item.name} {shown(item, limit)}: nothing that the search may choose meets it",
-                hint=f"the nearest is {shown(item, counted[item.name])}: coarsest formats and fewest experts",
+                f"--max-{item.name} {shown(item, limit)}: no recipe can meet this limit",
+                hint=f"the least is {shown(item, counted[item.name])}, with the smallest formats and fewest experts",
             )
 
 
 def run_search(
     found: Opened, directory: Path, *, executor: str, jobs: int, store: Path | None, progress: Progress
 ) -> Finished:
-    """Search; see the module.
+    """Run a search, or resume one.
 
     Raises:
-        UsageError: No individual that was measured meets all limits; the hint says the nearest.
+        UsageError: No measured individual meets all limits; the hint gives the nearest one.
         OutputError: The directory cannot be written.
     """
     kept = Store(store or directory, found.evaluator.context)
@@ -276,33 +276,33 @@ def _refuse(archive: Archive, bounds: Mapping[Objective, float]) -> None:
         f"{item.name} {shown(item, nearest.values[item.name])}" for item in OBJECTIVES.values() if item in named
     )
     raise UsageError(
-        f"no recipe that was measured meets all limits ({wanted})",
-        hint=f"the nearest has {reached}: allow as much, or more",
+        f"no measured recipe meets all limits ({wanted})",
+        hint=f"the nearest recipe has {reached}; relax the limits to these values",
     )
 
 
 class _Measuring:
-    """Asks the store, and the workers for what is not there."""
+    """Returns measurements from the store, and has workers measure what is missing."""
 
     def __init__(self, found: Opened, store: Store, run: Run, progress: Progress) -> None:
         self._found, self._store, self._run, self._progress = found, store, run, progress
         self.failed: set[str] = set()
 
     def of(self, sections: Mapping[str, object], windows: int) -> Measured:
-        """What the first windows say of one variant."""
+        """Measurements of one variant on the first windows."""
         self._complete([sections], windows, "pretrained model")
         return self._store.get(sections).first(windows)
 
     def divergences(self, listed: Sequence[Probe]) -> list[float]:
-        """Of each probe, nats per token."""
+        """Divergence of each probe, nats per token."""
         windows = min(SENSITIVITY_WINDOWS, len(self._found.evaluator.windows))
         sections = [self._sections(probe.genome) for probe in listed]
-        self._complete(sections, windows, "single choices")
+        self._complete(sections, windows, "sensitivity of single genes")
         return [float(np.mean(self._store.get(each).first(windows).divergences or [0.0])) for each in sections]
 
     def individuals(self, keys: Sequence[Key], hopeless: Callable[[Key, Measured], bool]) -> Mapping[Key, Measured]:
         """See `engine.Measure`."""
-        # Those that begin alike come one after the other, so that what they share is run once.
+        # Variants with the same first choices are adjacent, so that their common nodes run once.
         order = self._found.evaluator.runner.order
         ordered = sorted(keys, key=lambda key: order(self._found.space.variant(np.array(key))))
         alive = {key: self._sections(key) for key in ordered}
@@ -314,7 +314,7 @@ class _Measuring:
             for key, sections in list(alive.items()):
                 known = self._store.get(sections)
                 if known.windows < windows:
-                    del alive[key]  # it has cost more workers than it may
+                    del alive[key]  # it ended too many workers
                     results.pop(key, None)
                     continue
                 results[key] = known.first(windows)
@@ -339,7 +339,7 @@ class _Measuring:
 
 
 class _Clock:
-    """What generations took, in a file, so that a search that goes on knows how long it has been."""
+    """Records the time of each generation in a file, so that a resumed search knows its total time."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._started = path, time.monotonic()
@@ -356,16 +356,16 @@ class _Clock:
         return found
 
     def knows(self, number: int) -> bool:
-        """Whether a generation has been begun before."""
+        """Whether a generation was finished in an earlier run."""
         return number in self._known
 
     @property
     def seconds(self) -> float:
-        """What all generations took, those of earlier times included."""
+        """Seconds of all generations, including earlier runs."""
         return max(self._known.values(), default=0.0) + time.monotonic() - self._started
 
     def tick(self, generation: Generation) -> None:
-        """A generation ended."""
+        """Record the end of a generation."""
         if self.knows(generation.number):
             self._started = time.monotonic()
             return

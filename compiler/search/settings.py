@@ -1,4 +1,4 @@
-"""What a search was asked for: the file search.json in its directory, by which it goes on after it was stopped."""
+"""The settings of a search, stored as search.json in its directory so that a stopped search can be resumed."""
 
 from __future__ import annotations
 
@@ -23,38 +23,38 @@ POPULATION, GENERATIONS = 64, 40
 
 
 class Settings(BaseModel):
-    """Everything that decides what a search finds, and how it is run."""
+    """Every input that determines the result of a search."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     checkpoint: str = Field(min_length=1, description="Directory or hub id.")
     target: str = Field(min_length=1, description="Name of the target.")
-    objectives: str = Field(default="perplexity,expert-flops,size", description="Names, separated by commas.")
-    limits: dict[str, float] = Field(default_factory=dict, description="Name of an objective -> the most it may be.")
+    objectives: str = Field(default="perplexity,expert-flops,size", description="Comma-separated names.")
+    limits: dict[str, float] = Field(default_factory=dict, description="Name of an objective -> its upper limit.")
     options: dict[str, Any] = Field(default_factory=dict, description="Options of the target.")
-    dtype: DType | None = Field(default=None, description="Precision of what is not quantized; None: the target's.")
+    dtype: DType | None = Field(default=None, description="Precision of float weights; None: the target's.")
     device: str | None = Field(default=None, description="A device profile; None: this machine.")
-    population: int = Field(default=POPULATION, ge=4, description="Individuals of a generation.")
+    population: int = Field(default=POPULATION, ge=4, description="Individuals per generation.")
     generations: int | None = Field(default=None, ge=0, description="Generations after the first.")
-    budget: float | None = Field(default=None, gt=0, description="Seconds after which no generation is begun.")
-    share: float = Field(default=0.15, gt=0, le=1, description="Share of the individuals that may be measured.")
-    text: str | None = Field(default=None, description="Text that individuals are measured on.")
-    held_out: str | None = Field(default=None, description="Text that the front is judged on at the end.")
-    windows: int = Field(default=32, ge=4, description="Windows that an individual is measured on.")
-    window: int = Field(default=256, gt=1, description="Tokens of a window.")
-    held_out_windows: int = Field(default=96, ge=4, description="Windows that the front is judged on.")
-    members: int = Field(default=6, ge=0, description="Members of the front that are built.")
-    seed: int = Field(default=0, ge=0, description="Of all that chance decides.")
+    budget: float | None = Field(default=None, gt=0, description="Seconds after which no generation starts.")
+    share: float = Field(default=0.15, gt=0, le=1, description="Largest share of the individuals that is measured.")
+    text: str | None = Field(default=None, description="Text on which individuals are measured.")
+    held_out: str | None = Field(default=None, description="Text on which the front is evaluated at the end.")
+    windows: int = Field(default=32, ge=4, description="Number of windows on which an individual is measured.")
+    window: int = Field(default=256, gt=1, description="Tokens per window.")
+    held_out_windows: int = Field(default=96, ge=4, description="Number of windows on which the front is evaluated.")
+    members: int = Field(default=6, ge=0, description="Number of members of the front that are built.")
+    seed: int = Field(default=0, ge=0, description="Seed of the random number generators.")
     revision: str | None = Field(default=None, description="Branch, tag or commit of a hub id.")
     trust_remote_code: bool = Field(default=False, description="Run modelling code of the checkpoint.")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.generations is not None and self.budget is not None:
-            raise ValueError("generations and budget exclude each other")
+            raise ValueError("generations and budget cannot both be given")
         for name in self.limits:
             if name not in OBJECTIVES:
-                raise ValueError(f"{name} is no objective")
+                raise ValueError(f"{name} is not an objective")
         return self
 
     @property
@@ -69,15 +69,15 @@ class Settings(BaseModel):
 
     @property
     def last(self) -> int | None:
-        """The last generation; None where time decides."""
+        """Number of the last generation; None if the search has a time budget instead."""
         return None if self.budget is not None else GENERATIONS if self.generations is None else self.generations
 
 
 def make_settings(fields: Mapping[str, Any]) -> Settings:
-    """Validate what is asked for; None is what was not given.
+    """Validate the settings; a field that is None takes its default.
 
     Raises:
-        UsageError: A value makes no sense.
+        UsageError: A value is invalid.
     """
     found = validate(Settings, {key: value for key, value in fields.items() if value is not None}, where="search")
     parse_objectives(found.objectives)
@@ -85,21 +85,21 @@ def make_settings(fields: Mapping[str, Any]) -> Settings:
 
 
 def begin(directory: Path, settings: Settings, checkpoint: Checkpoint) -> None:
-    """Write search.json into the directory of a new search, or of one that never came to its first generation.
+    """Write search.json into the directory of a new search, or of one that never finished its first generation.
 
     Raises:
-        UsageError: There is a search, or something else, already.
-        OutputError: It cannot be written.
+        UsageError: The directory already holds a search.
+        OutputError: The directory holds other files, or cannot be written.
     """
     there = (directory / FILE).exists()
     if (directory / GENERATIONS_FILE).exists():
         raise UsageError(
-            f"{directory}: there is a search already",
-            hint=f"go on with it: moec search {directory} --resume; or choose another directory with -o",
+            f"{directory} already contains a search",
+            hint=f"resume it with: moec search {directory} --resume; or choose another directory with -o",
         )
     if directory.exists() and not there and (not directory.is_dir() or any(directory.iterdir())):
         raise OutputError(
-            f"{directory} is there, and is no search", hint="choose a directory that is empty, or is not there"
+            f"{directory} exists and does not contain a search", hint="choose an empty directory or a new one"
         )
     content = {
         "schema_version": SCHEMA_VERSION,
@@ -110,24 +110,28 @@ def begin(directory: Path, settings: Settings, checkpoint: Checkpoint) -> None:
 
 
 def resumed(directory: Path, checkpoint: str | None = None) -> Settings:
-    """The settings of a search that was begun.
+    """Read the settings of a search that was started.
 
     Args:
-        directory: Of the search.
-        checkpoint: Where the checkpoint lies now; None: where it lay.
+        directory: The directory of the search.
+        checkpoint: Present location of the checkpoint; None: the location in search.json.
 
     Raises:
-        ArtifactError: There is no search, or its file is damaged.
-        CheckpointError: The checkpoint is missing, or another one lies there now.
+        ArtifactError: The directory contains no search, or search.json is damaged.
+        CheckpointError: The checkpoint is missing or has changed.
     """
     path = directory / FILE
     if not path.is_file():
         raise ArtifactError(
-            f"{directory}: there is no search in it ({FILE})", hint="moec search CHECKPOINT -o DIRECTORY begins one"
+            f"{directory} does not contain a search: {FILE} is missing",
+            hint="start one: moec search CHECKPOINT -o DIRECTORY",
         )
-    content = read_json(path, ArtifactError, hint="begin the search anew in another directory")
+    content = read_json(path, ArtifactError, hint="start the search again in another directory")
     if content.get("schema_version") != SCHEMA_VERSION or not isinstance(content.get("settings"), dict):
-        raise ArtifactError(f"{path}: not what this version of moec writes", hint="begin the search anew")
+        raise ArtifactError(
+            f"{path} was not written by this version of moec",
+            hint="start the search again in another directory",
+        )
     settings = make_settings({**content["settings"], **({"checkpoint": checkpoint} if checkpoint else {})})
     opened = Checkpoint.open(
         settings.checkpoint, revision=settings.revision, trust_remote_code=settings.trust_remote_code
@@ -136,6 +140,6 @@ def resumed(directory: Path, checkpoint: str | None = None) -> Settings:
     if differing := sorted(name for name in {*known, *found} if known.get(name) != found.get(name)):
         raise CheckpointError(
             f"{directory} is a search of another checkpoint than {opened.directory}: {', '.join(differing[:4])} differ",
-            hint="give it back its checkpoint, or begin a search of this one in another directory",
+            hint="restore the original checkpoint, or start a search of this one in another directory",
         )
     return settings

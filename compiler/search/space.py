@@ -1,8 +1,8 @@
-"""What a search may vary: an individual is a row of whole numbers, and stands for a variant of the model.
+"""The search space: an individual is a vector of integers that encodes a variant of the model.
 
-Each MoE layer has a rule by which it drops slots, the share of its slots that the rule leaves on calibration text, and
-a number of experts to prune; each part that can be quantized has a format. Rules are fitted to their shares on the
-routing of the pretrained model, as `moec calibrate` fits them.
+Each MoE layer has a routing policy, the share of its slots that the policy keeps on calibration text, and a number of
+experts to prune. Each quantizable part has a format. The parameter of a policy is fitted to its share on the routing of
+the pretrained model, as `moec calibrate` does.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from moec.passes.routing.policies.table import policy_type
 
 Genome = np.ndarray[tuple[int], np.dtype[np.int64]]
 LEVELS = 100
-"""A level is a share of a layer's slots in percent; this one keeps all of them."""
+"""A level is the share of a layer's slots that is kept, in percent; this level keeps all of them."""
 RULES: tuple[tuple[str, bool], ...] = (
     ("top-p", True),
     ("top-p", False),
@@ -33,21 +33,21 @@ RULES: tuple[tuple[str, bool], ...] = (
     ("uniform-k", True),
     ("uniform-k", False),
 )
-"""Policies of a layer, and whether they scale what is left."""
+"""Policies of a layer, and whether they renormalize the remaining weights."""
 BISECTIONS = 24
 DIGITS = 5
-"""Significant digits of a fitted parameter, so that recipes can be read."""
+"""Significant digits of a fitted parameter, which keeps recipes readable."""
 
 
 @dataclass(frozen=True)
 class Gene:
-    """One number of an individual.
+    """One integer of an individual.
 
     Attributes:
         kind: "rule", "level", "prune" or "format".
-        index: Of the MoE layer; of the part for "format".
-        low: Smallest value.
-        high: Largest value.
+        index: Index of the MoE layer, or of the part for "format".
+        low: Smallest allowed value.
+        high: Largest allowed value.
     """
 
     kind: str
@@ -58,14 +58,14 @@ class Gene:
 
 @dataclass(frozen=True)
 class Space:
-    """Everything that can be chosen.
+    """All genes of a model and the variants that they encode.
 
     Attributes:
-        slots: The routing of the pretrained model on calibration text, an entry per MoE layer.
-        removable: Experts of each MoE layer that may go, those that matter least first.
-        formats: Text forms of the formats on offer for each part, the smallest first; one alone: there is no choice.
-        owners: Of each part, the MoE layer that it is near; -1: none.
-        routing: Whether rules and levels are varied.
+        slots: The routing of the pretrained model on calibration text, one entry per MoE layer.
+        removable: Experts of each MoE layer that may be pruned, the least important first.
+        formats: Text forms of the allowed formats of each part, the smallest first; a single entry is not varied.
+        owners: The MoE layer in the same decoder layer as each part; -1: none.
+        routing: Whether policies and levels are varied.
     """
 
     slots: tuple[Slots, ...]
@@ -79,7 +79,7 @@ class Space:
 
     @cached_property
     def genes(self) -> tuple[Gene, ...]:
-        """The genes, those of one layer beside each other."""
+        """All genes; those of one layer are adjacent."""
         found: list[Gene] = []
         for index, slots in enumerate(self.slots):
             if self.routing and slots.top_k > 1:
@@ -102,12 +102,12 @@ class Space:
 
     @cached_property
     def places(self) -> Mapping[tuple[str, int], int]:
-        """Kind and index of a gene -> its place."""
+        """Kind and index of a gene -> its position in the vector."""
         return {(gene.kind, gene.index): place for place, gene in enumerate(self.genes)}
 
     @cached_property
     def blocks(self) -> tuple[np.ndarray, ...]:
-        """Places of the genes that belong together: those of one layer, or of one part that is in none."""
+        """Positions of the genes that crossover exchanges together: those of a layer, or of a part outside layers."""
         found: dict[tuple[str, int], list[int]] = {}
         for place, gene in enumerate(self.genes):
             layer = self.owners[gene.index] if gene.kind == "format" else gene.index
@@ -116,12 +116,12 @@ class Space:
 
     @cached_property
     def unchanged(self) -> Genome:
-        """The individual that is the pretrained model, in the best formats on offer."""
+        """The individual that encodes the pretrained model in its largest allowed formats."""
         values = {"rule": 0, "level": LEVELS, "prune": 0}
         return np.array([values.get(gene.kind, gene.high) for gene in self.genes], dtype=np.int64)
 
     def canonical(self, genome: Genome) -> Genome:
-        """The same variant in one spelling: within bounds, and no rule where all slots stay."""
+        """The unique encoding of a variant: within bounds, and policy 0 for a layer that keeps all slots."""
         found = np.clip(genome, self.low, self.high)
         for index, slots in enumerate(self.slots):
             place = self.places.get(("level", index))
@@ -135,7 +135,7 @@ class Space:
         return found
 
     def variant(self, genome: Genome) -> Variant:
-        """What an individual stands for."""
+        """The variant that an individual encodes."""
         value = self.value
         policies = [
             self.policy(index, value(genome, "rule", index, 0), value(genome, "level", index, LEVELS))
@@ -148,16 +148,16 @@ class Space:
         return Variant(tuple(policies), tuple(removed), tuple(formats))
 
     def value(self, genome: Genome, kind: str, index: int, default: int) -> int:
-        """Value of a gene, or the default where it is not varied."""
+        """Value of a gene, or the default if it is not varied."""
         place = self.places.get((kind, index))
         return default if place is None else int(genome[place])
 
     def policy(self, layer: int, rule: int, level: int) -> Policy | None:
-        """What a rule at a level is in a layer; None where all slots stay."""
+        """The fitted policy of a layer for a rule and a level; None if it keeps all slots."""
         return self._fit(layer, rule, level)[0]
 
     def kept(self, genome: Genome) -> np.ndarray:
-        """Share of the slots that each MoE layer keeps on the routing of the pretrained model: [layers]."""
+        """Share of the slots that each MoE layer keeps, on the routing of the pretrained model: [layers]."""
         value = self.value
         return np.array(
             [

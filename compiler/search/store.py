@@ -1,7 +1,7 @@
-"""Results of true evaluations: a file that is appended to, one line for each, so that a kill loses one line at most.
+"""Stored evaluations: an append-only file of JSON lines, of which a killed process loses at most the last line.
 
-A line is keyed by the digest of what decides it: checkpoint, text, tools and the recipe's sections. Searches of one
-checkpoint on one text may share a directory of such files.
+The file is named by the digest of checkpoint, text and tools, and a line by the digest of the recipe sections. Searches
+of one checkpoint on one text may share a directory of such files.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ SUFFIX = ".jsonl"
 
 @dataclass(frozen=True)
 class Measured:
-    """What some windows of text say of a variant.
+    """Measurements of a variant on some windows of text.
 
     Attributes:
         losses: Mean negative log likelihood of each window, nats.
         divergences: Mean KL(pretrained || variant) per token of each window, nats.
-        kept: Of each window, the share of the pretrained slots that each MoE layer executes.
+        kept: Share of the pretrained slots that each MoE layer executes, for each window.
     """
 
     losses: tuple[float, ...] = ()
@@ -38,16 +38,16 @@ class Measured:
 
     @property
     def windows(self) -> int:
-        """How many windows were read."""
+        """Number of measured windows."""
         return len(self.losses)
 
     def first(self, windows: int) -> Measured:
-        """What the first windows say."""
+        """The measurements of the first windows."""
         return Measured(self.losses[:windows], self.divergences[:windows], self.kept[:windows])
 
     @classmethod
     def of(cls, plain: Mapping[str, Any]) -> Measured:
-        """Read the plain form."""
+        """Build from the mapping of a JSON line."""
         kept = tuple(tuple(map(float, window)) for window in plain["kept"])
         return cls(tuple(map(float, plain["losses"])), tuple(map(float, plain["divergences"])), kept)
 
@@ -56,8 +56,8 @@ class Store:
     """Evaluations of one checkpoint on one text, in memory and in a file.
 
     Args:
-        directory: Where the file is; made where there is none.
-        context: All that decides a result beside the recipe's sections: JSON-able.
+        directory: Directory of the file; created if it does not exist.
+        context: Everything but the recipe sections that determines a result, as JSON values.
 
     Raises:
         OutputError: The directory cannot be written.
@@ -83,9 +83,9 @@ class Store:
                 plain = json.loads(line)
                 self._append(str(plain["key"]), int(plain["start"]), Measured.of(plain))
             except (ValueError, KeyError, TypeError):
-                continue  # what a disk has lost is evaluated again
+                continue  # a damaged line is evaluated again
         if lines and lines[-1]:
-            # The process was killed while it wrote: what it wrote of this line is no result.
+            # The process was killed while it wrote this line, so the line is incomplete.
             os.truncate(self.path, whole)
 
     def _append(self, key: str, start: int, more: Measured) -> None:
@@ -94,16 +94,16 @@ class Store:
             self._found[key] = found + more
 
     def get(self, sections: Mapping[str, Any]) -> Measured:
-        """What is known of a recipe; nothing where it was never evaluated."""
+        """The measurements of a recipe; empty if it was never evaluated."""
         return self._found.get(key_of(sections), Measured())
 
     def put(self, sections: Mapping[str, Any], start: int, more: Measured) -> None:
-        """Keep a result.
+        """Store a result.
 
         Args:
-            sections: Of the recipe.
-            start: Windows that were known of it before.
-            more: The next ones.
+            sections: Sections of the recipe.
+            start: Number of windows that were already measured.
+            more: Measurements of the windows after them.
 
         Raises:
             OutputError: The file cannot be written.
@@ -125,10 +125,10 @@ class Store:
 
 
 def key_of(sections: Mapping[str, Any]) -> str:
-    """Digest of the sections of a recipe."""
+    """Digest of recipe sections."""
     return sha256_of_json(sections)
 
 
 def common_windows(found: Sequence[Measured]) -> int:
-    """Windows that all of them have been judged on."""
+    """Number of windows on which all of them were measured."""
     return min((item.windows for item in found), default=0)

@@ -1,13 +1,13 @@
-"""Predicts what a variant loses without running it, and says how sure it is.
+"""Predicts the loss of a variant and its uncertainty without running the variant.
 
-Divergences of single choices add up nearly: with v_g the root of what choice g loses by itself, S = sum_g v_g^2 is the
-prediction of the additive model. What was measured is regressed as the ratio to S by a Gaussian process (Rasmussen and
+The divergences of single genes nearly add up: with v_g the square root of the divergence that gene g causes alone, the
+additive model predicts S = sum_g v_g^2. A Gaussian process models the ratio of the measured loss to S (Rasmussen and
 Williams, "Gaussian Processes for Machine Learning", 2006, chapters 2 and 5) with prior mean 1 and the kernel
 
     a sum_g f_g f'_g  +  c exp(-|e - e'|^2 / 2 l^2 - (log S - log S')^2 / 2 m^2)  +  n,
 
-f = v^2 / S, e = v / |v|: a lets single choices count more or less than measured, c lets them help or hurt each other
-where they go together, and more or less where much is changed. n is noise.
+with f = v^2 / S and e = v / |v|. The term of a scales the contribution of single genes, the term of c models their
+interaction and its dependence on the size of the change, and n is noise.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from scipy.optimize import minimize
 from scipy.stats import spearmanr
 
 FLOOR = 1e-6
-"""Nats: least S, where ratios would mean nothing."""
+"""Smallest S, nats; the ratio to a smaller S would be meaningless."""
 START = np.log([0.1, 0.1, 0.5, 1.0, 0.02])
-"""Logarithms of a, c, l, m and n before they are fitted."""
+"""Initial logarithms of a, c, l, m and n."""
 BOUNDS = [(-9.0, 3.0)] * 2 + [(-3.0, 2.0), (-2.0, 3.0), (-9.0, 1.0)]
 LEAST = 12
-"""Measured individuals before the parameters of the kernel are fitted."""
+"""Number of measured individuals from which the parameters of the kernel are fitted."""
 MISLEADS = 0.7
-"""Rank correlation below which a surrogate misleads."""
+"""Rank correlation below which a surrogate is reported as misleading."""
 
 Array = np.ndarray
 
 
 @dataclass(frozen=True)
 class _Features:
-    """Of individuals: shares of S [n, G], directions [n, G], logarithms of S [n]."""
+    """Features of n individuals: shares of S [n, G], unit directions [n, G] and logarithms of S [n]."""
 
     shares: Array
     directions: Array
@@ -60,14 +60,14 @@ def _kernel(theta: Array, first: _Features, second: _Features) -> Array:
 
 
 class Surrogate:
-    """A regression of measured losses on the roots of what single choices lose.
+    """A regression of measured losses on the square roots of the divergences of single genes.
 
     Args:
-        roots: Of the measured individuals, [n, G].
-        losses: What they lose, nats, [n].
-        variances: Of `losses`, where they are of some windows only; 0 where they are exact, [n].
+        roots: Features of the measured individuals, [n, G].
+        losses: Their losses, nats, [n].
+        variances: Variances of `losses`, [n]; 0 for individuals that were measured on all windows.
         theta: Parameters of an earlier fit to start from.
-        refit: Whether the parameters are fitted to these individuals, or taken as they are.
+        refit: Whether to fit the parameters to these individuals; otherwise `theta` is used as it is.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Surrogate:
         self._weights = cho_solve(self._factor, self._ratios)
 
     def predict(self, roots: Array) -> tuple[Array, Array]:
-        """Expected loss and its standard deviation, nats: [n] each, for roots [n, G]."""
+        """Mean and standard deviation of the predicted loss, nats, [n] each, for roots [n, G]."""
         features = _Features.of(roots)
         sums = np.exp(features.logs)
         cross = _kernel(self.theta, features, self._features)
@@ -103,7 +103,7 @@ class Surrogate:
         return found
 
     def _surprise(self, theta: Array) -> float:
-        """Negative logarithm of the marginal likelihood (ibid., equation 2.30), without its constant."""
+        """Negative log marginal likelihood (ibid., equation 2.30), up to a constant."""
         try:
             factor = cho_factor(self._covariance(theta), lower=True)
         except np.linalg.LinAlgError:
@@ -120,7 +120,7 @@ def _each(features: _Features) -> list[_Features]:
 
 
 def rank_correlation(predicted: Sequence[float], measured: Sequence[float]) -> float:
-    """Spearman's rank correlation; nan with fewer than three pairs or where one side never changes."""
+    """Spearman's rank correlation; nan for fewer than three pairs or if one side is constant."""
     if len(predicted) < 3 or len(set(predicted)) < 2 or len(set(measured)) < 2:
         return math.nan
     return float(spearmanr(predicted, measured).statistic)

@@ -1,4 +1,4 @@
-"""The end of a search: recipes of the front, judged on text that it never saw, and some of them built and gated."""
+"""The end of a search: the front is evaluated on held-out text, and some of its members are built and gated."""
 
 from __future__ import annotations
 
@@ -51,20 +51,20 @@ from moec.targets.base import cannot_measure, limits_of
 
 FOLDER, ARTIFACTS = "front", "artifacts"
 MOST = 24
-"""Most recipes of a front that are kept: those that add most to its hypervolume."""
+"""Maximum number of recipes that are kept; those that add most to the hypervolume are kept first."""
 SECONDS = 8.0
-"""Of measuring the decode step of a member."""
+"""Seconds for the measurement of a member's decode step."""
 
 
 @dataclass(frozen=True)
 class _Judged:
-    """A member with what held-out text says of it.
+    """A member of the front with its measurements on held-out text.
 
     Attributes:
-        name: Name of its recipe in the front.
-        individual: What the search measured.
-        held_out: What held-out text says.
-        fields: Its fields in front.json.
+        name: Name of its recipe.
+        individual: The individual of the search.
+        held_out: Measurements on held-out text.
+        fields: Fields of its recipe.
     """
 
     name: str
@@ -76,15 +76,15 @@ class _Judged:
 def conclude(
     found: Opened, finished: Finished, directory: Path, *, executor: str, jobs: int, progress: Progress
 ) -> Front:
-    """Write the recipes, judge and build them, and write front.json.
+    """Write the recipes, evaluate and build them, and write front.json.
 
     Args:
-        found: What was searched.
-        finished: What was found.
-        directory: Of the search.
+        found: Model and text of the search.
+        finished: Result of the search.
+        directory: Directory of the search.
         executor: "local" or "ray": where members are built.
-        jobs: Builds at a time.
-        progress: Told how far it is.
+        jobs: Number of parallel builds.
+        progress: Progress callback.
 
     Raises:
         CheckpointError: The held-out text is missing or too short.
@@ -149,7 +149,7 @@ def _built(
     jobs: int,
     progress: Progress,
 ) -> dict[str, Outcome]:
-    """Build and gate the members that cover the front best."""
+    """Build and gate the members that add most to the hypervolume."""
     search = finished.search
     rows = np.array([search.archive.row(one.individual.values) for one in judged])
     best = search.volume.best(np.zeros((0, rows.shape[1])), rows, found.settings.members)
@@ -287,7 +287,7 @@ def _front(found: Opened, finished: Finished, text: str, members: list[Member], 
 
 
 def surrogate_facts(finished: Finished) -> SurrogateFacts:
-    """How well the surrogate predicted what was measured after it."""
+    """Accuracy of predictions that were made before their individuals were measured."""
     archive = finished.search.archive
     pairs = [
         (item.predicted[0], float(archive.differences(item.measured).mean()))

@@ -1,4 +1,4 @@
-"""A variant of a model: what a recipe of the search changes in it, and the sections of the recipe that say so."""
+"""A variant of a model: its policies, pruned experts and formats, and the recipe sections that describe them."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from moec.quantize.plan import QuantizationPlan
 from moec.quantize.planning.sensitivity import Part, plan_of
 
 FLOAT = "none"
-"""Text form of the format of a part that stays as it is."""
+"""Text form of the format of a part that is not quantized."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """What differs from the pretrained model.
+    """The differences from the pretrained model.
 
     Attributes:
-        policies: What each MoE layer keeps of its slots; None: all of them.
+        policies: Routing policy of each MoE layer; None: all slots are kept.
         removed: Experts that are pruned from each MoE layer.
         formats: Text form of the format of each part, in the order of `parts_of`.
     """
@@ -45,7 +45,7 @@ class Variant:
         """The inverse of `sections`.
 
         Raises:
-            UsageError: A policy or a format is wrong.
+            UsageError: A policy or a format is invalid.
         """
         found = cls.unchanged(program, parts)
         routing, quantize = sections.get("routing"), sections.get("quantize")
@@ -61,7 +61,7 @@ class Variant:
         return found
 
     def sections(self, parts: Sequence[Part]) -> dict[str, Any]:
-        """The sections `routing` and `quantize` of a recipe; without what the variant leaves as it is."""
+        """The recipe sections `routing` and `quantize`; a section that would change nothing is left out."""
         routing: dict[str, Any] = {}
         if any(self.policies):
             parameters = json.loads(json.dumps(parameters_of(PerLayer(layers=self.policies))))

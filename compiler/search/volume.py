@@ -1,4 +1,4 @@
-"""Hypervolume of a front, and what further individuals would add to it."""
+"""Hypervolume of a front, and the contribution of further individuals."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ Array = np.ndarray
 class Volume:
     """The hypervolume between a front and a reference point, as a share of the box from zero to that point.
 
-    Zitzler and Thiele, "Multiobjective Optimization Using Evolutionary Algorithms", 1998. What is no better than the
-    point in some objective counts nothing; what is below zero counts as zero.
+    Zitzler and Thiele, "Multiobjective Optimization Using Evolutionary Algorithms", 1998. Rows that are not
+    better than that point in every objective do not count; negative values count as zero.
 
     Args:
-        worst: The reference point, all of it above 0: [m].
+        worst: The reference point, all values positive: [m].
     """
 
     def __init__(self, worst: Sequence[float]) -> None:
@@ -37,20 +37,21 @@ class Volume:
         return found
 
     def best(self, front: Array, candidates: Array, count: int) -> list[tuple[int, float]]:
-        """The candidates [c, m] that would add most to a front, one after the other.
+        """Greedily choose the candidates that would add most to a front.
 
-        What a candidate adds never grows as others join the front, so that bounds from before serve.
+        The contribution of a candidate never grows as others join the front (submodularity), so earlier contributions
+        are upper bounds and most need not be computed again.
 
         Args:
-            front: What is known, [n, m].
-            candidates: What might be.
-            count: At most so many.
+            front: The present front, [n, m].
+            candidates: The candidates, [c, m].
+            count: Maximum number of candidates to choose.
 
         Returns:
-            Indices and what each adds beyond those before it; without those that add nothing.
+            Index and contribution of each chosen candidate, in order; candidates that add nothing are left out.
         """
         known, base = np.asarray(front).reshape(-1, len(self._worst)), self.of(front)
-        # All that is compared with the first entry was computed for the front as it is at that time.
+        # Entries: negative contribution, index, and the number of chosen candidates when it was computed.
         waiting = [(-(self.of(np.vstack([known, row])) - base), index, 0) for index, row in enumerate(candidates)]
         heapq.heapify(waiting)
         chosen: list[tuple[int, float]] = []

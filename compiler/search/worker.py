@@ -1,7 +1,7 @@
 """A worker process of a search: `python -m moec.compiler.search.worker`.
 
-It reads the subject as one line of JSON, then one task after the other, and answers each with one line. It ends when
-its standard input does, so that nothing is left running when the process that started it is killed.
+It reads the subject as one line of JSON, then one task per line, and answers each task with one line. It ends at the
+end of its standard input, so no worker survives the process that started it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def main() -> None:
     """Entry point of the process."""
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
-    # What libraries print is no answer.
+    # Output of libraries must not mix with the answers.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     subject = sys.stdin.readline()

@@ -1,7 +1,7 @@
-"""Where individuals are measured: in this process, in several of this machine, or on a Ray cluster.
+"""Workers that measure individuals: this process, several local processes, or actors of a Ray cluster.
 
-A worker opens the model once and is then told one individual after the other. One that dies costs what it was at, which
-another is told in its place; what has killed two workers is given up.
+A worker opens the model once and then measures one individual after another. When a worker dies, its individual is
+given to another one; an individual that has ended two workers is not tried again.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from moec.compiler.search.evaluation import Evaluator, Subject
 from moec.compiler.search.store import Measured
 
 TRIES = 2
-"""Workers that an individual may cost."""
+"""Number of workers that an individual may end before it is not tried again."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,12 @@ class Task:
 
 
 Run = Callable[[Sequence[Task]], Iterator[tuple[int, Measured | None]]]
-"""Tasks -> index and result of each as they are ready; None where it was given up."""
+"""Tasks -> index and result of each as they finish; None for a task that ended too many workers."""
 
 
 @contextlib.contextmanager
 def here(evaluator: Evaluator, _jobs: int) -> Iterator[Run]:
-    """One individual at a time, in this process."""
+    """Measure one individual at a time in this process."""
 
     def run(tasks: Sequence[Task]) -> Iterator[tuple[int, Measured | None]]:
         for index, task in enumerate(tasks):
@@ -74,7 +74,7 @@ class _Process:
         """The result of a task.
 
         Raises:
-            OSError: The process is dead.
+            OSError: The process has ended.
             MoecError: The evaluation failed.
         """
         self._say(asdict(task))
@@ -89,17 +89,17 @@ class _Process:
 
     @property
     def pid(self) -> int:
-        """Of the process."""
+        """Process id."""
         return self._process.pid
 
     def end(self) -> None:
-        """End the process, and wait for it."""
+        """End the process and wait for it."""
         self._process.kill()
         self._process.communicate()
 
 
 class _Pool:
-    """Processes, each with a thread that hands it tasks."""
+    """Worker processes, each with a thread that sends it tasks."""
 
     def __init__(self, subject: Subject, jobs: int) -> None:
         self._subject, self._jobs = subject, jobs
@@ -110,7 +110,7 @@ class _Pool:
         """See `Run`.
 
         Raises:
-            MoecError: An evaluation failed for a reason of its own.
+            MoecError: An evaluation failed with an error.
         """
         waiting, done = deque((index, 0) for index in range(len(tasks))), queue.Queue[Any]()
         for number in range(min(self._jobs, len(tasks))):
@@ -124,7 +124,7 @@ class _Pool:
     def _serve(
         self, number: int, tasks: Sequence[Task], waiting: deque[tuple[int, int]], done: queue.Queue[Any]
     ) -> None:
-        """Hand tasks to one process until there are none; one that died is started anew."""
+        """Send tasks to one process until none is left; restart the process if it dies."""
         while waiting:
             with contextlib.suppress(IndexError):  # another thread took the last one
                 index, tries = waiting.popleft()
@@ -152,7 +152,7 @@ class _Pool:
 
 @contextlib.contextmanager
 def in_processes(evaluator: Evaluator, jobs: int) -> Iterator[Run]:
-    """As many processes of this machine as `jobs` says; the cores are shared out among them."""
+    """Measure in `jobs` local processes, which share the cores."""
     pool = _Pool(evaluator.subject, jobs)
     try:
         yield pool.run
@@ -162,9 +162,9 @@ def in_processes(evaluator: Evaluator, jobs: int) -> Iterator[Run]:
 
 @contextlib.contextmanager
 def on_ray(evaluator: Evaluator, jobs: int) -> Iterator[Run]:
-    """As many actors as `jobs` says on the cluster that RAY_ADDRESS names, or on one that is started here.
+    """Measure in `jobs` actors of the cluster that RAY_ADDRESS names, or of a local cluster.
 
-    Checkpoint, texts and the directory of the search must be at the same place on every node.
+    The checkpoint, the texts and the directory of the search must have the same path on every node.
 
     Raises:
         MissingExtraError: Ray is not installed.
@@ -197,7 +197,7 @@ def on_ray(evaluator: Evaluator, jobs: int) -> Iterator[Run]:
 
 
 class _Actor:
-    """A worker on Ray, which finds moec where the driver found it."""
+    """A worker on Ray that imports moec from the same path as the driver."""
 
     def __init__(self, subject: dict[str, Any], path: list[str]) -> None:
         sys.path[:] = [*sys.path, *(entry for entry in path if entry not in sys.path)]
@@ -205,16 +205,16 @@ class _Actor:
         self._evaluator.use_codes()
 
     def evaluate(self, task: dict[str, Any]) -> dict[str, Any]:
-        """The result of a task, in its plain form."""
+        """The result of a task as a mapping."""
         return asdict(self._evaluator.evaluate(**task))
 
     def pid(self) -> int:
-        """Of the process that it runs in."""
+        """Process id of the actor."""
         return os.getpid()
 
 
 def opened(executor: str, evaluator: Evaluator, jobs: int) -> contextlib.AbstractContextManager[Run]:
-    """Workers of a kind: "local" or "ray"."""
+    """Start the workers of an executor: "local" or "ray"."""
     if executor == "ray":
         return on_ray(evaluator, jobs)
     return in_processes(evaluator, jobs) if jobs > 1 else here(evaluator, jobs)

@@ -18,7 +18,7 @@ def test_the_published_schema_is_ours() -> None:
 
 
 def test_what_is_no_front_is_said(tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match=r"no front\.json") as error:
+    with pytest.raises(ArtifactError, match=r"does not contain front\.json") as error:
         read_front(tmp_path)
     assert "--resume" in error.value.hint
     (tmp_path / "front.json").write_text('{"members": 3}')

@@ -156,13 +156,13 @@ def test_limits_that_nothing_can_meet_are_refused_before_the_search(
     settings = reference["settings"].model_copy(update={"limits": limits, "objectives": "perplexity,expert-flops,size"})
     with pytest.raises(UsageError, match=message) as error:
         open_search(settings, tmp_path, lambda *_: None)
-    assert "the nearest is" in error.value.hint
+    assert "the least is" in error.value.hint
 
 
-def test_limits_that_nothing_meets_say_the_nearest(search: Search, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="no recipe that was measured meets all limits") as error:
+def test_the_hint_for_unmet_limits_gives_the_nearest_recipe(search: Search, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no measured recipe meets all limits") as error:
         search(tmp_path, limits={"divergence": 1e-9, "expert-flops": 0.6}, generations=0)
-    assert "the nearest has" in error.value.hint
+    assert "the nearest recipe has" in error.value.hint
     assert "expert-flops" in error.value.hint
 
 
