@@ -1,6 +1,7 @@
-"""Train the golden model `olmoe-tiny` from Debian's packages of free text: one command, no other source.
+"""Train a golden model from Debian's packages of free text: one command, no other source.
 
     python golden_models/train.py --output olmoe-tiny-again
+    python golden_models/train.py --architecture qwen3_next --threads 2 --output qwen3-next-tiny-again
 
 Needs a Debian system (apt-get and dpkg-deb, no root), torch and transformers. The corpus is built from
 the packages in `PACKAGES`, without any passage of the calibration and held-out texts. The schedule is counted in
@@ -23,10 +24,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    OlmoeConfig,
+    OlmoeForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 MODEL = Path(__file__).resolve().parent / "olmoe-tiny"
 PACKAGES = ("python3.11-doc", "postgresql-doc-15", "wordnet-base", "r-cran-janeaustenr")
@@ -40,6 +48,17 @@ WARMUP_STEPS = 100
 WORDNET_CHARACTERS = 4_400_000
 AUSTEN_CHARACTERS = 3_300_000  # the held-out text is the end of the last novel
 SHORT_LINE = 24
+COMMON: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 1024,
+    "router_aux_loss_coef": 0.01,
+    "output_router_logits": True,
+    "use_cache": False,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+"""Fields of the configuration that all golden models share."""
 
 
 def unpack_packages(work: Path) -> Path:
@@ -179,10 +198,9 @@ def new_tokenizer(texts: list[str]) -> Tokenizer:
     return tokenizer
 
 
-def new_model() -> OlmoeForCausalLM:
+def new_olmoe() -> OlmoeForCausalLM:
     """OLMoE with 9.46 M parameters: 4 layers, 16 experts, top-4; drawn from torch's global random state."""
     config = OlmoeConfig(
-        vocab_size=VOCABULARY,
         hidden_size=256,
         intermediate_size=128,
         num_hidden_layers=4,
@@ -190,15 +208,41 @@ def new_model() -> OlmoeForCausalLM:
         num_key_value_heads=4,
         num_experts=16,
         num_experts_per_tok=4,
-        max_position_embeddings=1024,
-        router_aux_loss_coef=0.01,
-        output_router_logits=True,
-        use_cache=False,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=0,
+        **COMMON,
     )
     return OlmoeForCausalLM(config)
+
+
+def new_qwen3_next() -> Qwen3NextForCausalLM:
+    """Qwen3-Next with 6.15 M parameters: three layers of gated delta rule and one of attention; 16 experts, top-4."""
+    config = Qwen3NextConfig(
+        hidden_size=192,
+        num_hidden_layers=4,
+        layer_types=["linear_attention", "linear_attention", "linear_attention", "full_attention"],
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        linear_num_key_heads=4,
+        linear_num_value_heads=8,
+        linear_key_head_dim=32,
+        linear_value_head_dim=32,
+        moe_intermediate_size=96,
+        shared_expert_intermediate_size=96,
+        num_experts=16,
+        num_experts_per_tok=4,
+        tie_word_embeddings=False,
+        **COMMON,
+    )
+    model = Qwen3NextForCausalLM(config)
+    model.set_experts_implementation("eager")  # the fastest of the three for backward on a CPU
+    return model
+
+
+ARCHITECTURES: dict[str, tuple[Callable[[], PreTrainedModel], int]] = {
+    "olmoe": (new_olmoe, 2588),
+    "qwen3_next": (new_qwen3_next, 1500),
+}
+"""Name -> what makes the model, and the steps of its schedule."""
 
 
 def learning_rate(step: int, progress: float) -> float:
@@ -208,7 +252,7 @@ def learning_rate(step: int, progress: float) -> float:
     return PEAK_LEARNING_RATE * min(1.0, (step + 1) / WARMUP_STEPS) * decay
 
 
-def train(model: OlmoeForCausalLM, tokens: torch.Tensor, *, steps: int, minutes: float, seed: int) -> int:
+def train(model: PreTrainedModel, tokens: torch.Tensor, *, steps: int, minutes: float, seed: int) -> int:
     """Train in place and return the number of steps made.
 
     Args:
@@ -241,7 +285,7 @@ def train(model: OlmoeForCausalLM, tokens: torch.Tensor, *, steps: int, minutes:
     return step
 
 
-def save(model: OlmoeForCausalLM, tokenizer: Tokenizer, output: Path) -> None:
+def save(model: PreTrainedModel, tokenizer: Tokenizer, output: Path) -> None:
     """Write an fp16 checkpoint with its tokenizer."""
     model.config.output_router_logits = False
     model.config.use_cache = True
@@ -258,7 +302,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="directory of the checkpoint")
     parser.add_argument("--work", type=Path, default=Path("golden-corpus"), help="where packages are unpacked")
-    parser.add_argument("--steps", type=int, default=2588, help="steps of 16 x 256 tokens (default: 2588)")
+    parser.add_argument("--architecture", choices=ARCHITECTURES, default="olmoe", help="(default: olmoe)")
+    parser.add_argument("--steps", type=int, help="steps of 16 x 256 tokens (default: 2588, qwen3_next: 1500)")
     parser.add_argument("--minutes", type=float, default=math.inf, help="time limit (default: none)")
     parser.add_argument("--seed", type=int, default=1, help="seed of weights and windows (default: 1)")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch (default: 1)")
@@ -271,8 +316,9 @@ def main() -> None:
     encodings = tokenizer.encode_batch(chunks(texts, 20_000))
     tokens = torch.tensor([token for encoding in encodings for token in encoding.ids])
     print(f"{sum(map(len, texts))} characters, {len(tokens)} tokens", flush=True)
-    model = new_model()
-    steps = train(model, tokens, steps=options.steps, minutes=options.minutes, seed=options.seed)
+    make, planned = ARCHITECTURES[options.architecture]
+    model = make()
+    steps = train(model, tokens, steps=options.steps or planned, minutes=options.minutes, seed=options.seed)
     save(model, tokenizer, options.output)
     print(f"{steps} steps, {steps * BATCH * WINDOW} tokens: {options.output}")
 

@@ -20,17 +20,20 @@ def verify(
 ) -> int:
     """Check by digests, and by the signature if there is one, that the artifact is unchanged since it was built."""
     from moec.compiler.build import signature
-    from moec.compiler.common import artifact
+    from moec.compiler.common import artifact, provenance
 
     digests = artifact.verify(directory)
+    described = provenance.check(directory)
     signed = None
     if not ignore_signature and (public_key or signature.is_signed(directory)):
         signed = signature.check(directory, public_key)
 
     def show() -> None:
         console.line(f"{directory}: {len(digests)} files are unchanged since they were built")
+        if described:
+            console.line(f"{provenance.FILE} describes this artifact")
         if signed is not None:
             console.line(f"the signature is valid: {signed}")
 
-    console.result({"files": digests, "signature": signed}, show)
+    console.result({"files": digests, "provenance": described, "signature": signed}, show)
     return 0

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import moec
+from moec.compiler.common import provenance
 from moec.compiler.common.artifact import read_manifest, verify, write_manifest
 from moec.compiler.common.errors import (
     ArtifactError,
@@ -131,7 +132,7 @@ def compile_recipe(
 def _package(
     directory: Path, recipe: Recipe, target: Target, options: TargetOptions, built: Built, lowered: Lowered
 ) -> dict[str, Any]:
-    """Add configs, tokenizer, the target's own files, README.md and moec.json; return the content of moec.json."""
+    """Add configs, tokenizer, README.md, the target's files, moec.json (returned) and provenance.json."""
     for path in built.checkpoint.companions():
         shutil.copyfile(path, directory / path.name)
     make_loadable(directory)
@@ -151,7 +152,9 @@ def _package(
     }
     sizes = {name: (directory / name).stat().st_size for name in content["model_files"]}
     (directory / README).write_text(readme(content, sizes), encoding="utf-8")
-    return write_manifest(directory, content)
+    manifest = write_manifest(directory, content)
+    provenance.write(directory, manifest)
+    return manifest
 
 
 def validate_artifact(

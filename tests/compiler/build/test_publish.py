@@ -12,7 +12,8 @@ import pytest
 
 from moec import cli
 from moec.compiler.build import publish, signature
-from moec.compiler.common.artifact import verify, write_manifest
+from moec.compiler.common import provenance
+from moec.compiler.common.artifact import read_manifest, verify, write_manifest
 from moec.compiler.common.errors import ArtifactError, MissingExtraError, OutputError, UsageError
 from moec.compiler.common.verdict import Status, Verdict
 from moec.compiler.report import write as report
@@ -199,6 +200,21 @@ def test_a_right_signature(tmp_path: Path, keys: minisign.KeyPair, capsys: pytes
         assert "the signature is valid: release 7" in capsys.readouterr().out
     assert cli.dispatch(["verify", str(place), "--ignore-signature", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["signature"] is None
+
+
+def test_a_signature_of_the_provenance_is_checked_too(
+    tmp_path: Path, keys: minisign.KeyPair, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = artifact(tmp_path / "out")
+    provenance.write(place, read_manifest(place))
+    key = sign(place, keys)
+    signed = keys.secret_key.sign((place / provenance.FILE).read_bytes())
+    (place / f"{provenance.FILE}.minisig").write_bytes(bytes(signed))
+    assert cli.dispatch(["verify", str(place), "--public-key", key]) == 0
+    assert "provenance.json describes this artifact" in capsys.readouterr().out
+    (place / f"{provenance.FILE}.minisig").write_bytes((place / signature.FILE).read_bytes())
+    assert cli.dispatch(["verify", str(place), "--public-key", key]) == 9
+    assert "not a valid signature of this provenance.json" in capsys.readouterr().err
 
 
 def test_what_a_signature_does_not_prove_is_no_pass(
