@@ -66,7 +66,8 @@ MODELS: Mapping[str, Model] = {
     "deepseek_v3": Model("deepseek_v3"),
     "granitemoe": Model("granitemoe"),
     "llama4": Model("llama4_text"),
-    "beam": Model("beam"),
+    # A softcap that logits of a random model reach: 30 changes them by less than float16 rounds.
+    "beam": Model("beam", config={"final_logit_softcapping": 4.0}),
     "phimoe": Model("phimoe"),
     "qwen3_next": Model("qwen3_next"),
     "glm_moe_dsa": Model("glm_moe_dsa"),

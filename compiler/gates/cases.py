@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.resources
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -42,6 +42,11 @@ class Case:
     attention_mask: np.ndarray | None
     steps: tuple[int, ...]
     new_tokens: int = 0
+
+    def with_other_tokens(self, prompts: Prompts) -> Case:
+        """The same case with other token ids."""
+        ids = prompts.text(*self.input_ids.shape)
+        return replace(self, input_ids=ids if self.attention_mask is None else np.where(self.attention_mask, ids, 0))
 
 
 class Prompts:

@@ -2,13 +2,14 @@
 
 A text reaches few experts and few rows of an embedding, and one code of a quantized matrix changes logits by less than
 the rounding of activations does. So these weights are compared value by value. All other weights take part in every
-logit, and the parity gate compares logits. Weights whose codes were read back from the artifact are checked by
-`examination` instead.
+logit, and the parity gate compares logits; they are compared here too where the target reads them back, as a target
+that computes in float16 does, whose rounding hides small errors of a weight. Weights whose codes were read back from
+the artifact are checked by `examination` instead.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,19 +75,26 @@ def expert_weights(program: Program) -> dict[str, torch.dtype]:
     return found
 
 
-def other_weights(program: Program) -> dict[str, torch.dtype]:
-    """Name of every embedding and every quantized weight that is not one of experts -> its dtype in the graph."""
+def other_weights(program: Program, offered: Collection[str] = ()) -> dict[str, torch.dtype]:
+    """Name -> dtype in the graph of the weights to compare that are not those of experts.
+
+    Args:
+        program: The final Program.
+        offered: Names of the weights that the artifact can give back. Embeddings and quantized weights have to be among
+            them; other weights are compared if they are.
+    """
     experts, tables = expert_weights(program), set(map(program.weights.resolve, lookup_tables(program.graph)))
     found: dict[str, torch.dtype] = {}
     for node in program.graph.find_nodes(op="get_attr"):
         name = program.weights.resolve(str(node.target))
-        if name not in experts and (name in tables or _format(program, name) is not None):
+        required = name in tables or _format(program, name) is not None
+        if name not in experts and (required or name in offered):
             found[name] = node.meta["val"].dtype
     return found
 
 
 class Comparisons:
-    """Compares every expert, every embedding and every quantized weight with the artifact's.
+    """Compares every expert and the weights of `other_weights` with the artifact's.
 
     Computing the values of the Program's experts takes most of the time. The coverage gate computes them anyway and
     passes them to `compare`; `judge` computes those that are missing.
@@ -101,7 +109,7 @@ class Comparisons:
 
     def __init__(self, program: Program, stored: Mapping[str, StoredWeight]) -> None:
         self._program, self._stored = program, stored
-        experts, others = expert_weights(program), other_weights(program)
+        experts, others = expert_weights(program), other_weights(program, stored.keys())
         self._names = experts | others
         # Codes that were read back from the artifact are equal to it by construction; `examine` checks them.
         own = [name for name in self._names if name in stored and not isinstance(program.weights[name], Recorded)]
@@ -174,7 +182,7 @@ def _judge(comparisons: list[Comparison], missing: list[str], other: list[str], 
     others = len(comparisons) - stacks
     compared = [f"{total} experts in {stacks} tensors"] if stacks else []
     if others:
-        compared.append(f"{others} of embeddings and quantized weights")
+        compared.append(f"{others} other weight{'s' * (others > 1)}")
     equal = f"{' and '.join(compared)} equal the plan's" if compared else ""
     return Verdict(GATE, Status.PASS, "; ".join(filter(None, (equal, examined.summary))), EXIT_CODE, figures)
 

@@ -34,7 +34,7 @@ class ModelMetadata(BaseModel):
         context: Tokens that the KV cache holds.
         chunk: Maximum number of tokens per call.
         experts: Stack of experts -> name of their constants, with `{}` for the index of the expert.
-        matrices: Embedding or quantized matrix -> name of its constant.
+        matrices: Weight that is stored as a whole -> name of its constant.
         layers: Function -> the experts of each layer; empty in packages of older versions of moec.
         inputs: Input that a pass added -> its default values, flattened.
         token_inputs: Input with one row per token that a pass added -> width of a row.

@@ -21,7 +21,7 @@ Find = Callable[[str], "Constant"]
 
 
 def stored_weights(directory: Path) -> Mapping[str, StoredWeight]:
-    """The tensors of experts, the embeddings and the quantized matrices that the model's metadata names."""
+    """The tensors of experts and the other weights that the model's metadata names."""
     model, metadata = MilModel.open(directory / PACKAGE), read_metadata(directory)
 
     def find(label: str) -> Constant:

@@ -49,7 +49,7 @@ class WeightPool:
 
     Attributes:
         stored_bytes: Name of an array -> its bytes in the weight file.
-        matrices: Name of an embedding, or of a weight that is quantized as a whole -> name of its constant.
+        matrices: Name of a weight that is stored as a whole -> name of its constant.
     """
 
     def __init__(self, *, blank: bool = False) -> None:
@@ -96,8 +96,7 @@ class WeightPool:
         Raises:
                 RefusedError: The scales have another type than the program computes in.
         """
-        if isinstance(tensor, Coded):
-            self.matrices[name] = identifier(name)
+        self.matrices[name] = identifier(name)
         return self._stored(mb, name, tensor, type_name, None, identifier(name))
 
     def row(self, mb: Any, name: str, tensor: LazyTensor, type_name: str, index: int, label: str) -> Any:

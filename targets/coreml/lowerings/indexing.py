@@ -13,16 +13,12 @@ from moec.targets.common.arguments import integer, listed, node_of, rank, result
 from moec.targets.coreml.context import MIL_NAMES, NUMPY, Context, Var, number
 from moec.targets.coreml.lowerings.elementwise import Lowering
 from moec.targets.coreml.lowerings.shape import cut
-from moec.targets.coreml.weights import identifier
 
 aten = torch.ops.aten
 
 
 def _embedding(ctx: Context, node: fx.Node) -> Var:
-    rows, table = ctx.tensor(node.args[1], torch.int32), node.args[0]
-    if isinstance(table, fx.Node) and table.op == "get_attr":
-        name = ctx.program.weights.resolve(str(table.target))
-        ctx.pool.matrices[name] = identifier(name)
+    rows = ctx.tensor(node.args[1], torch.int32)
     return ctx.mb.gather(x=ctx.tensor(node.args[0]), indices=rows, axis=0, validate_indices=ctx.constant(False))
 
 

@@ -45,7 +45,7 @@ def test_every_expert_is_compared(gpt_oss: Captured) -> None:
     biases = sum("bias" in tensor["name"] for tensor in verdict.figures["tensors"])
     assert biases == 2 * len(program.layers)
     assert [tensor["experts"] for tensor in verdict.figures["tensors"]] == [8] * 4 * len(program.layers) + [0]
-    assert verdict.summary == "96 experts in 12 tensors and 1 of embeddings and quantized weights equal the plan's"
+    assert verdict.summary == "96 experts in 12 tensors and 1 other weight equal the plan's"
 
 
 def test_what_was_compared_is_not_made_again(mixtral: Captured) -> None:
@@ -191,3 +191,16 @@ def test_rounding_is_allowed_to_quantized_experts_alone(mixtral: Captured) -> No
 def _next(_: int, value: np.ndarray) -> np.ndarray:
     found: np.ndarray = np.nextafter(value, np.float32(np.inf))
     return found
+
+
+def test_a_weight_that_the_artifact_offers_is_compared_too(mixtral: Captured) -> None:
+    program, name = mixtral[1], "model.norm.weight"
+    value = program.weights.read(name).numpy()
+    offered = {name: StoredWeight(None, lambda start, stop: value[start:stop])}
+    assert name not in other_weights(program)
+    assert Comparisons(program, _stored(program) | offered).judge().status is Status.PASS
+    changed = value * np.where(np.arange(len(value)) == 3, np.float32(1.001), np.float32(1))
+    offered = {name: StoredWeight(None, lambda start, stop: changed[start:stop])}
+    verdict = Comparisons(program, _stored(program) | offered).judge()
+    assert verdict.status is Status.FAIL
+    assert f"different: {name} from row 0" in verdict.summary

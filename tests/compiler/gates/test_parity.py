@@ -13,8 +13,10 @@ from moec.compiler.common.errors import ArtifactError
 from moec.compiler.common.verdict import Status, Verdict
 from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.gates import parity
-from moec.compiler.gates.cases import Prompts
+from moec.compiler.gates.cases import Case, Prompts
+from moec.compiler.gates.compare import CaseResult
 from moec.compiler.gates.parity import ParityOptions, check_capture, gather_artifact, gather_capture, judge_parity
+from moec.compiler.gates.reference import Trace
 from moec.compiler.gates.tolerance import TOLERANCES, Precision, precision_of
 from moec.compiler.ir.interpreter import ProgramRunner
 from moec.compiler.ir.program import ATTENTION, Program
@@ -241,3 +243,39 @@ def test_precision_is_that_of_the_coarsest_part(mixtral: Captured) -> None:
     program = mixtral[1]
     assert precision_of(program) is Precision.FP32
     assert precision_of(program.replace(dtype=torch.float16)) is Precision.FP16
+
+
+def _tries(*found: tuple[float, int]) -> tuple[CaseResult, list[Case]]:
+    """The result that counts when the tries of a case of 40 positions have these errors and excused positions."""
+    fed: list[Case] = []
+
+    def run(case: Case) -> parity.Compared:
+        error, excused = found[len(fed)]
+        fed.append(case)
+        result = CaseResult(case.name, error, 0.0, positions=40, excused=excused, tied=excused, top1=1.0)
+        return result, Trace(np.zeros(0), np.zeros(0), {}), np.zeros(0)
+
+    mask = np.array([[0, 1, 1, 1]])
+    case = Case("padded", np.array([[0, 7, 7, 7]]), mask, (4,))
+    return parity._telling(case, Prompts(50, seed=1), run, limit=1e-2, max_excused=0.2)[0], fed
+
+
+def test_a_case_that_ties_excuse_is_repeated_with_other_tokens() -> None:
+    result, fed = _tries((1e-3, 20), (2e-3, 15), (3e-3, 8), (0.0, 0))
+    assert (result.error, result.excused, len(fed)) == (3e-3, 8, 3)
+    tokens = {tuple(case.input_ids[0].tolist()) for case in fed}
+    assert len(tokens) == 3
+    assert all(case.input_ids[0, 0] == 0 and case.steps == (4,) for case in fed)
+
+
+def test_an_error_in_any_try_counts() -> None:
+    for error in (0.5, float("nan"), float("inf")):
+        result, fed = _tries((1e-3, 20), (error, 30), (0.0, 0))
+        assert not result.error <= 1e-2
+        assert len(fed) == 2
+
+
+def test_a_case_is_not_repeated_without_end_nor_without_need() -> None:
+    result, fed = _tries((1e-3, 30), (1e-3, 22), (1e-3, 25), (1e-3, 31), (0.0, 0))
+    assert (result.excused, len(fed)) == (22, 1 + parity.OTHER_TOKENS)
+    assert len(_tries((1e-3, 8), (0.0, 0))[1]) == 1
