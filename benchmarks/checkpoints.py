@@ -1,4 +1,4 @@
-"""Random OLMoE checkpoints for benchmarks, with values or as sparse files if only names and shapes matter."""
+"""Random checkpoints for benchmarks, with values or as sparse files if only names and shapes matter."""
 
 from __future__ import annotations
 
@@ -59,6 +59,32 @@ def random_lfm2_checkpoint(directory: Path, tokenizer: Path) -> Path:
         model.save_pretrained(directory)
         for name in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copy(tokenizer / name, directory / name)
+    return directory
+
+
+def random_hybrid_checkpoint(directory: Path) -> Path:
+    """Write a Qwen3-Next checkpoint of similar widths (once): three layers of gated delta rule to one of attention."""
+    if not (directory / "model.safetensors").is_file():
+        import torch
+        from transformers import AutoModelForCausalLM, Qwen3NextConfig
+
+        torch.manual_seed(0)
+        widths = {
+            **BASE,
+            "num_key_value_heads": 2,
+            "head_dim": 128,
+            "max_position_embeddings": 16384,
+            "moe_intermediate_size": BASE["intermediate_size"],
+            "shared_expert_intermediate_size": BASE["intermediate_size"],
+            "linear_num_key_heads": 8,
+            "linear_num_value_heads": 16,
+            "linear_key_head_dim": 128,
+            "linear_value_head_dim": 128,
+            "layer_types": (["linear_attention"] * 3 + ["full_attention"]) * (BASE["num_hidden_layers"] // 4),
+            "tie_word_embeddings": False,
+        }
+        model = AutoModelForCausalLM.from_config(Qwen3NextConfig(**widths), dtype=torch.bfloat16)
+        model.save_pretrained(directory)
     return directory
 
 

@@ -1,0 +1,113 @@
+"""Speed of a hybrid model in int4: decode after a short and a long past, against transformers, on one thread.
+
+    python benchmarks/speed_hybrid.py [--work DIR] [--rounds 5] [--long 8192]
+
+The checkpoint is a random Qwen3-Next of 1.0 GB in bfloat16: six layers of the gated delta rule and two of attention.
+moec runs int4 weights with int8 activations; transformers runs the checkpoint in bfloat16 with eager attention. Each
+decode step of one is timed beside one of the other. The last table has moec's steps after 128 and after `--long`
+tokens: recurrent layers cost the same for any past, so the difference is that of the two attention layers. It also has
+the bytes of the states of each kind.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from arguments import add_flags
+from checkpoints import random_hybrid_checkpoint
+from machine import describe
+from speed import STEPS, Model, Moec, compare, cpu_ms
+
+SHORT = 128
+
+
+class Transformers:
+    """The checkpoint in transformers, in bfloat16."""
+
+    def __init__(self, directory: Path) -> None:
+        from transformers import AutoModelForCausalLM
+
+        torch.set_num_threads(1)
+        self.model: Any = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=torch.bfloat16, attn_implementation="eager"
+        )
+        self.cache: Any = None
+
+    def prefill(self, ids: np.ndarray) -> None:
+        self.cache = None
+        self.decode(ids)
+
+    @torch.no_grad()
+    def decode(self, ids: np.ndarray) -> None:
+        out = self.model(input_ids=torch.from_numpy(ids), cache=self.cache, use_cache=True, logits_to_keep=1)
+        self.cache = out.cache if "cache" in out else out.past_key_values
+
+
+def export_int4(checkpoint: Path, directory: Path) -> Path:
+    """Export with int4 experts and projections, rounded to nearest, once."""
+    from moec.compiler.api import export
+
+    if not directory.is_dir():
+        section = {"format": "int4", "rounding": "rtn", "activations": "int8-dynamic"}
+        export(checkpoint, target="onnx", output=directory, gates=False, quantize=section)
+    return directory
+
+
+def by_past(directory: Path, lengths: tuple[int, int], rounds: int) -> str:
+    """A table of decode steps after pasts of different lengths, measured alternately, with the bytes of the states."""
+    random, models = np.random.default_rng(0), {}
+    for length in lengths:
+        model = models[length] = Moec(str(directory))
+        for start in range(0, length, 512):
+            step = model.prefill if start == 0 else model.decode
+            step(random.integers(3, 31999, (1, min(512, length - start))))
+    found: dict[int, list[float]] = {length: [] for length in lengths}
+    for _ in range(rounds):
+        for length, model in models.items():
+            ids = random.integers(3, 31999, (STEPS, 1, 1))
+            found[length].append(min(cpu_ms(lambda model=model, item=item: model.decode(item)) for item in ids))
+    first = statistics.median(found[lengths[0]])
+    lines = ["| past | decode ms | ratio | bytes of recurrent states | bytes of KV caches |", "|---|---|---|---|---|"]
+    for length, model in models.items():
+        own = statistics.median(found[length])
+        sizes = [sum(map(int, group)) for group in _state_bytes(model)]
+        lines.append(f"| {length} | {own:.1f} | {own / first:.2f} | {sizes[0]} | {sizes[1]} |")
+    return "\n".join(lines)
+
+
+def _state_bytes(model: Moec) -> tuple[list[int], list[int]]:
+    """Bytes of every recurrent and convolution state, and of every key and value cache, that a runner holds."""
+    states = {name: value.numpy().nbytes for name, value in model.runner._states.values.items()}
+    recurrent = [size for name, size in states.items() if "conv" in name or "recurrent" in name]
+    return recurrent, [size for name, size in states.items() if name.endswith((".key", ".value"))]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, help="directory that keeps checkpoint and artifact")
+    add_flags(parser, rounds=5, long=8192)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        work = options.work or Path(temporary)
+        checkpoint = random_hybrid_checkpoint(work / "qwen3-next-1gb")
+        artifact = export_int4(checkpoint, work / "qwen3-next-int4")
+        models: dict[str, Model] = {
+            "transformers, bfloat16": Transformers(checkpoint),
+            "moec int4": Moec(str(artifact)),
+        }
+        compare(models, options.rounds)
+        print(f"\n{describe()}\n")
+        print(by_past(artifact, (SHORT, options.long), options.rounds))
+
+
+if __name__ == "__main__":
+    main()
