@@ -38,13 +38,12 @@ MODEL = ROOT / "golden_models" / "olmoe-tiny"
 LENGTH, WINDOWS = 256, 48
 TEXTS = ("python", "austen", "kjv")
 CLASSES = ("experts_gate_up", "experts_down", "attention", "embedding", "lm_head")
-DYNAMIC = "int8-dynamic"
 ROWS: Mapping[str, Mapping[str, Any]] = {
     "fp16": {"format": "fp16"},
     "int8": {"format": "int8"},
     "int4, nearest": {"format": "int4", "rounding": "rtn"},
     "int4": {"format": "int4", "rounding": "gptq"},
-    "int4, int8 activations": {"format": "int4", "rounding": "gptq", "activations": DYNAMIC},
+    "int4, float activations": {"format": "int4", "rounding": "gptq", "activations": "float"},
     "auto, size of int4": {"format": "auto", "max_size": "int4"},
     "int4:32, nearest": {"format": "int4:32", "rounding": "rtn"},
     "int4:32": {"format": "int4:32", "rounding": "gptq"},

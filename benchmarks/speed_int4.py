@@ -49,7 +49,7 @@ def build_moec(checkpoint: Path, directory: Path, chosen: Any, flavor: str) -> P
     from moec.compiler.api import export
 
     if not directory.is_dir():
-        section = {"format": chosen, "rounding": "rtn", "activations": "int8-dynamic"}
+        section = {"format": chosen, "rounding": "rtn"}
         options = {"flavor": flavor}
         export(checkpoint, target="onnx", output=directory, gates=False, quantize=section, options=options)
     return directory

@@ -1,4 +1,4 @@
-"""How kernels round activations to int8 at run time, with one scale per row, for products with quantized weights."""
+"""How kernels round activations to int8 at run time, for products with quantized weights."""
 
 from __future__ import annotations
 
@@ -34,3 +34,25 @@ def round_rows_to_int8(weight: LazyTensor, activations: Tensor) -> Tensor:
     zero_point = (-128 - low / scale).round().clamp(-128, 127)
     codes = ((values / scale).round() + zero_point).clamp(-128, 127)
     return ((codes - zero_point) * scale).to(activations.dtype)
+
+
+def round_blocks_to_int8(activations: Tensor, block: int) -> Tensor:
+    """Round each block of a row to codes -127 .. 127 with its own scale, the largest value over 127.
+
+    This is what MLAS does in `MatMulNBits` and `QMoE` of ONNX Runtime on CPU if `accuracy_level` is 4
+    (QuantizeARow_CompInt8 in onnxruntime/core/mlas/lib/sqnbitgemm_kernel_avx2.cpp).
+
+    Args:
+        activations: [..., K], any float dtype.
+        block: Block size of the weight; the last block of a row may be shorter.
+
+    Returns:
+        The rounded activations, dequantized to their dtype.
+    """
+    columns = activations.shape[-1]
+    values = torch.nn.functional.pad(activations.to(torch.float32), (0, -columns % block))
+    values = values.reshape(*activations.shape[:-1], -1, block)
+    largest = values.abs().amax(-1, keepdim=True)
+    inverse = torch.where(largest > 0, 127 / largest, 0.0)
+    rounded: Tensor = (values * inverse).round() * (largest / 127)
+    return rounded.flatten(-2)[..., :columns].to(activations.dtype)

@@ -39,10 +39,12 @@ class SupportedFormats:
         codes: Formats whose codes the target can store unchanged, together with scales of half precision or, with
             `fp32`, also of single precision.
         formats: Formats that the target supports for newly rounded weights.
+        activations: What kernels round activations to where a recipe does not say, see `Target.fast_activations`.
     """
 
     codes: Callable[[str], Sequence[str]] = lambda _: ()
     formats: Callable[[str], Sequence[str]] = lambda _: ()
+    activations: Activations = Activations.FLOAT
 
     def kept(self, tensor_class: str, fmt: KeptFormat) -> KeptFormat | None:
         """`fmt` with the target's activations, if the target can store its codes and scales unchanged; else None."""

@@ -326,6 +326,13 @@ class Target(ABC):
         """Quantized formats that `--quantize auto` may give to weights of a class: those that kernels compute with."""
         return SYMMETRIC
 
+    def fast_activations(self, options: TargetOptions) -> Literal["float", "int8-dynamic"]:  # noqa: ARG002
+        """The default of `--activations`: int8-dynamic if kernels of quantized weights are faster with it.
+
+        With "float", a plan stays as it is: the formats of a target's own presets may name int8-dynamic themselves.
+        """
+        return "float"
+
     def kept_formats(self, options: TargetOptions, tensor_class: str, dtype: str) -> tuple[str, ...]:  # noqa: ARG002
         """Formats of a checkpoint's quantized weights that `--quantize keep` may store with their codes unchanged.
 

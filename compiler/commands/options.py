@@ -86,7 +86,8 @@ class Quantize(Group):
     ] = None
     rounding: Annotated[str | None, _quantize("auto|rtn|gptq", "How weights are rounded. (default: auto)")] = None
     activations: Annotated[
-        str | None, _quantize("float|int8-dynamic", "What kernels may round activations to. (default: float)")
+        str | None,
+        _quantize("float|int8-dynamic", "What kernels may round activations to. (default: the target's fastest)"),
     ] = None
     max_size: Annotated[str | None, _quantize("300MB|0.3x", "For auto: largest size; 0.3x is relative to fp16.")] = None
     max_perplexity_increase: Annotated[

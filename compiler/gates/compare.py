@@ -11,6 +11,7 @@ from moec.compiler.common.errors import ArtifactError, MoecError, first_line
 from moec.compiler.gates.cases import Case
 from moec.compiler.gates.reference import Trace
 from moec.compiler.gates.tolerance import TOKEN_TIE, Tolerance
+from moec.compiler.text.perplexity import kl_divergence, log_softmax
 from moec.targets.base import Runner
 
 Step = Callable[[np.ndarray, np.ndarray | None], np.ndarray]
@@ -31,6 +32,8 @@ class CaseResult:
         top1: Share of these positions at which both have the same most likely token.
         tokens: Number of tokens generated greedily.
         mismatch: Index of the first generated token that the reference would not have chosen, or None.
+        divergence: Mean KL(reference || artifact) over the positions that are not excused, in nats; 0 if not judged.
+        agreed: Number of the positions that are not excused at which both have the same most likely token.
     """
 
     name: str
@@ -42,6 +45,8 @@ class CaseResult:
     top1: float
     tokens: int = 0
     mismatch: int | None = None
+    divergence: float = 0.0
+    agreed: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,6 +126,7 @@ def compare(case: Case, output: Output, trace: Trace, tolerance: Tolerance) -> t
     tied = trace.tied[:, :length] & valid
     excused = excused_positions(errors, tied, tolerance.limit)
     proven = valid & ~excused
+    same = output.logits.argmax(-1) == want.argmax(-1)
     result = CaseResult(
         case.name,
         error=float(errors[proven].max(initial=0.0)),
@@ -128,11 +134,23 @@ def compare(case: Case, output: Output, trace: Trace, tolerance: Tolerance) -> t
         positions=int(valid.sum()),
         excused=int(excused.sum()),
         tied=int(tied.sum()),
-        top1=float((output.logits.argmax(-1) == want.argmax(-1))[valid].mean()),
+        top1=float(same[valid].mean()),
         tokens=case.new_tokens,
         mismatch=_mismatch(output.input_ids, want, excused, case.new_tokens),
+        divergence=0.0 if tolerance.divergence is None else _divergence(output.logits, want, proven),
+        agreed=int((same & proven).sum()),
     )
     return result, proven
+
+
+def _divergence(got: np.ndarray, want: np.ndarray, proven: np.ndarray) -> float:
+    """Mean KL(want || got) over the positions `proven` [B, T] of logits [B, T, V], in nats; infinite for NaN."""
+    total = sum(
+        kl_divergence(log_softmax(want[row, index][None]), log_softmax(got[row, index][None]))
+        for row, index in np.argwhere(proven)
+    )
+    mean = total / max(1, int(proven.sum()))
+    return float(mean) if np.isfinite(mean) else float("inf")
 
 
 def position_errors(got: np.ndarray, want: np.ndarray, valid: np.ndarray) -> np.ndarray:
@@ -153,13 +171,13 @@ def position_errors(got: np.ndarray, want: np.ndarray, valid: np.ndarray) -> np.
     return errors
 
 
-def relative_error(got: np.ndarray, want: np.ndarray) -> float:
-    """Largest |got - want| over the largest |want|; infinite for NaN or if the shapes differ."""
+def relative_error(got: np.ndarray, want: np.ndarray, smallest: float = 0.0) -> float:
+    """Largest |got - want| over the largest |want|, or `smallest` if that is more; infinite for NaN or other shapes."""
     if got.shape != want.shape:
         return float("inf")
     if np.array_equal(got, want):
         return 0.0
-    scale = max(float(np.abs(want).max(initial=0.0)), float(np.finfo(np.float32).tiny))
+    scale = max(float(np.abs(want).max(initial=0.0)), smallest, float(np.finfo(np.float32).tiny))
     error = float(np.abs(got.astype(np.float32) - want).max(initial=0.0)) / scale
     return error if np.isfinite(error) else float("inf")
 

@@ -170,12 +170,14 @@ def judge_parity(gate: str, evidence: Evidence, options: ParityOptions) -> Verdi
     excused = sum(result.excused for result in results)
     worst = max(results, key=lambda result: result.error)
     wrong = [result for result in results if not result.error <= limit]
+    demands = _distribution_demands(evidence)
     different = [result for result in results if result.mismatch is not None and evidence.tolerance.identical_tokens]
     parts = [f"max |difference| {worst.error:.1e} of max |logit| (limit {limit:.0e}, {evidence.precision})"]
     if wrong:
         parts.append(f"{len(wrong)} of {len(results)} cases out of tolerance, the worst is '{worst.name}'")
     else:
         parts.append(f"{positions} positions in {len(results)} cases")
+    parts += [text for _, text in demands]
     parts += [_token_summary(result) for result in results if result.tokens]
     if excused:
         parts.append(f"{excused} positions excused by router ties")
@@ -184,8 +186,29 @@ def judge_parity(gate: str, evidence: Evidence, options: ParityOptions) -> Verdi
         parts.append(f"more than {options.max_excused:.0%} of the positions are excused, which proves nothing")
     if evidence.left_out:
         parts.append(f"left out: {', '.join(evidence.left_out)}")
-    status = Status.FAIL if wrong or different or too_many else Status.PASS
+    unlike = any(not met for met, _ in demands)
+    status = Status.FAIL if wrong or different or too_many or unlike else Status.PASS
     return Verdict(gate, status, "; ".join(parts), EXIT_CODE, _figures(evidence, positions, excused))
+
+
+def _distribution_demands(evidence: Evidence) -> list[tuple[bool, str]]:
+    """Whether each demand on the distributions of the next token is met, and a text with figure and limit."""
+    tolerance, results, found = evidence.tolerance, evidence.results, list[tuple[bool, str]]()
+    if tolerance.divergence is not None:
+        most = max(result.divergence for result in results)
+        text = f"mean KL at most {most:.1e} (limit {tolerance.divergence:.0e})"
+        found.append((most <= tolerance.divergence, text))
+    if tolerance.agreement is not None:
+        share = _agreement(evidence)
+        text = f"the same most likely token at {share:.1%} of the positions (limit {tolerance.agreement:.0%})"
+        found.append((share >= tolerance.agreement, text))
+    return found
+
+
+def _agreement(evidence: Evidence) -> float:
+    """Share of the positions that are not excused at which both have the same most likely token."""
+    judged = sum(result.positions - result.excused for result in evidence.results)
+    return sum(result.agreed for result in evidence.results) / judged if judged else 1.0
 
 
 def _token_summary(result: CaseResult) -> str:
@@ -202,6 +225,10 @@ def _figures(evidence: Evidence, positions: int, excused: int) -> dict[str, Any]
         "tie_margin": evidence.tolerance.tie_margin,
         "reason": evidence.tolerance.reason,
         "max_error": worst,
+        "divergence": max((result.divergence for result in evidence.results), default=0.0),
+        "divergence_limit": evidence.tolerance.divergence,
+        "agreement": _agreement(evidence),
+        "agreement_limit": evidence.tolerance.agreement,
         "positions": positions,
         "excused": excused,
         "inputs": evidence.source,

@@ -25,6 +25,7 @@ from moec.compiler.pipeline.routing import RoutingPlan, measure_savings, plan_ro
 from moec.compiler.pipeline.stages import Stages, silent
 from moec.passes.base import Pass
 from moec.passes.inputs_embeds import InputsEmbeds
+from moec.quantize.formats import Activations
 from moec.quantize.keep import SupportedFormats
 from moec.quantize.recorded import RecordedCodes
 from moec.targets import get_target
@@ -141,7 +142,9 @@ def _formats(recipe: Recipe, target: Target, options: TargetOptions) -> Supporte
     """The formats in which the target can hold weights: those that `keep` may use, and those that `auto` may choose."""
     dtype = recipe.dtype or target.default_dtype
     return SupportedFormats(
-        functools.partial(target.kept_formats, options, dtype=dtype), functools.partial(target.auto_formats, options)
+        functools.partial(target.kept_formats, options, dtype=dtype),
+        functools.partial(target.auto_formats, options),
+        Activations(target.fast_activations(options)),
     )
 
 

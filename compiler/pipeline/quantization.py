@@ -100,13 +100,19 @@ def plan_quantization(
         return _kept(settings, material.program, held)
     chosen = _choose(settings, material, held.formats) if settings.format == "auto" else None
     plan = chosen.plan if chosen is not None else requested(settings.format)
-    if settings.activations != Activations.FLOAT.value:
-        plan = with_activations(plan, Activations(settings.activations))
+    activations = _activations(settings, held)
+    if activations is not Activations.FLOAT:
+        plan = with_activations(plan, activations)
     method = _method(settings, plan, material.checkpoint)
     if recorded_codes is not None:
         return Quantization((Quantize(plan, recorded=recorded_codes),))
     # moec.json holds no path of the text; its effect is in the plan and the codes.
-    fixed = {"format": plan.to_dict(), "rounding": method.value, "calibration": None}
+    fixed = {
+        "format": plan.to_dict(),
+        "rounding": method.value,
+        "calibration": None,
+        "activations": activations.value,
+    }
     recorded = settings.model_dump(mode="json") | fixed
     facts: dict[str, Any] = {"plan": plan.to_dict(), "rounding": method.value}
     rounded: Mapping[str, RoundingResult] = {}
@@ -141,10 +147,16 @@ def _calibrated(
 
 
 def _kept(settings: QuantizeRecipe, program: Program, held: SupportedFormats) -> Quantization:
-    keep = KeepCodes(held, Activations(settings.activations))
+    activations = _activations(settings, held)
+    keep = KeepCodes(held, activations)
     # The outcome for each weight is decided before any weight is written.
     kept = keep.decide(program).outcomes
-    return Quantization((keep,), settings.model_dump(mode="json"), {"plan": KEEP, "kept": kept})
+    recorded = settings.model_dump(mode="json") | {"activations": activations.value}
+    return Quantization((keep,), recorded, {"plan": KEEP, "kept": kept})
+
+
+def _activations(settings: QuantizeRecipe, held: SupportedFormats) -> Activations:
+    return held.activations if settings.activations == "auto" else Activations(settings.activations)
 
 
 def _choose(settings: QuantizeRecipe, material: QuantizationInputs, offered: AvailableFormats) -> Choice:

@@ -118,8 +118,10 @@ class QuantizeRecipe(BaseModel):
     calibration_sha256: str | None = Field(default=None, description="Digest that the calibration text must have.")
     windows: int = Field(default=96, gt=0, description="Number of windows of calibration text.")
     window: int = Field(default=256, gt=1, description="Tokens per window.")
-    activations: Literal["float", "int8-dynamic"] = Field(
-        default="float", description="What kernels may round activations to."
+    activations: Literal["auto", "float", "int8-dynamic"] = Field(
+        default="auto",
+        description="What kernels may round activations to; auto is what the target is fastest with, float is what "
+        "each format says.",
     )
     max_size: str | int | None = Field(
         default=None,

@@ -19,7 +19,8 @@ TABLE = "moec.weights"
 Float weights: `initializer`, or `per_expert` with `{}` for the index of the expert; `transposed` and `interleaved`
 describe how the layout differs from the Program's. Quantized weights: the initializers that hold `codes`, `scales` and
 `zero_points` (or null); `first`, the row of these at which the weight begins; its `shape`, `bits` and `block`; whether
-codes are `signed`; and `interleaved`.
+codes are `signed`; `interleaved`; and `rounded_by`, the kernel that rounds the activations of products with the weight,
+or null.
 """
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
@@ -14,6 +14,7 @@ from moec.compiler.common.rejections import Rejection
 from moec.targets import base
 
 if TYPE_CHECKING:
+    from moec.compiler.ir.interpreter import ActivationRounding
     from moec.compiler.ir.program import Program
     from moec.targets.onnx.context import Dialect
     from moec.targets.stored_weights import StoredWeight
@@ -77,6 +78,11 @@ class OnnxTarget(base.Target):
             refused += quantized.refusals(program)
         refused += unsupported_ops(self.name, TABLE, program.graph.nodes)
         return refused or refused_by(self.name, lambda: lower.build(program, _dialect(program, options)))
+
+    def fast_activations(self, options: base.TargetOptions) -> Literal["float", "int8-dynamic"]:
+        """MLAS has faster kernels for int8 activations; standard ops dequantize the weights and compute in floats."""
+        assert isinstance(options, OnnxOptions)
+        return "float" if options.flavor is Flavor.PORTABLE else "int8-dynamic"
 
     def auto_formats(self, options: base.TargetOptions, tensor_class: str) -> tuple[str, ...]:
         """ONNX Runtime's kernels take zero points; standard ops take neither zero points nor quantized experts."""
@@ -147,6 +153,12 @@ class OnnxTarget(base.Target):
         from moec.targets.onnx.experts import MODEL, OnnxExperts
 
         return {MODEL: OnnxExperts(directory, threads=threads)}
+
+    def activation_rounding(self, directory: Path) -> ActivationRounding | None:
+        """MLAS's rounding of activations to int8 in the blocks of the weights, if this machine rounds in this way."""
+        from moec.targets.onnx.rounding import activation_rounding
+
+        return activation_rounding(directory)
 
     def stored_weights(self, directory: Path) -> Mapping[str, StoredWeight]:
         """Weights as read back by the table in the model's metadata."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moec.compiler.ir.weights import Constant
-from moec.quantize.activations import round_rows_to_int8
+from moec.quantize.activations import round_blocks_to_int8, round_rows_to_int8
 from moec.quantize.formats import IntegerFormat, parse_format
 from moec.quantize.lazy import Quantized, quantized
 
@@ -54,3 +54,17 @@ def test_the_dtype_stays(dtype: torch.dtype) -> None:
 def test_a_weight_that_takes_floats_rounds_nothing(of: Constant | Quantized) -> None:
     rows: Tensor = torch.randn(2, 32)
     assert round_rows_to_int8(of, rows) is rows
+
+
+def test_blocks_are_rounded_by_their_largest_value() -> None:
+    """The last block is shorter, and a block of zeros stays."""
+    rows = torch.randn(3, 80, generator=torch.Generator().manual_seed(1))
+    rows[1, 32:64] = 0
+    got = round_blocks_to_int8(rows, 32)
+    for row, found in zip(rows.double().tolist(), got.tolist(), strict=True):
+        for start in range(0, 80, 32):
+            block = row[start : start + 32]
+            scale = max(map(abs, block)) / 127 or 1.0
+            assert found[start : start + 32] == pytest.approx([round(value / scale) * scale for value in block], 1e-5)
+    assert float((got - rows).abs().max()) > 1e-3
+    assert round_blocks_to_int8(rows.half(), 32).dtype == torch.float16

@@ -27,6 +27,7 @@ BLOCKS = (128, 64, 32, 16)
 """Block sizes of the kernels."""
 INT8_ACTIVATIONS = 4
 """The `accuracy_level` with which a kernel quantizes its activations to int8."""
+LINEAR_KERNEL, EXPERTS_KERNEL = "MatMulNBits", "QMoE"
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,11 @@ def kernel_groups(weight: Quantized, block: int) -> int:
     return -(-weight.shape[-1] // block)
 
 
+def rounding_kernel(kernel: str, *tensors: Quantized) -> str | None:
+    """`kernel` if it rounds its activations for weights of these formats, else None."""
+    return kernel if accuracy_level(*tensors) else None
+
+
 def stored_entry(weight: Quantized, block: int, *, base: str, first: int = 0, **others: Any) -> dict[str, Any]:
     """The entry in `moec.targets.onnx.stored.TABLE` for a weight whose initializers are `{base}.codes` and so on."""
     return {
@@ -108,6 +114,7 @@ def stored_entry(weight: Quantized, block: int, *, base: str, first: int = 0, **
         "block": block,
         "signed": False,
         "interleaved": False,
+        "rounded_by": None,
         **others,
     }
 
@@ -141,7 +148,8 @@ def packed_product(ctx: Context, x: ir.Value, weights: Mapping[str, Quantized], 
 
     first = 0
     for own_name, own in weights.items():
-        ctx.others[own_name] = stored_entry(own, block, first=first, base=name)
+        kernel = rounding_kernel(LINEAR_KERNEL, *stores)
+        ctx.others[own_name] = stored_entry(own, block, first=first, base=name, rounded_by=kernel)
         first += own.shape[0]
     codes: list[LazyTensor] = [
         Packed(own, packed, (own.shape[0], groups, block * bits // 8), torch.uint8, identity=f"{own.name}.codes")
@@ -153,7 +161,7 @@ def packed_product(ctx: Context, x: ir.Value, weights: Mapping[str, Quantized], 
             f"{name}.zero_points", concatenate([_zero_points(own, groups) for own in stores], 0)
         )
     return ctx.op(
-        "MatMulNBits",
+        LINEAR_KERNEL,
         x,
         ctx.initializer(f"{name}.codes", concatenate(codes, 0)),
         _scales(ctx, name, stores, groups, dtype),
@@ -248,10 +256,13 @@ def experts(ctx: Context, node: fx.Node, gate: Gate, dense: ir.Value, attributes
         operands += [ctx.initializer(f"{name}.codes", codes), ctx.initializer(f"{name}.scales", scales)]
         operands.append(None if bias is None else _bias(ctx, bias, interleaved))
         zero_point_inputs.append(None if zero_points is None else ctx.initializer(f"{name}.zero_points", zero_points))
-        ctx.experts[name] = stored_entry(tensor, block, base=name, interleaved=interleaved)
+        # QMoE does not round before a product whose last block is shorter.
+        whole = tensor.shape[-1] % block == 0
+        kernel = rounding_kernel(EXPERTS_KERNEL, *(item for _, item in tensors)) if whole else None
+        ctx.experts[name] = stored_entry(tensor, block, base=name, interleaved=interleaved, rounded_by=kernel)
     bits = [tensor.format.bits for _, tensor in tensors]
     return ctx.op(
-        "QMoE",
+        EXPERTS_KERNEL,
         *operands,
         *(None,) * 3,
         *zero_point_inputs,

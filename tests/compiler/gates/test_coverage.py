@@ -192,7 +192,11 @@ def test_a_runner_of_another_shape_is_an_error(mixtral: Captured, hidden: dict[i
 def test_the_limit_belongs_to_the_precision() -> None:
     results = [LayerResult(row, dict.fromkeys(range(4), 2e-2)) for row in LAYERS]
     statuses = {each: judge_coverage(results, [""], each, 1.0, Usage(LAYERS)).status for each in Precision}
-    assert [each for each, status in statuses.items() if status is Status.PASS] == [Precision.INT8, Precision.INT4]
+    assert [each for each, status in statuses.items() if status is Status.PASS] == [
+        Precision.INT8,
+        Precision.INT4,
+        Precision.INT8_DYNAMIC,
+    ]
 
 
 def test_codes_are_judged_more_strictly_where_the_reference_rounds_activations_too() -> None:

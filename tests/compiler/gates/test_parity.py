@@ -14,12 +14,23 @@ from moec.compiler.common.verdict import Status, Verdict
 from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.gates import parity
 from moec.compiler.gates.cases import Case, Prompts
-from moec.compiler.gates.compare import CaseResult
-from moec.compiler.gates.parity import ParityOptions, check_capture, gather_artifact, gather_capture, judge_parity
+from moec.compiler.gates.compare import CaseResult, Output, compare
+from moec.compiler.gates.parity import (
+    Evidence,
+    ParityOptions,
+    check_capture,
+    gather_artifact,
+    gather_capture,
+    judge_parity,
+)
 from moec.compiler.gates.reference import Trace
 from moec.compiler.gates.tolerance import TOLERANCES, Precision, precision_of
+from moec.compiler.gates.usage import Usage
 from moec.compiler.ir.interpreter import ProgramRunner
 from moec.compiler.ir.program import ATTENTION, Program
+from moec.passes.quantize import Quantize
+from moec.quantize.formats import Activations
+from moec.quantize.plan import requested, with_activations
 from moec.targets.base import Runner, RunnerLimits
 
 from .conftest import OPTIONS, Wrapped, changed, prompts, zero_4kb  # noqa: TID252 - tests are no package with a name of its own
@@ -279,3 +290,48 @@ def test_a_case_is_not_repeated_without_end_nor_without_need() -> None:
     result, fed = _tries((1e-3, 30), (1e-3, 22), (1e-3, 25), (1e-3, 31), (0.0, 0))
     assert (result.excused, len(fed)) == (22, 1 + parity.OTHER_TOKENS)
     assert len(_tries((1e-3, 8), (0.0, 0))[1]) == 1
+
+
+RIGHT = CaseResult("right", 2e-2, 0.0, positions=100, excused=5, tied=5, top1=0.94, divergence=1e-3, agreed=92)
+
+
+@pytest.mark.parametrize(
+    ("changes", "status", "text"),
+    [
+        ({}, Status.PASS, "mean KL at most 1.0e-03 (limit 5e-03)"),
+        ({"divergence": 6e-3}, Status.FAIL, "mean KL at most 6.0e-03"),
+        ({"divergence": float("inf")}, Status.FAIL, "mean KL at most inf"),
+        ({"agreed": 0}, Status.FAIL, "the same most likely token at 64.6% of the positions (limit 90%)"),
+        ({"error": 6e-2}, Status.FAIL, "2 of 3 cases out of tolerance"),
+    ],
+)
+def test_rounded_activations_are_judged_by_the_distributions_too(
+    changes: dict[str, float], status: Status, text: str, mixtral: Captured
+) -> None:
+    """One bad case fails it; excused positions count for neither side."""
+    other = dataclasses.replace(RIGHT, name="other", **changes)  # type: ignore[arg-type]
+    results = [RIGHT, other, RIGHT] if "agreed" in changes else [RIGHT, other, other]
+    evidence = Evidence(Precision.INT8_DYNAMIC, Usage(mixtral[1].layers), "random ids", results=results)
+    verdict = judge_parity(parity.ARTIFACT_GATE, evidence, ParityOptions())
+    assert verdict.status is status
+    assert text in verdict.summary
+
+
+@pytest.mark.parametrize("precision", [Precision.INT8_DYNAMIC, Precision.INT4])
+def test_the_divergence_of_a_case_is_measured_where_it_is_judged(precision: Precision) -> None:
+    """Logits 2 and 0 against 0 and 2 at one of two positions: KL = 2 tanh(1), and 0 at the other."""
+    want = np.array([[[2.0, 0.0], [2.0, 0.0]]], np.float32)
+    got = np.array([[[0.0, 2.0], [2.0, 0.0]]], np.float32)
+    ids = np.zeros((1, 2), np.int64)
+    trace = Trace(want, np.zeros((1, 2), bool), {})
+    result, _ = compare(Case("case", ids, None, (2,)), Output(ids, got), trace, TOLERANCES[precision])
+    expected = np.tanh(1) if precision is Precision.INT8_DYNAMIC else 0.0
+    assert result.divergence == pytest.approx(expected, abs=1e-6)
+    assert result.agreed == 1
+
+
+def test_rounded_activations_are_the_coarsest_precision(mixtral: Captured) -> None:
+    program = mixtral[1]
+    plans = [requested("int8:channel"), with_activations(requested("int8:channel"), Activations.INT8_DYNAMIC)]
+    found = [precision_of(Quantize(plan).run(program).program) for plan in plans]
+    assert found == [Precision.INT8, Precision.INT8_DYNAMIC]
