@@ -37,6 +37,10 @@ TOKENIZER_FILES = (
 _LAYERS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers")
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 """Keys of config.json that hold the number of layers or of experts."""
+_WIDTHS = ("hidden_size", "intermediate_size", "moe_intermediate_size", "head_dim", "num_attention_heads", "vocab_size")
+"""Keys of config.json that hold the length of an axis of some tensor, or a factor of it."""
+_PACKED = 64
+"""Most values of a row that a stored format packs into one entry."""
 
 
 @dataclass(frozen=True)
@@ -101,18 +105,22 @@ class Checkpoint:
         return notes(self.raw_config)
 
     def _check_counts(self) -> None:
-        """Refuse impossible counts in config.json before transformers makes objects for each layer and expert.
+        """Refuse impossible counts and widths in config.json before transformers makes objects and tables of them.
 
         Raises:
-            CheckpointError: It has more layers than there are tensors, or more experts than tensors and than entries in
-                the longest axis.
+            CheckpointError: It has more layers than there are tensors, more experts than tensors and than entries in
+                the longest axis, or an axis that is longer than any tensor's.
         """
         try:
             entries = self.entries
         except CheckpointError:
             return  # without files there is nothing to compare with
         longest = max((size for entry in entries.values() for size in entry.shape), default=0)
-        limits = dict.fromkeys(_LAYERS, len(entries)) | dict.fromkeys(_EXPERTS, max(longest, len(entries)))
+        limits = {
+            **dict.fromkeys(_LAYERS, len(entries)),
+            **dict.fromkeys(_EXPERTS, max(longest, len(entries))),
+            **dict.fromkeys(_WIDTHS, _PACKED * longest),
+        }
         parts = (self.raw_config, *(value for value in self.raw_config.values() if isinstance(value, dict)))
         for part in parts:
             for key, limit in limits.items():
@@ -120,7 +128,7 @@ class Checkpoint:
                 if isinstance(count, int) and count > limit:
                     raise CheckpointError(
                         f"{self.directory / 'config.json'}: {key} is {count}, but the files hold {len(entries)} "
-                        "tensors",
+                        f"tensors with axes of at most {longest}",
                         hint="config and weights disagree: does this config.json belong to these weights?",
                     )
 

@@ -178,6 +178,10 @@ def more_layers(checkpoint: Path) -> None:
     change_config(checkpoint, num_hidden_layers=3)
 
 
+def huge_width(checkpoint: Path) -> None:
+    change_config(checkpoint, hidden_size=10**9)
+
+
 def fewer_experts(checkpoint: Path) -> None:
     change_config(checkpoint, num_experts=6)
 
@@ -230,6 +234,7 @@ def quantized(checkpoint: Path) -> None:
         (other_width, 10, ["mlp.experts", "[8, 96, 64]", "[8, 80, 64]", "disagree"]),
         (more_layers, 10, ["tensors that config.json asks for", "model.layers.2"]),
         (fewer_experts, 10, ["mlp", "disagree"]),
+        (huge_width, 10, ["hidden_size is 1000000000", "axes of at most 128"]),
         (missing_tensor, 10, ["lm_head.weight"]),
         (damaged_config, 10, ["cannot be read as JSON"]),
         (unknown_model, 3, ["no_such_model"]),

@@ -24,6 +24,7 @@ from moec.compiler.frontend.step_cache import cache_class
 from moec.compiler.gates.cases import Prompts
 from moec.compiler.gates.parity import check_capture
 from moec.compiler.gates.reference import load_source
+from moec.compiler.gates.tolerance import TOLERANCES, Precision
 from moec.compiler.ir.interpreter import ProgramRunner
 from moec.compiler.ir.operands import CausalConv, LinearAttention
 from moec.compiler.ir.program import CAUSAL_CONV, LINEAR_ATTENTION, Program
@@ -38,6 +39,11 @@ KINDS = {
 """A family of each kind of scan: its update rule, and the axes of its decay."""
 OTHERS = ("bailing_hybrid", "granitemoehybrid", "qwen3_5_moe_text")
 FAMILIES = [*KINDS, "zaya", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)]
+FEW = [
+    *("qwen3_next", "nemotron_h"),
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("jamba", "kimi_linear", "minimax", "zaya", *OTHERS)),
+]
+"""For what takes seconds for each family."""
 STATES = {
     "qwen3_next": {"conv": (128, 4), "recurrent": (4, 16, 16)},
     "kimi_linear": {"conv": (192, 4), "recurrent": (4, 16, 16)},
@@ -62,13 +68,7 @@ def close(got: np.ndarray, want: np.ndarray) -> None:
     np.testing.assert_allclose(got, want, atol=3e-5 * np.abs(want).max())
 
 
-@pytest.mark.parametrize(
-    "family",
-    [
-        *("qwen3_next", "nemotron_h"),
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("jamba", "kimi_linear", "minimax", "zaya", *OTHERS)),
-    ],
-)
+@pytest.mark.parametrize("family", FEW)
 def test_the_gate_of_capture(family: str, opened: Any, program_of: Any) -> None:
     """(1, 1, 9), (2, 5, 0), (2, 5, 7), (1, 130, 0) and left padding, in steps, against transformers in one pass."""
     program = program_of(family)
@@ -87,6 +87,21 @@ def test_every_division_into_steps_is_one_pass_of_transformers(family: str, open
             got.append((runner.decode if start else runner.prefill)(ids[:, start : start + step]))
             start += step
         close(np.concatenate(got, axis=1), want)
+
+
+@pytest.mark.parametrize("family", FEW)
+def test_a_prompt_of_several_chunks(family: str, opened: Any, capture_of: Any) -> None:
+    """300 tokens in one piece and in two, neither a multiple of the 64 or 256 that transformers computes at a time."""
+    program = capture_of(family)
+    ids, runner = tokens(program, 1, 300), ProgramRunner(program)
+    want = load_source(opened(family))(ids)
+    limit = TOLERANCES[Precision.FP32].limit * np.abs(want).max()
+    for steps in ((300,), (130, 170)):
+        pieces = [
+            runner.prefill(ids[:, : steps[0]]),
+            *(runner.decode(ids[:, size:]) for size in steps[:1] if size < 300),
+        ]
+        np.testing.assert_allclose(np.concatenate(pieces, axis=1), want, rtol=0, atol=limit)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -23,6 +23,8 @@ MAX_EXCUSED = 0.2
 """Share of the positions where a tied router decision may go either way, as in the parity gate."""
 SHAPES = ((1, 1, 9), (2, 5, 0), (2, 5, 7), (1, 130, 0), (2, 1, 40))
 """(batch, new tokens, past); every window and chunk of the tiny models is shorter than 40."""
+LONG = (1, 300, 0)
+"""For recurrent layers, whose states go through every token."""
 DEFAULT = ("olmoe", "gpt_oss")
 RECURRENT = ("qwen3_next", "nemotron_h")
 TURNED_BY_HALF = frozenset({"bailing_hybrid", "jamba"})
@@ -44,7 +46,8 @@ def ids(program: Any, batch: int, length: int) -> np.ndarray:
 
 
 def cases(program: Any) -> Iterator[Case]:
-    for batch, new, past in SHAPES:
+    recurrent = any(state.kind == "recurrent" for state in program.states)
+    for batch, new, past in (*SHAPES, LONG) if recurrent else SHAPES:
         steps = (past, new) if past else (new,)
         yield Case(f"{batch, new, past}", ids(program, batch, past + new), None, steps)
     # Llama 4 scales its queries by slots, padding included, from floor_scale on: in transformers too.
