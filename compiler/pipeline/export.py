@@ -114,7 +114,7 @@ def compile_recipe(
         )
     check_output(output.expanduser().resolve(), overwrite=overwrite)
     stages = Stages(progress)
-    built = build(recipe, target, options, stages, captures or Captures())
+    built = build(recipe, target, options, stages, captures or Captures(), output=output)
     with staged(output, overwrite=overwrite) as directory:
         with stages("lower"):
             check_target(target, built.program, options)

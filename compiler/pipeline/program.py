@@ -6,6 +6,7 @@ import contextlib
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from moec.compiler.ir.program import Program
 from moec.compiler.ir.widen import widened
 from moec.compiler.measure.summary import model_summary
 from moec.compiler.pipeline.captures import Captures
+from moec.compiler.pipeline.input_checks import check_space
 from moec.compiler.pipeline.quantization import Quantization, QuantizationInputs, plan_quantization
 from moec.compiler.pipeline.recipe import Recipe
 from moec.compiler.pipeline.refusals import check_target
@@ -79,6 +81,7 @@ def build(
     stages: Stages,
     captures: Captures,
     codes: Mapping[str, RecordedCodes] | None = None,
+    output: Path | None = None,
 ) -> Built:
     """Make the final Program.
 
@@ -90,6 +93,7 @@ def build(
         captures: Programs that were captured before.
         codes: Weight name -> calibrated codes of the artifact that was built from the recipe, which replace
             calibration; None if there is no artifact yet.
+        output: Where the artifact will be, on a disk that must have room for it; None if none is written.
 
     Raises:
         MoecError: A stage failed; subclass and message say why.
@@ -97,6 +101,8 @@ def build(
     with stages("capture"):
         checkpoint = _opened(recipe)
         target.check(options, checkpoint.raw_config)
+        if output is not None:
+            check_space(recipe, checkpoint, output)
         captured = captures.of(checkpoint, DTYPES[recipe.dtype or target.default_dtype])
     common = (*((InputsEmbeds(),) if recipe.inputs_embeds else ()), *passes.default_passes())
     with stages("passes", len(common)) as one_is_done:

@@ -1,6 +1,9 @@
 """What cannot work is refused before anything is captured: with a message, a hint and its exit code."""
 
 import importlib.util
+import math
+import shutil
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -90,3 +93,26 @@ def test_an_extra_that_is_missing(
     assert code == 8
     assert f"needs {module}, which is not installed" in said
     assert f"pip install 'moec[{target}]'" in said
+
+
+@pytest.mark.parametrize(
+    ("flags", "needed"),
+    [((), 4), (("--dtype", "fp16"), 2), (("--quantize", "int4"), 0.5), (("--prune-experts", "0.5"), 2)],
+)
+def test_a_disk_without_room(
+    flags: tuple[str, ...],
+    needed: float,
+    export: Callable[..., tuple[int, str]],
+    tiny_checkpoint: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Half of the weights is certain; the rest may be what the artifact does not hold."""
+    weights = sum(math.prod(tensor.shape) for tensor in Checkpoint.open(tiny_checkpoint("olmoe")).tensors.values())
+    enough = int(weights * needed / 2)
+    for free, code, message in ((enough - 1, 11, "its disk has"), (enough + 1, 70, "is captured")):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _place, free=free: types.SimpleNamespace(free=free))
+        found, said = export("-t", "onnx", *flags, "--debug")
+        assert found == code
+        assert message in said
+    assert not list(tmp_path.iterdir())
