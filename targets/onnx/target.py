@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from moec.compiler.common.choices import Choice
 from moec.compiler.common.progress import Progress
@@ -39,6 +39,19 @@ class Experts(Choice):
     AUTO = "auto", f"grouped in float32 up to {MAX_GROUPED_EXPERTS} experts in all"
 
 
+class Provider(Choice):
+    """Execution providers that `genai_config.json` can name; the values are onnxruntime-genai's spelling."""
+
+    CPU = "cpu", "none is named"
+    CUDA = "cuda", "NVIDIA GPUs"
+    DML = "dml", "DirectML"
+    WEBGPU = "webgpu", "WebGPU"
+    OPENVINO = "openvino", "Intel"
+    QNN = "qnn", "Qualcomm"
+    VITISAI = "vitisai", "AMD"
+    TENSORRT_RTX = "nvtensorrtrtx", "TensorRT-RTX"
+
+
 EXPERT_CLASSES = ("experts_gate_up", "experts_down")
 
 
@@ -47,6 +60,21 @@ class OnnxOptions(base.TargetOptions):
 
     flavor: Flavor = Field(Flavor.DEFAULT, description=Flavor.meanings())
     experts: Experts = Field(Experts.AUTO, description=f"experts in floating point. {Experts.meanings()}")
+    provider: Provider = Field(
+        Provider.CPU,
+        description="execution provider that genai_config.json names (--flavor genai); gates run on the CPU. "
+        f"{Provider.meanings()}",
+    )
+
+    routing_outputs: bool = Field(
+        False, description="also return the experts of each token and their weights; moec serve counts them"
+    )
+
+    @model_validator(mode="after")
+    def _names_the_provider_somewhere(self) -> Self:
+        if self.provider is not Provider.CPU and self.flavor is not Flavor.GENAI:
+            raise ValueError(f"provider {self.provider}: only --flavor genai has a file that names it")
+        return self
 
 
 class OnnxTarget(base.Target):
@@ -109,16 +137,16 @@ class OnnxTarget(base.Target):
         if shared:
             program = genai.with_genai_names(program)
         dialect = _dialect(program, options)
-        model, ctx = lower.build(program, dialect)
+        model, ctx = lower.build(program, dialect, routing=options.routing_outputs)
         counts: dict[str, int] = {}
         for node in model.graph.all_nodes():
             counts[node.op_type] = counts.get(node.op_type, 0) + 1
         lower.write(model, ctx, directory, progress)
         if shared:
-            genai.write(program, lower.MODEL, directory)
+            genai.write(program, lower.MODEL, directory, "" if options.provider is Provider.CPU else options.provider)
         return base.Lowered(
             (lower.MODEL, lower.DATA, *((genai.CONFIG,) if shared else ())),
-            lower.signature(program),
+            lower.signature(program, routing=options.routing_outputs),
             tuple(ctx.rejections),
             {
                 "opset": dialect.opset,
