@@ -88,7 +88,7 @@ def serving(directory: Path, threads: int) -> Iterator[Server]:
 def time_batches(directory: Path, threads: int, past: int, steps: int = 100) -> None:
     """Print the time of a step, and of a new batch, by the number of sequences."""
     import moec
-    from moec.targets.base import Row, fork
+    from moec.targets.base import BatchingRunner, Row, fork
 
     generator = moec.load(directory, threads=threads)
     prompt = np.random.default_rng(0).integers(3, 1000, (1, past))
@@ -100,6 +100,7 @@ def time_batches(directory: Path, threads: int, past: int, steps: int = 100) -> 
     for size, batch in batches.items():
         for _ in range(5):
             start = time.perf_counter()
+            assert isinstance(batch, BatchingRunner)
             batch.gather([Row(source) for source in sources[:size]])
             gathering[size].append(time.perf_counter() - start)
     decoding: dict[int, list[float]] = {size: [] for size in BATCHES}

@@ -6,22 +6,19 @@ import contextlib
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from moec import passes
 from moec.compiler.common.errors import LoweringError
-from moec.compiler.common.validation import validate
 from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.ir.program import Program
 from moec.compiler.ir.widen import widened
 from moec.compiler.measure.summary import model_summary
 from moec.compiler.pipeline.captures import Captures
-from moec.compiler.pipeline.input_checks import check_space
 from moec.compiler.pipeline.quantization import Quantization, QuantizationInputs, plan_quantization
-from moec.compiler.pipeline.recipe import Recipe
+from moec.compiler.pipeline.recipe import Recipe, target_of, with_target_defaults
 from moec.compiler.pipeline.refusals import check_target
 from moec.compiler.pipeline.routing import RoutingPlan, measure_savings, plan_routing
 from moec.compiler.pipeline.stages import Stages, silent
@@ -29,7 +26,6 @@ from moec.passes.base import Pass
 from moec.passes.inputs_embeds import InputsEmbeds
 from moec.quantize.keep import SupportedFormats
 from moec.quantize.recorded import RecordedCodes
-from moec.targets import get_target
 from moec.targets.base import Phase, Target, TargetOptions
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
@@ -54,26 +50,6 @@ def build_program(recipe: Recipe) -> Program:
     return build(with_target_defaults(recipe, target), target, options, Stages(silent), Captures()).program
 
 
-def with_target_defaults(recipe: Recipe, target: Target) -> Recipe:
-    """`recipe` with the target's default dtype if it has none, and with the formats of the target's preset it names."""
-    recipe = recipe.model_copy(update={"dtype": recipe.dtype or target.default_dtype})
-    settings = recipe.quantize
-    if settings is None or not isinstance(settings.format, str) or settings.format not in target.presets:
-        return recipe
-    own = {"format": {"formats": dict(target.presets[settings.format])}}
-    return recipe.model_copy(update={"quantize": settings.model_copy(update=own)})
-
-
-def target_of(recipe: Recipe) -> tuple[Target, TargetOptions]:
-    """The target of a recipe and its options.
-
-    Raises:
-        UsageError: There is no such target, or an option is not valid.
-    """
-    target = get_target(recipe.target)
-    return target, validate(target.Options, recipe.options, where=f"options of target {target.name}")
-
-
 def build(
     recipe: Recipe,
     target: Target,
@@ -81,7 +57,6 @@ def build(
     stages: Stages,
     captures: Captures,
     codes: Mapping[str, RecordedCodes] | None = None,
-    output: Path | None = None,
 ) -> Built:
     """Make the final Program.
 
@@ -93,7 +68,6 @@ def build(
         captures: Programs that were captured before.
         codes: Weight name -> calibrated codes of the artifact that was built from the recipe, which replace
             calibration; None if there is no artifact yet.
-        output: Where the artifact will be, on a disk that must have room for it; None if none is written.
 
     Raises:
         MoecError: A stage failed; subclass and message say why.
@@ -101,8 +75,6 @@ def build(
     with stages("capture"):
         checkpoint = _opened(recipe)
         target.check(options, checkpoint.raw_config)
-        if output is not None:
-            check_space(recipe, checkpoint, output)
         captured = captures.of(checkpoint, DTYPES[recipe.dtype or target.default_dtype])
     common = (*((InputsEmbeds(),) if recipe.inputs_embeds else ()), *passes.default_passes())
     with stages("passes", len(common)) as one_is_done:

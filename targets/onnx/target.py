@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from moec.compiler.common.choices import Choice
+from moec.compiler.common.errors import UsageError
 from moec.compiler.common.progress import Progress
 from moec.compiler.common.rejections import Rejection
 from moec.targets import base
@@ -70,12 +71,6 @@ class OnnxOptions(base.TargetOptions):
         False, description="also return the experts of each token and their weights; moec serve counts them"
     )
 
-    @model_validator(mode="after")
-    def _names_the_provider_somewhere(self) -> Self:
-        if self.provider is not Provider.CPU and self.flavor is not Flavor.GENAI:
-            raise ValueError(f"provider {self.provider}: only --flavor genai has a file that names it")
-        return self
-
 
 class OnnxTarget(base.Target):
     """Lowers to ONNX."""
@@ -89,6 +84,16 @@ class OnnxTarget(base.Target):
     def capabilities(self, options: base.TargetOptions, phase: base.Phase) -> base.Capabilities:  # noqa: ARG002
         """Every flavor skips experts: the MoE kernels drop slots of weight 0, and so does the form in standard ops."""
         return base.Capabilities(skips_experts=True)
+
+    def check(self, options: base.TargetOptions, config: Mapping[str, Any]) -> None:
+        """Refuse an execution provider that no file would name; see `Target.check`."""
+        assert isinstance(options, OnnxOptions)
+        super().check(options, config)
+        if options.provider is not Provider.CPU and options.flavor is not Flavor.GENAI:
+            raise UsageError(
+                f"--provider {options.provider}: only the flavor genai has a file that names it",
+                hint="add --flavor genai, or choose the provider where the artifact is run",
+            )
 
     def lint(self, program: Program, options: base.TargetOptions) -> tuple[Rejection, ...]:
         """Ops without a lowering and what the flavor cannot express; else the first thing that the lowering refuses."""

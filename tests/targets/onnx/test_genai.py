@@ -9,9 +9,8 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
-from pydantic import ValidationError
 
-from moec.compiler.common.errors import LoweringError
+from moec.compiler.common.errors import LoweringError, UsageError
 from moec.compiler.ir.interpreter import ProgramRunner
 from moec.targets.onnx import states
 from moec.targets.onnx.target import OnnxOptions, OnnxTarget
@@ -115,8 +114,8 @@ def test_an_execution_provider_is_named_on_request(tiny_checkpoint: Any, lower_c
         said = json.loads((model.directory / "genai_config.json").read_text())
         found[provider] = said["model"]["decoder"]["session_options"]["provider_options"]
     assert found == {"cpu": [], "cuda": [{"cuda": {}}]}
-    with pytest.raises(ValidationError, match="only --flavor genai"):
-        OnnxOptions(provider="cuda")
+    with pytest.raises(UsageError, match="only the flavor genai"):
+        OnnxTarget().check(OnnxOptions(provider="cuda"), {})
 
 
 def test_refusals(tmp_path: Any, tiny_checkpoint: Any, program_of: Any) -> None:
