@@ -94,9 +94,12 @@ def export(
     with console.progress() as progress:
         # Imports of torch and others take seconds, so something is shown before them.
         from moec.compiler.api import merge
-        from moec.compiler.pipeline.export import compile_recipe
+        from moec.compiler.pipeline.input_checks import check_inputs
 
         wanted = merge(recipe, given)
+        check_inputs(wanted, output, overwrite=overwrite)
+        from moec.compiler.pipeline.export import compile_recipe
+
         result = compile_recipe(wanted, output, overwrite=overwrite, gates=not no_gates, progress=progress)
     return console.verdicts(result, wanted.checkpoint)
 

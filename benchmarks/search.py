@@ -25,7 +25,6 @@ from machine import describe
 from moec import passes
 from moec.compiler.common import markdown
 from moec.compiler.common.errors import UsageError
-from moec.compiler.gates.quality import held_out_text
 from moec.compiler.ir.interpreter import ProgramRunner
 from moec.compiler.search.archive import Archive, Individual
 from moec.compiler.search.seeds import allocated_formats, layer_losses
@@ -34,6 +33,7 @@ from moec.compiler.search.settings import make_settings
 from moec.compiler.search.store import Measured
 from moec.compiler.search.truth import MOST, surrogate_facts
 from moec.compiler.search.variant import Variant
+from moec.compiler.text.corpus import held_out_text
 from moec.compiler.text.perplexity import increase_interval, losses
 from moec.passes.routing.calibrate.fit import fit
 from moec.passes.routing.dynamic_routing import DynamicRouting

@@ -1,11 +1,13 @@
 """Tokens per second of `moec serve` for one request and for four at once, and its memory after many requests.
 
-    python benchmarks/serve.py [DIRECTORY] [--tokens 128] [--rounds 5] [--threads 1] [--soak 1000]
+    python benchmarks/serve.py [DIRECTORY] [--tokens 128] [--rounds 5] [--threads 1] [--quantize int4] [--soak 1000]
 
-DIRECTORY is an artifact; by default, the golden model is exported to ONNX. The server is a separate process. Requests
-are greedy completions of at most `--tokens` tokens. One request at a time and four at once are measured alternately in
-wall time, and the median over rounds is printed. The server decodes each request separately, so four requests at once
-share the speed of one.
+DIRECTORY is an artifact; by default, the golden model is exported to ONNX, with `--quantize` in that format. The server
+is a separate process. Requests are greedy completions of at most `--tokens` tokens. One request at a time and four at
+once are measured alternately in wall time, and the median and the range over rounds are printed.
+
+Before that, the runner alone decodes batches of 1, 2 and 4 sequences after `--past` tokens, also alternately: the
+median time of a step, and of putting the states of the sequences into a new batch (`BatchingRunner.gather`).
 
 `--soak N` sends N requests, four at a time, and cuts off five of them in the middle. It prints the memory of the server
 (resident set size) after the first tenth of them and after all, and how many of the others failed.
@@ -27,6 +29,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import psutil
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -35,6 +38,7 @@ from machine import describe
 ROOT = Path(__file__).resolve().parents[1]
 PROMPTS = ("The list of arguments is", "CREATE TABLE", "Return the value of the", "This function")
 CUT = 5
+BATCHES = (1, 2, 4)
 CODE = "import sys; from moec.cli import main; main()"
 
 
@@ -81,6 +85,36 @@ def serving(directory: Path, threads: int) -> Iterator[Server]:
         process.wait()
 
 
+def time_batches(directory: Path, threads: int, past: int, steps: int = 100) -> None:
+    """Print the time of a step, and of a new batch, by the number of sequences."""
+    import moec
+    from moec.targets.base import BatchingRunner, Row, fork
+
+    generator = moec.load(directory, threads=threads)
+    prompt = np.random.default_rng(0).integers(3, 1000, (1, past))
+    sources = [fork(generator.runner) for _ in range(max(BATCHES))]
+    for source in sources:
+        source.prefill(prompt)
+    batches = {size: fork(generator.runner) for size in BATCHES}
+    gathering: dict[int, list[float]] = {size: [] for size in BATCHES}
+    for size, batch in batches.items():
+        for _ in range(5):
+            start = time.perf_counter()
+            assert isinstance(batch, BatchingRunner)
+            batch.gather([Row(source) for source in sources[:size]])
+            gathering[size].append(time.perf_counter() - start)
+    decoding: dict[int, list[float]] = {size: [] for size in BATCHES}
+    for _ in range(steps):
+        for size, batch in batches.items():
+            start = time.perf_counter()
+            batch.decode(np.full((size, 1), 5))
+            decoding[size].append(time.perf_counter() - start)
+    for size in BATCHES:
+        step, new = (1e3 * statistics.median(found[size]) for found in (decoding, gathering))
+        rate = 1e3 * size / step
+        print(f"batch of {size}: {step:.2f} ms per step, {rate:.0f} tokens/s; {new:.2f} ms for a new batch")
+
+
 def soak(server: Server, requests: int) -> None:
     failed = 0
     sizes: list[float] = []
@@ -111,6 +145,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--past", type=int, default=128)
+    parser.add_argument("--quantize")
     parser.add_argument("--soak", type=int, default=0)
     chosen = parser.parse_args()
     print(describe())
@@ -120,15 +156,19 @@ def main() -> None:
             import moec
 
             directory = Path(work) / "golden"
-            moec.export(ROOT / "golden_models" / "olmoe-tiny", target="onnx", output=directory, gates=False)
+            model = ROOT / "golden_models" / "olmoe-tiny"
+            moec.export(model, target="onnx", output=directory, gates=False, quantize=chosen.quantize)
+        time_batches(directory, chosen.threads, chosen.past)
         with serving(directory, chosen.threads) as server:
             server.rate(4, chosen.tokens)
             rates: dict[int, list[float]] = {1: [], 4: []}
             for _ in range(chosen.rounds):
                 for at_once, found in rates.items():
                     found.append(server.rate(at_once, chosen.tokens))
-            one, four = (statistics.median(found) for found in rates.values())
-            print(f"one at a time: {one:.1f} tokens/s; four at once: {four:.1f} tokens/s together ({four / one:.2f} x)")
+            for at_once, found in rates.items():
+                middle = statistics.median(found)
+                print(f"{at_once} at once: {middle:.1f} tokens/s together ({min(found):.1f} to {max(found):.1f})")
+            print(f"four at once / one: {statistics.median(rates[4]) / statistics.median(rates[1]):.2f}")
             if chosen.soak:
                 soak(server, chosen.soak)
 

@@ -21,13 +21,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import ClassVar, Literal, TypeAlias
-
-import torch
+from typing import TYPE_CHECKING, ClassVar, Literal, TypeAlias
 
 from moec.compiler.common.errors import UsageError
 from moec.compiler.common.validation import unknown
 
+if TYPE_CHECKING:
+    import torch
+
+HALF_BYTES = 2
+"""Bytes of a number in half precision."""
 BLOCK_SIZES: tuple[Literal[128, 64, 32], ...] = (128, 64, 32)
 ROWS = 16
 """Maximum number of rows that share a palette with `auto`: the palette is then small compared with their codes."""
@@ -55,6 +58,8 @@ class ScaleType(StrEnum):
     @property
     def dtype(self) -> torch.dtype:
         """The torch dtype."""
+        import torch  # not above: formats are parsed before anything takes seconds to import
+
         return {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[self.value]
 
 
@@ -237,7 +242,7 @@ class PaletteFormat:
         check_matrix(shape, self)
         matrices, rows, dimension = math.prod(shape[:-2]), shape[-2], shape[-1]
         codes = (rows * dimension * self.bits + 7) // 8
-        tables = self.palettes(rows, f"tensor of shape {tuple(shape)}") * self.entries * torch.float16.itemsize
+        tables = self.palettes(rows, f"tensor of shape {tuple(shape)}") * self.entries * HALF_BYTES
         return matrices * (codes + tables)
 
 
@@ -275,7 +280,7 @@ class TableFormat:
         """
         del source_itemsize
         rows, dimension = math.prod(shape[:-1]), shape[-1]
-        table = (1 << self.bits) * torch.float16.itemsize * math.prod(shape[:-2])
+        table = (1 << self.bits) * HALF_BYTES * math.prod(shape[:-2])
         return rows * (dimension * self.bits // 8 + dimension // self.block * self.scale_type.dtype.itemsize) + table
 
 

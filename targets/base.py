@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -90,6 +90,8 @@ class RunnerLimits:
         max_sequence: Maximum number of tokens per sequence, past and new; None: the model alone sets the limit.
         prefill_lengths: Lengths that the artifact was specialised to; the runner splits or pads prompts to them.
         max_decode: Maximum number of tokens per decode step; None: no limit.
+        max_shared_length: Length in tokens beyond which a sequence must not share a batch with others of other lengths
+            (`moec.compiler.ir.analysis.max_shared_length`); None: no limit.
         repeats_bits: Whether equal inputs give bit-identical outputs, as on a CPU; a GPU may sum in any order.
         stands_in: Name of the substitute that runs here in place of the runtime that users have, such as "moec's
             executor for Core ML", or empty. Its speed and repeatability say nothing about the real runtime.
@@ -100,6 +102,7 @@ class RunnerLimits:
     max_sequence: int | None = None
     prefill_lengths: tuple[int, ...] = ()
     max_decode: int | None = None
+    max_shared_length: int | None = None
     repeats_bits: bool = True
     stands_in: str = ""
 
@@ -127,7 +130,7 @@ class RunnerLimits:
 class Runner(Protocol):
     """Runs an artifact. This is the only interface of gates, `moec run`, perplexity and benchmarks. Arrays are numpy.
 
-    Optional extensions are `LimitedRunner`, `AdjustableRunner` and `ForkableRunner`.
+    Optional extensions: `LimitedRunner`, `AdjustableRunner`, `ForkableRunner`, `BatchingRunner` and `CountingRunner`.
     """
 
     def reset(self) -> None:
@@ -172,6 +175,48 @@ class ForkableRunner(Protocol):
         """A second runner of the same artifact: it shares the weights and has its own states."""
 
 
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One sequence of a runner.
+
+    Attributes:
+        runner: The runner that holds it.
+        index: Its row in the runner's batch.
+        padding: Number of slots of left padding before its first token.
+    """
+
+    runner: Runner
+    index: int = 0
+    padding: int = 0
+
+
+@runtime_checkable
+class BatchingRunner(Protocol):
+    """A runner whose batch can change between two steps; the function `can_batch` checks for it."""
+
+    def gather(self, rows: Sequence[Row]) -> tuple[Row, ...]:
+        """Drop all sequences and take copies of others, with left padding up to the longest.
+
+        Args:
+            rows: At least one sequence of this runner or of forks of it. The runners that hold them keep them.
+
+        Returns:
+            The sequences in this runner, in the same order.
+        """
+
+
+@runtime_checkable
+class CountingRunner(Protocol):
+    """A runner that counts which experts are used.
+
+    Attributes:
+        expert_tokens: MoE layer -> tokens of each expert so far [E], of this runner and its forks; empty if the
+            artifact does not return them.
+    """
+
+    expert_tokens: Mapping[int, np.ndarray]
+
+
 def limits_of(runner: Runner) -> RunnerLimits:
     """The limits of `runner`; no limits if it states none."""
     return runner.limits if isinstance(runner, LimitedRunner) else RunnerLimits()
@@ -189,6 +234,13 @@ def fork(runner: Runner) -> Runner:
             hint="finish or close the other generation first, or open the artifact again with moec.load",
         )
     return runner.fork()
+
+
+def can_batch(runner: Runner) -> bool:
+    """Whether sequences of different lengths may join and leave a batch of `runner` between two steps."""
+    limits = limits_of(runner)
+    several = limits.padding and limits.max_batch != 1 and limits.max_shared_length != 0
+    return several and isinstance(runner, BatchingRunner) and isinstance(runner, ForkableRunner)
 
 
 def cannot_measure(target: Target) -> str:

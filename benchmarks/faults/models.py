@@ -10,8 +10,8 @@ from typing import Any
 
 from moec.compiler.families.tiny_models import write_tiny_checkpoint
 from moec.compiler.pipeline.captures import Captures
-from moec.compiler.pipeline.program import Built, build, target_of, with_target_defaults
-from moec.compiler.pipeline.recipe import make_recipe
+from moec.compiler.pipeline.program import Built, build
+from moec.compiler.pipeline.recipe import make_recipe, target_of, with_target_defaults
 from moec.compiler.pipeline.refusals import check_target
 from moec.compiler.pipeline.stages import Stages, silent
 from moec.targets.base import Target, TargetOptions

@@ -86,15 +86,51 @@ def diff(
 def publish(
     console: OutputConsole,
     directory: ArtifactDirectory,
-    to: Annotated[str, typer.Option(metavar="dir|mlflow", help="Kind of the registry.")],
-    registry: Annotated[str, typer.Option(metavar="PATH|URI", help="The directory, or MLflow's tracking URI.")],
-    name: Annotated[str, typer.Option(help="Name of the model in the registry.")],
-    version: Annotated[str | None, typer.Option("--as", help="Version; for dir. (default: the next number)")] = None,
+    to: Annotated[str, typer.Option(metavar="dir|mlflow|hub", help="Kind of the registry.")],
+    name: Annotated[str, typer.Option(help="Name of the model in the registry; OWNER/NAME for the Hub.")],
+    registry: Annotated[
+        str | None,
+        typer.Option(metavar="PATH|URI", help="The directory, MLflow's tracking URI, or another Hub than the usual."),
+    ] = None,
+    version: Annotated[
+        str | None,
+        typer.Option("--as", help="Version: of dir (default: the next number), or a tag of the Hub (default: none)."),
+    ] = None,
     allow_failed: Annotated[bool, typer.Option("--allow-failed", help="Publish even if a gate failed.")] = False,
+    public: Annotated[bool, typer.Option("--public", help="hub: make a new repository public.")] = False,
+    base_model: Annotated[
+        str | None, typer.Option(metavar="ID", help="hub: the model that was compiled, for the model card.")
+    ] = None,
+    license_id: Annotated[
+        str | None, typer.Option("--license", metavar="ID", help="hub: the license, for the model card.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files and show the model card only.")] = False,
 ) -> int:
     """Put an artifact into a registry, with its version, digests and verdicts."""
+    from moec.compiler.build.model_card import CardMetadata
     from moec.compiler.build.publish import publish as put
+    from moec.compiler.report.describe import size_text
 
-    found = put(directory, to, registry, name, version=version, allow_failed=allow_failed)
-    console.result(found, lambda: console.line(f"{found['name']} {found['version']}: {found['location']}"))
+    found = put(
+        directory,
+        to,
+        registry,
+        name,
+        version=version,
+        allow_failed=allow_failed,
+        public=public,
+        card=CardMetadata(base_model, license_id) if base_model or license_id else None,
+        dry_run=dry_run,
+    )
+
+    def show() -> None:
+        if not dry_run:
+            console.line(f"{found['name']} {found['version']}: {found['location']}")
+            return
+        console.rows([(place, size_text(size)) for place, size in found["files"].items()], header=("file", "size"))
+        if "card" in found:
+            console.line("")
+            console.line(found["card"])
+
+    console.result(found, show)
     return 0

@@ -148,11 +148,10 @@ def _begun(
     checkpoint: str, asked: Mapping[str, Any], limits: Mapping[str, str], output: Path | None
 ) -> tuple[Path, Settings]:
     from moec.compiler.frontend.checkpoint import Checkpoint
-    from moec.compiler.gates.quality import held_out_text
     from moec.compiler.search.objectives import OBJECTIVES, parse_limit
     from moec.compiler.search.session import check_settings
     from moec.compiler.search.settings import begin, make_settings
-    from moec.compiler.text.corpus import read_text
+    from moec.compiler.text.corpus import held_out_text, read_text
     from moec.compiler.text.tokenizer import open_tokenizer
 
     if output is None:

@@ -34,7 +34,7 @@ def serve(
     model_name: Annotated[
         str | None, typer.Option(metavar="NAME", help="Name of the model in requests. (default: the directory's name)")
     ] = None,
-    parallel: Annotated[int, typer.Option(min=1, help="Largest number of answers that take turns.")] = 8,
+    parallel: Annotated[int, typer.Option(min=1, help="Largest number of requests that are answered together.")] = 8,
     max_requests: Annotated[int, typer.Option(min=1, help="Largest number of running and waiting requests.")] = 64,
     max_tokens: Annotated[int, typer.Option(min=1, help="Largest number of new tokens per request.")] = 4096,
     max_bytes: Annotated[int, typer.Option(min=1, help="Largest size of a request in bytes.")] = 4 * 2**20,

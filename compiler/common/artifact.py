@@ -3,8 +3,8 @@
 ```
 out/ moec.json  report.json  report.html  <model files of the target>  config.json  tokenizer files ...
 ```
-moec.json hashes every file but itself and the reports, and carries its own digest. It holds no time, no measurement
-and no path, so that two exports of one recipe are byte-identical.
+moec.json hashes every file but itself, the reports and README.md, and carries its own digest. It holds no time, no
+measurement and no path, so that two exports of one recipe are byte-identical.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from moec.compiler.common.errors import ArtifactError
 from moec.compiler.common.files import read_json
 
 MANIFEST = "moec.json"
-REPORTS = frozenset({"report.json", "report.html", "report.xml", "build.log"})
-"""Files with measurements. They may be rewritten at any time, so moec.json does not hash them."""
+REPORTS = frozenset({"report.json", "report.html", "report.xml", "build.log", "README.md"})
+"""Files with measurements, and README.md, which is a model card in some registries. They may be rewritten at any time,
+so moec.json does not hash them."""
 
 SCHEMA_VERSION = 1
 

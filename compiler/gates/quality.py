@@ -17,7 +17,7 @@ from moec.compiler.common.model_config import context_length
 from moec.compiler.common.progress import Progress
 from moec.compiler.common.verdict import Status, Verdict
 from moec.compiler.ir.program import Program
-from moec.compiler.text.corpus import HELD_OUT, read_text, spread, tokenize, windows
+from moec.compiler.text.corpus import held_out_text, spread, tokenize, windows
 from moec.compiler.text.perplexity import compare, perplexity
 from moec.targets.base import Runner, limits_of
 
@@ -40,15 +40,6 @@ class QualityOptions:
     text: str | None = None
     windows: int = 64
     window: int = 256
-
-
-def held_out_text(location: str | None) -> str:
-    """The held-out text.
-
-    Raises:
-        CheckpointError: It is missing, empty or binary.
-    """
-    return read_text(location, shipped=HELD_OUT)
 
 
 def judge_quality(

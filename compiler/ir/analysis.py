@@ -1,4 +1,4 @@
-"""Graph analysis: the ancestors of nodes, the router of an experts node, and the layer of a node."""
+"""Graph analysis: the ancestors of nodes, the router of an experts node, the layer of a node, and what slots decide."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ from torch import fx
 from moec.compiler.ir.indexer import INDEXER
 from moec.compiler.ir.operands import Experts
 from moec.compiler.ir.ops import ATTENTION, EXPERTS
-from moec.compiler.ir.program import module_of
+from moec.compiler.ir.program import Program, module_of
 from moec.compiler.ir.recurrences import CAUSAL_CONV, LINEAR_ATTENTION
+from moec.compiler.ir.stages import NUMBERS
 
 TOKEN_MIXERS = frozenset({ATTENTION, INDEXER, LINEAR_ATTENTION, CAUSAL_CONV})
 """Ops that mix tokens."""
+_READERS_OF_SLOTS = frozenset({ATTENTION, INDEXER, torch.ops.aten.sym_size.int})
+"""Ops that may get the slots of the new tokens: padding changes nothing in what they compute."""
 MIXERS = TOKEN_MIXERS | {EXPERTS}
 """Ops at which a walk from a router back through the graph stops, since they belong to an earlier block."""
 
@@ -67,3 +70,39 @@ def layer_of(node: fx.Node) -> int:
     the same number.
     """
     return next((int(part) for part in module_of(node).split(".") if part.isdecimal()), -1)
+
+
+def max_shared_length(program: Program) -> int | None:
+    """Length in tokens up to which a sequence in a batch with left padding computes what it computes alone.
+
+    Beyond the first length at which rotary frequencies change, the longest sequence decides on those of all. In a model
+    that computes with the number of slots before a token, as the attention temperature of Llama 4 does, padding counts
+    from the start.
+
+    Args:
+        program: A Program at CORE.
+
+    Returns:
+        The length, 0 if padding always counts, and None if it never does.
+    """
+    placeholders = program.graph.find_nodes(op="placeholder")
+    slots = [node for node, spec in zip(placeholders, program.inputs, strict=False) if spec.name == "cache_position"]
+    if any(user.target not in _READERS_OF_SLOTS for node in slots for user in node.users):
+        return 0
+    past = str(program.dims.get("past_sequence"))
+    if any(past in _symbols(number) for node in program.graph.nodes for number in _numbers(node)):
+        return 0
+    return min(program.rotary_borders, default=None)
+
+
+def _numbers(node: fx.Node) -> Iterable[Any]:
+    """The arguments of a node that are numbers to compute with, and not sizes."""
+    if node.target is torch.ops.aten.full.default:
+        return node.args[1:2]
+    return node.args if node.target in NUMBERS or node.target is torch.ops.aten.arange.start_step else ()
+
+
+def _symbols(argument: Any) -> set[str]:
+    """The dynamic axes that a size is computed from."""
+    value = argument.meta.get("val") if isinstance(argument, fx.Node) else None
+    return {str(symbol) for symbol in value.node.expr.free_symbols} if isinstance(value, torch.SymInt) else set()

@@ -17,21 +17,21 @@ from moec.compiler.common.errors import (
     ArtifactError,
     CheckpointError,
     MoecError,
-    UsageError,
 )
 from moec.compiler.common.progress import Progress
-from moec.compiler.common.staging import check_output, staged
+from moec.compiler.common.staging import staged
 from moec.compiler.common.verdict import Verdict
 from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.gates.run import GateInputs, exit_code
 from moec.compiler.pipeline.captures import Captures
-from moec.compiler.pipeline.gates import not_proven, prove
+from moec.compiler.pipeline.gates import latency_options, not_proven, prove
 from moec.compiler.pipeline.input_checks import check_demands, check_inputs
-from moec.compiler.pipeline.program import Built, build, target_of, with_target_defaults
+from moec.compiler.pipeline.program import Built, build
 from moec.compiler.pipeline.quantization import manifest_facts, tensor_bytes
-from moec.compiler.pipeline.recipe import Recipe, make_recipe
+from moec.compiler.pipeline.recipe import Recipe, make_recipe, target_of
 from moec.compiler.pipeline.recorded_codes import recorded_codes
 from moec.compiler.pipeline.refusals import check_target
+from moec.compiler.pipeline.routing import check_routing
 from moec.compiler.pipeline.stages import Stages, silent
 from moec.compiler.report import write as report
 from moec.compiler.report.summary import README, readme
@@ -105,14 +105,10 @@ def compile_recipe(
         MoecError: Recipe, checkpoint, model or output is wrong, as subclass and message say. Nothing new is left at
             `output`, and an artifact that was there before is unchanged.
     """
-    target, options = target_of(recipe)
-    recipe = with_target_defaults(recipe, target)
-    check_inputs(recipe)
-    if recipe.inputs_embeds and not target.takes_embeddings:
-        raise UsageError(
-            f"the target {target.name} does not support an input of embeddings", hint="export without --inputs-embeds"
-        )
-    check_output(output.expanduser().resolve(), overwrite=overwrite)
+    recipe, target, options = check_inputs(recipe, output, overwrite=overwrite)
+    latency_options(recipe)
+    if recipe.routing is not None:
+        check_routing(recipe.routing)
     stages = Stages(progress)
     built = build(recipe, target, options, stages, captures or Captures())
     with staged(output, overwrite=overwrite) as directory:
@@ -195,6 +191,7 @@ def validate_artifact(
         }
         recipe = _recipe_of(directory, manifest, given)
         check_demands(recipe)
+        latency_options(recipe)
         target, options = target_of(recipe)
         checkpoint = Checkpoint.open(against, revision=revision, trust_remote_code=trust_remote_code)
         _check_source(directory, manifest, checkpoint)

@@ -12,14 +12,13 @@ import torch
 
 from moec import passes
 from moec.compiler.common.errors import LoweringError
-from moec.compiler.common.validation import validate
 from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.ir.program import Program
 from moec.compiler.ir.widen import widened
 from moec.compiler.measure.summary import model_summary
 from moec.compiler.pipeline.captures import Captures
 from moec.compiler.pipeline.quantization import Quantization, QuantizationInputs, plan_quantization
-from moec.compiler.pipeline.recipe import Recipe
+from moec.compiler.pipeline.recipe import Recipe, target_of, with_target_defaults
 from moec.compiler.pipeline.refusals import check_target
 from moec.compiler.pipeline.routing import RoutingPlan, measure_savings, plan_routing
 from moec.compiler.pipeline.stages import Stages, silent
@@ -28,7 +27,6 @@ from moec.passes.inputs_embeds import InputsEmbeds
 from moec.quantize.formats import Activations
 from moec.quantize.keep import SupportedFormats
 from moec.quantize.recorded import RecordedCodes
-from moec.targets import get_target
 from moec.targets.base import Phase, Target, TargetOptions
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
@@ -51,26 +49,6 @@ def build_program(recipe: Recipe) -> Program:
     """The Program that an export of `recipe` would lower: captured and with every pass run."""
     target, options = target_of(recipe)
     return build(with_target_defaults(recipe, target), target, options, Stages(silent), Captures()).program
-
-
-def with_target_defaults(recipe: Recipe, target: Target) -> Recipe:
-    """`recipe` with the target's default dtype if it has none, and with the formats of the target's preset it names."""
-    recipe = recipe.model_copy(update={"dtype": recipe.dtype or target.default_dtype})
-    settings = recipe.quantize
-    if settings is None or not isinstance(settings.format, str) or settings.format not in target.presets:
-        return recipe
-    own = {"format": {"formats": dict(target.presets[settings.format])}}
-    return recipe.model_copy(update={"quantize": settings.model_copy(update=own)})
-
-
-def target_of(recipe: Recipe) -> tuple[Target, TargetOptions]:
-    """The target of a recipe and its options.
-
-    Raises:
-        UsageError: There is no such target, or an option is not valid.
-    """
-    target = get_target(recipe.target)
-    return target, validate(target.Options, recipe.options, where=f"options of target {target.name}")
 
 
 def build(

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 
 from moec.compiler.common.digest import sha256_of_text
-from moec.compiler.common.errors import CheckpointError
 from moec.compiler.common.progress import Progress
 from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.ir.program import Program
 from moec.compiler.ir.weights import LazyTensor
+from moec.compiler.pipeline.input_checks import KEEP, calibration_text
 from moec.compiler.pipeline.recipe import QuantizeRecipe
-from moec.compiler.text.corpus import read_text, spread, tokenize, windows
+from moec.compiler.text.corpus import spread, tokenize, windows
 from moec.passes.base import Pass
 from moec.passes.keep_codes import KeepCodes
 from moec.passes.quantize import Quantize
@@ -28,13 +28,11 @@ from moec.quantize.methods.calibrated import Calibration, calibrate
 from moec.quantize.methods.gptq import GptqOptions
 from moec.quantize.methods.rounding import Method, RoundingResult
 from moec.quantize.plan import QuantizationPlan, TensorClass, requested, with_activations
-from moec.quantize.planning.auto import Choice, choose, parse_size, round_significant
+from moec.quantize.planning.auto import Choice, choose, round_significant
 from moec.quantize.planning.sensitivity import NEAREST, AvailableFormats, Rounding, size_of
 from moec.quantize.recorded import RecordedCodes, matrices_of, sha256_of
 from moec.quantize.tensor_classes import weight_roles
 
-KEEP = "keep"
-"""The format that keeps the codes of a quantized checkpoint."""
 SENSITIVITY_WINDOWS = 16
 """Windows of text on which `auto` measures each part. Divergences vary by a few percent between windows, and by
 factors between formats."""
@@ -179,33 +177,6 @@ def _choose(settings: QuantizeRecipe, material: QuantizationInputs, offered: Ava
 def _calibration_windows(settings: QuantizeRecipe, checkpoint: Checkpoint) -> tuple[str, np.ndarray]:
     text = calibration_text(settings)
     return text, spread(windows(tokenize(checkpoint.directory, text), settings.window), settings.windows)
-
-
-def check_plan(settings: QuantizeRecipe) -> None:
-    """Check the plan of a recipe as far as this is possible without the model.
-
-    Raises:
-        UsageError: The plan is not valid.
-    """
-    if settings.format not in ("auto", KEEP):
-        requested(settings.format)
-    elif settings.max_size is not None:
-        parse_size(settings.max_size, 0)
-
-
-def calibration_text(settings: QuantizeRecipe) -> str:
-    """The calibration text of a recipe.
-
-    Raises:
-        CheckpointError: The text is missing, empty or binary, or does not have the digest that the recipe gives.
-    """
-    text = read_text(settings.calibration)
-    if settings.calibration_sha256 not in {None, sha256_of_text(text)}:
-        raise CheckpointError(
-            f"{settings.calibration or 'the calibration text of moec'}: not the text that the recipe was made with",
-            hint=f"give the text with sha256 {settings.calibration_sha256} (--calibration)",
-        )
-    return text
 
 
 def manifest_facts(quantization: Quantization, program: Program) -> dict[str, Any]:

@@ -33,6 +33,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from moec.compiler.common.errors import UsageError
 from moec.compiler.common.files import read_yaml
 from moec.compiler.common.validation import unknown, validate
+from moec.targets import get_target
+from moec.targets.base import Target, TargetOptions
 
 DType = Literal["fp32", "fp16"]
 DEMANDS = ("coverage", "quality", "latency")
@@ -275,3 +277,23 @@ def make_recipe(fields: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
         if not fields.get(key):
             raise UsageError(f"{where}: no {key} is given", hint=f"give {flag}, or '{key}:' in a recipe file")
     return validate(Recipe, fields, where=where)
+
+
+def with_target_defaults(recipe: Recipe, target: Target) -> Recipe:
+    """`recipe` with the target's default dtype if it has none, and with the formats of the target's preset it names."""
+    recipe = recipe.model_copy(update={"dtype": recipe.dtype or target.default_dtype})
+    settings = recipe.quantize
+    if settings is None or not isinstance(settings.format, str) or settings.format not in target.presets:
+        return recipe
+    own = {"format": {"formats": dict(target.presets[settings.format])}}
+    return recipe.model_copy(update={"quantize": settings.model_copy(update=own)})
+
+
+def target_of(recipe: Recipe) -> tuple[Target, TargetOptions]:
+    """The target of a recipe and its options.
+
+    Raises:
+        UsageError: There is no such target, or an option is not valid.
+    """
+    target = get_target(recipe.target)
+    return target, validate(target.Options, recipe.options, where=f"options of target {target.name}")

@@ -19,6 +19,7 @@ from moec.compiler.ir.interpreter import ProgramRunner
 from moec.compiler.ir.program import Program
 from moec.compiler.measure.accounting import account
 from moec.compiler.pipeline.calibration_file import read_calibration_file
+from moec.compiler.pipeline.input_checks import check_saving
 from moec.compiler.text.corpus import read_text, tokenize, windows
 from moec.compiler.text.perplexity import losses
 from moec.passes.base import Pass
@@ -201,20 +202,12 @@ def check_routing(settings: RoutingRecipe) -> None:
         UsageError: The policy is unknown, a parameter is not valid, or neither parameters nor a saving are given.
         CheckpointError: The calibration text is missing, empty or binary.
     """
-    if settings.text is not None:
-        read_text(settings.text)
+    check_saving(settings)
     if settings.policy == "off":
         return
     policy_type(settings.policy)
     if settings.parameters is not None:
         policy(settings.policy, **settings.parameters)
-    elif settings.calibration is not None:
-        read_calibration_file(Path(settings.calibration))
-    elif settings.budget is None and settings.max_quality_loss is None:
-        raise UsageError(
-            f"the policy {settings.policy} has neither parameters nor a budget nor a quality bound",
-            hint="give --expert-budget, --max-quality-loss or --calibration",
-        )
 
 
 def plan_routing(

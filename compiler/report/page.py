@@ -53,6 +53,14 @@ class Table:
     rows: Sequence[Sequence[Cell]]
     dense: bool = False
 
+    @property
+    def heads(self) -> list[tuple[str, bool]]:
+        """The header, and for each column whether it holds numbers."""
+        numbers = [any(cell.number for cell in column) for column in zip(*self.rows, strict=False)]
+        return [
+            (text, number) for text, number in zip(self.header, numbers or [False] * len(self.header), strict=False)
+        ]
+
 
 @dataclass(frozen=True)
 class Part:
@@ -308,7 +316,7 @@ def _trade_off(report: Mapping[str, Any]) -> list[Part]:
         for point, note in listed
     ]
     caption = "Predicted increase of perplexity by size, from the sensitivities; the ring marks the built artifact."
-    return [Part(Table(caption, ("Weights", "Of fp16", "Perplexity", ""), rows), Markup(plot))]
+    return [Part(Table(caption, ("Weights", "Of fp16", "Perplexity", "Choice"), rows), Markup(plot))]
 
 
 def _built(report: Mapping[str, Any]) -> list[Part]:

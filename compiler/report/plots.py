@@ -10,6 +10,10 @@ from xml.etree import ElementTree
 
 WIDTH, HEIGHT = 640, 320
 LEFT, RIGHT, TOP, BOTTOM = 84, 20, 14, 66
+_INSET = 12
+"""Space at both ends of an axis along which points stand, so that none covers the labels of the other axis."""
+_BELOW = 24
+"""Distance of the labels below an axis, which clears those beside it on phones too."""
 _TICKS = 5
 _CHARACTER = 11.0
 """Largest width of a letter in units of the plot; it is reached on phones, where the font is larger."""
@@ -54,7 +58,7 @@ def bars(labels: Labels, names: Sequence[str], values: Sequence[float], label: s
         _add(svg, "rect", box, "part")
         if index % every == 0:
             for row, words in enumerate(textwrap.wrap(name, max(room, 4))[:3]):
-                _text(svg, left + step / 2, HEIGHT - BOTTOM + 18 + row * 16, words, "middle")
+                _text(svg, left + step / 2, HEIGHT - BOTTOM + _BELOW + row * 16, words, "middle")
     return _source(svg)
 
 
@@ -69,13 +73,15 @@ def line(
     across, up = _Scale.of([x for x, _ in every]), _Scale.of([y for _, y in every])
     svg = _canvas(labels)
     _vertical(svg, up, axes[1])
-    _horizontal(svg, across, axes[0])
-    places = [(_x(across.place(x)), _y(up.place(y))) for x, y in sorted(points)]
+    _horizontal(svg, across, axes[0], _INSET)
+    places = [(_x(across.place(x), _INSET), _y(up.place(y))) for x, y in sorted(points)]
     _add(svg, "polyline", {"points": " ".join(f"{x:.1f},{y:.1f}" for x, y in places)}, "curve")
     for x, y in places:
         _add(svg, "circle", {"cx": x, "cy": y, "r": 3.5}, "point")
     if marked:
-        _add(svg, "circle", {"cx": _x(across.place(marked[0])), "cy": _y(up.place(marked[1])), "r": 8}, "marked")
+        _add(
+            svg, "circle", {"cx": _x(across.place(marked[0]), _INSET), "cy": _y(up.place(marked[1])), "r": 8}, "marked"
+        )
     return _source(svg)
 
 
@@ -106,9 +112,9 @@ def scatter(labels: Labels, dots: Sequence[Dot], axes: tuple[str, str]) -> str:
     up = _Scale.of([value for dot in dots for value in (dot.y, dot.low, dot.high) if value is not None])
     svg = _canvas(labels)
     _vertical(svg, up, axes[1])
-    _horizontal(svg, across, axes[0])
+    _horizontal(svg, across, axes[0], _INSET)
     for dot in dots:
-        x, y = _x(across.place(dot.x)), _y(up.place(dot.y))
+        x, y = _x(across.place(dot.x), _INSET), _y(up.place(dot.y))
         place = ElementTree.SubElement(svg, "a", {"href": f"#{dot.link}"}) if dot.link else svg
         if dot.low is not None and dot.high is not None:
             ends = {"y1": _y(up.place(dot.low)), "y2": _y(up.place(dot.high))}
@@ -177,8 +183,8 @@ def _inner_width() -> float:
     return WIDTH - LEFT - RIGHT
 
 
-def _x(place: float) -> float:
-    return LEFT + place * _inner_width()
+def _x(place: float, inset: float = 0) -> float:
+    return LEFT + inset + place * (_inner_width() - 2 * inset)
 
 
 def _y(place: float) -> float:
@@ -208,9 +214,9 @@ def _vertical(svg: ElementTree.Element, scale: _Scale, label: str) -> None:
     _text(svg, 16, middle, label, "middle").set("transform", f"rotate(-90 16 {middle:.1f})")
 
 
-def _horizontal(svg: ElementTree.Element, scale: _Scale, label: str) -> None:
+def _horizontal(svg: ElementTree.Element, scale: _Scale, label: str, inset: float = 0) -> None:
     for tick in scale.ticks():
-        _text(svg, _x(scale.place(tick)), HEIGHT - BOTTOM + 18, f"{tick:.4g}", "middle")
+        _text(svg, _x(scale.place(tick), inset), HEIGHT - BOTTOM + _BELOW, f"{tick:.4g}", "middle")
     _text(svg, LEFT + _inner_width() / 2, HEIGHT - 8, label, "middle")
 
 

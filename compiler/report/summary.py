@@ -1,6 +1,6 @@
 """What was made, in one mapping: the same in the terminal, `moec inspect`, report.html and an artifact's README.md.
 
-README.md holds nothing that was measured, so it is the same on every rebuild, like moec.json, which hashes it.
+README.md of an artifact holds nothing that was measured, so it is the same on every rebuild.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import numpy as np
 from moec.compiler.text.sampling import Sampling
 from moec.compiler.text.stops import StopStrings
 from moec.compiler.text.tokenizer import TextStream
-from moec.targets.base import Runner, limits_of
+from moec.targets.base import BatchingRunner, Row, Runner, limits_of
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -62,16 +62,40 @@ class Session:
 
     Attributes:
         tokens: The tokens that the runner has seen.
+        row: Where the states of the sequence are: in `runner`, or in a batch (`moec.compiler.run.batch`).
     """
 
     def __init__(self, runner: Runner) -> None:
         self.runner = runner
+        self.row = Row(runner)
         self.tokens: list[int] = []
+        self._ahead: np.ndarray | None = None
 
     def reset(self) -> None:
         """Start a new sequence."""
-        self.tokens = []
+        self.tokens, self.row, self._ahead = [], Row(self.runner), None
         self.runner.reset()
+
+    @property
+    def is_batched(self) -> bool:
+        """Whether the states of the sequence are in a batch."""
+        return self.row.runner is not self.runner
+
+    def leave_batch(self) -> None:
+        """Copy the states of the sequence from a batch back to `runner`."""
+        if self.is_batched:
+            assert isinstance(self.runner, BatchingRunner)
+            (self.row,) = self.runner.gather([self.row])
+
+    def decoded(self, token: int, logits: np.ndarray) -> None:
+        """Record a step that a batch made for this sequence; `feed` yields its logits.
+
+        Args:
+            token: The token that was fed.
+            logits: The logits [V] after it.
+        """
+        self.tokens.append(token)
+        self._ahead = logits
 
     def kept(self, ids: Sequence[int]) -> int:
         """How many tokens of the sequence `ids` need not be computed again: all that were seen, or none.
@@ -88,9 +112,13 @@ class Session:
             ids: The whole sequence, at least one token.
 
         Yields:
-            Logits [V] float32 after the last token of each piece.
+            Logits [V] float32 after the last token of each piece; those of a batch's step if it has fed the last token.
         """
-        position = self.kept(ids)
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and self.tokens == list(ids):
+            yield ahead
+            return
+        position = 0 if self.is_batched else self.kept(ids)
         if not position:
             self.reset()
         while position < len(ids):
@@ -136,6 +164,8 @@ class Answer:
     ) -> None:
         self.session, self.prompt, self.sampling = session, list(prompt), sampling
         self.end_tokens, self.max_new_tokens = frozenset(end_tokens), max_new_tokens
+        self.next_token: int | None = None
+        """The token whose logits the next step needs; None before the end of the prompt and at the end."""
         self.statistics = Statistics(prompt_tokens=len(prompt), kept_tokens=session.kept(prompt))
 
     def tokens(self) -> Iterator[int | None]:
@@ -151,6 +181,7 @@ class Answer:
             seen.append(token)
             if counts.new_tokens == self.max_new_tokens:
                 counts.finish = "length"
+            self.next_token = None if counts.finish else token
             yield token
             if counts.finish:
                 return

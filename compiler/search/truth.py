@@ -21,7 +21,6 @@ from moec.compiler.build.worker import Outcome
 from moec.compiler.common.digest import sha256_of_text
 from moec.compiler.common.files import write_output
 from moec.compiler.common.progress import Progress
-from moec.compiler.gates.quality import held_out_text
 from moec.compiler.measure.latency import process
 from moec.compiler.measure.latency.timings import CANDIDATE, Series
 from moec.compiler.search.archive import Individual
@@ -44,6 +43,7 @@ from moec.compiler.search.settings import SPACE_HINT
 from moec.compiler.search.store import Measured
 from moec.compiler.search.surrogate import MISLEADS, rank_correlation
 from moec.compiler.search.variant import FLOAT
+from moec.compiler.text.corpus import held_out_text
 from moec.compiler.text.perplexity import increase_interval, losses
 from moec.passes.routing.policies.base import Policy
 from moec.passes.routing.policies.table import parameters_of

@@ -47,6 +47,15 @@ def read_text(location: str | Path | None = None, *, shipped: Sequence[str] = CA
     return text
 
 
+def held_out_text(location: str | None) -> str:
+    """The held-out text.
+
+    Raises:
+        CheckpointError: It is missing, empty or binary.
+    """
+    return read_text(location, shipped=HELD_OUT)
+
+
 def _read(path: Path) -> str:
     try:
         data = path.read_bytes()

@@ -24,12 +24,13 @@ CONFIG = "genai_config.json"
 GENERATION = "generation_config.json"
 
 
-def genai_config(program: Program, filename: str) -> dict[str, Any]:
+def genai_config(program: Program, filename: str, provider: str = "") -> dict[str, Any]:
     """The contents of `genai_config.json` that follow from `program`; `complete` adds special tokens and sampling.
 
     Args:
         program: The lowered Program, whose KV caches have the same shape in every layer.
         filename: Name of the ONNX file.
+        provider: Execution provider; empty for the CPU.
     """
     states = [state for state in program.states if state.kind == "key"]
     query = program.nodes(ATTENTION)[0].args[0]
@@ -38,7 +39,10 @@ def genai_config(program: Program, filename: str) -> dict[str, Any]:
         "model": {
             "context_length": context_length(program.config) or DEFAULT_CONTEXT,
             "decoder": {
-                "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+                "session_options": {
+                    "log_id": "onnxruntime-genai",
+                    "provider_options": [{provider: {}}] if provider else [],
+                },
                 "filename": filename,
                 "head_size": width_of(states[0]),
                 "hidden_size": hidden,
@@ -123,9 +127,9 @@ def _search(sampling: Sampling, length: int) -> dict[str, Any]:
     }
 
 
-def write(program: Program, filename: str, directory: Path) -> None:
-    """Write `genai_config.json` into `directory`."""
-    _save(directory, genai_config(program, filename))
+def write(program: Program, filename: str, directory: Path, provider: str = "") -> None:
+    """Write `genai_config.json` into `directory`; see `genai_config`."""
+    _save(directory, genai_config(program, filename, provider))
 
 
 def _save(directory: Path, described: Mapping[str, Any]) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from moec.compiler.common.progress import in_megabytes
+from moec.compiler.ir.analysis import max_shared_length
 from moec.compiler.ir.operands import Attention
 from moec.compiler.ir.program import ATTENTION, EXPERTS, Program, TensorSpec, module_of
 from moec.compiler.ir.weights import LazyTensor
@@ -22,6 +23,7 @@ from moec.targets.onnx.experts import LAYERS
 from moec.targets.onnx.lowerings.group_query import share_lengths
 from moec.targets.onnx.lowerings.linear import untransposed_weights
 from moec.targets.onnx.lowerings.quantized import Packed
+from moec.targets.onnx.runner import MAX_SHARED_LENGTH, ROUTING_OUTPUTS, routing_outputs
 from moec.targets.onnx.stored import TABLE
 
 IR_VERSION = 11
@@ -29,12 +31,13 @@ SYNTHESISED = ("cache_position",)
 """Inputs of the Program that the ONNX model computes itself, from the lengths of its other inputs."""
 
 
-def build(program: Program, dialect: Dialect) -> tuple[ir.Model, Context]:
+def build(program: Program, dialect: Dialect, *, routing: bool = False) -> tuple[ir.Model, Context]:
     """Lower `program`.
 
     Args:
         program: The Program to lower, with dynamic batch, sequence and past.
         dialect: Which ONNX operators may be written.
+        routing: Whether the model also returns the experts of each token (`routing_outputs`).
 
     Returns:
         The model, whose large initializers have no values yet, and the context, which holds these lazily.
@@ -53,6 +56,8 @@ def build(program: Program, dialect: Dialect) -> tuple[ir.Model, Context]:
             if node.target is EXPERTS:
                 ctx.layers[-1]["output"] = (ctx.get(node), node.meta["val"].dtype)
     outputs = _outputs(ctx)
+    if routing:
+        outputs += _routing_outputs(ctx)
     _drop_unused(ctx.nodes, outputs)
     initializers = [value for value, _ in ctx.initializers.values()] + ctx.constants()
     initializers += [value for value in inputs if value.const_value is not None]
@@ -66,6 +71,11 @@ def build(program: Program, dialect: Dialect) -> tuple[ir.Model, Context]:
     )
     model = ir.Model(graph, ir_version=IR_VERSION, producer_name="moec")
     model.metadata_props["moec.attention"] = "GroupQueryAttention" if dialect.shared_buffer else "Attention"
+    if routing:
+        sizes = {str(layer.index): layer.num_experts for layer in program.layers}
+        model.metadata_props[ROUTING_OUTPUTS] = json.dumps(sizes, sort_keys=True)
+    if (shared := max_shared_length(program)) is not None:
+        model.metadata_props[MAX_SHARED_LENGTH] = str(shared)
     model.metadata_props[TABLE] = json.dumps({**ctx.others, **ctx.experts}, sort_keys=True)
     layers = [
         {role: [value.name, int(DTYPES[dtype])] for role, (value, dtype) in entry.items()} for entry in ctx.layers
@@ -138,16 +148,33 @@ def _outputs(ctx: Context) -> list[ir.Value]:
     return outputs
 
 
-def signature(program: Program) -> Mapping[str, Any]:
-    """Inputs, outputs and states for moec.json."""
+def _routing_outputs(ctx: Context) -> list[ir.Value]:
+    """The experts of each token and their weights, of every MoE layer."""
+    outputs = []
+    for layer, entry in zip(ctx.program.layers, ctx.layers, strict=True):
+        kinds = (("indices", ir.DataType.INT64), ("weights", ir.DataType.FLOAT))
+        for name, (role, dtype) in zip(routing_outputs(layer.index), kinds, strict=True):
+            value = ctx.op("Cast", entry[role][0], to=int(dtype))
+            value.name, value.type, value.shape = name, ir.TensorType(dtype), ir.Shape(["tokens", layer.top_k])
+            outputs.append(value)
+    return outputs
+
+
+def signature(program: Program, *, routing: bool = False) -> Mapping[str, Any]:
+    """Inputs, outputs and states for moec.json; `routing` as for `build`."""
 
     def row(spec: TensorSpec) -> dict[str, Any]:
         return {"name": spec.name, "shape": _axes(spec), "dtype": str(spec.dtype).removeprefix("torch.")}
 
     logits = program.outputs()["logits"].meta["val"]
+    returned = [TensorSpec("logits", ("batch", "sequence", int(logits.shape[-1])), torch.float32)]
+    for layer in program.layers if routing else ():
+        indices, weights = routing_outputs(layer.index)
+        returned.append(TensorSpec(indices, ("tokens", layer.top_k), torch.int64))
+        returned.append(TensorSpec(weights, ("tokens", layer.top_k), torch.float32))
     return {
         "inputs": [row(spec) for spec in program.inputs if spec.name not in SYNTHESISED],
-        "outputs": [row(TensorSpec("logits", ("batch", "sequence", int(logits.shape[-1])), torch.float32))],
+        "outputs": [row(spec) for spec in returned],
         "states": [
             {"layer": state.layer, "kind": state.kind, "input": row(state.input), "output": row(state.output)}
             for state in program.states

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,11 +14,20 @@ import onnxruntime as ort
 
 from moec.compiler.common.errors import ArtifactError
 from moec.compiler.common.threads import is_machine_busy
-from moec.targets.base import Runner
-from moec.targets.onnx.states import GrowingStates, SharedBufferStates
+from moec.targets.base import Row, Runner, RunnerLimits
+from moec.targets.onnx.states import GrowingStates, SharedBufferStates, StateRow
 
+MAX_SHARED_LENGTH = "moec.max_shared_length"
+"""Key in the model's metadata: see `moec.compiler.ir.analysis.max_shared_length`; missing where there is no limit."""
+ROUTING_OUTPUTS = "moec.routing_outputs"
+"""Key in the model's metadata: MoE layer -> number of experts, where the model returns the experts of each token."""
 ERROR_SEVERITY = 3
 """Severity from which ONNX Runtime prints messages: errors, but not warnings."""
+
+
+def routing_outputs(layer: int) -> tuple[str, str]:
+    """Names of the outputs with the experts of each token [tokens, k] and with their weights, of a MoE layer."""
+    return f"experts.{layer}.indices", f"experts.{layer}.weights"
 
 
 def session_options(threads: int) -> Any:
@@ -58,8 +67,13 @@ class OnnxRunner(Runner):
                 hint="`moec verify` checks whether the files are still as they were built",
             ) from error
         self._inputs = {spec.name for spec in self.session.get_inputs()}
-        attention = self.session.get_modelmeta().custom_metadata_map.get("moec.attention")
-        self._shared = attention == "GroupQueryAttention"
+        described = self.session.get_modelmeta().custom_metadata_map
+        shared = described.get(MAX_SHARED_LENGTH)
+        self.limits = RunnerLimits(max_shared_length=None if shared is None else int(shared))
+        routing = json.loads(described.get(ROUTING_OUTPUTS, "{}"))
+        self.expert_tokens = {int(layer): np.zeros(count, np.int64) for layer, count in routing.items()}
+        """See `moec.targets.base.CountingRunner`; forks share it."""
+        self._shared = described.get("moec.attention") == "GroupQueryAttention"
         self._states: SharedBufferStates | GrowingStates = (
             SharedBufferStates(self.session) if self._shared else GrowingStates(self.session)
         )
@@ -72,6 +86,14 @@ class OnnxRunner(Runner):
         twin = copy.copy(self)
         twin._states = type(self._states)(self.session)
         return twin
+
+    def gather(self, rows: Sequence[Row]) -> tuple[Row, ...]:
+        """Take copies of other sequences; see `moec.targets.base.BatchingRunner`."""
+        sources = []
+        for row in rows:
+            assert isinstance(row.runner, OnnxRunner)
+            sources.append(StateRow(row.runner._states, row.index, row.padding))
+        return tuple(Row(self, index, padding) for index, padding in enumerate(self._states.gather(sources)))
 
     def reset(self) -> None:
         """Drop all sequences and their states."""
@@ -95,8 +117,21 @@ class OnnxRunner(Runner):
         }
         added = self.added_inputs(batch, length)
         values |= {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in added.items()}
-        logits = self._states.run(values, batch, length)
-        return logits.astype(np.float32, copy=False)
+        results = self._states.run(values, batch, length)
+        self._count_experts(results, mask[:, total - length :])
+        return results["logits"].astype(np.float32, copy=False)
+
+    def _count_experts(self, results: Mapping[str, np.ndarray], mask: np.ndarray) -> None:
+        """Count the tokens of each expert; padding and slots that routing dropped do not count.
+
+        Args:
+            results: The outputs of a step.
+            mask: 0 where a new token is padding, [B, S].
+        """
+        for layer, counts in self.expert_tokens.items():
+            indices, weights = (results[name] for name in routing_outputs(layer))
+            used = (weights != 0) & (mask.reshape(-1, 1) != 0)
+            counts += np.bincount(indices[used], minlength=counts.size)
 
     def added_inputs(self, batch: int, tokens: int) -> Mapping[str, np.ndarray]:  # noqa: ARG002
         """Arrays to feed to inputs that passes added, in a call of `batch` sequences; others take their defaults."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from moec.compiler.common.choices import Choice
+from moec.compiler.common.errors import UsageError
 from moec.compiler.common.progress import Progress
 from moec.compiler.common.rejections import Rejection
 from moec.targets import base
@@ -40,6 +41,19 @@ class Experts(Choice):
     AUTO = "auto", f"grouped in float32 up to {MAX_GROUPED_EXPERTS} experts in all"
 
 
+class Provider(Choice):
+    """Execution providers that `genai_config.json` can name; the values are onnxruntime-genai's spelling."""
+
+    CPU = "cpu", "none is named"
+    CUDA = "cuda", "NVIDIA GPUs"
+    DML = "dml", "DirectML"
+    WEBGPU = "webgpu", "WebGPU"
+    OPENVINO = "openvino", "Intel"
+    QNN = "qnn", "Qualcomm"
+    VITISAI = "vitisai", "AMD"
+    TENSORRT_RTX = "nvtensorrtrtx", "TensorRT-RTX"
+
+
 EXPERT_CLASSES = ("experts_gate_up", "experts_down")
 
 
@@ -48,6 +62,15 @@ class OnnxOptions(base.TargetOptions):
 
     flavor: Flavor = Field(Flavor.DEFAULT, description=Flavor.meanings())
     experts: Experts = Field(Experts.AUTO, description=f"experts in floating point. {Experts.meanings()}")
+    provider: Provider = Field(
+        Provider.CPU,
+        description="execution provider that genai_config.json names (--flavor genai); gates run on the CPU. "
+        f"{Provider.meanings()}",
+    )
+
+    routing_outputs: bool = Field(
+        False, description="also return the experts of each token and their weights; moec serve counts them"
+    )
 
 
 class OnnxTarget(base.Target):
@@ -62,6 +85,16 @@ class OnnxTarget(base.Target):
     def capabilities(self, options: base.TargetOptions, phase: base.Phase) -> base.Capabilities:  # noqa: ARG002
         """Every flavor skips experts: the MoE kernels drop slots of weight 0, and so does the form in standard ops."""
         return base.Capabilities(skips_experts=True)
+
+    def check(self, options: base.TargetOptions, config: Mapping[str, Any]) -> None:
+        """Refuse an execution provider that no file would name; see `Target.check`."""
+        assert isinstance(options, OnnxOptions)
+        super().check(options, config)
+        if options.provider is not Provider.CPU and options.flavor is not Flavor.GENAI:
+            raise UsageError(
+                f"--provider {options.provider}: only the flavor genai has a file that names it",
+                hint="add --flavor genai, or choose the provider where the artifact is run",
+            )
 
     def lint(self, program: Program, options: base.TargetOptions) -> tuple[Rejection, ...]:
         """Ops without a lowering and what the flavor cannot express; else the first thing that the lowering refuses."""
@@ -115,16 +148,16 @@ class OnnxTarget(base.Target):
         if shared:
             program = genai.with_genai_names(program)
         dialect = _dialect(program, options)
-        model, ctx = lower.build(program, dialect)
+        model, ctx = lower.build(program, dialect, routing=options.routing_outputs)
         counts: dict[str, int] = {}
         for node in model.graph.all_nodes():
             counts[node.op_type] = counts.get(node.op_type, 0) + 1
         lower.write(model, ctx, directory, progress)
         if shared:
-            genai.write(program, lower.MODEL, directory)
+            genai.write(program, lower.MODEL, directory, "" if options.provider is Provider.CPU else options.provider)
         return base.Lowered(
             (lower.MODEL, lower.DATA, *((genai.CONFIG,) if shared else ())),
-            lower.signature(program),
+            lower.signature(program, routing=options.routing_outputs),
             tuple(ctx.rejections),
             {
                 "opset": dialect.opset,

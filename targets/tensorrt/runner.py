@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from moec.targets.base import RunnerLimits
 from moec.targets.common.added_inputs import rows
 from moec.targets.onnx.runner import OnnxRunner
 from moec.targets.tensorrt.settings import ADDED_INPUTS
@@ -29,7 +29,7 @@ class TwinRunner(OnnxRunner):
     def __init__(self, directory: Path, *, threads: int = 0) -> None:
         super().__init__(directory, threads=threads)
         added = json.loads(self.session.get_modelmeta().custom_metadata_map[ADDED_INPUTS])
-        self.limits = RunnerLimits(stands_in="ONNX Runtime for TensorRT")
+        self.limits = replace(self.limits, stands_in="ONNX Runtime for TensorRT")
         self._widths: Mapping[str, int] = added["token_inputs"]
         shapes = {spec.name: spec.shape for spec in self.session.get_inputs()}
         self._defaults = {

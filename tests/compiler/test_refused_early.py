@@ -1,6 +1,12 @@
 """What cannot work is refused before anything is captured: with a message, a hint and its exit code."""
 
 import importlib.util
+import json
+import math
+import shutil
+import subprocess
+import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -90,3 +96,52 @@ def test_an_extra_that_is_missing(
     assert code == 8
     assert f"needs {module}, which is not installed" in said
     assert f"pip install 'moec[{target}]'" in said
+
+
+@pytest.mark.parametrize(
+    ("flags", "needed"),
+    [((), 4), (("--dtype", "fp16"), 2), (("--quantize", "int4"), 0.5), (("--prune-experts", "0.5"), 2)],
+)
+def test_a_disk_without_room(
+    flags: tuple[str, ...],
+    needed: float,
+    export: Callable[..., tuple[int, str]],
+    tiny_checkpoint: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Half of the weights is certain; the rest may be what the artifact does not hold."""
+    checkpoint = tiny_checkpoint("olmoe")
+    assert json.loads((checkpoint / "config.json").read_text())["dtype"] == "float32"
+    weights = (checkpoint / "model.safetensors").stat().st_size / 4
+    enough = math.ceil(weights * needed / 2)
+    for free, code, message in ((enough - 1, 11, "its disk has"), (enough + 1, 70, "is captured")):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _place, free=free: types.SimpleNamespace(free=free))
+        found, said = export("-t", "onnx", *flags, "--debug")
+        assert found == code
+        assert message in said
+    assert not list(tmp_path.iterdir())
+
+
+NEEDS_TORCH = ("an unknown policy",)
+"""Cases that are noticed once torch is imported: policies compute with it."""
+
+
+def test_a_refusal_waits_for_no_slow_import(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    """All other cases in one process, which must not have imported what takes seconds."""
+    (tmp_path / "file").touch()
+    lines = {
+        name: ["export", str(tiny_checkpoint("olmoe")), "-o", "out", *arguments]
+        for name, (arguments, _, _) in CASES.items()
+        if name not in NEEDS_TORCH
+    }
+    code = (
+        "import json, sys; from moec import cli; lines = json.loads(sys.argv[1]);"
+        "codes = {name: cli.dispatch(line) for name, line in lines.items()};"
+        "print(json.dumps([codes, [name for name in ('torch', 'transformers', 'scipy') if name in sys.modules]]))"
+    )
+    command = [sys.executable, "-c", code, json.dumps(lines)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=True)
+    codes, imported = json.loads(done.stdout.splitlines()[-1])
+    assert imported == []
+    assert codes == {name: CASES[name][1] for name in lines}

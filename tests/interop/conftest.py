@@ -13,6 +13,19 @@ import numpy as np
 import pytest
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the folder in which screenshots are kept."""
+    parser.addoption("--pictures", type=Path, default=None, help="folder in which screenshots are kept")
+
+
+@pytest.fixture
+def pictures(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """The folder for screenshots."""
+    folder: Path = request.config.getoption("--pictures", None) or tmp_path
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder.resolve()
+
+
 def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "moec" / "interop"
 

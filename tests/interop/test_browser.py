@@ -1,4 +1,8 @@
-"""report.html and summary.html in a real browser without a window: `apt-get install chromium`, `pytest -m interop`."""
+"""report.html and summary.html in a real browser without a window, also judged by axe-core.
+
+It needs `apt-get install chromium` and Node.js: `pytest -m interop tests/interop/test_browser.py --pictures=DIR` keeps
+the screenshots in DIR.
+"""
 
 from __future__ import annotations
 
@@ -65,11 +69,19 @@ addEventListener("load", () => {
 """
 
 
+PACKAGES = ("playwright-core@1.65.1", "axe-core@4.14.1")
+SCRIPT = Path(__file__).with_name("check_accessibility.mjs")
+
+
+def browser() -> str:
+    found = next((path for name in ("chromium", "google-chrome") if (path := shutil.which(name))), None)
+    assert found is not None, "no browser: apt-get install chromium"
+    return found
+
+
 def chromium(*arguments: str | Path) -> str:
-    browser = next((found for name in ("chromium", "google-chrome") if (found := shutil.which(name))), None)
-    assert browser is not None, "no browser: apt-get install chromium"
     fixed = ("--headless=new", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=4000", "--hide-scrollbars")
-    command = [browser, *fixed, *map(str, arguments)]
+    command = [browser(), *fixed, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
 
 
@@ -152,3 +164,34 @@ def test_a_page_fits_is_legible_and_can_be_used_without_a_mouse(
     chromium(colours, f"--screenshot={picture}", f"--window-size={max(width, 600)},{found['height']}", around.as_uri())
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert picture.stat().st_size > 25_000, "the picture is all but empty"
+
+
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The script in a folder with what it needs."""
+    assert shutil.which("npm"), "no npm: install Node.js 20 or later"
+    folder = tmp_path_factory.mktemp("node")
+    # playwright-core without its own browsers: the one that is installed is used.
+    command = ["npm", "install", "--silent", "--ignore-scripts", "--prefix", str(folder), *PACKAGES]
+    subprocess.run(command, check=True, timeout=600)
+    shutil.copy(SCRIPT, folder)
+    return folder / SCRIPT.name
+
+
+@pytest.mark.parametrize("width", [PHONE, DESK])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("kind", ["page", "matrix"])
+def test_axe_finds_nothing_to_mend(
+    kind: str, scheme: str, width: int, judge: Path, pictures: Path, request: pytest.FixtureRequest
+) -> None:
+    page, picture = pictures / f"{kind}.html", pictures / f"{kind}-{width}-{scheme}.png"
+    page.write_text(request.getfixturevalue(kind), encoding="utf-8")
+    command = ["node", str(judge), page.as_uri(), str(width), scheme, str(picture), browser()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["violations"] == []
+    # It cannot judge letters on a plot, nor what scrolls: the test above measures the contrast of every text.
+    assert {each["rule"] for each in found["incomplete"]} <= {"color-contrast"}
+    assert {"color-contrast", "svg-img-alt", "document-title", "html-has-lang"} <= set(found["passes"])
+    assert picture.stat().st_size > 25_000

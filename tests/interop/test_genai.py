@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+from moec.targets.onnx.target import Provider
 
 pytestmark = pytest.mark.interop
 
@@ -48,6 +51,25 @@ def test_text_and_padded_batch(export_golden: Callable[[str], Path]) -> None:
         return [list(generator.get_sequence(index))[-16:] for index in range(len(prompts))]
 
     assert answer(texts) == [answer([text])[0] for text in texts]
+
+
+def test_names_of_execution_providers(export_golden: Callable[[str], Path]) -> None:
+    """It knows every name that `--provider` takes, whether or not this build has the provider."""
+    import onnxruntime_genai as og
+
+    directory = export_golden("genai")
+    described = json.loads((directory / "genai_config.json").read_text())
+    refused = {}
+    for provider in (*Provider, "nonsense"):
+        options = [] if provider is Provider.CPU else [{str(provider): {}}]
+        described["model"]["decoder"]["session_options"]["provider_options"] = options
+        (directory / "genai_config.json").write_text(json.dumps(described))
+        try:
+            og.Model(str(directory))
+        except RuntimeError as error:
+            refused[str(provider)] = "Unknown provider name" in str(error)
+    assert [name for name, unknown in refused.items() if unknown] == ["nonsense"]
+    assert "cpu" not in refused
 
 
 @pytest.mark.parametrize("family", ["qwen3_next", "nemotron_h", "jamba"])

@@ -30,6 +30,7 @@ from moec.compiler.run.server.requests import (
 )
 from moec.compiler.run.server.responses import CHAT, COMPLETION, ResponseFormat
 from moec.compiler.run.server.scheduler import Job, Scheduler, Ticket, TooManyRequestsError
+from moec.targets.base import CountingRunner
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -51,7 +52,7 @@ class Settings:
         api_key: Bearer token that requests must have; None for none.
         hosts: Host names, without ports, under which the server answers; None for any. This keeps out a web page whose
             own host name resolves to this machine (DNS rebinding).
-        parallel: Largest number of answers that take turns.
+        parallel: Largest number of requests that are answered together.
         max_requests: Largest number of running and waiting requests.
         max_tokens: Largest number of new tokens per request.
         max_bytes: Largest size of a request body in bytes.
@@ -134,6 +135,8 @@ class _Service:
             on_end=self.metrics.ended,
         )
         self.metrics.watch(self.scheduler)
+        if isinstance(generator.runner, CountingRunner) and generator.runner.expert_tokens:
+            self.metrics.count_experts(generator.runner.expert_tokens)
         self._started = int(time.time())
 
     async def health(self) -> Response:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+
+import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.registry import Collector
 
 from moec.compiler.run.server.scheduler import Scheduler, Ticket
 
@@ -11,6 +16,26 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)
 _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+
+
+class _ExpertTokens(Collector):
+    """Tokens of each expert, read when somebody asks.
+
+    Args:
+        counts: MoE layer -> tokens of each expert so far.
+    """
+
+    def __init__(self, counts: Mapping[int, np.ndarray]) -> None:
+        self._counts = counts
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        """One sample for each layer and expert."""
+        labels = ["layer", "expert"]
+        family = CounterMetricFamily("moec_expert_tokens", "Tokens by MoE layer and expert.", labels=labels)
+        for layer, counts in self._counts.items():
+            for expert, count in enumerate(counts.tolist()):
+                family.add_metric([str(layer), str(expert)], count)
+        yield family
 
 
 class Metrics:
@@ -45,6 +70,10 @@ class Metrics:
         waiting = Gauge("moec_requests_waiting", "Requests that wait for a place.", registry=self._registry)
         active.set_function(lambda: scheduler.active)
         waiting.set_function(lambda: scheduler.waiting)
+
+    def count_experts(self, counts: Mapping[int, np.ndarray]) -> None:
+        """Add the tokens of each expert: MoE layer -> tokens of each expert so far."""
+        self._registry.register(_ExpertTokens(counts))
 
     def responded(self, path: str, status: int) -> None:
         """Count a response."""

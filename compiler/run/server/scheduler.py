@@ -1,17 +1,18 @@
-"""Runs several answers at once: each has its own sequence, and they take turns token by token."""
+"""Runs several answers at once: each step gives each of them a token."""
 
 from __future__ import annotations
 
 import threading
 import time
 from collections import abc, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 
+from moec.compiler.run.batch import Batches
 from moec.compiler.run.generate import Generator
-from moec.compiler.run.session import Statistics
+from moec.compiler.run.session import Answer, Statistics
 from moec.compiler.text.sampling import Sampling
-from moec.targets.base import ForkableRunner
+from moec.targets.base import ForkableRunner, can_batch, limits_of
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Ticket:
         self.outcome = ""
         self.cancelled = False
         self.pieces: abc.Generator[str, None, None] | None = None
+        self.answer: Answer | None = None
 
     def cancel(self) -> None:
         """Cancel the job; it ends after the current step."""
@@ -75,14 +77,14 @@ class TooManyRequestsError(Exception):
 
 
 class Scheduler:
-    """Runs jobs in turns in its own thread; a step is one token or one piece of a prompt.
+    """Runs jobs in turns in its own thread; a turn is one token or one piece of a prompt.
 
-    Answers are not batched: the runtime uses all of its threads for one step of one answer. When all places are taken,
-    further jobs wait in order of arrival.
+    If the runner can (`can_batch`), the tokens of a round are computed in one step; otherwise in one after the other.
+    When all places are taken, further jobs wait in order of arrival.
 
     Args:
         generator: The artifact.
-        parallel: Largest number of answers that take turns; 1 if the runner cannot fork.
+        parallel: Largest number of answers in a round; 1 if the runner cannot fork.
         max_requests: Largest number of running and waiting jobs.
         on_end: Called with each ticket when its job ends.
     """
@@ -97,6 +99,11 @@ class Scheduler:
     ) -> None:
         self._generator = generator
         self.parallel = parallel if isinstance(generator.runner, ForkableRunner) else 1
+        limits = limits_of(generator.runner)
+        self._longest_shared = limits.max_shared_length
+        self._batches = Batches(generator) if can_batch(generator.runner) else None
+        if self._batches and limits.max_batch:
+            self.parallel = min(self.parallel, limits.max_batch)
         self._most, self._on_end = max_requests, on_end
         self._waiting: deque[Ticket] = deque()
         self._active: list[Ticket] = []
@@ -143,8 +150,12 @@ class Scheduler:
         while not self._stopped:
             for ticket in self._admit():
                 self._end(ticket, "cancelled", None)
+            if self._batches:
+                self._decode(self._batches)
             for ticket in tuple(self._active):
                 self._step(ticket)
+        if self._batches:
+            self._batches.keep(())
         with self._changed:
             left = (*self._active, *self._waiting)
             self._waiting.clear()
@@ -167,8 +178,33 @@ class Scheduler:
             answer = self._generator.answer(
                 session, job.prompt, max_new_tokens=job.max_new_tokens, sampling=job.sampling, stop=job.stop
             )
-            ticket.statistics = answer.statistics
+            ticket.statistics, ticket.answer = answer.statistics, answer
             yield from answer.pieces(self._generator.tokenizer, job.stop)
+
+    def _decode(self, batches: Batches) -> None:
+        """Compute the next logits of all answers that wait for them."""
+        groups: dict[Hashable, list[tuple[Ticket, Answer, int]]] = {}
+        for ticket in self._active:
+            answer = ticket.answer
+            if answer is None or answer.next_token is None or ticket.cancelled:
+                continue
+            if self._longest_shared is not None and len(answer.session.tokens) >= self._longest_shared:
+                answer.session.leave_batch()
+                continue
+            same = tuple(sorted(ticket.job.inputs.items()))
+            groups.setdefault(same, []).append((ticket, answer, answer.next_token))
+        batches.keep(groups)
+        for key, members in groups.items():
+            start, inputs = time.perf_counter(), members[0][0].job.inputs
+            try:
+                sessions = [answer.session for _, answer, _ in members]
+                batches.decode(key, inputs, sessions, [token for _, _, token in members])
+            except Exception as error:  # noqa: BLE001 - the receivers get the error, and other jobs continue
+                for ticket, _, _ in members:
+                    self._end(ticket, "error", error)
+            seconds = time.perf_counter() - start
+            for ticket, _, _ in members:
+                ticket.statistics.decode_seconds += seconds
 
     def _step(self, ticket: Ticket) -> None:
         """Run one step of a job, or end it."""

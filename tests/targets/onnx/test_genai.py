@@ -10,7 +10,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
-from moec.compiler.common.errors import LoweringError
+from moec.compiler.common.errors import LoweringError, UsageError
 from moec.compiler.ir.interpreter import ProgramRunner
 from moec.targets.onnx import states
 from moec.targets.onnx.target import OnnxOptions, OnnxTarget
@@ -105,6 +105,17 @@ def test_description(tiny_checkpoint: Any, lower_checkpoint: Any) -> None:
     assert [value.name for value in graph.inputs] == plain + caches
     present = [decoder["outputs"][f"present_{kind}_names"] % layer for layer in layers for kind in ("key", "value")]
     assert [value.name for value in graph.outputs] == ["logits", *present]
+
+
+def test_an_execution_provider_is_named_on_request(tiny_checkpoint: Any, lower_checkpoint: Any) -> None:
+    found = {}
+    for provider in ("cpu", "cuda"):
+        model = lower_checkpoint(tiny_checkpoint("olmoe"), flavor="genai", provider=provider)
+        said = json.loads((model.directory / "genai_config.json").read_text())
+        found[provider] = said["model"]["decoder"]["session_options"]["provider_options"]
+    assert found == {"cpu": [], "cuda": [{"cuda": {}}]}
+    with pytest.raises(UsageError, match="only the flavor genai"):
+        OnnxTarget().check(OnnxOptions(provider="cuda"), {})
 
 
 def test_refusals(tmp_path: Any, tiny_checkpoint: Any, program_of: Any) -> None:

@@ -5,7 +5,7 @@
 import json
 import queue
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from moec.compiler.run.generate import Generator
 from moec.compiler.run.server.scheduler import Job, Scheduler, TooManyRequestsError
 from moec.compiler.text.sampling import Sampling
 from moec.targets import get_target
+from moec.targets.base import Row, RunnerLimits
 
 BUDGET = {"name": "routing_budget", "shape": [], "dtype": "float32"}
 
@@ -54,6 +55,43 @@ class Forking(Counting):
         twin = Forking(self.steps, self.forks, self.fault)
         twin.overrides = self.overrides
         return twin
+
+
+class Batching(Forking):
+    """It keeps the sequences of each step, and how many tokens of padding each has."""
+
+    def __init__(self, batches: list[list[tuple[int, int]]], limits: RunnerLimits, fault: int = -1) -> None:
+        super().__init__([], 0, fault)
+        self.batches, self.limits, self.lengths = batches, limits, [0]
+
+    def fork(self) -> "Batching":
+        return Batching(self.batches, self.limits, self.fault)
+
+    def reset(self) -> None:
+        self.lengths = [0]
+
+    def prefill(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None) -> np.ndarray:
+        self.reset()
+        return self.decode(input_ids, attention_mask)
+
+    def decode(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None) -> np.ndarray:  # type: ignore[override]
+        count, new = input_ids.shape
+        assert count == len(self.lengths)
+        self.lengths = [length + new for length in self.lengths]
+        if attention_mask is None:
+            padding = [0] * count
+        else:
+            assert attention_mask.shape == (count, max(self.lengths))
+            padding = [int(length) for length in attention_mask.argmax(1)]
+            assert [max(self.lengths) - each for each in padding] == self.lengths
+        self.batches.append([(int(row[0]) // 1000, each) for row, each in zip(input_ids, padding, strict=True)])
+        return super().prefill(input_ids)
+
+    def gather(self, rows: Sequence[Row]) -> tuple[Row, ...]:
+        runners = [row.runner for row in rows]
+        lengths = [runner.lengths[row.index] for runner, row in zip(runners, rows, strict=True)]  # type: ignore[attr-defined]
+        self.lengths = lengths
+        return tuple(Row(self, index, max(lengths) - length) for index, length in enumerate(lengths))
 
 
 @pytest.fixture
@@ -135,6 +173,121 @@ def test_who_takes_each_step(
         one.text()
     assert steps == expected
     assert {one.ticket.outcome for one in asked} == {"length"}
+
+
+@pytest.fixture
+def batches() -> list[list[tuple[int, int]]]:
+    return []
+
+
+ROUNDS = {
+    "one alone stays where it is": (RunnerLimits(), [((1000,), 3)], [[(1, 0)], [(1, 0)], [(1, 0)]]),
+    "shorter ones are padded, and leave": (
+        RunnerLimits(),
+        [((1000, 1000, 1000), 4), ((2000,), 3), ((3000, 3000), 4)],
+        [
+            [(1, 0)],
+            [(2, 0)],
+            [(3, 0)],
+            [(1, 0), (2, 2), (3, 1)],
+            [(1, 0), (2, 2), (3, 1)],
+            [(1, 0), (3, 1)],
+        ],
+    ),
+    "one comes while others decode": (
+        RunnerLimits(),
+        [((1000,), 4), ((2000,), 4), ((3000,) * LONG, 2)],
+        [
+            *([(1, 0)], [(2, 0)], [(3, 0)]),
+            *([(1, 0), (2, 0)], [(3, 0)]),
+            *([(1, 0), (2, 0)], [(3, 0)]),
+            [(1, LONG - 3), (2, LONG - 3), (3, 0)],
+        ],
+    ),
+    "the batch has a limit": (
+        RunnerLimits(max_batch=2),
+        [((1000,), 3), ((2000,), 3), ((3000,), 2)],
+        [[(1, 0)], [(2, 0)], [(1, 0), (2, 0)], [(1, 0), (2, 0)], [(3, 0)], [(3, 0)]],
+    ),
+    "no padding, no batch": (
+        RunnerLimits(padding=False),
+        [((1000,), 2), ((2000,), 2)],
+        [[(1, 0)], [(2, 0)], [(1, 0)], [(2, 0)]],
+    ),
+    "a long one must be alone": (
+        RunnerLimits(max_shared_length=3),
+        [((1000, 1000), 4), ((2000,), 4)],
+        [
+            *([(1, 0)], [(2, 0)]),
+            [(1, 0), (2, 1)],
+            *([(2, 0)], [(1, 0)]),  # the first is at its limit, the second still in the batch
+            *([(1, 0)], [(2, 0)]),
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ROUNDS)
+def test_what_is_decoded_together(
+    case: str,
+    open_with: Callable[..., Generator],
+    schedule: Callable[..., Scheduler],
+    batches: list[list[tuple[int, int]]],
+) -> None:
+    limits, prompts, expected = ROUNDS[case]
+    scheduler = schedule(open_with(Batching(batches, limits)))
+    asked = [Asked(scheduler, *prompt, most=most) for prompt, most in prompts]
+    scheduler.start()
+    texts = [one.text() for one in asked]
+    assert batches == expected
+    assert [one.ticket.statistics.new_tokens for one in asked] == [most for _, most in prompts]
+    decode = scheduler._generator.tokenizer.decode
+    for (prompt, most), text in zip(prompts, texts, strict=True):
+        ids = [prompt[-1] + place for place in range(most + 1)]
+        assert text == decode(ids)[len(decode(ids[:1])) :]
+
+
+def test_answers_with_different_budgets_are_decoded_apart(
+    open_with: Callable[..., Generator], schedule: Callable[..., Scheduler], batches: list[list[tuple[int, int]]]
+) -> None:
+    scheduler = schedule(open_with(Batching(batches, RunnerLimits())))
+    asked = [
+        Asked(scheduler, 1000, routing_budget=0.2, most=3),
+        Asked(scheduler, 1000, routing_budget=0.3, most=3),
+        Asked(scheduler, 3000, routing_budget=0.2, most=3),
+    ]
+    scheduler.start()
+    texts, decode = [one.text() for one in asked], scheduler._generator.tokenizer.decode
+    assert batches[3:5] == [[(1, 0), (3, 0)], [(1, 0)]]
+    wanted = ([1000, 1002, 1004, 1006], [1000, 1003, 1006, 1009], [3000, 3002, 3004, 3006])
+    assert texts == [decode(ids)[len(decode(ids[:1])) :] for ids in wanted]
+
+
+def test_a_fault_of_a_batch_ends_its_answers_and_no_others(
+    open_with: Callable[..., Generator], schedule: Callable[..., Scheduler]
+) -> None:
+    scheduler = schedule(open_with(Batching([], RunnerLimits(), fault=1002)))
+    asked = [Asked(scheduler, 1000), Asked(scheduler, 2000), Asked(scheduler, 3000, routing_budget=0.2)]
+    scheduler.start()
+    assert asked[2].text()
+    for one in asked[:2]:
+        with pytest.raises(ValueError, match="nobody foresaw"):
+            one.text()
+    assert Asked(scheduler, 2000).text()  # the runner of the batch was given back
+
+
+def test_a_member_that_goes_away_leaves_the_others_their_texts(
+    open_with: Callable[..., Generator], schedule: Callable[..., Scheduler], batches: list[list[tuple[int, int]]]
+) -> None:
+    scheduler = schedule(open_with(Batching(batches, RunnerLimits())))
+    leaving, staying = Asked(scheduler, 1000, most=3000), Asked(scheduler, 2000, most=30)
+    leaving.ticket.deliver = lambda _piece: leaving.ticket.cancel()  # type: ignore[method-assign]
+    scheduler.start()
+    decode = scheduler._generator.tokenizer.decode
+    ids = list(range(2000, 2031))
+    assert staying.text() == decode(ids)[len(decode(ids[:1])) :]
+    assert leaving.ticket.outcome == "cancelled"
+    assert batches[-1] == [(2, 0)]
 
 
 def test_each_request_has_its_own_budget(

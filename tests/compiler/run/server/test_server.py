@@ -260,3 +260,19 @@ def test_too_many_requests(serve: Callable[..., Any]) -> None:
         assert caught.value.response.headers["retry-after"] == "1"
         streams[0].close()
         assert waits.result(30).usage.completion_tokens == 24
+
+
+def test_experts_in_the_metrics(golden_model: Path, serve: Callable[..., Any], served: Any, tmp_path: Path) -> None:
+    directory = tmp_path / "told"
+    moec.export(golden_model, target="onnx", output=directory, gates=False, routing_outputs=True)
+    told = serve(moec.load(directory, threads=1))
+    answer = told.complete(PROMPTS[0], max_tokens=8)
+    samples = told.metrics()
+    counts = [value for name, value in samples.items() if name.startswith("moec_expert_tokens_total{")]
+    config = json.loads((golden_model / "config.json").read_text())
+    assert len(counts) == config["num_hidden_layers"] * config["num_experts"]
+    # The last token of an answer is not fed.
+    fed = answer.usage.prompt_tokens + answer.usage.completion_tokens - 1
+    assert sum(counts) == fed * config["num_experts_per_tok"] * config["num_hidden_layers"]
+    assert "moec_expert_tokens_total{0,0}" in samples
+    assert not [name for name in served.metrics() if name.startswith("moec_expert_tokens")]
