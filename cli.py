@@ -33,7 +33,7 @@ from moec.compiler.commands.search import search
 from moec.compiler.commands.serve import serve
 from moec.compiler.common.errors import MoecError, UsageError, out_of_memory
 from moec.compiler.common.memory import check_address_space, keep_freed_memory
-from moec.compiler.common.threads import WAIT_WITHOUT_SPINNING
+from moec.compiler.common.threads import environment
 
 
 def _targets() -> list[str]:
@@ -296,7 +296,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _terminate)
     accept_any_character()
     # Set before torch is imported; variables of the user win.
-    os.environ.update({**WAIT_WITHOUT_SPINNING, **os.environ})
+    os.environ.update({**environment(), **os.environ})
     keep_freed_memory()
     arguments = sys.argv[1:]
     if "--debug" not in arguments:
