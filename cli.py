@@ -20,7 +20,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 import moec
-from moec.compiler.commands.artifacts import verify
+from moec.compiler.commands.artifacts import pack, verify
 from moec.compiler.commands.chat import chat
 from moec.compiler.commands.console import LOG_FORMAT, Console, accept_any_character, loading
 from moec.compiler.commands.estimation import estimate
@@ -220,7 +220,7 @@ def _application(arguments: list[str], started: Callable[[], None] = lambda: Non
         flagged = _with_target_flags(function, arguments)
         app.command(function.__name__)(_guarded(flagged, compiles=True, started=started))
     compiling = (build, calibrate, estimate, validate, families)
-    for command in (*compiling, verify, run, chat, serve, inspect, diff, publish, doctor):
+    for command in (*compiling, verify, pack, run, chat, serve, inspect, diff, publish, doctor):
         compiles = command in compiling
         app.command(command.__name__)(_guarded(with_groups(command), compiles=compiles, started=started))
     return app
