@@ -20,7 +20,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 import moec
-from moec.compiler.commands.artifacts import verify
+from moec.compiler.commands.artifacts import pack, verify
 from moec.compiler.commands.chat import chat
 from moec.compiler.commands.console import LOG_FORMAT, Console, accept_any_character, loading
 from moec.compiler.commands.estimation import estimate
@@ -33,7 +33,7 @@ from moec.compiler.commands.search import search
 from moec.compiler.commands.serve import serve
 from moec.compiler.common.errors import MoecError, UsageError, out_of_memory
 from moec.compiler.common.memory import check_address_space, keep_freed_memory
-from moec.compiler.common.threads import WAIT_WITHOUT_SPINNING
+from moec.compiler.common.threads import environment
 
 
 def _targets() -> list[str]:
@@ -223,7 +223,7 @@ def _application(arguments: list[str], started: Callable[[], None] = lambda: Non
         flagged = _with_target_flags(function, arguments)
         app.command(function.__name__)(_guarded(flagged, compiles=True, started=started))
     compiling = (build, calibrate, estimate, validate, families)
-    for command in (*compiling, verify, run, chat, serve, inspect, diff, publish, doctor):
+    for command in (*compiling, verify, pack, run, chat, serve, inspect, diff, publish, doctor):
         compiles = command in compiling
         app.command(command.__name__)(_guarded(with_groups(command), compiles=compiles, started=started))
     return app
@@ -299,7 +299,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _terminate)
     accept_any_character()
     # Set before torch is imported; variables of the user win.
-    os.environ.update({**WAIT_WITHOUT_SPINNING, **os.environ})
+    os.environ.update({**environment(), **os.environ})
     keep_freed_memory()
     arguments = sys.argv[1:]
     if "--debug" not in arguments:

@@ -84,13 +84,17 @@ def merge(recipe: Path | None, given: Mapping[str, Any]) -> Recipe:
     return make_recipe(fields, where=str(recipe or "recipe"))
 
 
-def load(directory: str | Path, *, threads: int = 0, inputs: Mapping[str, float] | None = None) -> Generator:
+def load(
+    directory: str | Path, *, threads: int = 0, inputs: Mapping[str, float] | None = None, pack: bool = True
+) -> Generator:
     """Open an artifact: `moec.load(directory).generate("...", max_new_tokens=40)`.
 
     Args:
         directory: The artifact.
         threads: Threads of the runtime; 0 leaves it to the runtime.
         inputs: Values of scalar inputs that have a default, such as {"routing_budget": 0.7}.
+        pack: Open weights in the layout of this machine's kernels, which the first call makes and keeps in the user's
+            cache if the artifact is large; `note` of the result says what could not be done.
 
     Raises:
         ArtifactError: The directory is not an artifact, or the artifact is damaged.
@@ -98,4 +102,4 @@ def load(directory: str | Path, *, threads: int = 0, inputs: Mapping[str, float]
     """
     from moec.compiler.run.generate import Generator
 
-    return Generator(directory, threads=threads, inputs=inputs)
+    return Generator(directory, threads=threads, inputs=inputs, pack=pack)

@@ -249,6 +249,21 @@ def cannot_measure(target: Target) -> str:
     return "" if answer.strip().lower().startswith("yes") else reason.strip() or "this machine cannot"
 
 
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """What the layout of packed weights depends on.
+
+    Attributes:
+        runtime: Runtime and version, such as "onnxruntime 1.32.0".
+        cpu: Name of the processor, for people.
+        instruction_set: The extensions of the processor by which a runtime chooses its kernels.
+    """
+
+    runtime: str
+    cpu: str
+    instruction_set: tuple[str, ...]
+
+
 ExpertsRunner = Callable[[int, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 """Index of a MoE layer, hidden_states [T, H], top_k indices [T, k] and routing weights [T, k] -> output [T, H].
 
@@ -422,6 +437,25 @@ class Target(ABC):
     def open_reference(self, directory: Path, *, threads: int = 0) -> Runner:
         """Open what the common gates judge: the artifact, or a twin that it holds and that runs on every machine."""
         return self.open(directory, threads=threads)
+
+    def packing(self) -> Packing | None:
+        """What packed weights depend on here; None if this target does not pack weights (`pack`)."""
+        return None
+
+    def pack(self, directory: Path, output: Path) -> Runner:  # noqa: ARG002
+        """Write the model files of an artifact with weights in the layout that the kernels of this machine read.
+
+        Args:
+            directory: The artifact.
+            output: An empty directory; `open` then takes it in place of the artifact, with bit-identical results.
+
+        Returns:
+            A runner of the artifact's own weights, which packing opens anyway.
+
+        Raises:
+            ArtifactError: The runtime fails.
+        """
+        raise UsageError(f"the {self.name} target does not pack weights", hint="run the artifact as it is")
 
     def gates(self) -> tuple[TargetGate, ...]:
         """Gates that only this target has; they run after the integrity gate."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -17,6 +16,7 @@ from moec.compiler.build.worker import Outcome, Task, size
 from moec.compiler.common.artifact import is_artifact
 from moec.compiler.common.errors import ArtifactError, CheckpointError, UsageError
 from moec.compiler.common.files import write_output
+from moec.compiler.common.threads import available_cores
 from moec.compiler.common.validation import unknown
 from moec.compiler.pipeline.recipe import make_recipe
 from moec.compiler.report.matrix_page import Build, to_html
@@ -76,7 +76,7 @@ def build_matrix(
     _write(output, cells, done)
     progress("cells", len(done), len(cells))
     if tasks:
-        jobs = min(jobs or max(1, (os.cpu_count() or 1) // 2), len(tasks))
+        jobs = min(jobs or max(1, available_cores() // 2), len(tasks))
         for outcome in EXECUTORS[executor](tasks, jobs):
             done[outcome.name] = outcome
             _write(output, cells, done)

@@ -15,6 +15,7 @@ from typing import Any
 
 from moec.compiler.build.worker import INTERNAL, Outcome, Task, build, failed
 from moec.compiler.common.errors import MissingExtraError
+from moec.compiler.common.threads import available_cores, threads_of_each
 
 Executor = Callable[[Sequence[Task], int], Iterator[Outcome]]
 
@@ -22,10 +23,9 @@ Executor = Callable[[Sequence[Task], int], Iterator[Outcome]]
 def in_processes(tasks: Sequence[Task], jobs: int) -> Iterator[Outcome]:
     """Build `jobs` cells at a time, each in a new process, and yield outcomes as they are ready.
 
-    The processes share the cores equally, unless OMP_NUM_THREADS is set.
+    The processes share the cores equally.
     """
-    threads = max(1, (os.cpu_count() or 1) // jobs)
-    environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads_of_each(jobs))}
     running: set[subprocess.Popen[str]] = set()
     with ThreadPoolExecutor(jobs) as pool:
         futures = [pool.submit(_in_process, task, environment, running) for task in tasks]
@@ -76,7 +76,7 @@ def on_ray(tasks: Sequence[Task], jobs: int) -> Iterator[Outcome]:
     Raises:
         MissingExtraError: Ray is not installed.
     """
-    cores = max(1, (os.cpu_count() or 1) // jobs)
+    cores = max(1, available_cores() // jobs)
     with ray_cluster() as ray:
         remote: Any = ray.remote(num_cpus=cores, max_retries=1)(_on_node)
         waiting = {remote.remote(asdict(task), list(sys.path)): task for task in tasks}

@@ -46,8 +46,7 @@ def chat(
     """
     from moec.compiler.run.conversation import Conversation
 
-    with console.progress():
-        generator = generation.generator(directory)
+    generator = generation.generator(directory, console)
     with generator.session() as session:
         conversation = Conversation(
             generator,

@@ -56,8 +56,7 @@ def run(
     Sampling follows the model's generation_config.json, as in transformers; flags override it.
     """
     given = _one_prompt(text, prompt)
-    with console.progress():
-        generator = generation.generator(directory)
+    generator = generation.generator(directory, console)
     chosen = generator.sampling(**vars(sampling))
     stop = generation.stop or ()
     pieces = generator.stream(given, chat=chat, stop=stop, max_new_tokens=max_new_tokens, sampling=chosen)

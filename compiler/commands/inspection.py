@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from moec.compiler.commands.artifacts import packed_rows
 from moec.compiler.commands.console import Console
 from moec.compiler.commands.options import OutputConsole, Revision, Trust
 
@@ -36,12 +37,16 @@ def inspect(
         from moec.compiler.report import inspect as inspection
 
         found = inspection.inspect(location, revision=revision, trust_remote_code=trust_remote_code)
+        if found["kind"] == "artifact":
+            from moec.compiler.run.packing import packed_of
+
+            found["packed"] = packed_of(Path(location).expanduser())
 
     def show() -> None:
         if "summary" in found:
             console.summary(found["summary"])
             console.line("")
-        console.rows(describe(found))
+        console.rows([*describe(found), *(packed_rows(found["packed"]) if found.get("packed") else ())])
 
     console.result(found, show)
     return 0

@@ -164,8 +164,12 @@ class Running(Group):
         typer.Option("--input", metavar="NAME=VALUE", help="Set an input that has a default, such as routing_budget."),
     ] = None
 
-    def generator(self, directory: Path) -> Generator:
-        """Open an artifact.
+    no_pack: Annotated[
+        bool, typer.Option("--no-pack", help="Open the weights as they are, and not packed for this machine.")
+    ] = False
+
+    def generator(self, directory: Path, console: Console) -> Generator:
+        """Open an artifact, and say what could not be packed.
 
         Raises:
             ArtifactError: The directory is not an artifact, or the artifact is damaged.
@@ -173,7 +177,12 @@ class Running(Group):
         """
         from moec.compiler.run.generate import Generator
 
-        return Generator(directory, threads=self.threads, inputs=numbers(self.inputs or (), "--input"))
+        inputs, pack = numbers(self.inputs or (), "--input"), not self.no_pack
+        with console.progress() as progress:
+            opened = Generator(directory, threads=self.threads, inputs=inputs, pack=pack, progress=progress)
+        if opened.note:
+            console.note(opened.note)
+        return opened
 
 
 @dataclass(frozen=True)

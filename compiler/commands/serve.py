@@ -46,8 +46,7 @@ def serve(
 
     from moec.compiler.run.server.app import Settings, make_app
 
-    with console.progress():
-        generator = running.generator(directory)
+    generator = running.generator(directory, console)
     settings = Settings(
         model=model_name or directory.expanduser().resolve().name,
         api_key=api_key,

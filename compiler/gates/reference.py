@@ -16,6 +16,7 @@ from torch import Tensor, fx
 
 from moec.compiler.common.errors import CheckpointError
 from moec.compiler.common.progress_bars import no_progress_bars
+from moec.compiler.common.threads import available_cores
 from moec.compiler.frontend import architecture
 from moec.compiler.frontend.adapters.lightning_attention import recompute_chunk_factors
 from moec.compiler.frontend.checkpoint import Checkpoint
@@ -38,13 +39,14 @@ SMALL = 64 << 20
 def reference_threads(program: Program) -> Iterator[None]:
     """Let torch, which runs the reference, use one thread if the weights of `program` take less than `SMALL`.
 
+    Else it uses no more than the cores that this process may use.
+
     Waking threads that sleep while they wait takes longer than the small products of such a model: the gate of capture
     took 1.2 s on two threads and 0.5 s on one (golden model). The number of threads is that of the process and is set
     back at the end. Runtimes of artifacts have threads of their own.
     """
     before, size = torch.get_num_threads(), sum(program.weights[name].nbytes for name in program.weight_names())
-    if size < SMALL:
-        torch.set_num_threads(1)
+    torch.set_num_threads(1 if size < SMALL else min(before, available_cores()))
     try:
         yield
     finally:

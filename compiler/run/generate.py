@@ -21,6 +21,8 @@ from moec.compiler.common.model_config import (
     token_ids,
     vocabulary_size,
 )
+from moec.compiler.common.progress import Progress
+from moec.compiler.run.packing import open_packed
 from moec.compiler.run.session import Answer, Session, Statistics
 from moec.compiler.text.sampling import Sampling, sampling_of
 from moec.compiler.text.tokenizer import open_tokenizer
@@ -41,6 +43,9 @@ class Generator:
         directory: The artifact.
         threads: Threads of the runtime; 0 leaves it to the runtime.
         inputs: Values of scalar inputs that have a default, such as {"routing_budget": 0.7}.
+        pack: Whether to open packed weights, and to pack those of a large artifact now if nobody has
+            (`moec.compiler.run.packing`).
+        progress: Called while weights are packed.
 
     Raises:
         ArtifactError: The directory is not an artifact, or a file is missing.
@@ -48,7 +53,15 @@ class Generator:
         MissingExtraError: The runtime of the target is not installed.
     """
 
-    def __init__(self, directory: str | Path, *, threads: int = 0, inputs: Mapping[str, float] | None = None) -> None:
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        threads: int = 0,
+        inputs: Mapping[str, float] | None = None,
+        pack: bool = True,
+        progress: Progress = lambda *_: None,
+    ) -> None:
         self.directory = Path(directory).expanduser()
         self.manifest = read_manifest(self.directory)
         if missing := [name for name in self.manifest["files"] if not (self.directory / name).is_file()]:
@@ -62,7 +75,14 @@ class Generator:
         self._vocabulary = vocabulary_size(config)
         self.sampling()  # raises for an invalid generation_config.json
         name = str(self.manifest.get("recipe", {}).get("target"))
-        self.runner = get_target(name).open(self.directory, threads=threads)
+        target = get_target(name)
+        self.note = ""
+        """What packing could not do, for people; empty if there is nothing to say."""
+        if pack:
+            opened = open_packed(self.directory, self.manifest, target, threads=threads, progress=progress)
+            self.runner, self.note = opened
+        else:
+            self.runner = target.open(self.directory, threads=threads)
         self.context_length = _least(context_length(config), limits_of(self.runner).max_sequence)
         self._overrides = self.runner.overrides if isinstance(self.runner, AdjustableRunner) else {}
         self._overrides |= self._scalars(inputs or {})

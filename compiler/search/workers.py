@@ -20,6 +20,7 @@ from typing import Any
 
 from moec.compiler.build.executors import ray_cluster
 from moec.compiler.common.errors import MoecError
+from moec.compiler.common.threads import available_cores, threads_of_each
 from moec.compiler.search.evaluation import Evaluator, Subject
 from moec.compiler.search.store import Measured
 
@@ -61,7 +62,7 @@ class _Process:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
-            env={"OMP_NUM_THREADS": str(threads), **os.environ},
+            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
         )
         self._say(asdict(subject))
 
@@ -103,7 +104,7 @@ class _Pool:
 
     def __init__(self, subject: Subject, jobs: int) -> None:
         self._subject, self._jobs = subject, jobs
-        self._threads = max(1, (os.cpu_count() or 1) // jobs)
+        self._threads = threads_of_each(jobs)
         self.alive: dict[int, _Process] = {}
 
     def run(self, tasks: Sequence[Task]) -> Iterator[tuple[int, Measured | None]]:
@@ -170,7 +171,7 @@ def on_ray(evaluator: Evaluator, jobs: int) -> Iterator[Run]:
         MissingExtraError: Ray is not installed.
     """
     with ray_cluster() as ray:
-        actor: Any = ray.remote(num_cpus=max(1, (os.cpu_count() or 1) // jobs), max_restarts=-1)(_Actor)
+        actor: Any = ray.remote(num_cpus=max(1, available_cores() // jobs), max_restarts=-1)(_Actor)
         actors = [actor.remote(asdict(evaluator.subject), list(sys.path)) for _ in range(jobs)]
 
         def run(tasks: Sequence[Task]) -> Iterator[tuple[int, Measured | None]]:

@@ -13,7 +13,7 @@ import numpy as np
 import onnxruntime as ort
 
 from moec.compiler.common.errors import ArtifactError
-from moec.compiler.common.threads import is_machine_busy
+from moec.compiler.common.threads import should_spin, threads_for
 from moec.targets.base import Row, Runner, RunnerLimits
 from moec.targets.onnx.states import GrowingStates, SharedBufferStates, StateRow
 
@@ -21,6 +21,8 @@ MAX_SHARED_LENGTH = "moec.max_shared_length"
 """Key in the model's metadata: see `moec.compiler.ir.analysis.max_shared_length`; missing where there is no limit."""
 ROUTING_OUTPUTS = "moec.routing_outputs"
 """Key in the model's metadata: MoE layer -> number of experts, where the model returns the experts of each token."""
+
+MODEL = "model.onnx"
 ERROR_SEVERITY = 3
 """Severity from which ONNX Runtime prints messages: errors, but not warnings."""
 
@@ -31,11 +33,13 @@ def routing_outputs(layer: int) -> tuple[str, str]:
 
 
 def session_options(threads: int) -> Any:
-    """Options of all sessions: `threads` intra-op threads (0: ONNX Runtime's default), and only errors are printed."""
+    """Options of all sessions: `threads` threads (0: those of `threads_for`), and only errors are printed."""
     # Kernels that pack weights print through the default logger, which session options do not affect.
     ort.set_default_logger_severity(ERROR_SEVERITY)
     options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = threads_for(threads)
+    if not should_spin():
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = ERROR_SEVERITY
     return options
 
@@ -47,23 +51,22 @@ class OnnxRunner(Runner):
         directory: The artifact.
         threads: Intra-op threads; 0 is ONNX Runtime's default.
         profile: Whether ONNX Runtime records a profile, for `kernel_times`.
+        options: Options of the session; None: those of `session_options`.
 
     Raises:
         ArtifactError: ONNX Runtime cannot load the model.
     """
 
-    def __init__(self, directory: Path, *, threads: int = 0, profile: bool = False) -> None:
-        options = session_options(threads)
+    def __init__(
+        self, directory: Path, *, threads: int = 0, profile: bool = False, options: ort.SessionOptions | None = None
+    ) -> None:
+        options = session_options(threads) if options is None else options
         options.enable_profiling = profile
-        if is_machine_busy():
-            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
-            self.session = ort.InferenceSession(
-                str(directory / "model.onnx"), options, providers=["CPUExecutionProvider"]
-            )
+            self.session = ort.InferenceSession(str(directory / MODEL), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # the only common base class of ONNX Runtime's exceptions
             raise ArtifactError(
-                f"{directory / 'model.onnx'}: ONNX Runtime cannot load it: {str(error).splitlines()[0]}",
+                f"{directory / MODEL}: ONNX Runtime cannot load it: {str(error).splitlines()[0]}",
                 hint="`moec verify` checks whether the files are still as they were built",
             ) from error
         self._inputs = {spec.name for spec in self.session.get_inputs()}

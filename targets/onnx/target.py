@@ -181,6 +181,20 @@ class OnnxTarget(base.Target):
 
         return OnnxRunner(directory, threads=threads)
 
+    def packing(self) -> base.Packing:
+        """MLAS chooses its kernels, and so the layout of packed weights, by the instruction set."""
+        import onnxruntime
+
+        from moec.compiler.common.machine import cpu_name, instruction_set
+
+        return base.Packing(f"onnxruntime {onnxruntime.__version__}", cpu_name(), instruction_set())
+
+    def pack(self, directory: Path, output: Path) -> base.Runner:
+        """Let ONNX Runtime write what its kernels pack when they open a model."""
+        from moec.targets.onnx.packing import pack
+
+        return pack(directory, output)
+
     def open_experts(self, directory: Path, *, threads: int = 0) -> Mapping[str, base.ExpertsRunner]:
         """The experts of each layer as a subgraph of `model.onnx`."""
         from moec.targets.onnx.experts import MODEL, OnnxExperts

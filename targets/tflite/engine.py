@@ -11,6 +11,7 @@ from typing import Protocol
 import numpy as np
 
 from moec.compiler.common.errors import ArtifactError
+from moec.compiler.common.threads import threads_for
 from moec.targets.tflite.library import module
 
 DECODE = "decode"
@@ -75,7 +76,7 @@ class LitertEngine:
         interpreters = module("ai_edge_litert.interpreter")
         self.runtime = f"ai-edge-litert {importlib.metadata.version('ai-edge-litert')}"
         try:
-            self._interpreter = interpreters.Interpreter(model_path=str(file), num_threads=threads or None)
+            self._interpreter = interpreters.Interpreter(model_path=str(file), num_threads=threads_for(threads) or None)
             self.signatures = tuple(self._interpreter.get_signature_list())
             if DECODE not in self.signatures:
                 raise ArtifactError(f"{file}: no signature '{DECODE}'", hint="export the model again")

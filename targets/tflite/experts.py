@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from moec.compiler.common.errors import ArtifactError
+from moec.compiler.common.threads import threads_for
 from moec.targets.tflite.engine import cannot_load
 from moec.targets.tflite.library import module, schema
 from moec.targets.tflite.reader import TfliteFile
@@ -65,7 +66,7 @@ class TfliteExperts:
             write_layer(self._file, self._signature, self._layers[layer], path)
             try:
                 interpreter = module("ai_edge_litert.interpreter").Interpreter(
-                    model_path=str(path), num_threads=self._threads or None
+                    model_path=str(path), num_threads=threads_for(self._threads) or None
                 )
                 interpreter.allocate_tensors()
             except (ValueError, RuntimeError, OSError) as error:

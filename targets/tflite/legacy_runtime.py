@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from moec.compiler.common.errors import ArtifactError, MissingExtraError
+from moec.compiler.common.threads import threads_for
 from moec.targets.tflite.engine import InputSpec, cannot_load
 from moec.targets.tflite.legacy_runtime_worker import receive, send
 
@@ -46,7 +47,7 @@ class LegacyEngine:
                 f"tflite-runtime needs a separate virtual environment with numpy 1, and {home} is not one",
                 hint=f"python3.11 -m venv {home} && {home}/bin/pip install tflite-runtime==2.14.0 'numpy<2'",
             )
-        command = [str(python), "-I", str(_WORKER), str(file), str(threads)]
+        command = [str(python), "-I", str(_WORKER), str(file), str(threads_for(threads))]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
         )
