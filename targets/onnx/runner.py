@@ -15,6 +15,7 @@ import onnxruntime as ort
 from moec.compiler.common.errors import ArtifactError
 from moec.compiler.common.threads import is_machine_busy
 from moec.targets.base import Runner
+from moec.targets.onnx.files import model_path
 from moec.targets.onnx.states import GrowingStates, SharedBufferStates
 
 ERROR_SEVERITY = 3
@@ -48,13 +49,12 @@ class OnnxRunner(Runner):
         options.enable_profiling = profile
         if is_machine_busy():
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        path = model_path(directory)
         try:
-            self.session = ort.InferenceSession(
-                str(directory / "model.onnx"), options, providers=["CPUExecutionProvider"]
-            )
+            self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # the only common base class of ONNX Runtime's exceptions
             raise ArtifactError(
-                f"{directory / 'model.onnx'}: ONNX Runtime cannot load it: {str(error).splitlines()[0]}",
+                f"{path}: ONNX Runtime cannot load it: {str(error).splitlines()[0]}",
                 hint="`moec verify` checks whether the files are still as they were built",
             ) from error
         self._inputs = {spec.name for spec in self.session.get_inputs()}
