@@ -31,6 +31,7 @@ from moec.compiler.commands.options import ArtifactDirectory, Demands, OutputCon
 from moec.compiler.commands.pipelines import build, diff, publish
 from moec.compiler.commands.search import search
 from moec.compiler.commands.serve import serve
+from moec.compiler.commands.web import web
 from moec.compiler.common.errors import MoecError, UsageError, out_of_memory
 from moec.compiler.common.memory import check_address_space, keep_freed_memory
 from moec.compiler.common.threads import environment
@@ -223,7 +224,7 @@ def _application(arguments: list[str], started: Callable[[], None] = lambda: Non
         flagged = _with_target_flags(function, arguments)
         app.command(function.__name__)(_guarded(flagged, compiles=True, started=started))
     compiling = (build, calibrate, estimate, validate, families)
-    for command in (*compiling, verify, pack, run, chat, serve, inspect, diff, publish, doctor):
+    for command in (*compiling, verify, pack, run, chat, serve, web, inspect, diff, publish, doctor):
         compiles = command in compiling
         app.command(command.__name__)(_guarded(with_groups(command), compiles=compiles, started=started))
     return app

@@ -272,6 +272,27 @@ another, so that only one needs to be loaded at a time.
 """
 
 
+class BrowserModel(Protocol):
+    """An artifact as a web page runs it, with ONNX Runtime web.
+
+    Attributes:
+        graph: The graph, an ONNX file. It returns logits, states and the routing; scalar inputs must be fed.
+        path: Path of the graph in the artifact.
+        data: Paths in the artifact of the data files, which the graph names without their folder.
+        routing: For each MoE layer, the names of the outputs with indices and weights, both [T, k].
+        scalars: Name of each scalar input, such as "routing_budget", and its default in the artifact.
+    """
+
+    graph: bytes
+    path: str
+    data: tuple[str, ...]
+    routing: tuple[tuple[str, str], ...]
+    scalars: Mapping[str, float]
+
+    def kept_shares(self, ids: Sequence[int], name: str) -> Callable[[float], float]:
+        """Value of the scalar input `name` -> share of the routing slots of the text `ids` that are used."""
+
+
 @dataclass(frozen=True)
 class GateSubject:
     """What a target's own gate is given.
@@ -485,6 +506,15 @@ class Target(ABC):
             prefill and decode. Empty where experts cannot be run alone: the coverage gate is then not run.
         """
         return {}
+
+    def open_for_browser(self, directory: Path) -> BrowserModel:
+        """The artifact as a web page runs it.
+
+        Raises:
+            UsageError: It does not run in a browser.
+        """
+        reason = f"{directory}: the {self.name} target does not run in a browser"
+        raise UsageError(reason, hint="export with --target onnx --flavor web")
 
     def doctor(self) -> Mapping[str, str]:
         """What this machine can do: "build", "run" and "measure" -> "yes" or "no: reason"; "install" -> a command."""

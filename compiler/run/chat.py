@@ -52,15 +52,30 @@ def render_chat(directory: Path, messages: Sequence[Mapping[str, str]]) -> str:
     given: dict[str, Any] = {"messages": list(messages), "tools": None, "documents": None}
     try:
         template = environment.from_string(source)
-        text: str = template.render(
-            **_special_tokens(_tokenizer_config(directory)), **given, add_generation_prompt=True
-        )
+        text: str = template.render(**special_tokens(directory), **given, add_generation_prompt=True)
     except TemplateSyntaxError as error:
         raise ArtifactError(f"{directory}: its chat template is damaged: {error}") from error
     except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, RecursionError) as error:
         # A template is a program, which may fail on the messages in any of these ways.
         raise UsageError(f"{directory}: the chat template refuses the prompt: {first_line(error)}") from error
     return text
+
+
+def special_tokens(directory: Path) -> dict[str, str]:
+    """Name -> special token that templates may use, such as bos_token, and the named tokens of the model.
+
+    As in `PreTrainedTokenizerBase.__init__` of transformers 5, these are the keys that end in `_token` and the named
+    tokens of `extra_special_tokens`.
+
+    Raises:
+        ArtifactError: A file of the tokenizer is damaged.
+    """
+    config = _tokenizer_config(directory)
+    named = {name: value for name, value in config.items() if name.endswith("_token")}
+    for key in ("extra_special_tokens", "model_specific_special_tokens"):
+        if isinstance(own := config.get(key), Mapping):
+            named |= own
+    return {name: _text(value) for name, value in named.items() if isinstance(value, str | Mapping)}
 
 
 def _tokenizer_config(directory: Path) -> dict[str, Any]:
@@ -72,19 +87,6 @@ def _tokenizer_config(directory: Path) -> dict[str, Any]:
     if "added_tokens_decoder" in config:
         return config
     return {**config, **read_config(directory / "special_tokens_map.json")}
-
-
-def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    """Name -> special token that templates may use, such as bos_token, and the named tokens of the model.
-
-    As in `PreTrainedTokenizerBase.__init__` of transformers 5, these are the keys that end in `_token` and the named
-    tokens of `extra_special_tokens`.
-    """
-    named = {name: value for name, value in config.items() if name.endswith("_token")}
-    for key in ("extra_special_tokens", "model_specific_special_tokens"):
-        if isinstance(own := config.get(key), Mapping):
-            named |= own
-    return {name: _text(value) for name, value in named.items() if isinstance(value, str | Mapping)}
 
 
 def _text(token: Any) -> str:

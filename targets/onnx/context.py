@@ -47,6 +47,8 @@ class Dialect:
         shared_buffer: Whether past and present of a layer may share one buffer that is longer than the sequence.
         grouped: Whether each float expert has its own matrix products, in place of the `MoE` kernel.
         input_defaults: Whether an input may have a default value.
+        recent_qmoe: Whether `QMoE` may have the input `router_weights` and the attribute `accuracy_level`. ONNX Runtime
+            web 1.30 does not know the attribute, and its WebGPU kernel refuses the input.
     """
 
     target: str
@@ -56,6 +58,7 @@ class Dialect:
     shared_buffer: bool = False
     grouped: bool = False
     input_defaults: bool = True
+    recent_qmoe: bool = True
 
 
 AXIS_NAMES = {

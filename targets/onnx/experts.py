@@ -15,9 +15,9 @@ import onnx
 import onnxruntime as ort
 
 from moec.compiler.common.errors import ArtifactError
+from moec.targets.onnx.files import model_path
 from moec.targets.onnx.runner import session_options
 
-MODEL = "model.onnx"
 LAYERS = "moec.layers"
 """Metadata key: for each MoE layer, the names and types of the values between which its experts lie."""
 
@@ -39,11 +39,11 @@ class OnnxExperts:
     """
 
     def __init__(self, directory: Path, *, threads: int = 0) -> None:
-        self._directory, self._threads = directory, threads
-        self._model = onnx.load(directory / MODEL, load_external_data=False)
+        self._path, self._threads = model_path(directory), threads
+        self._model = onnx.load(self._path, load_external_data=False)
         entries = {item.key: item.value for item in self._model.metadata_props}
         if LAYERS not in entries:
-            raise ArtifactError(f"{directory / MODEL}: no MoE layers in its metadata", hint="export the model again")
+            raise ArtifactError(f"{self._path}: no MoE layers in its metadata", hint="export the model again")
         self._layers: list[dict[str, Any]] = json.loads(entries[LAYERS])
         self._makers = {name: node for node in self._model.graph.node for name in node.output}
         self._initializers = {item.name: item for item in self._model.graph.initializer}
@@ -70,7 +70,7 @@ class OnnxExperts:
     def _session(self, layer: int) -> ort.InferenceSession:
         cut = self._cut(self._layers[layer])
         options = session_options(self._threads)
-        options.add_session_config_entry(EXTERNAL_DATA, str(self._directory))
+        options.add_session_config_entry(EXTERNAL_DATA, str(self._path.parent))
         if not any(node.op_type in PACKED for node in cut.graph.node):
             # Weights are used once, so a packed copy would only cost memory.
             options.add_session_config_entry(NO_PREPACKING, "1")
@@ -78,8 +78,7 @@ class OnnxExperts:
             return ort.InferenceSession(cut.SerializeToString(), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # the only common base class of ONNX Runtime's exceptions
             raise ArtifactError(
-                f"{self._directory / MODEL}: layer {layer}: ONNX Runtime cannot load its experts: "
-                f"{str(error).splitlines()[0]}"
+                f"{self._path}: layer {layer}: ONNX Runtime cannot load its experts: {str(error).splitlines()[0]}"
             ) from error
 
     def _cut(self, entry: Mapping[str, tuple[str, int]]) -> onnx.ModelProto:
@@ -97,7 +96,7 @@ class OnnxExperts:
             elif name in self._initializers:
                 initializers[name] = self._initializers[name]
             elif name not in self._makers:
-                raise ArtifactError(f"{self._directory / MODEL}: experts read {name}, which is not one of their inputs")
+                raise ArtifactError(f"{self._path}: experts read {name}, which is not one of their inputs")
             elif id(self._makers[name]) not in nodes:
                 node = self._makers[name]
                 nodes[id(node)] = node

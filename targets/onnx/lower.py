@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
+from moec.compiler.common.errors import LoweringError
 from moec.compiler.common.progress import in_megabytes
 from moec.compiler.ir.analysis import max_shared_length
 from moec.compiler.ir.operands import Attention
@@ -20,6 +22,7 @@ from moec.compiler.ir.weights import LazyTensor
 from moec.targets.common.table import lookup
 from moec.targets.onnx.context import AXIS_NAMES, DTYPES, MS, Context, Dialect
 from moec.targets.onnx.experts import LAYERS
+from moec.targets.onnx.files import data_name
 from moec.targets.onnx.lowerings.group_query import share_lengths
 from moec.targets.onnx.lowerings.linear import untransposed_weights
 from moec.targets.onnx.lowerings.quantized import Packed
@@ -182,42 +185,72 @@ def signature(program: Program, *, routing: bool = False) -> Mapping[str, Any]:
     }
 
 
-MODEL, DATA = "model.onnx", "model.onnx_data"
-"""File names that transformers.js and optimum look for."""
 LARGE, PAGE, LINE = 1 << 16, 4096, 64
 """Tensors of `LARGE` bytes or more are aligned to a page, so that they can be memory-mapped; others to a cache line."""
 
 
-def write(model: ir.Model, ctx: Context, directory: Path, progress: Any) -> None:
-    """Write `model.onnx` and `model.onnx_data`, with one slice of one tensor in memory at a time.
+def write(model: ir.Model, ctx: Context, path: Path, progress: Any, *, limit: int | None = None) -> tuple[str, ...]:
+    """Write the graph to `path`, and its data to files beside it, with one slice of one tensor in memory at a time.
 
     The bytes are the same on every run: tensors are stored in the order of first use, with zeros as padding.
+
+    Args:
+        model: The model.
+        ctx: Its lowering, with the tensors.
+        path: File of the graph, in an existing directory.
+        progress: Told of the bytes that were written.
+        limit: Largest size of a data file in bytes; None: there is one data file of any size.
+
+    Returns:
+        Names of the data files.
+
+    Raises:
+        LoweringError: A single tensor is larger than `limit`.
     """
     sizes = {_identity(name, tensor): tensor.nbytes for name, (_, tensor) in ctx.initializers.items()}
     total, done, told = sum(sizes.values()), 0, in_megabytes(progress, "weights")
-    offsets: dict[str, int] = {}
-    with (directory / DATA).open("wb") as file:
+    offsets: dict[str, tuple[str, int]] = {}
+    names = [data_name(path.name, 0)]
+    with contextlib.ExitStack() as opened:
+        file = opened.enter_context((path.parent / names[-1]).open("wb"))
         for name, (value, tensor) in ctx.initializers.items():
             identity = _identity(name, tensor)
             if identity not in offsets:
-                file.write(b"\0" * (-file.tell() % (PAGE if tensor.nbytes >= LARGE else LINE)))
-                offsets[identity] = file.tell()
+                padding = -file.tell() % (PAGE if tensor.nbytes >= LARGE else LINE)
+                if limit is not None and file.tell() + padding + tensor.nbytes > limit:
+                    _check_size(name, tensor, limit)
+                    names.append(data_name(path.name, len(names)))
+                    file, padding = opened.enter_context((path.parent / names[-1]).open("wb")), 0
+                file.write(b"\0" * padding)
+                offsets[identity] = names[-1], file.tell()
                 for chunk in tensor.chunks():
                     file.write(_bytes(chunk).data)
                     done += chunk.numel() * chunk.element_size()
                     told(done, total)
-            assert value.dtype is not None
-            assert isinstance(value.shape, ir.Shape)
-            value.const_value = ir.ExternalTensor(
-                DATA,
-                offsets[identity],
-                tensor.nbytes,
-                value.dtype,
-                shape=value.shape,
-                name=name,
-                base_dir=directory,
-            )
-    ir.save(model, directory / MODEL)
+            value.const_value = _stored(path, name, value, offsets[identity], tensor.nbytes)
+    ir.save(model, path)
+    return tuple(names)
+
+
+def _stored(path: Path, name: str, value: ir.Value, place: tuple[str, int], size: int) -> ir.ExternalTensor:
+    """The tensor `name` at a data file and an offset in it."""
+    file, offset = place
+    assert value.dtype is not None
+    assert isinstance(value.shape, ir.Shape)
+    return ir.ExternalTensor(file, offset, size, value.dtype, shape=value.shape, name=name, base_dir=path.parent)
+
+
+def _check_size(name: str, tensor: LazyTensor, limit: int) -> None:
+    """Check that a tensor fits into a data file.
+
+    Raises:
+        LoweringError: It does not.
+    """
+    if tensor.nbytes > limit:
+        raise LoweringError(
+            f"{name} has {tensor.nbytes} bytes, and a file of this flavor may have {limit}",
+            hint="store the weights in fewer bits (--quantize int4), or use the default flavor",
+        )
 
 
 def _identity(name: str, tensor: LazyTensor) -> str:

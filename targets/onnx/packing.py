@@ -14,9 +14,9 @@ from pathlib import Path
 import onnxruntime as ort
 
 from moec.compiler.common.errors import ArtifactError
-from moec.targets.onnx.runner import MODEL, OnnxRunner, session_options
+from moec.targets.onnx.files import MODEL, data_name
+from moec.targets.onnx.runner import OnnxRunner, session_options
 
-DATA = "model.onnx_data"
 SMALLEST = 1024
 """Bytes from which a constant is stored in the data file and not in the graph."""
 
@@ -37,7 +37,7 @@ def pack(directory: Path, output: Path) -> OnnxRunner:
     options = session_options(1)
     options.optimized_model_filepath = str(output / MODEL)
     for key, value in {
-        "session.optimized_model_external_initializers_file_name": DATA,
+        "session.optimized_model_external_initializers_file_name": data_name(MODEL, 0),
         "session.optimized_model_external_initializers_min_size_in_bytes": str(SMALLEST),
         "session.save_external_prepacked_constant_initializers": "1",
     }.items():

@@ -15,14 +15,13 @@ import onnxruntime as ort
 from moec.compiler.common.errors import ArtifactError
 from moec.compiler.common.threads import should_spin, threads_for
 from moec.targets.base import Row, Runner, RunnerLimits
+from moec.targets.onnx.files import model_path
 from moec.targets.onnx.states import GrowingStates, SharedBufferStates, StateRow
 
 MAX_SHARED_LENGTH = "moec.max_shared_length"
 """Key in the model's metadata: see `moec.compiler.ir.analysis.max_shared_length`; missing where there is no limit."""
 ROUTING_OUTPUTS = "moec.routing_outputs"
 """Key in the model's metadata: MoE layer -> number of experts, where the model returns the experts of each token."""
-
-MODEL = "model.onnx"
 ERROR_SEVERITY = 3
 """Severity from which ONNX Runtime prints messages: errors, but not warnings."""
 
@@ -62,11 +61,12 @@ class OnnxRunner(Runner):
     ) -> None:
         options = session_options(threads) if options is None else options
         options.enable_profiling = profile
+        path = model_path(directory)
         try:
-            self.session = ort.InferenceSession(str(directory / MODEL), options, providers=["CPUExecutionProvider"])
+            self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # the only common base class of ONNX Runtime's exceptions
             raise ArtifactError(
-                f"{directory / MODEL}: ONNX Runtime cannot load it: {str(error).splitlines()[0]}",
+                f"{path}: ONNX Runtime cannot load it: {str(error).splitlines()[0]}",
                 hint="`moec verify` checks whether the files are still as they were built",
             ) from error
         self._inputs = {spec.name for spec in self.session.get_inputs()}

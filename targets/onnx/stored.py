@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from moec.targets.onnx.files import model_path
 from moec.targets.stored_weights import Codes, StoredWeight
 
 TABLE = "moec.weights"
@@ -26,7 +27,7 @@ or null.
 
 def stored_weights(directory: Path) -> Mapping[str, StoredWeight]:
     """The weights in the table of the model in `directory`, by name."""
-    model = ir.load(directory / "model.onnx")
+    model = ir.load(model_path(directory))
     read = partial(_rows, model.graph.initializers)
     table: dict[str, dict[str, Any]] = json.loads(model.metadata_props[TABLE])
     return {name: (_coded if "codes" in entry else _float)(read, entry) for name, entry in table.items()}

@@ -31,6 +31,7 @@ class Flavor(Choice):
     DEFAULT = "default", "ONNX Runtime's fused kernels"
     GENAI = "genai", "for onnxruntime-genai, past and present in one buffer"
     PORTABLE = "portable", "standard opset 24 only"
+    WEB = "web", "for browsers: ONNX Runtime web, transformers.js"
 
 
 class Experts(Choice):
@@ -136,27 +137,31 @@ class OnnxTarget(base.Target):
         return base.with_scales(stored, (*formats, *base.PER_CHANNEL, *asymmetric))
 
     def lower(self, program: Program, options: base.TargetOptions, directory: Path, progress: Progress) -> base.Lowered:
-        """Write `model.onnx`, `model.onnx_data` and, for onnxruntime-genai, `genai_config.json`."""
+        """Write the graph, its data and, for onnxruntime-genai, `genai_config.json`."""
         from moec.targets.common.refusals import RefusedError
-        from moec.targets.onnx import genai, lower
+        from moec.targets.onnx import genai, lower, web
+        from moec.targets.onnx.files import MODEL
         from moec.targets.onnx.lowerings.group_query import refusals
 
         assert isinstance(options, OnnxOptions)
-        shared = options.flavor is Flavor.GENAI
+        shared, browser = options.flavor is Flavor.GENAI, options.flavor is Flavor.WEB
         if shared and (refused := refusals(program)):
             raise RefusedError(refused[0].where, refused[0].reason, hint="use the default flavor")
-        if shared:
-            program = genai.with_genai_names(program)
+        program = genai.with_genai_names(program) if shared else web.with_web_names(program) if browser else program
         dialect = _dialect(program, options)
         model, ctx = lower.build(program, dialect, routing=options.routing_outputs)
         counts: dict[str, int] = {}
         for node in model.graph.all_nodes():
             counts[node.op_type] = counts.get(node.op_type, 0) + 1
-        lower.write(model, ctx, directory, progress)
+        path = directory / (web.model_name(program) if browser else MODEL)
+        path.parent.mkdir(exist_ok=True)
+        data = lower.write(model, ctx, path, progress, limit=web.DATA_LIMIT if browser else None)
         if shared:
-            genai.write(program, lower.MODEL, directory, "" if options.provider is Provider.CPU else options.provider)
+            genai.write(program, MODEL, directory, "" if options.provider is Provider.CPU else options.provider)
+        files = [path.relative_to(directory).as_posix()]
+        files += [(path.parent / name).relative_to(directory).as_posix() for name in data]
         return base.Lowered(
-            (lower.MODEL, lower.DATA, *((genai.CONFIG,) if shared else ())),
+            (*files, *((genai.CONFIG,) if shared else ())),
             lower.signature(program, routing=options.routing_outputs),
             tuple(ctx.rejections),
             {
@@ -167,12 +172,14 @@ class OnnxTarget(base.Target):
         )
 
     def package(self, options: base.TargetOptions, directory: Path) -> tuple[str, ...]:
-        """Add special tokens and sampling settings to `genai_config.json`."""
-        from moec.targets.onnx import genai
+        """Complete `genai_config.json`, or the section of transformers.js in config.json."""
+        from moec.targets.onnx import genai, web
 
         assert isinstance(options, OnnxOptions)
         if options.flavor is Flavor.GENAI:
             genai.complete(directory)
+        if options.flavor is Flavor.WEB:
+            web.complete(directory)
         return ()
 
     def open(self, directory: Path, *, threads: int = 0) -> base.Runner:
@@ -196,10 +203,17 @@ class OnnxTarget(base.Target):
         return pack(directory, output)
 
     def open_experts(self, directory: Path, *, threads: int = 0) -> Mapping[str, base.ExpertsRunner]:
-        """The experts of each layer as a subgraph of `model.onnx`."""
-        from moec.targets.onnx.experts import MODEL, OnnxExperts
+        """The experts of each layer as a subgraph of the model."""
+        from moec.targets.onnx.experts import OnnxExperts
+        from moec.targets.onnx.files import model_path
 
-        return {MODEL: OnnxExperts(directory, threads=threads)}
+        return {model_path(directory).name: OnnxExperts(directory, threads=threads)}
+
+    def open_for_browser(self, directory: Path) -> base.BrowserModel:
+        """The graph with the routing as outputs."""
+        from moec.targets.onnx.page_graph import PageGraph
+
+        return PageGraph(directory)
 
     def activation_rounding(self, directory: Path) -> ActivationRounding | None:
         """MLAS's rounding of activations to int8 in the blocks of the weights, if this machine rounds in this way."""
@@ -218,7 +232,12 @@ def _dialect(program: Program, options: OnnxOptions) -> Dialect:
     from moec.targets.onnx.lowerings.table import onnx_dialect
 
     contrib, shared = options.flavor is not Flavor.PORTABLE, options.flavor is Flavor.GENAI
-    return onnx_dialect(contrib=contrib, shared_buffer=shared, grouped=_grouped(program, options))
+    return onnx_dialect(
+        contrib=contrib,
+        shared_buffer=shared,
+        grouped=_grouped(program, options),
+        recent_qmoe=options.flavor is not Flavor.WEB,
+    )
 
 
 def _grouped(program: Program, options: OnnxOptions) -> bool:

@@ -133,6 +133,7 @@ class TensorrtTarget(base.Target):
             MissingExtraError: TensorRT is not installed.
         """
         from moec.targets.onnx import lower
+        from moec.targets.onnx.files import MODEL
         from moec.targets.tensorrt import build
 
         assert isinstance(options, TensorrtOptions)
@@ -140,10 +141,10 @@ class TensorrtTarget(base.Target):
         settings = make_settings(program, options, form)
         added = {"input_defaults": settings.input_defaults, "token_inputs": settings.token_inputs}
         model.metadata_props[ADDED_INPUTS] = json.dumps(added)
-        lower.write(model, ctx, directory, progress)
+        data = lower.write(model, ctx, directory / MODEL, progress)
         settings.write(directory)
         shutil.copyfile(builder.__file__, directory / build.SCRIPT)
-        files = [lower.MODEL, lower.DATA, SETTINGS, build.SCRIPT]
+        files = [MODEL, *data, SETTINGS, build.SCRIPT]
         if options.engine:
             limit = build.memory_limit(options.memory_limit)
             settings = build_engine(directory, settings, options, ctx, limit, progress)
@@ -174,7 +175,8 @@ class TensorrtTarget(base.Target):
 
     def open_experts(self, directory: Path, *, threads: int = 0) -> Mapping[str, base.ExpertsRunner]:
         """The experts of each layer as a subgraph of `model.onnx`, from which the engine was built."""
-        from moec.targets.onnx.experts import MODEL, OnnxExperts
+        from moec.targets.onnx.experts import OnnxExperts
+        from moec.targets.onnx.files import MODEL
 
         return {MODEL: OnnxExperts(directory, threads=threads)}
 
@@ -236,7 +238,8 @@ def make_settings(program: Program, options: TensorrtOptions, form: Form) -> Eng
     Raises:
         UsageError: The sizes of the profiles contradict each other or the model.
     """
-    from moec.targets.onnx.lower import MODEL, signature
+    from moec.targets.onnx.files import MODEL
+    from moec.targets.onnx.lower import signature
     from moec.targets.tensorrt.profiles import profiles, trtexec
 
     sizes = _sizes(program.config, options)

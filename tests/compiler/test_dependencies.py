@@ -27,6 +27,7 @@ PACKAGES = (
     "compiler/build",
     "compiler/search",
     "compiler/run",
+    "compiler/web",
     "compiler/api.py",
     "compiler/commands",
     "cli.py",

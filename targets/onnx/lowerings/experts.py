@@ -117,7 +117,7 @@ def _experts(ctx: Context, node: fx.Node) -> ir.Value:
     if refusal or not ctx.dialect.contrib:
         return grouped(ctx, node, gate)
     if all(_is_quantized(ctx, stack) for stack in (own.gate_up_proj, own.down_proj)):
-        return quantized.experts(ctx, node, gate, dense_weights(ctx, node), kernel_attributes(gate))
+        return _quantized(ctx, node, gate)
     if ctx.dialect.grouped:
         return grouped(ctx, node, gate)
     return _kernel(ctx, node, gate)
@@ -127,9 +127,31 @@ def _is_quantized(ctx: Context, argument: Any) -> bool:
     return argument.op == "get_attr" and isinstance(ctx.program.weights[str(argument.target)], Quantized)
 
 
+def _quantized(ctx: Context, node: fx.Node, gate: Gate) -> ir.Value:
+    attributes = kernel_attributes(gate)
+    if ctx.dialect.recent_qmoe:
+        dense = dense_weights(ctx, node)
+        return quantized.experts(ctx, node, gate, dense, attributes, router_weights=dense)
+    logits, sums = _normalised(ctx, node)
+    return ctx.op("Mul", quantized.experts(ctx, node, gate, logits, attributes), sums)
+
+
+def _normalised(ctx: Context, node: fx.Node) -> tuple[ir.Value, ir.Value]:
+    """Logits [T, E] from which a kernel makes the routing weights divided by their sum, and these sums, [T, 1].
+
+    The kernel normalises the weights itself, so weights that a policy would renormalise are passed unscaled.
+    """
+    weights, dtype = Experts.of(node).weights, result_dtype(node)
+    scaled = is_select(weights) and Select.of(weights).renormalize
+    slots = _kept(ctx, weights) if scaled else ctx.tensor(weights, dtype)
+    sums = _row_sum(ctx, Select.of(weights).weights if scaled else weights, dtype)
+    if scaled:
+        ctx.layers[-1] |= {"weights": (slots, dtype), "weight_sums": (sums, dtype)}
+    return ctx.op("Log", _spread(ctx, node, slots)), sums
+
+
 def _kernel(ctx: Context, node: fx.Node, gate: Gate) -> ir.Value:
-    own, dtype = Experts.of(node), result_dtype(node)
-    weights = own.weights
+    own = Experts.of(node)
     operands = [
         None if tensor is None else _kernel_tensor(ctx, tensor, gate, first=first)
         for tensor, first in (
@@ -139,23 +161,17 @@ def _kernel(ctx: Context, node: fx.Node, gate: Gate) -> ir.Value:
             (own.down_bias, False),
         )
     ]
-    # The kernel normalises the weights itself, so weights that a policy would renormalise are passed unscaled.
-    scaled = is_select(weights) and Select.of(weights).renormalize
-    slots = _kept(ctx, weights) if scaled else ctx.tensor(weights, dtype)
-    dense = _spread(ctx, node, slots)
+    logits, sums = _normalised(ctx, node)
     out = ctx.op(
         "MoE",
         ctx.tensor(own.hidden_states),
-        ctx.op("Log", dense),
+        logits,
         *operands,
         domain=MS,
         k=own.top_k,
         normalize_routing_weights=1,
         **kernel_attributes(gate),
     )
-    sums = _row_sum(ctx, Select.of(weights).weights if scaled else weights, dtype)
-    if scaled:
-        ctx.layers[-1] |= {"weights": (slots, dtype), "weight_sums": (sums, dtype)}
     return ctx.op("Mul", out, sums)
 
 

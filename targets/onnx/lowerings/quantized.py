@@ -239,16 +239,31 @@ def embedding(ctx: Context, node: fx.Node, indices: ir.Value, name: str, weight:
 # Experts --------------------------------------------------------------------------------------------------------
 
 
-def experts(ctx: Context, node: fx.Node, gate: Gate, dense: ir.Value, attributes: dict[str, Any]) -> ir.Value:
+def experts(
+    ctx: Context,
+    node: fx.Node,
+    gate: Gate,
+    router: ir.Value,
+    attributes: dict[str, Any],
+    *,
+    router_weights: ir.Value | None = None,
+) -> ir.Value:
     """`QMoE`, which drops slots of weight 0 before it groups tokens by expert, so that they cost nothing.
 
-    It takes the routing weights `dense` [T, E] twice: to select experts and, without normalising, to weight them.
+    Args:
+        ctx: The lowering.
+        node: The experts node.
+        gate: The activation of its experts.
+        router: [T, E]. Its largest entries select the experts of a token.
+        attributes: Those that select the activation.
+        router_weights: Routing weights [T, E], which are not normalised; None: the softmax of `router` over the
+            selected experts.
     """
     own = Experts.of(node)
     tensors = [_quantized(ctx, argument) for argument in (own.gate_up_proj, own.down_proj)]
     biases = (own.gate_up_bias, own.down_bias)
     block = kernel_block(*(tensor for _, tensor in tensors))
-    operands: list[ir.Value | None] = [ctx.tensor(own.hidden_states), dense]
+    operands: list[ir.Value | None] = [ctx.tensor(own.hidden_states), router]
     zero_point_inputs: list[ir.Value | None] = []
     for (name, tensor), bias, first in zip(tensors, biases, (True, False), strict=True):
         interleaved = first and gate.gated and not gate.interleaved
@@ -256,26 +271,26 @@ def experts(ctx: Context, node: fx.Node, gate: Gate, dense: ir.Value, attributes
         operands += [ctx.initializer(f"{name}.codes", codes), ctx.initializer(f"{name}.scales", scales)]
         operands.append(None if bias is None else _bias(ctx, bias, interleaved))
         zero_point_inputs.append(None if zero_points is None else ctx.initializer(f"{name}.zero_points", zero_points))
-        # QMoE does not round before a product whose last block is shorter.
-        whole = tensor.shape[-1] % block == 0
+        # QMoE rounds with an accuracy level only, and not before a product whose last block is shorter.
+        whole = ctx.dialect.recent_qmoe and tensor.shape[-1] % block == 0
         kernel = rounding_kernel(EXPERTS_KERNEL, *(item for _, item in tensors)) if whole else None
         ctx.experts[name] = stored_entry(tensor, block, base=name, interleaved=interleaved, rounded_by=kernel)
-    bits = [tensor.format.bits for _, tensor in tensors]
+    (bits,) = {tensor.format.bits for _, tensor in tensors}
+    level = {"accuracy_level": accuracy_level(*(tensor for _, tensor in tensors))} if ctx.dialect.recent_qmoe else {}
     return ctx.op(
         EXPERTS_KERNEL,
         *operands,
         *(None,) * 3,
         *zero_point_inputs,
         None,
-        dense,
+        router_weights,
         domain=MS,
         k=own.top_k,
-        normalize_routing_weights=0,
-        expert_weight_bits=max(bits),
-        fc1_expert_weight_bits=bits[0],
-        fc2_expert_weight_bits=bits[1],
+        normalize_routing_weights=int(router_weights is None),
+        # One number for both projections (see `refusals`): ONNX Runtime 1.30 does not know the attributes for each.
+        expert_weight_bits=bits,
         block_size=block,
-        accuracy_level=accuracy_level(*(tensor for _, tensor in tensors)),
+        **level,
         **attributes,
     )
 

@@ -26,6 +26,10 @@ _MODULES = (attention, convolution, elementwise, experts, indexer, linear, norm,
 TABLE: Mapping[Any, Lowering] = joined(lowerings.TABLE, lowerings.SIZES, *(module.TABLE for module in _MODULES))
 
 
-def onnx_dialect(*, contrib: bool, shared_buffer: bool = False, grouped: bool = False) -> Dialect:
+def onnx_dialect(
+    *, contrib: bool, shared_buffer: bool = False, grouped: bool = False, recent_qmoe: bool = True
+) -> Dialect:
     """The dialect of the ONNX target: with ops of the `com.microsoft` domain or without, see `Dialect`."""
-    return Dialect("onnx", TABLE, contrib=contrib, shared_buffer=shared_buffer, grouped=grouped)
+    return Dialect(
+        "onnx", TABLE, contrib=contrib, shared_buffer=shared_buffer, grouped=grouped, recent_qmoe=recent_qmoe
+    )

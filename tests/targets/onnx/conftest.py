@@ -13,6 +13,7 @@ import torch
 
 from moec.compiler.ir.program import Program
 from moec.targets.onnx import lower
+from moec.targets.onnx.files import MODEL
 from moec.targets.onnx.lowerings.table import onnx_dialect
 from moec.targets.onnx.target import OnnxOptions, OnnxTarget
 from tests.support.lowered import Model
@@ -24,11 +25,11 @@ class Session:
 
     def __init__(self, program: Program, directory: Path, *, contrib: bool = True) -> None:
         model, self.context = lower.build(program, onnx_dialect(contrib=contrib))
-        lower.write(model, self.context, directory, lambda *_: None)
+        lower.write(model, self.context, directory / MODEL, lambda *_: None)
         options = ort.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = 1, 3
         self.op_types = [node.op_type for node in model.graph.all_nodes()]
-        self._session = ort.InferenceSession(str(directory / lower.MODEL), options, providers=["CPUExecutionProvider"])
+        self._session = ort.InferenceSession(str(directory / MODEL), options, providers=["CPUExecutionProvider"])
         self._names = {spec.name for spec in self._session.get_inputs()}
 
     def __call__(self, feeds: Mapping[str, np.ndarray]) -> np.ndarray:

@@ -17,6 +17,7 @@ from moec.compiler.gates.repeatability import GATE, RepeatabilityOptions, judge_
 from moec.compiler.gates.tolerance import Precision
 from moec.compiler.ir.program import EXPERTS, Program
 from moec.targets.onnx import lower
+from moec.targets.onnx.files import MODEL
 from moec.targets.onnx.lowerings.table import onnx_dialect
 from moec.targets.onnx.target import OnnxTarget
 from moec.targets.tensorrt.forms import Form
@@ -83,12 +84,12 @@ def test_slots_that_share_an_expert_and_slots_without_one(contrib: bool, check_o
 def test_two_threads_and_no_optimization(contrib: bool, one_op: Any, tmp_path: Path) -> None:
     one = one_op(EXPERTS, crowded)
     model, context = lower.build(one.program, onnx_dialect(contrib=contrib))
-    lower.write(model, context, tmp_path, lambda *_: None)
+    lower.write(model, context, tmp_path / MODEL, lambda *_: None)
     feeds, want = one.feeds(400, 1), one.expected(400, 1).numpy()
     for level in (ort.GraphOptimizationLevel.ORT_ENABLE_ALL, ort.GraphOptimizationLevel.ORT_DISABLE_ALL):
         options = ort.SessionOptions()
         options.intra_op_num_threads, options.graph_optimization_level = 2, level
-        session = ort.InferenceSession(str(tmp_path / lower.MODEL), options, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(str(tmp_path / MODEL), options, providers=["CPUExecutionProvider"])
         names = {spec.name for spec in session.get_inputs()}
         for _ in range(20):
             (got,) = session.run(["logits"], {name: feeds[name] for name in names})

@@ -1,0 +1,1 @@
+"""An artifact as a web page: `moec web`. Imports no torch."""
