@@ -114,9 +114,9 @@ class OnnxTarget(base.Target):
         return refused or refused_by(self.name, lambda: lower.build(program, _dialect(program, options)))
 
     def fast_activations(self, options: base.TargetOptions) -> Literal["float", "int8-dynamic"]:
-        """MLAS has faster kernels for int8 activations; standard ops dequantize the weights and compute in floats."""
+        """MLAS has faster kernels for int8 activations. Standard ops compute in floats, as does a browser's `QMoE`."""
         assert isinstance(options, OnnxOptions)
-        return "float" if options.flavor is Flavor.PORTABLE else "int8-dynamic"
+        return "float" if options.flavor in (Flavor.PORTABLE, Flavor.WEB) else "int8-dynamic"
 
     def auto_formats(self, options: base.TargetOptions, tensor_class: str) -> tuple[str, ...]:
         """ONNX Runtime's kernels take zero points; standard ops take neither zero points nor quantized experts."""

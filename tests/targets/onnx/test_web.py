@@ -54,7 +54,7 @@ def test_the_artifact_computes_what_the_default_one_does(
     tiny_checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
     for form, limit in (("none", 0.0), ("int4", 1e-4)):
-        options = {} if form == "none" else {"quantize": form}
+        options = {} if form == "none" else {"quantize": {"format": form, "activations": "float"}}
         found, want = (
             logits(exported(tiny_checkpoint("olmoe"), tmp_path / f"{flavor}-{form}", flavor=flavor, **options))
             for flavor in ("web", "default")
