@@ -1,13 +1,15 @@
 """Tokens per second of `moec serve` for one request and for four at once, and its memory after many requests.
 
-    python benchmarks/serve.py [DIRECTORY] [--tokens 128] [--rounds 5] [--threads 1] [--quantize int4] [--soak 1000]
+    python benchmarks/serve.py [DIRECTORY] [--tokens 128] [--rounds 5] [--threads 1] [--soak 1000]
+    python benchmarks/serve.py --quantize int4:32 --activations int8-dynamic --batch always
 
-DIRECTORY is an artifact; by default, the golden model is exported to ONNX, with `--quantize` in that format. The server
-is a separate process. Requests are greedy completions of at most `--tokens` tokens. One request at a time and four at
-once are measured alternately in wall time, and the median and the range over rounds are printed.
+DIRECTORY is an artifact; by default, the golden model is exported to ONNX, with `--quantize` in that format. `--batch`
+is that of `moec serve`. The server is a separate process. Requests are greedy completions of at most `--tokens` tokens.
+One request at a time and four at once are measured alternately in wall time, and the median and the range over rounds
+are printed.
 
 Before that, the runner alone decodes batches of 1, 2 and 4 sequences after `--past` tokens, also alternately: the
-median time of a step, and of putting the states of the sequences into a new batch (`BatchingRunner.gather`).
+median CPU time of a step, and the wall time of putting the states into a new batch (`BatchingRunner.gather`).
 
 `--soak N` sends N requests, four at a time, and cuts off five of them in the middle. It prints the memory of the server
 (resident set size) after the first tenth of them and after all, and how many of the others failed.
@@ -74,8 +76,9 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(directory: Path, threads: int) -> Iterator[Server]:
+def serving(directory: Path, threads: int, batch: str) -> Iterator[Server]:
     command = [sys.executable, "-c", CODE, "serve", str(directory), "--port", "0", "--threads", str(threads)]
+    command += ["--batch", batch]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
         line = process.stderr.readline()
@@ -106,13 +109,13 @@ def time_batches(directory: Path, threads: int, past: int, steps: int = 100) -> 
     decoding: dict[int, list[float]] = {size: [] for size in BATCHES}
     for _ in range(steps):
         for size, batch in batches.items():
-            start = time.perf_counter()
+            start = time.process_time()
             batch.decode(np.full((size, 1), 5))
-            decoding[size].append(time.perf_counter() - start)
+            decoding[size].append(time.process_time() - start)
     for size in BATCHES:
         step, new = (1e3 * statistics.median(found[size]) for found in (decoding, gathering))
         rate = 1e3 * size / step
-        print(f"batch of {size}: {step:.2f} ms per step, {rate:.0f} tokens/s; {new:.2f} ms for a new batch")
+        print(f"batch of {size}: {step:.2f} ms of CPU per step, {rate:.0f} tokens/s; {new:.2f} ms for a new batch")
 
 
 def soak(server: Server, requests: int) -> None:
@@ -147,6 +150,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--past", type=int, default=128)
     parser.add_argument("--quantize")
+    parser.add_argument("--activations", default="auto")
+    parser.add_argument("--batch", default="auto")
     parser.add_argument("--soak", type=int, default=0)
     chosen = parser.parse_args()
     print(describe())
@@ -156,10 +161,11 @@ def main() -> None:
             import moec
 
             directory = Path(work) / "golden"
+            quantize = chosen.quantize and {"format": chosen.quantize, "activations": chosen.activations}
             model = ROOT / "golden_models" / "olmoe-tiny"
-            moec.export(model, target="onnx", output=directory, gates=False, quantize=chosen.quantize)
+            moec.export(model, target="onnx", output=directory, gates=False, quantize=quantize)
         time_batches(directory, chosen.threads, chosen.past)
-        with serving(directory, chosen.threads) as server:
+        with serving(directory, chosen.threads, chosen.batch) as server:
             server.rate(4, chosen.tokens)
             rates: dict[int, list[float]] = {1: [], 4: []}
             for _ in range(chosen.rounds):

@@ -13,6 +13,7 @@ import typer
 from moec.compiler.commands.console import Console
 from moec.compiler.commands.options import ArtifactDirectory, DebugOutput, Running
 from moec.compiler.common.errors import MissingExtraError, UsageError
+from moec.compiler.common.validation import unknown
 
 MODULES = ("fastapi", "uvicorn", "prometheus_client")
 """Modules that the extra `serve` installs."""
@@ -35,6 +36,13 @@ def serve(
         str | None, typer.Option(metavar="NAME", help="Name of the model in requests. (default: the directory's name)")
     ] = None,
     parallel: Annotated[int, typer.Option(min=1, help="Largest number of requests that are answered together.")] = 8,
+    batch: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|always|never",
+            help="When one step computes the tokens of several answers (docs/run.md).",
+        ),
+    ] = "auto",
     max_requests: Annotated[int, typer.Option(min=1, help="Largest number of running and waiting requests.")] = 64,
     max_tokens: Annotated[int, typer.Option(min=1, help="Largest number of new tokens per request.")] = 4096,
     max_bytes: Annotated[int, typer.Option(min=1, help="Largest size of a request in bytes.")] = 4 * 2**20,
@@ -45,6 +53,11 @@ def serve(
     import uvicorn
 
     from moec.compiler.run.server.app import Settings, make_app
+    from moec.compiler.run.server.scheduler import Batching
+
+    if batch not in tuple(Batching):
+        raise unknown(batch, tuple(Batching), "unknown value of --batch", "the values")
+    batching = next(member for member in Batching if member == batch)
 
     generator = running.generator(directory, console)
     settings = Settings(
@@ -53,6 +66,7 @@ def serve(
         hosts=frozenset({"localhost", "127.0.0.1", "::1", host}) if _is_loopback(host) and not api_key else None,
         parallel=parallel,
         max_requests=max_requests,
+        batching=batching,
         max_tokens=max_tokens,
         max_bytes=max_bytes,
     )

@@ -111,6 +111,13 @@ class Generator:
         rows = self.manifest.get("signature", {}).get("inputs", [])
         return tuple(row["name"] for row in rows if isinstance(row, Mapping) and row.get("shape") == [])
 
+    @property
+    def rounds_coarsely(self) -> bool:
+        """Whether another order of summation is likely to show in texts: float16, or activations rounded to int8."""
+        classes = self.manifest.get("quantization", {}).get("classes", {})
+        formats = [form for found in classes.values() for form in found.get("formats", {})]
+        return self.manifest.get("recipe", {}).get("dtype") == "fp16" or any("int8-dynamic" in form for form in formats)
+
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of the artifact.

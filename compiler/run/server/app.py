@@ -29,7 +29,7 @@ from moec.compiler.run.server.requests import (
     parse,
 )
 from moec.compiler.run.server.responses import CHAT, COMPLETION, ResponseFormat
-from moec.compiler.run.server.scheduler import Job, Scheduler, Ticket, TooManyRequestsError
+from moec.compiler.run.server.scheduler import Batching, Job, Scheduler, Ticket, TooManyRequestsError
 from moec.targets.base import CountingRunner
 
 Scope = MutableMapping[str, Any]
@@ -54,6 +54,7 @@ class Settings:
             own host name resolves to this machine (DNS rebinding).
         parallel: Largest number of requests that are answered together.
         max_requests: Largest number of running and waiting requests.
+        batching: When the tokens of several answers are computed in one step.
         max_tokens: Largest number of new tokens per request.
         max_bytes: Largest size of a request body in bytes.
     """
@@ -63,6 +64,7 @@ class Settings:
     hosts: frozenset[str] | None = None
     parallel: int = 8
     max_requests: int = 64
+    batching: Batching = Batching.AUTO
     max_tokens: int = 4096
     max_bytes: int = 4 * 2**20
 
@@ -132,6 +134,7 @@ class _Service:
             generator,
             parallel=settings.parallel,
             max_requests=settings.max_requests,
+            batching=settings.batching,
             on_end=self.metrics.ended,
         )
         self.metrics.watch(self.scheduler)

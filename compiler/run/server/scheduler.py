@@ -8,11 +8,20 @@ from collections import abc, deque
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 
+from moec.compiler.common.choices import Choice
 from moec.compiler.run.batch import Batches
 from moec.compiler.run.generate import Generator
 from moec.compiler.run.session import Answer, Statistics
 from moec.compiler.text.sampling import Sampling
 from moec.targets.base import ForkableRunner, can_batch, limits_of
+
+
+class Batching(Choice):
+    """When the tokens of a round are computed in one step, if the runner can."""
+
+    AUTO = "auto", "unless float16, or activations rounded to int8, make another text likely"
+    ALWAYS = "always", "wherever the runner can"
+    NEVER = "never", "each request as if it were alone"
 
 
 @dataclass(frozen=True)
@@ -79,13 +88,15 @@ class TooManyRequestsError(Exception):
 class Scheduler:
     """Runs jobs in turns in its own thread; a turn is one token or one piece of a prompt.
 
-    If the runner can (`can_batch`), the tokens of a round are computed in one step; otherwise in one after the other.
+    If the runner can (`can_batch`), the tokens of a round are computed in one step, see `Batching`; otherwise in one
+    after the other.
     When all places are taken, further jobs wait in order of arrival.
 
     Args:
         generator: The artifact.
         parallel: Largest number of answers in a round; 1 if the runner cannot fork.
         max_requests: Largest number of running and waiting jobs.
+        batching: When the tokens of a round are computed in one step.
         on_end: Called with each ticket when its job ends.
     """
 
@@ -95,13 +106,15 @@ class Scheduler:
         *,
         parallel: int,
         max_requests: int,
+        batching: Batching = Batching.AUTO,
         on_end: Callable[[Ticket], None] = lambda _ticket: None,
     ) -> None:
         self._generator = generator
         self.parallel = parallel if isinstance(generator.runner, ForkableRunner) else 1
         limits = limits_of(generator.runner)
         self._longest_shared = limits.max_shared_length
-        self._batches = Batches(generator) if can_batch(generator.runner) else None
+        wanted = batching is Batching.ALWAYS or (batching is Batching.AUTO and not generator.rounds_coarsely)
+        self._batches = Batches(generator) if wanted and can_batch(generator.runner) else None
         if self._batches and limits.max_batch:
             self.parallel = min(self.parallel, limits.max_batch)
         self._most, self._on_end = max_requests, on_end

@@ -17,7 +17,7 @@ import moec
 from moec.compiler.common.artifact import write_manifest
 from moec.compiler.common.errors import UsageError
 from moec.compiler.run.generate import Generator
-from moec.compiler.run.server.scheduler import Job, Scheduler, TooManyRequestsError
+from moec.compiler.run.server.scheduler import Batching, Job, Scheduler, TooManyRequestsError
 from moec.compiler.text.sampling import Sampling
 from moec.targets import get_target
 from moec.targets.base import Row, RunnerLimits
@@ -57,15 +57,15 @@ class Forking(Counting):
         return twin
 
 
-class Batching(Forking):
+class Batcher(Forking):
     """It keeps the sequences of each step, and how many tokens of padding each has."""
 
     def __init__(self, batches: list[list[tuple[int, int]]], limits: RunnerLimits, fault: int = -1) -> None:
         super().__init__([], 0, fault)
         self.batches, self.limits, self.lengths = batches, limits, [0]
 
-    def fork(self) -> "Batching":
-        return Batching(self.batches, self.limits, self.fault)
+    def fork(self) -> "Batcher":
+        return Batcher(self.batches, self.limits, self.fault)
 
     def reset(self) -> None:
         self.lengths = [0]
@@ -116,7 +116,7 @@ def open_with(
 def schedule() -> Iterator[Callable[..., Scheduler]]:
     made: list[Scheduler] = []
 
-    def scheduler(generator: Generator, **options: int) -> Scheduler:
+    def scheduler(generator: Generator, **options: Any) -> Scheduler:
         made.append(Scheduler(generator, **{"parallel": 4, "max_requests": 8, **options}))
         return made[-1]
 
@@ -235,7 +235,7 @@ def test_what_is_decoded_together(
     batches: list[list[tuple[int, int]]],
 ) -> None:
     limits, prompts, expected = ROUNDS[case]
-    scheduler = schedule(open_with(Batching(batches, limits)))
+    scheduler = schedule(open_with(Batcher(batches, limits)))
     asked = [Asked(scheduler, *prompt, most=most) for prompt, most in prompts]
     scheduler.start()
     texts = [one.text() for one in asked]
@@ -247,10 +247,39 @@ def test_what_is_decoded_together(
         assert text == decode(ids)[len(decode(ids[:1])) :]
 
 
+@pytest.mark.parametrize(
+    ("content", "batching", "together"),
+    [
+        ({"recipe": {"target": "fake", "dtype": "fp32"}}, Batching.AUTO, True),
+        ({"recipe": {"target": "fake", "dtype": "fp16"}}, Batching.AUTO, False),
+        ({"recipe": {"target": "fake", "dtype": "fp16"}}, Batching.ALWAYS, True),
+        ({"quantization": {"classes": {"attention": {"formats": {"int4:32": 1}}}}}, Batching.AUTO, True),
+        ({"quantization": {"classes": {"attention": {"formats": {"int4:32:int8-dynamic": 1}}}}}, Batching.AUTO, False),
+        ({}, Batching.NEVER, False),
+    ],
+)
+def test_coarse_rounding_is_not_batched_unless_told(
+    content: dict[str, Any],
+    batching: Batching,
+    together: bool,
+    open_with: Callable[..., Generator],
+    schedule: Callable[..., Scheduler],
+    batches: list[list[tuple[int, int]]],
+) -> None:
+    generator = open_with(Batcher(batches, RunnerLimits()))
+    generator.manifest.update(content)
+    scheduler = schedule(generator, batching=batching)
+    asked = [Asked(scheduler, 1000), Asked(scheduler, 2000)]
+    scheduler.start()
+    for one in asked:
+        one.text()
+    assert ([(1, 0), (2, 0)] in batches) == together
+
+
 def test_answers_with_different_budgets_are_decoded_apart(
     open_with: Callable[..., Generator], schedule: Callable[..., Scheduler], batches: list[list[tuple[int, int]]]
 ) -> None:
-    scheduler = schedule(open_with(Batching(batches, RunnerLimits())))
+    scheduler = schedule(open_with(Batcher(batches, RunnerLimits())))
     asked = [
         Asked(scheduler, 1000, routing_budget=0.2, most=3),
         Asked(scheduler, 1000, routing_budget=0.3, most=3),
@@ -266,7 +295,7 @@ def test_answers_with_different_budgets_are_decoded_apart(
 def test_a_fault_of_a_batch_ends_its_answers_and_no_others(
     open_with: Callable[..., Generator], schedule: Callable[..., Scheduler]
 ) -> None:
-    scheduler = schedule(open_with(Batching([], RunnerLimits(), fault=1002)))
+    scheduler = schedule(open_with(Batcher([], RunnerLimits(), fault=1002)))
     asked = [Asked(scheduler, 1000), Asked(scheduler, 2000), Asked(scheduler, 3000, routing_budget=0.2)]
     scheduler.start()
     assert asked[2].text()
@@ -279,7 +308,7 @@ def test_a_fault_of_a_batch_ends_its_answers_and_no_others(
 def test_a_member_that_goes_away_leaves_the_others_their_texts(
     open_with: Callable[..., Generator], schedule: Callable[..., Scheduler], batches: list[list[tuple[int, int]]]
 ) -> None:
-    scheduler = schedule(open_with(Batching(batches, RunnerLimits())))
+    scheduler = schedule(open_with(Batcher(batches, RunnerLimits())))
     leaving, staying = Asked(scheduler, 1000, most=3000), Asked(scheduler, 2000, most=30)
     leaving.ticket.deliver = lambda _piece: leaving.ticket.cancel()  # type: ignore[method-assign]
     scheduler.start()
