@@ -67,7 +67,7 @@ def pack(
 
 def packed_rows(packed: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What is packed, as rows for people."""
-    machine, *extensions = packed["instruction_set"]
+    machine, *extensions = packed["instruction_set"] or ("?",)
     return [
         ("packed", f"{packed['bytes'] / 1e6:.1f} MB in {packed['directory']}"),
         ("packed for", f"{packed['runtime']}, {packed['cpu']} ({machine}: {', '.join(extensions)})"),

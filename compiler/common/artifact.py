@@ -29,6 +29,18 @@ so moec.json does not hash them."""
 SCHEMA_VERSION = 1
 
 
+class _Packed(BaseModel):
+    """Types of the section `packed`, see `moec.compiler.run.packed_cache.description`."""
+
+    model_config = ConfigDict(strict=True)
+
+    bytes: int
+    runtime: str
+    cpu: str
+    instruction_set: list[str]
+    source: str
+
+
 class _Sections(BaseModel):
     """Types of the sections of moec.json. Only `files` is required."""
 
@@ -47,6 +59,7 @@ class _Sections(BaseModel):
     facts: dict[str, Any] = {}
     tensor_bytes: dict[str, Any] = {}
     tools: dict[str, str] = {}
+    packed: _Packed | None = None
 
 
 def write_manifest(directory: Path, content: Mapping[str, Any]) -> dict[str, Any]:

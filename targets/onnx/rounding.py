@@ -21,6 +21,7 @@ from torch import Tensor
 
 from moec.quantize.activations import round_blocks_to_int8
 from moec.quantize.lazy import Quantized
+from moec.targets.onnx.files import model_path
 from moec.targets.onnx.lowerings.quantized import EXPERTS_KERNEL, INT8_ACTIVATIONS, LINEAR_KERNEL, pack
 from moec.targets.onnx.runner import session_options
 from moec.targets.onnx.stored import TABLE
@@ -42,7 +43,7 @@ def activation_rounding(directory: Path) -> ActivationRounding | None:
     Args:
         directory: The artifact. In one of an older moec, nothing says which kernels round.
     """
-    model = onnx.load(directory / "model.onnx", load_external_data=False)
+    model = onnx.load(model_path(directory), load_external_data=False)
     table = json.loads({item.key: item.value for item in model.metadata_props}.get(TABLE, "{}"))
     coded: Mapping[str, Mapping[str, Any]] = {name: entry for name, entry in table.items() if "codes" in entry}
     if not coded or any("rounded_by" not in entry for entry in coded.values()):

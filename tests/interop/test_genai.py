@@ -72,6 +72,33 @@ def test_names_of_execution_providers(export_golden: Callable[[str], Path]) -> N
     assert "cpu" not in refused
 
 
+def test_packed_weights(golden_model: Path, tmp_path: Path) -> None:
+    """A packed copy gives the logits of the artifact bit for bit."""
+    import onnxruntime_genai as og
+
+    import moec
+    from moec.compiler.run.packing import pack_into
+
+    quantize = {"format": "int4", "rounding": "rtn"}
+    moec.export(golden_model, target="onnx", output=tmp_path / "out", flavor="genai", gates=False, quantize=quantize)
+    pack_into(tmp_path / "out", tmp_path / "packed", lambda *_: None)
+    found = []
+    for directory in (tmp_path / "out", tmp_path / "packed"):
+        model = og.Model(str(directory))
+        parameters = og.GeneratorParams(model)
+        parameters.set_search_options(max_length=64, do_sample=False)
+        generator = og.Generator(model, parameters)
+        generator.append_tokens(np.array([5, 20, 300, 7], np.int32))
+        logits = []
+        for _ in range(40):
+            generator.generate_next_token()
+            logits.append(np.array(generator.get_logits()).ravel())
+        found.append((list(generator.get_sequence(0)), np.concatenate(logits)))
+    assert found[0][0] == found[1][0]
+    assert len(found[0][0]) == 44
+    np.testing.assert_array_equal(found[0][1], found[1][1])
+
+
 @pytest.mark.parametrize("family", ["qwen3_next", "nemotron_h", "jamba"])
 def test_states_of_recurrent_layers(family: str, tmp_path: Path) -> None:
     """It finds them by their names, whole and after a prompt in two pieces."""

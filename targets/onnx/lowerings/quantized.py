@@ -271,9 +271,9 @@ def experts(
         operands += [ctx.initializer(f"{name}.codes", codes), ctx.initializer(f"{name}.scales", scales)]
         operands.append(None if bias is None else _bias(ctx, bias, interleaved))
         zero_point_inputs.append(None if zero_points is None else ctx.initializer(f"{name}.zero_points", zero_points))
-        # QMoE rounds with an accuracy level only, and not before a product whose last block is shorter.
-        whole = ctx.dialect.recent_qmoe and tensor.shape[-1] % block == 0
-        kernel = rounding_kernel(EXPERTS_KERNEL, *(item for _, item in tensors)) if whole else None
+        # QMoE rounds with an accuracy level or 8 bits, and not before a product whose last block is shorter.
+        rounds = (ctx.dialect.recent_qmoe or tensor.format.bits == 8) and tensor.shape[-1] % block == 0
+        kernel = rounding_kernel(EXPERTS_KERNEL, *(item for _, item in tensors)) if rounds else None
         ctx.experts[name] = stored_entry(tensor, block, base=name, interleaved=interleaved, rounded_by=kernel)
     (bits,) = {tensor.format.bits for _, tensor in tensors}
     level = {"accuracy_level": accuracy_level(*(tensor for _, tensor in tensors))} if ctx.dialect.recent_qmoe else {}

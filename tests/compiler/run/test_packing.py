@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from moec.compiler.common.artifact import read_manifest, verify
+from moec.compiler.common.artifact import read_manifest, verify, write_manifest
 from moec.compiler.common.errors import ArtifactError, OutputError, UsageError
 from moec.compiler.run import packed_cache, packing
 from moec.compiler.run.packed_cache import DESCRIPTION, PackedCache
@@ -271,3 +271,10 @@ def test_an_entry_says_what_it_is(artifact: Path, cache: PackedCache) -> None:
     content = json.loads((directory / DESCRIPTION).read_text())
     assert content["files"] == {MODEL: 1000}
     assert content["instruction_set"] == ["x86_64", "avx2"]
+
+
+@pytest.mark.parametrize("packed", [{}, {"bytes": "1"}, [1], {"bytes": 1, "runtime": "", "cpu": "", "source": ""}])
+def test_a_manifest_that_says_something_else_is_damaged(packed: Any, artifact: Path) -> None:
+    write_manifest(artifact, {"recipe": {"target": "copying"}, "model_files": [MODEL], "packed": packed})
+    with pytest.raises(ArtifactError, match="packed"):
+        read_manifest(artifact)

@@ -83,7 +83,7 @@ def test_another_rounding_of_the_machine_is_not_taken_for_this_one(
 
 
 @pytest.mark.parametrize("plan", [dynamic("int4"), dynamic("int8"), dynamic("int8:channel"), requested("int4")])
-@pytest.mark.parametrize("flavor", ["default", "genai"])
+@pytest.mark.parametrize("flavor", ["default", "genai", "web"])
 def test_the_reference_rounds_as_the_artifact(plan: QuantizationPlan, flavor: str, lowered: Any) -> None:
     """The preset int4 with float activations has a head of 8 bits, whose kernel rounds."""
     quantized, directory = lowered(plan, flavor)
