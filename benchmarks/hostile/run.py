@@ -93,6 +93,7 @@ def judge(item: Input, valid: Path, work: Path, idle: int) -> Outcome:
     code, seconds, peak = forked([*command, "-q"], log)
     text = log.read_text(errors="replace")
     errors = [line for line in text.splitlines() if line.startswith("error: ")]
+    in_table = "  failed  " in text  # `moec build` tells what is wrong with a cell in its table
     memory = max(0.0, float(peak - idle))
     left = [entry.name for entry in place.root.iterdir() if entry.name.startswith(".")]
     faults = [
@@ -101,7 +102,7 @@ def judge(item: Input, valid: Path, work: Path, idle: int) -> Outcome:
         "a traceback" if "Traceback" in text else "",
         f"{seconds:.0f} s" if seconds > SLOW else "",
         f"{memory / 1e9:.1f} GB" if memory > LARGE else "",
-        "no error on stderr" if code > 0 and not errors else "",
+        "no message" if code > 0 and not errors and not in_table else "",
         "no hint" if errors and "hint: " not in text else "",
         f"left {', '.join(left)}" if left else "",
     ]

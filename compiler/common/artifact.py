@@ -18,7 +18,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from moec.compiler.common.digest import sha256_of_file, sha256_of_text
-from moec.compiler.common.errors import ArtifactError
+from moec.compiler.common.errors import ArtifactError, first_line
 from moec.compiler.common.files import read_json
 
 MANIFEST = "moec.json"
@@ -41,6 +41,16 @@ class _Packed(BaseModel):
     source: str
 
 
+class _Pass(BaseModel):
+    """The log of one pass."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    name: str
+    modified: bool = False
+    rejections: list[dict[str, Any]] = []
+
+
 class _Sections(BaseModel):
     """Types of the sections of moec.json. Only `files` is required."""
 
@@ -50,7 +60,7 @@ class _Sections(BaseModel):
     source: dict[str, Any] = {}
     recipe: dict[str, Any] = {}
     model: dict[str, Any] = {}
-    passes: list[dict[str, Any]] = []
+    passes: list[_Pass] = []
     rejections: list[dict[str, Any]] = []
     signature: dict[str, Any] = {}
     routing: dict[str, Any] = {}
@@ -96,7 +106,11 @@ def read_manifest(directory: Path) -> dict[str, Any]:
             f"{path}: schema version {manifest.get('schema_version')}, this moec reads {SCHEMA_VERSION}",
             hint="use the moec that wrote it, or export it again",
         )
-    if manifest.get("digest") != _own_digest(manifest):
+    try:
+        digest = _own_digest(manifest)
+    except ValueError as error:  # JSON has no infinity, but Python reads one
+        raise ArtifactError(f"{path}: damaged: {first_line(error)}", hint="export it again") from error
+    if manifest.get("digest") != digest:
         raise ArtifactError(f"{path}: damaged: it does not match its own digest", hint="export it again")
     try:
         _Sections.model_validate(manifest)

@@ -97,6 +97,21 @@ def test_a_link_that_leads_out_of_the_artifact_is_refused(tmp_path: Path) -> Non
         verify(out)
 
 
+@pytest.mark.parametrize(
+    "changed", [{"facts": {"size": float("inf")}}, {"passes": [{"name": "a", "rejections": True}]}, {"passes": [1]}]
+)
+def test_values_that_no_export_writes_are_refused(tmp_path: Path, changed: dict[str, object]) -> None:
+    out = make(tmp_path / "out")
+    from moec.compiler.common.artifact import _own_digest
+
+    manifest = {**read_manifest(out), **changed}
+    if "passes" in changed:  # whoever changes it on purpose also changes the digest
+        manifest["digest"] = _own_digest(manifest)
+    (out / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(ArtifactError, match=r"moec\.json: (damaged|passes)"):
+        read_manifest(out)
+
+
 def test_a_later_schema_is_refused(tmp_path: Path) -> None:
     out = make(tmp_path / "out")
     manifest = read_manifest(out) | {"schema_version": 99}
