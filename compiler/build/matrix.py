@@ -93,7 +93,10 @@ def _axis(values: Any, axis: str, path: Path) -> Iterator[tuple[str, Mapping[str
         yield "", {}
         return
     if not isinstance(values, list | dict) or not values:
-        raise UsageError(f"{path}: {axis}: it must be a list or a mapping of names, got {values!r}")
+        raise UsageError(
+            f"{path}: {axis}: it must be a list or a mapping of names, got {values!r}",
+            hint=f"write {axis}: [...], or {axis}: {{NAME: ..., ...}}",
+        )
     named = values.items() if isinstance(values, dict) else ((None, value) for value in values)
     for name, value in named:
         part = with_absolute_paths(_part(axis, value), path.parent)

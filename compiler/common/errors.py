@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from typing import ClassVar
 
 
 class MoecError(Exception):
@@ -10,27 +11,30 @@ class MoecError(Exception):
 
     Args:
         message: What went wrong, and where.
-        hint: What the user can do about it.
+        hint: What the user can do about it; without one, the hint of the class.
     """
 
     exit_code: int = 70
+    usual_hint: ClassVar[str] = ""
 
     def __init__(self, message: str, *, hint: str = "") -> None:
         super().__init__(message)
         self.message = message
-        self.hint = hint
+        self.hint = hint or self.usual_hint
 
 
 class UsageError(MoecError):
     """A command, option or recipe is not valid."""
 
     exit_code = 2
+    usual_hint = "'moec COMMAND --help' lists the options; docs/ describes recipes and matrices"
 
 
 class UnsupportedModelError(MoecError):
     """The model has a part that cannot be captured; the message names the module and the reason."""
 
     exit_code = 3
+    usual_hint = "'moec families' lists what works; please report a released model that does not"
 
 
 class LoweringError(MoecError):
@@ -49,12 +53,14 @@ class ArtifactError(MoecError):
     """An artifact is damaged, incomplete or not an artifact at all."""
 
     exit_code = 9
+    usual_hint = "copy the artifact again, or export it again"
 
 
 class CheckpointError(MoecError):
     """A checkpoint or text is missing, damaged or disagrees with its config."""
 
     exit_code = 10
+    usual_hint = "download the checkpoint again"
 
 
 class OutOfMemoryError(MoecError):
@@ -67,6 +73,7 @@ class OutputError(MoecError):
     """The output directory cannot be written."""
 
     exit_code = 11
+    usual_hint = "free space, or choose another directory"
 
 
 _NO_MEMORY = (
