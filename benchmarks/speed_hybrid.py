@@ -5,8 +5,8 @@
 The checkpoint is a random Qwen3-Next of 1.0 GB in bfloat16: six layers of the gated delta rule and two of attention.
 moec runs int4 weights with int8 activations; transformers runs the checkpoint in bfloat16 with eager attention. Each
 decode step of one is timed beside one of the other. The last table has moec's steps after 128 and after `--long`
-tokens: recurrent layers cost the same for any past, so the difference is that of the two attention layers. It also has
-the bytes of the states of each kind.
+tokens, the time of the kernels of recurrent layers in them by ONNX Runtime's profile, which does not depend on the
+past, and the bytes of the states of each kind.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from machine import describe
 from speed import STEPS, Model, Moec, compare, cpu_ms
 
 SHORT = 128
+PROFILED = 60
+RECURRENT = ("LinearAttention", "LinearAttentionGate", "CausalConvWithState")
 
 
 class Transformers:
@@ -64,24 +66,46 @@ def export_int4(checkpoint: Path, directory: Path) -> Path:
 
 def by_past(directory: Path, lengths: tuple[int, int], rounds: int) -> str:
     """A table of decode steps after pasts of different lengths, measured alternately, with the bytes of the states."""
-    random, models = np.random.default_rng(0), {}
-    for length in lengths:
-        model = models[length] = Moec(str(directory))
-        for start in range(0, length, 512):
-            step = model.prefill if start == 0 else model.decode
-            step(random.integers(3, 31999, (1, min(512, length - start))))
+    random, models = np.random.default_rng(0), {length: Moec(str(directory)) for length in lengths}
+    for length, model in models.items():
+        fill(model.runner, length)
     found: dict[int, list[float]] = {length: [] for length in lengths}
     for _ in range(rounds):
         for length, model in models.items():
             ids = random.integers(3, 31999, (STEPS, 1, 1))
             found[length].append(min(cpu_ms(lambda model=model, item=item: model.decode(item)) for item in ids))
     first = statistics.median(found[lengths[0]])
-    lines = ["| past | decode ms | ratio | bytes of recurrent states | bytes of KV caches |", "|---|---|---|---|---|"]
+    kernels = {length: recurrent_ms(directory, length) for length in lengths}
+    lines = [
+        "| past | decode ms | ratio | recurrent kernels ms | ratio | bytes of recurrent states | bytes of KV caches |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for length, model in models.items():
         own = statistics.median(found[length])
         sizes = [sum(map(int, group)) for group in _state_bytes(model)]
-        lines.append(f"| {length} | {own:.1f} | {own / first:.2f} | {sizes[0]} | {sizes[1]} |")
+        recurrent = f"{kernels[length]:.2f} | {kernels[length] / kernels[lengths[0]]:.2f}"
+        lines.append(f"| {length} | {own:.1f} | {own / first:.2f} | {recurrent} | {sizes[0]} | {sizes[1]} |")
     return "\n".join(lines)
+
+
+def fill(runner: Any, length: int) -> None:
+    """Feed a prompt of random tokens, 512 at a time."""
+    random = np.random.default_rng(length)
+    for start in range(0, length, 512):
+        step = runner.prefill if start == 0 else runner.decode
+        step(random.integers(3, 31999, (1, min(512, length - start))))
+
+
+def recurrent_ms(directory: Path, past: int) -> float:
+    """Milliseconds of a decode step in the kernels of recurrent layers, after `past` tokens."""
+    from moec.targets.onnx.runner import OnnxRunner
+
+    runner = OnnxRunner(directory, threads=1, profile=True)
+    fill(runner, past)
+    for token in range(PROFILED):  # more steps than pieces of the prompt: the profile has the median of each node
+        runner.decode(np.array([[token + 3]]))
+    times = runner.kernel_times()
+    return sum(times[kernel] for kernel in RECURRENT if kernel in times) / 1e6
 
 
 def _state_bytes(model: Moec) -> tuple[list[int], list[int]]:
