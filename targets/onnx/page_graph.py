@@ -7,6 +7,7 @@ only inputs without one), so the default of a scalar input is taken out of the g
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,7 @@ class PageGraph:
         for name in self.data:
             if (directory / name).stat().st_size > DATA_LIMIT:
                 raise UsageError(f"{directory / name}: too large for a browser", hint="export with --flavor web")
+        self.decoded_bytes = _decoded_bytes(model)
         self.routing = _add_routing(model, json.loads(entries[LAYERS]))
         self.scalars: Mapping[str, float] = _require_scalars(model)
         self.graph = model.SerializeToString()
@@ -76,6 +78,12 @@ class PageGraph:
 def _data_files(model: onnx.ModelProto) -> set[str]:
     locations = (entry for item in model.graph.initializer for entry in item.external_data)
     return {entry.value for entry in locations if entry.key == "location"}
+
+
+def _decoded_bytes(model: onnx.ModelProto) -> int:
+    sizes = {item.name: math.prod(item.dims) for item in model.graph.initializer}
+    decoded = (node.input[0] for node in model.graph.node if node.op_type == "DequantizeLinear")
+    return sum(4 * sizes[name] for name in decoded if name in sizes)
 
 
 def _add_routing(model: onnx.ModelProto, layers: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, str], ...]:

@@ -39,6 +39,8 @@ def session_options(threads: int) -> Any:
     options.intra_op_num_threads = threads_for(threads)
     if not should_spin():
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # Products with DequantizeLinear (`--flavor web`) are fused to MatMulNBits, by default with activations in int8.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
     options.log_severity_level = ERROR_SEVERITY
     return options
 
