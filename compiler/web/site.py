@@ -226,8 +226,9 @@ def _facts(manifest: Mapping[str, Any]) -> str:
     total, active = (model["parameters"][key] for key in ("total", "active"))
     layers = model["moe_layers"]
     kind = ", ".join(model.get("architectures") or [str(model.get("model_type", "a model"))])
-    formats = (recipe.get("quantize") or {}).get("formats") or {}
-    form = next((formats[name] for name in EXPERT_CLASSES if formats.get(name, "none") != "none"), recipe.get("dtype"))
+    classes = manifest.get("quantization", {}).get("classes", {})
+    coded = (form for name in EXPERT_CLASSES for form in classes.get(name, {}).get("formats", {}))
+    form = str(next(coded, recipe.get("dtype"))).partition(":")[0]
     words = f"{kind}: {_count(total)} parameters, of which {_count(active)} compute each token; {len(layers)} layers"
     if layers:
         words += f" of {layers[0]['num_experts']} experts, of which a token uses {layers[0]['top_k']}"

@@ -61,6 +61,7 @@ class PageGraph:
     def kept_shares(self, ids: Sequence[int], name: str) -> Callable[[float], float]:
         """See `moec.targets.base.BrowserModel`."""
         options = session_options(0)
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
         options.add_session_config_entry(EXTERNAL_DATA, str(self._directory))
         session = ort.InferenceSession(self.graph, options, providers=["CPUExecutionProvider"])
         feeds = _prefill(session, ids)

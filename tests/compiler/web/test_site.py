@@ -86,7 +86,7 @@ def test_every_file_has_the_digest_of_moec_json_and_those_of_its_pieces(
 def test_what_the_page_is_told_of_the_model(made: Path, artifact: Path) -> None:
     content = described(made)
     assert (content["name"], content["end_tokens"], content["start_tokens"]) == ("golden", [0], [0])
-    assert "16 experts, of which a token uses 4" in content["facts"]
+    assert "16 experts, of which a token uses 4, in int4." in content["facts"]
     assert content["sampling"] == {
         "temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0
     }  # fmt: skip
