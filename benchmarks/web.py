@@ -1,6 +1,6 @@
 """Tokens per second of a page of `moec web` beside `moec run`, with the same number of threads.
 
-    python benchmarks/web.py ARTIFACT [--tokens 64] [--rounds 3] [--threads 1] [--budget 50]
+    python benchmarks/web.py ARTIFACT [--tokens 64] [--rounds 3] [--threads 1] [--budget 50] [--beside ARTIFACT]
 
 The page runs in Chromium without a window (WebAssembly), driven by playwright-core, which npm fetches into a temporary
 folder. Page and `moec run` are measured alternately on the same prompt, and the best of the rounds is printed, in
@@ -84,6 +84,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--beside", type=Path, help="another artifact of the model for `moec run`")
     parser.add_argument("--budget", type=int, default=None)
     arguments = parser.parse_args()
     print(describe())
@@ -92,15 +93,20 @@ def main() -> None:
         folder = Path(name)
         prepare(folder)
         make_site(arguments.artifact, folder / "site", packages=folder)
-        generator = moec.load(arguments.artifact, threads=arguments.threads)
-        generator.eos_token_ids = ()
+        directories = {"moec run": arguments.artifact, "moec run, other artifact": arguments.beside}
+        generators = {
+            label: moec.load(path, threads=arguments.threads) for label, path in directories.items() if path is not None
+        }
+        for generator in generators.values():
+            generator.eos_token_ids = ()
         with serving(folder / "site") as server:
             for _ in range(arguments.rounds):
                 seen = in_page(folder, server.url, arguments)
                 for answer in seen["answers"][0]:
                     rate = float(answer["figures"]["rate"].split(" ")[0])
                     rates.setdefault(f"page: {answer['title']}", []).append(rate)
-                rates["moec run"].append(in_python(generator, arguments.tokens))
+                for label, generator in generators.items():
+                    rates.setdefault(label, []).append(in_python(generator, arguments.tokens))
                 print(json.dumps(seen["device"]))
         print(f"reading the files in Python: {reading(folder / 'site'):.2f} s")
     best = max(rates["moec run"])

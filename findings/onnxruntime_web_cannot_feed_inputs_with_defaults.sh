@@ -24,13 +24,13 @@ from onnx import TensorProto, helper, numpy_helper
 
 inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in (("x", [2]), ("scale", []))]
 outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, [2])]
-default = numpy_helper.from_array(np.float32(2), "scale")
+default = numpy_helper.from_array(np.asarray(2, np.float32), "scale")
 graph = helper.make_graph([helper.make_node("Mul", ["x", "scale"], ["y"])], "g", inputs, outputs, [default])
 model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
 onnx.save(model, sys.argv[1])
 session = ort.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
 x = np.float32([1, 2])
-found = [session.run(None, feeds)[0].tolist() for feeds in ({"x": x}, {"x": x, "scale": np.float32(3)})]
+found = [session.run(None, feeds)[0].tolist() for feeds in ({"x": x}, {"x": x, "scale": np.asarray(3, np.float32)})]
 print("onnxruntime", ort.__version__, "| default:", found[0], "| scale 3:", found[1])
 sys.exit(0 if found == [[2, 4], [3, 6]] else 1)
 PY

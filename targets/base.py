@@ -281,6 +281,7 @@ class BrowserModel(Protocol):
         data: Paths in the artifact of the data files, which the graph names without their folder.
         routing: For each MoE layer, the names of the outputs with indices and weights, both [T, k].
         scalars: Name of each scalar input, such as "routing_budget", and its default in the artifact.
+        decoded_bytes: Bytes of the floats that the runtime makes of codes if it decodes them once.
     """
 
     graph: bytes
@@ -288,6 +289,7 @@ class BrowserModel(Protocol):
     data: tuple[str, ...]
     routing: tuple[tuple[str, str], ...]
     scalars: Mapping[str, float]
+    decoded_bytes: int
 
     def kept_shares(self, ids: Sequence[int], name: str) -> Callable[[float], float]:
         """Value of the scalar input `name` -> share of the routing slots of the text `ids` that are used."""

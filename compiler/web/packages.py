@@ -53,7 +53,7 @@ def pinned_packages() -> tuple[Package, ...]:
 def command(packages: tuple[Package, ...], folder: str) -> str:
     """The command that puts the archives of `packages` into a folder."""
     names = (f"{package.name}@{package.version}" for package in packages)
-    return shlex.join(["npm", "pack", "--pack-destination", folder, *names])
+    return shlex.join(["npm", "pack", "--silent", "--pack-destination", folder, *names])
 
 
 def copy_packages(destination: Path, folder: Path | None = None) -> tuple[str, ...]:

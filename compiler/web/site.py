@@ -55,6 +55,8 @@ RUNTIMES = {
     "webgpu": ("ort.webgpu.min.mjs", "ort-wasm-simd-threaded.asyncify"),
 }
 """Backend -> module of onnxruntime-web, and name of its loader and its binary."""
+MOST_DECODED, MOST_PACKED = 2_600_000_000, 1_000_000_000
+"""Bytes of weights up to which the page decodes codes once, and up to which it packs weights as well."""
 RUNTIME_BYTES = 300_000_000
 """Memory of the page apart from the model, roughly."""
 
@@ -108,24 +110,36 @@ def make_site(
             page = [*_copy_page(directory), *(f"{VENDOR}/{name}" for name in vendor if "asyncify" not in name)]
             files = _copy_model(artifact, directory, model, digests)
         with stages("describe the model"):
-            content = {**describe(artifact, manifest, model), **_contents(files, page)}
+            content = {**describe(artifact, manifest, model), **_contents(files, page, model.decoded_bytes)}
             content["name"] = title or artifact.expanduser().resolve().name
         (directory / SITE).write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         size = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
     return Site(output, content["bytes"], size - content["bytes"])
 
 
-def _contents(files: Sequence[Mapping[str, Any]], page: Sequence[str]) -> dict[str, Any]:
-    """What the page must know of files: those of the model, and those that make the page work without a network."""
+def _contents(files: Sequence[Mapping[str, Any]], page: Sequence[str], decoded: int) -> dict[str, Any]:
+    """What the page must know of files and memory, and the files that make it work without a network."""
     size = sum(item["bytes"] for item in files)
+    decodes = size + decoded <= MOST_DECODED
     return {
         "files": list(files),
         "bytes": size,
         "piece_size": PIECE_BYTES,
         "page": sorted(page),
         # The files are in memory beside the weights that the runtime makes of them.
-        "memory": RUNTIME_BYTES + 2 * size,
+        "memory": RUNTIME_BYTES + 2 * size + (decoded if decodes else 0),
+        "session": _session_options(size + decoded, decodes=decodes),
     }
+
+
+def _session_options(size: int, *, decodes: bool) -> dict[str, str]:
+    """Options of the session: whether it decodes weights once, and whether it packs them, for their size again."""
+    options = {"qdq_matmulnbits_accuracy_level": "0"}
+    if decodes:
+        options["disable_quant_qdq"] = "1"
+    if size > MOST_PACKED:
+        options["disable_prepacking"] = "1"
+    return options
 
 
 def _copy_page(directory: Path) -> list[str]:
@@ -212,8 +226,9 @@ def _facts(manifest: Mapping[str, Any]) -> str:
     total, active = (model["parameters"][key] for key in ("total", "active"))
     layers = model["moe_layers"]
     kind = ", ".join(model.get("architectures") or [str(model.get("model_type", "a model"))])
-    formats = (recipe.get("quantize") or {}).get("formats") or {}
-    form = next((formats[name] for name in EXPERT_CLASSES if formats.get(name, "none") != "none"), recipe.get("dtype"))
+    classes = manifest.get("quantization", {}).get("classes", {})
+    coded = (form for name in EXPERT_CLASSES for form in classes.get(name, {}).get("formats", {}))
+    form = str(next(coded, recipe.get("dtype"))).partition(":")[0]
     words = f"{kind}: {_count(total)} parameters, of which {_count(active)} compute each token; {len(layers)} layers"
     if layers:
         words += f" of {layers[0]['num_experts']} experts, of which a token uses {layers[0]['top_k']}"

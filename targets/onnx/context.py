@@ -49,6 +49,7 @@ class Dialect:
         input_defaults: Whether an input may have a default value.
         recent_qmoe: Whether `QMoE` may have the input `router_weights` and the attribute `accuracy_level`. ONNX Runtime
             web 1.30 does not know the attribute, and its WebGPU kernel refuses the input.
+        decode: Whether quantized weights are `DequantizeLinear` before a product, see `lowerings.decoded`.
     """
 
     target: str
@@ -59,6 +60,7 @@ class Dialect:
     grouped: bool = False
     input_defaults: bool = True
     recent_qmoe: bool = True
+    decode: bool = False
 
 
 AXIS_NAMES = {

@@ -7,6 +7,7 @@ only inputs without one), so the default of a scalar input is taken out of the g
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,7 @@ class PageGraph:
         for name in self.data:
             if (directory / name).stat().st_size > DATA_LIMIT:
                 raise UsageError(f"{directory / name}: too large for a browser", hint="export with --flavor web")
+        self.decoded_bytes = _decoded_bytes(model)
         self.routing = _add_routing(model, json.loads(entries[LAYERS]))
         self.scalars: Mapping[str, float] = _require_scalars(model)
         self.graph = model.SerializeToString()
@@ -59,6 +61,7 @@ class PageGraph:
     def kept_shares(self, ids: Sequence[int], name: str) -> Callable[[float], float]:
         """See `moec.targets.base.BrowserModel`."""
         options = session_options(0)
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
         options.add_session_config_entry(EXTERNAL_DATA, str(self._directory))
         session = ort.InferenceSession(self.graph, options, providers=["CPUExecutionProvider"])
         feeds = _prefill(session, ids)
@@ -76,6 +79,12 @@ class PageGraph:
 def _data_files(model: onnx.ModelProto) -> set[str]:
     locations = (entry for item in model.graph.initializer for entry in item.external_data)
     return {entry.value for entry in locations if entry.key == "location"}
+
+
+def _decoded_bytes(model: onnx.ModelProto) -> int:
+    sizes = {item.name: math.prod(item.dims) for item in model.graph.initializer}
+    decoded = (node.input[0] for node in model.graph.node if node.op_type == "DequantizeLinear")
+    return sum(4 * sizes[name] for name in decoded if name in sizes)
 
 
 def _add_routing(model: onnx.ModelProto, layers: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, str], ...]:

@@ -15,7 +15,7 @@ import onnxruntime as ort
 from moec.compiler.common.errors import ArtifactError
 from moec.compiler.common.threads import should_spin, threads_for
 from moec.targets.base import Row, Runner, RunnerLimits
-from moec.targets.onnx.files import model_path
+from moec.targets.onnx.files import WEB_FOLDER, model_path
 from moec.targets.onnx.states import GrowingStates, SharedBufferStates, StateRow
 
 MAX_SHARED_LENGTH = "moec.max_shared_length"
@@ -39,6 +39,8 @@ def session_options(threads: int) -> Any:
     options.intra_op_num_threads = threads_for(threads)
     if not should_spin():
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # Products with DequantizeLinear (`--flavor web`) are fused to MatMulNBits, by default with activations in int8.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
     options.log_severity_level = ERROR_SEVERITY
     return options
 
@@ -62,6 +64,9 @@ class OnnxRunner(Runner):
         options = session_options(threads) if options is None else options
         options.enable_profiling = profile
         path = model_path(directory)
+        if path.parent.name == WEB_FOLDER:
+            # Decode weights once, as the page of `moec web` does: in this form, products with codes are slow.
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
         try:
             self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # the only common base class of ONNX Runtime's exceptions

@@ -20,8 +20,8 @@ TABLE = "moec.weights"
 Float weights: `initializer`, or `per_expert` with `{}` for the index of the expert; `transposed` and `interleaved`
 describe how the layout differs from the Program's. Quantized weights: the initializers that hold `codes`, `scales` and
 `zero_points` (or null); `first`, the row of these at which the weight begins; its `shape`, `bits` and `block`; whether
-codes are `signed`; `interleaved`; and `rounded_by`, the kernel that rounds the activations of products with the weight,
-or null.
+codes are `signed`; `interleaved`; `rounded_by`, the kernel that rounds the activations of products with the weight, or
+null; and `transposed`, in which case a stack has initializers for each expert, with `{}` for its index.
 """
 
 
@@ -42,7 +42,8 @@ def _rows(initializers: Mapping[str, ir.Value], name: str, start: int, stop: int
         found: np.ndarray = tensor.numpy()[start:stop]
         return found
     kind = tensor.dtype
-    dtype, width = (np.dtype(np.uint8), shape[-1] // 2) if kind is ir.DataType.INT4 else (kind.numpy(), shape[-1])
+    packed = kind in {ir.DataType.INT4, ir.DataType.UINT4}
+    dtype, width = (np.dtype(np.uint8), shape[-1] // 2) if packed else (kind.numpy(), shape[-1])
     data = np.memmap(tensor.path, dtype, "r", offset=tensor.offset or 0, shape=(*shape[:-1], width))
     return np.asarray(data[start:stop])
 
@@ -73,6 +74,8 @@ def _deinterleaved(value: np.ndarray) -> np.ndarray:
 
 
 def _coded(read: Read, entry: Mapping[str, Any]) -> StoredWeight:
+    if entry.get("transposed"):
+        return _coded_transposed(read, entry)
     first, shape, bits, block = entry["first"], entry["shape"], entry["bits"], entry["block"]
 
     def part(name: str, start: int, stop: int) -> np.ndarray:
@@ -86,6 +89,26 @@ def _coded(read: Read, entry: Mapping[str, Any]) -> StoredWeight:
         groups = -(-shape[-1] // block)
         zero_points = None if entry["zero_points"] is None else numbers("zero_points", start, stop, groups)
         return Codes(bits, numbers("codes", start, stop, shape[-1]), part("scales", start, stop), block, zero_points)
+
+    return StoredWeight(bits, rows)
+
+
+def _coded_transposed(read: Read, entry: Mapping[str, Any]) -> StoredWeight:
+    """Codes [K, N] and scales [G, N], one initializer for each expert where the weight is a stack."""
+    first, shape, bits, block = entry["first"], entry["shape"], entry["bits"], entry["block"]
+
+    def part(name: str, start: int, stop: int) -> np.ndarray:
+        if len(shape) == 3:
+            return np.stack([matrix(name, index, 0, shape[1]) for index in range(start, stop)])
+        return matrix(name, 0, first + start, first + stop)
+
+    def matrix(name: str, index: int, start: int, stop: int) -> np.ndarray:
+        value = _whole(read, entry[name].format(index))
+        value = _unpacked(value, bits, signed=True) if name == "codes" else value
+        return np.ascontiguousarray(value.T[start:stop])
+
+    def rows(start: int, stop: int) -> Codes:
+        return Codes(bits, part("codes", start, stop), part("scales", start, stop), block, None)
 
     return StoredWeight(bits, rows)
 

@@ -237,7 +237,14 @@ def _dialect(program: Program, options: OnnxOptions) -> Dialect:
         shared_buffer=shared,
         grouped=_grouped(program, options),
         recent_qmoe=options.flavor is not Flavor.WEB,
+        decode=options.flavor is Flavor.WEB and options.experts is not Experts.KERNEL and not _is_half(program),
     )
+
+
+def _is_half(program: Program) -> bool:
+    import torch
+
+    return program.dtype is torch.float16
 
 
 def _grouped(program: Program, options: OnnxOptions) -> bool:

@@ -1,16 +1,13 @@
-// Greedy tokens of an artifact in transformers.js: node generate_with_transformers_js.mjs FOLDER NAME IDS COUNT
+// Greedy tokens of an artifact in transformers.js: node generate_with_transformers_js.mjs FOLDER NAME IDS COUNT FLAVOR
 import { AutoModelForCausalLM, env, Tensor } from "@huggingface/transformers";
 
-const [folder, name, ids, count] = process.argv.slice(2);
+const [folder, name, ids, count, flavor] = process.argv.slice(2);
 env.allowRemoteModels = false;
 env.localModelPath = folder;
 const prompt = JSON.parse(ids).map(BigInt);
-const model = await AutoModelForCausalLM.from_pretrained(name, {
-  dtype: "fp32",
-  device: "cpu",
-  subfolder: "",
-  use_external_data_format: true,
-});
+// An artifact for browsers says in config.json what to load.
+const files = flavor === "web" ? {} : { dtype: "fp32", subfolder: "", use_external_data_format: true };
+const model = await AutoModelForCausalLM.from_pretrained(name, { device: "cpu", ...files });
 const shape = [1, prompt.length];
 const output = await model.generate({
   input_ids: new Tensor("int64", BigInt64Array.from(prompt), shape),

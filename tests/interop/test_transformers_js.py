@@ -13,7 +13,7 @@ import pytest
 import moec
 
 pytestmark = pytest.mark.interop
-PACKAGE = "@huggingface/transformers@4.3.1"
+PACKAGE = "@huggingface/transformers@4.3.2"
 SCRIPT = Path(__file__).with_name("generate_with_transformers_js.mjs")
 # Those of its model types that are mixtures of experts.
 FAMILIES = ("afmoe", "deepseek_v3", "gpt_oss", "lfm2_moe", "qwen2_moe", "qwen3_moe", "solar_open")
@@ -31,14 +31,17 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("flavor", ["default", "web"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_tokens(family: str, node: Path, tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
-    moec.export(tiny_checkpoint(family), output=tmp_path / family, target="onnx", gates=False)
+def test_greedy_tokens(
+    family: str, flavor: str, node: Path, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    moec.export(tiny_checkpoint(family), output=tmp_path / family, target="onnx", flavor=flavor, gates=False)
     prompt = list(range(5, 25))
     generator = moec.load(tmp_path / family)
     generator.eos_token_ids = ()
     want = list(generator.tokens(prompt, max_new_tokens=40))
-    command = ["node", str(node / SCRIPT.name), f"{tmp_path}/", family, json.dumps(prompt), "40"]
+    command = ["node", str(node / SCRIPT.name), f"{tmp_path}/", family, json.dumps(prompt), "40", flavor]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == want

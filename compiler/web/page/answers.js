@@ -45,7 +45,7 @@ export class Answer {
     this.figure("tokens", figures.tokens);
     if (!this.other) return;
     const same = this.tokens.findIndex(({ token }, index) => this.other.tokens[index]?.token !== token);
-    this.figure("tokens", `${figures.tokens}, ${same < 0 ? "all equal" : `differs from ${same + 1}`}`);
+    this.figure("tokens", `${figures.tokens}, ${same < 0 ? "all equal" : `differs from no. ${same + 1}`}`);
   }
 
   figure(name, value) {

@@ -14,6 +14,7 @@ const megabytes = (bytes) => (bytes < 1e9 ? `${(bytes / 1e6).toFixed(bytes < 1e7
 
 let site, engine, picture;
 let running; // the answer that is being generated, or was last
+const waiting = []; // tokens that are not shown yet
 let chosen; // the answer whose experts are shown
 
 function remember(key, value) {
@@ -61,12 +62,20 @@ const events = {
     $("loading-bar").removeAttribute("value");
   },
   token(event) {
-    running.add(event);
-    if (chosen !== running) return;
-    picture.add(running.tokens.at(-1));
-    chooseToken(running, running.tokens.length - 1);
+    waiting.push(event);
+    if (waiting.length === 1) requestAnimationFrame(showTokens);
   },
 };
+
+/** Shows the tokens that came since the last frame: small models make several in one. */
+function showTokens() {
+  if (!waiting.length) return;
+  for (const event of waiting.splice(0)) {
+    running.add(event);
+    if (chosen === running) picture.add(running.tokens.at(-1));
+  }
+  if (chosen === running) chooseToken(running, running.tokens.length - 1);
+}
 
 function showProgress({ kind, file, done, total }) {
   const before = site.files.slice(0, site.files.findIndex((each) => each.path === file));
@@ -200,6 +209,7 @@ async function generate() {
       chosen = running;
       const request = { id, prompt, chat: $("chat").checked, scalars, count: Number($("count").value), sampling, seed: 0 };
       const done = await engine.generate(request);
+      showTokens();
       running.end(done);
       $("device-memory-of-webassembly").textContent = megabytes(done.memory);
       other = running;
@@ -208,6 +218,7 @@ async function generate() {
     const { tokens, rate } = other.figures;
     $("status").textContent = `Finished: ${tokens} tokens, ${rate.toFixed(1)} tokens per second.`;
   } catch (error) {
+    showTokens();
     const failure = failureOf(error, "generating");
     $("status").textContent = `${failure.message} ${failure.advice}`;
   }

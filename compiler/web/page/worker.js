@@ -67,7 +67,7 @@ async function runtime(backend, threads) {
 }
 
 function sessionOptions(backend) {
-  if (backend !== "webgpu") return { executionProviders: ["wasm"] };
+  if (backend !== "webgpu") return { executionProviders: ["wasm"], extra: { session: site.session } };
   const kept = site.states.map((state) => [state.output.name, "gpu-buffer"]);
   return { executionProviders: ["webgpu", "wasm"], preferredOutputLocation: Object.fromEntries(kept) };
 }

@@ -23,6 +23,7 @@ from moec.quantize.lazy import Quantized
 from moec.targets.common.arguments import result_dtype
 from moec.targets.onnx.context import MS, Context, Lowering, np_dtype
 from moec.targets.onnx.lowerings import quantized
+from moec.targets.onnx.lowerings.decoded import is_decoded
 from moec.targets.onnx.lowerings.grouped import grouped
 from moec.targets.onnx.lowerings.layouts import kernel_layout
 
@@ -116,15 +117,17 @@ def _experts(ctx: Context, node: fx.Node) -> ir.Value:
         ctx.reject(node, f"{refusal}: experts run in standard ops, two matrix products each")
     if refusal or not ctx.dialect.contrib:
         return grouped(ctx, node, gate)
-    if all(_is_quantized(ctx, stack) for stack in (own.gate_up_proj, own.down_proj)):
-        return _quantized(ctx, node, gate)
+    stacks = [_stored(ctx, stack) for stack in (own.gate_up_proj, own.down_proj)]
+    coded = [stack for stack in stacks if isinstance(stack, Quantized)]
+    if len(coded) == len(stacks):
+        return grouped(ctx, node, gate) if is_decoded(ctx, *coded) else _quantized(ctx, node, gate)
     if ctx.dialect.grouped:
         return grouped(ctx, node, gate)
     return _kernel(ctx, node, gate)
 
 
-def _is_quantized(ctx: Context, argument: Any) -> bool:
-    return argument.op == "get_attr" and isinstance(ctx.program.weights[str(argument.target)], Quantized)
+def _stored(ctx: Context, argument: Any) -> Any:
+    return ctx.program.weights[str(argument.target)] if argument.op == "get_attr" else None
 
 
 def _quantized(ctx: Context, node: fx.Node, gate: Gate) -> ir.Value:

@@ -16,7 +16,7 @@ from moec.compiler.ir.weights import concatenate, swap_last
 from moec.quantize.lazy import Quantized
 from moec.targets.common.arguments import result_dtype
 from moec.targets.onnx.context import MS, Context
-from moec.targets.onnx.lowerings.quantized import packed_product
+from moec.targets.onnx.lowerings.decoded import coded_product
 
 aten = torch.ops.aten
 
@@ -78,7 +78,7 @@ def _pieces(ctx: Context, group: Sequence[fx.Node], x: ir.Value) -> Sequence[ir.
 def _joined(ctx: Context, group: Sequence[fx.Node], names: Sequence[str], x: ir.Value) -> ir.Value:
     quantized = {name: own for name in names if isinstance(own := ctx.program.weights[name], Quantized)}
     if quantized:
-        return packed_product(ctx, x, quantized, result_dtype(group[0]))
+        return coded_product(ctx, x, quantized, result_dtype(group[0]))
     stores = [ctx.program.weights[name].cast(result_dtype(node)) for name, node in zip(names, group, strict=True)]
     joined = ctx.initializer("+".join(names) + ".T", swap_last(concatenate(stores, 0)), half=ctx.stored_half(names[0]))
     return ctx.op("MatMul", x, joined)

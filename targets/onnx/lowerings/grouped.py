@@ -32,9 +32,11 @@ from torch import Tensor, fx
 from moec.compiler.ir.experts import Gate
 from moec.compiler.ir.operands import Experts
 from moec.compiler.ir.weights import LazyTensor, swap_last
+from moec.quantize.lazy import Quantized
 from moec.targets.common.arguments import result_dtype
 from moec.targets.common.gate import gated
 from moec.targets.onnx.context import DTYPES, Context, np_dtype
+from moec.targets.onnx.lowerings import decoded
 
 
 def grouped(ctx: Context, node: fx.Node, gate: Gate) -> ir.Value:
@@ -119,14 +121,22 @@ def _weighted_sum(ctx: Context, rows: ir.Value, places: ir.Value, weights: ir.Va
 
 def _products(ctx: Context, rows: ir.Value, counts: ir.Value, stack: fx.Node) -> list[ir.Value]:
     """Each expert's rows of [N, K] times its matrix: one [n, M] for each expert, where the n sum to N."""
-    tensor = ctx.lazy(stack)
     name = ctx.program.weights.resolve(str(stack.target))
+    stored = ctx.program.weights[name]
+    if isinstance(stored, Quantized):
+        return _each(ctx, rows, counts, decoded.matrices(ctx, name, stored, stack.meta["val"].dtype))
+    tensor = ctx.lazy(stack)
     half = ctx.stored_half(name) and tensor.dtype is torch.float32
     ctx.experts[name] = {"per_expert": f"{name}.{{}}" + (".fp16" if half else ""), "transposed": True}
     matrices = []
     for index in range(tensor.shape[0]):
         row = _Row(tensor, index)
         matrices.append(ctx.initializer(f"{name}.{index}", swap_last(row), half=half))
+    return _each(ctx, rows, counts, matrices)
+
+
+def _each(ctx: Context, rows: ir.Value, counts: ir.Value, matrices: list[ir.Value]) -> list[ir.Value]:
+    """Each expert's rows of [N, K] times its matrix [K, M]."""
     if len(matrices) == 1:
         return [ctx.op("MatMul", rows, matrices[0])]
     parts = ctx.ops("Split", rows, counts, outputs=len(matrices), axis=0)

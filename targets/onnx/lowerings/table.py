@@ -27,9 +27,20 @@ TABLE: Mapping[Any, Lowering] = joined(lowerings.TABLE, lowerings.SIZES, *(modul
 
 
 def onnx_dialect(
-    *, contrib: bool, shared_buffer: bool = False, grouped: bool = False, recent_qmoe: bool = True
+    *,
+    contrib: bool,
+    shared_buffer: bool = False,
+    grouped: bool = False,
+    recent_qmoe: bool = True,
+    decode: bool = False,
 ) -> Dialect:
     """The dialect of the ONNX target: with ops of the `com.microsoft` domain or without, see `Dialect`."""
     return Dialect(
-        "onnx", TABLE, contrib=contrib, shared_buffer=shared_buffer, grouped=grouped, recent_qmoe=recent_qmoe
+        "onnx",
+        TABLE,
+        contrib=contrib,
+        shared_buffer=shared_buffer,
+        grouped=grouped,
+        recent_qmoe=recent_qmoe,
+        decode=decode,
     )

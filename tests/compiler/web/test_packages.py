@@ -84,7 +84,7 @@ def test_another_version_or_a_missing_package_is_named(package: tuple[Package, b
 
 
 def make_npm(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A program `npm` that runs `script` with the folder of the archives in `$3`."""
+    """A program `npm` that runs `script` with the folder of the archives in `$4`."""
     program = folder / "bin" / "npm"
     program.parent.mkdir()
     program.write_text(f"#!/bin/sh\n{script}\n")
@@ -97,13 +97,13 @@ def test_npm_fetches_the_packages(
 ) -> None:
     own, data = package
     (tmp_path / "kept.tgz").write_bytes(data)
-    make_npm(tmp_path, f'[ "$1 $2 $4" = "pack --pack-destination @some/runner@1.2.3" ] && cp {tmp_path}/kept.tgz "$3/{own.archive}"', monkeypatch)  # fmt: skip # noqa: E501
+    make_npm(tmp_path, f'[ "$1 $2 $3 $5" = "pack --silent --pack-destination @some/runner@1.2.3" ] && cp {tmp_path}/kept.tgz "$4/{own.archive}"', monkeypatch)  # fmt: skip # noqa: E501
     assert len(copy_packages(tmp_path / "out")) == 2
 
 
 @pytest.mark.usefixtures("package")
 def test_without_npm_or_a_network_the_command_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    command = "npm pack --pack-destination packages @some/runner@1.2.3"
+    command = "npm pack --silent --pack-destination packages @some/runner@1.2.3"
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(MissingExtraError, match="npm is not installed") as raised:
         copy_packages(tmp_path / "out")

@@ -86,7 +86,7 @@ def test_every_file_has_the_digest_of_moec_json_and_those_of_its_pieces(
 def test_what_the_page_is_told_of_the_model(made: Path, artifact: Path) -> None:
     content = described(made)
     assert (content["name"], content["end_tokens"], content["start_tokens"]) == ("golden", [0], [0])
-    assert "16 experts, of which a token uses 4" in content["facts"]
+    assert "16 experts, of which a token uses 4, in int4." in content["facts"]
     assert content["sampling"] == {
         "temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0
     }  # fmt: skip
@@ -96,6 +96,7 @@ def test_what_the_page_is_told_of_the_model(made: Path, artifact: Path) -> None:
     assert [layer["experts"] for layer in content["routing"]] == [16] * 4
     assert content["budget"]["full"] == 1.0
     assert 0.3 < content["budget"]["default_share"] < 0.9
+    assert content["session"] == {"qdq_matmulnbits_accuracy_level": "0", "disable_quant_qdq": "1"}
     for files in content["runtimes"].values():
         assert set(files) == {"module", "loader", "wasm"}
     assert {*content["page"]} == {*(path.name for path in PAGE.iterdir()), "vendor/some.js"}
@@ -106,7 +107,11 @@ def test_the_graph_of_the_page_computes_what_the_artifact_does_and_tells_the_rou
     made: Path, artifact: Path
 ) -> None:
     content = described(made)
-    session = ort.InferenceSession(str(made / content["model"]["graph"]), providers=["CPUExecutionProvider"])
+    options = ort.SessionOptions()
+    for name, value in content["session"].items():
+        options.add_session_config_entry(f"session.{name}", value)
+    graph = str(made / content["model"]["graph"])
+    session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     runner = moec.load(artifact).runner
     ids = np.arange(5, 25, dtype=np.int64)[None]
     want = runner.prefill(ids)
@@ -120,7 +125,7 @@ def test_the_graph_of_the_page_computes_what_the_artifact_does_and_tells_the_rou
         return list(session.run(outputs, {**feeds, **states, "routing_budget": np.asarray(budget, np.float32)}))
 
     logits, *routing = run(0.8)
-    assert np.array_equal(logits, want)
+    assert np.abs(logits - want).max() <= 1e-5 * np.abs(want).max()
     assert all(rows.shape == (20, 4) for rows in routing)
     used = [np.count_nonzero(weights) for weights in routing[1::2]]
     full = [np.count_nonzero(weights) for weights in run(content["budget"]["full"])[2::2]]
@@ -128,6 +133,16 @@ def test_the_graph_of_the_page_computes_what_the_artifact_does_and_tells_the_rou
     assert sum(used) < sum(full)
     share = next(value for known, value in content["budget"]["curve"] if known > 0.45)
     assert 0.3 < sum(np.count_nonzero(weights) for weights in run(share)[2::2]) / sum(full) < 0.65
+
+
+def test_what_the_session_does_with_weights_depends_on_their_size() -> None:
+    def told(size: int, decoded: int) -> tuple[set[str], float]:
+        found = site._contents([{"bytes": size}], [], decoded)
+        return set(found["session"]) - {"qdq_matmulnbits_accuracy_level"}, found["memory"] - site.RUNTIME_BYTES
+
+    assert told(10**8, 8 * 10**8) == ({"disable_quant_qdq"}, 10**9)
+    assert told(2 * 10**8, 16 * 10**8) == ({"disable_quant_qdq", "disable_prepacking"}, 2 * 10**9)
+    assert told(10**9, 8 * 10**9) == ({"disable_prepacking"}, 2 * 10**9)
 
 
 def test_a_chat_template_reaches_the_page(artifact: Path, tmp_path: Path) -> None:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime as ort
 import pytest
 
 import moec
 from moec.compiler.common.errors import LoweringError
 from moec.targets.onnx import web
 from moec.targets.onnx.files import data_name, model_path
+from moec.targets.onnx.stored import stored_weights
 
 IDS = np.random.default_rng(0).integers(3, 128, (1, 24))
 
@@ -53,7 +56,8 @@ def test_files_and_configuration(
 def test_the_artifact_computes_what_the_default_one_does(
     tiny_checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    for form, limit in (("none", 0.0), ("int4", 1e-4)):
+    # The head has codes of 8 bits, for which the default flavor rounds activations.
+    for form, limit in (("none", 0.0), ("int4", 1e-2)):
         options = {} if form == "none" else {"quantize": {"format": form, "activations": "float"}}
         found, want = (
             logits(exported(tiny_checkpoint("olmoe"), tmp_path / f"{flavor}-{form}", flavor=flavor, **options))
@@ -65,7 +69,7 @@ def test_the_artifact_computes_what_the_default_one_does(
 def test_the_kernel_of_quantized_experts_is_that_of_an_older_release(
     tiny_checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    directory = exported(tiny_checkpoint("olmoe"), tmp_path / "web", flavor="web", quantize="int4")
+    directory = exported(tiny_checkpoint("olmoe"), tmp_path / "web", flavor="web", quantize="int4", experts="kernel")
     graph = onnx.load(model_path(directory), load_external_data=False).graph
     kernels = [node for node in graph.node if node.op_type == "QMoE"]
     assert kernels
@@ -74,6 +78,40 @@ def test_the_kernel_of_quantized_experts_is_that_of_an_older_release(
         attributes = {item.name: item.i for item in node.attribute}
         assert attributes["normalize_routing_weights"] == 1
         assert not {"accuracy_level", "fc1_expert_weight_bits", "fc2_expert_weight_bits"} & set(attributes)
+
+
+@pytest.mark.parametrize("form", ["int4", "int8"])
+def test_codes_are_stored_for_a_session_that_decodes_them_once(
+    form: str, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    directories = [
+        exported(tiny_checkpoint("olmoe"), tmp_path / flavor, flavor=flavor, quantize=form)
+        for flavor in ("web", "default")
+    ]
+    graph = onnx.load(model_path(directories[0]), load_external_data=False).graph
+    ops = Counter(node.op_type for node in graph.node)
+    assert ops["QMoE"] == ops["MatMulNBits"] == 0
+    # Two layers: eight experts with two matrices, queries, keys and values together, the output; and the head.
+    assert ops["DequantizeLinear"] == 2 * (2 * 8 + 2) + 1
+    options = ort.SessionOptions()
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    ort.InferenceSession(str(model_path(directories[0])), options, providers=["CPUExecutionProvider"])
+    assert not [
+        node
+        for node in onnx.load(tmp_path / "optimized.onnx", load_external_data=False).graph.node
+        if "Dequantize" in node.op_type
+    ]
+    web, default = (stored_weights(directory) for directory in directories)
+    assert set(web) == set(default)
+    for name, weight in default.items():
+        if weight.bits is None:
+            continue
+        stop = 3 if "experts" in name else 20
+        want, found = weight.rows(1, stop), web[name].rows(1, stop)
+        assert np.array_equal(found.codes, want.codes), name
+        times = want.scales.shape[-1] // found.scales.shape[-1]
+        assert np.array_equal(np.repeat(found.scales, times, -1).astype(np.float16), want.scales.astype(np.float16))
 
 
 def test_data_is_cut_into_files_of_bounded_size(
