@@ -91,7 +91,7 @@ def serving(directory: Path, threads: int, batch: str) -> Iterator[Server]:
 def time_batches(directory: Path, threads: int, past: int, steps: int = 100) -> None:
     """Print the time of a step, and of a new batch, by the number of sequences."""
     import moec
-    from moec.targets.base import BatchingRunner, Row, fork
+    from moec.targets.runners import BatchingRunner, Row, fork
 
     generator = moec.load(directory, threads=threads)
     prompt = np.random.default_rng(0).integers(3, 1000, (1, past))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moec.compiler.ir.program import Program
-from moec.targets.base import Runner
+from moec.targets.runners import Runner
 
 TARGETS = ("onnx", "tflite", "coreml", "tensorrt")
 

@@ -15,7 +15,7 @@ from moec.compiler.gates.parity import ParityOptions
 from moec.compiler.gates.repeatability import RepeatabilityOptions
 from moec.compiler.gates.run import GateInputs, run_gates
 from moec.compiler.pipeline.stages import silent
-from moec.targets.base import Runner
+from moec.targets.runners import Runner
 
 PARITY = ParityOptions(greedy_tokens=16, long_prompt=130, memory_share=0.0)
 """`memory_share` 0 switches off the comparison of the capture with transformers: no fault is put into a capture."""

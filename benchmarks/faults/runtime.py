@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from faults.fault import Fault
-from moec.targets.base import Runner, limits_of
+from moec.targets.runners import Runner, limits_of
 
 
 class Faulty(Runner):

@@ -15,7 +15,7 @@ from moec.compiler.common.model_config import context_length
 from moec.compiler.ir.operands import Attention
 from moec.compiler.ir.program import ATTENTION, Program
 from moec.compiler.text.tokenizer import open_tokenizer
-from moec.targets.base import RunnerLimits
+from moec.targets.runners import RunnerLimits
 
 SHAPES = ((1, 1, 9), (2, 5, 0), (2, 5, 7))
 """Batch size, new tokens and tokens in the past."""

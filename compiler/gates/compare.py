@@ -12,7 +12,7 @@ from moec.compiler.gates.cases import Case
 from moec.compiler.gates.reference import Trace
 from moec.compiler.gates.tolerance import TOKEN_TIE, Tolerance
 from moec.compiler.text.perplexity import kl_divergence, log_softmax
-from moec.targets.base import Runner
+from moec.targets.runners import Runner
 
 Step = Callable[[np.ndarray, np.ndarray | None], np.ndarray]
 """`Runner.prefill` or `Runner.decode`."""

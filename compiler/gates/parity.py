@@ -31,7 +31,7 @@ from moec.compiler.gates.usage import Usage
 from moec.compiler.ir.interpreter import ActivationRounding, ProgramRunner
 from moec.compiler.ir.program import Program
 from moec.compiler.ir.widen import widened
-from moec.targets.base import Runner, limits_of
+from moec.targets.runners import Runner, limits_of
 
 CAPTURE_GATE = "parity: capture"
 ARTIFACT_GATE = "parity: artifact"

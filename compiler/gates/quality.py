@@ -19,7 +19,7 @@ from moec.compiler.common.verdict import Status, Verdict
 from moec.compiler.ir.program import Program
 from moec.compiler.text.corpus import held_out_text, spread, tokenize, windows
 from moec.compiler.text.perplexity import compare, perplexity
-from moec.targets.base import Runner, limits_of
+from moec.targets.runners import Runner, limits_of
 
 GATE = "quality"
 EXIT_CODE = 7

@@ -15,7 +15,7 @@ from moec.compiler.common.progress import Progress
 from moec.compiler.common.verdict import Status, Verdict
 from moec.compiler.gates.compare import position_errors
 from moec.compiler.gates.tolerance import TOLERANCES, Precision
-from moec.targets.base import Runner, limits_of
+from moec.targets.runners import Runner, limits_of
 
 GATE = "repeatability"
 EXIT_CODE = 5

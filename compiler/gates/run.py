@@ -39,7 +39,8 @@ from moec.compiler.gates.repeatability import RepeatabilityOptions, judge_repeat
 from moec.compiler.gates.tolerance import precision_of
 from moec.compiler.ir.interpreter import WeightObserver
 from moec.compiler.ir.program import Program
-from moec.targets.base import GateSubject, Runner, Target, limits_of
+from moec.targets.base import GateSubject, Target
+from moec.targets.runners import Runner, limits_of
 
 SEVERAL_FAILED = 12
 

@@ -238,7 +238,7 @@ def default_positions(attention_mask: Tensor, length: int) -> Tensor:
 
 
 class ProgramRunner(Interpreter):
-    """An interpreter that keeps the states between steps, with the interface of `moec.targets.base.Runner`."""
+    """An interpreter that keeps the states between steps, with the interface of `moec.targets.runners.Runner`."""
 
     _states: Mapping[str, Tensor] = MappingProxyType({})
     _length = 0

@@ -9,7 +9,7 @@ import numpy as np
 
 from moec.compiler.run.generate import Generator
 from moec.compiler.run.session import Session
-from moec.targets.base import BatchingRunner, Runner
+from moec.targets.runners import BatchingRunner, Runner
 
 
 class Batch:

@@ -27,7 +27,7 @@ from moec.compiler.run.session import Answer, Session, Statistics
 from moec.compiler.text.sampling import Sampling, sampling_of
 from moec.compiler.text.tokenizer import open_tokenizer
 from moec.targets import get_target
-from moec.targets.base import AdjustableRunner, Runner, fork, limits_of
+from moec.targets.runners import AdjustableRunner, Runner, fork, limits_of
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -33,7 +33,8 @@ from moec.compiler.common.digest import sha256_of_json
 from moec.compiler.common.errors import ArtifactError, OutputError
 from moec.compiler.common.progress import Progress
 from moec.compiler.common.staging import staged
-from moec.targets.base import Packing, Runner, Target, limits_of
+from moec.targets.base import Packing, Target
+from moec.targets.runners import Runner, limits_of
 
 LAYOUT = 1
 """Version of what is in an entry; part of its key."""

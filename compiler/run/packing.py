@@ -28,7 +28,8 @@ from moec.compiler.run.packed_cache import (
     write_packed,
 )
 from moec.targets import get_target
-from moec.targets.base import Packing, Runner, Target
+from moec.targets.base import Packing, Target
+from moec.targets.runners import Runner
 
 WORTHWHILE = 64 << 20
 """Bytes of model files from which an artifact is packed without being asked.

@@ -12,7 +12,7 @@ import numpy as np
 from moec.compiler.text.sampling import Sampling
 from moec.compiler.text.stops import StopStrings
 from moec.compiler.text.tokenizer import TextStream
-from moec.targets.base import BatchingRunner, Row, Runner, limits_of
+from moec.targets.runners import BatchingRunner, Row, Runner, limits_of
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -47,7 +47,8 @@ from moec.compiler.text.corpus import held_out_text
 from moec.compiler.text.perplexity import increase_interval, losses
 from moec.passes.routing.policies.base import Policy
 from moec.passes.routing.policies.table import parameters_of
-from moec.targets.base import cannot_measure, limits_of
+from moec.targets.base import cannot_measure
+from moec.targets.runners import limits_of
 
 FOLDER, ARTIFACTS = "front", "artifacts"
 MOST = 24

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from moec.targets.base import Runner, RunnerLimits
+from moec.targets.runners import Runner, RunnerLimits
 
 
 class SingleSequenceRunner(Runner):
@@ -28,7 +28,7 @@ class SingleSequenceRunner(Runner):
         self._forget()
 
     def decode(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None) -> np.ndarray:
-        """Continue the sequence within `limits`; see `moec.targets.base.Runner`."""
+        """Continue the sequence within `limits`; see `moec.targets.runners.Runner`."""
         self.limits.check(self.target, input_ids, attention_mask, self._length)
         return self._continue(input_ids)
 

@@ -9,13 +9,13 @@ from typing import Any, Self
 
 import numpy as np
 
-from moec.targets.base import RunnerLimits
 from moec.targets.common.added_inputs import rows
 from moec.targets.common.single_sequence import SingleSequenceRunner
 from moec.targets.coreml.flavors import call, max_tokens
 from moec.targets.coreml.metadata import read_metadata
 from moec.targets.coreml.package import PACKAGE
 from moec.targets.coreml.predict import Backend, ExecutorBackend, open_backend
+from moec.targets.runners import RunnerLimits
 
 
 class CoremlRunner(SingleSequenceRunner):
@@ -38,7 +38,7 @@ class CoremlRunner(SingleSequenceRunner):
         self._defaults = {name: np.asarray(values, np.float32) for name, values in metadata.inputs.items()}
         self._widths: Mapping[str, int] = metadata.token_inputs
         self.overrides: dict[str, np.ndarray] = {}
-        """See `moec.targets.base.AdjustableRunner`."""
+        """See `moec.targets.runners.AdjustableRunner`."""
         self._backend = backend(directory / PACKAGE)
         self._length = 0
         executor = isinstance(self._backend, ExecutorBackend)

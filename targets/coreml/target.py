@@ -14,7 +14,7 @@ from pydantic import Field, field_validator, model_validator
 from moec.compiler.common.model_config import cache_length
 from moec.compiler.common.progress import Progress
 from moec.compiler.common.rejections import Rejection
-from moec.targets import base
+from moec.targets import base, runners
 from moec.targets.coreml.flavors import Flavor
 from moec.targets.next_steps import CHAT, VALIDATE, NextStep
 
@@ -176,7 +176,7 @@ class CoremlTarget(base.Target):
             lower.model_files(directory / PACKAGE), lower.signature(spec), tuple(built.rejections), facts
         )
 
-    def open(self, directory: Path, *, threads: int = 0) -> base.Runner:  # noqa: ARG002
+    def open(self, directory: Path, *, threads: int = 0) -> runners.Runner:  # noqa: ARG002
         """Open the artifact with Core ML on macOS, with moec's executor elsewhere."""
         from moec.targets.coreml.runner import CoremlRunner
 

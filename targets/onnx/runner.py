@@ -14,9 +14,9 @@ import onnxruntime as ort
 
 from moec.compiler.common.errors import ArtifactError
 from moec.compiler.common.threads import should_spin, threads_for
-from moec.targets.base import Row, Runner, RunnerLimits
 from moec.targets.onnx.files import WEB_FOLDER, model_path
 from moec.targets.onnx.states import GrowingStates, SharedBufferStates, StateRow
+from moec.targets.runners import Row, Runner, RunnerLimits
 
 MAX_SHARED_LENGTH = "moec.max_shared_length"
 """Key in the model's metadata: see `moec.compiler.ir.analysis.max_shared_length`; missing where there is no limit."""
@@ -80,14 +80,14 @@ class OnnxRunner(Runner):
         self.limits = RunnerLimits(max_shared_length=None if shared is None else int(shared))
         routing = json.loads(described.get(ROUTING_OUTPUTS, "{}"))
         self.expert_tokens = {int(layer): np.zeros(count, np.int64) for layer, count in routing.items()}
-        """See `moec.targets.base.CountingRunner`; forks share it."""
+        """See `moec.targets.runners.CountingRunner`; forks share it."""
         self._shared = described.get("moec.attention") == "GroupQueryAttention"
         self._states: SharedBufferStates | GrowingStates = (
             SharedBufferStates(self.session) if self._shared else GrowingStates(self.session)
         )
         self.threads = threads
         self.overrides: dict[str, np.ndarray] = {}
-        """See `moec.targets.base.AdjustableRunner`."""
+        """See `moec.targets.runners.AdjustableRunner`."""
 
     def fork(self) -> Self:
         """A second runner with its own states on the same session; ONNX Runtime allows concurrent runs of a session."""
@@ -96,7 +96,7 @@ class OnnxRunner(Runner):
         return twin
 
     def gather(self, rows: Sequence[Row]) -> tuple[Row, ...]:
-        """Take copies of other sequences; see `moec.targets.base.BatchingRunner`."""
+        """Take copies of other sequences; see `moec.targets.runners.BatchingRunner`."""
         sources = []
         for row in rows:
             assert isinstance(row.runner, OnnxRunner)
@@ -108,7 +108,7 @@ class OnnxRunner(Runner):
         self._states.reset()
 
     def decode(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None) -> np.ndarray:
-        """Continue the sequences; see `moec.targets.base.Runner`."""
+        """Continue the sequences; see `moec.targets.runners.Runner`."""
         batch, length = input_ids.shape
         if self._shared and self._states.length and batch > 1 and length > 1:
             return self._decode_one_by_one(input_ids, attention_mask)

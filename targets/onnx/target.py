@@ -12,7 +12,7 @@ from moec.compiler.common.choices import Choice
 from moec.compiler.common.errors import UsageError
 from moec.compiler.common.progress import Progress
 from moec.compiler.common.rejections import Rejection
-from moec.targets import base
+from moec.targets import base, runners
 
 if TYPE_CHECKING:
     from moec.compiler.ir.interpreter import ActivationRounding
@@ -182,7 +182,7 @@ class OnnxTarget(base.Target):
             web.complete(directory)
         return ()
 
-    def open(self, directory: Path, *, threads: int = 0) -> base.Runner:
+    def open(self, directory: Path, *, threads: int = 0) -> runners.Runner:
         """Open the artifact with ONNX Runtime on CPU."""
         from moec.targets.onnx.runner import OnnxRunner
 
@@ -196,7 +196,7 @@ class OnnxTarget(base.Target):
 
         return base.Packing(f"onnxruntime {onnxruntime.__version__}", cpu_name(), instruction_set())
 
-    def pack(self, directory: Path, output: Path) -> base.Runner:
+    def pack(self, directory: Path, output: Path) -> runners.Runner:
         """Let ONNX Runtime write what its kernels pack when they open a model."""
         from moec.targets.onnx.packing import pack
 

@@ -15,8 +15,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from moec.compiler.common.errors import UsageError
-from moec.targets.base import Runner, RunnerLimits
 from moec.targets.common.added_inputs import rows
+from moec.targets.runners import Runner, RunnerLimits
 from moec.targets.tensorrt.settings import EngineSettings
 
 NUMPY: Mapping[str, Any] = {
@@ -86,7 +86,7 @@ class State:
 
 
 class EngineRunner(Runner):
-    """Runs an engine; see `moec.targets.base.Runner`.
+    """Runs an engine; see `moec.targets.runners.Runner`.
 
     Args:
         session: The engine on a GPU.
@@ -104,7 +104,7 @@ class EngineRunner(Runner):
         self._defaults: Mapping[str, list[float]] = settings.input_defaults
         self._widths: Mapping[str, int] = settings.token_inputs
         self.overrides: dict[str, np.ndarray] = {}
-        """See `moec.targets.base.AdjustableRunner`."""
+        """See `moec.targets.runners.AdjustableRunner`."""
         self._mask = np.zeros((0, 0), np.int64)
         self.limits = RunnerLimits(max_batch=self._batch, max_sequence=self._context, repeats_bits=False)
 
@@ -133,7 +133,7 @@ class EngineRunner(Runner):
                 self._session.write(self._addresses[state.source], np.zeros(state.shape(self._batch, 0), state.dtype))
 
     def decode(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None) -> np.ndarray:
-        """Continue the sequences; see `moec.targets.base.Runner`.
+        """Continue the sequences; see `moec.targets.runners.Runner`.
 
         Raises:
             UsageError: The sequence is longer than the KV cache, or the batch larger than that of the engine.

@@ -17,7 +17,7 @@ from moec.compiler.common.errors import LoweringError
 from moec.compiler.common.model_config import cache_length
 from moec.compiler.common.progress import Progress
 from moec.compiler.common.rejections import Rejection
-from moec.targets import base
+from moec.targets import base, runners
 from moec.targets.common.added_inputs import default_values, row_widths
 from moec.targets.next_steps import CHAT, VALIDATE, NextStep
 from moec.targets.tensorrt import builder
@@ -153,7 +153,7 @@ class TensorrtTarget(base.Target):
             tuple(files), lower.signature(program), tuple(ctx.rejections), _facts(model, ctx, settings, form)
         )
 
-    def open(self, directory: Path, *, threads: int = 0) -> base.Runner:
+    def open(self, directory: Path, *, threads: int = 0) -> runners.Runner:
         """Open the engine on a GPU that it was built for; without one, `model.onnx`."""
         from moec.targets.tensorrt.engine import open_engine, why_engine_cannot_run
 
@@ -161,7 +161,7 @@ class TensorrtTarget(base.Target):
             return self.open_reference(directory, threads=threads)
         return open_engine(directory)
 
-    def open_reference(self, directory: Path, *, threads: int = 0) -> base.Runner:
+    def open_reference(self, directory: Path, *, threads: int = 0) -> runners.Runner:
         """Open `model.onnx` with ONNX Runtime on CPU."""
         from moec.targets.tensorrt.runner import TwinRunner
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from moec.targets.base import RunnerLimits
 from moec.targets.common.added_inputs import rows
 from moec.targets.common.single_sequence import SingleSequenceRunner
+from moec.targets.runners import RunnerLimits
 from moec.targets.tflite.engine import DECODE, REPLACED_PREFIXES, TOKEN_COUNT, Engine, LitertEngine
 from moec.targets.tflite.legacy_runtime import LegacyEngine
 from moec.targets.tflite.reader import LEGACY_RUNTIME, TfliteFile
@@ -49,7 +49,7 @@ class TfliteRunner(SingleSequenceRunner):
         }
         self._widths: Mapping[str, int] = facts.get("token_inputs", {})
         self.overrides: dict[str, np.ndarray] = {}
-        """See `moec.targets.base.AdjustableRunner`."""
+        """See `moec.targets.runners.AdjustableRunner`."""
         self.capacity = int(facts["capacity"])
         self._borders: Sequence[int] = facts.get("rotary_borders", ())
         self._counts = any(name.startswith(REPLACED_PREFIXES) for name in places)

@@ -13,7 +13,7 @@ from moec.compiler.common.errors import UsageError
 from moec.compiler.common.model_config import cache_length
 from moec.compiler.common.progress import Progress
 from moec.compiler.common.rejections import Rejection
-from moec.targets import base
+from moec.targets import base, runners
 from moec.targets.next_steps import CHAT, VALIDATE, NextStep
 
 if TYPE_CHECKING:
@@ -172,7 +172,7 @@ class TfliteTarget(base.Target):
             return ()
         return (write_bundle(directory, MODEL, int(TfliteFile(directory / MODEL).facts["capacity"])),)
 
-    def open(self, directory: Path, *, threads: int = 0) -> base.Runner:
+    def open(self, directory: Path, *, threads: int = 0) -> runners.Runner:
         """Open the artifact on CPU with the runtime that it was built for."""
         from moec.targets.tflite.runner import TfliteRunner
 

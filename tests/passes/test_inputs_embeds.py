@@ -25,7 +25,7 @@ from moec.passes.inputs_embeds import NAME, InputsEmbeds
 from moec.passes.routing.dynamic_routing import BUDGET_INPUT, DynamicRouting
 from moec.passes.routing.policies.ratio import Ratio
 from moec.targets import get_target
-from moec.targets.base import Runner
+from moec.targets.runners import Runner
 
 
 @pytest.mark.parametrize("name", ["gemma-4-26B-A4B", "Qwen3-VL-30B-A3B"])

@@ -13,7 +13,8 @@ from pydantic import Field
 
 from moec.compiler.common.progress import Progress
 from moec.compiler.common.rejections import Rejection
-from moec.targets.base import Capabilities, Lowered, Phase, Runner, Target, TargetOptions
+from moec.targets.base import Capabilities, Lowered, Phase, Target, TargetOptions
+from moec.targets.runners import Runner
 from moec.targets.stored_weights import StoredWeight
 
 

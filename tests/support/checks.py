@@ -10,7 +10,7 @@ import numpy as np
 from moec import cli
 from moec.compiler.ir.program import Program
 from moec.passes.base import Pass
-from moec.targets.base import Runner
+from moec.targets.runners import Runner
 
 
 def assert_recorded(runner: Runner, golden_model: Path, prompts: int | None = None) -> None:

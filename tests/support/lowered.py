@@ -8,7 +8,8 @@ from pathlib import Path
 import onnx_ir as ir
 
 from moec.compiler.ir.program import Program
-from moec.targets.base import Lowered, Runner
+from moec.targets.base import Lowered
+from moec.targets.runners import Runner
 
 
 @dataclass(frozen=True)

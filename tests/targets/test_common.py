@@ -11,9 +11,9 @@ from torch import Tensor
 
 from moec.compiler.common.errors import UsageError
 from moec.compiler.ir.experts import ACTIVATIONS, Gate
-from moec.targets.base import RunnerLimits
 from moec.targets.common.gate import gated
 from moec.targets.common.table import joined, named
+from moec.targets.runners import RunnerLimits
 
 aten = torch.ops.aten
 

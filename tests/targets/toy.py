@@ -15,7 +15,8 @@ from moec.compiler.common.progress import Progress
 from moec.compiler.common.rejections import Rejection
 from moec.compiler.ir.program import Program, module_of
 from moec.compiler.ir.stages import CORE
-from moec.targets.base import Capabilities, Lowered, Phase, Runner, Target, TargetOptions
+from moec.targets.base import Capabilities, Lowered, Phase, Target, TargetOptions
+from moec.targets.runners import Runner
 from moec.targets.stored_weights import StoredWeight
 
 FILE = "model.pt"

@@ -26,7 +26,7 @@ from moec.compiler.common.model_config import context_length, read_config
 from moec.compiler.measure.latency.demands import Cold, Demand, Workload
 from moec.compiler.measure.latency.sampling import Plan, growth, longest, pinned, sample
 from moec.targets import get_target
-from moec.targets.base import Runner
+from moec.targets.runners import Runner
 
 Told = Callable[[int, int], None]
 

@@ -19,7 +19,7 @@ import psutil
 
 from moec.compiler.measure.latency.demands import Demand, Workload
 from moec.compiler.measure.latency.timings import Call, Decision, Series, judge
-from moec.targets.base import Runner, limits_of
+from moec.targets.runners import Runner, limits_of
 
 STEPS = 4
 """Counted decode steps of a turn; one more before them loads the CPU caches with this artifact's weights."""

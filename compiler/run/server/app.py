@@ -30,7 +30,7 @@ from moec.compiler.run.server.requests import (
 )
 from moec.compiler.run.server.responses import CHAT, COMPLETION, ResponseFormat
 from moec.compiler.run.server.scheduler import Batching, Job, Scheduler, Ticket, TooManyRequestsError
-from moec.targets.base import CountingRunner
+from moec.targets.runners import CountingRunner
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]

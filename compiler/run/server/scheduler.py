@@ -13,7 +13,7 @@ from moec.compiler.run.batch import Batches
 from moec.compiler.run.generate import Generator
 from moec.compiler.run.session import Answer, Statistics
 from moec.compiler.text.sampling import Sampling
-from moec.targets.base import ForkableRunner, can_batch, limits_of
+from moec.targets.runners import ForkableRunner, can_batch, limits_of
 
 
 class Batching(Choice):

@@ -31,7 +31,7 @@ from moec.compiler.ir.program import ATTENTION, Program
 from moec.passes.quantize import Quantize
 from moec.quantize.formats import Activations
 from moec.quantize.plan import requested, with_activations
-from moec.targets.base import Runner, RunnerLimits
+from moec.targets.runners import Runner, RunnerLimits
 
 from .conftest import OPTIONS, Wrapped, changed, prompts, zero_4kb  # noqa: TID252 - tests are no package with a name of its own
 

@@ -12,7 +12,7 @@ from moec.compiler.common.errors import CheckpointError
 from moec.compiler.common.verdict import Status, Verdict
 from moec.compiler.gates.quality import EXIT_CODE, QualityOptions, judge_quality, not_run
 from moec.compiler.text.perplexity import compare, kl_divergence, log_softmax
-from moec.targets.base import RunnerLimits
+from moec.targets.runners import RunnerLimits
 
 VOCAB = 4096
 PROGRAM: Any = SimpleNamespace(config={"max_position_embeddings": 512})

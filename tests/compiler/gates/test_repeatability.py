@@ -10,7 +10,7 @@ import pytest
 from moec.compiler.common.verdict import Status
 from moec.compiler.gates.repeatability import RepeatabilityOptions, judge_repeatability
 from moec.compiler.gates.tolerance import Precision
-from moec.targets.base import RunnerLimits
+from moec.targets.runners import RunnerLimits
 
 IDS = np.zeros((1, 4), np.int64)
 LOGITS = np.linspace(-2, 2, 20, dtype=np.float32).reshape(1, 4, 5)

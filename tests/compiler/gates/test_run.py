@@ -23,7 +23,7 @@ from moec.compiler.gates.repeatability import RepeatabilityOptions
 from moec.compiler.gates.run import SEVERAL_FAILED, ExpertTensors, GateInputs, exit_code, run_gate, run_gates, table
 from moec.compiler.ir.interpreter import ProgramRunner
 from moec.compiler.ir.program import Program
-from moec.targets import base
+from moec.targets import base, runners
 from moec.targets.stored_weights import StoredWeight
 
 from .conftest import OPTIONS, program_experts, zero_4kb  # noqa: TID252 - tests are no package with a name of its own
@@ -45,7 +45,7 @@ class InterpreterTarget(base.Target):
     def lower(self, program: Program, options: base.TargetOptions, directory: Path, progress: Progress) -> base.Lowered:
         return base.Lowered((), {})
 
-    def open(self, directory: Path, *, threads: int = 0) -> base.Runner:
+    def open(self, directory: Path, *, threads: int = 0) -> runners.Runner:
         return ProgramRunner(self.program)
 
     def open_experts(self, directory: Path, *, threads: int = 0) -> Mapping[str, base.ExpertsRunner]:
@@ -59,7 +59,7 @@ class InterpreterTarget(base.Target):
 
 
 class BrokenTarget(InterpreterTarget):
-    def open(self, directory: Path, *, threads: int = 0) -> base.Runner:
+    def open(self, directory: Path, *, threads: int = 0) -> runners.Runner:
         raise ArtifactError("model.bin: truncated", hint="build it again")
 
 

@@ -16,7 +16,8 @@ import numpy as np
 from moec.compiler.common.artifact import write_manifest
 from moec.compiler.common.errors import ArtifactError
 from moec.compiler.run.packed_cache import PackedCache
-from moec.targets.base import Capabilities, Packing, Phase, Runner, Target, TargetOptions
+from moec.targets.base import Capabilities, Packing, Phase, Target, TargetOptions
+from moec.targets.runners import Runner
 
 MODEL = "model.bin"
 PACKING = Packing("copier 1", "A processor", ("x86_64", "avx2"))

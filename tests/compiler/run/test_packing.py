@@ -21,7 +21,7 @@ from moec.compiler.common.errors import ArtifactError, OutputError, UsageError
 from moec.compiler.run import packed_cache, packing
 from moec.compiler.run.packed_cache import DESCRIPTION, PackedCache
 from moec.compiler.run.packing import open_packed, pack, pack_into, packed_of
-from moec.targets.base import Runner
+from moec.targets.runners import Runner
 
 from .copying_target import MODEL, PACKING, CopyingTarget, make_artifact  # noqa: TID252 - tests are no package with a name of its own
 

@@ -9,7 +9,7 @@ import pytest
 
 from moec.compiler.run.session import PIECE, Answer, Session
 from moec.compiler.text.sampling import Sampling
-from moec.targets.base import RunnerLimits
+from moec.targets.runners import RunnerLimits
 
 
 class Recorder:

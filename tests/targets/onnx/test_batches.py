@@ -10,7 +10,7 @@ import pytest
 
 from moec.compiler.families.tiny_models import write_tiny_checkpoint
 from moec.compiler.ir.interpreter import ProgramRunner
-from moec.targets.base import Row, can_batch, limits_of
+from moec.targets.runners import Row, can_batch, limits_of
 
 MODELS = {
     "attention with sinks and a window": ("gpt_oss", "default"),

@@ -11,7 +11,7 @@ from moec.compiler.api import export
 from moec.compiler.text.corpus import tokenize, windows
 from moec.compiler.text.perplexity import losses, perplexity
 from moec.targets import get_target
-from moec.targets.base import Runner
+from moec.targets.runners import Runner
 
 WORST = 1e-4
 

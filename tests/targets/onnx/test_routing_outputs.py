@@ -13,9 +13,9 @@ from moec.compiler.ir.interpreter import ProgramRunner
 from moec.compiler.ir.program import Program
 from moec.passes.routing.dynamic_routing import DynamicRouting
 from moec.passes.routing.policies.top_p import TopP
-from moec.targets.base import Row
 from moec.targets.onnx.runner import OnnxRunner
 from moec.targets.onnx.target import OnnxOptions, OnnxTarget
+from moec.targets.runners import Row
 
 
 class Counting(ProgramRunner):

@@ -29,7 +29,8 @@ from moec.quantize.formats import IntegerFormat, parse_format
 from moec.quantize.lazy import quantized as lazily_quantized
 from moec.quantize.plan import QuantizationPlan, TensorClass
 from moec.targets import get_target
-from moec.targets.base import Phase, limits_of
+from moec.targets.base import Phase
+from moec.targets.runners import limits_of
 from moec.targets.tflite import library as extra
 from moec.targets.tflite.experts import open_experts
 from moec.targets.tflite.reader import TfliteFile

@@ -10,7 +10,7 @@ import numpy as np
 from moec.compiler.measure.latency.demands import regressions
 from moec.compiler.measure.latency.sampling import LOOKS, Plan, growth, longest, pinned, sample
 from moec.compiler.measure.latency.timings import Clock, Decision, judge
-from moec.targets.base import RunnerLimits
+from moec.targets.runners import RunnerLimits
 
 
 class Spinning:

@@ -20,7 +20,7 @@ from moec.compiler.run.generate import Generator
 from moec.compiler.run.server.scheduler import Batching, Job, Scheduler, TooManyRequestsError
 from moec.compiler.text.sampling import Sampling
 from moec.targets import get_target
-from moec.targets.base import Row, RunnerLimits
+from moec.targets.runners import Row, RunnerLimits
 
 BUDGET = {"name": "routing_budget", "shape": [], "dtype": "float32"}
 
