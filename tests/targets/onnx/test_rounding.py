@@ -27,7 +27,7 @@ from moec.targets.onnx import rounding
 from moec.targets.onnx.experts import OnnxExperts
 from moec.targets.onnx.runner import OnnxRunner
 from moec.targets.onnx.stored import TABLE
-from moec.targets.onnx.target import Flavor, OnnxOptions, OnnxTarget
+from moec.targets.onnx.target import Experts, Flavor, OnnxOptions, OnnxTarget
 
 IDS = np.random.default_rng(0).integers(3, 128, (2, 40))
 
@@ -44,7 +44,9 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Program:
 def lowered(program: Program, tmp_path: Path) -> Callable[..., tuple[Program, Path]]:
     def lower(plan: QuantizationPlan, flavor: str = "default") -> tuple[Program, Path]:
         quantized = Quantize(plan).run(program).program
-        OnnxTarget().lower(quantized, OnnxOptions(flavor=Flavor(flavor)), tmp_path, lambda *_: None)
+        # Without it, the flavor for browsers computes with floats.
+        experts = Experts.KERNEL if flavor == "web" else Experts.AUTO
+        OnnxTarget().lower(quantized, OnnxOptions(flavor=Flavor(flavor), experts=experts), tmp_path, lambda *_: None)
         return quantized, tmp_path
 
     return lower
@@ -89,6 +91,13 @@ def test_the_reference_rounds_as_the_artifact(plan: QuantizationPlan, flavor: st
     quantized, directory = lowered(plan, flavor)
     known = OnnxTarget().activation_rounding(directory)
     assert errors(directory, quantized, known) < 2e-5 < 1e-3 < errors(directory, quantized, None)
+
+
+def test_weights_that_are_decoded_round_nothing(program: Program, tmp_path: Path) -> None:
+    quantized = Quantize(dynamic("int4")).run(program).program
+    OnnxTarget().lower(quantized, OnnxOptions(flavor=Flavor.WEB), tmp_path, lambda *_: None)
+    for known in (None, OnnxTarget().activation_rounding(tmp_path)):
+        assert errors(tmp_path, quantized, known) < 2e-5
 
 
 def test_every_expert_is_within_a_hundredth_of_its_limit(lowered: Any) -> None:
