@@ -12,9 +12,8 @@ from typing import Any
 import yaml
 
 from moec.compiler.common.markdown import table
-from moec.compiler.report.describe import remarks
 from moec.compiler.report.schema import Report
-from moec.compiler.report.summary import command_lines, summarise, summary_rows
+from moec.compiler.report.summary import command_lines, opening, summarise, summary_rows
 
 FOLDER = "model"
 """The directory into which the commands of the card download the artifact."""
@@ -45,7 +44,7 @@ def model_card(manifest: Mapping[str, Any], report: Report, name: str, given: Ca
     base_model = given.base_model
     verdicts = [verdict.model_dump(mode="json") for verdict in report.verdicts]
     summary = summarise(manifest, report.files, verdicts, directory=FOLDER, checkpoint=base_model or "CHECKPOINT")
-    title, target = summary["source"] or "A model", summary["target"]
+    target = summary["target"]
     known = {
         "license": given.license,
         "base_model": base_model,
@@ -58,12 +57,7 @@ def model_card(manifest: Mapping[str, Any], report: Report, name: str, given: Ca
     lines = [
         f"---\n{head}---",
         "",
-        f"# {title} for {target or 'deployment'}",
-        "",
-        f"Compiled by moec {manifest.get('tools', {}).get('moec', '')}".rstrip() + ".",
-        "",
-        table(("", ""), [*summary_rows(summary), *remarks(manifest.get("model", {}))]),
-        "",
+        *opening(summary, manifest, summary_rows(summary)),
         "## Use",
         "",
         "```",

@@ -37,8 +37,6 @@ CAPTURE_GATE = "parity: capture"
 ARTIFACT_GATE = "parity: artifact"
 EXIT_CODE = 5
 SHORTER_PROMPT = 130
-OTHER_TOKENS = 3
-"""How often a case is repeated with other tokens because ties excuse too many of its positions."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +51,7 @@ class ParityOptions:
         coverage_min: Share of the live experts of each layer that the coverage gate runs.
         memory_share: Share of the free memory that the model in transformers may take.
         max_excused: Largest share of the positions that ties may excuse.
+        retries: How often a case is repeated with other tokens because ties excuse too many of its positions.
     """
 
     seed: int = 0
@@ -62,6 +61,7 @@ class ParityOptions:
     coverage_min: float = 1.0
     memory_share: float = 0.7
     max_excused: float = 0.2
+    retries: int = 3
 
 
 @dataclass
@@ -121,7 +121,7 @@ def gather(
     for index, case in enumerate(cases):
         progress(gate, index, len(cases))
         run = partial(_compared, runner, oracle, evidence.tolerance)
-        result, trace, proven = _telling(case, prompts, run, evidence.tolerance.limit, options.max_excused)
+        result, trace, proven = _telling(case, prompts, run, evidence.tolerance.limit, options)
         evidence.results.append(result)
         evidence.usage.add(trace, proven)
     progress(gate, len(cases), len(cases))
@@ -141,7 +141,7 @@ def _compared(runner: Runner, oracle: Oracle, tolerance: Tolerance, case: Case) 
 
 
 def _telling(
-    case: Case, prompts: Prompts, run: Callable[[Case], Compared], limit: float, max_excused: float
+    case: Case, prompts: Prompts, run: Callable[[Case], Compared], limit: float, options: ParityOptions
 ) -> Compared:
     """Run a case; while ties excuse too many of its positions, repeat it with other tokens.
 
@@ -155,9 +155,9 @@ def _telling(
         return found[0].error <= limit, found[0].excused
 
     best = run(case)
-    for _ in range(OTHER_TOKENS):
+    for _ in range(options.retries):
         result = best[0]
-        if not result.error <= limit or result.excused <= max_excused * result.positions:
+        if not result.error <= limit or result.excused <= options.max_excused * result.positions:
             break
         best = min(best, run(case.with_other_tokens(prompts)), key=rank)
     return best

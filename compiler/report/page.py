@@ -20,7 +20,6 @@ from moec.compiler.report.plots import Labels
 from moec.compiler.report.summary import next_rows, summary_rows
 
 TEMPLATE = "report.html.jinja"
-_SAMPLES = 20
 
 
 @dataclass(frozen=True)
@@ -156,6 +155,10 @@ def _cases(verdicts: Iterable[Mapping[str, Any]]) -> list[Part]:
     header = ("Case", "Gate", "Error", "Limit", "Positions", "Excused by ties", "Same best token")
     caption = "Largest difference of a position's logits, relative to the largest logit of the case."
     return [Part(Table(caption, header, rows))] if rows else []
+
+
+_SAMPLES = 20
+"""Fewest calls whose quantiles are plotted."""
 
 
 def _latency(figures: Mapping[str, Any]) -> list[Part]:

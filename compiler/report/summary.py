@@ -103,6 +103,24 @@ def command_lines(summary: Mapping[str, Any]) -> list[str]:
     return [f"{command:{width}}  # {does}" for command, does in commands]
 
 
+def opening(summary: Mapping[str, Any], manifest: Mapping[str, Any], rows: Iterable[Row]) -> list[str]:
+    """The first lines of a page in Markdown about an artifact: its title, its compiler and a table.
+
+    Args:
+        summary: What `summarise` returns.
+        manifest: The content of moec.json.
+        rows: The rows of the table, before those of `remarks`.
+    """
+    return [
+        f"# {summary['source'] or 'A model'} for {summary['target'] or 'deployment'}",
+        "",
+        f"Compiled by moec {manifest.get('tools', {}).get('moec', '')}".rstrip() + ".",
+        "",
+        table(("", ""), [*rows, *remarks(manifest.get("model", {}))]),
+        "",
+    ]
+
+
 def readme(manifest: Mapping[str, Any], sizes: Mapping[str, int]) -> str:
     """README.md of an artifact: the summary without measurements, with commands to be run in its directory.
 
@@ -112,12 +130,7 @@ def readme(manifest: Mapping[str, Any], sizes: Mapping[str, int]) -> str:
     """
     summary = summarise(manifest, sizes)
     lines = [
-        f"# {summary['source'] or 'A model'} for {summary['target'] or 'deployment'}",
-        "",
-        f"Compiled by moec {manifest.get('tools', {}).get('moec', '')}".rstrip() + ".",
-        "",
-        table(("", ""), [*built_rows(summary), *remarks(manifest.get("model", {}))]),
-        "",
+        *opening(summary, manifest, built_rows(summary)),
         "`report.html` has the verdicts of the gates and everything that was measured; `moec.json` has the recipe, the",
         "digest of every file and the versions of the tools.",
         "",

@@ -35,8 +35,6 @@ from moec.quantize.planning.sensitivity import Part, parts_of, plan_of
 
 BATCH = 4
 """Windows per batch."""
-CODES_WINDOWS = 96
-"""Number of windows on which GPTQ is calibrated, as in an export."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +58,10 @@ class Subject:
     window: int = 256
     revision: str | None = None
     trust_remote_code: bool = False
+
+
+CODES_WINDOWS = 96
+"""Number of windows on which GPTQ is calibrated, as in an export."""
 
 
 @dataclass

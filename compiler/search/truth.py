@@ -53,8 +53,6 @@ from moec.targets.runners import limits_of
 FOLDER, ARTIFACTS = "front", "artifacts"
 MOST = 24
 """Maximum number of recipes that are kept; those that add most to the hypervolume are kept first."""
-SECONDS = 8.0
-"""Seconds for the measurement of a member's decode step."""
 
 
 @dataclass(frozen=True)
@@ -248,6 +246,10 @@ def _artifact(
         held_out=judged,
         decode_seconds=seconds,
     )
+
+
+SECONDS = 8.0
+"""Seconds for the measurement of a member's decode step."""
 
 
 def _decode_seconds(artifact: Path) -> float | None:

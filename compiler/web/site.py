@@ -57,8 +57,6 @@ RUNTIMES = {
 """Backend -> module of onnxruntime-web, and name of its loader and its binary."""
 MOST_DECODED, MOST_PACKED = 2_600_000_000, 1_000_000_000
 """Bytes of weights up to which the page decodes codes once, and up to which it packs weights as well."""
-RUNTIME_BYTES = 300_000_000
-"""Memory of the page apart from the model, roughly."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +113,10 @@ def make_site(
         (directory / SITE).write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         size = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
     return Site(output, content["bytes"], size - content["bytes"])
+
+
+RUNTIME_BYTES = 300_000_000
+"""Memory of the page apart from the model, roughly."""
 
 
 def _contents(files: Sequence[Mapping[str, Any]], page: Sequence[str], decoded: int) -> dict[str, Any]:

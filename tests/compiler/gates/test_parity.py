@@ -268,7 +268,7 @@ def _tries(*found: tuple[float, int]) -> tuple[CaseResult, list[Case]]:
 
     mask = np.array([[0, 1, 1, 1]])
     case = Case("padded", np.array([[0, 7, 7, 7]]), mask, (4,))
-    return parity._telling(case, Prompts(50, seed=1), run, limit=1e-2, max_excused=0.2)[0], fed
+    return parity._telling(case, Prompts(50, seed=1), run, 1e-2, ParityOptions())[0], fed
 
 
 def test_a_case_that_ties_excuse_is_repeated_with_other_tokens() -> None:
@@ -288,7 +288,7 @@ def test_an_error_in_any_try_counts() -> None:
 
 def test_a_case_is_not_repeated_without_end_nor_without_need() -> None:
     result, fed = _tries((1e-3, 30), (1e-3, 22), (1e-3, 25), (1e-3, 31), (0.0, 0))
-    assert (result.excused, len(fed)) == (22, 1 + parity.OTHER_TOKENS)
+    assert (result.excused, len(fed)) == (22, 1 + ParityOptions().retries)
     assert len(_tries((1e-3, 8), (0.0, 0))[1]) == 1
 
 
