@@ -30,6 +30,7 @@ from pages import put
 from moec import cli
 from moec.compiler.common import markdown
 from moec.compiler.families.tiny_models import write_tiny_checkpoint
+from moec.compiler.frontend.checkpoint import Checkpoint
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden_models" / "olmoe-tiny"
 
@@ -56,8 +57,11 @@ def prepare(root: Path) -> None:
     matrix = {"models": ["checkpoint"], "targets": ["onnx"], "quantize": [{"format": "int8"}]}
     calibration = {
         "policy": "top-p",
-        "checkpoint": {},
-        "entries": [{"budget": 0.7, "parameters": {"mass": 0.8}}, {"budget": 0.5, "parameters": {"mass": 0.6}}],
+        "checkpoint": dict(Checkpoint.open(str(place.checkpoint)).digests),
+        "entries": [
+            {"budget": share, "parameters": {"mass": share + 0.1}, "kept_share": share, "kept_per_layer": [share] * 2}
+            for share in (0.7, 0.5)
+        ],
     }
     search = {"schema_version": 1, "source": {}, "settings": {"checkpoint": str(place.checkpoint), "target": "onnx"}}
     for name, content in {

@@ -13,6 +13,8 @@ import yaml
 from hostile import mutations
 from moec.compiler.common.digest import sha256_of_text
 
+NOTHING = "nothing"
+"""The damage of a file that is valid, to which no command may object."""
 PER_FILE = 16
 """Inputs of each file in which one value is replaced."""
 
@@ -77,12 +79,23 @@ def in_root(name: str) -> Callable[[Place], Path]:
 
 @dataclass(frozen=True)
 class File:
-    """A JSON or YAML file, of which inputs are made."""
+    """A JSON or YAML file, of which inputs are made.
+
+    Attributes:
+        name: Its name in the table.
+        path: Where it lies.
+        commands: The commands that read it.
+        form: "json" or "yaml".
+        accepted: Whether the commands accept the valid file. That of a search is of another checkpoint, since a search
+            that goes on takes minutes.
+        finish: Applied to a document after one of its values was changed.
+    """
 
     name: str
     path: Callable[[Place], Path]
     commands: tuple[Callable[[Place], list[str]], ...]
     form: str = "json"
+    accepted: bool = True
     finish: Callable[[dict[str, Any]], dict[str, Any]] = lambda document: document
 
     def inputs(self, valid: bytes, seed: int) -> Iterator[Input]:
@@ -92,6 +105,8 @@ class File:
         document = json.loads(valid) if self.form == "json" else yaml.safe_load(valid)
         for damage, changed in mutations.of_values(document, PER_FILE, seed):
             found.append((damage, _constant(self._dump(self.finish(changed)))))
+        for command in self.commands if self.accepted else ():
+            yield Input(self.name, NOTHING, self.path, lambda data: data, command)
         for number, (damage, content) in enumerate(found):
             yield Input(self.name, damage, self.path, content, self.commands[number % len(self.commands)])
 
@@ -161,7 +176,11 @@ FILES = (
     File(
         "calibration file",
         in_root("calibration.json"),
-        (lambda p: export(p, "--calibration", str(p.root / "calibration.json"), "--expert-budget", "0.7"),),
+        (
+            lambda p: export(
+                p, *("--routing", "top-p", "--expert-budget", "0.7", "--calibration", str(p.root / "calibration.json"))
+            ),
+        ),
     ),
     File(
         "recipe", in_root("recipe.yaml"), (lambda p: export(p, "--recipe", str(p.root / "recipe.yaml")),), form="yaml"
@@ -182,7 +201,12 @@ FILES = (
         ),
         form="yaml",
     ),
-    File("search.json", in_root("search/search.json"), (lambda p: ["search", str(p.root / "search"), "--resume"],)),
+    File(
+        "search.json",
+        in_root("search/search.json"),
+        (lambda place: ["search", str(place.root / "search"), "--resume"],),
+        accepted=False,
+    ),
 )
 
 

@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from hostile.files import Input, Place
+from hostile.files import NOTHING, Input, Place
 
 SECONDS = 120
 """A process that runs longer is killed: wall time, since the machine may be busy."""
@@ -99,6 +99,7 @@ def judge(item: Input, valid: Path, work: Path, idle: int) -> Outcome:
     faults = [
         f"killed after {SECONDS} s" if code == -signal.SIGKILL else f"signal {-code}" if code < 0 else "",
         "exit code 70" if code == 70 else "",
+        "the valid file is refused" if code and item.damage == NOTHING else "",
         "a traceback" if "Traceback" in text else "",
         f"{seconds:.0f} s" if seconds > SLOW else "",
         f"{memory / 1e9:.1f} GB" if memory > LARGE else "",

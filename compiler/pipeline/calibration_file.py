@@ -5,19 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from moec.compiler.common.errors import UsageError
 from moec.compiler.common.files import read_json
 
 
 class CalibrationEntry(BaseModel):
-    """Parameters of a policy for one budget, and any measurements beside them."""
+    """Parameters of a policy for one budget, what it keeps of the slots, and any measurements beside them."""
 
     model_config = ConfigDict(extra="allow")
 
-    budget: float
+    budget: FiniteFloat
     parameters: dict[str, Any]
+    kept_share: FiniteFloat
+    kept_per_layer: list[FiniteFloat]
 
 
 class CalibrationFile(BaseModel):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from moec.compiler.common.errors import ArtifactError, CheckpointError, OutputError, UsageError
 from moec.compiler.common.files import read_json, write_output
@@ -73,6 +73,16 @@ class Settings(BaseModel):
         return None if self.budget is not None else GENERATIONS if self.generations is None else self.generations
 
 
+class _File(BaseModel):
+    """The content of search.json; `source` has the digests of the checkpoint's files."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    schema_version: Literal[1]
+    source: dict[str, str]
+    settings: dict[str, Any]
+
+
 def make_settings(fields: Mapping[str, Any]) -> Settings:
     """Validate the settings; a field that is None takes its default.
 
@@ -127,16 +137,18 @@ def resumed(directory: Path, checkpoint: str | None = None) -> Settings:
             hint="start one: moec search CHECKPOINT -o DIRECTORY",
         )
     content = read_json(path, ArtifactError, hint="start the search again in another directory")
-    if content.get("schema_version") != SCHEMA_VERSION or not isinstance(content.get("settings"), dict):
+    try:
+        stored = _File.model_validate(content)
+    except ValidationError as error:
         raise ArtifactError(
             f"{path} was not written by this version of moec",
             hint="start the search again in another directory",
-        )
-    settings = make_settings({**content["settings"], **({"checkpoint": checkpoint} if checkpoint else {})})
+        ) from error
+    settings = make_settings({**stored.settings, **({"checkpoint": checkpoint} if checkpoint else {})})
     opened = Checkpoint.open(
         settings.checkpoint, revision=settings.revision, trust_remote_code=settings.trust_remote_code
     )
-    known, found = content.get("source") or {}, opened.digests
+    known, found = stored.source, opened.digests
     if differing := sorted(name for name in {*known, *found} if known.get(name) != found.get(name)):
         raise CheckpointError(
             f"{directory} is a search of another checkpoint than {opened.directory}: {', '.join(differing[:4])} differ",

@@ -132,7 +132,14 @@ def test_a_search_is_not_written_over(
 
 
 @pytest.mark.parametrize(
-    ("content", "code"), [(None, 9), ("{", 9), ("{}", 9), ('{"schema_version": 1, "settings": {}}', 2)]
+    ("content", "code"),
+    [
+        (None, 9),
+        ("{", 9),
+        ("{}", 9),
+        ('{"schema_version": 1, "source": "text", "settings": {}}', 9),
+        ('{"schema_version": 1, "source": {}, "settings": {}}', 2),
+    ],
 )
 def test_what_is_no_search_is_said(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, content: str | None, code: int
