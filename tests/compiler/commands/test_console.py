@@ -123,7 +123,7 @@ def test_colours_and_bars_are_for_terminals_alone() -> None:
     environment = {key: value for key, value in os.environ.items() if key not in {"NO_COLOR", "FORCE_COLOR"}}
     piped = subprocess.run(command, capture_output=True, check=True, env=environment).stderr
     assert b"\x1b" not in piped
-    assert re.fullmatch(rb"weights: 0\.\d s\ngates: \d\.\d s\nerror: wrong\n", piped)
+    assert re.fullmatch(rb"weights: 0\.\d s\ngates: \d\.\d s\nerror: wrong\nhint: .*\n", piped)
     shown = on_a_terminal(*command)
     assert "\x1b[1;31m" in shown
     text = plain(shown)

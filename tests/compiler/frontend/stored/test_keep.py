@@ -135,7 +135,7 @@ def test_codes_are_identical(
             found = inputs[11 if position == 2 else 12]
             assert (points == 8).all() if symmetric else np.array_equal(halves(found), points)
     kept = manifest["quantization"]["kept"]
-    form = "int4:32" if symmetric else "int4:32:asym"
+    form = "int4:32:int8-dynamic" if symmetric else "int4:32:asym:int8-dynamic"
     assert set(kept["experts_down"]) == set(kept["attention"]) == {f"{form}, the codes of the checkpoint"}
     assert manifest["quantization"]["classes"]["experts_down"]["relative_error"] == 0
     assert manifest["rejections"] == []
