@@ -54,7 +54,7 @@ def prepare(root: Path) -> None:
         "quantize": {"format": "int8"},
         "routing": {"policy": "off"},
     }
-    matrix = {"models": ["checkpoint"], "targets": ["onnx"], "quantize": [{"format": "int8"}]}
+    matrix = {"models": ["./checkpoint"], "targets": ["onnx"], "quantize": [{"format": "int8"}]}
     calibration = {
         "policy": "top-p",
         "checkpoint": dict(Checkpoint.open(str(place.checkpoint)).digests),
