@@ -62,29 +62,59 @@ def random_lfm2_checkpoint(directory: Path, tokenizer: Path) -> Path:
     return directory
 
 
+HYBRID: dict[str, Any] = {
+    **BASE,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "max_position_embeddings": 16384,
+    "moe_intermediate_size": BASE["intermediate_size"],
+    "shared_expert_intermediate_size": BASE["intermediate_size"],
+    "linear_num_key_heads": 8,
+    "linear_num_value_heads": 16,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "layer_types": (["linear_attention"] * 3 + ["full_attention"]) * (BASE["num_hidden_layers"] // 4),
+    "tie_word_embeddings": False,
+}
+"""Configuration of similar widths with three layers of the gated delta rule to one of attention."""
+
+
 def random_hybrid_checkpoint(directory: Path) -> Path:
-    """Write a Qwen3-Next checkpoint of similar widths (once): three layers of gated delta rule to one of attention."""
+    """Write a Qwen3-Next checkpoint of similar widths (once)."""
     if not (directory / "model.safetensors").is_file():
         import torch
         from transformers import AutoModelForCausalLM, Qwen3NextConfig
 
         torch.manual_seed(0)
-        widths = {
-            **BASE,
-            "num_key_value_heads": 2,
-            "head_dim": 128,
-            "max_position_embeddings": 16384,
-            "moe_intermediate_size": BASE["intermediate_size"],
-            "shared_expert_intermediate_size": BASE["intermediate_size"],
-            "linear_num_key_heads": 8,
-            "linear_num_value_heads": 16,
-            "linear_key_head_dim": 128,
-            "linear_value_head_dim": 128,
-            "layer_types": (["linear_attention"] * 3 + ["full_attention"]) * (BASE["num_hidden_layers"] // 4),
-            "tie_word_embeddings": False,
-        }
-        model = AutoModelForCausalLM.from_config(Qwen3NextConfig(**widths), dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(Qwen3NextConfig(**HYBRID), dtype=torch.bfloat16)
         model.save_pretrained(directory)
+    return directory
+
+
+def random_qwen3_5_checkpoint(directory: Path, tokenizer: Path) -> Path:
+    """Write a Qwen3.5-MoE checkpoint of the same widths (once): onnxruntime-genai's builder does not take Qwen3-Next.
+
+    Args:
+        directory: Directory of the checkpoint.
+        tokenizer: Directory of a tokenizer, which the builder needs too.
+    """
+    if not (directory / "model.safetensors").is_file():
+        import torch
+        from transformers import Qwen3_5MoeConfig, Qwen3_5MoeForConditionalGeneration
+
+        torch.manual_seed(0)
+        # A quarter of each head is rotated, and the 16 frequencies of it are shared by time, height and width.
+        rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25, "mrope_section": [6, 5, 5]}
+        text = {**HYBRID, "rope_parameters": {**rope, "mrope_interleaved": True}}
+        vision = {"depth": 1, "hidden_size": 64, "intermediate_size": 64, "num_heads": 2}
+        vision |= {"out_hidden_size": HYBRID["hidden_size"], "num_position_embeddings": 64}
+        names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+        ids = {name: HYBRID["vocab_size"] - 1 - index for index, name in enumerate(names)}
+        config = Qwen3_5MoeConfig(text_config=text, vision_config=vision, tie_word_embeddings=False, **ids)
+        model = Qwen3_5MoeForConditionalGeneration._from_config(config, dtype=torch.bfloat16)
+        model.save_pretrained(directory)
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(tokenizer / name, directory / name)
     return directory
 
 

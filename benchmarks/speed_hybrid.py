@@ -1,12 +1,16 @@
 """Speed of a hybrid model in int4: decode after a short and a long past, against transformers, on one thread.
 
-    python benchmarks/speed_hybrid.py [--work DIR] [--rounds 5] [--long 8192]
+    python benchmarks/speed_hybrid.py [--work DIR] [--rounds 5] [--long 8192] [--genai]
 
 The checkpoint is a random Qwen3-Next of 1.0 GB in bfloat16: six layers of the gated delta rule and two of attention.
 moec runs int4 weights with int8 activations; transformers runs the checkpoint in bfloat16 with eager attention. Each
 decode step of one is timed beside one of the other. The last table has moec's steps after 128 and after `--long`
 tokens, the time of the kernels of recurrent layers in them by ONNX Runtime's profile, which does not depend on the
 past, and the bytes of the states of each kind.
+
+With `--genai` (needs onnxruntime-genai) there is only one table, of a random Qwen3.5-MoE of the same widths: the model
+that onnxruntime-genai's builder makes of it in int4, as it is and with int8 activations for the experts too, and moec's
+int4, opened as it is and from packed weights (`moec pack`, which `moec run` does by itself).
 """
 
 from __future__ import annotations
@@ -23,12 +27,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from arguments import add_flags
-from checkpoints import random_hybrid_checkpoint
+from checkpoints import random_hybrid_checkpoint, random_qwen3_5_checkpoint
 from machine import describe
-from speed import STEPS, Model, Moec, compare, cpu_ms
+from speed import STEPS, Genai, Model, Moec, compare, cpu_ms
+from speed_int4 import build_genai, expert_activations_in_int8
 
 SHORT = 128
 PROFILED = 60
+ROOT = Path(__file__).resolve().parents[1]
 RECURRENT = ("LinearAttention", "LinearAttentionGate", "CausalConvWithState")
 
 
@@ -110,27 +116,50 @@ def recurrent_ms(directory: Path, past: int) -> float:
 
 def _state_bytes(model: Moec) -> tuple[list[int], list[int]]:
     """Bytes of every recurrent and convolution state, and of every key and value cache, that a runner holds."""
-    states = {name: value.numpy().nbytes for name, value in model.runner._states.values.items()}
+    states = {name: model.runner._states.current(name).nbytes for name in model.runner._states.presents}
     recurrent = [size for name, size in states.items() if "conv" in name or "recurrent" in name]
     return recurrent, [size for name, size in states.items() if name.endswith((".key", ".value"))]
 
 
+def beside_genai(work: Path) -> dict[str, Model]:
+    """Qwen3.5-MoE in onnxruntime-genai and in moec, in the order of the table."""
+    from moec.compiler.run.packing import pack_into
+
+    checkpoint = random_qwen3_5_checkpoint(work / "qwen3.5-1gb", ROOT / "golden_models" / "olmoe-tiny")
+    built = build_genai(checkpoint, work / "qwen3.5-genai")
+    rounded = expert_activations_in_int8(built, work / "qwen3.5-genai-int8")
+    artifact, packed = export_int4(checkpoint, work / "qwen3.5-int4"), work / "qwen3.5-packed"
+    if not packed.is_dir():
+        pack_into(artifact, packed, lambda *_: None)
+    return {
+        "onnxruntime-genai int4, as its builder makes it": Genai(str(built)),
+        "onnxruntime-genai int4, int8 activations for experts": Genai(str(rounded)),
+        "moec int4": Moec(str(artifact)),
+        "moec int4, packed": Moec(str(packed)),
+    }
+
+
+def beside_transformers(work: Path, rounds: int, long: int) -> None:
+    """Qwen3-Next in transformers and in moec, and moec after a short and a long past."""
+    checkpoint = random_hybrid_checkpoint(work / "qwen3-next-1gb")
+    artifact = export_int4(checkpoint, work / "qwen3-next-int4")
+    compare({"transformers, bfloat16": Transformers(checkpoint), "moec int4": Moec(str(artifact))}, rounds)
+    print(f"\n{describe()}\n")
+    print(by_past(artifact, (SHORT, long), rounds))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, help="directory that keeps checkpoint and artifact")
+    parser.add_argument("--work", type=Path, help="directory that keeps checkpoints and artifacts")
+    parser.add_argument("--genai", action="store_true", help="compare with onnxruntime-genai")
     add_flags(parser, rounds=5, long=8192)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         work = options.work or Path(temporary)
-        checkpoint = random_hybrid_checkpoint(work / "qwen3-next-1gb")
-        artifact = export_int4(checkpoint, work / "qwen3-next-int4")
-        models: dict[str, Model] = {
-            "transformers, bfloat16": Transformers(checkpoint),
-            "moec int4": Moec(str(artifact)),
-        }
-        compare(models, options.rounds)
-        print(f"\n{describe()}\n")
-        print(by_past(artifact, (SHORT, options.long), options.rounds))
+        if options.genai:
+            compare(beside_genai(work), options.rounds)
+        else:
+            beside_transformers(work, options.rounds, options.long)
 
 
 if __name__ == "__main__":

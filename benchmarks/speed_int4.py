@@ -16,6 +16,7 @@ lm_head in Q6_K; llama.cpp also rounds activations to int8.
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shutil
 import subprocess
@@ -56,21 +57,29 @@ def build_moec(checkpoint: Path, directory: Path, chosen: Any, flavor: str) -> P
 
 
 def build_genai(checkpoint: Path, directory: Path) -> Path:
-    """Run onnxruntime-genai's builder, once, and enable int8 activations for QMoE."""
-    import onnx
-
+    """Run onnxruntime-genai's builder, once, with int8 activations, which it does not set for the experts."""
     if not directory.is_dir():
         made = directory.with_suffix(".partial")
         shutil.rmtree(made, ignore_errors=True)
         command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-m", str(checkpoint), "-o", str(made)]
         extra = ["-p", "int4", "-e", "cpu", "--extra_options", "int4_accuracy_level=4"]
         subprocess.run([*command, *extra], check=True, capture_output=True)
-        model = onnx.load(made / "model.onnx", load_external_data=False)
+        made.rename(directory)
+    return directory
+
+
+def expert_activations_in_int8(built: Path, directory: Path) -> Path:
+    """A copy of a model that onnxruntime-genai's builder made (once), with int8 activations for QMoE too."""
+    import onnx
+
+    if not directory.is_dir():
+        shutil.copytree(built, directory, copy_function=os.link)
+        model = onnx.load(built / "model.onnx", load_external_data=False)
         for node in model.graph.node:
             if node.op_type == "QMoE":
                 node.attribute.append(onnx.helper.make_attribute("accuracy_level", 4))
-        onnx.save(model, made / "model.onnx")
-        made.rename(directory)
+        (directory / "model.onnx").unlink()
+        onnx.save(model, directory / "model.onnx")
     return directory
 
 
@@ -156,7 +165,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         work = options.work or Path(temporary)
         peer = random_lfm2_checkpoint(work / "lfm2-1gb", ROOT / "golden_models" / "olmoe-tiny")
-        models: dict[str, Model] = {"onnxruntime-genai int4": Genai(str(build_genai(peer, work / "genai-int4")))}
+        rounded = expert_activations_in_int8(build_genai(peer, work / "genai-built"), work / "genai-int4")
+        models: dict[str, Model] = {"onnxruntime-genai int4": Genai(str(rounded))}
         checkpoint = random_checkpoint(work / "olmoe-1gb")
         for name, (chosen, flavor, runner) in ROWS.items():
             directory = work / re.sub(r"\W+", "-", f"{name.split(',')[0]} {flavor}")
