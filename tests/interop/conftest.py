@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -45,6 +47,19 @@ def environment() -> Callable[[str, Path], Path]:
         return python
 
     return make
+
+
+@pytest.fixture(scope="session")
+def genai() -> Any:
+    """The module onnxruntime_genai, pinned, on the onnxruntime that is installed here; installed once, then kept."""
+    requirements = Path(__file__).with_name("genai-requirements.txt")
+    directory = cache_directory() / f"genai-{hashlib.sha256(requirements.read_bytes()).hexdigest()[:12]}"
+    if not (directory / "installed").exists():
+        pip = (sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", directory)
+        subprocess.run([*pip, "-r", requirements], check=True)
+        (directory / "installed").touch()
+    sys.path.append(str(directory))
+    return importlib.import_module("onnxruntime_genai")
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,37 +15,36 @@ from moec.targets.onnx.target import Provider
 pytestmark = pytest.mark.interop
 
 
-def test_greedy_tokens(export_golden: Callable[[str], Path], golden_prompts: list[tuple[list[int], list[int]]]) -> None:
-    import onnxruntime_genai as og
-
+def test_greedy_tokens(
+    genai: Any, export_golden: Callable[[str], Path], golden_prompts: list[tuple[list[int], list[int]]]
+) -> None:
     directory = export_golden("genai")
-    model = og.Model(str(directory))
+    model = genai.Model(str(directory))
     for prompt, greedy in golden_prompts:
-        parameters = og.GeneratorParams(model)
+        parameters = genai.GeneratorParams(model)
         parameters.set_search_options(max_length=len(prompt) + len(greedy))
-        generator = og.Generator(model, parameters)
+        generator = genai.Generator(model, parameters)
         generator.append_tokens(np.asarray(prompt, dtype=np.int32))
         while not generator.is_done():
             generator.generate_next_token()
         assert list(generator.get_sequence(0)) == prompt + greedy
 
 
-def test_text_and_padded_batch(export_golden: Callable[[str], Path]) -> None:
+def test_text_and_padded_batch(genai: Any, export_golden: Callable[[str], Path]) -> None:
     """Its tokenizer reads ours, and a batch that it pads on the left answers as its sequences alone."""
-    import onnxruntime_genai as og
     from tokenizers import Tokenizer
 
     directory = export_golden("genai")
-    model = og.Model(str(directory))
-    tokenizer, own = og.Tokenizer(model), Tokenizer.from_file(str(directory / "tokenizer.json"))
+    model = genai.Model(str(directory))
+    tokenizer, own = genai.Tokenizer(model), Tokenizer.from_file(str(directory / "tokenizer.json"))
     texts = ["The function returns", "It is a truth universally acknowledged, that a single man"]
     ids = [list(tokenizer.encode(text)) for text in texts]
     assert ids == [own.encode(text).ids for text in texts]
 
     def answer(prompts: list[str]) -> list[list[int]]:
-        parameters = og.GeneratorParams(model)
+        parameters = genai.GeneratorParams(model)
         parameters.set_search_options(max_length=40, batch_size=len(prompts))
-        generator = og.Generator(model, parameters)
+        generator = genai.Generator(model, parameters)
         generator.append_tokens(tokenizer.encode_batch(prompts))
         for _ in range(16):
             generator.generate_next_token()
@@ -53,10 +53,8 @@ def test_text_and_padded_batch(export_golden: Callable[[str], Path]) -> None:
     assert answer(texts) == [answer([text])[0] for text in texts]
 
 
-def test_names_of_execution_providers(export_golden: Callable[[str], Path]) -> None:
+def test_names_of_execution_providers(genai: Any, export_golden: Callable[[str], Path]) -> None:
     """It knows every name that `--provider` takes, whether or not this build has the provider."""
-    import onnxruntime_genai as og
-
     directory = export_golden("genai")
     described = json.loads((directory / "genai_config.json").read_text())
     refused = {}
@@ -65,17 +63,15 @@ def test_names_of_execution_providers(export_golden: Callable[[str], Path]) -> N
         described["model"]["decoder"]["session_options"]["provider_options"] = options
         (directory / "genai_config.json").write_text(json.dumps(described))
         try:
-            og.Model(str(directory))
+            genai.Model(str(directory))
         except RuntimeError as error:
             refused[str(provider)] = "Unknown provider name" in str(error)
     assert [name for name, unknown in refused.items() if unknown] == ["nonsense"]
     assert "cpu" not in refused
 
 
-def test_packed_weights(golden_model: Path, tmp_path: Path) -> None:
+def test_packed_weights(genai: Any, golden_model: Path, tmp_path: Path) -> None:
     """A packed copy gives the logits of the artifact bit for bit."""
-    import onnxruntime_genai as og
-
     import moec
     from moec.compiler.run.packing import pack_into
 
@@ -84,10 +80,10 @@ def test_packed_weights(golden_model: Path, tmp_path: Path) -> None:
     pack_into(tmp_path / "out", tmp_path / "packed", lambda *_: None)
     found = []
     for directory in (tmp_path / "out", tmp_path / "packed"):
-        model = og.Model(str(directory))
-        parameters = og.GeneratorParams(model)
+        model = genai.Model(str(directory))
+        parameters = genai.GeneratorParams(model)
         parameters.set_search_options(max_length=64, do_sample=False)
-        generator = og.Generator(model, parameters)
+        generator = genai.Generator(model, parameters)
         generator.append_tokens(np.array([5, 20, 300, 7], np.int32))
         logits = []
         for _ in range(40):
@@ -100,10 +96,8 @@ def test_packed_weights(golden_model: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["qwen3_next", "nemotron_h", "jamba"])
-def test_states_of_recurrent_layers(family: str, tmp_path: Path) -> None:
+def test_states_of_recurrent_layers(genai: Any, family: str, tmp_path: Path) -> None:
     """It finds them by their names, whole and after a prompt in two pieces."""
-    import onnxruntime_genai as og
-
     import moec
     from moec.compiler.families.tiny_models import write_tiny_checkpoint
     from moec.targets import get_target
@@ -117,11 +111,11 @@ def test_states_of_recurrent_layers(family: str, tmp_path: Path) -> None:
     for _ in range(16):
         want.append(int(logits[0, -1].argmax()))
         logits = runner.decode(np.array([want[-1:]]))
-    model = og.Model(str(directory))
+    model = genai.Model(str(directory))
     for cuts in ((21,), (8, 21)):
-        parameters = og.GeneratorParams(model)
+        parameters = genai.GeneratorParams(model)
         parameters.set_search_options(max_length=len(want), do_sample=False)
-        generator, start = og.Generator(model, parameters), 0
+        generator, start = genai.Generator(model, parameters), 0
         for cut in cuts:
             generator.append_tokens(prompt[start:cut])
             start = cut
