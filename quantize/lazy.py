@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from moec.compiler.ir.derived_weights import Member
 from moec.compiler.ir.weights import Converted, LazyTensor
 from moec.quantize.formats import IntegerFormat, PaletteFormat, TableFormat, check_matrix
 from moec.quantize.methods.palettize import PalettizedTensor, choose_palettes, palettize
@@ -125,6 +126,13 @@ class Quantized(Coded):
             torch.cat(zero_points)[start:stop] if zero_points else None,
         )
 
+    def members(self) -> tuple[Quantized, ...]:
+        """The matrices [N, K] of a stack [E, N, K], each a tensor of its own with the same codes."""
+        return tuple(
+            _Member(f"{self.name}.{index}", Member(self.source, index), self.format, stack=self, index=index)
+            for index in range(self.shape[0])
+        )
+
     def errors(self) -> list[float]:
         """Squared error over squared norm of each matrix (of each slice of rows) that has been rounded so far."""
         if self.rounded:
@@ -179,6 +187,20 @@ class GivenCodes(Quantized):
     @abstractmethod
     def _quantize(self, start: int, stop: int) -> QuantizedTensor:
         """The codes of the slice [start, stop) along axis 0."""
+
+
+@dataclass(frozen=True)
+class _Member(GivenCodes):
+    """One matrix of a stack, whose errors the stack keeps."""
+
+    stack: Quantized | None = None
+    index: int = 0
+
+    def _quantize(self, start: int, stop: int) -> QuantizedTensor:
+        assert self.stack is not None
+        own = self.stack._quantize(self.index, self.index + 1)[0]
+        zero_points = None if own.zero_points is None else own.zero_points[start:stop]
+        return QuantizedTensor(own.format, own.codes[start:stop], own.scales[start:stop], zero_points)
 
 
 @dataclass(frozen=True)

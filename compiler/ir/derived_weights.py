@@ -78,6 +78,28 @@ class Sliced(LazyTensor):
         return None if source is None else Sliced(source, self.start, self.count)
 
 
+@dataclass(frozen=True)
+class Member(LazyTensor):
+    """Entry `index` of `source` along axis 0, such as one expert of a stack."""
+
+    source: LazyTensor
+    index: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        """Shape of the source without axis 0."""
+        return self.source.shape[1:]
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        """Dtype of the source."""
+        return self.source.dtype
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Read the entry whole, since a slice of the source has whole entries."""
+        return self.source.rows(self.index, self.index + 1)[0, start:stop]
+
+
 def permute(source: LazyTensor, order: Sequence[int]) -> LazyTensor:
     """The axes of `source` in another order, contiguous; computed row by row if axis 0 stays first."""
     order = [axis % len(source.shape) for axis in order]

@@ -84,7 +84,7 @@ class _Function:
 
     def _is_repeated(self, operation: Any, names: Names, constants: Constants) -> bool:
         (output,) = operation.outputs
-        if output.name in self._public:
+        if output.name in self._public or not self._numbered.fullmatch(output.name):
             return False
         key = tuple(item.SerializeToString(deterministic=True) for item in (output.type, operation.attributes["val"]))
         known = constants.get(key)

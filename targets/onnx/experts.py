@@ -23,7 +23,7 @@ LAYERS = "moec.layers"
 
 EXTERNAL_DATA = "session.model_external_initializers_file_folder_path"
 NO_PREPACKING = "session.disable_prepacking"
-PACKED = frozenset({"QMoE"})
+PACKED = frozenset({"QMoE", "MatMulNBits"})
 """Kernels that always compute with prepacked weights: without prepacking, another kernel would be tested."""
 
 

@@ -20,8 +20,8 @@ TABLE = "moec.weights"
 Float weights: `initializer`, or `per_expert` with `{}` for the index of the expert; `transposed` and `interleaved`
 describe how the layout differs from the Program's. Quantized weights: the initializers that hold `codes`, `scales` and
 `zero_points` (or null); `first`, the row of these at which the weight begins; its `shape`, `bits` and `block`; whether
-codes are `signed`; `interleaved`; `rounded_by`, the kernel that rounds the activations of products with the weight, or
-null; and `transposed`, in which case a stack has initializers for each expert, with `{}` for its index.
+codes are `signed`; `interleaved`; `transposed`; and `rounded_by`, the kernel that rounds the activations of products
+with the weight, or null. Names with `{}` for the index of the expert stand for the initializers of each.
 """
 
 
@@ -79,6 +79,9 @@ def _coded(read: Read, entry: Mapping[str, Any]) -> StoredWeight:
     first, shape, bits, block = entry["first"], entry["shape"], entry["bits"], entry["block"]
 
     def part(name: str, start: int, stop: int) -> np.ndarray:
+        if "{}" in entry[name]:
+            each = [_whole(read, entry[name].format(index)) for index in range(start, stop)]
+            return np.stack(each).reshape(stop - start, *shape[1:-1], -1)
         value = read(entry[name], first + start, first + stop).reshape(stop - start, *shape[1:-1], -1)
         return _deinterleaved(value) if entry["interleaved"] else value
 

@@ -101,15 +101,13 @@ class OnnxTarget(base.Target):
         """Ops without a lowering and what the flavor cannot express; else the first thing that the lowering refuses."""
         from moec.targets.common.refusals import refused_by, unsupported_ops
         from moec.targets.onnx import lower
-        from moec.targets.onnx.lowerings import experts, group_query, quantized
+        from moec.targets.onnx.lowerings import experts, group_query
         from moec.targets.onnx.lowerings.table import TABLE
 
         assert isinstance(options, OnnxOptions)
         portable = options.flavor is Flavor.PORTABLE
         refused = group_query.refusals(program) if options.flavor is Flavor.GENAI else ()
-        refused += experts.refusals(program, contrib=not portable)
-        if not portable:
-            refused += quantized.refusals(program)
+        refused += experts.refusals(program) if portable else ()
         refused += unsupported_ops(self.name, TABLE, program.graph.nodes)
         return refused or refused_by(self.name, lambda: lower.build(program, _dialect(program, options)))
 

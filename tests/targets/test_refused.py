@@ -44,10 +44,6 @@ CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any], str, str]] = {
         *("olmoe", "onnx", {"flavor": "portable"}, {"format": "int4"}),
         *("so experts in int4:64 are not supported here", "of these layers float"),
     ),
-    "onnx, a gate without a kernel": (
-        *("gemma4_text", "onnx", {}, {"format": "int8"}),
-        *("the kernel has no gated gelu_tanh", "of these layers float"),
-    ),
     "onnx, narrow heads": (
         *("heads of 20", "onnx", {"flavor": "genai"}, {}),
         *("a multiple of 8 as head size, not 20", "--target onnx --help"),

@@ -23,7 +23,14 @@ from torch import Tensor
 from moec.compiler.ir.weights import LazyTensor
 from moec.quantize.lazy import Quantized
 from moec.targets.onnx.context import Context
-from moec.targets.onnx.lowerings.quantized import pack, packed_product, stored_entry
+from moec.targets.onnx.lowerings.quantized import (
+    Product,
+    pack,
+    packed_product,
+    packed_products,
+    product_with,
+    stored_entry,
+)
 
 ENTRY: Mapping[str, Any] = {"signed": True, "transposed": True}
 """How the codes of this form are stored; see `moec.targets.onnx.stored.TABLE`."""
@@ -31,7 +38,11 @@ ENTRY: Mapping[str, Any] = {"signed": True, "transposed": True}
 
 def is_decoded(ctx: Context, *weights: Quantized) -> bool:
     """Whether the dialect takes this form for these weights; those with zero points stay with the kernels."""
-    return ctx.dialect.decode and all(weight.format.symmetric and weight.shape[-2] % 2 == 0 for weight in weights)
+    return (
+        ctx.dialect.decode
+        and bool(weights)
+        and all(weight.format.symmetric and weight.shape[-2] % 2 == 0 for weight in weights)
+    )
 
 
 def coded_product(ctx: Context, x: ir.Value, weights: Mapping[str, Quantized], dtype: torch.dtype) -> ir.Value:
@@ -43,59 +54,37 @@ def coded_product(ctx: Context, x: ir.Value, weights: Mapping[str, Quantized], d
     for own_name, own in weights.items():
         ctx.others[own_name] = stored_entry(own, own.block, first=first, base=name, **ENTRY)
         first += own.shape[0]
-    return ctx.op("MatMul", x, _decoded(ctx, name, [_Part(own, None) for own in stores], dtype))
+    return ctx.op("MatMul", x, _decoded(ctx, name, stores, dtype))
 
 
-def matrices(ctx: Context, name: str, stack: Quantized, dtype: torch.dtype) -> list[ir.Value]:
-    """The matrices [K, N] of a stack of experts [E, N, K]."""
+def expert_products(ctx: Context, name: str, stack: Quantized, dtype: torch.dtype) -> list[Product]:
+    """The products with each matrix of a stack of experts [E, N, K], in the dialect's form."""
+    if not is_decoded(ctx, stack):
+        return packed_products(ctx, name, stack, dtype)
     ctx.experts[name] = stored_entry(stack, stack.block, base=f"{name}.{{}}", **ENTRY)
-    parts = [_Part(stack, index) for index in range(stack.shape[0])]
-    for index, part in enumerate(parts):
-        # All codes are written before the scales, which the stack keeps until then.
-        _codes(ctx, f"{name}.{index}", [part])
-    return [_decoded(ctx, f"{name}.{index}", [part], dtype) for index, part in enumerate(parts)]
-
-
-@dataclass(frozen=True)
-class _Part:
-    """A quantized matrix [N, K]: a tensor of its own, or one of a stack (`index`)."""
-
-    source: Quantized
-    index: int | None
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.source.shape[-2:])
-
-    def codes(self) -> Tensor:
-        """Signed codes [N, K], int8."""
-        return self._own(self.source.quantized_rows(*self._rows).codes)
-
-    def scales(self) -> Tensor:
-        """Scales [N, G]."""
-        return self._own(self.source.scale_rows(*self._rows).scales)
-
-    @property
-    def _rows(self) -> tuple[int, int]:
-        return (0, self.source.shape[0]) if self.index is None else (self.index, self.index + 1)
-
-    def _own(self, value: Tensor) -> Tensor:
-        return value if self.index is None else value[0]
+    members = stack.members()
+    for member in members:
+        # All codes are written before the scales, which each member keeps until then.
+        _codes(ctx, member.name, [member])
+    matrices = [_decoded(ctx, member.name, [member], dtype) for member in members]
+    return [product_with(ctx, matrix) for matrix in matrices]
 
 
 @dataclass(frozen=True)
 class _Turned(LazyTensor):
     """Matrices side by side, transposed: packed codes [K, N] (`bits`), or scales [G, N]. All are in memory at once."""
 
-    parts: tuple[_Part, ...]
+    parts: tuple[Quantized, ...]
     shape: tuple[int, ...]
     dtype: torch.dtype
     bits: int = 0
 
     def read(self) -> Tensor:
         if not self.bits:
-            return torch.cat([part.scales() for part in self.parts]).T.to(self.dtype).contiguous()
-        codes = torch.cat([part.codes() for part in self.parts]).T.contiguous().view(torch.uint8)
+            scales = [part.scale_rows(0, part.shape[0]).scales for part in self.parts]
+            return torch.cat(scales).T.to(self.dtype).contiguous()
+        codes = torch.cat([part.quantized_rows(0, part.shape[0]).codes for part in self.parts])
+        codes = codes.T.contiguous().view(torch.uint8)
         return pack(codes & 15 if self.bits == 4 else codes, self.bits)
 
     def rows(self, start: int, stop: int) -> Tensor:
@@ -105,16 +94,16 @@ class _Turned(LazyTensor):
         yield self.read()
 
 
-def _codes(ctx: Context, name: str, parts: Sequence[_Part]) -> ir.Value:
-    bits = parts[0].source.format.bits
+def _codes(ctx: Context, name: str, parts: Sequence[Quantized]) -> ir.Value:
+    bits = parts[0].format.bits
     count, columns = sum(part.shape[0] for part in parts), parts[0].shape[1]
     turned = _Turned(tuple(parts), (columns, count * bits // 8), torch.uint8, bits)
     kind = ir.DataType.INT4 if bits == 4 else ir.DataType.INT8
     return ctx.initializer(f"{name}.codes", turned, packed=(kind, (columns, count)))
 
 
-def _decoded(ctx: Context, name: str, parts: Sequence[_Part], dtype: torch.dtype) -> ir.Value:
-    block = parts[0].source.block
+def _decoded(ctx: Context, name: str, parts: Sequence[Quantized], dtype: torch.dtype) -> ir.Value:
+    block = parts[0].block
     shape = (parts[0].shape[1] // block, sum(part.shape[0] for part in parts))
 
     def decode() -> ir.Value:

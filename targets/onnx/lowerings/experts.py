@@ -7,7 +7,7 @@ normalise them, and multiplies the output by their sum.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,31 +37,35 @@ FLOAT_HINT = (
 )
 
 
-def kernel_refusal(gate: Gate) -> str:
-    """Why the MoE kernels of ONNX Runtime cannot compute `gate`; empty where they can."""
+def kernel_refusal(gate: Gate, coded: Sequence[Quantized], stacks: int) -> str:
+    """Why `MoE` and `QMoE` of ONNX Runtime cannot compute these experts; empty where they can.
+
+    Args:
+        gate: The activation.
+        coded: Those of the projections that are quantized.
+        stacks: Number of projections.
+    """
     if gate.gated and gate.activation != "silu":
         return f"the kernel has no gated {gate.activation}"
     if gate.limit and gate.limit_activated:
         return f"the kernel clamps the input of {gate.activation}, but this model clamps its output"
     if not gate.gated and gate.activation not in PLAIN_KERNELS:
         return f"the kernel has no {gate.activation}"
+    if 0 < len(coded) < stacks:
+        return "the kernel does not take one projection in floats and the other in integers"
+    if not quantized.same_bits(*coded):
+        return "the kernel needs the same number of bits for both projections"
     return ""
 
 
-def refusals(program: Program, *, contrib: bool) -> tuple[Rejection, ...]:
-    """Quantized experts that no kernel can compute: standard ops would need their weights as floats.
-
-    Args:
-        program: The Program to lower.
-        contrib: Whether ops of the `com.microsoft` domain may be used.
-    """
+def refusals(program: Program) -> tuple[Rejection, ...]:
+    """Quantized experts in a dialect of standard ops, which would need their weights as floats."""
     found = []
     for node in program.nodes(EXPERTS):
         own = Experts.of(node)
         form = _format(program, own.gate_up_proj) or _format(program, own.down_proj)
-        reason = kernel_refusal(own.gate) if contrib else "standard ONNX has no product of quantized experts"
-        if form and reason:
-            reason += f", so experts in {form} are not supported here"
+        if form:
+            reason = f"standard ONNX has no product of quantized experts, so experts in {form} are not supported here"
             found.append(Rejection("onnx", module_of(node), reason, FLOAT_HINT))
     return tuple(found)
 
@@ -111,19 +115,17 @@ def _spread(ctx: Context, node: fx.Node, slots: ir.Value) -> ir.Value:
 
 def _experts(ctx: Context, node: fx.Node) -> ir.Value:
     own = Experts.of(node)
-    gate = own.gate
-    refusal = kernel_refusal(gate) if ctx.dialect.contrib else ""
-    if refusal:
-        ctx.reject(node, f"{refusal}: experts run in standard ops, two matrix products each")
-    if refusal or not ctx.dialect.contrib:
-        return grouped(ctx, node, gate)
+    gate, contrib = own.gate, ctx.dialect.contrib
     stacks = [_stored(ctx, stack) for stack in (own.gate_up_proj, own.down_proj)]
     coded = [stack for stack in stacks if isinstance(stack, Quantized)]
-    if len(coded) == len(stacks):
-        return grouped(ctx, node, gate) if is_decoded(ctx, *coded) else _quantized(ctx, node, gate)
-    if ctx.dialect.grouped:
+    refusal = kernel_refusal(gate, coded, len(stacks)) if contrib else ""
+    if refusal:
+        ctx.reject(node, f"{refusal}: each expert runs as two matrix products")
+    if refusal or not contrib or is_decoded(ctx, *coded):
         return grouped(ctx, node, gate)
-    return _kernel(ctx, node, gate)
+    if coded:
+        return _quantized(ctx, node, gate)
+    return grouped(ctx, node, gate) if ctx.dialect.grouped else _kernel(ctx, node, gate)
 
 
 def _stored(ctx: Context, argument: Any) -> Any:

@@ -4,7 +4,8 @@ A slot is one of the k experts that the router selected for a token; there are T
 
 Every expert is a pair of constant matrices, which ONNX Runtime packs once, when the model is loaded. The `MoE` kernel
 packs them at every call, which costs a third of a prefill. An expert without tokens costs two products of no rows,
-which return at once. All other steps run once for all experts.
+which return at once. All other steps run once for all experts. Quantized experts take this form where `QMoE` cannot
+compute them: their products are `MatMulNBits`, which also returns at once without rows.
 
 ```
 experts, slots = NonZero(expert of a slot is e, [E, T * k])  # sorted by expert, since NonZero goes row by row
@@ -27,8 +28,9 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 import torch
-from torch import Tensor, fx
+from torch import fx
 
+from moec.compiler.ir.derived_weights import Member
 from moec.compiler.ir.experts import Gate
 from moec.compiler.ir.operands import Experts
 from moec.compiler.ir.weights import LazyTensor, swap_last
@@ -37,6 +39,7 @@ from moec.targets.common.arguments import result_dtype
 from moec.targets.common.gate import gated
 from moec.targets.onnx.context import DTYPES, Context, np_dtype
 from moec.targets.onnx.lowerings import decoded
+from moec.targets.onnx.lowerings.quantized import Product, product_with
 
 
 def grouped(ctx: Context, node: fx.Node, gate: Gate) -> ir.Value:
@@ -124,23 +127,23 @@ def _products(ctx: Context, rows: ir.Value, counts: ir.Value, stack: fx.Node) ->
     name = ctx.program.weights.resolve(str(stack.target))
     stored = ctx.program.weights[name]
     if isinstance(stored, Quantized):
-        return _each(ctx, rows, counts, decoded.matrices(ctx, name, stored, stack.meta["val"].dtype))
-    tensor = ctx.lazy(stack)
+        products = decoded.expert_products(ctx, name, stored, stack.meta["val"].dtype)
+    else:
+        products = _float_products(ctx, name, ctx.lazy(stack))
+    if len(products) == 1:
+        return [products[0](rows)]
+    parts = ctx.ops("Split", rows, counts, outputs=len(products), axis=0)
+    return [product(part) for product, part in zip(products, parts, strict=True)]
+
+
+def _float_products(ctx: Context, name: str, tensor: LazyTensor) -> list[Product]:
     half = ctx.stored_half(name) and tensor.dtype is torch.float32
     ctx.experts[name] = {"per_expert": f"{name}.{{}}" + (".fp16" if half else ""), "transposed": True}
-    matrices = []
-    for index in range(tensor.shape[0]):
-        row = _Row(tensor, index)
-        matrices.append(ctx.initializer(f"{name}.{index}", swap_last(row), half=half))
-    return _each(ctx, rows, counts, matrices)
-
-
-def _each(ctx: Context, rows: ir.Value, counts: ir.Value, matrices: list[ir.Value]) -> list[ir.Value]:
-    """Each expert's rows of [N, K] times its matrix [K, M]."""
-    if len(matrices) == 1:
-        return [ctx.op("MatMul", rows, matrices[0])]
-    parts = ctx.ops("Split", rows, counts, outputs=len(matrices), axis=0)
-    return [ctx.op("MatMul", part, matrix) for part, matrix in zip(parts, matrices, strict=True)]
+    matrices = [
+        ctx.initializer(f"{name}.{index}", swap_last(Member(tensor, index)), half=half)
+        for index in range(tensor.shape[0])
+    ]
+    return [product_with(ctx, matrix) for matrix in matrices]
 
 
 def _biases(ctx: Context, stack: fx.Node, slots: _Slots) -> ir.Value:
@@ -148,20 +151,6 @@ def _biases(ctx: Context, stack: fx.Node, slots: _Slots) -> ir.Value:
     name = ctx.program.weights.resolve(str(stack.target))
     ctx.experts[name] = {"initializer": name, "interleaved": False, "transposed": False}
     return ctx.op("Gather", ctx.tensor(stack), slots.experts, axis=0)
-
-
-class _Row(LazyTensor):
-    """One expert of a stack."""
-
-    def __init__(self, stack: LazyTensor, index: int) -> None:
-        self._stack, self._index = stack, index
-        self.shape, self.dtype = stack.shape[1:], stack.dtype
-
-    def read(self) -> Tensor:
-        return self._stack.rows(self._index, self._index + 1)[0]
-
-    def rows(self, start: int, stop: int) -> Tensor:
-        return self.read()[start:stop]
 
 
 def activate(ctx: Context, projected: ir.Value, gate: Gate, dtype: torch.dtype) -> ir.Value:

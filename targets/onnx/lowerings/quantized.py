@@ -10,10 +10,8 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, fx
 
-from moec.compiler.common.rejections import Rejection
 from moec.compiler.ir.experts import Gate
 from moec.compiler.ir.operands import Experts
-from moec.compiler.ir.program import EXPERTS, Program, module_of
 from moec.compiler.ir.weights import LazyTensor, concatenate
 from moec.quantize.formats import Activations
 from moec.quantize.lazy import Quantized, Scales
@@ -28,6 +26,9 @@ BLOCKS = (128, 64, 32, 16)
 INT8_ACTIVATIONS = 4
 """The `accuracy_level` with which a kernel quantizes its activations to int8."""
 LINEAR_KERNEL, EXPERTS_KERNEL = "MatMulNBits", "QMoE"
+
+Product = Callable[[ir.Value], ir.Value]
+"""A product with a constant matrix: activations [..., K] -> [..., N]."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,11 @@ def dequantized_product(ctx: Context, node: fx.Node, x: ir.Value, name: str, wei
     return product
 
 
+def product_with(ctx: Context, matrix: ir.Value) -> Product:
+    """The product with a matrix [K, N] of floats."""
+    return lambda x: ctx.op("MatMul", x, matrix)
+
+
 def packed_product(ctx: Context, x: ir.Value, weights: Mapping[str, Quantized], dtype: torch.dtype) -> ir.Value:
     """`x @ weight.T` by one MatMulNBits for several weights of the same format and K, with outputs concatenated.
 
@@ -137,7 +143,26 @@ def packed_product(ctx: Context, x: ir.Value, weights: Mapping[str, Quantized], 
         weights: Weights [N, K] by name.
         dtype: dtype of the activations.
     """
-    name, stores = "+".join(weights), list(weights.values())
+    name, stores, first = "+".join(weights), list(weights.values()), 0
+    kernel = rounding_kernel(LINEAR_KERNEL, *stores)
+    for own_name, own in weights.items():
+        ctx.others[own_name] = stored_entry(own, kernel_block(*stores), first=first, base=name, rounded_by=kernel)
+        first += own.shape[0]
+    return _product(ctx, x, name, stores, dtype)
+
+
+def packed_products(ctx: Context, name: str, stack: Quantized, dtype: torch.dtype) -> list[Product]:
+    """One MatMulNBits for each matrix of a stack of experts [E, N, K]."""
+    kernel = rounding_kernel(LINEAR_KERNEL, stack)
+    ctx.experts[name] = stored_entry(stack, kernel_block(stack), base=f"{name}.{{}}", rounded_by=kernel)
+
+    def product(member: Quantized) -> Product:
+        return lambda x: _product(ctx, x, member.name, [member], dtype)
+
+    return [product(member) for member in stack.members()]
+
+
+def _product(ctx: Context, x: ir.Value, name: str, stores: Sequence[Quantized], dtype: torch.dtype) -> ir.Value:
     fmt, columns = stores[0].format, stores[0].shape[1]
     block, bits = kernel_block(*stores), fmt.bits
     groups = kernel_groups(stores[0], block)
@@ -146,11 +171,6 @@ def packed_product(ctx: Context, x: ir.Value, weights: Mapping[str, Quantized], 
         whole = torch.nn.functional.pad(part.unsigned_codes(), (0, groups * block - columns))
         return pack(whole, bits).reshape(len(part.codes), groups, -1)
 
-    first = 0
-    for own_name, own in weights.items():
-        kernel = rounding_kernel(LINEAR_KERNEL, *stores)
-        ctx.others[own_name] = stored_entry(own, block, first=first, base=name, rounded_by=kernel)
-        first += own.shape[0]
     codes: list[LazyTensor] = [
         Packed(own, packed, (own.shape[0], groups, block * bits // 8), torch.uint8, identity=f"{own.name}.codes")
         for own in stores
@@ -287,7 +307,7 @@ def experts(
         domain=MS,
         k=own.top_k,
         normalize_routing_weights=int(router_weights is None),
-        # One number for both projections (see `refusals`): ONNX Runtime 1.30 does not know the attributes for each.
+        # One number for both projections (see `same_bits`): ONNX Runtime 1.30 does not know the attributes for each.
         expert_weight_bits=bits,
         block_size=block,
         **level,
@@ -295,21 +315,9 @@ def experts(
     )
 
 
-def refusals(program: Program) -> tuple[Rejection, ...]:
-    """Experts whose two projections have different bit widths: `QMoE` on CPU needs the same for both."""
-    found = []
-    for node in program.nodes(EXPERTS):
-        first, second = (_bits(program, node.args[position]) for position in (3, 5))
-        if first != second:
-            widths = " and ".join(f"{bits} bits" if bits else "float" for bits in (first, second))
-            reason = f"gate_up_proj and down_proj have {widths}, but QMoE needs the same number of bits for both"
-            found.append(Rejection("onnx", module_of(node), reason))
-    return tuple(found)
-
-
-def _bits(program: Program, argument: Any) -> int | None:
-    tensor = program.weights[str(argument.target)] if argument.op == "get_attr" else None
-    return tensor.format.bits if isinstance(tensor, Quantized) else None
+def same_bits(*stacks: Quantized) -> bool:
+    """Whether `QMoE` can compute with these projections: it needs the same number of bits for both."""
+    return len({stack.format.bits for stack in stacks}) <= 1
 
 
 def _quantized(ctx: Context, argument: Any) -> tuple[str, Quantized]:

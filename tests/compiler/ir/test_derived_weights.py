@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moec.compiler.ir.derived_weights import Reshaped, Sliced, permute, slice_axis
+from moec.compiler.ir.derived_weights import Member, Reshaped, Sliced, permute, slice_axis
 from moec.compiler.ir.weights import Constant
 
 SHAPES = [(12, 2), (2, 12), (4, 3, 2), (24,), (1, 24), (3, 2, 2, 2), (24, 1)]
@@ -54,3 +54,11 @@ def test_rows_of_a_slice(axis):
 
 def test_a_slice_ends_where_it_ends():
     assert torch.equal(Sliced(tensor((6,)), 1, 2).rows(1, 5), torch.tensor([2.0]))
+
+
+def test_a_member_is_one_entry():
+    source = tensor((4, 3, 2))
+    member = Member(source, 2)
+    assert member.shape == (3, 2)
+    assert torch.equal(member.read(), source.value[2])
+    assert torch.equal(member.rows(1, 3), source.value[2, 1:3])

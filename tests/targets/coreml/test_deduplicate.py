@@ -99,6 +99,19 @@ def test_a_constant_is_shared_within_its_scope_alone(builder: Any) -> None:
     assert [constants(block) for block in inner] == [[7], [7, 3]] * 2
 
 
+def test_weights_of_equal_values_keep_their_names(builder: Any) -> None:
+    """They are read back by name, as a buffer of Qwen3.5's multimodal rotary embedding whose values occur twice."""
+    mb, value = builder.mb, np.ones(4, np.float32)
+
+    def body(x: Any) -> Any:
+        return mb.add(x=mb.add(x=x, y=mb.const(val=value, name="first")), y=mb.const(val=value, name="second"))
+
+    spec = load_spec(model_file(builder.save({"x": builder.placeholder((4,))}, body)))
+    compact(spec)
+    (function,) = bodies(spec).values()
+    assert {"first", "second"} <= {item.outputs[0].name for item in function.operations}
+
+
 def test_the_graph_repeats_nothing(package: Path) -> None:
     spec = load_spec(model_file(package))
     for body in bodies(spec).values():

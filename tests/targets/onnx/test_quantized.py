@@ -20,6 +20,7 @@ from moec.compiler.ir.program import Program
 from moec.passes.quantize import Quantize
 from moec.quantize.formats import Activations
 from moec.quantize.plan import QuantizationPlan, requested, with_activations
+from moec.targets.onnx.experts import OnnxExperts
 from moec.targets.onnx.runner import OnnxRunner
 from moec.targets.onnx.target import Flavor, OnnxOptions, OnnxTarget
 
@@ -39,6 +40,14 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def quantized(checkpoint: Path) -> Callable[[QuantizationPlan], Program]:
     program, _ = passes.run_passes(capture(Checkpoint.open(checkpoint)), passes.default_passes())
     return lambda plan: Quantize(plan).run(program).program
+
+
+@pytest.fixture(scope="module")
+def gated_gelu(tmp_path_factory: pytest.TempPathFactory) -> Program:
+    directory = tmp_path_factory.mktemp("gelu")
+    tiny_model("gemma4_text", moe_intermediate_size=64).save_pretrained(directory)
+    program, _ = passes.run_passes(capture(Checkpoint.open(directory)), passes.default_passes())
+    return program
 
 
 def lowered(program: Program, directory: Path, flavor: str = "default", *, profile: bool = False) -> OnnxRunner:
@@ -122,11 +131,55 @@ def test_a_tied_table_is_stored_once(quantized: Any, tmp_path: Path) -> None:
     assert found[f"{name}.table"] == found[f"{name}.codes"]
 
 
-def test_two_widths_in_one_layer_of_experts_are_refused(quantized: Any) -> None:
-    program = quantized(QuantizationPlan.from_dict({"formats": {"experts_gate_up": "int4", "experts_down": "int8"}}))
-    refused = OnnxTarget().lint(program, OnnxOptions())
-    assert len(refused) == 2
-    assert "4 bits and 8 bits" in refused[0].reason
+MIXED = {
+    "other widths": {"experts_gate_up": "int4:32", "experts_down": "int8:32"},
+    "one in floats": {"experts_gate_up": "int4:32"},
+}
+
+
+@pytest.mark.parametrize("formats", MIXED.values(), ids=MIXED)
+def test_projections_that_qmoe_does_not_take_together_are_products_of_each_expert(
+    formats: dict[str, str], quantized: Any, tmp_path: Path
+) -> None:
+    program = quantized(QuantizationPlan.from_dict({"formats": formats}))
+    runner = lowered(program, tmp_path, profile=True)
+    assert difference(runner, program) <= (2e-2 if "int8:32" in formats.values() else 1e-6)
+    assert not {"QMoE", "MoE", "DequantizeLinear"} & runner.kernel_times().keys()
+
+
+@pytest.mark.parametrize("formats", ["int4:32", "int4:32:asym", "int4:channel", "int8:channel"])
+def test_a_gate_that_qmoe_does_not_have(formats: str, gated_gelu: Program, tmp_path: Path) -> None:
+    """Gated GELU: every expert is two products with its codes, which are read back."""
+    plan = QuantizationPlan.from_dict({"formats": {"experts_gate_up": formats, "experts_down": formats}})
+    program = Quantize(plan).run(gated_gelu).program
+    runner = lowered(program, tmp_path, profile=True)
+    assert difference(runner, program) <= (2e-2 if "int8" in formats else 1e-6)
+    products = [node for node in ir.load(tmp_path / "model.onnx").graph if node.op_type == "MatMulNBits"]
+    assert len(products) == 2 * sum(layer.num_experts for layer in program.layers)
+    assert not {"QMoE", "MoE", "DequantizeLinear"} & runner.kernel_times().keys()
+    stored = OnnxTarget().stored_weights(tmp_path)
+    for layer in program.layers:
+        for name in (layer.gate_up_proj, layer.down_proj):
+            assert stored[name].bits == int(formats[3])
+            want = program.weights[name].rows(1, 3).numpy()
+            np.testing.assert_allclose(stored[name].values(1, 3), want, rtol=1e-6, atol=1e-8)
+
+
+def test_an_expert_without_a_kernel_whose_slots_are_dropped_cannot_be_seen(gated_gelu: Program, tmp_path: Path) -> None:
+    plan = QuantizationPlan.from_dict({"formats": {"experts_gate_up": "int4:32", "experts_down": "int4:32"}})
+    program = Quantize(plan).run(gated_gelu).program
+    lowered(program, tmp_path)
+    layer, width = program.layers[0], program.layers[0].top_k
+    hidden = np.random.default_rng(0).standard_normal((5, program.weights[layer.gate_up_proj].shape[-1]))
+    indices = np.tile(np.arange(width), (5, 1))
+    weights = np.where(indices == 0, 0.7, 0.0)
+    run = OnnxExperts(tmp_path, threads=1)
+    found = [
+        run(0, hidden.astype(np.float32), numbers, weights.astype(np.float32))
+        for numbers in (indices, np.where(indices == 0, 0, layer.num_experts - 1))
+    ]
+    np.testing.assert_array_equal(*found)
+    assert np.abs(found[0]).max() > 0
 
 
 @pytest.mark.parametrize("name", ["int4", "int8", "fp16"])
@@ -163,14 +216,6 @@ def test_quantized_experts_in_standard_ops_are_refused(name: str, quantized: Any
     refused = OnnxTarget().lint(quantized(requested(name)), OnnxOptions(flavor=Flavor.PORTABLE))
     assert [item.where for item in refused] == [f"model.layers.{layer}.mlp.experts" for layer in range(2)]
     assert f"experts in {name}" in refused[0].reason
-
-
-def test_a_gate_without_a_kernel_is_refused_in_integers_and_not_in_floats(tmp_path: Path) -> None:
-    tiny_model("gemma4_text", moe_intermediate_size=64).save_pretrained(tmp_path)
-    program, _ = passes.run_passes(capture(Checkpoint.open(tmp_path)), passes.default_passes())
-    assert OnnxTarget().lint(program, OnnxOptions()) == ()
-    refused = OnnxTarget().lint(Quantize(requested("int8")).run(program).program, OnnxOptions())
-    assert "the kernel has no gated gelu_tanh, so experts in int8" in refused[0].reason
 
 
 def test_heads_that_genai_cannot_hold_are_refused(tmp_path: Path) -> None:
