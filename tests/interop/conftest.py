@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+
+from tests.support.environments import cache_directory
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -26,27 +27,6 @@ def pictures(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     folder: Path = request.config.getoption("--pictures", None) or tmp_path
     folder.mkdir(parents=True, exist_ok=True)
     return folder.resolve()
-
-
-def cache_directory() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "moec" / "interop"
-
-
-@pytest.fixture(scope="session")
-def environment() -> Callable[[str, Path], Path]:
-    """Name and requirements file -> the python of a virtual environment with exactly these; made once, then kept."""
-
-    def make(name: str, requirements: Path) -> Path:
-        digest = hashlib.sha256(requirements.read_bytes()).hexdigest()[:12]
-        directory = cache_directory() / f"{name}-{digest}"
-        python, done = directory / "bin" / "python", directory / "installed"
-        if not done.exists():
-            subprocess.run([sys.executable, "-m", "venv", str(directory)], check=True)
-            subprocess.run([python, "-m", "pip", "install", "--quiet", "-r", str(requirements)], check=True)
-            done.touch()
-        return python
-
-    return make
 
 
 @pytest.fixture(scope="session")

@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
-import sysconfig
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.support.environments import environment
+
 pytestmark = pytest.mark.interop
 ROOT = Path(__file__).resolve().parents[2]
-CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
 
 PUBLISH = """
 import json, sys
@@ -40,7 +40,7 @@ def kill_one(file):
     \"\"\"As soon as something has been measured.\"\"\"
     while not list(file.parent.glob(file.name)):
         time.sleep(0.01)
-    workers = [p for p in psutil.process_iter(["cmdline"]) if "ray::_Actor" in " ".join(p.info["cmdline"] or [])]
+    workers = [p for p in psutil.process_iter(["cmdline"]) if (p.info["cmdline"] or [""])[0].startswith("ray::_Actor")]
     workers[0].kill()
     killed.append(workers[0].pid)
 
@@ -57,25 +57,10 @@ print(json.dumps({"front": front, "lost": done.lost, "individuals": len(done.sea
 """
 
 
-@pytest.fixture(scope="session")
-def beside() -> Callable[[str], Path]:
-    """Name of an extra -> the python of an environment that sees what is installed here and has the extra too."""
-    import tomllib
-
+def beside(extra: str) -> Path:
+    """The python of an environment that sees what is installed here and has an extra too."""
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-
-    def make(extra: str) -> Path:
-        directory = CACHE / "moec" / "interop" / f"beside-{extra}"
-        python, done = directory / "bin" / "python", directory / "installed"
-        if not done.exists():
-            subprocess.run([sys.executable, "-m", "venv", str(directory)], check=True)
-            (site,) = directory.glob("lib/python*/site-packages")
-            (site / "here.pth").write_text(sysconfig.get_path("purelib") + "\n")
-            subprocess.run([python, "-m", "pip", "install", "--quiet", *extras[extra]], check=True)
-            done.touch()
-        return python
-
-    return make
+    return environment(f"beside-{extra}", extras[extra], beside=True)
 
 
 def run(python: Path, *arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -84,9 +69,7 @@ def run(python: Path, *arguments: str | Path, **environment: str) -> subprocess.
     return subprocess.run(command, capture_output=True, text=True, check=False, env={**found, **environment})
 
 
-def test_a_matrix_on_a_local_ray(
-    beside: Callable[[str], Path], tiny_checkpoint: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_a_matrix_on_a_local_ray(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     (tmp_path / "m.yaml").write_text(f"models: [{tiny_checkpoint('olmoe')}]\ntargets: {{bad: nothing, good: onnx}}\n")
     places = ("-o", tmp_path / "out", "--cache", tmp_path / "cache", "--executor", "ray", "--json", "-q")
     program = "from moec.cli import main; main()"
@@ -98,9 +81,7 @@ def test_a_matrix_on_a_local_ray(
     assert (tmp_path / "out" / f"{tiny_checkpoint('olmoe').name}-good" / "model.onnx").is_file()
 
 
-def test_a_search_on_a_local_ray_survives_a_worker_that_is_killed(
-    beside: Callable[[str], Path], golden_model: Path, tmp_path: Path
-) -> None:
+def test_a_search_on_a_local_ray_survives_a_worker_that_is_killed(golden_model: Path, tmp_path: Path) -> None:
     fields = {
         "checkpoint": str(golden_model),
         "target": "onnx",
@@ -130,9 +111,7 @@ def test_a_search_on_a_local_ray_survives_a_worker_that_is_killed(
     assert len(there["front"]) > 2
 
 
-def test_versions_in_mlflow(
-    beside: Callable[[str], Path], tiny_checkpoint: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_versions_in_mlflow(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     import moec
 
     moec.export(str(tiny_checkpoint("olmoe")), target="onnx", output=tmp_path / "out")

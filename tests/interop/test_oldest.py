@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from tests.support.environments import environment, lines
 
 pytestmark = pytest.mark.interop
 TESTS = (
@@ -24,8 +25,8 @@ TESTS = (
 )
 
 
-def test_capture_and_onnx(environment: Callable[[str, Path], Path], pytestconfig: pytest.Config) -> None:
-    python = environment("oldest", Path(__file__).with_name("oldest-requirements.txt"))
+def test_capture_and_onnx(pytestconfig: pytest.Config) -> None:
+    python = environment("oldest", lines(Path(__file__).with_name("oldest-requirements.txt")))
     versions = "import transformers, onnxruntime; print(transformers.__version__, onnxruntime.__version__)"
     found = subprocess.run([python, "-c", versions], capture_output=True, text=True, check=True).stdout.split()
     assert found == ["5.23.0", "1.31.1"]

@@ -9,16 +9,17 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.environments import environment, lines
+
 pytestmark = pytest.mark.interop
 HERE = Path(__file__).parent
 
 
 def test_greedy_tokens(
-    environment: Callable[[str, Path], Path],
     export_golden: Callable[[str], Path],
     golden_prompts: list[tuple[list[int], list[int]]],
 ) -> None:
-    python = environment("optimum", HERE / "optimum-requirements.txt")
+    python = environment("optimum", lines(HERE / "optimum-requirements.txt"))
     prompts, greedy = zip(*golden_prompts, strict=True)
     command = [python, HERE / "generate_with_optimum.py", export_golden("default"), json.dumps(prompts), "64"]
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -466,10 +467,21 @@ def test_an_environment_that_is_missing_says_how_to_make_it(
     assert "tflite-runtime==2.14.0 'numpy<2'" in caught.value.hint
 
 
+@pytest.fixture(scope="module")
+def older_runtime(program_of: Programs, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Makes the environment by the command in the hint."""
+    directory = tmp_path_factory.mktemp("older") / "out"
+    lowered(program_of("golden"), directory, runtime="tflite-runtime", prefill=(), context=16)
+    try:
+        TfliteTarget().open(directory)
+    except MissingExtraError as error:
+        subprocess.run(error.hint, shell=True, check=True)
+
+
 @pytest.mark.interop
+@pytest.mark.usefixtures("older_runtime")
 @pytest.mark.parametrize("text", ["none", "fp16", "int8:channel"])
 def test_the_older_runtime_gives_the_logits_of_the_program(program_of: Programs, tmp_path: Path, text: str) -> None:
-    """Needs the environment that the message of `MissingExtraError` describes."""
     classes = ("experts_gate_up", "experts_down", "attention", "embedding", "lm_head")
     program = quantized(program_of("golden"), **dict.fromkeys(classes, text))
     lowered(program, tmp_path / "out", runtime="tflite-runtime", prefill=(16,), context=64)

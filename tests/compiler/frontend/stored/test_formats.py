@@ -15,6 +15,7 @@ from moec.compiler.ir.encoded_weights import Encoded
 from moec.compiler.ir.safetensors_file import WeightFile
 from moec.compiler.ir.weights import LazyTensor
 from moec.quantize.keep import grid_of, kept
+from tests.support.environments import environment, lines
 
 FIXTURES = sorted((Path(__file__).parent / "fixtures").glob("*.safetensors"))
 
@@ -136,9 +137,9 @@ def test_what_is_not_read_is_refused(settings: dict[str, object], words: str) ->
 
 @pytest.mark.interop
 def test_the_libraries_still_make_the_fixtures(tmp_path: Path) -> None:
-    """MOEC_QUANTIZERS is a python that has the libraries."""
-    python = os.environ.get("MOEC_QUANTIZERS")
-    assert python is not None, "MOEC_QUANTIZERS names no python with the libraries of make_fixtures.py"
+    """They run beside the torch that is installed here; gptqmodel is read from its source, as its build needs CUDA."""
+    packages = lines(Path(__file__).with_name("quantizers-requirements.txt"))
+    python = environment("quantizers", packages, beside=True, alone=True, sources=["gptqmodel==7.7.0"])
     script = Path(__file__).with_name("make_fixtures.py")
     subprocess.run([python, str(script), str(tmp_path)], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     for path in FIXTURES:
