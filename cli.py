@@ -25,6 +25,7 @@ from moec.compiler.commands.artifacts import pack, verify
 from moec.compiler.commands.chat import chat
 from moec.compiler.commands.compare import compare
 from moec.compiler.commands.console import LOG_FORMAT, Console, accept_any_character, loading
+from moec.compiler.commands.drift import drift
 from moec.compiler.commands.estimation import estimate
 from moec.compiler.commands.flags import with_groups
 from moec.compiler.commands.generation import run
@@ -225,7 +226,7 @@ def _application(arguments: list[str], started: Callable[[], None] = lambda: Non
     for function in (export, search):
         flagged = _with_target_flags(function, arguments)
         app.command(function.__name__)(_guarded(flagged, compiles=True, started=started))
-    compiling = (build, calibrate, estimate, validate, families)
+    compiling = (build, calibrate, estimate, validate, families, drift)
     for command in (*compiling, verify, pack, run, chat, serve, web, inspect, diff, compare, doctor):
         compiles = command in compiling
         app.command(command.__name__)(_guarded(with_groups(command), compiles=compiles, started=started))
