@@ -20,15 +20,18 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 import moec
+from moec.compiler.commands import publishing
 from moec.compiler.commands.artifacts import pack, verify
 from moec.compiler.commands.chat import chat
+from moec.compiler.commands.compare import compare
 from moec.compiler.commands.console import LOG_FORMAT, Console, accept_any_character, loading
+from moec.compiler.commands.drift import drift
 from moec.compiler.commands.estimation import estimate
 from moec.compiler.commands.flags import with_groups
 from moec.compiler.commands.generation import run
 from moec.compiler.commands.inspection import doctor, families, inspect
 from moec.compiler.commands.options import ArtifactDirectory, Demands, OutputConsole, Quantize, Revision, Routing, Trust
-from moec.compiler.commands.pipelines import build, diff, publish
+from moec.compiler.commands.pipelines import build, diff
 from moec.compiler.commands.search import search
 from moec.compiler.commands.serve import serve
 from moec.compiler.commands.web import web
@@ -223,10 +226,14 @@ def _application(arguments: list[str], started: Callable[[], None] = lambda: Non
     for function in (export, search):
         flagged = _with_target_flags(function, arguments)
         app.command(function.__name__)(_guarded(flagged, compiles=True, started=started))
-    compiling = (build, calibrate, estimate, validate, families)
-    for command in (*compiling, verify, pack, run, chat, serve, web, inspect, diff, publish, doctor):
+    compiling = (build, calibrate, estimate, validate, families, drift)
+    for command in (*compiling, verify, pack, run, chat, serve, web, inspect, diff, compare, doctor):
         compiles = command in compiling
         app.command(command.__name__)(_guarded(with_groups(command), compiles=compiles, started=started))
+    registries = typer.Typer(cls=publishing.DefaultGroup, no_args_is_help=True, help=publishing.TITLE)
+    for name, command in publishing.COMMANDS.items():
+        registries.command(name)(_guarded(with_groups(command), compiles=False, started=started))
+    app.add_typer(registries, name="publish")
     return app
 
 

@@ -90,7 +90,7 @@ def load(
     """Open an artifact: `moec.load(directory).generate("...", max_new_tokens=40)`.
 
     Args:
-        directory: The artifact.
+        directory: The artifact, or REGISTRY/NAME@ALIAS.
         threads: Threads of the runtime; 0 leaves it to the runtime.
         inputs: Values of scalar inputs that have a default, such as {"routing_budget": 0.7}.
         pack: Open weights in the layout of this machine's kernels, which the first call makes and keeps in the user's
@@ -98,8 +98,9 @@ def load(
 
     Raises:
         ArtifactError: The directory is not an artifact, or the artifact is damaged.
-        UsageError: The artifact has no input of one of these names.
+        UsageError: The artifact has no input of one of these names, or the registry no such version.
     """
+    from moec.compiler.build.registry import resolve
     from moec.compiler.run.generate import Generator
 
-    return Generator(directory, threads=threads, inputs=inputs, pack=pack)
+    return Generator(resolve(Path(directory)), threads=threads, inputs=inputs, pack=pack)

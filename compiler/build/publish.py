@@ -1,46 +1,25 @@
 """`moec publish`: put a verified artifact into a registry, with its version, digests and verdicts.
 
-A registry is a directory, an MLflow tracking server or the Hugging Face Hub. A directory has this layout:
-
-```
-REGISTRY/NAME/index.json  VERSION/<the artifact>
-```
+A registry is a directory (`registry`), an MLflow tracking server (`mlflow_server`) or the Hugging Face Hub (`hub`). In
+the first two, aliases such as `prod` name the versions that are in use.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-
 from moec.compiler.build import hub
+from moec.compiler.build.aliases import FORBIDDEN
+from moec.compiler.build.mlflow_server import MlflowRegistry
 from moec.compiler.build.model_card import CardMetadata, model_card
+from moec.compiler.build.registry import DirectoryRegistry
 from moec.compiler.common.artifact import leads_out, read_manifest, verify
-from moec.compiler.common.errors import ArtifactError, MissingExtraError, OutputError, UsageError, first_line
-from moec.compiler.common.files import read_json, write_atomically
-from moec.compiler.common.staging import staged
+from moec.compiler.common.errors import ArtifactError, UsageError
 from moec.compiler.common.validation import unknown
 from moec.compiler.report.schema import Report, read_report
-
-INDEX = "index.json"
-
-
-class _Version(BaseModel):
-    model_config = ConfigDict(extra="allow")
-
-    version: str
-
-
-class _Index(BaseModel):
-    """index.json of a model in a directory."""
-
-    versions: list[_Version]
 
 
 @dataclass(frozen=True)
@@ -149,9 +128,9 @@ def _check_names(to: str, name: str, version: str | None) -> None:
     if to == HUB and len(parts) != 2:
         raise UsageError(f"--name: {name!r} is not a repository of the Hub", hint="give OWNER/NAME")
     for what, text in (*(("name", part) for part in parts), ("as", version)):
-        if text is not None and (not text or text.startswith(".") or set(text) & set("/\\:")):
+        if text is not None and (not text or text.startswith(".") or set(text) & FORBIDDEN):
             raise UsageError(
-                f"--{what}: {text!r} is not allowed", hint="it must not have /, \\ or :, or begin with a dot"
+                f"--{what}: {text!r} is not allowed", hint="it must not have /, \\, : or @, or begin with a dot"
             )
 
 
@@ -180,93 +159,21 @@ def _metadata(manifest: Mapping[str, Any], report: Report) -> dict[str, Any]:
 
 
 def _to_directory(order: Publication) -> dict[str, Any]:
-    version, shelf = order.version, Path(order.where()).expanduser().resolve() / order.name
-    index = _read_index(shelf)
-    numbers = [int(entry["version"]) for entry in index if entry["version"].isdigit()]
-    if version is not None and (shelf / version).exists():
-        raise OutputError(
-            f"{shelf}: version {version} exists already",
-            hint=f"give another version with --as, or omit it to get {max(numbers, default=0) + 1}",
-        )
-    version = version or str(max(numbers, default=0) + 1)
-    with staged(shelf / version) as place:
-        for name, path in order.files().items():
-            (place / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(path, place / name)
-    entries = [entry for entry in index if entry["version"] != version]
-    _write_index(shelf, [*entries, {"version": version, **order.metadata}])
-    return {"version": version, "location": str(shelf / version)}
-
-
-def _read_index(shelf: Path) -> list[dict[str, Any]]:
-    path = shelf / INDEX
-    if not path.exists():
-        return []
-    hint = "restore the file, or give another registry"
-    content = read_json(path, OutputError, hint=hint)
-    try:
-        return [entry.model_dump() for entry in _Index.model_validate(content).versions]
-    except ValidationError as error:
-        raise OutputError(f"{path}: damaged: {first_line(error)}", hint=hint) from error
-
-
-def _write_index(shelf: Path, entries: list[dict[str, Any]]) -> None:
-    try:
-        write_atomically(shelf / INDEX, json.dumps({"schema_version": 1, "versions": entries}, indent=2) + "\n")
-    except OSError as error:
-        raise OutputError(f"{shelf}: cannot be written: {error.strerror or error}") from error
+    return dict(DirectoryRegistry(Path(order.where()).expanduser().resolve()).add(order))
 
 
 def _to_mlflow(order: Publication) -> dict[str, Any]:
-    registry, name, metadata = order.where(), order.name, order.metadata
-    if order.version is not None:
-        raise UsageError("--as: MLflow numbers versions itself", hint="omit --as")
-    if importlib.util.find_spec("mlflow") is None:
-        raise MissingExtraError("mlflow is not installed", hint="pip install 'moec[mlflow]'")
-    import mlflow
-    from mlflow.exceptions import MlflowException
-
-    try:
-        client = mlflow.MlflowClient(tracking_uri=registry, registry_uri=registry)
-        experiment = client.get_experiment_by_name(name)
-        run = client.create_run(
-            experiment.experiment_id if experiment else client.create_experiment(name), tags={"moec": "publish"}
-        )
-        for key, value in _tags(metadata):
-            client.set_tag(run.info.run_id, key, value)
-        client.log_metric(run.info.run_id, "bytes", metadata["bytes"])
-        client.log_artifacts(run.info.run_id, str(order.directory), "artifact")
-        if not any(model.name == name for model in client.search_registered_models(f"name='{name}'")):
-            client.create_registered_model(name)
-        source = f"{run.info.artifact_uri}/artifact"
-        made = client.create_model_version(name, source, run.info.run_id, tags=dict(_tags(metadata)))
-        client.set_terminated(run.info.run_id)
-    except (MlflowException, ImportError, OSError) as error:
-        # File and database URIs need the full mlflow package, and some are refused; a server always works.
-        hint = "" if registry.startswith(("http://", "https://")) else "mlflow server --backend-store-uri ..., then "
-        raise OutputError(
-            f"{registry}: MLflow refuses: {first_line(error)}",
-            hint=f"{hint}give the address of a tracking server, such as --registry http://127.0.0.1:5000",
-        ) from error
-    return {"version": str(made.version), "location": source}
-
-
-def _tags(metadata: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """The metadata as MLflow tags, which are flat and limited in length."""
-    yield "moec.digest", metadata["digest"]
-    yield "moec.proven", metadata["proven"]
-    for gate, status in metadata["gates"].items():
-        yield f"moec.gate.{gate.replace(':', '').replace(' ', '_')}", status
-    for name, digest in metadata["source"].items():
-        yield f"moec.source.{name}", digest
-    for name, tool in metadata["tools"].items():
-        yield f"moec.tool.{name}", tool
-    yield "moec.recipe", json.dumps(metadata["recipe"], sort_keys=True)[:4500]
+    return dict(MlflowRegistry(order.where()).add(order))
 
 
 def _to_hub(order: Publication) -> dict[str, Any]:
     tag, endpoint = order.version, order.registry
     return hub.push(order.files(), order.card, order.name, tag=tag, endpoint=endpoint, public=order.public)
+
+
+def registry_at(location: str) -> DirectoryRegistry | MlflowRegistry:
+    """The registry at a place: an address with a scheme, such as http://, is MLflow's, and all else is a directory."""
+    return MlflowRegistry(location) if "://" in location else DirectoryRegistry(Path(location).expanduser().resolve())
 
 
 HUB = "hub"

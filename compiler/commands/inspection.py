@@ -10,12 +10,19 @@ import typer
 
 from moec.compiler.commands.artifacts import packed_rows
 from moec.compiler.commands.console import Console
-from moec.compiler.commands.options import OutputConsole, Revision, Trust
+from moec.compiler.commands.options import OutputConsole, Revision, Trust, resolved
 
 
 def inspect(
     console: OutputConsole,
-    location: Annotated[str, typer.Argument(metavar="CHECKPOINT|DIRECTORY", help="Checkpoint, hub id or artifact.")],
+    location: Annotated[
+        str,
+        typer.Argument(
+            metavar="CHECKPOINT|DIRECTORY",
+            help="Checkpoint, hub id or artifact.",
+            callback=lambda given: str(resolved(Path(given))),
+        ),
+    ],
     text: Annotated[str | None, typer.Option(help="Colour this text by the experts that each token uses.")] = None,
     against: Annotated[
         str | None, typer.Option(metavar="CHECKPOINT", help="The checkpoint of the artifact, for --text.")

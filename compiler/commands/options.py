@@ -17,7 +17,20 @@ if TYPE_CHECKING:
 
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run modelling code of the checkpoint.")]
 Revision = Annotated[str | None, typer.Option(metavar="BRANCH|TAG|COMMIT", help="Revision of a hub id.")]
-ArtifactDirectory = Annotated[Path, typer.Argument(metavar="DIRECTORY", help="The artifact.")]
+
+
+def resolved(given: Path) -> Path:
+    """The artifact that an argument names, which may be `REGISTRY/NAME@ALIAS` (`moec.compiler.build.registry`)."""
+    if "@" not in given.name:
+        return given
+    from moec.compiler.build.registry import resolve
+
+    return resolve(given)
+
+
+ArtifactDirectory = Annotated[
+    Path, typer.Argument(metavar="DIRECTORY", help="The artifact, or REGISTRY/NAME@ALIAS.", callback=resolved)
+]
 
 
 @dataclass(frozen=True)

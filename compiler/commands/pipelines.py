@@ -1,4 +1,4 @@
-"""`moec build`, `moec diff` and `moec publish`: the commands of a build pipeline."""
+"""`moec build` and `moec diff`: the commands of a build pipeline."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from moec.compiler.commands.options import ArtifactDirectory, OutputConsole
+from moec.compiler.commands.options import OutputConsole, resolved
 
 _WIDTH = 20
 
@@ -56,8 +56,8 @@ def build(
 
 def diff(
     console: OutputConsole,
-    first: Annotated[Path, typer.Argument(metavar="A", help="An artifact.")],
-    second: Annotated[Path, typer.Argument(metavar="B", help="Another one.")],
+    first: Annotated[Path, typer.Argument(metavar="A", help="An artifact.", callback=resolved)],
+    second: Annotated[Path, typer.Argument(metavar="B", help="Another one.", callback=resolved)],
     exit_code: Annotated[bool, typer.Option("--exit-code", help="Return 1 if anything differs.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown, for a pull request.")] = False,
 ) -> int:
@@ -81,56 +81,3 @@ def diff(
     code = int(exit_code and bool(found))
     console.result({**said, "differences": [item.as_dict() for item in found]}, show, code)
     return code
-
-
-def publish(
-    console: OutputConsole,
-    directory: ArtifactDirectory,
-    to: Annotated[str, typer.Option(metavar="dir|mlflow|hub", help="Kind of the registry.")],
-    name: Annotated[str, typer.Option(help="Name of the model in the registry; OWNER/NAME for the Hub.")],
-    registry: Annotated[
-        str | None,
-        typer.Option(metavar="PATH|URI", help="The directory, MLflow's tracking URI, or another Hub than the usual."),
-    ] = None,
-    version: Annotated[
-        str | None,
-        typer.Option("--as", help="Version: of dir (default: the next number), or a tag of the Hub (default: none)."),
-    ] = None,
-    allow_failed: Annotated[bool, typer.Option("--allow-failed", help="Publish even if a gate failed.")] = False,
-    public: Annotated[bool, typer.Option("--public", help="hub: make a new repository public.")] = False,
-    base_model: Annotated[
-        str | None, typer.Option(metavar="ID", help="hub: the model that was compiled, for the model card.")
-    ] = None,
-    license_id: Annotated[
-        str | None, typer.Option("--license", metavar="ID", help="hub: the license, for the model card.")
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files and show the model card only.")] = False,
-) -> int:
-    """Put an artifact into a registry, with its version, digests and verdicts."""
-    from moec.compiler.build.model_card import CardMetadata
-    from moec.compiler.build.publish import publish as put
-    from moec.compiler.report.describe import size_text
-
-    found = put(
-        directory,
-        to,
-        registry,
-        name,
-        version=version,
-        allow_failed=allow_failed,
-        public=public,
-        card=CardMetadata(base_model, license_id) if base_model or license_id else None,
-        dry_run=dry_run,
-    )
-
-    def show() -> None:
-        if not dry_run:
-            console.line(f"{found['name']} {found['version']}: {found['location']}")
-            return
-        console.rows([(place, size_text(size)) for place, size in found["files"].items()], header=("file", "size"))
-        if "card" in found:
-            console.line("")
-            console.line(found["card"])
-
-    console.result(found, show)
-    return 0

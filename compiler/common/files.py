@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import math
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -87,6 +88,19 @@ def write_output(path: Path, text: str, *, hint: str) -> None:
         write_atomically(path, text)
     except OSError as error:
         raise OutputError(f"{path}: cannot be written: {error.strerror or error}", hint=hint) from error
+
+
+def in_json_types(value: Any) -> Any:
+    """`value` in the types of JSON, with infinity and NaN as strings."""
+    if isinstance(value, Mapping):
+        return {str(key): in_json_types(item) for key, item in value.items()}
+    if isinstance(value, str):
+        return str(value)
+    if isinstance(value, Iterable):
+        return [in_json_types(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
 
 
 def read_json(path: Path, error: type[_BadFile], *, hint: str) -> dict[str, Any]:

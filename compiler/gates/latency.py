@@ -156,19 +156,10 @@ def judge_latency(
 
 
 def _starts(name: str, path: str, options: LatencyOptions, measure: Measure) -> dict[str, list[float]]:
-    """Load time and time to first token in seconds, and peak memory in bytes, of several starts; size of the files."""
+    """See `process.starts`; more of them if a budget is about their times."""
     judged = name == CANDIDATE and any(demand.subject in TIMES for demand in options.budgets)
-    job = {
-        "kind": "cold",
-        "artifacts": {CANDIDATE: path},
-        "context": options.every_context[0],
-        "threads": options.threads,
-    }
-    each = [measure(job, lambda *_: None) for _ in range(JUDGED_STARTS if judged else STARTS)]
-    files = read_manifest(Path(path))["files"]
-    size = float(sum((Path(path) / name).stat().st_size for name in files))
-    figures = {str(key): [float(start[key]) for start in each] for key in (*TIMES, Cold.PEAK_RSS)}
-    return {**figures, str(Cold.SIZE): [size]}
+    count = JUDGED_STARTS if judged else STARTS
+    return process.starts(Path(path), options.every_context[0], options.threads, count, measure)
 
 
 @dataclass(frozen=True)

@@ -18,14 +18,17 @@ if TYPE_CHECKING:
 
 
 def account(
-    captured: Program, program: Program, windows: np.ndarray, capabilities: Mapping[Phase, Capabilities]
+    captured: Program,
+    program: Program,
+    traces: Sequence[RoutingTrace],
+    capabilities: Mapping[Phase, Capabilities],
 ) -> dict[str, Any]:
     """Count the experts that `program` executes on text. The result is for JSON, and deterministic.
 
     Args:
         captured: The Program without routing, whose top-k is the basis of all shares.
         program: The final Program.
-        windows: Token ids [n, length].
+        traces: The routing of the final Program on the text, one entry per MoE layer.
         capabilities: Phase -> capabilities of the target; a phase that cannot skip experts executes all routed slots.
 
     Returns:
@@ -34,10 +37,8 @@ def account(
         `executed_flops_share`; in decode also `bytes_per_token_share` (expert weights that one token reads); and
         `reason` if experts are not skipped.
     """
-    collector = Collector(program)
-    collector.run(windows)
     rows, kept, slots = [], np.zeros(2), 0.0
-    for number, (before, trace) in enumerate(zip(captured.layers, collector.traces(), strict=True)):
+    for number, (before, trace) in enumerate(zip(captured.layers, traces, strict=True)):
         row = _layer(before.top_k, program.layers[number].num_experts, trace)
         size = _expert_size(program.nodes(EXPERTS)[number])
         weight = before.top_k * size

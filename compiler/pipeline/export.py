@@ -132,6 +132,8 @@ def _package(
     for path in built.checkpoint.companions():
         shutil.copyfile(path, directory / path.name)
     make_loadable(directory)
+    if built.routing.use is not None:
+        built.routing.use.write(directory)
     content: dict[str, Any] = {
         "source": _source(built.checkpoint),
         "recipe": _recorded(recipe, options, built),

@@ -18,6 +18,7 @@ from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.ir.interpreter import ProgramRunner
 from moec.compiler.ir.program import Program
 from moec.compiler.measure.accounting import account
+from moec.compiler.measure.expert_use import ExpertUse
 from moec.compiler.pipeline.calibration_file import read_calibration_file
 from moec.compiler.pipeline.input_checks import check_saving
 from moec.compiler.text.corpus import read_text, tokenize, windows
@@ -44,7 +45,8 @@ SCHEMA_VERSION = 1
 LENGTH = 256
 WINDOWS = 64
 SENSITIVITY_WINDOWS = 8
-ACCOUNTED_WINDOWS = 8
+ACCOUNTED_WINDOWS = 16
+"""Number of windows on which savings and the use of the experts are recorded; `moec drift` exchanges them by chance."""
 STAGE = "calibrate routing"
 
 
@@ -56,11 +58,13 @@ class RoutingPlan:
         passes: The passes that run after the common ones.
         recorded: The routing section for moec.json, with the parameters that calibration found.
         facts: Measurements for moec.json.
+        use: The use of the experts on the text of calibration, for the artifact.
     """
 
     passes: tuple[Pass, ...] = ()
     recorded: Mapping[str, Any] | None = None
     facts: Mapping[str, Any] | None = None
+    use: ExpertUse | None = None
 
 
 @dataclass(frozen=True)
@@ -270,13 +274,21 @@ def measure_savings(
     captured: Program,
     program: Program,
     capabilities: Mapping[Phase, Capabilities],
-) -> dict[str, Any]:
-    """What the final Program executes on the calibration text, as `account` reports it; empty without a tokenizer."""
+) -> tuple[dict[str, Any], ExpertUse | None]:
+    """What the final Program executes on the calibration text, as `account` reports it, and the use of its experts.
+
+    Without a tokenizer, nothing is measured.
+    """
     if not (checkpoint.directory / "tokenizer.json").is_file():
-        return {}
+        return {}, None
     material = _CalibrationData.of(checkpoint, program, settings.text)
     step = max(1, len(material.chosen) // ACCOUNTED_WINDOWS)
-    return account(captured, program, material.chosen[::step][:ACCOUNTED_WINDOWS], capabilities)
+    chosen = material.chosen[::step][:ACCOUNTED_WINDOWS]
+    traces = collect(program, chosen)
+    pairs = zip(captured.layers, program.layers, strict=True)
+    modules = [(before.module, before.top_k, after.num_experts) for before, after in pairs]
+    use = ExpertUse.of_traces(traces, modules, chosen, sha256_of_text(material.text))
+    return account(captured, program, traces, capabilities), use
 
 
 def _policy(

@@ -6,8 +6,7 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from moec.compiler.common.errors import OutputError
+from moec.compiler.common.files import in_json_types
 from moec.compiler.common.machine import machine
 from moec.compiler.common.verdict import Status, Verdict
 from moec.compiler.gates.run import exit_code
@@ -70,7 +70,7 @@ def make_report(
         "files": files,
         "tensor_bytes": manifest.get("facts", {}).get("tensor_bytes") or manifest.get("tensor_bytes", {}),
     }
-    return Report.model_validate(_plain(report)).model_dump(mode="json")
+    return Report.model_validate(in_json_types(report)).model_dump(mode="json")
 
 
 def _rejections(manifest: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
@@ -84,19 +84,6 @@ def file_sizes(directory: Path) -> dict[str, int]:
     paths = sorted(path for path in directory.rglob("*") if path.is_file())
     names = {path.relative_to(directory).as_posix(): path for path in paths}
     return {name: path.stat().st_size for name, path in names.items() if name not in (JSON, HTML, JUNIT)}
-
-
-def _plain(value: Any) -> Any:
-    """`value` in the types of JSON, with infinity and NaN as strings."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, str):
-        return str(value)
-    if isinstance(value, Iterable):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value
 
 
 def to_junit(suites: Mapping[str, Sequence[VerdictRecord | Verdict]], failed: Mapping[str, str] | None = None) -> bytes:

@@ -102,7 +102,7 @@ def losses(runner: LanguageModel, windows: np.ndarray, *, told: Told = lambda _d
     result = np.empty(len(windows))
     for index, window in enumerate(windows):
         logs = log_softmax(runner.prefill(window[None])[0, :-1])
-        result[index] = -np.take_along_axis(logs, window[1:, None], axis=-1).mean(dtype=np.float64)
+        result[index] = _loss(logs, window)
         told(index + 1, len(windows))
     return result
 
@@ -116,14 +116,35 @@ def compare(
     reference: LanguageModel, candidate: LanguageModel, windows: np.ndarray, *, told: Told = lambda _done, _total: None
 ) -> Comparison:
     """Run both models over the windows, with the logits of one window in memory; arguments as for `losses`."""
-    both, divergences = np.empty((2, len(windows))), np.empty(len(windows))
-    same = 0.0
+    return compare_each(reference, [candidate], windows, told=told)[0]
+
+
+def compare_each(
+    reference: LanguageModel,
+    candidates: Sequence[LanguageModel],
+    windows: np.ndarray,
+    *,
+    told: Told = lambda _done, _total: None,
+) -> list[Comparison]:
+    """Compare several models with one reference, which runs once for each window; otherwise as `compare`."""
+    every, divergences = np.empty((1 + len(candidates), len(windows))), np.empty((len(candidates), len(windows)))
+    same = np.zeros(len(candidates))
     for index, window in enumerate(windows):
-        expected, found = (log_softmax(runner.prefill(window[None])[0, :-1]) for runner in (reference, candidate))
-        for row, logs in enumerate((expected, found)):
-            both[row, index] = -np.take_along_axis(logs, window[1:, None], axis=-1).mean(dtype=np.float64)
-        divergences[index] = kl_divergence(expected, found) / len(expected)
-        same += float((expected.argmax(-1) == found.argmax(-1)).sum())
+        expected = log_softmax(reference.prefill(window[None])[0, :-1])
+        every[0, index] = _loss(expected, window)
+        for row, candidate in enumerate(candidates):
+            found = log_softmax(candidate.prefill(window[None])[0, :-1])
+            every[row + 1, index] = _loss(found, window)
+            divergences[row, index] = kl_divergence(expected, found) / len(expected)
+            same[row] += float((expected.argmax(-1) == found.argmax(-1)).sum())
         told(index + 1, len(windows))
     tokens = windows.size - len(windows)
-    return Comparison(both[0], both[1], divergences, same / tokens, tokens)
+    return [
+        Comparison(every[0], every[row + 1], divergences[row], float(same[row]) / tokens, tokens)
+        for row in range(len(candidates))
+    ]
+
+
+def _loss(logs: np.ndarray, window: np.ndarray) -> float:
+    """Mean negative log likelihood, nats, of window [length] under log probabilities [length - 1, V]."""
+    return -float(np.take_along_axis(logs, window[1:, None], axis=-1).mean(dtype=np.float64))

@@ -23,8 +23,9 @@ import psutil
 from moec.compiler.common.artifact import read_manifest
 from moec.compiler.common.errors import ArtifactError, UsageError
 from moec.compiler.common.model_config import context_length, read_config
-from moec.compiler.measure.latency.demands import Cold, Demand, Workload
+from moec.compiler.measure.latency.demands import TIMES, Cold, Demand, Workload
 from moec.compiler.measure.latency.sampling import Plan, growth, longest, pinned, sample
+from moec.compiler.measure.latency.timings import CANDIDATE
 from moec.targets import get_target
 from moec.targets.runners import Runner
 
@@ -80,16 +81,18 @@ def warm(
     threads: int,
     seconds: float,
     told: Told,
+    rounds: int | None = None,
 ) -> dict[str, Any]:
-    """Measure interleaved calls of one or two artifacts by `sampling.sample`; contexts that do not fit are left out.
+    """Measure interleaved calls of artifacts by `sampling.sample`; contexts that do not fit are left out.
 
     Args:
-        artifacts: "candidate", and "baseline" if there is one -> directory.
+        artifacts: Name, such as "candidate" or "baseline" -> directory.
         contexts: Prompt lengths in tokens.
         demands: Demands on workloads; sampling ends when they are decided.
         threads: Threads of the runtimes.
         seconds: Longest sampling time.
         told: Called with the seconds spent and the seconds allowed.
+        rounds: Number of sessions; None: until the demands are decided.
     """
     order = list(artifacts)
 
@@ -108,7 +111,7 @@ def warm(
         met = tuple(
             demand for demand in demands if isinstance(demand.subject, Workload) and demand.subject.context in fitting
         )
-        found = sample(opened, Plan(fitting, met, threads, seconds, vocab_size), told)
+        found = sample(opened, Plan(fitting, met, threads, seconds, vocab_size, rounds), told)
     return {
         "series": {name: {k: asdict(v) for k, v in each.items()} for name, each in found.series.items()},
         "unstable": found.unstable,
@@ -119,9 +122,31 @@ def warm(
     }
 
 
+def starts(
+    directory: Path, context: int, threads: int, count: int, run: Callable[[Mapping[str, Any], Told], dict[str, Any]]
+) -> dict[str, list[float]]:
+    """Figures of `count` starts, each in a process of its own, and the size of the files.
+
+    Args:
+        directory: The artifact.
+        context: Tokens of the prompt.
+        threads: Threads of the runtime.
+        count: Number of starts.
+        run: Runs a job, as `measure` does.
+
+    Returns:
+        Load time and time to first token in seconds, and peak memory in bytes, of every start; the size in bytes.
+    """
+    job = {"kind": "cold", "artifacts": {CANDIDATE: str(directory)}, "context": context, "threads": threads}
+    each = [run(job, lambda *_: None) for _ in range(count)]
+    size = float(sum((directory / name).stat().st_size for name in read_manifest(directory)["files"]))
+    figures = {str(key): [float(start[key]) for start in each] for key in (*TIMES, Cold.PEAK_RSS)}
+    return {**figures, str(Cold.SIZE): [size]}
+
+
 def cold(artifacts: Mapping[str, str], context: int, threads: int) -> dict[str, float]:
     """Measure one start: seconds to open the artifact, seconds to the first token, and peak memory in bytes."""
-    directory = Path(artifacts["candidate"])
+    directory = Path(artifacts[CANDIDATE])
     ids = np.random.default_rng(0).integers(0, _vocab_size(directory), (1, context), dtype=np.int64)
     start = time.perf_counter()
     runner = open_artifact(directory, threads)

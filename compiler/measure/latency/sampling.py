@@ -1,4 +1,4 @@
-"""Times alternating calls of one or two runners (A B B A) until all demands are decided or the time is up.
+"""Times alternating calls of some runners (A B B A) until all demands are decided or the time is up.
 
 After a few turns the artifacts are opened anew, since the place of the weights in memory changes the times of the same
 artifact by a few percent.
@@ -42,6 +42,7 @@ class Plan:
         threads: Threads of the runners.
         seconds: Longest sampling time for all contexts.
         vocab_size: Vocabulary size; token ids are smaller.
+        rounds: Number of sessions; None: until the demands are decided, which is looked at after those of `LOOKS`.
     """
 
     contexts: tuple[int, ...]
@@ -49,6 +50,12 @@ class Plan:
     threads: int = 1
     seconds: float = 60.0
     vocab_size: int = 2
+    rounds: int | None = None
+
+    @property
+    def looks(self) -> tuple[int, ...]:
+        """Numbers of sessions after which sampling may end, the last of which ends it."""
+        return LOOKS if self.rounds is None else (self.rounds,)
 
 
 @dataclass
@@ -107,19 +114,19 @@ def sample(opened: Opener, plan: Plan, told: Callable[[int, int], None] = lambda
     """Measure prefill and decode of every context, session by session, until the demands are decided or time is up.
 
     Args:
-        opened: Number of a session -> new runners: "candidate", and "baseline" if there is one.
+        opened: Number of a session -> new runners by name, such as "candidate" and "baseline".
         plan: Settings.
         told: Called with the seconds spent and the seconds allowed.
     """
     samples = Samples()
     start = time.perf_counter()
-    for session in range(1, LOOKS[-1] + 1):
+    for session in range(1, plan.looks[-1] + 1):
         runners = opened(session)
         for context in plan.contexts:
             _Session(runners, plan, context, samples).run()
         spent = time.perf_counter() - start
         told(min(int(spent), int(plan.seconds)), int(plan.seconds))
-        if spent > plan.seconds or (session in LOOKS and _decided(plan, samples)):
+        if spent > plan.seconds or (session in plan.looks and _decided(plan, samples)):
             break
     return samples
 

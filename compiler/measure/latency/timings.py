@@ -115,11 +115,11 @@ class Ratio:
 
 
 Measured = Mapping[str, Mapping[str, Series]]
-"""Workload -> artifact ("candidate", "baseline") -> its series."""
+"""Workload -> artifact, such as "candidate" and "baseline" -> its series."""
 
 
-def ratio(series: Mapping[str, Series], threads: int) -> Ratio:
-    """The ratio of the candidate's time to the baseline's.
+def ratio(series: Mapping[str, Series], threads: int, *, of: str = CANDIDATE, to: str = BASELINE) -> Ratio:
+    """The ratio of the time of the artifact `of` to that of the artifact `to`.
 
     A session is one sample, because the place of its weights in memory makes an artifact a few percent faster or slower
     until it is opened anew. The ratio of a session is the median over its pairs of turns.
@@ -127,7 +127,7 @@ def ratio(series: Mapping[str, Series], threads: int) -> Ratio:
     With one thread, CPU time equals the wall-clock time of an idle machine, so it is used on a busy machine. With
     several threads it is not comparable, since threads wait for each other.
     """
-    candidate, baseline = series[CANDIDATE], series[BASELINE]
+    candidate, baseline = series[of], series[to]
     busy = max(candidate.without_core(), baseline.without_core()) > BUSY
     clock = Clock.CPU if busy and threads == 1 else Clock.WALL
     sessions = zip(candidate.sessions(clock), baseline.sessions(clock), strict=True)

@@ -352,7 +352,8 @@ def test_the_examples_for_pipelines_name_commands_and_recipes_that_exist() -> No
     assert len(cells) == 4
     for cell in cells:
         make_recipe(cell.fields)
-    known = {command.name for command in cli._application([]).registered_commands}
+    application = cli._application([])
+    known = {command.name for command in (*application.registered_commands, *application.registered_groups)}
     for path in folder.glob("*.yml"):
         # moec is installed from its repository or a wheel, not from an index.
         assert re.findall(r"pip install .*?(\S+)\n", path.read_text()) == ['"$MOEC"']

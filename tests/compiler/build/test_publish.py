@@ -11,7 +11,7 @@ import minisign
 import pytest
 
 from moec import cli
-from moec.compiler.build import publish, signature
+from moec.compiler.build import mlflow_server, publish, signature
 from moec.compiler.common import provenance
 from moec.compiler.common.artifact import read_manifest, verify, write_manifest
 from moec.compiler.common.errors import ArtifactError, MissingExtraError, OutputError, UsageError
@@ -148,7 +148,7 @@ def test_names_that_lead_elsewhere_are_refused(tmp_path: Path, name: str) -> Non
 
 
 def test_mlflow_is_an_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(publish.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(mlflow_server.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(MissingExtraError) as error:
         publish.publish(artifact(tmp_path / "out"), "mlflow", "sqlite:///x", "m")
     assert error.value.hint == "pip install 'moec[mlflow]'"
@@ -170,7 +170,7 @@ def test_what_mlflow_refuses_is_said(
     mlflow.MlflowClient, exceptions.MlflowException = client, MlflowException  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "mlflow", mlflow)
     monkeypatch.setitem(sys.modules, "mlflow.exceptions", exceptions)
-    monkeypatch.setattr(publish.importlib.util, "find_spec", lambda _: object())
+    monkeypatch.setattr(mlflow_server.importlib.util, "find_spec", lambda _: object())
     arguments = ["publish", str(artifact(tmp_path / "out")), "--to", "mlflow", "--registry", registry, "--name", "m"]
     assert cli.dispatch(arguments) == 11
     said = capsys.readouterr().err

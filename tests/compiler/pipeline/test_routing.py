@@ -165,7 +165,7 @@ def test_accounting_is_against_the_pretrained_top_k(program: Program) -> None:
     ids = np.random.default_rng(0).integers(3, program.vocab_size, (2, 16))
     routed = DynamicRouting(policy("layer-k", ks=[1, 2, 3, 4])).run(program).program
     skips = {Phase.PREFILL: Capabilities(skips_experts=False, reason="dense"), Phase.DECODE: Capabilities(True)}
-    found = account(program, routed, ids, skips)
+    found = account(program, routed, collect(routed, ids), skips)
     assert found["kept_share"] == pytest.approx((1 + 2 + 3 + 4) / 16)
     assert [layer["kept_share"] for layer in found["layers"]] == [0.25, 0.5, 0.75, 1.0]
     assert found["layers"][1]["kept_by_k"] == [0, 0, 1, 0, 0]

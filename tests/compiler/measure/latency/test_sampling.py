@@ -9,7 +9,7 @@ import numpy as np
 
 from moec.compiler.measure.latency.demands import regressions
 from moec.compiler.measure.latency.sampling import LOOKS, Plan, growth, longest, pinned, sample
-from moec.compiler.measure.latency.timings import Clock, Decision, judge
+from moec.compiler.measure.latency.timings import Clock, Decision, judge, ratio
 from moec.targets.runners import RunnerLimits
 
 
@@ -87,3 +87,17 @@ def test_the_longest_sequence_is_what_model_and_runner_take() -> None:
     assert longest(runner, 64) == 64
     runner.limits = RunnerLimits(max_sequence=48)
     assert longest(runner, 64) == 48
+
+
+def test_three_runners_take_their_turns_for_as_many_sessions_as_are_asked_for() -> None:
+    log: list[str] = []
+    sessions: list[int] = []
+
+    def anew(session: int) -> dict[str, Spinning]:
+        sessions.append(session)
+        return {name: Spinning(name, 0.0001, log) for name in "ABC"}
+
+    found = sample(anew, Plan((16,), seconds=30, rounds=3))
+    assert sessions == [1, 2, 3]
+    assert [len(found.series["decode16"][name].sessions(Clock.WALL)) for name in "ABC"] == [3, 3, 3]
+    assert ratio(found.series["decode16"], 1, of="C", to="A").sessions == 3
