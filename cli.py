@@ -30,7 +30,7 @@ from moec.compiler.commands.estimation import estimate
 from moec.compiler.commands.flags import with_groups
 from moec.compiler.commands.generation import run
 from moec.compiler.commands.inspection import doctor, families, inspect
-from moec.compiler.commands.options import ArtifactDirectory, Demands, OutputConsole, Quantize, Revision, Routing, Trust
+from moec.compiler.commands.options import Demands, OutputConsole, Quantize, Revision, Routing, Trust
 from moec.compiler.commands.pipelines import build, diff
 from moec.compiler.commands.search import search
 from moec.compiler.commands.serve import serve
@@ -141,25 +141,42 @@ def calibrate(
 def validate(
     demands: Demands,
     console: OutputConsole,
-    directory: ArtifactDirectory,
+    path: Annotated[
+        Path, typer.Argument(metavar="PATH", help="An artifact, or a model file of another exporter (docs/foreign.md).")
+    ],
     against: Annotated[str, typer.Option(metavar="CHECKPOINT", help="The checkpoint it was built from.")],
+    bindings: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="YAML file: names of inputs and states of a file of another exporter."),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="For a file of another exporter: where the report goes. (./NAME.report)"),
+    ] = None,
     revision: Revision = None,
     trust_remote_code: Trust = False,
 ) -> int:
-    """Run the gates again on an existing artifact."""
+    """Run the gates again on an existing artifact, or judge a model file that another exporter made."""
     from moec.compiler.commands.flags import sections_of_flags
 
+    common: dict[str, Any] = {
+        "demands": sections_of_flags(demands.sections()),
+        "revision": revision,
+        "trust_remote_code": trust_remote_code,
+    }
     with console.progress() as progress:
+        from moec.compiler.foreign.validate import is_foreign, validate_foreign
         from moec.compiler.pipeline.export import validate_artifact
 
-        result = validate_artifact(
-            directory,
-            against,
-            demands=sections_of_flags(demands.sections()),
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            progress=progress,
-        )
+        if is_foreign(path):
+            result = validate_foreign(path, against, bindings=bindings, output=output, progress=progress, **common)
+        elif bindings is not None or output is not None:
+            raise UsageError(
+                f"{path}: --bindings and --output are for model files of other exporters",
+                hint="the report of an artifact is written into it",
+            )
+        else:
+            result = validate_artifact(path, against, progress=progress, **common)
     return console.verdicts(result, against)
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import moec
 from moec.compiler.common.errors import MoecError
-from moec.compiler.report.describe import remarks
+from moec.compiler.report.describe import describe_file, remarks
 
 if TYPE_CHECKING:
     import rich.console
@@ -140,15 +140,17 @@ class Console:
             {"gate": v.gate, "status": str(v.status), "summary": v.summary, "figures": dict(v.figures)}
             for v in result.verdicts
         ]
+        foreign = result.manifest.get("foreign")
         found = {
             "directory": str(result.directory),
             "exit_code": result.exit_code,
             "verdicts": judged,
             "rejections": result.manifest.get("rejections", []),
             "seconds": dict(result.timings),
+            **({"foreign": foreign} if foreign else {}),
             "summary": summarise(
                 result.manifest,
-                file_sizes(result.directory),
+                file_sizes(result.directory) if result.files is None else result.files,
                 judged,
                 directory=str(result.directory),
                 checkpoint=checkpoint,
@@ -159,6 +161,8 @@ class Console:
             self._trade_off(result.manifest)
             if noted := remarks(result.manifest.get("model", {})):
                 self.rows(noted)
+            if foreign:
+                self.rows(describe_file(foreign))
             self.rows([(v.gate, str(v.status), v.summary) for v in result.verdicts], header=("gate", "verdict", ""))
             self.line(f"{result.directory}: {sum(result.timings.values()):.1f} s; report.html has the details")
             self.line("")

@@ -8,7 +8,7 @@ beyond. A machine that is too noisy, or that cannot measure, has a verdict of it
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +153,26 @@ def judge_latency(
     outcomes = [_outcome(demand, measured, options.threads) for demand in fitting]
     outcomes += [_cold_outcome(demand, starts[CANDIDATE]) for demand in options.budgets if demand not in demands]
     return _verdict(outcomes, {**found, "starts": starts}, measured, options)
+
+
+def judge_samples(measured: Measured, found: Mapping[str, Any], options: LatencyOptions) -> Verdict:
+    """The verdict on samples that were measured elsewhere; without budgets it is "not run", with the figures.
+
+    Args:
+        measured: Workload -> `CANDIDATE` -> its series.
+        found: `starts`, `unstable`, `left_out`, `cpus`, `load_average` and `runners`, as `process.warm` returns them.
+        options: The budgets, all on workloads.
+
+    Raises:
+        UsageError: A budget names a prompt length that was not measured.
+    """
+    outcomes = [_outcome(demand, measured, options.threads) for demand in options.budgets]
+    if outcomes:
+        return _verdict(outcomes, found, measured, options)
+    medians = {name: quantile(each[CANDIDATE].calls(), 0.5).value for name, each in measured.items()}
+    said = ", ".join(f"{name} {seconds * 1e3:.3g} ms" for name, seconds in medians.items())
+    reason = f"{said} (median, threads: {options.threads}); no budget is given" if said else "no context fits the model"
+    return replace(not_run(reason), figures=_figures([], found, measured, options))
 
 
 def _starts(name: str, path: str, options: LatencyOptions, measure: Measure) -> dict[str, list[float]]:

@@ -75,6 +75,7 @@ class Evidence:
         left_out: Cases that could not be run, each with its reason.
         results: One per case.
         hidden: MoE layer -> a sample of the hidden states that its experts got, [n, H].
+        own_tolerance: Limits in place of those of the precision, or None.
     """
 
     precision: Precision
@@ -83,11 +84,12 @@ class Evidence:
     left_out: tuple[str, ...] = ()
     results: list[CaseResult] = field(default_factory=list)
     hidden: Mapping[int, Tensor] = field(default_factory=dict)
+    own_tolerance: Tolerance | None = None
 
     @property
     def tolerance(self) -> Tolerance:
         """The limits that apply."""
-        return TOLERANCES[self.precision]
+        return self.own_tolerance or TOLERANCES[self.precision]
 
 
 def gather(
@@ -99,6 +101,7 @@ def gather(
     precision: Precision,
     options: ParityOptions,
     progress: Progress,
+    tolerance: Tolerance | None = None,
 ) -> Evidence:
     """Run the cases of `program` on `runner` and compare each with `oracle`.
 
@@ -111,13 +114,20 @@ def gather(
         precision: Precision whose tolerance applies.
         options: Settings.
         progress: Called for every case.
+        tolerance: Limits in place of those of `precision`, or None.
 
     Raises:
         ArtifactError: The runner fails, or its logits have another shape than the reference's.
     """
     bound = bounds(program, limits_of(runner), options.max_tokens)
     cases, left_out = base_cases(program, prompts, bound, options.long_prompt, options.greedy_tokens)
-    evidence = Evidence(precision, Usage(program.layers), prompts.source, tuple(dict.fromkeys(left_out)))
+    evidence = Evidence(
+        precision,
+        Usage(program.layers),
+        prompts.source,
+        tuple(dict.fromkeys(left_out)),
+        own_tolerance=tolerance,
+    )
     for index, case in enumerate(cases):
         progress(gate, index, len(cases))
         run = partial(_compared, runner, oracle, evidence.tolerance)

@@ -36,7 +36,7 @@ from moec.compiler.gates.reference import reference_threads
 from moec.compiler.gates.repeatability import EXIT_CODE as REPEATABILITY_EXIT_CODE
 from moec.compiler.gates.repeatability import GATE as REPEATABILITY_GATE
 from moec.compiler.gates.repeatability import RepeatabilityOptions, judge_repeatability
-from moec.compiler.gates.tolerance import precision_of
+from moec.compiler.gates.tolerance import Precision, precision_of
 from moec.compiler.ir.interpreter import WeightObserver
 from moec.compiler.ir.program import Program
 from moec.targets.base import GateSubject, Target
@@ -149,7 +149,10 @@ class _Run:
         return self._experts.comparisons().judge(self._progress)
 
     def repeated(self) -> Verdict:
-        return run_repeatability(self._inputs, self._runner, self._options.seed, self._repeatability, self._progress)
+        program = self._inputs.program
+        return run_repeatability(
+            program, precision_of(program), self._runner, self._options.seed, self._repeatability, self._progress
+        )
 
 
 class ExpertTensors:
@@ -206,12 +209,17 @@ def run_coverage(
 
 
 def run_repeatability(
-    inputs: GateInputs, runner: Runner, seed: int, options: RepeatabilityOptions, progress: Progress
+    program: Program,
+    precision: Precision,
+    runner: Runner,
+    seed: int,
+    options: RepeatabilityOptions,
+    progress: Progress = lambda *_: None,
 ) -> Verdict:
-    """The verdict of the repeatability gate on a prompt of random tokens."""
-    length = bounds(inputs.program, limits_of(runner), options.tokens).max_tokens
-    ids = Prompts(inputs.program.vocab_size, seed=seed).random(1, length)
-    return judge_repeatability(runner, ids, precision_of(inputs.program), options, progress)
+    """The verdict of the repeatability gate on a prompt of random tokens of `program`."""
+    length = bounds(program, limits_of(runner), options.tokens).max_tokens
+    ids = Prompts(program.vocab_size, seed=seed).random(1, length)
+    return judge_repeatability(runner, ids, precision, options, progress)
 
 
 def run_gate(name: str, code: int, gate: Gate) -> Verdict:

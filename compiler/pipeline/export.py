@@ -50,12 +50,14 @@ class Result:
         manifest: Its moec.json.
         verdicts: One for each gate, including those that did not run.
         timings: Stage -> seconds of wall-clock time, in the order in which they ran.
+        files: File -> bytes, if what was validated is not in `directory`, which then holds the report alone.
     """
 
     directory: Path
     manifest: Mapping[str, Any]
     verdicts: tuple[Verdict, ...]
     timings: Mapping[str, float]
+    files: Mapping[str, int] | None = None
 
     @property
     def failed(self) -> tuple[Verdict, ...]:

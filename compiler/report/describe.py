@@ -60,6 +60,20 @@ def describe_built(found: Mapping[str, Any]) -> list[Row]:
     return rows
 
 
+def describe_file(foreign: Mapping[str, Any]) -> list[Row]:
+    """The rows on a model file of another exporter (the section `foreign` of report.json)."""
+    held = "; ".join(
+        f"{row['class']} {row['precision']} ({row['tensors']}, {size_text(row['bytes'])})" for row in foreign["tensors"]
+    )
+    return [
+        ("file", f"{foreign['path']}, {foreign['format']}"),
+        ("made by", foreign["producer"]),
+        ("run by", foreign["runtime"]),
+        ("an unused expert costs", foreign["unused_expert"]),
+        ("tensors", held or "not known"),
+    ]
+
+
 def _names(model: Mapping[str, Any]) -> str:
     return " ".join([str(model.get("model_type", "")), *model.get("architectures", ())])
 

@@ -15,7 +15,7 @@ import jinja2
 from markupsafe import Markup
 
 from moec.compiler.report import plots
-from moec.compiler.report.describe import describe_built
+from moec.compiler.report.describe import describe_built, describe_file
 from moec.compiler.report.plots import Labels
 from moec.compiler.report.summary import next_rows, summary_rows
 
@@ -116,6 +116,7 @@ def sections(report: Mapping[str, Any]) -> list[Section]:
     accounting = report["routing"].get("accounting", {}).get("layers", [])
     return [
         Section("built", "What was built", _built(report), "moec.json has no facts about the model"),
+        *([_foreign(report["foreign"])] if report.get("foreign") else []),
         Section("parity", "Parity by case", _cases(report["verdicts"]), "the parity gates did not run"),
         Section("latency", "Latency", _latency(figures.get("latency", {})), "give --latency-budget to measure it"),
         _sizes(report),
@@ -136,6 +137,19 @@ def sections(report: Mapping[str, Any]) -> list[Section]:
         Section("trade-off", "Size against quality", _trade_off(report), "formats were not chosen by --quantize auto"),
         Section("timings", "Time by stage", _timings(report["timings"]), "no stage was timed"),
     ]
+
+
+def _foreign(found: Mapping[str, Any]) -> Section:
+    """What a model file of another exporter holds."""
+    about = Table("The file.", ("", ""), [(_text(name), _text(text)) for name, text in describe_file(found)[:-1]])
+    rows = [
+        (_text(row["class"]), _text(row["precision"]), _number(str(row["tensors"])), _number(size(row["bytes"])))
+        for row in found["tensors"]
+    ]
+    held = Table("Its tensors; classes are found by shape.", ("Class", "Precision", "Tensors", "Size"), rows)
+    counts = [(_text(kind), _number(str(count))) for kind, count in found["operators"].items()]
+    operators = Table("Operators of its graph.", ("Operator", "Number"), counts)
+    return Section("file", "The file", [Part(table) for table in (about, held, operators) if table.rows])
 
 
 def _cases(verdicts: Iterable[Mapping[str, Any]]) -> list[Part]:

@@ -77,6 +77,10 @@ class Report(_Part):
     quantization: dict[str, Any] = Field(
         default_factory=dict, description="Decisions and errors of quantization, from moec.json."
     )
+    foreign: dict[str, Any] = Field(
+        default_factory=dict,
+        description="What was found in a model file of another exporter; empty for an artifact of moec.",
+    )
     rejections: list[RejectionRecord]
     files: dict[str, int] = Field(description="File of the artifact -> bytes.")
     tensor_bytes: dict[str, int] = Field(

@@ -14,7 +14,7 @@ from moec.compiler.common.markdown import table
 from moec.compiler.report.describe import Row, executed_text, remarks, size_text
 from moec.targets import get_target
 from moec.targets.base import Target
-from moec.targets.next_steps import NextStep
+from moec.targets.next_steps import VALIDATE, NextStep
 
 README = "README.md"
 _UNMEASURED = "not measured"
@@ -48,7 +48,8 @@ def summarise(
     source_size = manifest.get("source", {}).get("bytes")
     figures = {verdict["gate"]: verdict.get("figures", {}) for verdict in verdicts}
     experts = _experts(model)
-    names = {"directory": shlex.quote(directory), "checkpoint": shlex.quote(checkpoint)}
+    place = manifest.get("foreign", {}).get("path", directory)
+    names = {"directory": shlex.quote(place), "checkpoint": shlex.quote(checkpoint)}
     return {
         "source": ", ".join(model.get("architectures", ())) or model.get("model_type", ""),
         "target": recipe.get("target", ""),
@@ -63,7 +64,7 @@ def summarise(
         "tokens_per_second": _speeds(figures.get(_LATENCY, {})),
         "next": [
             {"command": step.command.format(**names), "does": step.does}
-            for step in _next_steps(recipe.get("target", ""))
+            for step in ((VALIDATE,) if manifest.get("foreign") else _next_steps(recipe.get("target", "")))
         ],
     }
 

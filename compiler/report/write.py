@@ -24,20 +24,25 @@ from moec.compiler.report.summary import summarise
 
 
 def write(
-    directory: Path, manifest: Mapping[str, Any], verdicts: Sequence[Verdict], timings: Mapping[str, float]
+    directory: Path,
+    manifest: Mapping[str, Any],
+    verdicts: Sequence[Verdict],
+    timings: Mapping[str, float],
+    files: Mapping[str, int] | None = None,
 ) -> None:
     """Write the three forms of the report into an artifact.
 
     Args:
-        directory: The artifact.
+        directory: The artifact, or another directory for the report.
         manifest: Its moec.json.
         verdicts: One per gate.
         timings: Stage -> seconds.
+        files: File -> bytes, if they are not those of `directory`.
 
     Raises:
         OutputError: The directory cannot be written.
     """
-    report = make_report(directory, manifest, verdicts, timings)
+    report = make_report(directory, manifest, verdicts, timings, files)
     try:
         (directory / JSON).write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         (directory / HTML).write_text(to_html(report), encoding="utf-8")
@@ -49,10 +54,15 @@ def write(
 
 
 def make_report(
-    directory: Path, manifest: Mapping[str, Any], verdicts: Sequence[Verdict], timings: Mapping[str, float]
+    directory: Path,
+    manifest: Mapping[str, Any],
+    verdicts: Sequence[Verdict],
+    timings: Mapping[str, float],
+    files: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """The content of report.json; arguments as for `write`."""
-    files, judged = file_sizes(directory), [asdict(verdict) for verdict in verdicts]
+    files = file_sizes(directory) if files is None else files
+    judged = [asdict(verdict) for verdict in verdicts]
     report = {
         "schema_version": SCHEMA_VERSION,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -66,6 +76,7 @@ def make_report(
         "recipe": manifest.get("recipe", {}),
         "routing": manifest.get("routing", {}),
         "quantization": manifest.get("quantization", {}),
+        "foreign": manifest.get("foreign", {}),
         "rejections": list(_rejections(manifest)),
         "files": files,
         "tensor_bytes": manifest.get("facts", {}).get("tensor_bytes") or manifest.get("tensor_bytes", {}),

@@ -23,6 +23,7 @@ PACKAGES = (
     "compiler/gates",
     "compiler/report",
     "compiler/pipeline",
+    "compiler/foreign",
     "compiler/families",
     "compiler/build",
     "compiler/search",

@@ -1,0 +1,1 @@
+"""Judges model files that other exporters made, against the checkpoint that they were made from."""

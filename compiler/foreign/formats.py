@@ -1,0 +1,108 @@
+"""The formats of other exporters, found by what is in a file and not by its name."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from moec.compiler.common.errors import MissingExtraError, UsageError
+from moec.compiler.foreign.model import ForeignModel
+
+HEAD = 4096
+"""Bytes at the start of a file by which it is recognised."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format.
+
+    Attributes:
+        name: Its name.
+        sign: What a file of it is recognised by, for people.
+        matches: Path and first bytes of a file, or of a directory none -> whether it is of the format.
+        model: Module and class of its `ForeignModel`.
+        needs: Module that must be installed, and the extra that brings it; empty if moec itself needs it.
+    """
+
+    name: str
+    sign: str
+    matches: Callable[[Path, bytes], bool]
+    model: tuple[str, str]
+    needs: tuple[str, str] = ("", "")
+
+    def open(self, path: Path) -> ForeignModel:
+        """Open a file.
+
+        Raises:
+            MissingExtraError: Its runtime is not installed.
+            ArtifactError: It is damaged.
+        """
+        module, extra = self.needs
+        if module and importlib.util.find_spec(module) is None:
+            raise MissingExtraError(
+                f"{path}: {self.name} needs {module}, which is not installed", hint=f"pip install 'moec[{extra}]'"
+            )
+        place, name = self.model
+        opened: ForeignModel = getattr(importlib.import_module(f"moec.compiler.foreign.{place}"), name)(path)
+        return opened
+
+
+def _is_onnx(path: Path, head: bytes) -> bool:
+    """Whether a file is a protobuf that starts with a version and holds a graph with nodes."""
+    if head[:1] != b"\x08":
+        return False
+    import onnx
+
+    try:
+        return bool(onnx.load(path, load_external_data=False).graph.node)
+    except Exception:  # noqa: BLE001 - protobuf's exceptions have no narrower common base class
+        return False
+
+
+FORMATS: tuple[Format, ...] = (Format("ONNX", "a protobuf with a graph", _is_onnx, ("onnx", "OnnxModel")),)
+"""Every format that can be judged."""
+
+
+def recognise(path: Path) -> ForeignModel:
+    """Open a file or directory of another exporter.
+
+    Raises:
+        UsageError: It does not exist, no format fits, or a directory holds several models.
+        MissingExtraError: Its runtime is not installed.
+        ArtifactError: It is damaged.
+    """
+    if not path.exists():
+        raise UsageError(f"{path}: there is no such file or directory", hint="give a model file, or its directory")
+    found = [(own, form) for own in (path, *_inside(path)) if (form := _format(own)) is not None]
+    if not found:
+        signs = "; ".join(f"{form.name}: {form.sign}" for form in FORMATS)
+        raise UsageError(
+            f"{path}: no artifact of moec (it has no moec.json), and no model of a known format",
+            hint=f"looked for {signs}",
+        )
+    chosen = found if len(found) == 1 else [(own, form) for own, form in found if own.stem in MAIN]
+    if len(chosen) != 1:
+        names = ", ".join(own.name for own, _ in found)
+        raise UsageError(f"{path}: it holds several models: {names}", hint="give one of these files")
+    location, form = chosen[0]
+    return form.open(location)
+
+
+MAIN = ("model", "openvino_model", "decoder_model_merged")
+"""Stems of the model itself where tokenizers and other parts are models too."""
+
+
+def _inside(path: Path) -> Iterator[Path]:
+    if path.is_dir():
+        yield from sorted(own for own in path.iterdir() if not own.name.startswith("."))
+
+
+def _format(path: Path) -> Format | None:
+    head = b""
+    if path.is_file():
+        with path.open("rb") as file:
+            head = file.read(HEAD)
+    return next((form for form in FORMATS if form.matches(path, head)), None)
