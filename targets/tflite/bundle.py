@@ -13,7 +13,8 @@ from typing import Any
 
 from moec.compiler.common.digest import sha256_of_file
 from moec.compiler.common.errors import CheckpointError, LoweringError
-from moec.compiler.common.model_config import chat_template, end_tokens, read_config, text_config, token_ids
+from moec.compiler.common.model_config import chat_template, end_tokens, read_config
+from moec.compiler.text.tokenizer import open_tokenizer
 from moec.targets.tflite.library import module
 
 BUNDLE = "model.litertlm"
@@ -101,13 +102,22 @@ def _litert_lm_metadata(directory: Path, context: int) -> Any:
     metadata = module("litert_lm_builder.runtime.proto.llm_metadata_pb2").LlmMetadata()
     config, generation = (read_config(directory / name) for name in ("config.json", "generation_config.json"))
     metadata.max_num_tokens = context
-    metadata.start_token.token_ids.ids.extend(token_ids("bos_token_id", generation, config, text_config(config))[:1])
+    if start := _added_before_text(directory):
+        # LiteRT-LM puts it before every prompt, and reads nothing of what tokenizer.json adds. An empty list ends it.
+        metadata.start_token.token_ids.ids.extend(start)
     for stop in end_tokens(generation, config):
         metadata.stop_tokens.add().token_ids.ids.append(stop)
     if template := chat_template(directory):
         metadata.jinja_prompt_template = template
     metadata.llm_model_type.generic_model.SetInParent()
     return metadata
+
+
+def _added_before_text(directory: Path) -> list[int]:
+    """Ids that the tokenizer puts before every text, such as that of `<s>`; empty if it adds none."""
+    tokenizer = open_tokenizer(directory)
+    found, text = (tokenizer.encode("a", add_special_tokens=special).ids for special in (True, False))
+    return found[: next((place for place in range(len(found)) if found[place : place + len(text)] == text), 0)]
 
 
 @contextmanager

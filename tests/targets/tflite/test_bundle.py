@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import zlib
 from collections.abc import Callable
@@ -48,6 +49,29 @@ def test_it_holds_model_tokenizer_and_stop_tokens(parts: Callable[[str], Path]) 
     assert notes.max_num_tokens == 96
     assert all(stop.token_ids.ids for stop in notes.stop_tokens)
     assert notes.stop_tokens
+
+
+@pytest.mark.parametrize("starts", [False, True])
+def test_it_starts_texts_as_the_tokenizer_does(starts: bool, parts: Callable[[str], Path]) -> None:
+    """LiteRT-LM reads nothing of what tokenizer.json adds, and puts the start token of the bundle before every text."""
+    directory = parts("a")
+    path = directory / "tokenizer.json"
+    described = json.loads(path.read_text())
+    assert json.loads((directory / "config.json").read_text())["bos_token_id"] == 0
+    assert described["post_processor"] is None or "SpecialToken" not in str(described["post_processor"])
+    if starts:
+        start = {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}
+        described["post_processor"] = {
+            "type": "TemplateProcessing",
+            "single": [start, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [start, {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+            "special_tokens": {"<|endoftext|>": {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]}},
+        }
+        path.write_text(json.dumps(described))
+    write_bundle(directory, "model.tflite", 96)
+    notes = LlmMetadata.FromString(read(directory, bundle.METADATA))
+    assert notes.HasField("start_token") == starts
+    assert list(notes.start_token.token_ids.ids) == [0] * starts
 
 
 def test_the_same_parts_give_the_same_bytes(parts: Callable[[str], Path]) -> None:
