@@ -12,7 +12,7 @@ import typer
 
 from moec.compiler.commands.flags import Group
 from moec.compiler.commands.options import OutputConsole, Revision, Trust, panel
-from moec.compiler.common.errors import UsageError
+from moec.compiler.common.errors import OutputError, UsageError
 from moec.compiler.common.validation import unknown
 
 if TYPE_CHECKING:
@@ -101,6 +101,9 @@ def search(
     executor: Annotated[str, typer.Option(metavar="local|ray", help="Where recipes are measured and built.")] = "local",
     jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Number of workers.")] = 1,
     store: Annotated[Path | None, typer.Option(help="Directory of measurements that several searches share.")] = None,
+    mlflow: Annotated[
+        str | None, typer.Option(metavar="URI", help="Log the search as a run of this MLflow tracking server.")
+    ] = None,
     revision: Revision = None,
     trust_remote_code: Trust = False,
     **options: Any,
@@ -118,6 +121,10 @@ def search(
 
         if executor not in EXECUTORS:
             raise unknown(executor, EXECUTORS, "unknown executor", "the executors")
+        if mlflow is not None:
+            from moec.compiler.search import tracking
+
+            tracking.check(mlflow)
         own = {name: value for name, value in options.items() if value is not None}
         if resume:
             directory, settings = _resumed(checkpoint, {**wanted, **limits, **own}, output)
@@ -125,9 +132,17 @@ def search(
             asked = {**wanted, "options": own, "revision": revision, "trust_remote_code": trust_remote_code or None}
             directory, settings = _begun(checkpoint, asked, limits, output)
     front = _run(console, directory, settings, executor=executor, jobs=jobs, store=store)
+    logged = None if mlflow is None else _logged(directory, front, mlflow)
     failed = [member.artifact.exit_code for member in front.members if member.artifact and member.artifact.exit_code]
     code = failed[0] if len(set(failed)) == 1 else int(bool(failed))
-    console.result(front.model_dump(mode="json"), lambda: _show(console, front, directory), code)
+
+    def show() -> None:
+        _show(console, front, directory)
+        if logged is not None:
+            console.line(f"MLflow: run {logged['run']} of experiment {logged['experiment']}")
+
+    plain = front.model_dump(mode="json")
+    console.result(plain if logged is None else {**plain, "mlflow": logged}, show, code)
     return code
 
 
@@ -184,6 +199,23 @@ def _run(
         front = conclude(found, finished, directory, executor=executor, jobs=jobs, progress=progress)
         write_report(directory, front)
     return front
+
+
+def _logged(directory: Path, front: Front, uri: str) -> Mapping[str, str]:
+    """Log a finished search.
+
+    Raises:
+        OutputError: MLflow refuses; the hint says how to log it later.
+    """
+    from moec.compiler.search import tracking
+
+    try:
+        return tracking.log(directory, front, uri)
+    except OutputError as error:
+        raise OutputError(
+            f"the search is finished, but not logged: {error.message}",
+            hint=f"{directory} is complete; log it later: moec search {directory} --resume --mlflow {uri}",
+        ) from error
 
 
 def _show(console: Console, front: Front, directory: Path) -> None:

@@ -124,7 +124,7 @@ def sections(report: Mapping[str, Any]) -> list[Section]:
         Section(
             "utilisation",
             "Use of the experts with dynamic routing",
-            [_heat_map("Tokens of the calibration text that use each expert.", accounting)] if accounting else [],
+            [heat_map("Tokens of the calibration text that use each expert.", accounting)] if accounting else [],
             "the artifact has no dynamic routing (--routing)",
         ),
         Section(
@@ -239,7 +239,7 @@ def _shares(caption: str, of: str, values: Mapping[str, int]) -> Table:
 
 def _coverage(figures: Mapping[str, Any]) -> list[Part]:
     return [
-        _heat_map(
+        heat_map(
             f"{step}: number of compared tokens that used each expert, by layer; {seen['share']:.1%} of the experts "
             "were used. A framed 0 marks an unused expert.",
             seen["layers"],
@@ -248,8 +248,13 @@ def _coverage(figures: Mapping[str, Any]) -> list[Part]:
     ]
 
 
-def _heat_map(caption: str, layers: Sequence[Mapping[str, Any]]) -> Part:
-    """A table of layers by experts, coloured by the number of tokens on a logarithmic scale."""
+def heat_map(caption: str, layers: Sequence[Mapping[str, Any]]) -> Part:
+    """A table of layers by experts, coloured by the number of tokens on a logarithmic scale.
+
+    Args:
+        caption: Its caption.
+        layers: `tokens` of every expert, and optionally `layer`, the header of the row in place of its position.
+    """
     largest = max((tokens for layer in layers for tokens in layer["tokens"]), default=0)
     scale = math.log1p(largest) or 1.0
     width = max((len(layer["tokens"]) for layer in layers), default=0)

@@ -135,6 +135,24 @@ class Evaluator:
             found += self._batch(variant, first)
         return found
 
+    def expert_use(self, sections: Mapping[str, Any], batches: int) -> list[list[int]]:
+        """Tokens that each expert computes in a variant, over the first batches: [layers][experts].
+
+        The numbering is that of the pretrained model; a pruned expert computes none.
+        """
+        variant = Variant.of(sections, self.program, self.parts)
+        found = [np.zeros(row.num_experts, np.int64) for row in self.program.layers]
+        remaining = [
+            np.setdiff1d(np.arange(row.num_experts), removed)
+            for row, removed in zip(self.program.layers, variant.removed, strict=True)
+        ]
+        for first in range(0, min(batches * BATCH, len(self.windows)), BATCH):
+            ids = self.windows[first : first + BATCH]
+            tokens = self.runner.evaluate(variant, (self.folder.name, first), ids).tokens
+            for counts, own, experts in zip(found, tokens, remaining, strict=True):
+                counts[experts] += own.numpy()
+        return [counts.tolist() for counts in found]
+
     def _batch(self, variant: Variant, first: int) -> Measured:
         ids = self.windows[first : first + BATCH]
         output = self.runner.evaluate(variant, (self.folder.name, first), ids)

@@ -58,6 +58,10 @@ class LayerChoice(_Plain):
     rule: str = Field(description="Policy with its parameters; empty if all slots are kept.")
     kept: float = Field(description="Share of executed slots on the text of the search.")
     removed: int = Field(description="Number of pruned experts.")
+    tokens: list[int] = Field(
+        default_factory=list,
+        description="Tokens of 8 windows of held-out text that each expert computes; a pruned one computes none.",
+    )
 
 
 class Member(_Plain):
@@ -115,6 +119,9 @@ class Front(_Plain):
     single_choices: int = Field(description="Runs that measured the sensitivity of single genes.")
     seconds: float = Field(description="Seconds of all generations.")
     members: list[Member]
+    pretrained_tokens: list[list[int]] = Field(
+        default_factory=list, description="For each MoE layer, `tokens` of the pretrained model."
+    )
     not_told_apart: list[tuple[str, str]] = Field(
         description="Neighbours whose losses on held-out text do not differ significantly."
     )

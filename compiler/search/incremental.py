@@ -50,10 +50,20 @@ class Output:
     Attributes:
         logits: [B, S, V] float32.
         kept: Share of the pretrained slots that each MoE layer executes.
+        tokens: Tokens that each remaining expert of each MoE layer computes, [experts] each.
     """
 
     logits: Tensor
     kept: tuple[float, ...]
+    tokens: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class _Used:
+    """What one MoE layer executes of a batch; see `Output`."""
+
+    kept: float
+    tokens: Tensor
 
 
 class IncrementalRunner(ProgramRunner):
@@ -77,12 +87,12 @@ class IncrementalRunner(ProgramRunner):
         self._prunable = [frozenset(self._rows_of(number, (0,))) for number in range(len(program.layers))]
         self._weights: dict[str, _Weight] = {}
         self._variant = Variant.unchanged(program, parts)
-        self._kept: dict[int, float] = {}
+        self._used: dict[int, _Used] = {}
         self._nodes = self._needed()
         self._sites = self._find_sites()
         self._cuts = sorted({start for start, _ in self._sites})
         self._crossing = {cut: self._across(cut) for cut in self._cuts}
-        self._states_kept: OrderedDict[tuple[Hashable, ...], tuple[dict[fx.Node, Any], dict[int, float]]] = (
+        self._states_kept: OrderedDict[tuple[Hashable, ...], tuple[dict[fx.Node, Any], dict[int, _Used]]] = (
             OrderedDict()
         )
         self._state_limit, self._state_used = state_bytes, 0
@@ -122,7 +132,8 @@ class IncrementalRunner(ProgramRunner):
                 for dead in self._last_use[node]:
                     values.pop(dead, None)
         logits = values[self.program.outputs()["logits"]].float()
-        return Output(logits, tuple(self._kept[number] for number in range(len(self.program.layers))))
+        used = [self._used[number] for number in range(len(self.program.layers))]
+        return Output(logits, tuple(one.kept for one in used), tuple(one.tokens for one in used))
 
     def _resume(self, batch: Hashable, input_ids: np.ndarray) -> tuple[dict[fx.Node, Any], int]:
         """Cached values to resume from, and the index of the first node to run."""
@@ -130,14 +141,14 @@ class IncrementalRunner(ProgramRunner):
             key = self._key(batch, cut)
             if key in self._states_kept:
                 self._states_kept.move_to_end(key)
-                values, kept = self._states_kept[key]
-                self._kept = dict(kept)
+                values, used = self._states_kept[key]
+                self._used = dict(used)
                 return dict(values), cut
         self.reset()
         fed = self.feeds(input_ids)
         names = [spec.name for spec in self.program.inputs] + [state.input.name for state in self.program.states]
         placeholders = self.program.graph.find_nodes(op="placeholder")
-        self._kept = {}
+        self._used = {}
         return {node: fed[name] for node, name in zip(placeholders, names, strict=True)}, 0
 
     def _keep(self, batch: Hashable, cut: int, values: Mapping[fx.Node, Any]) -> None:
@@ -145,7 +156,7 @@ class IncrementalRunner(ProgramRunner):
         if key in self._states_kept:
             return
         held = {node: values[node] for node in self._crossing[cut] if node in values}
-        self._states_kept[key] = (held, dict(self._kept))
+        self._states_kept[key] = (held, dict(self._used))
         self._state_used += _bytes(held)
         while self._state_used > self._state_limit:
             _, (old, _) = self._states_kept.popitem(last=False)
@@ -243,7 +254,10 @@ class IncrementalRunner(ProgramRunner):
         policy = self._variant.policies[number]
         if policy is not None:
             weights = select(policy, 0, hidden, indices, weights)
-        self._kept[number] = float((weights != 0).sum()) / weights.numel()
+        live = weights != 0
+        experts = self.program.layers[number].num_experts - len(self._variant.removed[number])
+        tokens = torch.bincount(indices[live].long(), minlength=experts)
+        self._used[number] = _Used(float(live.sum()) / weights.numel(), tokens)
         return super()._experts(node, values, hidden, indices, weights)
 
 

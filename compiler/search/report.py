@@ -11,13 +11,15 @@ from markupsafe import Markup
 
 from moec.compiler.common.files import write_output
 from moec.compiler.report import plots
-from moec.compiler.report.page import Cell, Part, Section, Table, page
+from moec.compiler.report.page import Cell, Part, Section, Table, heat_map, page
 from moec.compiler.report.plots import Dot, Labels
 from moec.compiler.search.front_file import FILE, Front, Member
 from moec.compiler.search.objectives import OBJECTIVES, PERPLEXITY, Objective, shown
 from moec.compiler.search.settings import SPACE_HINT
 
 REPORT = "report.html"
+MOST_CELLS = 5000
+"""Largest heat map of the use of the experts; those of larger models are in front.json alone."""
 _SCALES = {"share": (100.0, "%"), "nats": (1.0, "nats"), "bytes": (1e-6, "MB"), "seconds": (1e3, "ms")}
 
 
@@ -240,6 +242,23 @@ def _surrogate(front: Front) -> list[Part]:
     ]
 
 
+def _expert_use(front: Front, member: Member) -> list[Part]:
+    """The use of the experts in the pretrained model and in a member, layer by layer."""
+    pairs = list(zip(front.pretrained_tokens, (layer.tokens for layer in member.layers), strict=False))
+    if not pairs or sum(len(before) + len(after) for before, after in pairs) > MOST_CELLS:
+        return []
+    rows = [
+        {"layer": f"{number} {when}", "tokens": tokens}
+        for number, (before, after) in enumerate(pairs)
+        for when, tokens in (("before", before), ("after", after))
+    ]
+    caption = (
+        "Tokens of held-out text that each expert computes, in the pretrained model (before) and in this recipe "
+        "(after). A framed 0 marks an expert that computes none: it is pruned, or no token is routed to it."
+    )
+    return [heat_map(caption, rows)]
+
+
 def _member(front: Front, member: Member) -> Section:
     values: Mapping[str, str] = {
         "Command": member.command,
@@ -260,5 +279,6 @@ def _member(front: Front, member: Member) -> Section:
     parts = [
         Part(Table(f"Recipe {member.recipe}.", ("", ""), rows)),
         Part(Table("MoE layers.", ("Layer", "Rule", "Slots executed", "Experts pruned"), layers)),
+        *_expert_use(front, member),
     ]
     return Section(f"member-{member.name}", f"Recipe {member.name}", parts)

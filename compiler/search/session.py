@@ -20,6 +20,7 @@ from moec.compiler.build.estimate import here
 from moec.compiler.common.errors import LoweringError, UsageError
 from moec.compiler.common.progress import Progress
 from moec.compiler.common.validation import validate
+from moec.compiler.ir.program import Program
 from moec.compiler.measure.estimate.devices import Device, load_device
 from moec.compiler.pipeline.program import DTYPES
 from moec.compiler.pipeline.refusals import check_target
@@ -40,8 +41,8 @@ from moec.passes.experts.prune_experts import rank_removable
 from moec.passes.quantize import Quantize
 from moec.passes.routing.calibrate.collect import Collector
 from moec.passes.routing.calibrate.traces import RoutingTrace, replay
-from moec.quantize.formats import parse_format
-from moec.quantize.planning.sensitivity import Part, formats_for, plan_of
+from moec.quantize.formats import PaletteFormat, parse_format
+from moec.quantize.planning.sensitivity import Part, formats_for, plan_of, size_of
 from moec.targets import get_target
 from moec.targets.base import Phase, Target, TargetOptions
 
@@ -49,6 +50,7 @@ TRACED_WINDOWS = 16
 """Number of windows to whose routing policies are fitted."""
 SENSITIVITY_WINDOWS = 8
 """Number of windows on which single genes are measured."""
+_PALETTE = PaletteFormat()
 STAGES = (0.25, 0.5, 1.0)
 """Shares of the windows after which a certainly dominated individual is dropped."""
 
@@ -160,9 +162,7 @@ def _formats(
     program, parts = evaluator.program, evaluator.parts
     if not storage:
         return ((FLOAT,),) * len(parts)
-    offered = [
-        [str(fmt) for fmt in formats_for(program, part, partial(target.auto_formats, options))] for part in parts
-    ]
+    offered = [_offered(program, part, target, options) for part in parts]
     refused: set[str] = set()
     for text in sorted({text for each in offered for text in each}):
         fitting = [part for part, each in zip(parts, offered, strict=True) if text in each]
@@ -173,6 +173,14 @@ def _formats(
             refused.add(text)
     kept = tuple(tuple(text for text in each if text not in refused) for each in offered)
     return tuple(each or (FLOAT,) for each in kept)
+
+
+def _offered(program: Program, part: Part, target: Target, options: TargetOptions) -> list[str]:
+    """Formats of a part that the target says it supports, the smallest first, with palettes where it has them."""
+    found = formats_for(program, part, partial(target.auto_formats, options))
+    if str(_PALETTE) in target.weight_formats:
+        found = sorted([*found, _PALETTE], key=lambda fmt: size_of(program, part.names, fmt))
+    return [str(fmt) for fmt in found]
 
 
 def _traced(evaluator: Evaluator, progress: Progress, *, outputs: bool) -> tuple[list[RoutingTrace], list[Tensor]]:

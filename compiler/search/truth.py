@@ -51,6 +51,8 @@ from moec.targets.base import cannot_measure
 from moec.targets.runners import limits_of
 
 FOLDER, ARTIFACTS = "front", "artifacts"
+USE_BATCHES = 2
+"""Batches of held-out text on which the use of the experts is counted."""
 MOST = 24
 """Maximum number of recipes that are kept; those that add most to the hypervolume are kept first."""
 
@@ -64,12 +66,14 @@ class _Judged:
         individual: The individual of the search.
         held_out: Measurements on held-out text.
         fields: Fields of its recipe.
+        tokens: Tokens of some held-out text that each expert computes, [layers][experts].
     """
 
     name: str
     individual: Individual
     held_out: Measured
     fields: dict[str, Any]
+    tokens: list[list[int]]
 
 
 def conclude(
@@ -100,7 +104,7 @@ def conclude(
     progress("held-out text", len(chosen), len(chosen))
     outcomes = _built(found, finished, judged, directory, executor=executor, jobs=jobs, progress=progress)
     members = [_member(found, finished, held, reference, one, outcomes.get(one.name), directory) for one in judged]
-    front = _front(found, finished, text, members, judged)
+    front = _front(found, finished, text, members, judged, held.expert_use({}, USE_BATCHES))
     write_output(directory / FILE, front.model_dump_json(indent=2) + "\n", hint=SPACE_HINT)
     return front
 
@@ -135,7 +139,8 @@ def _judge(found: Opened, held: Evaluator, directory: Path, name: str, individua
     write_output(
         directory / FOLDER / f"{name}.yaml", yaml.safe_dump(plain, sort_keys=False, width=120), hint=SPACE_HINT
     )
-    return _Judged(name, individual, held.evaluate(sections, 0, len(held.windows)), plain)
+    judged = held.evaluate(sections, 0, len(held.windows))
+    return _Judged(name, individual, judged, plain, held.expert_use(sections, USE_BATCHES))
 
 
 def _built(
@@ -178,8 +183,8 @@ def _member(
     variant = found.space.variant(np.array(one.individual.genome))
     kept = np.mean(np.array(one.individual.measured.kept), axis=0)
     layers = [
-        LayerChoice(rule=_described(policy), kept=float(share), removed=len(removed))
-        for policy, share, removed in zip(variant.policies, kept, variant.removed, strict=True)
+        LayerChoice(rule=_described(policy), kept=float(share), removed=len(removed), tokens=tokens)
+        for policy, share, removed, tokens in zip(variant.policies, kept, variant.removed, one.tokens, strict=True)
     ]
     formats = {
         part.name: text for part, text in zip(found.evaluator.parts, variant.formats, strict=True) if text != FLOAT
@@ -209,7 +214,12 @@ def _described(policy: Policy | None) -> str:
     if policy is None:
         return ""
     parameters = {key: value for key, value in parameters_of(policy).items() if value not in ((), True)}
-    return " ".join([policy.name, *(f"{key}={value:g}" for key, value in parameters.items())])
+    return " ".join([policy.name, *(f"{key}={_numbers(value)}" for key, value in parameters.items())])
+
+
+def _numbers(value: Any) -> str:
+    """A parameter, which for some policies is one number per layer."""
+    return ",".join(f"{item:g}" for item in value) if isinstance(value, tuple) else f"{value:g}"
 
 
 def _held_out(found: Opened, finished: Finished, reference: Measured, one: _Judged) -> HeldOut:
@@ -258,7 +268,14 @@ def _decode_seconds(artifact: Path) -> float | None:
     return None if series is None else undisturbed(Series.of(series[CANDIDATE]))
 
 
-def _front(found: Opened, finished: Finished, text: str, members: list[Member], judged: Sequence[_Judged]) -> Front:
+def _front(
+    found: Opened,
+    finished: Finished,
+    text: str,
+    members: list[Member],
+    judged: Sequence[_Judged],
+    pretrained_tokens: list[list[int]],
+) -> Front:
     search, archive = finished.search, finished.search.archive
     names = [item.name for item in archive.objectives]
 
@@ -283,6 +300,7 @@ def _front(found: Opened, finished: Finished, text: str, members: list[Member], 
         single_choices=finished.sensitivity_runs,
         seconds=finished.seconds,
         members=members,
+        pretrained_tokens=pretrained_tokens,
         not_told_apart=_not_told_apart(judged),
         surrogate=surrogate_facts(finished),
         generations=[GenerationFacts(**asdict(generation)) for generation in search.generations],

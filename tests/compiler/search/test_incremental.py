@@ -38,6 +38,7 @@ def variants(evaluator: Evaluator) -> dict[str, Variant]:
         "last layer": replace(base, policies=(*(None,) * (layers - 1), TopP(mass=0.5))),
         "pruned": pruned,
         "rounded": replace(base, formats=("int8:channel",) * parts),
+        "palettes": replace(base, formats=("palettize4",) * parts),
         "head": replace(base, formats=(*last, "int4:32")),
         "all": replace(routed, removed=pruned.removed, formats=("int8:channel",) * parts),
     }
@@ -58,7 +59,7 @@ def by_passes(evaluator: Evaluator, variant: Variant, ids: np.ndarray) -> np.nda
     return ProgramRunner(program).prefill(ids)
 
 
-@pytest.mark.parametrize("name", ["base", "routed", "last layer", "pruned", "rounded", "head", "all"])
+@pytest.mark.parametrize("name", ["base", "routed", "last layer", "pruned", "rounded", "palettes", "head", "all"])
 def test_it_computes_what_the_passes_make(evaluator: Evaluator, variants: dict[str, Variant], name: str) -> None:
     ids = evaluator.windows[:4]
     runner = IncrementalRunner(evaluator.program, evaluator.parts)
@@ -78,6 +79,7 @@ def test_what_ran_before_changes_no_bit(evaluator: Evaluator, variants: dict[str
         found = warm.evaluate(variant, 0, ids)
         assert torch.equal(found.logits, cold.logits)
         assert found.kept == cold.kept
+        assert all(map(torch.equal, found.tokens, cold.tokens))
 
 
 def test_only_what_comes_after_the_first_change_is_run(evaluator: Evaluator, variants: dict[str, Variant]) -> None:
@@ -143,3 +145,21 @@ def test_the_recipe_of_a_variant_builds_it(evaluator: Evaluator, variants: dict[
     found = ProgramRunner(build_program(recipe)).prefill(ids)
     expected = by_passes(evaluator, variant, ids)
     np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_the_use_of_the_experts_is_counted_in_the_numbering_of_the_pretrained_model(
+    evaluator: Evaluator, variants: dict[str, Variant]
+) -> None:
+    tokens = evaluator.windows[:8].size
+    before = evaluator.expert_use({}, 2)
+    assert [sum(layer) for layer in before] == [4 * tokens] * len(before)
+    pruned = evaluator.expert_use(variants["pruned"].sections(evaluator.parts), 2)
+    assert [sum(layer) for layer in pruned] == [4 * tokens] * len(before)
+    assert (pruned[0][1], pruned[1][0], pruned[1][2]) == (0, 0, 0)
+    assert all(count for expert, count in enumerate(pruned[0]) if expert != 1)
+    # The first layer sees what it saw before, so its experts keep the tokens that they had.
+    assert all(now >= then for expert, (now, then) in enumerate(zip(pruned[0], before[0], strict=True)) if expert != 1)
+    routed = evaluator.expert_use(variants["routed"].sections(evaluator.parts), 2)
+    assert sum(routed[0]) < sum(before[0])
+    assert len(evaluator.expert_use({}, 1)) == len(before)
+    assert sum(evaluator.expert_use({}, 1)[0]) == 2 * tokens

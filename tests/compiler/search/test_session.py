@@ -15,9 +15,12 @@ from moec.compiler.search import workers
 from moec.compiler.search.evaluation import Evaluator
 from moec.compiler.search.front_file import read_front
 from moec.compiler.search.report import to_html
-from moec.compiler.search.session import Finished, open_search
+from moec.compiler.search.session import Finished, _formats, open_search
 from moec.compiler.search.truth import conclude
 from moec.compiler.search.workers import Task, in_processes
+from moec.quantize.formats import parse_format
+from moec.quantize.planning.sensitivity import size_of
+from moec.targets import get_target
 
 Search = Callable[..., tuple[Any, Any, Finished]]
 
@@ -143,7 +146,23 @@ def test_three_objectives_with_formats_are_concluded(search: Search, tmp_path: P
         assert f'id="member-{member.name}"' in page
         assert f'href="#member-{member.name}"' in page
     assert "<script" not in page
+    assert page.count("in the pretrained model (before) and in this recipe (after)") == len(front.members)
+    for member in front.members:
+        for layer, before in zip(member.layers, front.pretrained_tokens, strict=True):
+            assert len(layer.tokens) == len(before)
+            assert sum(layer.tokens) <= sum(before)
+            assert layer.tokens.count(0) >= layer.removed
     assert settings.members == 1
+
+
+def test_palettes_are_varied_where_the_target_has_them(evaluator: Evaluator) -> None:
+    for name, expected in (("coreml", True), ("onnx", False)):
+        target = get_target(name)
+        formats = _formats(evaluator, target, target.Options(), storage=True)
+        assert [("palettize4" in each) for each in formats] == [expected] * len(evaluator.parts)
+        for part, each in zip(evaluator.parts, formats, strict=True):
+            sizes = [size_of(evaluator.program, part.names, parse_format(text)) for text in each]
+            assert sizes == sorted(sizes)
 
 
 @pytest.mark.parametrize(
