@@ -62,7 +62,19 @@ def _is_onnx(path: Path, head: bytes) -> bool:
         return False
 
 
-FORMATS: tuple[Format, ...] = (Format("ONNX", "a protobuf with a graph", _is_onnx, ("onnx", "OnnxModel")),)
+def _is_openvino(path: Path, head: bytes) -> bool:  # noqa: ARG001
+    return head.lstrip()[:5] == b"<?xml" and b"<net " in head
+
+
+def _is_gguf(path: Path, head: bytes) -> bool:  # noqa: ARG001
+    return head[:4] == b"GGUF"
+
+
+FORMATS: tuple[Format, ...] = (
+    Format("ONNX", "a protobuf with a graph", _is_onnx, ("onnx", "OnnxModel")),
+    Format("OpenVINO", "XML with a net", _is_openvino, ("openvino", "OpenvinoModel"), ("openvino", "openvino")),
+    Format("GGUF", "the letters GGUF", _is_gguf, ("gguf", "GgufModel"), ("llama_cpp", "gguf")),
+)
 """Every format that can be judged."""
 
 
