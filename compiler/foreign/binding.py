@@ -146,7 +146,15 @@ class Binding:
     constants: Mapping[str, tuple[Port, float]] = field(default_factory=dict)
 
 
-def bind(inputs: Sequence[Port], outputs: Sequence[Port], program: Program, given: Bindings, where: str) -> Binding:
+def bind(
+    inputs: Sequence[Port],
+    outputs: Sequence[Port],
+    program: Program,
+    given: Bindings,
+    where: str,
+    *,
+    inside: bool = False,
+) -> Binding:
     """Find out what each input and output is.
 
     Args:
@@ -155,6 +163,7 @@ def bind(inputs: Sequence[Port], outputs: Sequence[Port], program: Program, give
         program: The checkpoint's Program.
         given: Names that the user gave.
         where: The file, for messages.
+        inside: Whether the file keeps its states itself, so that they are no inputs.
 
     Raises:
         UsageError: Something was not found, or the user named something that the file does not have.
@@ -169,7 +178,7 @@ def bind(inputs: Sequence[Port], outputs: Sequence[Port], program: Program, give
         raise unbound(where, "no input holds token ids", ["input_ids: NAME"], inputs, outputs)
     mask = _role("attention_mask", given.attention_mask, ports)
     positions = _role("position_ids", given.position_ids, ports)
-    states = _states(inputs, outputs, program, given, where)
+    states = () if inside else _states(inputs, outputs, program, given, where)
     constants = {
         name: (ports[name], float(value)) for name, value in {**CONSTANTS, **given.constants}.items() if name in ports
     }

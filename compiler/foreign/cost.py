@@ -49,6 +49,12 @@ def computed_experts(products: Iterable[Product], program: Program) -> float:
     return max(0.0, work / sum(_weights_of_one(node) for node in program.nodes(EXPERTS)))
 
 
+def per_layer(program: Program) -> tuple[float, float]:
+    """Experts that a token chooses in a layer, and experts that there are, the means over the layers."""
+    layers = program.layers
+    return sum(own.top_k for own in layers) / len(layers), sum(own.num_experts for own in layers) / len(layers)
+
+
 def _stacks(node: Any) -> list[Any]:
     return [stack for stack in Experts.of(node).stacks.values() if stack.op == "get_attr"]
 
@@ -63,9 +69,7 @@ def sentence(cost: Cost | Unseen, program: Program) -> str:
     """What an unused expert costs, in one sentence."""
     if isinstance(cost, Unseen):
         return f"not known: {cost.reason}"
-    layers = program.layers
-    chosen = sum(layer.top_k for layer in layers) / len(layers)
-    total = sum(layer.num_experts for layer in layers) / len(layers)
+    chosen, total = per_layer(program)
     counted = f"one token computes {cost.computed:.3g} of {total:.3g} experts in a layer and chooses {chosen:.3g}"
     if cost.computed < 1 - NEAR:
         return "not known: no product with the widths of an expert was found in a profile"

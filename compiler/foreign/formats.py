@@ -62,7 +62,24 @@ def _is_onnx(path: Path, head: bytes) -> bool:
         return False
 
 
-FORMATS: tuple[Format, ...] = (Format("ONNX", "a protobuf with a graph", _is_onnx, ("onnx", "OnnxModel")),)
+def _is_openvino(path: Path, head: bytes) -> bool:  # noqa: ARG001
+    return head.lstrip()[:5] == b"<?xml" and b"<net " in head
+
+
+def _is_tflite(path: Path, head: bytes) -> bool:  # noqa: ARG001
+    return head[4:8] == b"TFL3"
+
+
+def _is_gguf(path: Path, head: bytes) -> bool:  # noqa: ARG001
+    return head[:4] == b"GGUF"
+
+
+FORMATS: tuple[Format, ...] = (
+    Format("ONNX", "a protobuf with a graph", _is_onnx, ("onnx", "OnnxModel")),
+    Format("OpenVINO", "XML with a net", _is_openvino, ("openvino", "OpenvinoModel"), ("openvino", "openvino")),
+    Format("TFLite", "the letters TFL3", _is_tflite, ("tflite", "TfliteModel"), ("ai_edge_litert", "tflite")),
+    Format("GGUF", "the letters GGUF", _is_gguf, ("gguf", "GgufModel"), ("llama_cpp", "gguf")),
+)
 """Every format that can be judged."""
 
 

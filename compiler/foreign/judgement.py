@@ -137,8 +137,13 @@ class Judgement:
             return float_precision(self.tensors, self.model.float_precision)
         if self._decoded:
             return Precision.INT8_DYNAMIC, CODES
+        return self._coarsest, self._rounding
+
+    @property
+    def _coarsest(self) -> Precision:
+        """The coarsest precision of a file of codes."""
         fewest = min(tensor.bits for tensor in self.tensors if tensor.quantized)
-        return (Precision.INT4 if fewest < 5 else Precision.INT8), self._rounding
+        return Precision.INT4 if fewest < 5 else Precision.INT8
 
     def verdicts(self) -> tuple[Verdict, ...]:
         """One verdict for each gate, always in the same order."""
@@ -162,7 +167,7 @@ class Judgement:
     def _capture(self) -> Verdict:
         return check_capture(self.checkpoint, self.captured, self._prompts(), self._options, self._progress)
 
-    def _gathered(self, reference: Program, runner: Runner, tolerance: Tolerance) -> Evidence:
+    def _gathered(self, reference: Program, runner: Runner, tolerance: Tolerance, precision: Precision) -> Evidence:
         oracle = Oracle(reference, tolerance.tie_margin)
         return gather(
             ARTIFACT_GATE,
@@ -170,7 +175,7 @@ class Judgement:
             runner,
             oracle,
             self._prompts(),
-            self.precision,
+            precision,
             self._options,
             self._progress,
             tolerance,
@@ -180,12 +185,11 @@ class Judgement:
     def _rounding(self) -> Tolerance:
         """The limits that rounding the checkpoint as coarsely gives."""
         assert self.rounded is not None
-        self.precision = Precision.INT4
         limited = _Limited(self.rounded, limits_of(self.runner))
-        return quantized_tolerance(self._gathered(self.program, limited, UNLIMITED))
+        return quantized_tolerance(self._gathered(self.program, limited, UNLIMITED, self._coarsest))
 
     def _parity(self) -> Verdict:
-        seen = self._gathered(self._reference, self.runner, self.tolerance)
+        seen = self._gathered(self._reference, self.runner, self.tolerance, self.precision)
         verdict = judge_parity(ARTIFACT_GATE, seen, self._options)
         self._proven[ARTIFACT_GATE] = verdict.status is Status.PASS
         if self._decoded:
@@ -194,7 +198,7 @@ class Judgement:
 
     def _divergence(self) -> Verdict:
         """How far a quantized file is from the checkpoint."""
-        seen = self._gathered(self.program, self.runner, self._rounding)
+        seen = self._gathered(self.program, self.runner, self._rounding, self._coarsest)
         verdict = judge_parity(DIVERGENCE_GATE, seen, self._options)
         usual = (self._rounding.divergence or 0.0) / TIMES
         if usual > TELLING:

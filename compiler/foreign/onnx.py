@@ -23,7 +23,7 @@ import onnxruntime as ort
 from moec.compiler.common.errors import ArtifactError
 from moec.compiler.common.threads import should_spin, threads_for
 from moec.compiler.foreign.binding import Binding, Bindings, Port, bind
-from moec.compiler.foreign.cost import Product, computed_experts
+from moec.compiler.foreign.cost import Product, computed_experts, per_layer
 from moec.compiler.foreign.model import Choices, Cost, ForeignModel, Operator, StoredTensor, Unseen
 from moec.compiler.foreign.onnx_tensors import stored_tensors
 from moec.compiler.foreign.stepping import Call, Feeds, SteppingRunner, feeds
@@ -151,8 +151,7 @@ class OnnxModel(ForeignModel):
         ]
         fused = sum(own["op_name"] in _FUSED for own in run)
         if fused == len(program.layers):
-            mean = sum(layer.top_k for layer in program.layers) / len(program.layers)
-            return Cost(mean, "one kernel computes the chosen experts alone")
+            return Cost(per_layer(program)[0], "one kernel computes the chosen experts alone")
         products = [product for own in run if own["op_name"] in _PRODUCTS for product in _products(own)]
         return Cost(computed_experts(products, program), "the products of one token in a profile")
 

@@ -68,6 +68,23 @@ def table(tensors: Sequence[StoredTensor], program: Program) -> list[Row]:
     return sorted(rows, key=lambda row: -row.nbytes)
 
 
+def remarks(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """What to know about the precisions of a file: class of tensors, and why.
+
+    Args:
+        rows: What `table` returned.
+    """
+    coded = {row.tensor_class for row in rows if "fp" not in row.precision and "bf" not in row.precision}
+    floats = {row.tensor_class: row for row in rows if row.tensor_class not in coded}
+    found = []
+    if ROUTER in coded:
+        found.append((ROUTER, "it is quantized, and small errors in router logits send tokens to other experts"))
+    if coded - {ROUTER, OTHER} and EXPERTS in floats:
+        share = floats[EXPERTS].nbytes / max(1, sum(row.nbytes for row in rows))
+        found.append((EXPERTS, f"they are not quantized, though others are, and take {share:.0%} of the bytes"))
+    return found
+
+
 def rounded_like(tensors: Sequence[StoredTensor], program: Program) -> Program | None:
     """The Program with its weights rounded to nearest as coarsely as those of a file; None if it holds no codes.
 

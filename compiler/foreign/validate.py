@@ -117,15 +117,15 @@ def _described(judged: Judgement, against: str) -> dict[str, Any]:
     classes: dict[str, int] = {}
     for row in rows:
         classes[row.tensor_class] = classes.get(row.tensor_class, 0) + row.nbytes
-    dense = isinstance(judged.cost, Cost) and not unused.startswith("nothing")
+    found = precision.remarks(rows)
+    if isinstance(judged.cost, Cost) and not unused.startswith("nothing"):
+        found.append((precision.EXPERTS, f"one that no token uses costs {unused}"))
     return {
         "source": {"bytes": size},
         "recipe": {"target": model.format, "dtype": model.float_precision, "checkpoint": against},
         "model": model_summary(judged.captured),
         "model_files": [file.name for file in model.files],
-        "rejections": [Rejection(model.format, "experts", f"an unused expert costs {unused}").record()]
-        if dense
-        else [],
+        "rejections": [Rejection(model.format, where, why).record() for where, why in found],
         "tensor_bytes": classes,
         "tools": {},
         "foreign": {

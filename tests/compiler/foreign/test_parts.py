@@ -13,7 +13,7 @@ from moec.compiler.common.verdict import Status
 from moec.compiler.foreign import integrity, routing
 from moec.compiler.foreign.cost import Product, computed_experts, sentence
 from moec.compiler.foreign.model import Cost, StoredTensor, Unseen
-from moec.compiler.foreign.precision import class_of, rounded_like
+from moec.compiler.foreign.precision import Row, class_of, remarks, rounded_like
 from moec.compiler.foreign.probes import Probe
 from moec.compiler.foreign.weights import FileRows, locate, own_rows, pieces
 from moec.compiler.gates.reference import Trace
@@ -31,6 +31,13 @@ def tensor(shape: tuple[int, ...], bits: float = 32, values: np.ndarray | None =
     return StoredTensor(
         name, shape, "fp32" if bits == 32 else f"int{bits}", bits, int(np.prod(shape) * bits) // 8, 32, read
     )
+
+
+def test_remarks_on_precisions() -> None:
+    rows = [Row("experts", "fp32", 4, 600), Row("other matrices", "int8", 8, 300), Row("router", "int8", 2, 100)]
+    assert [where for where, _ in remarks(rows)] == ["router", "experts"]
+    assert "60%" in remarks(rows)[1][1]
+    assert not remarks([Row("experts", "Q4_0", 4, 600), Row("router", "fp32", 2, 100)])
 
 
 @pytest.mark.parametrize(
