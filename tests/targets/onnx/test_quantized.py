@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
+import torch
 
 from moec import passes
 from moec.compiler.families.tiny_models import tiny_model
@@ -127,6 +128,16 @@ def test_two_widths_in_one_layer_of_experts_are_refused(quantized: Any) -> None:
     refused = OnnxTarget().lint(program, OnnxOptions())
     assert len(refused) == 2
     assert "4 bits and 8 bits" in refused[0].reason
+
+
+def test_a_table_in_half_precision_can_be_read_back(checkpoint: Path, tmp_path: Path) -> None:
+    """In a Program in half precision it needs no cast, and so has no other name than in one without quantization."""
+    program, _ = passes.run_passes(capture(Checkpoint.open(checkpoint), dtype=torch.float16), passes.default_passes())
+    program = Quantize(requested("fp16")).run(program).program
+    lowered(program, tmp_path)
+    name = "model.embed_tokens.weight"
+    read = OnnxTarget().stored_weights(tmp_path)[name].rows(0, 4)
+    assert np.array_equal(read, program.weights[name].rows(0, 4).half().numpy())
 
 
 @pytest.mark.parametrize("name", ["int4", "int8", "fp16"])
