@@ -24,7 +24,9 @@ from fuzz import rounding, slots
 ROUTER = re.compile(r"\.(router|gate|router_gate|classifier|e_score_correction_bias)(\.|$)")
 ATTENTION = re.compile(r"\.(self_attn|attn|attention|self_attention|linear_attn|mamba|mixer|conv)(\.|$)")
 FEED_FORWARD = re.compile(r"\.(shared_experts?|experts)\.")
-DECAY = re.compile(r"(in_proj_a|in_proj_b|in_proj_ba|b_proj|f_a_proj|f_b_proj|f_proj|mamba\.dt_proj)$")
+DECAY = re.compile(
+    r"\.(in_proj_a|in_proj_b|in_proj_ba|b_proj|forget_gate\.f_a_proj|forget_gate\.f_b_proj|f_proj|mamba\.dt_proj)$"
+)
 """Linears that only compute the decay or the update rate of a scan."""
 MINIMUM_ROWS = 16
 LENGTH_DEPENDENT = re.compile(r'"(rope_type|type)": "(dynamic|longrope)"')
@@ -257,7 +259,7 @@ def matrices(model: Any) -> Iterator[tuple[str, nn.Module, nn.Parameter, str]]:
 
 
 def _is_left_alone(name: str, own: nn.Linear) -> bool:
-    return bool(own.weight.shape[0] < MINIMUM_ROWS or ROUTER.search(f".{name}.") or DECAY.search(name))
+    return bool(own.weight.shape[0] < MINIMUM_ROWS or ROUTER.search(f".{name}.") or DECAY.search(f".{name}"))
 
 
 def knows_every_matrix(model: Any) -> bool:

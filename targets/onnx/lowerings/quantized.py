@@ -152,7 +152,7 @@ def packed_product(ctx: Context, x: ir.Value, weights: Mapping[str, Quantized], 
         ctx.others[own_name] = stored_entry(own, block, first=first, base=name, rounded_by=kernel)
         first += own.shape[0]
     codes: list[LazyTensor] = [
-        Packed(own, packed, (own.shape[0], groups, block * bits // 8), torch.uint8, identity=f"{own.name}.codes")
+        Packed(own, packed, (own.shape[0], groups, block * bits // 8), torch.uint8, identity=_identity(own, block))
         for own in stores
     ]
     zero_points = None
@@ -173,6 +173,14 @@ def packed_product(ctx: Context, x: ir.Value, weights: Mapping[str, Quantized], 
         block_size=block,
         accuracy_level=accuracy_level(*stores),
     )
+
+
+def _identity(weight: Quantized, block: int) -> str:
+    """`Packed.identity` of codes: the matrix of a product has the bytes of a table, if its rows are whole blocks.
+
+    A shorter last block is filled up for the product, and not in the table.
+    """
+    return "" if weight.shape[-1] % block else f"{weight.name}.codes"
 
 
 def _scales(ctx: Context, name: str, weights: Sequence[Quantized], groups: int, dtype: torch.dtype) -> ir.Value:
@@ -216,7 +224,7 @@ def embedding(ctx: Context, node: fx.Node, indices: ir.Value, name: str, weight:
         lambda part: pack(part.unsigned_codes(), bits),
         (weight.shape[0], weight.shape[1] * bits // 8),
         torch.uint8,
-        identity=f"{weight.name}.codes",
+        identity=_identity(weight, block),
     )
     ctx.others[name] = {**stored_entry(weight, block, base=name), "codes": f"{name}.table"}
     zero_points = None

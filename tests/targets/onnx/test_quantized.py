@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from moec import passes
-from moec.compiler.families.tiny_models import tiny_model
+from moec.compiler.families.tiny_models import tiny_model, write_tiny_checkpoint
 from moec.compiler.frontend.capture import capture
 from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.ir.interpreter import ProgramRunner
@@ -121,6 +121,15 @@ def test_a_tied_table_is_stored_once(quantized: Any, tmp_path: Path) -> None:
     name = "model.embed_tokens.weight"
     assert found.keys() == {f"{name}.table", f"{name}.codes", f"{name}.scales"}
     assert found[f"{name}.table"] == found[f"{name}.codes"]
+
+
+def test_a_tied_table_whose_rows_are_no_whole_blocks(tmp_path: Path) -> None:
+    """The product reads rows that are filled up to whole blocks, the table rows as they are: these are two tensors."""
+    checkpoint = write_tiny_checkpoint("olmoe", tmp_path / "model", hidden_size=40, tie_word_embeddings=True)
+    program, _ = passes.run_passes(capture(Checkpoint.open(checkpoint)), passes.default_passes())
+    program = Quantize(requested({"formats": {"lm_head": "int8"}})).run(program).program
+    (tmp_path / "out").mkdir()
+    assert difference(lowered(program, tmp_path / "out"), program) < 2e-2
 
 
 def test_two_widths_in_one_layer_of_experts_are_refused(quantized: Any) -> None:
