@@ -16,7 +16,7 @@ import onnxruntime as ort
 
 from moec.compiler.common.errors import ArtifactError
 from moec.targets.onnx.files import model_path
-from moec.targets.onnx.runner import session_options
+from moec.targets.onnx.runner import failed, session_options
 
 LAYERS = "moec.layers"
 """Metadata key: for each MoE layer, the names and types of the values between which its experts lie."""
@@ -50,7 +50,11 @@ class OnnxExperts:
         self._open: tuple[int, ort.InferenceSession] | None = None
 
     def __call__(self, layer: int, hidden: np.ndarray, indices: np.ndarray, weights: np.ndarray) -> np.ndarray:
-        """Hidden states [T, H], indices [T, k], weights [T, k] -> [T, H] float32."""
+        """Hidden states [T, H], indices [T, k], weights [T, k] -> [T, H] float32.
+
+        Raises:
+            ArtifactError: ONNX Runtime cannot load or run the experts.
+        """
         if self._open is None or self._open[0] != layer:
             self._open = None  # one layer is open at a time
             self._open = (layer, self._session(layer))
@@ -64,7 +68,10 @@ class OnnxExperts:
             if role in given
         }
         wanted = {spec.name for spec in session.get_inputs()}
-        (result,) = session.run(None, {name: value for name, value in feeds.items() if name in wanted})
+        try:
+            (result,) = session.run(None, {name: value for name, value in feeds.items() if name in wanted})
+        except Exception as error:  # the only common base class of ONNX Runtime's exceptions
+            raise failed(error) from error
         return np.asarray(result).astype(np.float32, copy=False)
 
     def _session(self, layer: int) -> ort.InferenceSession:

@@ -96,6 +96,14 @@ def _axes(spec: TensorSpec) -> list[int | str]:
     return [AXIS_NAMES.get(size, size) if isinstance(size, str) else size for size in spec.shape]
 
 
+def _own_axes(spec: TensorSpec) -> list[int | str]:
+    """As `_axes`, with names that no other value has: a default may have length 1 where other values have the tokens.
+
+    ONNX Runtime takes axes of one name as equally long, and lets values of one shape use one buffer.
+    """
+    return [f"{spec.name}_{size}" if isinstance(size, str) else size for size in _axes(spec)]
+
+
 def _inputs(ctx: Context) -> list[ir.Value]:
     specs = [*ctx.program.inputs, *(state.input for state in ctx.program.states)]
     inputs: list[ir.Value] = []
@@ -108,6 +116,7 @@ def _inputs(ctx: Context) -> list[ir.Value]:
             if spec.name in defaults and ctx.dialect.input_defaults:
                 # An initializer of the same name as an input is the default value of that input.
                 inputs[-1].const_value = ir.Tensor(defaults[spec.name].numpy(), name=spec.name)
+                inputs[-1].shape = ir.Shape(_own_axes(spec))
     if ctx.dialect.shared_buffer:
         share_lengths(ctx)
     for node, spec in zip(placeholders, specs, strict=True):

@@ -15,7 +15,7 @@ import onnxruntime as ort
 from moec.compiler.common.errors import ArtifactError
 from moec.compiler.common.threads import should_spin, threads_for
 from moec.targets.onnx.files import WEB_FOLDER, model_path
-from moec.targets.onnx.states import GrowingStates, SharedBufferStates, StateRow
+from moec.targets.onnx.states import NUMPY, GrowingStates, SharedBufferStates, StateRow
 from moec.targets.runners import Row, Runner, RunnerLimits
 
 MAX_SHARED_LENGTH = "moec.max_shared_length"
@@ -43,6 +43,14 @@ def session_options(threads: int) -> Any:
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
     options.log_severity_level = ERROR_SEVERITY
     return options
+
+
+def failed(error: Exception) -> ArtifactError:
+    """The error for a model that was loaded and cannot be run."""
+    return ArtifactError(
+        f"ONNX Runtime cannot run the model: {str(error).splitlines()[0]}",
+        hint="the artifact was built but cannot be run; please report this with the recipe",
+    )
 
 
 class OnnxRunner(Runner):
@@ -74,7 +82,9 @@ class OnnxRunner(Runner):
                 f"{path}: ONNX Runtime cannot load it: {str(error).splitlines()[0]}",
                 hint="`moec verify` checks whether the files are still as they were built",
             ) from error
-        self._inputs = {spec.name for spec in self.session.get_inputs()}
+        # An input with a default value is no input to ONNX Runtime, but an initializer that may be overridden.
+        specs = (*self.session.get_inputs(), *self.session.get_overridable_initializers())
+        self._inputs = {spec.name: NUMPY[spec.type] for spec in specs}
         described = self.session.get_modelmeta().custom_metadata_map
         shared = described.get(MAX_SHARED_LENGTH)
         self.limits = RunnerLimits(max_shared_length=None if shared is None else int(shared))
@@ -108,7 +118,11 @@ class OnnxRunner(Runner):
         self._states.reset()
 
     def decode(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None) -> np.ndarray:
-        """Continue the sequences; see `moec.targets.runners.Runner`."""
+        """Continue the sequences; see `moec.targets.runners.Runner`.
+
+        Raises:
+            ArtifactError: ONNX Runtime fails.
+        """
         batch, length = input_ids.shape
         if self._shared and self._states.length and batch > 1 and length > 1:
             return self._decode_one_by_one(input_ids, attention_mask)
@@ -123,9 +137,14 @@ class OnnxRunner(Runner):
         values = {
             name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in feeds.items() if name in self._inputs
         }
-        added = self.added_inputs(batch, length)
-        values |= {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in added.items()}
-        results = self._states.run(values, batch, length)
+        for name, array in self.added_inputs(batch, length).items():
+            values[name] = ort.OrtValue.ortvalue_from_numpy(
+                array.astype(self._inputs.get(name, array.dtype), copy=False)
+            )
+        try:
+            results = self._states.run(values, batch, length)
+        except Exception as error:  # the only common base class of ONNX Runtime's exceptions
+            raise failed(error) from error
         self._count_experts(results, mask[:, total - length :])
         return results["logits"].astype(np.float32, copy=False)
 

@@ -10,7 +10,7 @@ from moec.compiler.ir.program import Program
 from moec.quantize.lazy import Coded, Quantized
 from moec.targets.common.refusals import unsupported_formats, unsupported_ops
 from moec.targets.tensorrt.lint import check_opset
-from moec.targets.tensorrt.lowerings.quantized import HINT, unsupported_reason
+from moec.targets.tensorrt.lowerings.quantized import FIRST_OPSET, HINT, unsupported_reason
 
 if TYPE_CHECKING:
     from moec.targets.tensorrt.target import TensorrtOptions
@@ -23,10 +23,11 @@ def check_program(program: Program, options: TensorrtOptions, table: Mapping[Any
 
     def unfit(weight: Coded) -> str:
         assert isinstance(weight, Quantized)
-        turing = weight.format.bits == 4 and TURING in options.compute_capability
-        return unsupported_reason(weight) or (
-            f"GPUs of compute capability {TURING} do not support int4" if turing else ""
-        )
+        if reason := unsupported_reason(weight):
+            return reason
+        if weight.format.bits == 4 and TURING in options.compute_capability:
+            return f"GPUs of compute capability {TURING} do not support int4"
+        return "" if options.opset >= FIRST_OPSET else f"quantized weights need opset {FIRST_OPSET} or later"
 
     found = (
         *unsupported_ops("tensorrt", table, program.graph.nodes),

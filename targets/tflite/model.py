@@ -145,6 +145,11 @@ class Graph:
             self._constants[key] = self.add(Tensor(array.shape, DTYPES[array.dtype.name], data=array.tobytes()))
         return self._constants[key]
 
+    def is_constant(self, value: Value) -> bool:
+        """Whether the file holds the values of a tensor of this subgraph."""
+        tensor = self.tensors[value.index]
+        return tensor.data is not None or tensor.weight is not None
+
     def weight(self, weight: Weight) -> Value:
         """A weight as a tensor of this subgraph; all subgraphs share its values in the file."""
         if weight not in self._weights:

@@ -25,7 +25,7 @@ from moec.passes.inputs_embeds import NAME, InputsEmbeds
 from moec.passes.routing.dynamic_routing import BUDGET_INPUT, DynamicRouting
 from moec.passes.routing.policies.ratio import Ratio
 from moec.targets import get_target
-from moec.targets.runners import Runner
+from moec.targets.runners import AdjustableRunner, Runner
 
 
 @pytest.mark.parametrize("name", ["gemma-4-26B-A4B", "Qwen3-VL-30B-A3B"])
@@ -51,6 +51,24 @@ def test_an_app_can_feed_images(name: str, tiny_checkpoint: Any, tmp_path: Path)
     runner.overrides["inputs_embeds"] = embeds.numpy()
     np.testing.assert_allclose(runner.prefill(ids), want, atol=1e-4 * np.abs(want).max())
     assert np.abs(want - words).max() > 0.1
+
+
+@pytest.mark.parametrize(("name", "options"), [("onnx", {}), ("tensorrt", {"engine": False, "batch": 2})])
+def test_in_half_precision_the_input_need_not_be_fed(
+    name: str, options: dict[str, Any], tiny_checkpoint: Any, tmp_path: Path
+) -> None:
+    # The default in ONNX has one row. ONNX Runtime casts it, and let values with a row for each token use its buffer.
+    fields = {"checkpoint": str(tiny_checkpoint("llama4_text")), "target": name, "dtype": "fp16", "options": options}
+    ids, runner, found = np.random.default_rng(0).integers(3, 127, (2, 9)), None, []
+    for given in (False, True):
+        compile_recipe(make_recipe({**fields, "inputs_embeds": given}), tmp_path / str(given), gates=False)
+        runner = get_target(name).open_reference(tmp_path / str(given), threads=1)
+        found.append(runner.prefill(ids))
+    close(*found, limit=1e-2)
+    # Whoever feeds it gives float32, whatever the precision of the graph.
+    assert isinstance(runner, AdjustableRunner)
+    runner.overrides[NAME] = np.zeros((2, 9, 64), np.float32)
+    close(runner.prefill(ids), found[0], limit=1e-2)
 
 
 @pytest.mark.usefixtures("fake_target")
@@ -131,8 +149,8 @@ def test_an_artifact_computes_what_the_program_computes(
     close(runner.prefill(ids), words)
 
 
-def close(got: np.ndarray, want: np.ndarray) -> None:
-    np.testing.assert_allclose(got, want, atol=1e-4 * np.abs(want).max())
+def close(got: np.ndarray, want: np.ndarray, limit: float = 1e-4) -> None:
+    np.testing.assert_allclose(got, want, atol=limit * np.abs(want).max())
 
 
 @pytest.mark.parametrize("name", TARGETS)

@@ -49,7 +49,8 @@ def coded_product(ctx: Context, x: ir.Value, weights: Mapping[str, Quantized], d
     """`x @ weight.T` for several weights [N, K] of one format, with outputs concatenated, in the dialect's form."""
     if not is_decoded(ctx, *weights.values()):
         return packed_product(ctx, x, weights, dtype)
-    name, stores = "+".join(weights), list(weights.values())
+    # A name of its own: a tied embedding is also a table, whose scales lie the other way round.
+    name, stores = "+".join(weights) + ".decoded", list(weights.values())
     first = 0
     for own_name, own in weights.items():
         ctx.others[own_name] = stored_entry(own, own.block, first=first, base=name, **ENTRY)

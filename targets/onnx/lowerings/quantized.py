@@ -172,7 +172,7 @@ def _product(ctx: Context, x: ir.Value, name: str, stores: Sequence[Quantized], 
         return pack(whole, bits).reshape(len(part.codes), groups, -1)
 
     codes: list[LazyTensor] = [
-        Packed(own, packed, (own.shape[0], groups, block * bits // 8), torch.uint8, identity=f"{own.name}.codes")
+        Packed(own, packed, (own.shape[0], groups, block * bits // 8), torch.uint8, identity=_identity(own, block))
         for own in stores
     ]
     zero_points = None
@@ -193,6 +193,14 @@ def _product(ctx: Context, x: ir.Value, name: str, stores: Sequence[Quantized], 
         block_size=block,
         accuracy_level=accuracy_level(*stores),
     )
+
+
+def _identity(weight: Quantized, block: int) -> str:
+    """`Packed.identity` of codes: the matrix of a product has the bytes of a table, if its rows are whole blocks.
+
+    A shorter last block is filled up for the product, and not in the table.
+    """
+    return "" if weight.shape[-1] % block else f"{weight.name}.codes"
 
 
 def _scales(ctx: Context, name: str, weights: Sequence[Quantized], groups: int, dtype: torch.dtype) -> ir.Value:
@@ -236,7 +244,7 @@ def embedding(ctx: Context, node: fx.Node, indices: ir.Value, name: str, weight:
         lambda part: pack(part.unsigned_codes(), bits),
         (weight.shape[0], weight.shape[1] * bits // 8),
         torch.uint8,
-        identity=f"{weight.name}.codes",
+        identity=_identity(weight, block),
     )
     ctx.others[name] = {**stored_entry(weight, block, base=name), "codes": f"{name}.table"}
     zero_points = None

@@ -85,7 +85,8 @@ def _embedding(ctx: Context, node: fx.Node) -> ir.Value:
         own = ctx.program.weights[name]
         if isinstance(own, Quantized):
             return quantized.embedding(ctx, node, ctx.tensor(node.args[1]), name, own)
-        stored = f"{name}.fp16" if ctx.stored_half(name) else name
+        halved = ctx.stored_half(name) and node.meta["val"].dtype is torch.float32
+        stored = f"{name}.fp16" if halved else name
         ctx.others[name] = {"initializer": stored, "transposed": False}
     return ctx.op("Gather", ctx.tensor(node.args[0]), ctx.tensor(node.args[1]), axis=0)
 

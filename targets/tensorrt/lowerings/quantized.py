@@ -17,6 +17,8 @@ HINT = (
 )
 BLOCKS = (128, 64, 32, 16)
 """Block sizes in the file. The builder fails on a single block per row."""
+FIRST_OPSET = 21
+"""First opset whose DequantizeLinear has blocks."""
 
 
 def unsupported_reason(weight: Quantized) -> str:

@@ -19,12 +19,18 @@ aten = torch.ops.aten
 
 
 def fully_connected(ctx: Context, x: Value, weight: Weight | Value, bias: Value | None) -> Value:
-    """`x @ weight.T + bias`; a weight that is not `dynamic` is first dequantized to float32, once for all calls."""
+    """`x @ weight.T + bias`; a weight that is not `dynamic` is first dequantized to float32, once for all calls.
+
+    A kernel that rounds activations takes only a constant as its bias, and so not one that is stored in half precision.
+    """
     matrix = weight if isinstance(weight, Value) else ctx.graph.weight(weight)
-    if isinstance(weight, Weight) and not weight.dynamic:
+    rounds = isinstance(weight, Weight) and weight.dynamic
+    if isinstance(weight, Weight) and not rounds:
         matrix = ctx.float32(matrix)
     shape = (*x.shape[:-1], matrix.shape[0])
-    return ctx.op("FULLY_CONNECTED", x, matrix, bias, shape=shape, keepNumDims=True)
+    if bias is None or not rounds or ctx.graph.is_constant(bias):
+        return ctx.op("FULLY_CONNECTED", x, matrix, bias, shape=shape, keepNumDims=True)
+    return ctx.op("ADD", ctx.op("FULLY_CONNECTED", x, matrix, None, shape=shape, keepNumDims=True), bias)
 
 
 def _linear(ctx: Context, node: fx.Node) -> Value:

@@ -14,6 +14,7 @@ import torch
 
 from moec.compiler.common.errors import ArtifactError, LoweringError
 from moec.compiler.ir.program import ATTENTION
+from moec.targets.onnx.experts import OnnxExperts
 from moec.targets.onnx.runner import OnnxRunner
 from moec.targets.onnx.target import OnnxOptions, OnnxTarget
 
@@ -123,6 +124,16 @@ def test_a_damaged_model_is_an_artifact_error(tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(b"no model")
     with pytest.raises(ArtifactError, match=r"model\.onnx: ONNX Runtime cannot load it"):
         OnnxRunner(tmp_path)
+
+
+def test_a_model_that_cannot_be_run_is_an_artifact_error(tiny_checkpoint: Any, lower_checkpoint: Any) -> None:
+    """ONNX Runtime's exceptions have no base class, so gates and commands would not know them."""
+    directory = lower_checkpoint(tiny_checkpoint("olmoe")).directory
+    with pytest.raises(ArtifactError, match=r"ONNX Runtime cannot run the model: .*out of data bounds"):
+        OnnxRunner(directory).prefill(np.full((1, 3), 10**6))
+    experts = OnnxExperts(directory)
+    with pytest.raises(ArtifactError, match="ONNX Runtime cannot run the model"):
+        experts(0, np.zeros((3, 7), np.float32), np.zeros((3, 2), np.int64), np.ones((3, 2), np.float32))
 
 
 def test_runner_profile(tiny_checkpoint: Any, lower_checkpoint: Any) -> None:

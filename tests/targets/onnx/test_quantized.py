@@ -10,9 +10,10 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
+import torch
 
 from moec import passes
-from moec.compiler.families.tiny_models import tiny_model
+from moec.compiler.families.tiny_models import tiny_model, write_tiny_checkpoint
 from moec.compiler.frontend.capture import capture
 from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.ir.interpreter import ProgramRunner
@@ -180,6 +181,25 @@ def test_an_expert_without_a_kernel_whose_slots_are_dropped_cannot_be_seen(gated
     ]
     np.testing.assert_array_equal(*found)
     assert np.abs(found[0]).max() > 0
+
+
+def test_a_tied_table_whose_rows_are_no_whole_blocks(tmp_path: Path) -> None:
+    """The product reads rows that are filled up to whole blocks, the table rows as they are: these are two tensors."""
+    checkpoint = write_tiny_checkpoint("olmoe", tmp_path / "model", hidden_size=40, tie_word_embeddings=True)
+    program, _ = passes.run_passes(capture(Checkpoint.open(checkpoint)), passes.default_passes())
+    program = Quantize(requested({"formats": {"lm_head": "int8"}})).run(program).program
+    (tmp_path / "out").mkdir()
+    assert difference(lowered(program, tmp_path / "out"), program) < 2e-2
+
+
+def test_a_table_in_half_precision_can_be_read_back(checkpoint: Path, tmp_path: Path) -> None:
+    """In a Program in half precision it needs no cast, and so has no other name than in one without quantization."""
+    program, _ = passes.run_passes(capture(Checkpoint.open(checkpoint), dtype=torch.float16), passes.default_passes())
+    program = Quantize(requested("fp16")).run(program).program
+    lowered(program, tmp_path)
+    name = "model.embed_tokens.weight"
+    read = OnnxTarget().stored_weights(tmp_path)[name].rows(0, 4)
+    assert np.array_equal(read, program.weights[name].rows(0, 4).half().numpy())
 
 
 @pytest.mark.parametrize("name", ["int4", "int8", "fp16"])

@@ -15,6 +15,7 @@ import pytest
 
 import moec
 from moec.compiler.common.errors import LoweringError
+from moec.compiler.families.tiny_models import write_tiny_checkpoint
 from moec.targets.onnx import web
 from moec.targets.onnx.files import data_name, model_path
 from moec.targets.onnx.stored import stored_weights
@@ -64,6 +65,17 @@ def test_the_artifact_computes_what_the_default_one_does(
             for flavor in ("web", "default")
         )
         assert np.abs(found - want).max() <= limit * np.abs(want).max()
+
+
+@pytest.mark.parametrize("hidden", [64, 48])
+def test_a_quantized_head_that_is_also_the_embedding(hidden: int, tmp_path: Path) -> None:
+    # The table of the embedding and the matrix of the head have other shapes of codes and scales.
+    checkpoint = write_tiny_checkpoint("olmoe", tmp_path / "model", hidden_size=hidden, tie_word_embeddings=True)
+    options = {"quantize": {"format": "int8", "activations": "float"}}
+    found, want = (
+        logits(exported(checkpoint, tmp_path / flavor, flavor=flavor, **options)) for flavor in ("web", "default")
+    )
+    assert np.abs(found - want).max() <= 5e-2 * np.abs(want).max()
 
 
 def test_the_kernel_of_quantized_experts_is_that_of_an_older_release(

@@ -190,6 +190,7 @@ def test_missing_extra(monkeypatch: pytest.MonkeyPatch) -> None:
         ("int8:int8-dynamic", {}, "DynamicQuantizeLinear"),
         ("int4:channel", {}, "in blocks only"),
         ("int4:32", {"compute_capability": ("7.5", "8.6")}, "7.5 do not support int4"),
+        ("int8", {"opset": 20}, "need opset 21 or later"),
         ("none", {"opset": 27}, "opsets 17 to 26"),
     ],
 )

@@ -18,6 +18,8 @@ import moec
 from moec import passes
 from moec.compiler.common.errors import ArtifactError, LoweringError, MissingExtraError, UsageError
 from moec.compiler.families.tiny_models import write_tiny_checkpoint
+from moec.compiler.frontend.capture import capture
+from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.gates.coverage import run_every_expert
 from moec.compiler.ir.experts import ACTIVATIONS, Gate
 from moec.compiler.ir.interpreter import ProgramRunner
@@ -252,6 +254,18 @@ def test_formats(build: Any, program_of: Programs, formats: dict[str, str], limi
     # Most positions: rounded activations may send a token of an undecided router elsewhere.
     errors = np.abs(got - want).max(-1)[0] / np.abs(want).max()
     assert np.median(errors) < limit
+
+
+def test_biases_in_half_precision_beside_weights_with_rounded_activations(build: Any, tmp_path: Path) -> None:
+    """Of attention and of experts: LiteRT refused to load the file, since such a bias is no constant in it."""
+    checkpoint = Checkpoint.open(write_tiny_checkpoint("gpt_oss", tmp_path / "model", dtype="float16"))
+    program = passes.run_passes(capture(checkpoint, dtype=torch.float32), passes.default_passes())[0]
+    program = quantized(
+        program, **dict.fromkeys(("experts_gate_up", "experts_down", "attention"), f"int8:channel:{DYNAMIC}")
+    )
+    ids = tokens(program, 20)
+    got, want = build.runner(program).prefill(ids), ProgramRunner(program).prefill(ids)
+    assert np.median(np.abs(got - want).max(-1)[0] / np.abs(want).max()) < 2e-2
 
 
 def test_padding_of_a_prompt_does_not_change_rotary_frequencies(
