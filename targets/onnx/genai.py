@@ -18,7 +18,7 @@ from moec.compiler.common.model_config import (
 )
 from moec.compiler.ir.program import ATTENTION, CACHE_KINDS, Program, StateSpec
 from moec.compiler.text.sampling import Sampling, sampling_of
-from moec.targets.onnx.lowerings.group_query import heads_of, width_of
+from moec.targets.onnx.lowerings.group_query import cache_width, heads_of, with_equal_caches
 
 CONFIG = "genai_config.json"
 GENERATION = "generation_config.json"
@@ -44,7 +44,7 @@ def genai_config(program: Program, filename: str, provider: str = "") -> dict[st
                     "provider_options": [{provider: {}}] if provider else [],
                 },
                 "filename": filename,
-                "head_size": width_of(states[0]),
+                "head_size": cache_width(program),
                 "hidden_size": hidden,
                 "inputs": {
                     "input_ids": "input_ids",
@@ -69,8 +69,8 @@ def genai_config(program: Program, filename: str, provider: str = "") -> dict[st
     }
 
 
-def with_genai_names(program: Program) -> Program:
-    """`program` with the states of recurrent layers renamed to what onnxruntime-genai looks for."""
+def with_genai_states(program: Program) -> Program:
+    """`program` with caches of one shape, and with the names by which onnxruntime-genai finds states of other kinds."""
 
     def named(state: StateSpec) -> StateSpec:
         if state.kind in CACHE_KINDS:
@@ -78,7 +78,7 @@ def with_genai_names(program: Program) -> Program:
         past, present = (f"{end}.{state.layer}.{state.kind}_state" for end in ("past_key_values", "present"))
         return replace(state, input=replace(state.input, name=past), output=replace(state.output, name=present))
 
-    return program.replace(states=tuple(map(named, program.states)))
+    return with_equal_caches(program.replace(states=tuple(map(named, program.states))))
 
 
 def complete(directory: Path) -> None:

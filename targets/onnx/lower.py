@@ -113,6 +113,7 @@ def _inputs(ctx: Context) -> list[ir.Value]:
         if spec.name not in SYNTHESISED:
             inputs.append(_spec_value(spec))
             ctx.set(node, inputs[-1])
+            inputs[-1].shape = ir.Shape(_axes(spec))  # a cache may be wider than that of the trace
             if spec.name in defaults and ctx.dialect.input_defaults:
                 # An initializer of the same name as an input is the default value of that input.
                 inputs[-1].const_value = ir.Tensor(defaults[spec.name].numpy(), name=spec.name)

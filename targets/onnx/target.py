@@ -145,7 +145,7 @@ class OnnxTarget(base.Target):
         shared, browser = options.flavor is Flavor.GENAI, options.flavor is Flavor.WEB
         if shared and (refused := refusals(program)):
             raise RefusedError(refused[0].where, refused[0].reason, hint="use the default flavor")
-        program = genai.with_genai_names(program) if shared else web.with_web_names(program) if browser else program
+        program = genai.with_genai_states(program) if shared else web.with_web_names(program) if browser else program
         dialect = _dialect(program, options)
         model, ctx = lower.build(program, dialect, routing=options.routing_outputs)
         counts: dict[str, int] = {}

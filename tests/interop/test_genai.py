@@ -95,9 +95,9 @@ def test_packed_weights(genai: Any, golden_model: Path, tmp_path: Path) -> None:
     np.testing.assert_array_equal(found[0][1], found[1][1])
 
 
-@pytest.mark.parametrize("family", ["qwen3_next", "nemotron_h", "jamba"])
-def test_states_of_recurrent_layers(genai: Any, family: str, tmp_path: Path) -> None:
-    """It finds them by their names, whole and after a prompt in two pieces."""
+@pytest.mark.parametrize("family", ["qwen3_next", "nemotron_h", "jamba", "deepseek_v3", "kimi_linear"])
+def test_states(genai: Any, family: str, tmp_path: Path) -> None:
+    """Those of recurrent layers are found by their names, and those of latent attention have one width for all."""
     import moec
     from moec.compiler.families.tiny_models import write_tiny_checkpoint
     from moec.targets import get_target

@@ -2,11 +2,17 @@
 
 The buffer may be longer than the sequence, so the number of past tokens comes from the attention mask. Left padding,
 chunks and the like reach the kernel as an additive bias; the kernel applies the causal mask and the sliding window.
+
+The kernel has one head size, a multiple of 8, for queries, keys and values, and onnxruntime-genai one for all layers.
+Narrower heads, such as the values of multi-head latent attention, are filled up with zeros, which change no product:
+
+    query, key, value [B, H, S, D] -> Pad to [B, H, S, W] -> GroupQueryAttention -> [B, S, H, W] -> Slice [..., :D]
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
@@ -15,7 +21,7 @@ from torch import fx
 
 from moec.compiler.common.rejections import Rejection
 from moec.compiler.ir.operands import Attention
-from moec.compiler.ir.program import ATTENTION, INDEXER, Program, StateSpec, module_of
+from moec.compiler.ir.program import CACHE_KINDS, INDEXER, Program, StateSpec, module_of
 from moec.targets.common.arguments import result_dtype
 from moec.targets.onnx.context import MS, Context, np_dtype
 
@@ -45,14 +51,14 @@ def group_query_attention(ctx: Context, node: fx.Node, allowed: ir.Value) -> Seq
     """
     own = Attention.of(node)
     query, key, value = own.query, own.key, own.value
-    dtype = result_dtype(query)
-    heads, groups, width = (int(size) for size in (query.meta["val"].shape[1], *key.meta["val"].shape[1:4:2]))
+    dtype, width = result_dtype(query), cache_width(ctx.program)
+    heads, groups = (int(item.meta["val"].shape[1]) for item in (query, key))
     attributes: dict[str, float] = {"local_window_size": own.window} if own.kind == "sliding" else {}
     if own.softcap:
         attributes["softcap"] = own.softcap
     out, present_key, present_value = ctx.ops(
         "GroupQueryAttention",
-        *(_flat(ctx, item, count * width) for item, count in ((query, heads), (key, groups), (value, groups))),
+        *(_flat(ctx, item, width) for item in (query, key, value)),
         ctx.tensor(own.past_key),
         ctx.tensor(own.past_value),
         *_lengths(ctx, query),
@@ -69,13 +75,20 @@ def group_query_attention(ctx: Context, node: fx.Node, allowed: ir.Value) -> Seq
         do_rotary=0,
         **attributes,
     )
-    return ctx.op("Reshape", out, ctx.ints(0, 0, heads, width)), present_key, present_value
+    out, used = ctx.op("Reshape", out, ctx.ints(0, 0, heads, width)), int(value.meta["val"].shape[3])
+    if used < width:
+        out = ctx.op("Slice", out, ctx.ints(0), ctx.ints(used), ctx.ints(3))
+    return out, present_key, present_value
 
 
-def _flat(ctx: Context, argument: object, width: int) -> ir.Value:
-    """[B, H, S, D] -> [B, S, H * D]."""
-    turned = ctx.op("Transpose", ctx.tensor(argument), perm=[0, 2, 1, 3])
-    return ctx.op("Reshape", turned, ctx.ints(0, 0, width))
+def _flat(ctx: Context, argument: fx.Node, width: int) -> ir.Value:
+    """[B, H, S, D] -> [B, S, H * width], each head filled up with zeros."""
+    _, heads, _, used = argument.meta["val"].shape
+    value = ctx.tensor(argument)
+    if used < width:
+        value = ctx.op("Pad", value, ctx.ints(0, 0, 0, 0, 0, 0, 0, width - used))
+    turned = ctx.op("Transpose", value, perm=[0, 2, 1, 3])
+    return ctx.op("Reshape", turned, ctx.ints(0, 0, heads * width))
 
 
 def _lengths(ctx: Context, query: fx.Node) -> tuple[ir.Value, ir.Value]:
@@ -109,20 +122,11 @@ def refusals(program: Program) -> tuple[Rejection, ...]:
         reason = "onnxruntime-genai has no cache for the keys of an indexer"
         return (Rejection("onnx", module_of(indexers[0]), reason),)
     found = []
-    for node in program.nodes(ATTENTION):
-        own = Attention.of(node)
-        key, value = own.key.meta["val"], own.value.meta["val"]
-        if key.shape[3] != value.shape[3]:
-            sizes = f"{key.shape[3]} and {value.shape[3]}"
-            reason = f"GroupQueryAttention needs keys and values of the same head size, not {sizes}"
-            found.append(Rejection("onnx", module_of(node), reason))
-        elif int(key.shape[3]) % HEAD_MULTIPLE:
-            reason = f"GroupQueryAttention on CPU needs a multiple of {HEAD_MULTIPLE} as head size, not {key.shape[3]}"
-            found.append(Rejection("onnx", module_of(node), reason))
-    shapes = {(heads_of(state), width_of(state)) for state in program.caches}
-    if not found and len(shapes) > 1:
-        sizes = ", ".join(f"{heads} x {width}" for heads, width in sorted(shapes))
-        found.append(Rejection("onnx", "the model", f"onnxruntime-genai needs KV caches of one shape, not {sizes}"))
+    heads = sorted({heads_of(state) for state in program.caches})
+    if len(heads) > 1:
+        counts = ", ".join(map(str, heads))
+        reason = f"onnxruntime-genai needs KV caches with the same number of heads in all layers, not {counts}"
+        found.append(Rejection("onnx", "the model", reason))
     layers = sorted({state.layer for state in program.states})
     if not program.replaced and layers != list(range(len(layers))):
         found.append(Rejection("onnx", "the model", "onnxruntime-genai needs a KV cache in every layer"))
@@ -147,6 +151,21 @@ def heads_of(state: StateSpec) -> int:
     return int(state.input.shape[1])
 
 
-def width_of(state: StateSpec) -> int:
-    """Head size of a KV cache."""
-    return int(state.input.shape[3])
+def cache_width(program: Program) -> int:
+    """Head size of all KV caches: the largest of the Program's, and a multiple of what the kernel takes."""
+    widest = max(int(state.input.shape[3]) for state in program.caches)
+    return -(-widest // HEAD_MULTIPLE) * HEAD_MULTIPLE
+
+
+def with_equal_caches(program: Program) -> Program:
+    """`program` with KV caches [batch, heads, tokens, `cache_width`], as `group_query_attention` fills them."""
+
+    def widened(state: StateSpec) -> StateSpec:
+        if state.kind not in CACHE_KINDS:
+            return state
+        past, present = (
+            replace(end, shape=(*end.shape[:3], cache_width(program))) for end in (state.input, state.output)
+        )
+        return replace(state, input=past, output=present)
+
+    return program.replace(states=tuple(map(widened, program.states)))

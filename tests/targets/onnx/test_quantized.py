@@ -238,14 +238,6 @@ def test_quantized_experts_in_standard_ops_are_refused(name: str, quantized: Any
     assert f"experts in {name}" in refused[0].reason
 
 
-def test_heads_that_genai_cannot_hold_are_refused(tmp_path: Path) -> None:
-    tiny_model("qwen3_moe", head_dim=20).save_pretrained(tmp_path)
-    program, _ = passes.run_passes(capture(Checkpoint.open(tmp_path)), passes.default_passes())
-    refused = OnnxTarget().lint(program, OnnxOptions(flavor=Flavor.GENAI))
-    assert "a multiple of 8 as head size, not 20" in refused[0].reason
-    assert OnnxTarget().lint(program, OnnxOptions()) == ()
-
-
 def test_what_lowering_refuses_lint_refuses(quantized: Any) -> None:
     """Whatever it is: here zero points, which the standard form of a linear has not."""
     plan = QuantizationPlan.from_dict({"formats": {"attention": "int4:32:asym"}})
