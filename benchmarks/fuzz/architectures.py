@@ -160,7 +160,11 @@ def _heads(config: Mapping[str, Any], chance: random.Random) -> dict[str, Any]:
     heads, shared = chance.choice(HEADS)
     if "kv_lora_rank" in config:
         shared = heads
-        sizes: dict[str, tuple[int, ...]] = {"qk_nope_head_dim": (8, 10, 16), "qk_rope_head_dim": (4, 8, 12), "v_head_dim": (8, 12, 20)}
+        sizes: dict[str, tuple[int, ...]] = {
+            "qk_nope_head_dim": (8, 10, 16),
+            "qk_rope_head_dim": (4, 8, 12),
+            "v_head_dim": (8, 12, 20),
+        }
         sizes |= {"kv_lora_rank": (20, 24, 33), "q_lora_rank": (20, 32)}
         found |= {key: chance.choice(options) for key, options in sizes.items() if config.get(key)}
         if config.get("head_dim") == config.get("qk_rope_head_dim"):
