@@ -274,6 +274,7 @@ def experts(
     operands: list[ir.Value | None] = [ctx.tensor(own.hidden_states), router]
     zero_point_inputs: list[ir.Value | None] = []
     for (name, tensor), bias, first in zip(tensors, biases, (True, False), strict=True):
+        _check_bytes(node, tensor)
         interleaved = first and gate.gated and not gate.interleaved
         codes, scales, zero_points = _stack(tensor, kernel_groups(tensor, block), interleaved)
         operands += [ctx.initializer(f"{name}.codes", codes), ctx.initializer(f"{name}.scales", scales)]
@@ -365,21 +366,44 @@ def _stack(tensor: Quantized, groups: int, interleaved: bool) -> tuple[Packed, P
 
 
 def dequantize(ctx: Context, node: fx.Node, name: str, weight: Quantized) -> ir.Value:
-    """The float matrix [N, K] by DequantizeLinear with blocks, from opset 21 on."""
-    rows, columns = weight.shape
+    """The float matrix [N, K] by DequantizeLinear with blocks, from opset 21 on; int4 codes are of the type INT4."""
     block = kernel_block(weight)
     groups = kernel_groups(weight, block)
-    codes = Packed(weight, lambda part: part.codes, (rows, columns), torch.int8)
     if not weight.format.symmetric:
         raise refuse(node, "zero points are not supported in standard ops", hint="use a symmetric format")
-    ctx.others[name] = stored_entry(weight, block, base=name, bits=8, signed=True)
+    _check_bytes(node, weight)
+    ctx.others[name] = stored_entry(weight, block, base=name, signed=True)
     return ctx.shared(
         ("dequantized", name),
         lambda: ctx.op(
             "DequantizeLinear",
-            ctx.initializer(f"{name}.codes", codes),
+            signed_codes(ctx, name, weight),
             _scales(ctx, name, [weight], groups, result_dtype(node)),
             axis=1,
             block_size=block,
         ),
     )
+
+
+def _check_bytes(node: fx.Node, weight: Quantized) -> None:
+    """Refuse rows of int4 codes that end within a byte.
+
+    Raises:
+        RefusedError: The rows have an odd number of them.
+    """
+    if weight.format.bits == 4 and weight.shape[-1] % 2:
+        reason = f"{weight.name}: rows of {weight.shape[-1]} int4 codes do not fill whole bytes"
+        raise refuse(node, reason, hint="use int8 for this weight, or leave it float")
+
+
+def signed_codes(ctx: Context, name: str, weight: Quantized) -> ir.Value:
+    """Codes [..., N, K] as DequantizeLinear takes them: int8, or INT4 with two to a byte."""
+    if weight.format.bits == 8:
+        return ctx.initializer(f"{name}.codes", Packed(weight, lambda part: part.codes, weight.shape, torch.int8))
+    bytes_of = Packed(
+        weight,
+        lambda part: pack(part.codes.contiguous().view(torch.uint8) & 15, 4),
+        (*weight.shape[:-1], (weight.shape[-1] + 1) // 2),
+        torch.uint8,
+    )
+    return ctx.initializer(f"{name}.codes", bytes_of, packed=(ir.DataType.INT4, weight.shape))

@@ -13,9 +13,11 @@ import pytest
 import torch
 
 from moec import passes
+from moec.compiler.common.verdict import Status
 from moec.compiler.families.tiny_models import tiny_model, write_tiny_checkpoint
 from moec.compiler.frontend.capture import capture
 from moec.compiler.frontend.checkpoint import Checkpoint
+from moec.compiler.gates.integrity import Comparisons
 from moec.compiler.ir.interpreter import ProgramRunner
 from moec.compiler.ir.program import Program
 from moec.passes.quantize import Quantize
@@ -130,6 +132,23 @@ def test_a_tied_table_whose_rows_are_no_whole_blocks(tmp_path: Path) -> None:
     program = Quantize(requested({"formats": {"lm_head": "int8"}})).run(program).program
     (tmp_path / "out").mkdir()
     assert difference(lowered(program, tmp_path / "out"), program) < 2e-2
+
+
+def test_rows_of_int4_codes_that_end_within_a_byte_are_refused(tmp_path: Path) -> None:
+    checkpoint = write_tiny_checkpoint("olmoe", tmp_path / "model", intermediate_size=17)
+    program, _ = passes.run_passes(capture(Checkpoint.open(checkpoint)), passes.default_passes())
+    program = Quantize(requested("int4")).run(program).program
+    refused = OnnxTarget().lint(program, OnnxOptions())
+    assert "rows of 17 int4 codes do not fill whole bytes" in refused[0].reason
+    # For browsers, matrices are stored the other way round.
+    assert not OnnxTarget().lint(program, OnnxOptions(flavor=Flavor.WEB))
+
+
+def test_standard_ops_hold_codes_of_the_planned_width(quantized: Any, tmp_path: Path) -> None:
+    program = quantized(QuantizationPlan.from_dict({"formats": {"attention": "int4", "lm_head": "int8"}}))
+    runner = lowered(program, tmp_path, "portable")
+    assert difference(runner, program) < 1e-4
+    assert Comparisons(program, OnnxTarget().stored_weights(tmp_path)).judge().status is Status.PASS
 
 
 def test_two_widths_in_one_layer_of_experts_are_refused(quantized: Any) -> None:
