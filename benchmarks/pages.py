@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
 
-
-def put(text: str, page: Path) -> None:
-    """Write `text` between the markers of `page`; a missing page is created with only the markers."""
-    before, _, rest = (page.read_text(encoding="utf-8") if page.is_file() else f"{BEGIN}\n{END}\n").partition(BEGIN)
-    page.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+def put(text: str, page: Path, *, name: str = "table") -> None:
+    """Write `text` between the markers of `page` with this name; a page or markers that are missing are made."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    before = page.read_text(encoding="utf-8") if page.is_file() else ""
+    if begin not in before:
+        before += f"{begin}\n{end}\n"
+    head, _, rest = before.partition(begin)
+    page.write_text(f"{head}{begin}\n\n{text}\n\n{end}{rest.partition(end)[2]}", encoding="utf-8")

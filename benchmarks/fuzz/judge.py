@@ -28,7 +28,7 @@ SINGLE = ((11, 1, 1, 1, 1), (29, 1, 1, 6, 1))
 """Steps in which single sequences are fed: prefill, then single tokens and a piece of six."""
 PADDED = (9, 5)
 """Lengths of two sequences in one batch, the shorter with left padding; both are then continued by two tokens."""
-SPREAD, TRIES, MORE_TRIES = 2.5, 2, 12
+SPREAD, TRIES, MORE_TRIES = 2.5, 2, 48
 SHARP = 0.2
 """A position whose allowance is larger says nothing, and a quarter of all positions must say something."""
 

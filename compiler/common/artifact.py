@@ -17,6 +17,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from moec.compiler.common import sections
 from moec.compiler.common.digest import sha256_of_file, sha256_of_text
 from moec.compiler.common.errors import ArtifactError, first_line
 from moec.compiler.common.files import read_json
@@ -57,17 +58,17 @@ class _Sections(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True)
 
     files: dict[str, str]
-    source: dict[str, Any] = {}
-    recipe: dict[str, Any] = {}
-    model: dict[str, Any] = {}
+    source: sections.Source = sections.Source()
+    recipe: sections.RecordedRecipe = sections.RecordedRecipe()
+    model: sections.Model = sections.Model()
     passes: list[_Pass] = []
     rejections: list[dict[str, Any]] = []
     signature: dict[str, Any] = {}
-    routing: dict[str, Any] = {}
-    quantization: dict[str, Any] = {}
+    routing: sections.Routing = sections.Routing()
+    quantization: sections.Quantization = sections.Quantization()
     model_files: list[str] = []
-    facts: dict[str, Any] = {}
-    tensor_bytes: dict[str, Any] = {}
+    facts: sections.Facts = sections.Facts()
+    tensor_bytes: dict[str, sections.Count] = {}
     tools: dict[str, str] = {}
     packed: _Packed | None = None
 

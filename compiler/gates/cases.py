@@ -14,7 +14,7 @@ import numpy as np
 from moec.compiler.common.model_config import context_length
 from moec.compiler.ir.operands import Attention
 from moec.compiler.ir.program import ATTENTION, Program
-from moec.compiler.text.tokenizer import open_tokenizer
+from moec.compiler.text.tokenizer import encode, open_tokenizer
 from moec.targets.runners import RunnerLimits
 
 SHAPES = ((1, 1, 9), (2, 5, 0), (2, 5, 7))
@@ -93,7 +93,7 @@ class Prompts:
 def _encoded(directory: Path, changed: int) -> np.ndarray:  # noqa: ARG001 - part of the key of the cache
     """Ids of the text that comes with moec; all gates of an export take their prompts from it."""
     words = importlib.resources.files("moec").joinpath(*TEXT).read_text(encoding="utf-8")[:TEXT_CHARACTERS]
-    return np.asarray(open_tokenizer(directory).encode(words, add_special_tokens=False).ids, dtype=np.int64)
+    return np.asarray(encode(open_tokenizer(directory), words, special=False), dtype=np.int64)
 
 
 @dataclass(frozen=True)

@@ -81,14 +81,14 @@ def other_weights(program: Program, offered: Collection[str] = ()) -> dict[str, 
     Args:
         program: The final Program.
         offered: Names of the weights that the artifact can give back. Embeddings and quantized weights have to be among
-            them; other weights are compared if they are.
+            them; other weights are compared if they are, and have rows to compare.
     """
     experts, tables = expert_weights(program), set(map(program.weights.resolve, lookup_tables(program.graph)))
     found: dict[str, torch.dtype] = {}
     for node in program.graph.find_nodes(op="get_attr"):
         name = program.weights.resolve(str(node.target))
         required = name in tables or _format(program, name) is not None
-        if name not in experts and (required or name in offered):
+        if name not in experts and (required or (name in offered and program.weights[name].shape)):
             found[name] = node.meta["val"].dtype
     return found
 

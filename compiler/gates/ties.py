@@ -87,7 +87,14 @@ def _comparison_gap(left: Tensor, right: Tensor | float, *_: object) -> Tensor:
     return torch.where(first == second, torch.inf, gap)
 
 
+def _floor_gap(value: Tensor, *_: object) -> Tensor:
+    """Distance to the nearest integer, where rounding down jumps by 1; relative as in `_comparison_gap`."""
+    exact = value.double()
+    return torch.nan_to_num((exact - exact.round()).abs() / exact.abs().clamp(min=1.0), nan=torch.inf)
+
+
 _GAPS: Mapping[Any, Callable[..., Tensor]] = {
+    aten.floor.default: _floor_gap,
     aten.topk.default: _top_k_gap,
     aten.max.dim: _argmax_gap,
     aten.argmax.default: _argmax_gap,
@@ -128,7 +135,7 @@ def _independent(node: fx.Node) -> bool:
     A row's maximum, for example, is computed from the row. Independent values may be equal by chance in half precision.
     """
     sides = node.args[:2]
-    if node.target in _VALUES_AND_INDICES or not all(isinstance(side, fx.Node) for side in sides):
+    if node.target in _VALUES_AND_INDICES or len(sides) < 2 or not all(isinstance(side, fx.Node) for side in sides):
         return False
     return not any(side in ancestors([other], is_mixer) for side, other in (sides, sides[::-1]))
 

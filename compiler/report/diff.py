@@ -67,7 +67,7 @@ def _facts(manifest: Mapping[str, Any], report: Report) -> Iterator[tuple[tuple[
         ("recipe", manifest.get("recipe", {})),
         ("tools", manifest.get("tools", {})),
         ("graph", {**facts.get("ops", {}), "opset": facts.get("opset")}),
-        ("graph", {f"pass {record['name']} {at}": record["modified"] for at, record in _passes(manifest)}),
+        ("graph", {f"pass {record['name']} {at}": record.get("modified") for at, record in _passes(manifest)}),
         ("graph", {"signature": manifest.get("signature", {})}),
         ("sizes", {**report.tensor_bytes, "all files": sum(report.files.values())}),
         ("files", manifest.get("files", {})),
@@ -95,7 +95,9 @@ def _routing(routing: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "policy": routing.get("policy"),
         "slots kept": {"all": accounting.get("kept_share"), **kept},
-        "executed FLOPs": {name: phase["executed_flops_share"] for name, phase in accounting.get("phases", {}).items()},
+        "executed FLOPs": {
+            name: phase.get("executed_flops_share") for name, phase in accounting.get("phases", {}).items()
+        },
     }
 
 

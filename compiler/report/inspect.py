@@ -10,7 +10,7 @@ from typing import Any
 
 from moec.compiler.common.artifact import MANIFEST, is_artifact, read_manifest
 from moec.compiler.common.errors import UnsupportedModelError
-from moec.compiler.common.model_config import read_config
+from moec.compiler.report.schema import JSON, read_report
 from moec.compiler.report.summary import summarise
 
 
@@ -31,7 +31,9 @@ def inspect(location: str, *, revision: str | None = None, trust_remote_code: bo
 
 def _artifact(directory: Path) -> dict[str, Any]:
     manifest = read_manifest(directory)
-    report = read_config(directory / "report.json")
+    verdicts: list[dict[str, Any]] = []
+    if (directory / JSON).is_file():
+        verdicts = [verdict.model_dump(mode="json") for verdict in read_report(directory).verdicts]
     kept = (
         "recipe",
         "model",
@@ -44,7 +46,6 @@ def _artifact(directory: Path) -> dict[str, Any]:
         "facts",
         "tools",
     )
-    verdicts = report.get("verdicts", [])
     sizes = _sizes({name: directory / name for name in (MANIFEST, *manifest["files"])})
     return {
         "kind": "artifact",

@@ -9,9 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from moec.compiler.common.errors import ArtifactError
+from moec.compiler.common.sections import Count, Figures, Summary
 from moec.compiler.common.verdict import Status
 
 SCHEMA_VERSION = 1
@@ -34,6 +35,12 @@ class VerdictRecord(_Part):
         description="Measurements, with keys that depend on the gate: `seconds` is its duration, `cases` lists the "
         "cases of a parity gate, `steps` has the number of tokens of each expert of each layer (coverage).",
     )
+
+    @field_validator("figures")
+    @classmethod
+    def _can_be_shown(cls, figures: dict[str, Any]) -> dict[str, Any]:
+        Figures.model_validate(figures, strict=False)
+        return figures
 
 
 class Machine(_Part):
@@ -82,10 +89,16 @@ class Report(_Part):
         description="What was found in a model file of another exporter; empty for an artifact of moec.",
     )
     rejections: list[RejectionRecord]
-    files: dict[str, int] = Field(description="File of the artifact -> bytes.")
-    tensor_bytes: dict[str, int] = Field(
+    files: dict[str, Count] = Field(description="File of the artifact -> bytes.")
+    tensor_bytes: dict[str, Count] = Field(
         description="Tensor class -> bytes of its weights in the formats of the plan, or as stated by the target."
     )
+
+    @field_validator("summary")
+    @classmethod
+    def _in_numbers(cls, summary: dict[str, Any]) -> dict[str, Any]:
+        """Read infinity and NaN, which are texts in the file, as numbers."""
+        return {**summary, **Summary.model_validate(summary).model_dump(exclude_unset=True)} if summary else {}
 
 
 def json_schema() -> dict[str, Any]:

@@ -47,7 +47,7 @@ def summarise(
     size = sum(sizes.get(name, 0) for name in manifest.get("model_files", ()))
     source_size = manifest.get("source", {}).get("bytes")
     figures = {verdict["gate"]: verdict.get("figures", {}) for verdict in verdicts}
-    experts = _experts(model)
+    experts, increase = _experts(model), figures.get(_QUALITY, {}).get("increase")
     place = manifest.get("foreign", {}).get("path", directory)
     names = {"directory": shlex.quote(place), "checkpoint": shlex.quote(checkpoint)}
     return {
@@ -60,7 +60,7 @@ def summarise(
         "bytes": size,
         "source_bytes": source_size,
         "ratio": size / source_size if source_size else None,
-        "perplexity_increase": figures.get(_QUALITY, {}).get("increase"),
+        "perplexity_increase": None if increase is None else float(increase),
         "tokens_per_second": _speeds(figures.get(_LATENCY, {})),
         "next": [
             {"command": step.command.format(**names), "does": step.does}
@@ -163,9 +163,9 @@ def _formats(manifest: Mapping[str, Any]) -> dict[str, list[str]]:
 def _speeds(figures: Mapping[str, Any]) -> dict[str, float]:
     """Decode workload -> tokens per second of one sequence, from the median time of a step."""
     medians = {
-        workload: each[_CANDIDATE]["wall"]["p50"]["value"]
+        workload: float(each[_CANDIDATE]["wall"]["p50"]["value"])  # infinity is a text in the file
         for workload, each in figures.get("workloads", {}).items()
-        if workload.startswith("decode") and _CANDIDATE in each
+        if workload.startswith("decode") and each.get(_CANDIDATE)
     }
     return {workload: 1 / seconds for workload, seconds in medians.items() if seconds}
 

@@ -25,7 +25,7 @@ from moec.compiler.common.progress import Progress
 from moec.compiler.run.packing import open_packed
 from moec.compiler.run.session import Answer, Session, Statistics
 from moec.compiler.text.sampling import Sampling, sampling_of
-from moec.compiler.text.tokenizer import open_tokenizer
+from moec.compiler.text.tokenizer import encode, open_tokenizer
 from moec.targets import get_target
 from moec.targets.runners import AdjustableRunner, Runner, fork, limits_of
 
@@ -144,10 +144,11 @@ class Generator:
 
         Raises:
             UsageError: The prompt is empty and the model has no bos token, or the model has no chat template.
+            ArtifactError: The tokenizer cannot encode the prompt.
         """
         if chat:
             return self.encode_chat([{"role": "user", "content": prompt}])
-        ids = list(self.tokenizer.encode(prompt).ids) or list(self._bos_token_ids[:1])
+        ids = encode(self.tokenizer, prompt, ArtifactError) or list(self._bos_token_ids[:1])
         if not ids:
             raise UsageError("the prompt is empty, and the model has no bos token", hint="give a prompt")
         return ids
@@ -164,7 +165,7 @@ class Generator:
         from moec.compiler.run.chat import render_chat
 
         text = render_chat(self.directory, messages)
-        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+        return encode(self.tokenizer, text, ArtifactError, special=False)
 
     def tokens(
         self, input_ids: Sequence[int], *, max_new_tokens: int = DEFAULT_NEW_TOKENS, sampling: Sampling | None = None

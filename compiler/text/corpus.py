@@ -10,7 +10,7 @@ import numpy as np
 
 from moec.compiler.common.errors import CheckpointError, UsageError
 from moec.compiler.common.model_config import read_config, vocabulary_size
-from moec.compiler.text.tokenizer import open_tokenizer
+from moec.compiler.text.tokenizer import encode, open_tokenizer
 
 _SHIPPED = ("golden_models", "olmoe-tiny", "texts")
 CALIBRATION = ("calibration.txt",)
@@ -79,8 +79,8 @@ def tokenize(directory: Path, text: str) -> np.ndarray:
     tokenizer = open_tokenizer(directory)
     # Encoding takes more than linear time in the length of a string, so the text is encoded in pieces.
     pieces = [text[start : start + 20_000] for start in range(0, len(text), 20_000)]
-    encoded = tokenizer.encode_batch(pieces, add_special_tokens=False)
-    ids = np.asarray([index for piece in encoded for index in piece.ids], dtype=np.int64)
+    encoded = [encode(tokenizer, piece, special=False) for piece in pieces]
+    ids = np.asarray([index for piece in encoded for index in piece], dtype=np.int64)
     limit = vocabulary_size(read_config(directory / "config.json"))
     if limit is not None and ids.size and ids.max() >= limit:
         raise CheckpointError(

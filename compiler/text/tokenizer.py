@@ -51,6 +51,33 @@ def open_tokenizer(directory: Path, error: type[ArtifactError | CheckpointError]
     return tokenizer
 
 
+def encode(
+    tokenizer: Tokenizer,
+    text: str,
+    error: type[ArtifactError | CheckpointError] = CheckpointError,
+    *,
+    special: bool = True,
+) -> list[int]:
+    """Token ids of `text`.
+
+    Args:
+        tokenizer: From `open_tokenizer`.
+        text: The text.
+        error: Class of the exception to raise: `ArtifactError` for an artifact.
+        special: Whether to add the special tokens that the tokenizer adds to a text.
+
+    Raises:
+        CheckpointError: The tokenizer cannot encode it, such as one whose vocabulary lacks its own token for unknown
+            words (or `ArtifactError`, as given by `error`).
+    """
+    try:
+        return list(tokenizer.encode(text, add_special_tokens=special).ids)
+    except Exception as cause:  # tokenizers raises bare Exception
+        raise error(
+            f"{FILE} cannot encode the text: {first_line(cause)}", hint="copy or download the file again"
+        ) from cause
+
+
 def make_loadable(directory: Path) -> None:
     """Replace the tokenizer class in tokenizer_config.json by a name that every release of transformers knows.
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from moec.compiler.common.errors import ArtifactError
 from moec.compiler.text.corpus import read_text
+from moec.compiler.text.tokenizer import encode
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -28,7 +30,7 @@ def budget_curve(manifest: Mapping[str, Any], model: BrowserModel, tokenizer: To
     """
     from moec.passes.routing.policies.table import policy_type
 
-    ids = tokenizer.encode(read_text()[:2000], add_special_tokens=False).ids[:TOKENS]
+    ids = encode(tokenizer, read_text()[:2000], ArtifactError, special=False)[:TOKENS]
     share = model.kept_shares(ids, BUDGET)
     low, high = policy_type(str(manifest["recipe"]["routing"]["policy"])).knob_range
     least, most = sorted(((share(value), value) for value in (low, high)), key=lambda pair: pair[0])

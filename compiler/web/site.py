@@ -33,7 +33,7 @@ from moec.compiler.common.staging import check_output, staged
 from moec.compiler.pipeline.stages import Stages, silent
 from moec.compiler.run.chat import special_tokens
 from moec.compiler.text.sampling import Sampling, sampling_of
-from moec.compiler.text.tokenizer import open_tokenizer
+from moec.compiler.text.tokenizer import encode, open_tokenizer
 from moec.compiler.web.budget import BUDGET, budget_curve
 from moec.compiler.web.packages import copy_packages
 from moec.targets import get_target
@@ -196,7 +196,7 @@ def describe(artifact: Path, manifest: Mapping[str, Any], model: BrowserModel) -
     layers = manifest["model"]["moe_layers"]
     template = chat_template(artifact)
     tokenizer = open_tokenizer(artifact, ArtifactError)
-    probe = list(tokenizer.encode(PROBE).ids)
+    probe = encode(tokenizer, PROBE, ArtifactError)
     return {
         "schema": SCHEMA,
         "digest": manifest["digest"],

@@ -146,6 +146,7 @@ class _Router:
         self.experts, self.count = experts, count
         self.nodes = router_nodes(experts)
         self._wide: set[fx.Node] = set()
+        self._ranked = False
         self.per_expert = list(Experts.of(experts).stacks.values())
 
     def refusal(self) -> str:
@@ -160,6 +161,8 @@ class _Router:
                 continue
             if reason := self._step(node):
                 return f"its router does not treat experts independently: {reason}"
+        if not self._ranked:
+            return f"its router does not choose among the {self.count} experts alone"
         ours = {self.experts, *self.nodes}
         for node in self.per_expert:
             if not set(node.users) <= ours:
@@ -182,6 +185,7 @@ class _Router:
             self._wide.add(node)
             return ""
         if node.target is aten.topk.default and last_axis(wide[0], axis):
+            self._ranked = True
             return ""
         if node.target is aten.gather.default and node.args[0] in self._wide and node.args[2] not in self._wide:
             return ""

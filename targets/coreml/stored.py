@@ -21,14 +21,15 @@ Find = Callable[[str], "Constant"]
 
 
 def stored_weights(directory: Path) -> Mapping[str, StoredWeight]:
-    """The tensors of experts and the other weights that the model's metadata names."""
-    model, metadata = MilModel.open(directory / PACKAGE), read_metadata(directory)
+    """The tensors of experts and the other weights that the model's metadata names.
 
-    def find(label: str) -> Constant:
-        return model.constants()[label]
-
-    experts = {name: _experts(find, pattern) for name, pattern in metadata.experts.items()}
-    return {name: _matrix(find(label)) for name, label in metadata.matrices.items()} | experts
+    Converting folds ops whose operands are constants, such as the comparison of a frequency with a border: such
+    operands are not in the package.
+    """
+    constants, metadata = MilModel.open(directory / PACKAGE).constants(), read_metadata(directory)
+    experts = {name: _experts(constants.__getitem__, pattern) for name, pattern in metadata.experts.items()}
+    others = {name: constants[label] for name, label in metadata.matrices.items() if label in constants}
+    return {name: _matrix(constant) for name, constant in others.items()} | experts
 
 
 def _experts(find: Find, pattern: str) -> StoredWeight:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+import sys
+from dataclasses import Field, fields
 from typing import TYPE_CHECKING, Any
 
 from moec.compiler.common.errors import UsageError
@@ -90,11 +91,40 @@ def policy(name: str, **parameters: Any) -> Policy:
         UsageError: A name or parameter is unknown, the policy depends on the batch, or a value is out of range.
     """
     chosen = policy_type(name)
-    known = [field.name for field in fields(chosen)]
+    known = {field.name: field for field in fields(chosen)}
     for key in parameters:
         if key not in known:
             raise unknown(key, known, f"policy {name} has no parameter", "its parameters")
-    return chosen(**{key: _value(value) for key, value in parameters.items()})
+    values = {key: _value(value) for key, value in parameters.items()}
+    for key, value in values.items():
+        if wanted := _misfit(known[key], value):
+            what = f"policy {name}: {key} must be {wanted}, not {parameters[key]!r:.80}"
+            raise UsageError(what, hint="see docs/routing.md for its parameters")
+    return chosen(**values)
+
+
+def _misfit(field: Field[Any], value: Any) -> str:
+    """What a parameter should be, if the value is not of its kind; empty if it is.
+
+    The default and the annotation of the field tell the kind. Fields of other kinds, which policies of third parties
+    may have, are left to the policy.
+    """
+    if isinstance(field.default, bool):
+        return "" if isinstance(value, bool) else "true or false"
+    if isinstance(field.default, int | float):
+        return "" if _is_number(value) else "a number"
+    if isinstance(field.default, tuple):
+        if not isinstance(value, tuple):
+            return "a list with an entry for each MoE layer"
+        if "int" in str(field.type):
+            return "" if all(isinstance(item, int) and _is_number(item) for item in value) else "a list of integers"
+        if "float" in str(field.type):
+            return "" if all(map(_is_number, value)) else "a list of numbers"
+    return ""
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _value(given: Any) -> Any:

@@ -55,6 +55,8 @@ def kernel_refusal(gate: Gate, coded: Sequence[Quantized], stacks: int) -> str:
         return "the kernel does not take one projection in floats and the other in integers"
     if not quantized.same_bits(*coded):
         return "the kernel needs the same number of bits for both projections"
+    if odd := [stack.shape[-1] for stack in coded if not quantized.fills_bytes(stack)]:
+        return f"the kernel cannot read rows of {odd[0]} int4 codes, which do not fill whole bytes"
     return ""
 
 

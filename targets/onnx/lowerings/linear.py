@@ -13,7 +13,7 @@ from moec.compiler.ir.weights import swap_last
 from moec.quantize.lazy import Quantized
 from moec.targets.common.arguments import result_dtype
 from moec.targets.onnx.context import MS, Context, Lowering
-from moec.targets.onnx.lowerings import quantized
+from moec.targets.onnx.lowerings import standard_quantized
 from moec.targets.onnx.lowerings.decoded import coded_product
 from moec.targets.onnx.lowerings.fusions import joint_product
 
@@ -37,7 +37,7 @@ def _product(ctx: Context, node: fx.Node, x: ir.Value, weight: fx.Node) -> ir.Va
     own = ctx.program.weights[name]
     if isinstance(own, Quantized):
         if not ctx.dialect.contrib:
-            return quantized.dequantized_product(ctx, node, x, name, own)
+            return standard_quantized.dequantized_product(ctx, node, x, name, own)
         return joint_product(ctx, node, x) or coded_product(ctx, x, {name: own}, dtype)
     if name in ctx.untransposed:
         # The weight is tied to the embedding: one copy serves both.

@@ -16,8 +16,6 @@ from moec.compiler.ir.weights import LazyTensor, concatenate
 from moec.quantize.formats import Activations
 from moec.quantize.lazy import Quantized, Scales
 from moec.quantize.methods.tensors import QuantizedTensor
-from moec.targets.common.arguments import result_dtype
-from moec.targets.common.refusals import refuse
 from moec.targets.onnx.context import MS, Context
 from moec.targets.onnx.lowerings.layouts import interleave, interleaved_rows
 
@@ -123,12 +121,6 @@ def stored_entry(weight: Quantized, block: int, *, base: str, first: int = 0, **
 # Linear ---------------------------------------------------------------------------------------------------------
 
 
-def dequantized_product(ctx: Context, node: fx.Node, x: ir.Value, name: str, weight: Quantized) -> ir.Value:
-    """`x @ weight.T` by DequantizeLinear and MatMul, for dialects with standard ops only."""
-    product: ir.Value = ctx.op("MatMul", x, ctx.op("Transpose", dequantize(ctx, node, name, weight), perm=[1, 0]))
-    return product
-
-
 def product_with(ctx: Context, matrix: ir.Value) -> Product:
     """The product with a matrix [K, N] of floats."""
     return lambda x: ctx.op("MatMul", x, matrix)
@@ -172,19 +164,19 @@ def _product(ctx: Context, x: ir.Value, name: str, stores: Sequence[Quantized], 
         return pack(whole, bits).reshape(len(part.codes), groups, -1)
 
     codes: list[LazyTensor] = [
-        Packed(own, packed, (own.shape[0], groups, block * bits // 8), torch.uint8, identity=_identity(own, block))
+        Packed(own, packed, (own.shape[0], groups, block * bits // 8), torch.uint8, identity=stored_once_as(own, block))
         for own in stores
     ]
     zero_points = None
     if not fmt.symmetric:
         zero_points = ctx.initializer(
-            f"{name}.zero_points", concatenate([_zero_points(own, groups) for own in stores], 0)
+            f"{name}.zero_points", concatenate([zero_points_of(own, groups) for own in stores], 0)
         )
     return ctx.op(
         LINEAR_KERNEL,
         x,
         ctx.initializer(f"{name}.codes", concatenate(codes, 0)),
-        _scales(ctx, name, stores, groups, dtype),
+        scales_of(ctx, name, stores, groups, dtype),
         zero_points,
         domain=MS,
         K=columns,
@@ -195,7 +187,7 @@ def _product(ctx: Context, x: ir.Value, name: str, stores: Sequence[Quantized], 
     )
 
 
-def _identity(weight: Quantized, block: int) -> str:
+def stored_once_as(weight: Quantized, block: int) -> str:
     """`Packed.identity` of codes: the matrix of a product has the bytes of a table, if its rows are whole blocks.
 
     A shorter last block is filled up for the product, and not in the table.
@@ -203,7 +195,7 @@ def _identity(weight: Quantized, block: int) -> str:
     return "" if weight.shape[-1] % block else f"{weight.name}.codes"
 
 
-def _scales(ctx: Context, name: str, weights: Sequence[Quantized], groups: int, dtype: torch.dtype) -> ir.Value:
+def scales_of(ctx: Context, name: str, weights: Sequence[Quantized], groups: int, dtype: torch.dtype) -> ir.Value:
     """Scales [..., groups] in the dtype of the graph, as kernels read them.
 
     Kernels pack constants when a model is loaded. A scale that the graph casts is a constant only after graph
@@ -218,7 +210,8 @@ def _scales(ctx: Context, name: str, weights: Sequence[Quantized], groups: int, 
     return ctx.initializer(f"{name}.scales", concatenate(tensors, 0))
 
 
-def _zero_points(weight: Quantized, groups: int) -> Packed:
+def zero_points_of(weight: Quantized, groups: int) -> Packed:
+    """Zero points [..., groups], two to a byte for 4 bits."""
     bits = weight.format.bits
     return Packed(
         weight,
@@ -226,41 +219,6 @@ def _zero_points(weight: Quantized, groups: int) -> Packed:
         (*weight.shape[:-1], (groups * bits + 7) // 8),
         torch.uint8,
         scales_alone=True,
-    )
-
-
-# Embedding ------------------------------------------------------------------------------------------------------
-
-
-def embedding(ctx: Context, node: fx.Node, indices: ir.Value, name: str, weight: Quantized) -> ir.Value:
-    """Rows of a quantized table, dequantized as they are gathered."""
-    if not ctx.dialect.contrib:
-        rows: ir.Value = ctx.op("Gather", dequantize(ctx, node, name, weight), indices, axis=0)
-        return rows
-    block, bits = kernel_block(weight), weight.format.bits
-    groups = kernel_groups(weight, block)
-    codes = Packed(
-        weight,
-        lambda part: pack(part.unsigned_codes(), bits),
-        (weight.shape[0], weight.shape[1] * bits // 8),
-        torch.uint8,
-        identity=_identity(weight, block),
-    )
-    ctx.others[name] = {**stored_entry(weight, block, base=name), "codes": f"{name}.table"}
-    zero_points = None
-    if not weight.format.symmetric:
-        zero_points = ctx.initializer(f"{name}.zero_points", _zero_points(weight, groups))
-    return ctx.op(
-        "GatherBlockQuantized",
-        ctx.initializer(f"{name}.table", codes),
-        indices,
-        _scales(ctx, name, [weight], groups, result_dtype(node)),
-        zero_points,
-        domain=MS,
-        bits=bits,
-        block_size=block,
-        gather_axis=0,
-        quantize_axis=1,
     )
 
 
@@ -323,6 +281,11 @@ def experts(
     )
 
 
+def fills_bytes(weight: Quantized) -> bool:
+    """Whether no row of int4 codes ends within a byte."""
+    return weight.format.bits != 4 or weight.shape[-1] % 2 == 0
+
+
 def same_bits(*stacks: Quantized) -> bool:
     """Whether `QMoE` can compute with these projections: it needs the same number of bits for both."""
     return len({stack.format.bits for stack in stacks}) <= 1
@@ -367,27 +330,3 @@ def _stack(tensor: Quantized, groups: int, interleaved: bool) -> tuple[Packed, P
         True,
     )
     return codes, scales, zero_points
-
-
-# Standard ops ---------------------------------------------------------------------------------------------------
-
-
-def dequantize(ctx: Context, node: fx.Node, name: str, weight: Quantized) -> ir.Value:
-    """The float matrix [N, K] by DequantizeLinear with blocks, from opset 21 on."""
-    rows, columns = weight.shape
-    block = kernel_block(weight)
-    groups = kernel_groups(weight, block)
-    codes = Packed(weight, lambda part: part.codes, (rows, columns), torch.int8)
-    if not weight.format.symmetric:
-        raise refuse(node, "zero points are not supported in standard ops", hint="use a symmetric format")
-    ctx.others[name] = stored_entry(weight, block, base=name, bits=8, signed=True)
-    return ctx.shared(
-        ("dequantized", name),
-        lambda: ctx.op(
-            "DequantizeLinear",
-            ctx.initializer(f"{name}.codes", codes),
-            _scales(ctx, name, [weight], groups, result_dtype(node)),
-            axis=1,
-            block_size=block,
-        ),
-    )

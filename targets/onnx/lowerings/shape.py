@@ -14,7 +14,7 @@ from torch import fx
 from moec.quantize.lazy import Quantized
 from moec.targets.common.arguments import expansion, integer, listed, rank, result_dtype
 from moec.targets.onnx.context import Context, Lowering, np_dtype
-from moec.targets.onnx.lowerings import quantized
+from moec.targets.onnx.lowerings import quantized_embedding
 
 aten = torch.ops.aten
 END = sys.maxsize
@@ -84,7 +84,7 @@ def _embedding(ctx: Context, node: fx.Node) -> ir.Value:
         name = ctx.program.weights.resolve(str(table.target))
         own = ctx.program.weights[name]
         if isinstance(own, Quantized):
-            return quantized.embedding(ctx, node, ctx.tensor(node.args[1]), name, own)
+            return quantized_embedding.embedding(ctx, node, ctx.tensor(node.args[1]), name, own)
         halved = ctx.stored_half(name) and node.meta["val"].dtype is torch.float32
         stored = f"{name}.fp16" if halved else name
         ctx.others[name] = {"initializer": stored, "transposed": False}

@@ -9,7 +9,8 @@ from moec.quantize.formats import Activations
 from moec.quantize.lazy import Quantized
 from moec.targets.common.refusals import RefusedError
 from moec.targets.onnx.context import DTYPES, Context
-from moec.targets.onnx.lowerings.quantized import Packed, expand_scales, pack, stored_entry
+from moec.targets.onnx.lowerings.quantized import Packed, expand_scales, stored_entry
+from moec.targets.onnx.lowerings.standard_quantized import signed_codes
 
 HINT = (
     "TensorRT supports int8 per channel or in blocks and int4 in blocks, without zero points and with float "
@@ -58,25 +59,13 @@ def dequantized(ctx: Context, name: str, weight: Quantized, dtype: torch.dtype) 
     def make() -> ir.Value:
         return ctx.op(
             "DequantizeLinear",
-            _codes(ctx, name, weight),
+            signed_codes(ctx, name, weight),
             _scales(ctx, name, weight, groups, dtype),
             axis=len(weight.shape) - 1,
             block_size=block,
         )
 
     return ctx.shared(("dequantized", name, dtype), make)
-
-
-def _codes(ctx: Context, name: str, weight: Quantized) -> ir.Value:
-    if weight.format.bits == 8:
-        return ctx.initializer(f"{name}.codes", Packed(weight, lambda part: part.codes, weight.shape, torch.int8))
-    bytes_of = Packed(
-        weight,
-        lambda part: pack(part.codes.contiguous().view(torch.uint8) & 15, 4),
-        (*weight.shape[:-1], (weight.shape[-1] + 1) // 2),
-        torch.uint8,
-    )
-    return ctx.initializer(f"{name}.codes", bytes_of, packed=(ir.DataType.INT4, weight.shape))
 
 
 def _scales(ctx: Context, name: str, weight: Quantized, groups: int, dtype: torch.dtype) -> ir.Value:

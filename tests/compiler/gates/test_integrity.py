@@ -14,7 +14,7 @@ from moec.compiler.gates import integrity
 from moec.compiler.gates.integrity import Comparisons, expert_weights, other_weights
 from moec.compiler.gates.tolerance import Precision, precision_of
 from moec.compiler.ir.program import EXPERTS, Program
-from moec.compiler.ir.weights import LazyTensor
+from moec.compiler.ir.weights import Constant, LazyTensor
 from moec.quantize.formats import IntegerFormat
 from moec.quantize.lazy import Coded
 from moec.targets.stored_weights import StoredWeight
@@ -204,3 +204,10 @@ def test_a_weight_that_the_artifact_offers_is_compared_too(mixtral: Captured) ->
     verdict = Comparisons(program, _stored(program) | offered).judge()
     assert verdict.status is Status.FAIL
     assert f"different: {name} from row 0" in verdict.summary
+
+
+def test_a_number_without_rows_is_left_to_parity(mixtral: Captured) -> None:
+    program, name = mixtral[1], "model.norm.weight"
+    changed = program.replace(weights=program.weights.with_tensors({name: Constant(torch.tensor(1.0))}))
+    assert name in other_weights(program, [name])
+    assert name not in other_weights(changed, [name])

@@ -9,6 +9,7 @@ from moec.compiler.gates.compare import excused_positions
 from moec.compiler.gates.ties import (
     RouterWatch,
     _comparison_gap,
+    _floor_gap,
     _independent,
     _selection_gap,
     _top_k_gap,
@@ -17,6 +18,8 @@ from moec.compiler.gates.ties import (
 from moec.compiler.ir.indexer import INDEXER
 from moec.compiler.ir.interpreter import ProgramRunner
 from moec.compiler.ir.program import EXPERTS, Program
+from moec.passes.routing.dynamic_routing import DynamicRouting
+from moec.passes.routing.policies.random_drop import RandomDrop
 
 Captured = tuple[Checkpoint, Program]
 
@@ -45,6 +48,19 @@ def test_a_comparison_is_a_tie_when_close_but_not_when_identical() -> None:
     assert gap[2] == pytest.approx(0.2)
     large = _comparison_gap(torch.tensor([50.0, -100.0]), torch.tensor([50.5, 100.0]))
     assert large.tolist() == pytest.approx([0.5 / 50.5, 2.0])
+
+
+def test_rounding_down_is_a_tie_next_to_an_integer(mixtral: Captured) -> None:
+    assert _floor_gap(torch.tensor([2.9999, 3.0001, 3.5, -0.0001])).tolist() == pytest.approx(
+        [1e-4 / 3, 1e-4 / 3, 0.5 / 3.5, 1e-4], rel=0.05
+    )
+    # A policy that drops slots by a hash of the hidden state takes the fraction of a number.
+    routed = DynamicRouting(RandomDrop(probability=0.5)).run(mixtral[1]).program
+    found = [node.target for node in decision_nodes(routed.graph)]
+    assert found.count(aten.floor.default) == len(routed.layers)
+    watch = RouterWatch(routed, margin=1e-4)
+    watch.begin(2, 5)
+    ProgramRunner(routed, observer=watch).prefill(np.arange(10).reshape(2, 5))
 
 
 def test_equal_sides_are_one_value_only_if_one_is_made_from_the_other() -> None:

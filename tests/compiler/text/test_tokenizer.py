@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models
 
 from moec.compiler.common.errors import ArtifactError, CheckpointError
 from moec.compiler.text.corpus import tokenize
-from moec.compiler.text.tokenizer import TextStream, make_loadable, open_tokenizer
+from moec.compiler.text.tokenizer import TextStream, encode, make_loadable, open_tokenizer
 
 GOLDEN = Path(__file__).resolve().parents[3] / "golden_models" / "olmoe-tiny"
 
@@ -124,3 +124,17 @@ def test_the_class_of_an_artifacts_tokenizer_is_known_to_every_release(tmp_path:
     path.write_text('{"tokenizer_class": "GemmaTokenizer"}')
     make_loadable(tmp_path)
     assert path.read_text() == '{"tokenizer_class": "GemmaTokenizer"}'
+
+
+def test_a_tokenizer_that_cannot_encode_a_text_is_damaged(tmp_path: Path) -> None:
+    """Its vocabulary lacks the token for unknown words, which shows only when a word is unknown."""
+    tokenizer = Tokenizer(models.WordPiece(vocab={"a": 0}, unk_token="[UNK]"))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    opened = open_tokenizer(tmp_path)
+    assert encode(opened, "a") == [0]
+    for error in (ArtifactError, CheckpointError):
+        with pytest.raises(error, match=r"tokenizer\.json cannot encode the text: .*UNK") as caught:
+            encode(opened, "unknown", error)
+        assert caught.value.hint
+    with pytest.raises(CheckpointError, match="cannot encode"):
+        tokenize(tmp_path, "unknown")

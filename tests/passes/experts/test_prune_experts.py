@@ -65,6 +65,15 @@ def test_a_router_that_works_across_experts_is_left_alone(build: Any) -> None:
     assert "cumsum" in found.rejections[0].reason
 
 
+def test_a_router_with_more_choices_than_experts_is_left_alone(build: Any) -> None:
+    """Such as one that may choose to skip the layer: its choices are no experts, and their number stays as it is."""
+    values = weights()
+    more = {**values, "gate": torch.randn(COUNT + 1, HIDDEN), "bias": torch.randn(COUNT + 1)}
+    found = PruneExperts(((1,),)).run(layer(build, more))
+    assert not found.modified
+    assert f"does not choose among the {COUNT} experts alone" in found.rejections[0].reason
+
+
 def test_group_limited_routing_is_left_alone(captured: Mapping[str, Program]) -> None:
     program, _ = passes.run_passes(captured["deepseek_v2"], passes.default_passes())
     found = PruneExperts(tuple((0,) for _ in program.layers)).run(program)

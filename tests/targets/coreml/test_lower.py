@@ -27,6 +27,7 @@ from moec.quantize.formats import FloatFormat, PaletteFormat, parse_format
 from moec.quantize.lazy import Quantized, palettized
 from moec.quantize.plan import QuantizationPlan, requested
 from moec.targets.base import Phase
+from moec.targets.coreml import stored
 from moec.targets.coreml.executor import MilModel
 from moec.targets.coreml.executor.package import load_spec, model_file
 from moec.targets.coreml.library import coremltools_module
@@ -255,6 +256,17 @@ def test_a_dropped_expert_contributes_nothing_even_if_it_yields_nan(
     # The first layer alone is watched: later ones see the same values if it is right.
     found = lower(broken, context=16).runner().prefill(prompt(program, length))
     assert np.abs(found - want).max() <= 1e-4 * np.abs(want).max()
+
+
+def test_a_constant_that_converting_folded_is_not_read_back(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is in the metadata, and not in the package: the result of its op is."""
+    lowered = golden("fp16")
+    metadata = stored.read_metadata(lowered.directory)
+    more = metadata.model_copy(update={"matrices": {**metadata.matrices, "border": "no_such_constant"}})
+    monkeypatch.setattr(stored, "read_metadata", lambda _: more)
+    found = CoremlTarget().stored_weights(lowered.directory)
+    assert "border" not in found
+    assert metadata.matrices.keys() < found.keys()
 
 
 def test_a_flipped_block_of_any_one_expert_is_caught(tiny_checkpoint: Any, program_of: Any, lower: Any) -> None:

@@ -13,9 +13,11 @@ import pytest
 import torch
 
 from moec import passes
+from moec.compiler.common.verdict import Status
 from moec.compiler.families.tiny_models import tiny_model, write_tiny_checkpoint
 from moec.compiler.frontend.capture import capture
 from moec.compiler.frontend.checkpoint import Checkpoint
+from moec.compiler.gates.integrity import Comparisons
 from moec.compiler.ir.interpreter import ProgramRunner
 from moec.compiler.ir.program import Program
 from moec.passes.quantize import Quantize
@@ -190,6 +192,25 @@ def test_a_tied_table_whose_rows_are_no_whole_blocks(tmp_path: Path) -> None:
     program = Quantize(requested({"formats": {"lm_head": "int8"}})).run(program).program
     (tmp_path / "out").mkdir()
     assert difference(lowered(program, tmp_path / "out"), program) < 2e-2
+
+
+def test_rows_of_int4_codes_that_end_within_a_byte(tmp_path: Path) -> None:
+    """QMoE cannot be run with them, so each expert is two products, whose rows are filled up to whole blocks."""
+    checkpoint = write_tiny_checkpoint("olmoe", tmp_path / "model", intermediate_size=17)
+    program, _ = passes.run_passes(capture(Checkpoint.open(checkpoint)), passes.default_passes())
+    program = Quantize(QuantizationPlan.from_dict({"formats": {"experts_down": "int4:channel"}})).run(program).program
+    (tmp_path / "out").mkdir()
+    assert difference(lowered(program, tmp_path / "out"), program) < 1e-6
+    assert Comparisons(program, OnnxTarget().stored_weights(tmp_path / "out")).judge().status is Status.PASS
+    both = QuantizationPlan.from_dict({"formats": {"experts_gate_up": "int4:channel", "experts_down": "int4:channel"}})
+    assert not OnnxTarget().lint(Quantize(both).run(program).program, OnnxOptions())
+
+
+def test_standard_ops_hold_codes_of_the_planned_width(quantized: Any, tmp_path: Path) -> None:
+    program = quantized(QuantizationPlan.from_dict({"formats": {"attention": "int4", "lm_head": "int8"}}))
+    runner = lowered(program, tmp_path, "portable")
+    assert difference(runner, program) < 1e-4
+    assert Comparisons(program, OnnxTarget().stored_weights(tmp_path)).judge().status is Status.PASS
 
 
 def test_a_table_in_half_precision_can_be_read_back(checkpoint: Path, tmp_path: Path) -> None:

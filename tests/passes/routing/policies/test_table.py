@@ -46,6 +46,27 @@ def test_policy_takes_lists_for_tuples() -> None:
     assert policy("top-p", mass=0.8, slack=[1.0, 2.0]) == TopP(mass=0.8, slack=(1.0, 2.0))
 
 
+@pytest.mark.parametrize(
+    ("name", "key", "value", "wanted"),
+    [
+        ("top-p", "mass", "text", "a number"),
+        ("top-p", "mass", None, "a number"),
+        ("top-p", "mass", float("nan"), "a number"),
+        ("top-p", "slack", 1.0, "a list with an entry for each MoE layer"),
+        ("top-p", "slack", [1.0, "text"], "a list of numbers"),
+        ("uniform-k", "k", [2], "a number"),
+        ("uniform-k", "k", 10**400, "a number"),
+        ("layer-k", "ks", [1, 2.5], "a list of integers"),
+        ("layer-k", "renormalize", 1, "true or false"),
+        ("per-layer", "layers", 3, "a list with an entry for each MoE layer"),
+    ],
+)
+def test_a_parameter_of_another_kind_is_named(name: str, key: str, value: object, wanted: str) -> None:
+    with pytest.raises(UsageError, match=f"policy {name}: {key} must be {wanted}, not ") as caught:
+        policy(name, **{key: value})
+    assert caught.value.hint
+
+
 def test_unknown_names_get_the_nearest() -> None:
     with pytest.raises(UsageError, match="unknown routing policy 'topp'") as error:
         policy("topp")
