@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 LARGEST = 1 << 63
 
@@ -21,6 +21,16 @@ def _counted(value: int) -> int:
 
 Count = Annotated[int, AfterValidator(_counted)]
 """A number of bytes, weights or layers."""
+
+
+def _present(value: Any) -> Any:
+    if value is None:
+        raise ValueError("it must not be null")
+    return value
+
+
+PRESENT = BeforeValidator(_present)
+"""Of a key that may be missing, and not null."""
 Number = Annotated[float, Field(allow_inf_nan=True)]
 
 
@@ -58,7 +68,7 @@ class SourceModel(Part):
     """The model before pruning."""
 
     moe_layers: list[Layer] = []
-    parameters: Parameters | None = None
+    parameters: Annotated[Parameters | None, PRESENT] = None
 
 
 class Model(Part):
@@ -68,33 +78,29 @@ class Model(Part):
     architectures: list[str] = []
     moe_layers: list[Layer] = []
     layers: Count = 0
-    parameters: Parameters | None = None
-    states: States | None = None
+    parameters: Annotated[Parameters | None, PRESENT] = None
+    states: Annotated[States | None, PRESENT] = None
     vocab_size: Count | None = None
     max_position_embeddings: Count | None = None
     notes: list[str] = []
     left_out: dict[str, Count] = {}
-    source: SourceModel | None = None
+    source: SourceModel = SourceModel()
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
         needed = {"states", "layers", "moe_layers", "vocab_size", "max_position_embeddings"}
-        if self.parameters is not None and (missing := sorted(needed - self.model_fields_set)):
+        if "parameters" in self.model_fields_set and (missing := sorted(needed - self.model_fields_set)):
             raise ValueError(f"it has parameters, but no {missing[0]}")
-        if self.parameters is not None and self.states is None:
-            raise ValueError("it has parameters, but no states")
-        source = self.source
-        if source is not None and source.model_fields_set and source.parameters is None:
-            raise ValueError("its source has no parameters")
-        if source is not None and source.model_fields_set and "moe_layers" not in source.model_fields_set:
-            raise ValueError("its source has no moe_layers")
+        given = self.source.model_fields_set
+        if given and (missing := sorted({"parameters", "moe_layers"} - given)):
+            raise ValueError(f"its source has no {missing[0]}")
         return self
 
 
 class Phase(Part):
     """The accounting of one phase."""
 
-    executed_flops_share: Number | None = None
+    executed_flops_share: Annotated[Number | None, PRESENT] = None
 
 
 class LayerShare(Part):

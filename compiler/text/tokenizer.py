@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moec.compiler.common.errors import ArtifactError, CheckpointError, first_line
+from moec.compiler.common.errors import ArtifactError, CheckpointError, MoecError, first_line
 from moec.compiler.common.files import read_json
 
 if TYPE_CHECKING:
@@ -42,10 +43,8 @@ def open_tokenizer(directory: Path, error: type[ArtifactError | CheckpointError]
             f"{directory}: it has no {FILE}, which is needed to encode and decode text",
             hint="save the fast tokenizer with the checkpoint (AutoTokenizer...save_pretrained)",
         )
-    try:
+    with _told(error, f"{path}: damaged"):
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception as cause:  # tokenizers raises bare Exception
-        raise error(f"{path}: damaged: {first_line(cause)}", hint="copy or download the file again") from cause
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
@@ -70,12 +69,19 @@ def encode(
         CheckpointError: The tokenizer cannot encode it, such as one whose vocabulary lacks its own token for unknown
             words (or `ArtifactError`, as given by `error`).
     """
-    try:
+    with _told(error, f"{FILE} cannot encode the text"):
         return list(tokenizer.encode(text, add_special_tokens=special).ids)
-    except Exception as cause:  # tokenizers raises bare Exception
-        raise error(
-            f"{FILE} cannot encode the text: {first_line(cause)}", hint="copy or download the file again"
-        ) from cause
+
+
+@contextlib.contextmanager
+def _told(error: type[ArtifactError | CheckpointError], what: str) -> Iterator[None]:
+    """Raise `error` in place of what tokenizers raises: bare `Exception`, and where Rust panics, no `Exception`."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, MoecError):
+        raise
+    except BaseException as cause:
+        raise error(f"{what}: {first_line(cause)}", hint="copy or download the file again") from cause
 
 
 def make_loadable(directory: Path) -> None:

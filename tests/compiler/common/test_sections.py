@@ -30,7 +30,10 @@ MODEL = {
 }
 WRONG: tuple[tuple[dict[str, Any], str], ...] = (
     ({"model": {"notes": 7}}, "model.notes"),
-    ({"model": {**MODEL, "states": None}}, "it has parameters, but no states"),
+    ({"model": {**MODEL, "states": None}}, "model.states"),
+    ({"model": {**MODEL, "source": None}}, "model.source"),
+    ({"model": {**MODEL, "parameters": None}}, "model.parameters"),
+    ({"routing": {"accounting": {"phases": {"decode": {"executed_flops_share": None}}}}}, "executed_flops_share"),
     ({"model": {"parameters": {"total": 10, "active": 5}}}, "it has parameters, but no layers"),
     ({"model": {**MODEL, "parameters": {"total": "text", "active": 5}}}, "model.parameters.total"),
     ({"model": {**MODEL, "parameters": {"total": 10**400, "active": 5}}}, "model.parameters.total"),

@@ -138,3 +138,16 @@ def test_a_tokenizer_that_cannot_encode_a_text_is_damaged(tmp_path: Path) -> Non
         assert caught.value.hint
     with pytest.raises(CheckpointError, match="cannot encode"):
         tokenize(tmp_path, "unknown")
+
+
+def test_a_panic_of_tokenizers_is_a_damaged_file(tmp_path: Path) -> None:
+    """Rust panics are no `Exception` in Python: one when the file is read, and one when a text is encoded."""
+    model = {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2, "<s>": 3}, "merges": [["a", "b"]]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {**model, "continuing_subword_prefix": "prefix"}}))
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: damaged: .*out of range"):
+        open_tokenizer(tmp_path)
+    both = [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}]
+    template = {"type": "TemplateProcessing", "single": both, "pair": both, "special_tokens": {}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": model, "post_processor": template}))
+    with pytest.raises(ArtifactError, match=r"tokenizer\.json cannot encode the text: index out of bounds"):
+        encode(open_tokenizer(tmp_path), "ab", ArtifactError)
