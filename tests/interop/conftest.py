@@ -14,8 +14,9 @@ import pytest
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add the folder in which screenshots are kept."""
+    """Add the folder in which screenshots are kept, and the file for the table of foreign artifacts."""
     parser.addoption("--pictures", type=Path, default=None, help="folder in which screenshots are kept")
+    parser.addoption("--foreign-table", type=Path, default=None, help="file to which a table of verdicts is written")
 
 
 @pytest.fixture
