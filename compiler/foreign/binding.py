@@ -136,7 +136,10 @@ class BoundState:
 
 @dataclass(frozen=True)
 class Binding:
-    """What the inputs and outputs of a file are; `mask`, `positions` are None where it has no such input."""
+    """What the inputs and outputs of a file are; `mask`, `positions` are None where it has no such input.
+
+    `whole`: it keeps no states at all, so that every step gets the whole sequence.
+    """
 
     ids: Port
     mask: Port | None
@@ -144,6 +147,7 @@ class Binding:
     logits: Port
     states: tuple[BoundState, ...]
     constants: Mapping[str, tuple[Port, float]] = field(default_factory=dict)
+    whole: bool = False
 
 
 def bind(
@@ -178,7 +182,8 @@ def bind(
         raise unbound(where, "no input holds token ids", ["input_ids: NAME"], inputs, outputs)
     mask = _role("attention_mask", given.attention_mask, ports)
     positions = _role("position_ids", given.position_ids, ports)
-    states = () if inside else _states(inputs, outputs, program, given, where)
+    whole = not inside and not given.states and not any(map(_may_be_state, inputs))
+    states = () if inside or whole else _states(inputs, outputs, program, given, where)
     constants = {
         name: (ports[name], float(value)) for name, value in {**CONSTANTS, **given.constants}.items() if name in ports
     }
@@ -186,7 +191,7 @@ def bind(
     if left := [port.name for port in inputs if port.name not in known]:
         lines = [f"constants: {{{name}: VALUE}}" for name in left[:1]]
         raise unbound(where, f"nothing is known about the inputs {', '.join(left)}", lines, inputs, outputs)
-    return Binding(ids, mask, positions, logits, states, constants)
+    return Binding(ids, mask, positions, logits, states, constants, whole)
 
 
 def unbound(where: str, what: str, lines: Sequence[str], inputs: Sequence[Port], outputs: Sequence[Port]) -> UsageError:

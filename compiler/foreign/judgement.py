@@ -194,17 +194,23 @@ class Judgement:
         self._proven[ARTIFACT_GATE] = verdict.status is Status.PASS
         if self._decoded:
             verdict = replace(verdict, summary=f"against the values of its codes: {verdict.summary}")
+        elif self.rounded is not None:
+            verdict = self._unless_it_says_little(verdict)
         return replace(verdict, figures={**verdict.figures, "runner": dict(self.runner.facts())})
 
     def _divergence(self) -> Verdict:
         """How far a quantized file is from the checkpoint."""
         seen = self._gathered(self.program, self.runner, self._rounding, self._coarsest)
-        verdict = judge_parity(DIVERGENCE_GATE, seen, self._options)
+        return self._unless_it_says_little(judge_parity(DIVERGENCE_GATE, seen, self._options))
+
+    def _unless_it_says_little(self, verdict: Verdict) -> Verdict:
+        """`verdict`, which has limits from rounding; "not run" in place of a pass if rounding alone costs too much."""
         usual = (self._rounding.divergence or 0.0) / TIMES
-        if usual > TELLING:
-            little = f"rounding alone costs this checkpoint {usual:.2g} nats, so that the limit says little"
-            return replace(verdict, summary=f"{verdict.summary}; {little}")
-        return verdict
+        if usual <= TELLING:
+            return verdict
+        little = f"rounding alone costs this checkpoint {usual:.2g} nats, so that these limits prove nothing"
+        status = Status.NOT_RUN if verdict.status is Status.PASS else verdict.status
+        return replace(verdict, status=status, summary=f"{little}; {verdict.summary}")
 
     @cached_property
     def _probes(self) -> probes.Probes:
@@ -222,6 +228,8 @@ class Judgement:
         else:
             limits = coverage.quantized_limits(ProgramRunner(self.rounded), self._probes)
         verdict = coverage.judge(self.program, self._probes, found, limits, self._options.coverage_min)
+        if not by_logits:
+            verdict = self._unless_it_says_little(verdict)
         self._proven[COVERAGE_GATE] = verdict.status is Status.PASS
         return verdict
 

@@ -216,7 +216,7 @@ def _stored(index: int, node: Any) -> StoredTensor | None:
         if _is_scale(node):
             return None
         return StoredTensor(name, shape, *_FLOATS[kind], node.get_byte_size(), read=partial(_floats, node))
-    if kind not in _CODES or len(shape) < 2:
+    if kind not in _CODES or len(shape) < 2 or _is_zero_point(node):
         return None
     chain = list(_values_of(node))
     whole = tuple(int(size) for size in chain[-1].get_output_shape(0)) if chain else shape
@@ -246,6 +246,18 @@ def _constants(node: Any) -> list[Any]:
         if other.get_type_name() == "Constant":
             found.append(other)
     return found
+
+
+def _is_zero_point(node: Any) -> bool:
+    """Whether a constant is subtracted from codes, after a conversion of its type."""
+    for user in node.output(0).get_target_inputs():
+        own, place = user.get_node(), user.get_index()
+        while own.get_type_name() == "Convert":
+            after = next(iter(own.output(0).get_target_inputs()))
+            own, place = after.get_node(), after.get_index()
+        if own.get_type_name() == "Subtract" and place == 1:
+            return True
+    return False
 
 
 def _is_scale(node: Any) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from moec.compiler.common.errors import ArtifactError
 from moec.compiler.foreign.binding import Binding, Port
 from moec.targets.runners import Runner, RunnerLimits
 
@@ -19,7 +20,8 @@ class SteppingRunner(Runner):
     """The Runner of a file that is a function of tokens and states.
 
     Some files return the logits of the last token alone. Such a step is run as a whole, for its last logits and its
-    states, and beside it token by token from the same states, for the logits in between.
+    states, and beside it token by token from the same states, for the logits in between. Files without states get the
+    whole sequence in every step.
 
     Args:
         call: Runs the file once.
@@ -33,26 +35,43 @@ class SteppingRunner(Runner):
     ) -> None:
         self._call, self._binding, self._facts = call, binding, facts
         buffers = [state.buffer for state in binding.states if state.buffer is not None]
-        lengths = [length for length in (max_sequence, *buffers) if length is not None]
+        fixed = binding.ids.shape[-1] if binding.whole else None
+        lengths = [length for length in (max_sequence, fixed, *buffers) if length is not None]
         self.limits = RunnerLimits(max_batch=1, padding=False, max_sequence=min(lengths, default=None))
         self._last_only = False
         self.reset()
 
     def reset(self) -> None:
         """Drop the sequence and its states."""
-        self._length = 0
+        self._length, self._ids = 0, np.zeros((1, 0), np.int64)
         self._states = {state.input: np.zeros(state.shape, state.dtype) for state in self._binding.states}
 
     def decode(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None) -> np.ndarray:
         """Continue the sequence; see `moec.targets.runners.Runner`."""
         self.limits.check(self._facts["format"], input_ids, attention_mask, self._length)
         tokens = input_ids.shape[1]
+        if self._binding.whole:
+            return self._with_whole_sequence(input_ids)
         logits, states = self._step(input_ids, self._states, self._length)
         if logits.shape[1] != tokens:
             self._last_only = True
             logits = np.concatenate([*self._one_by_one(input_ids[:, :-1]), logits[:, -1:]], axis=1)
         self._states, self._length = states, self._length + tokens
         return logits
+
+    def _with_whole_sequence(self, input_ids: np.ndarray) -> np.ndarray:
+        """The logits of new tokens of a file without states. A fixed length is filled up, which no token sees."""
+        self._ids = np.concatenate([self._ids, input_ids], axis=1)
+        self._length = self._ids.shape[1]
+        fixed = self._binding.ids.shape[-1] or self._length
+        given = np.pad(self._ids, [(0, 0), (0, fixed - self._length)])
+        logits, _ = self._step(given, {}, 0)
+        if logits.shape[1] != fixed:
+            raise ArtifactError(
+                f"{self._binding.logits.name} has the logits of {logits.shape[1]} tokens of a sequence of {fixed}",
+                hint="a file without states must return those of every token; export it with states",
+            )
+        return logits[:, self._length - input_ids.shape[1] : self._length]
 
     def _one_by_one(self, input_ids: np.ndarray) -> list[np.ndarray]:
         """The logits of each token, fed alone; the states of the sequence are left as they are."""
@@ -72,7 +91,8 @@ class SteppingRunner(Runner):
 
     def facts(self) -> Mapping[str, Any]:
         """Runtime, its version and threads, and whether the file returns the last logits alone."""
-        return {**self._facts, **({"logits": "of the last token alone"} if self._last_only else {})}
+        kept = {"states": "none, every step gets the whole sequence"} if self._binding.whole else {}
+        return {**self._facts, **kept, **({"logits": "of the last token alone"} if self._last_only else {})}
 
 
 def feeds(binding: Binding, ids: np.ndarray, past: int) -> Feeds:

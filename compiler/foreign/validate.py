@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +127,7 @@ def _described(judged: Judgement, against: str) -> dict[str, Any]:
         "model_files": [file.name for file in model.files],
         "rejections": [Rejection(model.format, where, why).record() for where, why in found],
         "tensor_bytes": classes,
+        **({"quantization": {"classes": _formats(rows)}} if judged.rounded is not None else {}),
         "tools": {},
         "foreign": {
             "path": str(model.path),
@@ -141,3 +142,11 @@ def _described(judged: Judgement, against: str) -> dict[str, Any]:
             "operators": dict(Counter(own.kind for own in model.operators()).most_common()),
         },
     }
+
+
+def _formats(rows: Sequence[precision.Row]) -> dict[str, Any]:
+    """The precisions of each class of tensors, as moec.json has its formats."""
+    found: dict[str, Any] = {}
+    for row in rows:
+        found.setdefault(row.tensor_class, {"formats": {}})["formats"][row.precision] = row.tensors
+    return found

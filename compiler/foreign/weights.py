@@ -87,11 +87,16 @@ class FileRows:
         ]
 
     def _matrix(self, index: int, axis: int) -> tuple[np.ndarray, np.ndarray]:
-        """The rows of a tensor along an axis, [R, K], and the same with length 1."""
+        """The rows of a tensor along an axis, [R, K], and one over the length of each, [R, 1] (0 for zeros)."""
         tensor = self.tensors[index]
         assert tensor.read is not None
-        rows = np.moveaxis(tensor.read().reshape(tensor.shape), axis, -1).reshape(-1, tensor.shape[axis])
-        return rows, _unit(rows)
+        try:
+            values = tensor.read().reshape(tensor.shape)
+        except (ValueError, IndexError, TypeError):  # codes in a layout that no reader knows: nothing is found in them
+            values = np.zeros((0,) * len(tensor.shape), np.float32)
+        rows = np.moveaxis(values, axis, -1).reshape(-1, max(values.shape[axis], 1))
+        lengths = np.linalg.norm(rows, axis=-1, keepdims=True)
+        return rows, np.divide(1, lengths, out=np.zeros_like(lengths), where=lengths > 0)
 
     def values(self, place: Place) -> np.ndarray:
         """The rows at `place`, [n, K] float32."""
@@ -182,34 +187,35 @@ def own_rows(program: Program, piece: Piece) -> np.ndarray:
 
 def _within(rows: np.ndarray, held: FileRows, index: int, axis: int, piece: Piece, experts: int | None) -> Place | None:
     """Where `rows` are in a tensor: in the part of the same expert if it is a stack, else anywhere."""
-    unit, tensor = held.matrix(index, axis)[1], held.tensors[index]
+    (values, scales), tensor = held.matrix(index, axis), held.tensors[index]
+    if values.shape[-1] != rows.shape[-1]:
+        return None
     wanted = _unit(rows[[0, min(1, len(rows) - 1), -1]])
     stacked = experts is not None and len(tensor.shape) > 2 and tensor.shape[0] == experts and axis != 0
-    size = len(unit) // experts if stacked and experts else len(unit)
+    size = len(values) // experts if stacked and experts else len(values)
     first = size * piece.expert if stacked and piece.expert is not None else 0
-    for start, stop in dict.fromkeys(((first, first + size), (0, len(unit)))):
-        at = _at_distance(unit[start:stop], wanted, len(rows))
+    for start, stop in dict.fromkeys(((first, first + size), (0, len(values)))):
+        at = _at_distance((values[start:stop] @ wanted.T) * scales[start:stop], len(rows))
         if at is not None:
             slab = int((at[0] + start) // size) if stacked else None
             return Place(index, axis, at + start, slab)
-    if experts is None and rows.size * len(unit) <= SEARCH and (at := _one_by_one(unit, _unit(rows))) is not None:
-        return Place(index, axis, at, None)
+    if experts is None and rows.size * len(values) <= SEARCH:
+        at = _one_by_one((_unit(rows) @ values.T) * scales.T)
+        return None if at is None else Place(index, axis, at, None)
     return None
 
 
-def _at_distance(unit: np.ndarray, wanted: np.ndarray, count: int) -> np.ndarray | None:
-    """Indices of `count` rows at a fixed distance, of which `wanted` are the first, the second and the last."""
-    cosines = unit @ wanted.T
+def _at_distance(cosines: np.ndarray, count: int) -> np.ndarray | None:
+    """Indices of `count` rows at a fixed distance; `cosines` [R, 3] are those of the first, second and last."""
     first, second = (int(cosines[:, column].argmax()) for column in (0, 1))
     step = max(second - first, 1)
     last = first + step * (count - 1)
-    ends = cosines[first, 0], cosines[last, 2] if last < len(unit) else 0.0
+    ends = cosines[first, 0], cosines[last, 2] if last < len(cosines) else 0.0
     return first + step * np.arange(count) if min(ends) > COSINE else None
 
 
-def _one_by_one(unit: np.ndarray, wanted: np.ndarray) -> np.ndarray | None:
-    """Indices of rows in any order, as where the halves of rotary heads are interleaved."""
-    cosines = wanted @ unit.T
+def _one_by_one(cosines: np.ndarray) -> np.ndarray | None:
+    """Indices of rows in any order, as where the halves of rotary heads are interleaved; `cosines` are [n, R]."""
     at: np.ndarray = cosines.argmax(-1)
     return at if cosines.max(-1).min() > COSINE and len(set(at.tolist())) == len(at) else None
 

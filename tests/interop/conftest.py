@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,12 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.support.environments import cache_directory
+from tests.support.environments import environment, lines, packages_of
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add the folder in which screenshots are kept."""
+    """Add the folder in which screenshots are kept, and the file for the table of foreign artifacts."""
     parser.addoption("--pictures", type=Path, default=None, help="folder in which screenshots are kept")
+    parser.addoption("--foreign-table", type=Path, default=None, help="file to which a table of verdicts is written")
 
 
 @pytest.fixture
@@ -31,14 +30,9 @@ def pictures(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def genai() -> Any:
-    """The module onnxruntime_genai, pinned, on the onnxruntime that is installed here; installed once, then kept."""
-    requirements = Path(__file__).with_name("genai-requirements.txt")
-    directory = cache_directory() / f"genai-{hashlib.sha256(requirements.read_bytes()).hexdigest()[:12]}"
-    if not (directory / "installed").exists():
-        pip = (sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", directory)
-        subprocess.run([*pip, "-r", requirements], check=True)
-        (directory / "installed").touch()
-    sys.path.append(str(directory))
+    """The module onnxruntime_genai, pinned, on the onnxruntime that is installed here."""
+    packages = lines(Path(__file__).with_name("genai-requirements.txt"))
+    sys.path.append(str(packages_of(environment("genai", packages, beside=True, alone=True))))
     return importlib.import_module("onnxruntime_genai")
 
 

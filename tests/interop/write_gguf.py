@@ -1,6 +1,8 @@
 """Write an OLMoE checkpoint as a GGUF file with the writer of the package gguf, and let llama.cpp quantize it.
 
-python write_gguf.py CHECKPOINT OUTPUT [FTYPE]      FTYPE is a number of llama.cpp's llama_ftype, such as 2 for Q4_0
+python write_gguf.py CHECKPOINT OUTPUT EXPERTS_USED [FTYPE]
+
+EXPERTS_USED is that of the checkpoint in a right file. FTYPE is a number of llama.cpp's llama_ftype: 2 is Q4_0.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 
-def write(checkpoint: Path, output: Path) -> None:
+def write(checkpoint: Path, output: Path, experts_used: int) -> None:
     """The names, stacks and keys that llama.cpp's own converter gives to this family."""
     config = json.loads((checkpoint / "config.json").read_text())
     writer = gguf.GGUFWriter(output, "olmoe")
@@ -30,7 +32,7 @@ def write(checkpoint: Path, output: Path) -> None:
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
     writer.add_expert_count(config["num_experts"])
-    writer.add_expert_used_count(config["num_experts_per_tok"])
+    writer.add_expert_used_count(experts_used)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.OLMOE, config["num_hidden_layers"])
     stacks: dict[str, list[np.ndarray]] = {}
     for name, values in sorted(load_file(checkpoint / "model.safetensors").items(), key=lambda item: natural(item[0])):
@@ -65,6 +67,6 @@ def quantize(path: Path, ftype: int) -> None:
 
 
 if __name__ == "__main__":
-    write(Path(sys.argv[1]), Path(sys.argv[2]))
-    if len(sys.argv) > 3:
-        quantize(Path(sys.argv[2]), int(sys.argv[3]))
+    write(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))
+    if len(sys.argv) > 4:
+        quantize(Path(sys.argv[2]), int(sys.argv[4]))

@@ -35,7 +35,7 @@ def environment(
     if done.exists():
         return python
     subprocess.run([sys.executable, "-m", "venv", str(directory)], check=True)
-    (site,) = directory.glob("lib/python*/site-packages")
+    site = packages_of(python)
     paths = [sysconfig.get_path("purelib")] if beside else []
     pip = [str(python), "-m", "pip"]
     flags = ["--no-deps", "--no-build-isolation"] if alone else []
@@ -54,6 +54,12 @@ def environment(
     (site / "here.pth").write_text("\n".join(paths))
     done.touch()
     return python
+
+
+def packages_of(python: Path) -> Path:
+    """The folder of an environment's packages."""
+    (folder,) = (python.parents[1] / "lib").glob("python*/site-packages")
+    return folder
 
 
 def lines(path: Path) -> list[str]:

@@ -118,6 +118,25 @@ def test_feeds_of_a_step(program: Any) -> None:
     assert (given["mask"][0, 0] == 0).tolist() == [[True] * 4 + [False], [True] * 5]
 
 
+def test_a_file_without_states_gets_the_whole_sequence(program: Any) -> None:
+    seen: list[list[int]] = []
+
+    def call(given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        seen.append(given["input_ids"][0].tolist())
+        return {"logits": np.eye(128, dtype=np.float32)[given["input_ids"]]}
+
+    for length, filled in ((None, []), (5, [0, 0])):
+        seen.clear()
+        inputs = [Port("input_ids", (1, length), I64)]
+        found = bind(inputs, [LOGITS], program, Bindings(), "FILE")
+        runner = SteppingRunner(call, found, {"format": "ONNX"})
+        assert runner.prefill(np.array([[7, 8]])).argmax(-1).tolist() == [[7, 8]]
+        assert runner.decode(np.array([[9]])).argmax(-1).tolist() == [[9]]
+        assert seen[-1] == [7, 8, 9, *filled]
+        assert runner.limits.max_sequence == length
+        assert "whole sequence" in runner.facts()["states"]
+
+
 def test_logits_of_the_last_token_alone(program: Any) -> None:
     """The steps in between are run one by one from the same states, and the states are those of the whole step."""
     calls: list[int] = []
