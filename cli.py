@@ -20,7 +20,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 import moec
-from moec.compiler.commands import publishing
+from moec.compiler.commands import publishing, zoo
 from moec.compiler.commands.artifacts import pack, verify
 from moec.compiler.commands.chat import chat
 from moec.compiler.commands.compare import compare
@@ -30,7 +30,16 @@ from moec.compiler.commands.estimation import estimate
 from moec.compiler.commands.flags import with_groups
 from moec.compiler.commands.generation import run
 from moec.compiler.commands.inspection import doctor, families, inspect
-from moec.compiler.commands.options import Demands, OutputConsole, Quantize, Revision, Routing, Trust
+from moec.compiler.commands.options import (
+    DefaultGroup,
+    Demands,
+    OutputConsole,
+    Quantize,
+    Revision,
+    Routing,
+    Trust,
+    resolved,
+)
 from moec.compiler.commands.pipelines import build, diff
 from moec.compiler.commands.search import search
 from moec.compiler.commands.serve import serve
@@ -62,7 +71,9 @@ def export(
         str | None,
         typer.Option(metavar="fp32|fp16", help="Precision of what is not quantized. (default: the target's)"),
     ] = None,
-    recipe: Annotated[Path | None, typer.Option(help="Recipe file (YAML); other flags override it.")] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="Recipe file (YAML), or zoo:MODEL/NAME; other flags override it.")
+    ] = None,
     calibration: Annotated[
         list[Path] | None,
         typer.Option(metavar="PATH", help="Calibration text (file or directory), or a JSON file of moec calibrate."),
@@ -99,13 +110,17 @@ def export(
         # Imports of torch and others take seconds, so something is shown before them.
         from moec.compiler.api import merge
         from moec.compiler.pipeline.input_checks import check_inputs
+        from moec.compiler.zoo.entries import caution
 
         wanted = merge(recipe, given)
         check_inputs(wanted, output, overwrite=overwrite)
         from moec.compiler.pipeline.export import compile_recipe
 
         result = compile_recipe(wanted, output, overwrite=overwrite, gates=not no_gates, progress=progress)
-    return console.verdicts(result, wanted.checkpoint)
+    code = console.verdicts(result, wanted.checkpoint)
+    if said := caution(str(recipe or ""), result.manifest["source"]["digests"]):
+        console.note(said)
+    return code
 
 
 def calibrate(
@@ -142,7 +157,12 @@ def validate(
     demands: Demands,
     console: OutputConsole,
     path: Annotated[
-        Path, typer.Argument(metavar="PATH", help="An artifact, or a model file of another exporter (docs/foreign.md).")
+        Path,
+        typer.Argument(
+            metavar="PATH",
+            help="An artifact, or a model file of another exporter (docs/foreign.md).",
+            callback=resolved,
+        ),
     ],
     against: Annotated[str, typer.Option(metavar="CHECKPOINT", help="The checkpoint it was built from.")],
     bindings: Annotated[
@@ -247,10 +267,11 @@ def _application(arguments: list[str], started: Callable[[], None] = lambda: Non
     for command in (*compiling, verify, pack, run, chat, serve, web, inspect, diff, compare, doctor):
         compiles = command in compiling
         app.command(command.__name__)(_guarded(with_groups(command), compiles=compiles, started=started))
-    registries = typer.Typer(cls=publishing.DefaultGroup, no_args_is_help=True, help=publishing.TITLE)
-    for name, command in publishing.COMMANDS.items():
-        registries.command(name)(_guarded(with_groups(command), compiles=False, started=started))
-    app.add_typer(registries, name="publish")
+    for title, group in (("publish", publishing), ("zoo", zoo)):
+        several = typer.Typer(cls=DefaultGroup, no_args_is_help=group is publishing, help=group.TITLE)
+        for name, command in group.COMMANDS.items():
+            several.command(name)(_guarded(with_groups(command), compiles=False, started=started))
+        app.add_typer(several, name=title)
     return app
 
 

@@ -17,6 +17,7 @@ from moec.compiler.common.validation import validate
 from moec.compiler.measure.estimate.counting import Counts, count, formats
 from moec.compiler.measure.estimate.devices import Device, load_device
 from moec.compiler.measure.estimate.speeds import bandwidth, cached
+from moec.compiler.pipeline.captures import Captures
 from moec.compiler.pipeline.program import build_program
 from moec.compiler.pipeline.recipe import make_recipe
 from moec.passes.routing.policies.table import policy_type
@@ -99,8 +100,8 @@ def predict(counts: Counts, stored: Mapping[str, str], wanted: EstimateRequest, 
     return {**found, **_latency(wanted, counts, stored, where, device, progress)}
 
 
-def count_program(wanted: EstimateRequest) -> tuple[Counts, dict[str, str]]:
-    """The counts of the Program of a configuration, and its formats."""
+def count_program(wanted: EstimateRequest, captures: Captures | None = None) -> tuple[Counts, dict[str, str]]:
+    """The counts of the Program of a configuration, and its formats; `captures` are those of other configurations."""
     fields: dict[str, Any] = {"checkpoint": wanted.checkpoint, "target": wanted.target, "dtype": wanted.dtype}
     recipe = make_recipe(
         {
@@ -113,7 +114,7 @@ def count_program(wanted: EstimateRequest) -> tuple[Counts, dict[str, str]]:
     target = get_target(wanted.target)
     options = validate(target.Options, {}, where=f"options of target {target.name}")
     skips = target.capabilities(options, Phase.DECODE).skips_experts
-    program = build_program(recipe)
+    program = build_program(recipe, captures)
     return count(program, wanted.kept_share if skips else 1.0), formats(program)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from moec.compiler.commands.console import Console
 from moec.compiler.commands.flags import Group, numbers
@@ -26,6 +27,17 @@ def resolved(given: Path) -> Path:
     from moec.compiler.build.registry import resolve
 
     return resolve(given)
+
+
+class DefaultGroup(TyperGroup):
+    """Commands of which the first needs no name: `moec publish out/` is `moec publish add out/`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Put the name of the first command before arguments that begin with no other one."""
+        first = args[0] if args else "--help" if self.no_args_is_help else ""
+        if first not in {*self.commands, "--help"}:
+            args = [next(iter(self.commands)), *args]
+        return super().parse_args(ctx, args)
 
 
 ArtifactDirectory = Annotated[

@@ -6,22 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 from moec.compiler.commands.options import ArtifactDirectory, OutputConsole
 
 RegistryPlace = Annotated[str, typer.Argument(metavar="REGISTRY", help="The directory, or MLflow's tracking URI.")]
 Note = Annotated[str, typer.Option(help="Why, for the history.")]
-
-
-class DefaultGroup(TyperGroup):
-    """Commands of which the first, `add`, needs no name: `moec publish out/` is `moec publish add out/`."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Put the name of the default command before arguments that begin with no other one."""
-        if args and args[0] not in {*self.commands, "--help"}:
-            args = [next(iter(self.commands)), *args]
-        return super().parse_args(ctx, args)
 
 
 def publish(
@@ -167,4 +156,4 @@ COMMANDS: Mapping[str, Callable[..., int]] = {
     "promote": promote,
     "rollback": rollback,
 }
-"""Name -> command; the first is that of `DefaultGroup` without a name."""
+"""Name -> command; the first needs no name."""

@@ -45,10 +45,24 @@ def released_config(name: str) -> dict[str, Any]:
     Raises:
         UsageError: The model is unknown.
     """
+    entry = _entry(name)
+    return _merged(entry["config"], entry["reduced"])
+
+
+def published_config(name: str) -> tuple[dict[str, Any], str]:
+    """config.json of a released model as it was published, and where it was read.
+
+    Raises:
+        UsageError: The model is unknown.
+    """
+    entry = _entry(name)
+    return _merged(entry["config"], {}), str(entry["source"])
+
+
+def _entry(name: str) -> dict[str, Any]:
     if name not in _released():
         raise UsageError(f"unknown released model {name!r}", hint=f"known: {', '.join(released_names())}")
-    entry = _released()[name]
-    return _merged(entry["config"], entry["reduced"])
+    return _released()[name]
 
 
 def _merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -100,4 +114,44 @@ def write_released_checkpoint(name: str, directory: Path, *, seed: int = 0) -> P
         model.save_pretrained(directory)
     (directory / "config.json").write_text(text, encoding="utf-8")
     character_tokenizer(inner.vocab_size).save(str(directory / "tokenizer.json"))
+    return directory
+
+
+def write_hollow_checkpoint(name: str, directory: Path) -> Path:
+    """Write a checkpoint of a released model in its real size, whose weights are a hole in a sparse file.
+
+    Nothing that reads no weight tells it from the release: capture, `moec estimate`, `moec inspect`. If the release is
+    quantized, it stands for the same model in 16 bits.
+
+    Args:
+        name: One of `released_names()`.
+        directory: Where to write; made if it does not exist.
+
+    Returns:
+        `directory`.
+
+    Raises:
+        UsageError: The model is unknown.
+        MoecError: transformers has no class for it, or refuses the values.
+    """
+    import torch
+
+    from moec.compiler.frontend import architecture
+
+    raw = {key: value for key, value in published_config(name)[0].items() if key != _STORED}
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(raw, indent=2), encoding="utf-8")
+    config = architecture.read_config(directory, raw, trust_remote_code=False)
+    with torch.device("meta"):
+        model = architecture.build(config, attention="eager", dtype=torch.bfloat16, trust_remote_code=False)
+    table: dict[str, Any] = {}
+    offset = 0
+    for key, value in model.state_dict().items():
+        size = value.numel() * torch.bfloat16.itemsize
+        table[key] = {"dtype": "BF16", "shape": list(value.shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    header = json.dumps(table).encode()
+    with (directory / "model.safetensors").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + offset)
     return directory

@@ -45,10 +45,11 @@ class Built:
     quantization: Quantization
 
 
-def build_program(recipe: Recipe) -> Program:
-    """The Program that an export of `recipe` would lower: captured and with every pass run."""
+def build_program(recipe: Recipe, captures: Captures | None = None) -> Program:
+    """The Program that an export of `recipe` would lower; `captures` are those of other recipes."""
     target, options = target_of(recipe)
-    return build(with_target_defaults(recipe, target), target, options, Stages(silent), Captures()).program
+    recipe = with_target_defaults(recipe, target)
+    return build(recipe, target, options, Stages(silent), captures or Captures()).program
 
 
 def build(

@@ -33,6 +33,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from moec.compiler.common.errors import UsageError
 from moec.compiler.common.files import read_yaml
 from moec.compiler.common.validation import unknown, validate
+from moec.compiler.zoo.entries import PREFIX, recipe_fields
 from moec.targets import get_target
 from moec.targets.base import Target, TargetOptions
 
@@ -242,11 +243,13 @@ class Recipe(BaseModel):
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """Read a recipe file as a mapping, which the command line may complete or override.
+    """Read a recipe file, or `zoo:MODEL/NAME`, as a mapping, which the command line may complete or override.
 
     Raises:
-        UsageError: The file cannot be read, is not a YAML mapping, or has an unknown key.
+        UsageError: The file cannot be read, is not a YAML mapping, or has an unknown key; the zoo has no such recipe.
     """
+    if str(path).startswith(PREFIX):
+        return recipe_fields(str(path))
     fields = read_yaml(path, UsageError, hint="a recipe is a mapping of keys, such as 'target: onnx'")
     for key in fields:
         if key not in Recipe.model_fields:

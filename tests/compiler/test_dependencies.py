@@ -22,6 +22,7 @@ PACKAGES = (
     "compiler/measure",
     "compiler/gates",
     "compiler/report",
+    "compiler/zoo",
     "compiler/pipeline",
     "compiler/foreign",
     "compiler/families",

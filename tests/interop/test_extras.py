@@ -29,6 +29,38 @@ files = sorted(Path(found.source.removeprefix("file://")).iterdir())
 print(json.dumps({"versions": versions, "tags": dict(found.tags), "files": [path.name for path in files]}))
 """
 
+ALIASES = """
+import json, sys
+from moec.compiler.build.publish import registry_at
+place = registry_at(sys.argv[1])
+for version in ("1", "2"):
+    place.promote("olmoe", version, "prod", note="", allow_failed=False)
+before = dict(place.describe("olmoe")["aliases"])
+event = place.rollback("olmoe", "prod", note="slower")
+found = place.describe("olmoe")
+print(json.dumps({"before": before, "after": found["aliases"], "names": place.names(),
+                  "actions": [event["action"] for event in found["history"]], "replaced": event.replaced}))
+"""
+
+TRACK = """
+import json, sys
+from pathlib import Path
+import mlflow
+from moec.compiler.search import tracking
+from tests.compiler.search.test_tracking import FRONT
+directory, store = Path(sys.argv[1]), sys.argv[2]
+tracking.check(store)
+run = tracking.log(directory, FRONT, store)["run"]
+client = mlflow.MlflowClient(store, store)
+found = client.get_run(run)
+print(json.dumps({
+    "status": found.info.status,
+    "seed": found.data.params["seed"],
+    "volumes": [metric.value for metric in client.get_metric_history(run, "hypervolume")],
+    "files": sorted(item.path for item in client.list_artifacts(run)),
+}))
+"""
+
 SEARCH = """
 import json, sys, threading, time
 from pathlib import Path
@@ -124,3 +156,23 @@ def test_versions_in_mlflow(tiny_checkpoint: Callable[[str], Path], tmp_path: Pa
     assert {"moec.json", "model.onnx", "report.json"} <= set(found["files"])
     assert found["tags"]["moec.gate.parity_artifact"] == "pass"
     assert found["tags"]["moec.digest"] == json.loads((tmp_path / "out" / "moec.json").read_text())["digest"]
+    done = run(beside("mlflow"), "-c", ALIASES, store, MLFLOW_ALLOW_FILE_STORE="true")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert (found["before"], found["after"], found["replaced"]) == ({"prod": "2"}, {"prod": "1"}, "2")
+    assert (found["actions"], found["names"]) == (["promote", "promote", "rollback"], ["olmoe"])
+
+
+def test_a_search_in_mlflow(tmp_path: Path) -> None:
+    (tmp_path / "search" / "front").mkdir(parents=True)
+    for name in ("front.json", "report.html", "search.json", "front/00.yaml"):
+        (tmp_path / "search" / name).write_text("{}")
+    store = f"file://{tmp_path / 'store'}"
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    places = {"MLFLOW_ALLOW_FILE_STORE": "true", "PYTHONPATH": os.pathsep.join([str(ROOT / ".links"), path])}
+    done = run(beside("mlflow"), "-c", TRACK, tmp_path / "search", store, **places)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert (found["status"], found["seed"]) == ("FINISHED", "0")
+    assert found["volumes"] == [0.0, 0.1, 0.2]
+    assert found["files"] == ["front", "front.json", "report.html", "search.json"]

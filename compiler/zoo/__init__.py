@@ -1,0 +1,1 @@
+"""Recipes that come with moec, and what they were measured on and at what."""
