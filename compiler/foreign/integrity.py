@@ -64,8 +64,10 @@ def compare(program: Program, held: FileRows, found: Located) -> Findings:
             far.append(f"{_text(piece)} by {error:.2g}")
         else:
             worst = max(worst, error)
-    missing = tuple(_text(piece) for piece in found.missing if piece.expert is not None)
-    return Findings(missing, tuple(_moved(found)), tuple(far), tuple(scaled), worst)
+    missing = [_text(piece) for piece in found.missing if piece.expert is not None]
+    # The two projections of a gate are pieces of one matrix.
+    lost, moved, off, multiplied = (tuple(dict.fromkeys(each)) for each in (missing, _moved(found), far, scaled))
+    return Findings(lost, moved, off, multiplied, worst)
 
 
 def limit_of(tensor: StoredTensor) -> float:
