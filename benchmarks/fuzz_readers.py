@@ -41,8 +41,6 @@ INSTRUMENTED = (
     "moec.compiler.text",
     "moec.quantize",
     "moec.passes.routing.policies",
-    "yaml",
-    "json",
 )
 READERS = (
     "moec.json",
