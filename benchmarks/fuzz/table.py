@@ -70,6 +70,6 @@ def _kinds(rows: Sequence[Row]) -> str:
 def _faults(rows: Sequence[Row]) -> str:
     lines = []
     for row in rows:
-        cause = " ".join(row.outcome.cause.split())[:160].replace("|", "\\|")
+        cause = " ".join(row.outcome.cause.split())[:240]
         lines.append([str(row.index), row.outcome.outcome, row.recipe.get("target", ""), row.architecture.base, cause])
     return markdown.table(["build", "fault", "target", "model", "cause"], lines)
