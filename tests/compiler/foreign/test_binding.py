@@ -139,11 +139,11 @@ def test_a_file_without_states_gets_the_whole_sequence(program: Any) -> None:
 
 def test_logits_of_the_last_token_alone(program: Any) -> None:
     """The steps in between are run one by one from the same states, and the states are those of the whole step."""
-    calls: list[int] = []
+    calls: list[tuple[int, int]] = []
 
     def call(given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         ids, past = given["input_ids"], given["a0key"]
-        calls.append(ids.shape[1])
+        calls.append((ids.shape[1], given["attention_mask"].shape[1]))
         grown = np.concatenate([past, np.full((1, 2, ids.shape[1], 16), ids[0, -1])], axis=2)
         logits = np.zeros((1, 1, 128), np.float32)
         logits[0, 0, :2] = ids[0, -1], grown.shape[2]
@@ -153,5 +153,6 @@ def test_logits_of_the_last_token_alone(program: Any) -> None:
     runner = SteppingRunner(call, found, {"format": "ONNX"})
     assert runner.prefill(np.array([[7, 8, 9]]))[0, :, :2].tolist() == [[7, 1], [8, 2], [9, 3]]
     assert runner.decode(np.array([[4]]))[0, :, :2].tolist() == [[4, 4]]
-    assert calls == [3, 1, 1, 1]
+    assert runner.decode(np.array([[5]]))[0, :, :2].tolist() == [[5, 5]]
+    assert calls == [(3, 3), (1, 1), (1, 2), (1, 4), (1, 5)]
     assert runner.facts()["logits"] == "of the last token alone"

@@ -148,3 +148,12 @@ def test_the_cost_of_experts(program: Any) -> None:
     assert sentence(Cost(5, "here"), program).startswith("something")
     assert sentence(Cost(0, "here"), program).startswith("not known")
     assert sentence(Unseen("no graph"), program) == "not known: no graph"
+
+
+def test_other_weights_with_the_widths_of_an_expert(
+    program_of: Callable[..., Any], tiny_checkpoint: Callable[[str], Path]
+) -> None:
+    """The first layer of this model is dense, and as wide as the two projections of an expert's gate."""
+    dense = [Product(1, 64, 96), Product(1, 64, 96), Product(1, 96, 64)]
+    experts = [Product(2, 64, 48), Product(2, 64, 48), Product(2, 48, 64)] * 2
+    assert computed_experts([*dense, *experts], program_of(tiny_checkpoint("qwen3_moe"))) == 2
