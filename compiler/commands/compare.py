@@ -41,12 +41,13 @@ def compare(
             f"{len(directories)} artifacts are given, and 2 to 4 can be compared", hint="moec compare A B --text FILE"
         )
     with console.progress() as progress:
-        from moec.compiler.measure import compare as comparison
+        from moec.compiler.measure import compare as measured
+        from moec.compiler.report import comparison
 
-        options = comparison.CompareOptions(
+        options = measured.CompareOptions(
             None if text is None else str(text), windows, window, not no_latency, rounds, context, threads, seconds
         )
-        found = comparison.compare_artifacts(directories, options, progress)
+        found = measured.compare_artifacts(directories, options, progress)
 
     def show() -> None:
         if markdown:
@@ -59,7 +60,7 @@ def compare(
         if found.not_measured:
             console.line(f"latency was not measured: {found.not_measured}")
 
-    worse = {comparison.Outcome.WORSE, comparison.Outcome.MIXED} & {verdict.outcome for verdict in found.verdicts}
+    worse = {measured.Outcome.WORSE, measured.Outcome.MIXED} & {verdict.outcome for verdict in found.verdicts}
     code = int(exit_code and bool(worse))
     console.result(found.record(), show, code)
     return code

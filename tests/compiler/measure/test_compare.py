@@ -21,6 +21,7 @@ from moec.compiler.measure import compare
 from moec.compiler.measure.compare import CompareOptions, Outcome, compare_artifacts
 from moec.compiler.measure.latency.statistics import Interval
 from moec.compiler.measure.latency.timings import Call, Series
+from moec.compiler.report import comparison
 from moec.targets.runners import RunnerLimits
 
 VOCABULARY = 128
@@ -116,7 +117,7 @@ def test_better_worse_and_the_same_are_told_apart(tmp_path: Path, text: Path, mo
     assert same.sentence.startswith("C cannot be told apart from A: perplexity cannot be told apart (")
     assert same.agreement < 1
     assert found.figures[1].perplexity / found.figures[0].perplexity - 1 == pytest.approx(worse.increase.value)
-    shown = compare.markdown(found)
+    shown = comparison.markdown(found)
     assert "| decode128, time relative to A |  | 0.69" in shown
     assert json.loads(json.dumps(found.record()))["verdicts"][0]["outcome"] == "better and worse"
 
@@ -141,7 +142,7 @@ def test_what_cannot_be_measured_is_said(tmp_path: Path, text: Path, monkeypatch
     found = compare_artifacts([artifact(tmp_path / "a"), artifact(tmp_path / "b")], CompareOptions(str(text)), silent)
     assert found.not_measured == "A: there is no device here"
     assert found.figures[0].memory is None
-    assert "Latency was not measured: A: there is no device here." in compare.markdown(found)
+    assert "Latency was not measured: A: there is no device here." in comparison.markdown(found)
 
 
 @pytest.mark.parametrize(
