@@ -13,7 +13,7 @@ from moec.compiler.ir.interpreter import ProgramRunner
 from moec.compiler.ir.operands import Experts
 from moec.compiler.ir.program import EXPERTS
 from moec.passes.quantize import Quantize
-from moec.quantize.plan import QuantizationPlan, requested
+from moec.quantize.plan import QuantizationPlan
 from moec.targets import get_target
 
 TARGETS: dict[str, dict[str, Any]] = {
@@ -54,13 +54,15 @@ def test_a_limit_after_the_activation(name: str, program: Any, tmp_path: Path) -
     assert np.abs(free - want).max() > 1e-2 * np.abs(want).max(), "the limit must matter, or nothing is shown"
 
 
-def test_the_kernel_for_integers_has_no_such_limit_and_the_hint_leads_on(program: Any) -> None:
-    target, plan = get_target("onnx"), requested("int8")
-    (found,) = target.refusals(Quantize(plan).run(program).program, target.Options())
-    assert (found.where, program.layers[0].module) == ("model.language_model.layers.3.mlp.experts",) * 2
-    assert "the kernel clamps the input of silu, but this model clamps its output, so experts in int8" in found.reason
-    assert "experts_gate_up and experts_down of these layers float with overrides" in found.hint
-    classes = ("experts_gate_up", "experts_down")
-    overrides = [{"tensor_class": name, "layer": 3, "format": "none"} for name in classes]
-    with_floats = QuantizationPlan.from_dict({**plan.to_dict(), "overrides": overrides})
-    assert target.refusals(Quantize(with_floats).run(program).program, target.Options()) == ()
+def test_the_kernel_for_integers_has_no_such_limit_so_experts_are_products(program: Any, tmp_path: Path) -> None:
+    target = get_target("onnx")
+    plan = QuantizationPlan.from_dict({"formats": dict.fromkeys(("experts_gate_up", "experts_down"), "int4:channel")})
+    quantized = Quantize(plan).run(program).program
+    assert target.refusals(quantized, target.Options()) == ()
+    lowered = target.lower(quantized, target.Options(), tmp_path, lambda *_: None)
+    (found,) = lowered.rejections
+    assert found.where == "model.language_model.layers.3.mlp.experts"
+    assert found.reason.startswith("the kernel clamps the input of silu, but this model clamps its output")
+    ids = np.random.default_rng(0).integers(3, program.vocab_size, (1, 12))
+    got, want = target.open(tmp_path, threads=1).prefill(ids), ProgramRunner(quantized).prefill(ids)
+    np.testing.assert_allclose(got, want, atol=1e-4 * np.abs(want).max())
