@@ -42,11 +42,16 @@ def chat(
 ) -> int:
     """Hold a conversation with a model, from the artifact alone.
 
-    In a pipe each line is a turn. Answers go to stdout, everything else to stderr.
+    In a pipe each line is a turn. Answers go to stdout, everything else to stderr. A model without a chat template
+    completes each line on its own, as with --raw.
     """
+    from moec.compiler.common.model_config import chat_template
     from moec.compiler.run.conversation import Conversation
 
     generator = generation.generator(directory, console)
+    if not raw and not system and chat_template(generator.directory) is None:
+        console.note("the model has no chat template: each line is completed on its own, as with --raw")
+        raw = True
     with generator.session() as session:
         conversation = Conversation(
             generator,

@@ -161,9 +161,17 @@ def test_at_a_terminal(golden_onnx: Path) -> None:
     assert "no command '/what'" in told
 
 
-def test_no_template_is_exit_2(golden_onnx: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_without_a_template_completes_lines(
+    golden_onnx: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the golden model is, which the README's first command exports."""
     out = tmp_path / "out"
     shutil.copytree(golden_onnx, out)
     (out / "chat_template.jinja").unlink()
-    assert cli.dispatch(["chat", str(out)]) == 2
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(LINE.encode() + b"\n")))
+    assert cli.dispatch(["chat", str(out), "--max-new-tokens", "8", "--temperature", "0"]) == 0
+    shown = capsys.readouterr()
+    assert moec.load(out).generate(LINE, max_new_tokens=8, temperature=0).strip() in shown.out
+    assert "each line is completed on its own, as with --raw" in shown.err
+    assert cli.dispatch(["chat", str(out), "--system", "Be brief."]) == 2
     assert "give --raw to complete each line on its own" in capsys.readouterr().err
