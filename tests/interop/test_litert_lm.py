@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 
 import moec
 from tests.support.environments import environment
+from tests.support.start_token import add_start_token
 
 pytestmark = pytest.mark.interop
 GENERATE = Path(__file__).with_name("generate_with_litert_lm.py")
@@ -50,16 +51,7 @@ def test_greedy_text(golden_model: Path, golden_prompts: list[tuple[list[int], l
 def with_start_token(golden_model: Path, directory: Path) -> Path:
     """The golden model with a tokenizer that puts the token 0 before every text, as that of Llama does."""
     shutil.copytree(golden_model, directory, ignore=shutil.ignore_patterns("*.npz", "texts"))
-    path = directory / "tokenizer.json"
-    described = json.loads(path.read_text())
-    start = {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}
-    described["post_processor"] = {
-        "type": "TemplateProcessing",
-        "single": [start, {"Sequence": {"id": "A", "type_id": 0}}],
-        "pair": [start, {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
-        "special_tokens": {"<|endoftext|>": {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]}},
-    }
-    path.write_text(json.dumps(described))
+    add_start_token(directory / "tokenizer.json")
     return directory
 
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from collections import UserList
 from dataclasses import dataclass, field
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from moec import cli
-from moec.compiler.build import mlflow_server
 from moec.compiler.build.publish import registry_at
+from tests.support.mlflow_stand_in import stand_in
 
 URI = "http://127.0.0.1:1"
 
@@ -58,12 +57,7 @@ class Store:
 @pytest.fixture
 def store(monkeypatch: pytest.MonkeyPatch) -> Store:
     found = Store()
-    mlflow, exceptions = ModuleType("mlflow"), ModuleType("mlflow.exceptions")
-    mlflow.MlflowClient = lambda **_: found  # type: ignore[attr-defined]
-    exceptions.MlflowException = RuntimeError  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "mlflow", mlflow)
-    monkeypatch.setitem(sys.modules, "mlflow.exceptions", exceptions)
-    monkeypatch.setattr(mlflow_server.importlib.util, "find_spec", lambda _: object())
+    stand_in(found, monkeypatch)
     return found
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +13,7 @@ from moec import cli
 from moec.compiler.build import mlflow_server
 from moec.compiler.search import tracking
 from moec.compiler.search.front_file import Front
+from tests.support.mlflow_stand_in import stand_in
 
 LONG = "x" * 900
 URI = "http://127.0.0.1:1"
@@ -98,12 +98,7 @@ class Client:
 @pytest.fixture
 def client(monkeypatch: pytest.MonkeyPatch) -> Client:
     found = Client()
-    mlflow, exceptions = ModuleType("mlflow"), ModuleType("mlflow.exceptions")
-    mlflow.MlflowClient = lambda **_: found  # type: ignore[attr-defined]
-    exceptions.MlflowException = RuntimeError  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "mlflow", mlflow)
-    monkeypatch.setitem(sys.modules, "mlflow.exceptions", exceptions)
-    monkeypatch.setattr(mlflow_server.importlib.util, "find_spec", lambda _: object())
+    stand_in(found, monkeypatch)
     return found
 
 

@@ -14,6 +14,7 @@ from litert_lm_builder.runtime.proto.llm_metadata_pb2 import LlmMetadata
 from moec.compiler.common.errors import CheckpointError, LoweringError
 from moec.targets.tflite import bundle
 from moec.targets.tflite.bundle import BUNDLE, sections, write_bundle
+from tests.support.start_token import add_start_token
 
 FILES = ("tokenizer.json", "config.json", "generation_config.json", "tokenizer_config.json")
 
@@ -55,19 +56,9 @@ def test_it_holds_model_tokenizer_and_stop_tokens(parts: Callable[[str], Path]) 
 def test_it_starts_texts_as_the_tokenizer_does(starts: bool, parts: Callable[[str], Path]) -> None:
     """LiteRT-LM reads nothing of what tokenizer.json adds, and puts the start token of the bundle before every text."""
     directory = parts("a")
-    path = directory / "tokenizer.json"
-    described = json.loads(path.read_text())
     assert json.loads((directory / "config.json").read_text())["bos_token_id"] == 0
-    assert described["post_processor"] is None or "SpecialToken" not in str(described["post_processor"])
     if starts:
-        start = {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}
-        described["post_processor"] = {
-            "type": "TemplateProcessing",
-            "single": [start, {"Sequence": {"id": "A", "type_id": 0}}],
-            "pair": [start, {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
-            "special_tokens": {"<|endoftext|>": {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]}},
-        }
-        path.write_text(json.dumps(described))
+        add_start_token(directory / "tokenizer.json")
     write_bundle(directory, "model.tflite", 96)
     notes = LlmMetadata.FromString(read(directory, bundle.METADATA))
     assert notes.HasField("start_token") == starts
