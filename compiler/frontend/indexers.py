@@ -147,12 +147,13 @@ class IndexerScores(_StandIn):
         record, keys = self.record, self.keys
         if record.past is None:
             return SelectedTokens(record, None)
-        pattern = mask.pattern()
+        pattern, past = mask.pattern(), record.past[keys.layer, KIND]
         selected, present = INDEXER(
             self.query,
-            keys.key.unsqueeze(1),
+            # A norm in float32 may make keys in float32 (dots3); the cache has the dtype of the graph.
+            keys.key.unsqueeze(1).to(past.dtype),
             weights.squeeze(-2),
-            record.past[keys.layer, KIND],
+            past,
             record.cache_position,
             record.attention_mask,
             self.scale,

@@ -24,7 +24,7 @@ class CaseResult:
 
     Attributes:
         name: Name of the case.
-        error: Largest difference of a position that is not excused, relative to the largest logit.
+        error: Largest difference of a position that is neither excused nor sensitive, relative to the largest logit.
         excused_error: Largest difference of an excused position, 0 if there is none.
         positions: Number of positions without padding.
         excused: Number of these positions that are out of tolerance because of a tie.
@@ -33,7 +33,10 @@ class CaseResult:
         tokens: Number of tokens generated greedily.
         mismatch: Index of the first generated token that the reference would not have chosen, or None.
         divergence: Mean KL(reference || artifact) over the positions that are not excused, in nats; 0 if not judged.
-        agreed: Number of the positions that are not excused at which both have the same most likely token.
+        agreed: Number of the proven positions at which both have the same most likely token.
+        sensitive: Number of positions that differ by more than the limit, and by no more than the noise of rounding
+            explains (`moec.compiler.gates.noise`).
+        sensitive_error: Largest difference of these positions, 0 if there is none.
     """
 
     name: str
@@ -47,6 +50,8 @@ class CaseResult:
     mismatch: int | None = None
     divergence: float = 0.0
     agreed: int = 0
+    sensitive: int = 0
+    sensitive_error: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +102,9 @@ def _call(step: Step, ids: np.ndarray, mask: np.ndarray | None, name: str) -> np
     return logits
 
 
-def compare(case: Case, output: Output, trace: Trace, tolerance: Tolerance) -> tuple[CaseResult, np.ndarray]:
+def compare(
+    case: Case, output: Output, trace: Trace, tolerance: Tolerance, explained: np.ndarray | None = None
+) -> tuple[CaseResult, np.ndarray]:
     """Compare a runner's output with the reference.
 
     Args:
@@ -105,9 +112,10 @@ def compare(case: Case, output: Output, trace: Trace, tolerance: Tolerance) -> t
         output: The runner's output for it.
         trace: The reference's output for `output.input_ids`, with or without the last token.
         tolerance: The limits.
+        explained: Differences [B, T] that rounding explains beyond the limit, relative to the largest logit; None: 0.
 
     Returns:
-        The result, and the positions that are proven, [B, T] bool: those that are neither padding nor excused.
+        The result, and the positions that are proven, [B, T] bool: neither padding, nor excused, nor sensitive.
 
     Raises:
         ArtifactError: The vocabularies differ.
@@ -124,8 +132,10 @@ def compare(case: Case, output: Output, trace: Trace, tolerance: Tolerance) -> t
         valid = case.attention_mask.astype(bool)
     errors = position_errors(output.logits, want, valid)
     tied = trace.tied[:, :length] & valid
-    excused = excused_positions(errors, tied, tolerance.limit)
-    proven = valid & ~excused
+    explained = np.zeros_like(errors) if explained is None else explained
+    sensitive = (errors > tolerance.limit) & (errors <= tolerance.limit + explained)
+    excused = excused_positions(errors, tied, tolerance.limit) & ~sensitive
+    proven = valid & ~excused & ~sensitive
     same = output.logits.argmax(-1) == want.argmax(-1)
     result = CaseResult(
         case.name,
@@ -136,9 +146,11 @@ def compare(case: Case, output: Output, trace: Trace, tolerance: Tolerance) -> t
         tied=int(tied.sum()),
         top1=float(same[valid].mean()),
         tokens=case.new_tokens,
-        mismatch=_mismatch(output.input_ids, want, excused, case.new_tokens),
+        mismatch=_mismatch(output.input_ids, want, excused, explained, case.new_tokens),
         divergence=0.0 if tolerance.divergence is None else _divergence(output.logits, want, proven),
         agreed=int((same & proven).sum()),
+        sensitive=int(sensitive.sum()),
+        sensitive_error=float(errors[sensitive].max(initial=0.0)),
     )
     return result, proven
 
@@ -194,8 +206,10 @@ def excused_positions(errors: np.ndarray, tied: np.ndarray, limit: float) -> np.
     return excused
 
 
-def _mismatch(ids: np.ndarray, want: np.ndarray, excused: np.ndarray, new_tokens: int) -> int | None:
-    """Index of the first generated token that the reference would not have chosen, ties aside, or None."""
+def _mismatch(
+    ids: np.ndarray, want: np.ndarray, excused: np.ndarray, explained: np.ndarray, new_tokens: int
+) -> int | None:
+    """Index of the first generated token that the reference would not have chosen, ties and rounding aside, or None."""
     if not new_tokens:
         return None
     first = want.shape[1] - new_tokens  # position whose logits choose the first generated token
@@ -203,7 +217,8 @@ def _mismatch(ids: np.ndarray, want: np.ndarray, excused: np.ndarray, new_tokens
     for index in range(new_tokens):
         position = first + index
         chosen = np.take_along_axis(want[:, position], ids[:, position + 1, None], axis=-1)[:, 0]
-        worse = want[:, position].max(-1) - chosen > TOKEN_TIE * scale
+        # Rounding may lower the largest logit and raise the chosen one.
+        worse = want[:, position].max(-1) - chosen > (TOKEN_TIE + 2 * explained[:, position]) * scale
         if (worse & ~excused[:, position]).any():
             return index
     return None

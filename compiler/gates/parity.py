@@ -7,6 +7,9 @@ and the reference, given these tokens, must choose each of them; by induction bo
 Where kernels round activations before they multiply them with a quantized weight, and the target says how
 (`Target.activation_rounding`), the reference rounds in the same way. What is left is an error, or a value that float
 rounding moves across the border of a quantization step. The cost of the rounding itself is part of the quality gate.
+
+A position that is out of tolerance is judged by the model itself: how much noise of the size of rounding moves it
+(`moec.compiler.gates.noise`).
 """
 
 from __future__ import annotations
@@ -14,19 +17,19 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from moec.compiler.common.progress import Progress
 from moec.compiler.common.verdict import Status, Verdict
 from moec.compiler.frontend.checkpoint import Checkpoint
-from moec.compiler.gates.cases import Case, Prompts, base_cases, bounds
-from moec.compiler.gates.compare import CaseResult, compare, run_case
-from moec.compiler.gates.reference import Oracle, Trace, available_bytes, load_source, source_bytes
+from moec.compiler.gates.cases import Prompts, base_cases, bounds
+from moec.compiler.gates.compare import CaseResult
+from moec.compiler.gates.noise import noise_of
+from moec.compiler.gates.reference import Oracle, available_bytes, load_source, source_bytes
 from moec.compiler.gates.tolerance import TOLERANCES, Precision, Tolerance, precision_of
+from moec.compiler.gates.trials import Trial
 from moec.compiler.gates.usage import Usage
 from moec.compiler.ir.interpreter import ActivationRounding, ProgramRunner
 from moec.compiler.ir.program import Program
@@ -51,6 +54,7 @@ class ParityOptions:
         coverage_min: Share of the live experts of each layer that the coverage gate runs.
         memory_share: Share of the free memory that the model in transformers may take.
         max_excused: Largest share of the positions that ties may excuse.
+        min_proven: Smallest share of the positions that must be within the limit.
         retries: How often a case is repeated with other tokens because ties excuse too many of its positions.
     """
 
@@ -61,6 +65,7 @@ class ParityOptions:
     coverage_min: float = 1.0
     memory_share: float = 0.7
     max_excused: float = 0.2
+    min_proven: float = 0.25
     retries: int = 3
 
 
@@ -128,56 +133,23 @@ def gather(
         tuple(dict.fromkeys(left_out)),
         own_tolerance=tolerance,
     )
+    trial = Trial(runner, oracle, prompts, evidence.tolerance, noise_of(program), options.max_excused, options.retries)
     for index, case in enumerate(cases):
         progress(gate, index, len(cases))
-        run = partial(_compared, runner, oracle, evidence.tolerance)
-        result, trace, proven = _telling(case, prompts, run, evidence.tolerance.limit, options)
-        evidence.results.append(result)
-        evidence.usage.add(trace, proven)
+        found = trial.run(case)
+        evidence.results.append(found.result)
+        evidence.usage.add(found.trace, found.proven)
     progress(gate, len(cases), len(cases))
     evidence.hidden = oracle.hidden.rows
     return evidence
 
 
-Compared = tuple[CaseResult, Trace, np.ndarray]
-"""A result, the reference's output, and the positions that are proven, [B, T] bool."""
-
-
-def _compared(runner: Runner, oracle: Oracle, tolerance: Tolerance, case: Case) -> Compared:
-    output = run_case(runner, case)
-    trace = oracle.trace(output.input_ids[:, : output.logits.shape[1]], case.attention_mask, case.steps)
-    result, proven = compare(case, output, trace, tolerance)
-    return result, trace, proven
-
-
-def _telling(
-    case: Case, prompts: Prompts, run: Callable[[Case], Compared], limit: float, options: ParityOptions
-) -> Compared:
-    """Run a case; while ties excuse too many of its positions, repeat it with other tokens.
-
-    One tie at the start of a sequence can excuse the rest of it, and with it a fault that only this case shows.
-
-    Returns:
-        The first try that is out of tolerance, or else the one with the fewest excused positions.
-    """
-
-    def rank(found: Compared) -> tuple[bool, int]:
-        return found[0].error <= limit, found[0].excused
-
-    best = run(case)
-    for _ in range(options.retries):
-        result = best[0]
-        if not result.error <= limit or result.excused <= options.max_excused * result.positions:
-            break
-        best = min(best, run(case.with_other_tokens(prompts)), key=rank)
-    return best
-
-
 def judge_parity(gate: str, evidence: Evidence, options: ParityOptions) -> Verdict:
-    """Pass if every position that ties do not excuse is within tolerance, few are excused, and generation agrees."""
+    """Pass if every position is within what its limit, ties and rounding allow, enough are proven, and texts agree."""
     limit, results = evidence.tolerance.limit, evidence.results
     positions = sum(result.positions for result in results)
     excused = sum(result.excused for result in results)
+    sensitive = sum(result.sensitive for result in results)
     worst = max(results, key=lambda result: result.error)
     wrong = [result for result in results if not result.error <= limit]
     demands = _distribution_demands(evidence)
@@ -189,15 +161,21 @@ def judge_parity(gate: str, evidence: Evidence, options: ParityOptions) -> Verdi
         parts.append(f"{positions} positions in {len(results)} cases")
     parts += [text for _, text in demands]
     parts += [_token_summary(result) for result in results if result.tokens]
+    if sensitive:
+        most = max(result.sensitive_error for result in results)
+        parts.append(f"{sensitive} positions differ by up to {most:.1e}, which rounding explains in this model")
     if excused:
         parts.append(f"{excused} positions excused by router ties")
     too_many = excused > options.max_excused * positions
     if too_many:
         parts.append(f"more than {options.max_excused:.0%} of the positions are excused, which proves nothing")
+    too_few = positions - excused - sensitive < options.min_proven * positions
+    if too_few:
+        parts.append(f"fewer than {options.min_proven:.0%} of the positions are within the limit, which proves nothing")
     if evidence.left_out:
         parts.append(f"left out: {', '.join(evidence.left_out)}")
     unlike = any(not met for met, _ in demands)
-    status = Status.FAIL if wrong or different or too_many or unlike else Status.PASS
+    status = Status.FAIL if wrong or different or too_many or too_few or unlike else Status.PASS
     return Verdict(gate, status, "; ".join(parts), EXIT_CODE, _figures(evidence, positions, excused))
 
 
@@ -216,8 +194,8 @@ def _distribution_demands(evidence: Evidence) -> list[tuple[bool, str]]:
 
 
 def _agreement(evidence: Evidence) -> float:
-    """Share of the positions that are not excused at which both have the same most likely token."""
-    judged = sum(result.positions - result.excused for result in evidence.results)
+    """Share of the proven positions at which both have the same most likely token."""
+    judged = sum(result.positions - result.excused - result.sensitive for result in evidence.results)
     return sum(result.agreed for result in evidence.results) / judged if judged else 1.0
 
 
@@ -241,6 +219,7 @@ def _figures(evidence: Evidence, positions: int, excused: int) -> dict[str, Any]
         "agreement_limit": evidence.tolerance.agreement,
         "positions": positions,
         "excused": excused,
+        "sensitive": sum(result.sensitive for result in evidence.results),
         "inputs": evidence.source,
         "left_out": list(evidence.left_out),
         "cases": [dataclasses.asdict(result) for result in evidence.results],

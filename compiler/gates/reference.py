@@ -22,7 +22,7 @@ from moec.compiler.frontend.adapters.lightning_attention import recompute_chunk_
 from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.frontend.scans import scans_token_by_token
 from moec.compiler.gates.ties import RouterWatch
-from moec.compiler.ir.interpreter import ActivationRounding, ProgramRunner
+from moec.compiler.ir.interpreter import ActivationRounding, Disturbance, ProgramRunner
 from moec.compiler.ir.program import EXPERTS, Program
 
 if TYPE_CHECKING:
@@ -147,6 +147,20 @@ class Oracle:
             np.concatenate([row.tied for row in rows]),
             {layer: np.concatenate([row.slots[layer] for row in rows]) for layer in rows[0].slots},
         )
+
+    def disturbed(
+        self,
+        disturbance: Disturbance | None,
+        input_ids: np.ndarray,
+        attention_mask: np.ndarray | None,
+        steps: Sequence[int],
+    ) -> np.ndarray:
+        """Logits [B, T, V] of the Program, not of another source, with errors inside of it; the rest as in `trace`."""
+        given, self._logits, self._runner.disturbance = self._logits, None, disturbance
+        try:
+            return self.trace(input_ids, attention_mask, steps).logits
+        finally:
+            self._logits, self._runner.disturbance = given, None
 
     def _trace(self, input_ids: np.ndarray, steps: Sequence[int]) -> Trace:
         length = input_ids.shape[1]

@@ -34,7 +34,12 @@ ExpertObserver = Callable[[fx.Node, ExpertCall], None]
 ActivationRounding = Callable[[LazyTensor, Tensor], Tensor]
 """The weight of a product and the activations [..., K] -> the activations as the kernel rounds them."""
 
+Disturbance = Callable[[Tensor], Tensor]
+"""The output [..., N] of a linear, of experts or of an embedding -> the same with errors, which later nodes get."""
+
 LINEAR = torch.ops.aten.linear.default
+PRODUCTS = frozenset({LINEAR, EXPERTS, torch.ops.aten.embedding.default})
+"""The ops whose outputs a `Disturbance` changes."""
 
 
 class WeightReader:
@@ -92,6 +97,7 @@ class Interpreter:
         rounding: ActivationRounding | None = None,
     ) -> None:
         self.program, self.observer, self.expert_observer, self._rounding = program, observer, expert_observer, rounding
+        self.disturbance: Disturbance | None = None
         self._reader = WeightReader(cache_bytes, weight_observer)
         self._last_use = _last_uses(program.graph)
 
@@ -156,6 +162,8 @@ class Interpreter:
             if node.target is LINEAR and (rounded := self._rounded(node.args[1])) is not None:
                 operands = (rounded(args[0]), *args[1:])
             result = node.target(*operands, **kwargs)
+        if self.disturbance is not None and node.target in PRODUCTS:
+            result = self.disturbance(result)
         if self.observer is not None:
             self.observer(node, args, result)
         return result

@@ -129,3 +129,14 @@ def test_any_other_operation_is_refused(deed: Any) -> None:
 def test_the_operations_of_transformers_are_known() -> None:
     selected = of_heads().squeeze(-2).masked_fill(HIDDEN, -torch.inf).topk(3, dim=-1).indices.to(torch.int32)
     assert selected.mask is None
+
+
+def test_keys_in_float32_are_kept_in_the_dtype_of_the_graph(opened: Any) -> None:
+    """dots3 in float16 computes them in float32."""
+    checkpoint = opened("dots3_note_text")
+    program = capture(checkpoint, dtype=torch.float16)
+    (state,) = [state for state in program.states if state.kind == "index_key"][:1]
+    assert state.output.dtype is torch.float16
+    ids = np.random.default_rng(3).integers(3, program.vocab_size, (1, 24))
+    got, want = ProgramRunner(program).prefill(ids), load_source(checkpoint)(ids)
+    assert np.median(np.abs(got - want).max(-1)) < 1e-2 * np.abs(want).max()
