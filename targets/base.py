@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from moec.compiler.ir.interpreter import ActivationRounding
     from moec.compiler.ir.program import Program
     from moec.passes.base import Pass
+    from moec.targets.model_files import FileFormat
     from moec.targets.stored_weights import StoredWeight
 
 
@@ -249,6 +250,10 @@ class Target(ABC):
             more = f" and {len(layers) - 1} more" if len(layers) > 1 else ""
             reason = f"a state of kind {kind} is not supported here; layers may keep states of the kinds {carried}"
             yield Rejection(self.name, f"layer {layers[0]}{more}", reason)
+
+    def file_format(self) -> FileFormat | None:
+        """The format of files of other tools that this target's runtime runs and moec's compiler does not know."""
+        return None
 
     def auto_formats(self, options: TargetOptions, tensor_class: str) -> tuple[str, ...]:  # noqa: ARG002
         """Quantized formats that `--quantize auto` may give to weights of a class: those that kernels compute with."""

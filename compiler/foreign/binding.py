@@ -30,8 +30,7 @@ from moec.compiler.common.errors import CheckpointError, UsageError
 from moec.compiler.common.files import read_yaml
 from moec.compiler.common.validation import validate
 from moec.compiler.ir.program import CACHE_KINDS, Program, StateSpec
-
-Shape = tuple[int | None, ...]
+from moec.targets.model_files import Port
 
 ROLES: Mapping[str, tuple[str, ...]] = {
     "input_ids": ("input_ids", "tokens", "token_ids", "inputIds", "ids"),
@@ -70,15 +69,6 @@ CONVENTIONS: tuple[Convention, ...] = (
     Convention("litert-torch", "key", "kv_cache_k_{}", "kv_cache_k_{}"),
     Convention("litert-torch", "value", "kv_cache_v_{}", "kv_cache_v_{}"),
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Port:
-    """An input or output of a file: its name, its shape (None: an axis of any length) and its numpy dtype."""
-
-    name: str
-    shape: Shape
-    dtype: np.dtype[Any]
 
 
 class StateNames(BaseModel):

@@ -4,25 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 from moec.compiler.foreign.model import Cost, Unseen
 from moec.compiler.ir.operands import Experts
 from moec.compiler.ir.program import EXPERTS, Program
 from moec.quantize.tensor_classes import EMBEDDING
+from moec.targets.model_files import Product
 
 NEAR = 0.25
 """Experts by which a count may be off, since a part of the model may happen to have the shape of an expert."""
-
-
-@dataclass(frozen=True, slots=True)
-class Product:
-    """A product of a matrix [rows, inner] with one of [inner, outer]."""
-
-    rows: int
-    inner: int
-    outer: int
 
 
 def computed_experts(products: Iterable[Product], program: Program) -> float:

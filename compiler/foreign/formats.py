@@ -6,10 +6,13 @@ import importlib
 import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from moec.compiler.common.errors import MissingExtraError, UsageError
 from moec.compiler.foreign.model import ForeignModel
+from moec.targets import get_target, target_names
+from moec.targets.model_files import FileFormat
 
 HEAD = 4096
 """Bytes at the start of a file by which it is recognised."""
@@ -23,14 +26,14 @@ class Format:
         name: Its name.
         sign: What a file of it is recognised by, for people.
         matches: Path and first bytes of a file, or of a directory none -> whether it is of the format.
-        model: Module and class of its `ForeignModel`.
+        opener: Opens a file as a `ForeignModel`.
         needs: Module that must be installed, and the extra that brings it; empty if moec itself needs it.
     """
 
     name: str
     sign: str
     matches: Callable[[Path, bytes], bool]
-    model: tuple[str, str]
+    opener: Callable[[Path], ForeignModel]
     needs: tuple[str, str] = ("", "")
 
     def open(self, path: Path) -> ForeignModel:
@@ -45,9 +48,17 @@ class Format:
             raise MissingExtraError(
                 f"{path}: {self.name} needs {module}, which is not installed", hint=f"pip install 'moec[{extra}]'"
             )
-        place, name = self.model
-        opened: ForeignModel = getattr(importlib.import_module(f"moec.compiler.foreign.{place}"), name)(path)
-        return opened
+        return self.opener(path)
+
+
+def _opener(place: str, name: str) -> Callable[[Path], ForeignModel]:
+    """The class `name` of a module of this package, which is imported when a file is opened."""
+
+    def opened(path: Path) -> ForeignModel:
+        model: ForeignModel = getattr(importlib.import_module(f"moec.compiler.foreign.{place}"), name)(path)
+        return model
+
+    return opened
 
 
 def _is_onnx(path: Path, head: bytes) -> bool:
@@ -75,12 +86,27 @@ def _is_gguf(path: Path, head: bytes) -> bool:  # noqa: ARG001
 
 
 FORMATS: tuple[Format, ...] = (
-    Format("ONNX", "a protobuf with a graph", _is_onnx, ("onnx", "OnnxModel")),
-    Format("OpenVINO", "XML with a net", _is_openvino, ("openvino", "OpenvinoModel"), ("openvino", "openvino")),
-    Format("TFLite", "the letters TFL3", _is_tflite, ("tflite", "TfliteModel"), ("ai_edge_litert", "tflite")),
-    Format("GGUF", "the letters GGUF", _is_gguf, ("gguf", "GgufModel"), ("llama_cpp", "gguf")),
+    Format("ONNX", "a protobuf with a graph", _is_onnx, _opener("onnx", "OnnxModel")),
+    Format("OpenVINO", "XML with a net", _is_openvino, _opener("openvino", "OpenvinoModel"), ("openvino", "openvino")),
+    Format("TFLite", "the letters TFL3", _is_tflite, _opener("tflite", "TfliteModel"), ("ai_edge_litert", "tflite")),
+    Format("GGUF", "the letters GGUF", _is_gguf, _opener("gguf", "GgufModel"), ("llama_cpp", "gguf")),
 )
-"""Every format that can be judged."""
+"""The formats whose runtimes are known here."""
+
+
+def formats() -> tuple[Format, ...]:
+    """Every format that can be judged, those of targets included."""
+    offered = (form for name in target_names() if (form := get_target(name).file_format()) is not None)
+    return (
+        *FORMATS,
+        *(Format(own.name, own.sign, own.matches, partial(_by_target, own), own.needs) for own in offered),
+    )
+
+
+def _by_target(form: FileFormat, path: Path) -> ForeignModel:
+    from moec.compiler.foreign.by_target import TargetFile
+
+    return TargetFile(path, form)
 
 
 def recognise(path: Path) -> ForeignModel:
@@ -95,7 +121,7 @@ def recognise(path: Path) -> ForeignModel:
         raise UsageError(f"{path}: there is no such file or directory", hint="give a model file, or its directory")
     found = [(own, form) for own in (path, *_inside(path)) if (form := _format(own)) is not None]
     if not found:
-        signs = "; ".join(f"{form.name}: {form.sign}" for form in FORMATS)
+        signs = "; ".join(f"{form.name}: {form.sign}" for form in formats())
         raise UsageError(
             f"{path}: no artifact of moec (it has no moec.json), and no model of a known format",
             hint=f"looked for {signs}",
@@ -122,4 +148,4 @@ def _format(path: Path) -> Format | None:
     if path.is_file():
         with path.open("rb") as file:
             head = file.read(HEAD)
-    return next((form for form in FORMATS if form.matches(path, head)), None)
+    return next((form for form in formats() if form.matches(path, head)), None)

@@ -23,8 +23,9 @@ from moec.compiler.common.model_config import context_length
 from moec.compiler.common.threads import threads_for
 from moec.compiler.foreign.binding import Bindings
 from moec.compiler.foreign.cost import per_layer
-from moec.compiler.foreign.model import Choices, Cost, ForeignModel, Operator, StoredTensor, Unseen
+from moec.compiler.foreign.model import Choices, Cost, ForeignModel, Unseen
 from moec.compiler.ir.program import Program
+from moec.targets.model_files import Operator, StoredTensor
 from moec.targets.runners import Runner, RunnerLimits
 
 CONTEXT = 4096

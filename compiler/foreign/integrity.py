@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from moec.compiler.common.verdict import Status, Verdict
-from moec.compiler.foreign.model import StoredTensor
 from moec.compiler.foreign.weights import FileRows, Located, Piece, own_rows
 from moec.compiler.gates.integrity import EXIT_CODE, GATE
 from moec.compiler.ir.program import Program
+from moec.targets.model_files import StoredTensor
 
 LISTED = 4
 

@@ -4,63 +4,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
 from moec.compiler.foreign.binding import Bindings
 from moec.compiler.ir.program import Program
+from moec.targets.model_files import Operator, StoredTensor
 from moec.targets.runners import Runner
 
 Choices = Callable[[np.ndarray], Mapping[int, np.ndarray]]
 """Token ids [1, T] of a new sequence -> MoE layer -> the experts that the file's own router chose for each, [T, k]."""
-
-
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
-    """One tensor of a file.
-
-    Attributes:
-        name: Its name in the file.
-        shape: Its shape; of packed codes, that of the values.
-        precision: For people: "fp32", "fp16", "int4, block 32", "Q4_K".
-        bits: Bits per value, without scales.
-        block: Values that share a scale; None where there are no scales or one for a row.
-        nbytes: Bytes in the file, those of scales and zero points included where they belong to it.
-        read: Its values in float32, decoded, in `shape`; None where it cannot be read back.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    precision: str
-    bits: float
-    nbytes: int
-    block: int | None = None
-    read: Callable[[], np.ndarray] | None = field(default=None, compare=False)
-
-    @property
-    def quantized(self) -> bool:
-        """Whether it holds codes and not floats."""
-        return self.bits <= 8
-
-
-@dataclass(frozen=True, slots=True)
-class Operator:
-    """One node of a file's graph.
-
-    Attributes:
-        kind: Its type, such as "QMoE".
-        name: Its name.
-        attributes: Its attributes.
-        branch: Whether it is in a body that runs only if a condition holds, or in a loop.
-    """
-
-    kind: str
-    name: str
-    attributes: Mapping[str, Any] = field(default_factory=dict)
-    branch: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,12 +22,14 @@ import onnxruntime as ort
 
 from moec.compiler.common.errors import ArtifactError
 from moec.compiler.common.threads import should_spin, threads_for
-from moec.compiler.foreign.binding import Binding, Bindings, Port, bind
-from moec.compiler.foreign.cost import Product, computed_experts, per_layer
-from moec.compiler.foreign.model import Choices, Cost, ForeignModel, Operator, StoredTensor, Unseen
+from moec.compiler.foreign.binding import Binding, Bindings, bind
+from moec.compiler.foreign.cost import computed_experts, per_layer
+from moec.compiler.foreign.model import Choices, Cost, ForeignModel, Unseen
 from moec.compiler.foreign.onnx_tensors import stored_tensors
+from moec.compiler.foreign.routing import chosen_per_layer
 from moec.compiler.foreign.stepping import Call, Feeds, SteppingRunner, feeds
 from moec.compiler.ir.program import Program
+from moec.targets.model_files import Operator, Port, Product, StoredTensor
 from moec.targets.runners import Runner
 
 _NUMPY: Mapping[str, str] = {
@@ -129,7 +131,7 @@ class OnnxModel(ForeignModel):
             results = call(
                 feeds(binding, ids, 0) | {own.input: np.zeros(own.shape, own.dtype) for own in binding.states}
             )
-            return _per_layer(candidates, results, program, ids.shape[1])
+            return chosen_per_layer(candidates, results, program, ids.shape[1])
 
         found = chosen(np.zeros((1, 1), np.int64))
         if len(found) != len(program.layers):
@@ -203,23 +205,6 @@ def _routers(graph: ir.Graph) -> Iterator[tuple[str, str]]:
     for node in graph:
         if node.op_type in _FUSED and node.inputs[1] is not None:
             yield "", str(node.inputs[1].name)
-
-
-def _per_layer(
-    candidates: Sequence[tuple[str, str]], results: Mapping[str, np.ndarray], program: Program, tokens: int
-) -> dict[int, np.ndarray]:
-    """MoE layer -> chosen experts [T, k]; the candidates that do not have the shapes of a router are left out."""
-    found: dict[int, np.ndarray] = {}
-    for indices, scores in candidates:
-        layer = program.layers[min(len(found), len(program.layers) - 1)]
-        given = results[scores]
-        if given.shape[-1:] != (layer.num_experts,) or given.size != tokens * layer.num_experts:
-            continue
-        given = given.reshape(tokens, -1)
-        own = results[indices] if indices else np.argsort(-given, axis=-1, kind="stable")[:, : layer.top_k]
-        if own.size == tokens * layer.top_k:
-            found[len(found)] = own.reshape(tokens, layer.top_k)
-    return found
 
 
 def _products(event: Mapping[str, Any]) -> Iterator[Product]:

@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 import onnx_ir as ir
 
-from moec.compiler.foreign.model import StoredTensor
+from moec.targets.model_files import StoredTensor
 
 _FLOATS: Mapping[str, tuple[str, float]] = {
     "FLOAT": ("fp32", 32),

@@ -18,11 +18,12 @@ import openvino as ov
 
 from moec.compiler.common.errors import ArtifactError, CheckpointError, first_line
 from moec.compiler.common.threads import threads_for
-from moec.compiler.foreign.binding import Binding, Bindings, Port, bind
+from moec.compiler.foreign.binding import Binding, Bindings, bind
 from moec.compiler.foreign.cost import per_layer
-from moec.compiler.foreign.model import Choices, Cost, ForeignModel, Operator, StoredTensor, Unseen
+from moec.compiler.foreign.model import Choices, Cost, ForeignModel, Unseen
 from moec.compiler.foreign.stepping import Call, Feeds, SteppingRunner
 from moec.compiler.ir.program import Program
+from moec.targets.model_files import Operator, Port, StoredTensor
 from moec.targets.runners import Runner
 
 _FLOATS: Mapping[str, tuple[str, float]] = {"f32": ("fp32", 32), "f16": ("fp16", 16), "bf16": ("bf16", 16)}

@@ -13,12 +13,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from moec.compiler.foreign.model import StoredTensor
 from moec.compiler.ir.program import Program
 from moec.passes.quantize import Quantize
 from moec.quantize.formats import Format, IntegerFormat
 from moec.quantize.plan import QuantizationPlan, TensorClass
 from moec.quantize.tensor_classes import weight_roles
+from moec.targets.model_files import StoredTensor
 
 EXPERTS, ROUTER, EMBEDDING, MATRIX, OTHER = "experts", "router", "embedding and head", "other matrices", "the rest"
 _CLASSES: Mapping[str, tuple[TensorClass, ...]] = {

@@ -9,6 +9,7 @@ import numpy as np
 from moec.compiler.common.verdict import Status, Verdict
 from moec.compiler.foreign.model import Choices, Unseen
 from moec.compiler.foreign.probes import Probe, Probes, positions
+from moec.compiler.ir.program import Program
 
 GATE = "routing"
 EXIT_CODE = 5
@@ -62,3 +63,20 @@ def counted(probes: Sequence[Probe], found: Sequence[Mapping[int, np.ndarray]]) 
             if set(chosen[layer][position].tolist()) - {-1} != set(want[want >= 0].tolist()):
                 different[layer] = different.get(layer, 0) + 1
     return decisions, different
+
+
+def chosen_per_layer(
+    candidates: Sequence[tuple[str, str]], results: Mapping[str, np.ndarray], program: Program, tokens: int
+) -> dict[int, np.ndarray]:
+    """MoE layer -> chosen experts [T, k]; the candidates that do not have the shapes of a router are left out."""
+    found: dict[int, np.ndarray] = {}
+    for indices, scores in candidates:
+        layer = program.layers[min(len(found), len(program.layers) - 1)]
+        given = results[scores]
+        if given.shape[-1:] != (layer.num_experts,) or given.size != tokens * layer.num_experts:
+            continue
+        given = given.reshape(tokens, -1)
+        own = results[indices] if indices else np.argsort(-given, axis=-1, kind="stable")[:, : layer.top_k]
+        if own.size == tokens * layer.top_k:
+            found[len(found)] = own.reshape(tokens, layer.top_k)
+    return found

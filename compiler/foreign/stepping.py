@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from moec.compiler.common.errors import ArtifactError
-from moec.compiler.foreign.binding import Binding, Port
+from moec.compiler.foreign.binding import Binding
+from moec.targets.model_files import Port
 from moec.targets.runners import Runner, RunnerLimits
 
 Feeds = dict[str, np.ndarray]
@@ -100,7 +101,8 @@ def feeds(binding: Binding, ids: np.ndarray, past: int) -> Feeds:
     length = ids.shape[1]
     found = {binding.ids.name: ids.reshape(_rank(binding.ids, ids)).astype(binding.ids.dtype)}
     if binding.mask is not None:
-        buffer = next((state.buffer for state in binding.states if state.buffer is not None), None)
+        own = (state.buffer for state in binding.states if state.buffer is not None)
+        buffer = next(own, binding.mask.shape[-1])
         found[binding.mask.name] = _mask(binding.mask, length, past, buffer)
     if binding.positions is not None:
         found[binding.positions.name] = _positions(binding.positions, length, past)

@@ -19,12 +19,13 @@ import numpy as np
 
 from moec.compiler.common.errors import ArtifactError, UsageError, first_line
 from moec.compiler.common.threads import threads_for
-from moec.compiler.foreign.binding import Binding, Bindings, Port, bind
+from moec.compiler.foreign.binding import Binding, Bindings, bind
 from moec.compiler.foreign.cost import per_layer
-from moec.compiler.foreign.model import Choices, Cost, ForeignModel, Operator, StoredTensor, Unseen
+from moec.compiler.foreign.model import Choices, Cost, ForeignModel, Unseen
 from moec.compiler.foreign.precision import EXPERTS, class_of
 from moec.compiler.foreign.stepping import Call, Feeds, SteppingRunner, feeds
 from moec.compiler.ir.program import Program
+from moec.targets.model_files import Operator, Port, StoredTensor
 from moec.targets.runners import Runner
 
 _PLAIN: Mapping[str, tuple[str, float, str]] = {"FLOAT32": ("fp32", 32, "<f4"), "FLOAT16": ("fp16", 16, "<f2")}

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from moec.compiler.foreign.model import StoredTensor
 from moec.compiler.gates.parity import Evidence
 from moec.compiler.gates.tolerance import TOLERANCES, Precision, Tolerance
+from moec.targets.model_files import StoredTensor
 
 TIMES = 3.0
 """How many times the difference of rounding to nearest a quantizer may cause. Quantizers with searched scales cause

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from moec.compiler.foreign.model import Operator
+from moec.targets.model_files import Operator
 
 Value = str | int
 

@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moec.compiler.foreign.model import StoredTensor
 from moec.compiler.ir.program import Program
 from moec.compiler.ir.weights import LazyTensor
 from moec.quantize.plan import TensorClass
 from moec.quantize.tensor_classes import weight_roles
+from moec.targets.model_files import StoredTensor
 
 COSINE = 0.9
 """Smallest cosine of a row of the checkpoint and the same row in a file."""

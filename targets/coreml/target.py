@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from moec.compiler.ir.program import Program
     from moec.targets.coreml.interface import Shape
     from moec.targets.coreml.lower import Built
+    from moec.targets.model_files import FileFormat
     from moec.targets.stored_weights import StoredWeight
 
 DEFAULT_CONTEXT = 2048
@@ -193,6 +194,12 @@ class CoremlTarget(base.Target):
         from moec.targets.coreml.stored import stored_weights
 
         return stored_weights(directory)
+
+    def file_format(self) -> FileFormat:
+        """Packages of coremltools and others, which run here in moec's executor."""
+        from moec.targets.coreml.model_file import FORMAT
+
+        return FORMAT
 
     def doctor(self) -> Mapping[str, str]:
         """Building and running work on every system; measuring needs macOS."""

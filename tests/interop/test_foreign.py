@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from moec.compiler.families.tiny_models import write_tiny_checkpoint
 from tests.support.environments import environment, lines, packages_of
@@ -277,3 +278,36 @@ def test_litert_torch_without_renormalisation(
     assert found.exit_code == 5
     assert {"parity: artifact", "coverage"} <= set(found.failed)
     assert found.status("integrity") == "pass"
+
+
+def coreml(tmp_path: Path, source: Path, *more: str) -> Path:
+    out = tmp_path / "model.mlpackage"
+    run([sys.executable, HERE / "export_coreml.py", source, out, *more])
+    return out
+
+
+def test_coremltools(judge: Callable[..., Judged], tmp_path: Path) -> None:
+    source = checkpoint(tmp_path, "olmoe")
+    found = judge(coreml(tmp_path, source, "palette"), source, "coremltools 9.0, OLMoE, palettes of 4 bits")
+    assert found.exit_code == 0
+    assert found.status("integrity") == found.status("routing") == "pass"
+    assert found.unused.startswith("nothing")
+    assert "palette of 16" in {row["precision"] for row in found.answer["foreign"]["tensors"]}
+
+
+def test_coremltools_with_exchanged_experts(judge: Callable[..., Judged], tmp_path: Path) -> None:
+    source, wrong = checkpoint(tmp_path, "olmoe"), tmp_path / "wrong"
+    shutil.copytree(source, wrong)
+    exchange_in_checkpoint(wrong / "model.safetensors", "model.layers.1.mlp.experts.{}.down_proj.weight", 2, 5)
+    found = judge(coreml(tmp_path, wrong), source, "coremltools 9.0, OLMoE, fp32", "two experts exchanged")
+    assert found.exit_code == 5
+    assert {"parity: artifact", "coverage", "integrity"} <= set(found.failed)
+    assert "model.layers.1.mlp.experts 2, 5" in found.summary("coverage")
+
+
+def exchange_in_checkpoint(file: Path, name: str, *experts: int) -> None:
+    """Exchange a matrix of two experts."""
+    tensors = load_file(file)
+    first, second = (name.format(expert) for expert in experts)
+    tensors[first], tensors[second] = tensors[second], tensors[first]
+    save_file(tensors, file, metadata={"format": "pt"})

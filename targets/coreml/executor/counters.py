@@ -36,6 +36,10 @@ class Counters:
         """Record one run of the operation at `path`: names of the enclosing control flow, then its own."""
         self._costs[path] = self._costs.get(path, Cost()) + cost
 
+    def total_of(self, name: str) -> Cost:
+        """Cost of the operations called `name`."""
+        return sum((cost for path, cost in self._costs.items() if path[-1] == name), Cost())
+
     def total(self, scope: str = "") -> Cost:
         """Cost of all operations in `scope`."""
         within = (cost for path, cost in self._costs.items() if any(name.startswith(scope) for name in path))

@@ -150,6 +150,14 @@ class MilModel:
                     )
         return State(types)
 
+    def function(self, name: str | None = None) -> Function:
+        """The graph of a function (default: the model's). Raises UsageError if there is no such function."""
+        return self._function(name)
+
+    def session_of(self, plan: FunctionPlan, inputs: tuple[TensorDescriptor, ...], state: State) -> MilSession:
+        """A session of a plan that the caller made, such as one with more outputs."""
+        return MilSession(plan, inputs, state, self._cache)
+
     def session(self, function: str | None = None, *, state: State | None = None) -> MilSession:
         """A session of `function`.
 

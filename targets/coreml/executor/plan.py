@@ -167,7 +167,7 @@ class _Planner:
         if kernel is None and operation.type not in CONTROL_OPS:
             raise LoweringError(
                 f"no kernel for op {operation.type} ({self._where(operation)})",
-                hint="the executor runs only ops that moec emits; see targets/coreml/executor/registry.py",
+                hint="moec's executor has no kernel for this op; Core ML itself runs on macOS only",
             )
         inner = (*path, operation.name)
         operands = self._operands(operation, scope)
@@ -196,7 +196,7 @@ class _Planner:
         if kernel is None:
             raise LoweringError(
                 f"no kernel for op {operation.type} ({self._where(operation)})",
-                hint="the executor runs only ops that moec emits; see targets/coreml/executor/registry.py",
+                hint="moec's executor has no kernel for this op; Core ML itself runs on macOS only",
             )
         inputs = {
             key: tuple(item for item in items if isinstance(item, Constant))

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from moec.compiler.common.errors import CheckpointError, UsageError
-from moec.compiler.foreign.binding import Binding, Bindings, Port, bind
+from moec.compiler.foreign.binding import Binding, Bindings, bind
 from moec.compiler.foreign.stepping import SteppingRunner, feeds
+from moec.targets.model_files import Port
 
 F32, I64 = np.dtype(np.float32), np.dtype(np.int64)
 IDS, MASK = Port("input_ids", (None, None), I64), Port("attention_mask", (None, None), I64)

@@ -11,14 +11,15 @@ import pytest
 
 from moec.compiler.common.verdict import Status
 from moec.compiler.foreign import integrity, routing
-from moec.compiler.foreign.cost import Product, computed_experts, sentence
-from moec.compiler.foreign.model import Cost, StoredTensor, Unseen
+from moec.compiler.foreign.cost import computed_experts, sentence
+from moec.compiler.foreign.model import Cost, Unseen
 from moec.compiler.foreign.precision import Row, class_of, remarks, rounded_like
 from moec.compiler.foreign.probes import Probe
 from moec.compiler.foreign.weights import FileRows, locate, own_rows, pieces
 from moec.compiler.gates.reference import Trace
 from moec.quantize.lazy import Coded
 from moec.quantize.plan import TensorClass
+from moec.targets.model_files import Product, StoredTensor
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
 
-from moec.compiler.foreign.model import Operator
 from moec.compiler.foreign.traps import caught
+from moec.targets.model_files import Operator
 
 CPU = "onnxruntime 1.32.0, CPU"
 
