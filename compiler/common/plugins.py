@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import ClassVar, Protocol, TypeVar
 
@@ -34,7 +35,7 @@ def load_plugins(
     """
     kind = base.__name__
     found: dict[str, type[Plugin]] = {}
-    for entry in sorted(entry_points(group=group) if extra is None else extra, key=lambda e: (e.name, e.value)):
+    for entry in sorted(_installed(group) if extra is None else extra, key=lambda e: (e.name, e.value)):
         where = f"the entry point {entry.name} = {entry.value} of group {group}"
         if entry.name in taken or entry.name in found:
             raise UsageError(
@@ -49,3 +50,9 @@ def load_plugins(
             )
         found[entry.name] = loaded
     return found
+
+
+@cache
+def _installed(group: str) -> tuple[EntryPoint, ...]:
+    """Asked once, as the metadata of every installed package is read."""
+    return tuple(entry_points(group=group))

@@ -9,6 +9,7 @@ import importlib.resources
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import jinja2
@@ -94,6 +95,12 @@ def to_html(report: Mapping[str, Any]) -> str:
 
 def page(template: str, content: Sequence[Section], **values: Any) -> str:
     """A page of sections: `template` says what is above and below them, with `values`."""
+    return _environment().get_template(template).render(sections=content, **values)
+
+
+@cache
+def _environment() -> jinja2.Environment:
+    """One for all pages, as it keeps the compiled templates."""
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(_template),
         autoescape=True,
@@ -102,7 +109,7 @@ def page(template: str, content: Sequence[Section], **values: Any) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"size": size, "seconds": _seconds}
-    return environment.get_template(template).render(sections=content, **values)
+    return environment
 
 
 def _template(name: str) -> str:
