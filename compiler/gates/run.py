@@ -14,6 +14,7 @@ from rich.text import Text
 from torch import Tensor
 
 from moec.compiler.common.errors import MoecError, first_line, out_of_memory
+from moec.compiler.common.memory import fewer_garbage_collections
 from moec.compiler.common.progress import Progress
 from moec.compiler.common.verdict import Status, Verdict
 from moec.compiler.frontend.checkpoint import Checkpoint
@@ -104,7 +105,7 @@ def run_gates(
         *((own.name, own.exit_code, partial(own.judge, subject)) for own in inputs.target.gates()),
         *further,
     ]
-    with reference_threads(inputs.program):
+    with reference_threads(inputs.program), fewer_garbage_collections():
         return tuple(run_gate(name, code, gate) for name, code, gate in gates)
 
 
