@@ -230,18 +230,22 @@ class Target(ABC):
     def _unknown_formats(self, program: Program) -> Iterator[Rejection]:
         from moec.quantize.lazy import Coded
 
-        users: dict[str, list[str]] = {}
+        users, scale_types = dict[str, list[str]](), self.scale_types_of(program)
         for name in program.weight_names():
             tensor = program.weights[name]
             if not isinstance(tensor, Coded):
                 continue
             kind = str(tensor.format).partition(":")[0]
-            if kind not in self.weight_formats or tensor.format.scale_type not in self.scale_types:
+            if kind not in self.weight_formats or tensor.format.scale_type not in scale_types:
                 users.setdefault(str(tensor.format), []).append(name)
-        known = f"{', '.join(sorted(self.weight_formats))} with scales of {' or '.join(sorted(self.scale_types))}"
+        known = f"{', '.join(sorted(self.weight_formats))} with scales of {' or '.join(sorted(scale_types))}"
         for form, names in users.items():
             reason = f"{form} ({len(names)} weights) is not supported here; weights may be {known}"
             yield Rejection(self.name, names[0], reason)
+
+    def scale_types_of(self, program: Program) -> frozenset[str]:  # noqa: ARG002
+        """The dtypes of scales that are supported in this Program."""
+        return self.scale_types
 
     def _unknown_states(self, program: Program) -> Iterator[Rejection]:
         carried = ", ".join(sorted(self.state_kinds))

@@ -62,6 +62,8 @@ class Reference:
         self.by_steps = bool(LENGTH_DEPENDENT.search(self.text))
         self.quantized: frozenset[str] = frozenset()
         """Names of the modules whose weights are rounded."""
+        self._borders: list[tuple[Tensor, Tensor, Tensor]] = []
+        """Parameters with weights in the middle between two codes: their data, and both ways to round them."""
 
     @property
     def layers(self) -> list[tuple[str, nn.Module]]:
@@ -73,9 +75,10 @@ class Reference:
         full, counts = self.decoder, {len(layer) for layer in removed}
         (gone,) = counts
         config = type(full.config).from_dict(full.config.to_dict())
-        key = next(key for key in _EXPERTS if isinstance(getattr(config, key, None), int))
-        before = getattr(config, key)
-        setattr(config, key, before - gone)
+        text = config.get_text_config()
+        key = next(key for key in _EXPERTS if isinstance(getattr(text, key, None), int))
+        before = getattr(text, key)
+        setattr(text, key, before - gone)
         small = type(full)._from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
         owners = [name.rpartition(".")[0] for name, _ in self.layers]
         with torch.no_grad():
@@ -100,8 +103,14 @@ class Reference:
                 names.add(name)
             turned = getattr(own, "is_transposed", False) and parameter.ndim == 3
             values = parameter.data.transpose(-1, -2) if turned else parameter.data
-            new = rounding.rounded(values.contiguous(), form)
+            below, new, above = (
+                rounding.rounded(values.contiguous(), form, shift) for shift in (-rounding.BORDER, 0.0, rounding.BORDER)
+            )
             parameter.data = new.transpose(-1, -2).contiguous() if turned else new
+            if not torch.equal(below, above):
+                self._borders.append(
+                    (parameter.data, *((own.transpose(-1, -2) if turned else own) for own in (below, above)))
+                )
         self.quantized = frozenset(names)
 
     def drop(self, policy: str, parameters: Mapping[str, Any]) -> None:
@@ -143,7 +152,9 @@ class Reference:
     def _disturbed(self, noise: Noise, seed: int) -> Iterator[None]:
         """Add noise inside of the block."""
         source, experts = Disturbance(noise, seed), {own for _, own in self.layers}
-        handles = []
+        handles, kept = [], [(data, data.clone()) for data, _, _ in self._borders]
+        for data, below, above in self._borders:
+            data.copy_(torch.where(source.coins(data.shape), below, above))
         for name, own in self.decoder.named_modules():
             rounds = noise.products > 0 and name in self.quantized and not isinstance(own, nn.Embedding)
             if rounds:
@@ -157,6 +168,8 @@ class Reference:
         finally:
             for handle in handles:
                 handle.remove()
+            for data, before in kept:
+                data.copy_(before)
 
 
 class Disturbance:
@@ -181,6 +194,10 @@ class Disturbance:
     def after_products(self, module: nn.Module, args: Any, out: Any) -> Any:  # noqa: ARG002
         """Change the output of experts, whose second product is inside of the module."""
         return self._changed(out, self._noise.products)
+
+    def coins(self, shape: torch.Size) -> Tensor:
+        """True or False by chance."""
+        return torch.rand(shape, generator=self._generator) < 0.5
 
     def _changed(self, value: Any, size: float) -> Any:
         if not (isinstance(value, Tensor) and value.is_floating_point()):

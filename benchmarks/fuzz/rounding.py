@@ -29,12 +29,18 @@ def formats(target: str, wanted: str | Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def rounded(weight: Tensor, form: str) -> Tensor:
+BORDER = 1e-5
+"""Distance from the middle between two codes within which the order of operations decides, in codes."""
+
+
+def rounded(weight: Tensor, form: str, shift: float = 0.0) -> Tensor:
     """The values that codes of a format stand for.
 
     Args:
         weight: float32, [..., N, K]; blocks lie along the last axis.
         form: Text of the format.
+        shift: Added before rounding, in codes: with `BORDER` and `-BORDER`, weights in the middle of two codes, such as
+            those of a bfloat16 checkpoint often are, get one or the other.
     """
     kind, *words = form.split(":")
     if kind == "none":
@@ -53,7 +59,7 @@ def rounded(weight: Tensor, form: str) -> Tensor:
     else:
         scale = _stored(torch.maximum(largest / high, smallest / low), scale_type)
         zero = torch.zeros_like(scale)
-    codes = (torch.round(groups / scale) + zero).clamp(low, high)
+    codes = (torch.round(groups / scale + shift) + zero).clamp(low, high)
     return ((codes - zero) * scale).reshape(weight.shape)
 
 

@@ -116,6 +116,10 @@ class OnnxTarget(base.Target):
         assert isinstance(options, OnnxOptions)
         return "float" if options.flavor in (Flavor.PORTABLE, Flavor.WEB) else "int8-dynamic"
 
+    def scale_types_of(self, program: Program) -> frozenset[str]:
+        """MatMulNBits has the scales in the dtype of its activations, so float32 would be rounded in an fp16 graph."""
+        return self.scale_types - ({"fp32"} if program.dtype.itemsize == 2 else set())
+
     def auto_formats(self, options: base.TargetOptions, tensor_class: str) -> tuple[str, ...]:
         """ONNX Runtime's kernels take zero points; standard ops take neither zero points nor quantized experts."""
         assert isinstance(options, OnnxOptions)

@@ -186,3 +186,10 @@ def test_a_fault_is_made_simpler(fuzz: Any, tmp_path: Path, monkeypatch: pytest.
     simple = fuzz.minimise.minimised(row, tmp_path)
     assert simple.architecture == fuzz.architectures.Architecture("family olmoe", {"num_experts": 5})
     assert simple.recipe == {"target": "onnx", "options": {}, "quantize": {"format": "int8"}}
+
+
+def test_a_weight_between_two_codes_may_be_rounded_either_way(fuzz: Any) -> None:
+    """5.5 times a scale of 0.046875, as in a head of bfloat16 weights: 1 / 7 has no exact float."""
+    weight = torch.tensor([[0.328125, 0.2578125, 0.1, -0.2]])
+    below, above = (fuzz.rounding.rounded(weight, "int4:channel:fp32", shift) for shift in (-1e-5, 1e-5))
+    assert ((above - below) / 0.046875).round().tolist() == [[0, 1, 0, 0]]

@@ -259,6 +259,14 @@ def test_quantized_experts_in_standard_ops_are_refused(name: str, quantized: Any
     assert f"experts in {name}" in refused[0].reason
 
 
+def test_scales_that_an_fp16_graph_would_round_are_refused(checkpoint: Path) -> None:
+    halves, _ = passes.run_passes(capture(Checkpoint.open(checkpoint), dtype=torch.float16), passes.default_passes())
+    program = Quantize(requested("int4:32:fp32")).run(halves).program
+    refused = OnnxTarget().refusals(program, OnnxOptions())
+    assert {"scales of fp16" in item.reason for item in refused} == {True}
+    assert not OnnxTarget().refusals(Quantize(requested("int4:32")).run(halves).program, OnnxOptions())
+
+
 def test_what_lowering_refuses_lint_refuses(quantized: Any) -> None:
     """Whatever it is: here zero points, which the standard form of a linear has not."""
     plan = QuantizationPlan.from_dict({"formats": {"attention": "int4:32:asym"}})
