@@ -109,7 +109,10 @@ class Generator:
     def scalar_inputs(self) -> tuple[str, ...]:
         """Names of the scalar inputs, which have a default, such as "routing_budget"."""
         rows = self.manifest.get("signature", {}).get("inputs", [])
-        return tuple(row["name"] for row in rows if isinstance(row, Mapping) and row.get("shape") == [])
+        own = [row["name"] for row in rows if isinstance(row, Mapping) and row.get("shape") == []]
+        # Targets with several signatures list the defaults of added inputs among the facts.
+        added = self.manifest.get("facts", {}).get("inputs", {})
+        return (*own, *(name for name, values in added.items() if len(values) == 1))
 
     @property
     def rounds_coarsely(self) -> bool:

@@ -172,6 +172,7 @@ class CoremlTarget(base.Target):
             "prefill_chunk": shape.chunk,
             "ops": built.ops,
             "expert_tensor_bytes": lower.expert_bytes(built),
+            **({"inputs": built.defaults} if built.defaults else {}),
         }
         return base.Lowered(
             lower.model_files(directory / PACKAGE), lower.signature(spec), tuple(built.rejections), facts

@@ -159,6 +159,7 @@ class TfliteTarget(base.Target):
             "subgraphs": len(model.graphs()),
             "ops": dict(sorted(counts.items())),
             "expert_tensor_bytes": _expert_bytes(model.weights(), shared.experts),
+            **_to_call(program),
         }
         return base.Lowered((MODEL,), lower.signature(program, model), tuple(shared.rejections), facts)
 
@@ -229,6 +230,17 @@ def _build(program: Program, options: TfliteOptions) -> tuple[Model, Shared]:
 def _lengths(options: TfliteOptions) -> tuple[int, ...]:
     """Tokens per step of each signature, `decode` first."""
     return (1, *sorted({length for length in options.prefill if length > 1}))
+
+
+def _to_call(program: Program) -> dict[str, Any]:
+    """What an app must know beyond names and shapes to call the model; empty for most models.
+
+    `inputs` are the defaults of added inputs, `rotary_borders` the lengths that the padding of a prompt must not cross.
+    """
+    from moec.targets.common.added_inputs import default_values
+
+    facts = {"inputs": default_values(program), "rotary_borders": list(program.rotary_borders)}
+    return {name: value for name, value in facts.items() if value}
 
 
 def _capacity(config: Mapping[str, Any], options: TfliteOptions) -> int:

@@ -1,9 +1,10 @@
-"""Virtual environments of other tools, each made once from a list of pinned packages and then kept in the cache."""
+"""Environments of other tools, each made once from a list of pinned packages and then kept in the cache."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -54,6 +55,24 @@ def environment(
     (site / "here.pth").write_text("\n".join(paths))
     done.touch()
     return python
+
+
+def npm_packages(name: str, packages: Sequence[str]) -> Path:
+    """The folder `node_modules` with packages of npm.
+
+    Args:
+        name: What they are for.
+        packages: Packages with versions as npm names them. Their scripts, which fetch more, are not run.
+    """
+    assert shutil.which("npm"), "no npm: install Node.js 20 or later"
+    digest = hashlib.sha256("\n".join(packages).encode()).hexdigest()[:12]
+    directory = cache_directory() / f"{name}-{digest}"
+    if not (directory / "installed").exists():
+        directory.mkdir(parents=True, exist_ok=True)
+        install = ["npm", "install", "--silent", "--ignore-scripts", "--prefix", str(directory), *packages]
+        subprocess.run(install, check=True, timeout=600)
+        (directory / "installed").touch()
+    return directory / "node_modules"
 
 
 def packages_of(python: Path) -> Path:
