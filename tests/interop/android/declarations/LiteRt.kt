@@ -15,7 +15,15 @@ class TensorBuffer : JniHandle() {
 }
 
 class CompiledModel private constructor() : JniHandle() {
-    class Options(vararg val accelerators: Accelerator)
+    data class CpuOptions(
+        val numThreads: Int? = null,
+        val xnnPackFlags: Int? = null,
+        val xnnPackWeightCachePath: String? = null,
+    )
+
+    class Options(vararg val accelerators: Accelerator) {
+        var cpuOptions: CpuOptions? = null
+    }
 
     fun createInputBuffer(inputName: String, signature: String? = null): TensorBuffer = TODO()
 

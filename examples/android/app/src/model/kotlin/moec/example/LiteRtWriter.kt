@@ -22,12 +22,12 @@ fun openWriter(context: Context): Writer {
     val folder = checkNotNull(context.getExternalFilesDir(null))
     val missing = listOf(MODEL, TOKENIZER, "moec.json").filterNot { File(folder, it).exists() }
     check(missing.isEmpty()) { "adb push ${missing.joinToString(" ")} $folder/" }
-    return LiteRtWriter(folder)
+    return LiteRtWriter(folder, context.cacheDir)
 }
 
 /** A model in LiteRT, which runs signatures; everything else is in the module `decoding`. Each prompt starts anew. */
-class LiteRtWriter(folder: File) : Writer {
-    private val model = CompiledModel.create(File(folder, MODEL).path, CompiledModel.Options(Accelerator.CPU))
+class LiteRtWriter(folder: File, cache: File) : Writer {
+    private val model = CompiledModel.create(File(folder, MODEL).path, options(cache))
     private val tokenizer = JsonTokenizer(File(folder, TOKENIZER))
     private val artifact = Artifact.read(folder)
     private val decoder = Decoder(artifact, LiteRt(model))
@@ -42,6 +42,12 @@ class LiteRtWriter(folder: File) : Writer {
         tokenizer.close()
     }
 }
+
+/** Weights in the layout of the kernels go to a file, once for all signatures, that later starts map into memory. */
+private fun options(cache: File) =
+    CompiledModel.Options(Accelerator.CPU).apply {
+        cpuOptions = CompiledModel.CpuOptions(xnnPackWeightCachePath = File(cache, "$MODEL.xnnpack").path)
+    }
 
 private class LiteRt(private val model: CompiledModel) : Runtime<TensorBuffer> {
     override fun inputBuffer(signature: String, name: String) = model.createInputBuffer(name, signature)
