@@ -108,7 +108,7 @@ def cell(row: Mapping[str, Any]) -> str:
 def page(rows: Mapping[str, Mapping[str, Any]]) -> str:
     """The table, with a line above that counts."""
     lines = ["| family | float32 | int4 | |", "|---|---|---|---|"]
-    works = {name: 0 for name in FORMATS}
+    works = dict.fromkeys(FORMATS, 0)
     for family, formats in sorted(rows.items()):
         cells, notes = [], []
         for name in FORMATS:
