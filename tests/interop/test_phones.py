@@ -12,13 +12,13 @@ import re
 import shutil
 import struct
 import subprocess
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 import pytest
-from ai_edge_litert.interpreter import Interpreter
+from ai_edge_litert.compiled_model import CompiledModel
 from tokenizers import Tokenizer
 
 import moec
@@ -63,7 +63,7 @@ def decoding(kotlinc: Callable[..., Path]) -> list[Path]:
 
 
 class Kotlin:
-    """The other end of the pipe: LiteRT's Python interpreter and a tokenizer for the Kotlin program."""
+    """The other end of the pipe: LiteRT's CompiledModel, whose methods are those of Kotlin's, and a tokenizer."""
 
     def __init__(self, jars: Sequence[Path], arguments: Sequence[str], directory: Path) -> None:
         path = ":".join(str(jar) for jar in jars)
@@ -76,13 +76,24 @@ class Kotlin:
         self._output: IO[bytes] = self._process.stdin
         self._tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
         model = directory / "model.tflite"
-        self._interpreter = Interpreter(model_path=str(model)) if model.exists() else None
+        self._model = CompiledModel.from_file(str(model)) if model.exists() else None
+        self._buffers: list[Any] = []
+        self._integers: dict[int, np.ndarray] = {}
         self.calls: list[tuple[str, dict[str, np.ndarray]]] = []
         """Signature and integer inputs of each call."""
 
     def texts(self) -> Iterator[tuple[str, str]]:
         """What the program tells: ("text", a piece) or ("end", "")."""
-        answers = {"encode": self._encode, "decode": self._decode, "run": self._run}
+        answers: dict[str, Callable[[], None]] = {
+            "encode": self._encode,
+            "decode": self._decode,
+            "input": lambda: self._create("create_input_buffer_by_name"),
+            "output": lambda: self._create("create_output_buffer_by_name"),
+            "integers": self._write_integers,
+            "floats": lambda: self._buffers[self._integer()].write(self._array(">f4").astype(np.float32)),
+            "read": self._read,
+            "run": self._run,
+        }
         with self._process as process:
             try:
                 while kind := self._word(last=True):
@@ -103,22 +114,30 @@ class Kotlin:
         text = self._tokenizer.decode(self._array(">i4").tolist(), skip_special_tokens=True).encode()
         self._output.write(struct.pack(">i", len(text)) + text)
 
+    def _create(self, method: str) -> None:
+        self._output.write(struct.pack(">i", len(self._buffers)))
+        self._buffers.append(getattr(self._model, method)(self._word(), self._word()))
+
+    def _write_integers(self) -> None:
+        index = self._integer()
+        self._integers[index] = self._array(">i4").astype(np.int32)
+        self._buffers[index].write(self._integers[index])
+
+    def _read(self) -> None:
+        buffer = self._buffers[self._integer()]
+        size = int(np.prod(buffer.get_tensor_details()["shape"]))
+        values = buffer.read(size, np.float32)
+        self._output.write(struct.pack(">i", size) + values.astype(">f4").tobytes())
+
     def _run(self) -> None:
-        assert self._interpreter is not None
+        assert self._model is not None
         signature = self._word()
-        runner = self._interpreter.get_signature_runner(signature)
-        details = runner.get_input_details()
-        feeds: dict[str, np.ndarray] = {}
-        for _ in range(self._integer()):
-            name, kind = self._word(), ">i4" if self._input.read(1) == b"\1" else ">f4"
-            values = self._array(kind).reshape(details[name]["shape"])
-            assert values.dtype.newbyteorder("=") == details[name]["dtype"], name
-            feeds[name] = values.astype(details[name]["dtype"])
-        self.calls.append((signature, {name: it for name, it in feeds.items() if it.dtype == np.int32}))
-        results: Mapping[str, np.ndarray] = runner(**feeds)
-        for name in [self._word() for _ in range(self._integer())]:
-            values = results[name].astype(">f4")
-            self._output.write(struct.pack(">i", values.size) + values.tobytes())
+        inputs, outputs = ({self._word(): self._integer() for _ in range(self._integer())} for _ in range(2))
+        self.calls.append(
+            (signature, {name: self._integers[it] for name, it in inputs.items() if it in self._integers})
+        )
+        named = [{name: self._buffers[it] for name, it in each.items()} for each in (inputs, outputs)]
+        self._model.run_by_name(signature, *named)
 
     def _array(self, kind: str) -> np.ndarray:
         return np.frombuffer(self._input.read(4 * self._integer()), kind)

@@ -12,43 +12,54 @@ import moec.decoding.TextStream
 import moec.decoding.Tokenizer
 import moec.decoding.generate
 
-/** A tensor in this process. */
-class Values(var integers: IntArray? = null, var floats: FloatArray = FloatArray(0))
+/** Requests to the parent process on standard output, and its answers on standard input. Buffers are numbers there. */
+class Pipe(private val input: DataInputStream, private val output: DataOutputStream) : Runtime<Int>, Tokenizer {
+    override fun inputBuffer(signature: String, name: String) = created("input", signature, name)
 
-/** Requests to the parent process on standard output, and its answers on standard input. */
-class Pipe(private val input: DataInputStream, private val output: DataOutputStream) : Runtime<Values>, Tokenizer {
-    override fun inputBuffer(signature: String, name: String) = Values()
+    override fun outputBuffer(signature: String, name: String) = created("output", signature, name)
 
-    override fun outputBuffer(signature: String, name: String) = Values()
-
-    override fun write(buffer: Values, values: IntArray) {
-        buffer.integers = values
+    private fun created(kind: String, signature: String, name: String): Int {
+        send(kind)
+        send(signature)
+        tell(name)
+        return input.readInt()
     }
 
-    override fun write(buffer: Values, values: FloatArray) {
-        buffer.floats = values
+    override fun write(buffer: Int, values: IntArray) {
+        send("integers")
+        output.writeInt(buffer)
+        send(values)
     }
 
-    override fun read(buffer: Values) = buffer.floats
+    override fun write(buffer: Int, values: FloatArray) {
+        send("floats")
+        output.writeInt(buffer)
+        output.writeInt(values.size)
+        for (value in values) output.writeFloat(value)
+    }
 
-    override fun run(signature: String, inputs: Map<String, Values>, outputs: Map<String, Values>) {
+    override fun read(buffer: Int): FloatArray {
+        send("read")
+        output.writeInt(buffer)
+        output.flush()
+        return FloatArray(input.readInt()) { input.readFloat() }
+    }
+
+    override fun run(signature: String, inputs: Map<String, Int>, outputs: Map<String, Int>) {
         send("run")
         send(signature)
-        output.writeInt(inputs.size)
-        for ((name, values) in inputs) {
-            send(name)
-            val integers = values.integers
-            output.writeBoolean(integers != null)
-            if (integers != null) send(integers) else send(values.floats)
+        for (buffers in listOf(inputs, outputs)) {
+            output.writeInt(buffers.size)
+            for ((name, buffer) in buffers) {
+                send(name)
+                output.writeInt(buffer)
+            }
         }
-        output.writeInt(outputs.size)
-        for (name in outputs.keys) send(name)
-        output.flush()
-        for (values in outputs.values) values.floats = FloatArray(input.readInt()) { input.readFloat() }
     }
 
     override fun encode(text: String): IntArray {
-        tell("encode", text)
+        send("encode")
+        tell(text)
         return IntArray(input.readInt()) { input.readInt() }
     }
 
@@ -59,8 +70,13 @@ class Pipe(private val input: DataInputStream, private val output: DataOutputStr
         return ByteArray(input.readInt()).also(input::readFully).decodeToString()
     }
 
+    /** Tells the parent a text, which is not a request. */
     fun tell(kind: String, text: String) {
         send(kind)
+        tell(text)
+    }
+
+    private fun tell(text: String) {
         send(text)
         output.flush()
     }
@@ -74,11 +90,6 @@ class Pipe(private val input: DataInputStream, private val output: DataOutputStr
     private fun send(values: IntArray) {
         output.writeInt(values.size)
         for (value in values) output.writeInt(value)
-    }
-
-    private fun send(values: FloatArray) {
-        output.writeInt(values.size)
-        for (value in values) output.writeFloat(value)
     }
 }
 
