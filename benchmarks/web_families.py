@@ -9,6 +9,7 @@ prompt and single tokens; its logits are compared with those of `moec run` (onnx
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import shutil
 import subprocess
@@ -136,16 +137,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         packages = Path(name)
         prepare(packages)
-        for family in arguments.families or family_names():
-            for quantize in FORMATS:
-                if str(quantize) in rows.get(family, {}):
-                    continue
-                with tempfile.TemporaryDirectory() as folder:
-                    row = judged(family, quantize, packages, Path(folder))
-                rows.setdefault(family, {})[str(quantize)] = row
-                print(family, quantize, row, flush=True)
-                if kept:
-                    kept.write_text(json.dumps(rows, indent=1))
+        for quantize, family in itertools.product(FORMATS, arguments.families or family_names()):
+            if str(quantize) in rows.get(family, {}):
+                continue
+            with tempfile.TemporaryDirectory() as folder:
+                row = judged(family, quantize, packages, Path(folder))
+            rows.setdefault(family, {})[str(quantize)] = row
+            print(family, quantize, row, flush=True)
+            if kept:
+                kept.write_text(json.dumps(rows, indent=1))
     if arguments.output:
         put(page(rows), arguments.output)
 

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,17 +32,29 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def check(node: Path, checkpoint: Path, folder: Path, family: str, flavor: str, **recipe: Any) -> None:
+    """The same 40 greedy tokens as in `moec run`."""
+    options = {"flavor": flavor}
+    moec.export(checkpoint, output=folder / family, target="onnx", options=options, gates=False, **recipe)
+    prompt = list(range(5, 25))
+    generator = moec.load(folder / family)
+    generator.eos_token_ids = ()
+    want = list(generator.tokens(prompt, max_new_tokens=40))
+    command = ["node", str(node / SCRIPT.name), f"{folder}/", family, json.dumps(prompt), "40", flavor]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == want
+
+
 @pytest.mark.parametrize("flavor", ["default", "web"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_tokens(
     family: str, flavor: str, node: Path, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    moec.export(tiny_checkpoint(family), output=tmp_path / family, target="onnx", flavor=flavor, gates=False)
-    prompt = list(range(5, 25))
-    generator = moec.load(tmp_path / family)
-    generator.eos_token_ids = ()
-    want = list(generator.tokens(prompt, max_new_tokens=40))
-    command = ["node", str(node / SCRIPT.name), f"{tmp_path}/", family, json.dumps(prompt), "40", flavor]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == want
+    check(node, tiny_checkpoint(family), tmp_path, family, flavor)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_codes_of_int4(family: str, node: Path, tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    quantize = {"format": "int4", "rounding": "rtn"}
+    check(node, tiny_checkpoint(family), tmp_path, family, "web", quantize=quantize)
