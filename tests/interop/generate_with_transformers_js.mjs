@@ -7,7 +7,9 @@ env.localModelPath = folder;
 const prompt = JSON.parse(ids).map(BigInt);
 // An artifact for browsers says in config.json what to load.
 const files = flavor === "web" ? {} : { dtype: "fp32", subfolder: "", use_external_data_format: true };
-const model = await AutoModelForCausalLM.from_pretrained(name, { device: "cpu", ...files });
+// By default, ONNX Runtime rounds activations to int8 where weights are codes of QDQ; moec's runner does not.
+const session_options = { extra: { session: { qdq_matmulnbits_accuracy_level: "0" } } };
+const model = await AutoModelForCausalLM.from_pretrained(name, { device: "cpu", session_options, ...files });
 const shape = [1, prompt.length];
 const output = await model.generate({
   input_ids: new Tensor("int64", BigInt64Array.from(prompt), shape),
