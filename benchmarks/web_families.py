@@ -99,7 +99,9 @@ def judged(family: str, quantize: str | None, packages: Path, folder: Path) -> d
 
 
 def cell(row: Mapping[str, Any]) -> str:
-    """What the page says of a row."""
+    """What the page says of a row; an empty one was not run."""
+    if not row:
+        return "not run"
     if "difference" not in row:
         return "refused" if "refused" in row else "**fails**"
     says = f"{row['difference']:.1e}"
@@ -113,7 +115,7 @@ def page(rows: Mapping[str, Mapping[str, Any]]) -> str:
     for family, formats in sorted(rows.items()):
         cells, notes = [], []
         for name in FORMATS:
-            row = formats[str(name)]
+            row = formats.get(str(name), {})
             works[name] += row.get("difference", np.inf) <= LIMIT
             cells.append(cell(row))
             notes += [row[key] for key in ("refused", "failed") if key in row and row[key] not in notes]
