@@ -70,8 +70,7 @@ def _quality(inputs: GateInputs, recipe: Recipe, progress: Progress) -> Verdict:
     options = QualityOptions(asked.max_loss, asked.text, asked.windows, asked.window)
     # The reference is the checkpoint's model in float32, without the rounding of an export in float16.
     source = ProgramRunner(widened(inputs.captured))
-    runner = inputs.target.open_reference(inputs.directory, threads=0)
-    return judge_quality(inputs.captured, source, runner, inputs.checkpoint.directory, options, progress)
+    return judge_quality(inputs.captured, source, inputs.runner, inputs.checkpoint.directory, options, progress)
 
 
 def _latency(inputs: GateInputs, recipe: Recipe, manifest: Mapping[str, Any], progress: Progress) -> Verdict:
