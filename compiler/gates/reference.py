@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -32,14 +33,20 @@ SMALL = 64 << 20
 Item = TypeVar("Item")
 
 
-def in_parts(items: Iterable[Item], size: Callable[[Item], int]) -> list[list[Item]]:
-    """Items whose logits take at most `LOGITS` bytes together, by the `size` of each, but at least one in each part."""
+def in_parts(items: Iterable[Item], size: Callable[[Item], int], most: int | None = None) -> list[list[Item]]:
+    """Items whose logits take at most `most` bytes together, by the `size` of each, but at least one in each part.
+
+    Args:
+        items: The items, in order.
+        size: Bytes of the logits of an item.
+        most: `LOGITS` if None.
+    """
     parts: list[list[Item]] = []
     left = 0
     for item in items:
         if not parts or size(item) > left:
             parts.append([])
-            left = LOGITS
+            left = LOGITS if most is None else most
         parts[-1].append(item)
         left -= size(item)
     return parts
@@ -264,3 +271,27 @@ def _pad_left(trace: Trace, padding: int) -> Trace:
     return Trace(
         pad(trace.logits, 0), pad(trace.tied, 0), {layer: pad(slots, -1) for layer, slots in trace.slots.items()}
     )
+
+
+AHEAD = 512 << 20
+"""Bytes of logits of the windows that run together."""
+
+
+class Ahead:
+    """A language model that runs windows of text before they are asked for, so that each weight is read once for many.
+
+    Args:
+        program: The Program.
+        windows: The windows [n, length], in the order in which they will be asked for.
+    """
+
+    def __init__(self, program: Program, windows: np.ndarray) -> None:
+        self._runner = Lockstep(program)
+        self._parts = iter(in_parts(windows, lambda window: window.size * program.vocab_size * 4, AHEAD))
+        self._ready = deque[np.ndarray]()
+
+    def prefill(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None) -> np.ndarray:  # noqa: ARG002
+        """Logits [1, S, V] float32 of the next window, which `input_ids` [1, S] must be."""
+        if not self._ready:
+            self._ready.extend(self._runner.run_together([[Step(window[None])] for window in next(self._parts)]))
+        return self._ready.popleft()
