@@ -27,6 +27,7 @@ from moec.compiler.gates.reference import Trace
 from moec.compiler.gates.tolerance import TOLERANCES, Precision, precision_of
 from moec.compiler.gates.usage import Usage
 from moec.compiler.ir.interpreter import ProgramRunner
+from moec.compiler.ir.lockstep import Lockstep
 from moec.compiler.ir.program import ATTENTION, Program
 from moec.passes.quantize import Quantize
 from moec.quantize.formats import Activations
@@ -88,11 +89,17 @@ def test_cases_are_compared_in_parts_of_limited_memory(mixtral: Captured, monkey
     together = gather_artifact(program, ProgramRunner(program), prompts(program), OPTIONS, lambda *_: None)
     monkeypatch.setattr(reference, "LOGITS", 1)
     seen: list[tuple[int, int]] = []
+    runs: list[int] = []
+    real = Lockstep.run_together
+    monkeypatch.setattr(
+        Lockstep, "run_together", lambda own, steps, told: runs.append(len(steps)) or real(own, steps, told)
+    )
 
     def told(_: str, done: int, total: int) -> None:
         seen.append((done, total))
 
     one_by_one = gather_artifact(program, ProgramRunner(program), prompts(program), OPTIONS, told)
+    assert len(runs) == len(together.results)
     assert one_by_one.results == together.results
     assert one_by_one.usage.figures() == together.usage.figures()
     assert [done / total for done, total in seen] == sorted(done / total for done, total in seen)
