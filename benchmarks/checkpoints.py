@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +119,69 @@ def random_qwen3_5_checkpoint(directory: Path, tokenizer: Path) -> Path:
         for name in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copy(tokenizer / name, directory / name)
     return directory
+
+
+LARGE: dict[str, Any] = {
+    "hidden_size": 2048,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "num_experts": 64,
+    "num_experts_per_tok": 8,
+    "intermediate_size": 1024,
+    "vocab_size": 50304,
+    "max_position_embeddings": 4096,
+}
+"""The shape of OLMoE-1B-7B: 13.8 GB in bfloat16, of which a layer takes 0.84 GB and the embedding 0.21 GB."""
+
+
+def repeated_checkpoint(directory: Path, **overrides: Any) -> Path:
+    """Write a random OLMoE checkpoint whose layers share the bytes of one layer in the file (once).
+
+    Names and shapes are those of `LARGE`, so it is read like 13.8 GB, and takes 1.3 GB of disk. The experts of a layer
+    differ.
+    """
+    if (directory / "model.safetensors").is_file():
+        return directory
+    import torch
+    from transformers import AutoModelForCausalLM, OlmoeConfig
+
+    config = OlmoeConfig(**{**LARGE, **overrides})
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    directory.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(directory)
+    random, places, table = torch.Generator().manual_seed(0), dict[str, list[int]](), dict[str, Any]()
+    with tempfile.TemporaryFile(dir=directory) as data:
+        for name, value in _per_expert(model.state_dict()):
+            kind = re.sub(r"layers\.\d+", "layers", name)
+            if kind not in places:
+                values = torch.ones(value) if len(value) == 1 else torch.randn(value, generator=random).mul_(0.02)
+                start = data.tell()
+                data.write(values.to(torch.bfloat16).view(torch.uint8).numpy().data)
+                places[kind] = [start, data.tell()]
+            table[name] = {"dtype": "BF16", "shape": list(value), "data_offsets": places[kind]}
+        header = json.dumps(table).encode()
+        data.seek(0)
+        with (directory / "model.safetensors").open("wb") as file:
+            file.write(len(header).to_bytes(8, "little") + header)
+            shutil.copyfileobj(data, file, 1 << 24)
+    return directory
+
+
+def _per_expert(state: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes in the released files, where each expert has three matrices of its own."""
+    for name, value in state.items():
+        if name.endswith("experts.gate_up_proj"):
+            count, rows, columns = value.shape
+            for expert in range(count):
+                for part in ("gate", "up"):
+                    yield name.replace("gate_up_proj", f"{expert}.{part}_proj.weight"), (rows // 2, columns)
+        elif name.endswith("experts.down_proj"):
+            for expert in range(len(value)):
+                yield name.replace("down_proj", f"{expert}.down_proj.weight"), tuple(value.shape[1:])
+        else:
+            yield name, tuple(value.shape)
 
 
 def hollow_checkpoint(directory: Path, **overrides: Any) -> Path:

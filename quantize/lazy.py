@@ -91,9 +91,16 @@ class Quantized(Coded):
         """The slice, rounded and dequantized. It is not cached."""
         if self.rounded:
             return self._quantize(start, stop).dequantize(self.dtype)
-        pieces = [self.source.rows(first, last) for first, last in self._steps(start, stop)]
-        values = [nearest_values(piece, self.format, name=self.name, clip=self.clip) for piece in pieces]
-        return values[0] if len(values) == 1 else torch.cat(values)
+        steps = list(self._steps(start, stop))
+        if len(steps) == 1:
+            return self._nearest(*steps[0])
+        values = torch.empty(stop - start, *self.shape[1:])  # joining the pieces would take twice the memory
+        for first, last in steps:
+            values[first - start : last - start] = self._nearest(first, last)
+        return values
+
+    def _nearest(self, start: int, stop: int) -> Tensor:
+        return nearest_values(self.source.rows(start, stop), self.format, name=self.name, clip=self.clip)
 
     def quantized_rows(self, start: int, stop: int) -> QuantizedTensor:
         """Codes and scales of the slice [start, stop) along axis 0; the scales are cached for `scale_rows`."""

@@ -17,8 +17,8 @@ from moec.compiler.gates.run import GateInputs, run_gates
 from moec.compiler.pipeline.stages import silent
 from moec.targets.runners import Runner
 
-PARITY = ParityOptions(greedy_tokens=16, long_prompt=130, memory_share=0.0)
-"""`memory_share` 0 switches off the comparison of the capture with transformers: no fault is put into a capture."""
+PARITY = ParityOptions(greedy_tokens=16, long_prompt=130, capture=False)
+"""The capture is not compared with transformers: no fault is put into a capture."""
 REPEATABILITY = RepeatabilityOptions(runs=4, tokens=130)
 LOWERING = "lowering"
 """Stands for a gate where the target refuses the faulty Program."""

@@ -45,7 +45,7 @@ from moec.compiler.gates.parity import (
     gather,
     judge_parity,
 )
-from moec.compiler.gates.reference import Oracle
+from moec.compiler.gates.reference import Ahead, Oracle
 from moec.compiler.gates.repeatability import GATE as REPEATABILITY_GATE
 from moec.compiler.gates.repeatability import RepeatabilityOptions
 from moec.compiler.gates.run import REPORTED, Gate, run_gate, run_repeatability
@@ -271,7 +271,7 @@ class Judgement:
         if asked.max_loss is None:
             return quality.not_run()
         options = quality.QualityOptions(asked.max_loss, asked.text, asked.windows, asked.window)
-        source, place = ProgramRunner(self.captured), self.checkpoint.directory
+        source, place = partial(Ahead, self.captured), self.checkpoint.directory
         return quality.judge_quality(self.captured, source, self.runner, place, options, self._progress)
 
     def _latency(self) -> Verdict:

@@ -34,6 +34,13 @@ def meta_model(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple[PreTrainedMo
         UnsupportedModelError: It is an encoder-decoder, or transformers cannot build it.
     """
     hooks.register()
+    return model_without_weights(checkpoint, dtype, attention=hooks.NAME, experts=hooks.NAME)
+
+
+def model_without_weights(
+    checkpoint: Checkpoint, dtype: torch.dtype, *, attention: str, experts: str
+) -> tuple[PreTrainedModel, dict[str, Tensor]]:
+    """`meta_model` with other implementations of attention and experts, by their names in transformers."""
     config = checkpoint.config
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(
@@ -42,9 +49,9 @@ def meta_model(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple[PreTrainedMo
         )
     with torch.device("meta"):
         model = architecture.build(
-            config, attention=hooks.NAME, dtype=dtype, trust_remote_code=checkpoint.trust_remote_code
+            config, attention=attention, dtype=dtype, trust_remote_code=checkpoint.trust_remote_code
         )
-    architecture.set_experts(model, hooks.NAME)
+    architecture.set_experts(model, experts)
     model.eval()  # type: ignore[no-untyped-call]
     return model, _real_buffers(model)
 

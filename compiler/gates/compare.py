@@ -61,6 +61,11 @@ class Output:
     input_ids: np.ndarray
     logits: np.ndarray
 
+    @property
+    def fed(self) -> np.ndarray:
+        """The ids that were fed: the last generated one was not."""
+        return self.input_ids[:, : self.logits.shape[1]]
+
 
 def run_case(runner: Runner, case: Case) -> Output:
     """Feed a case step by step, then generate. The last generated token is not fed, since its logits are not needed.

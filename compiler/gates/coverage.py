@@ -5,8 +5,8 @@ one layer of the artifact with hidden states that the reference saw there, and w
 one chosen expert. What runs are the nodes and weights of the artifact (`Target.open_experts`). A target that cannot do
 this is not covered, and its verdict is "not run".
 
-The reference reads each expert once, so memory is a batch of activations and one expert. The integrity gate gets these
-values too (`watch`), so that they are not computed twice.
+The reference runs them while the parity gate runs its cases (`ExpertCalls`), so that each expert is read once for both,
+and memory is a batch of activations and one expert. The integrity gate gets these values too.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -23,8 +24,10 @@ from moec.compiler.common.errors import ArtifactError
 from moec.compiler.common.progress import Progress
 from moec.compiler.common.verdict import Status, Verdict
 from moec.compiler.gates.compare import relative_error
+from moec.compiler.gates.reference import sampled
 from moec.compiler.gates.tolerance import Precision, expert_limit
 from moec.compiler.gates.usage import Usage
+from moec.compiler.ir.experts import Routed
 from moec.compiler.ir.interpreter import ActivationRounding, Interpreter, WeightObserver
 from moec.compiler.ir.operands import Experts
 from moec.compiler.ir.program import EXPERTS, MoeLayer, Program
@@ -69,6 +72,37 @@ class LayerResult:
         return [expert for expert, error in self.errors.items() if not error <= limit]
 
 
+class ExpertCalls:
+    """The reference's outputs of every expert, computed beside the cases of the parity gate.
+
+    Hidden states are those of the longest sequence of the cases that run together.
+
+    Args:
+        program: The final Program.
+        share: Share of the experts of a layer to run.
+    """
+
+    def __init__(self, program: Program, share: float = 1.0) -> None:
+        self._rows = dict(zip(program.nodes(EXPERTS), program.layers, strict=True))
+        self._share = share
+        self.hidden: dict[int, Tensor] = {}
+        """MoE layer -> hidden states that its experts got, [n, H]."""
+        self.outputs: dict[int, list[np.ndarray]] = {}
+        """MoE layer -> outputs of each batch of experts, [T, H] float32."""
+
+    def calls(self, node: fx.Node, hosts: Sequence[Routed]) -> list[Routed]:
+        """See `moec.compiler.ir.lockstep.Guests`; each layer is run once."""
+        row = self._rows[node]
+        if row.index in self.hidden:
+            return []
+        states = self.hidden[row.index] = sampled(max((host[0] for host in hosts), key=len))
+        return [_operands(node, row, states, batch) for batch in _batches(row.num_experts, self._share)]
+
+    def take(self, node: fx.Node, results: Sequence[Tensor]) -> None:
+        """See `moec.compiler.ir.lockstep.Guests`."""
+        self.outputs.setdefault(self._rows[node].index, [result.float().numpy() for result in results])
+
+
 def run_every_expert(
     program: Program,
     runners: Mapping[str, ExpertsRunner],
@@ -77,6 +111,7 @@ def run_every_expert(
     progress: Progress = lambda *_: None,
     watch: WeightObserver | None = None,
     rounding: ActivationRounding | None = None,
+    outputs: Mapping[int, Sequence[np.ndarray]] = MappingProxyType({}),
 ) -> list[LayerResult]:
     """Run the experts of every layer on the artifact and compare them with the reference.
 
@@ -88,6 +123,7 @@ def run_every_expert(
         progress: Called for every layer.
         watch: Called with the values of every expert that the reference reads, once each.
         rounding: How the artifact's kernels round activations, from `Target.activation_rounding`.
+        outputs: `ExpertCalls.outputs`; the reference runs the layers that are not in it.
 
     Raises:
         ArtifactError: A runner returned an output that is not [T, H].
@@ -96,8 +132,11 @@ def run_every_expert(
     for done, (row, node) in enumerate(zip(program.layers, program.nodes(EXPERTS), strict=True)):
         progress(GATE, done, len(program.layers))
         result = LayerResult(row)
-        for batch in _batches(row.num_experts, share):
-            result.errors |= _run_batch(reference, node, row, runners, hidden[row.index], batch)
+        known = outputs.get(row.index)
+        for place, batch in enumerate(_batches(row.num_experts, share)):
+            call = _operands(node, row, hidden[row.index], batch)
+            want = reference.experts(node, *call).float().numpy() if known is None else known[place]
+            result.errors |= _compared(node, row, runners, batch, call, want)
         results.append(result)
     progress(GATE, len(program.layers), len(program.layers))
     return results
@@ -111,17 +150,16 @@ def _batches(count: int, share: float) -> Iterator[list[int]]:
         yield chosen[start : start + EXPERTS_PER_CALL]
 
 
-def _run_batch(
-    reference: Interpreter,
+def _compared(
     node: fx.Node,
     row: MoeLayer,
     runners: Mapping[str, ExpertsRunner],
-    states: Tensor,
     experts: Sequence[int],
+    call: Routed,
+    want: np.ndarray,
 ) -> dict[int, float]:
-    """Expert -> largest relative difference over all graphs, for `experts`."""
-    x, indices, weights = _operands(node, row, states, experts)
-    want = reference.experts(node, x, indices, weights).float().numpy()
+    """Expert -> largest relative difference from `want` over all graphs, for the `experts` of a call."""
+    x, indices, weights = call
     given = (x.numpy(), indices.numpy(), weights.numpy())
     smallest = ZERO * float(x.abs().max())
     errors, limited = dict.fromkeys(experts, 0.0), Experts.of(node).limit > 0
@@ -137,7 +175,7 @@ def _run_batch(
     return errors
 
 
-def _operands(node: fx.Node, row: MoeLayer, states: Tensor, experts: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+def _operands(node: fx.Node, row: MoeLayer, states: Tensor, experts: Sequence[int]) -> Routed:
     """Operands of `moec::experts` in which each of `experts` gets `ROWS` tokens and no other expert gets any.
 
     The other slots of a token name other experts with weight 0, which drops them. The kept slot changes from token to

@@ -96,8 +96,8 @@ def other_weights(program: Program, offered: Collection[str] = ()) -> dict[str, 
 class Comparisons:
     """Compares every expert and the weights of `other_weights` with the artifact's.
 
-    Computing the values of the Program's experts takes most of the time. The coverage gate computes them anyway and
-    passes them to `compare`; `judge` computes those that are missing.
+    Computing the values of the Program's experts takes most of the time. The reference of the parity gate computes
+    them anyway and passes them to `compare`; `judge` computes those that are missing.
 
     Args:
         program: The final Program.
@@ -117,14 +117,14 @@ class Comparisons:
         self._experts = experts.keys() & self._errors.keys()
 
     def compare(self, name: str, index: int, values: Tensor) -> None:
-        """Compare one expert of the tensor `name`.
+        """Compare one expert of the tensor `name`, unless it was compared before.
 
         Args:
             name: Name of a weight; a weight that is not an expert tensor is ignored.
             index: Index of the expert along axis 0.
             values: The values of this expert in the Program.
         """
-        if name in self._experts:
+        if name in self._experts and index not in self._errors[name]:
             self._compare(name, index, values[None])
 
     def _compare(self, name: str, start: int, values: Tensor) -> None:

@@ -9,14 +9,14 @@ of its linears, experts and embeddings, and the largest change of the logits is 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from moec.compiler.gates.reference import Oracle
+from moec.compiler.gates.reference import Batch, Oracle
 from moec.compiler.ir.program import Program
 
 SIZES: Mapping[torch.dtype, float] = {torch.float32: 2e-6, torch.float16: 5e-4}
@@ -58,27 +58,27 @@ def noise_of(program: Program) -> float:
     return SIZES[program.dtype]
 
 
-def explained(
-    oracle: Oracle, size: float, input_ids: np.ndarray, attention_mask: np.ndarray | None, steps: Sequence[int]
-) -> Iterator[np.ndarray]:
+def explained(oracle: Oracle, size: float, batch: Batch) -> Iterator[np.ndarray]:
     """What rounding explains at each position, after ever more runs with noise.
 
     Args:
         oracle: The reference; its Program runs.
         size: Size of the noise, from `noise_of`.
-        input_ids: [B, T] int64.
-        attention_mask: [B, T], 0 in left padding, or None.
-        steps: Lengths of the steps of the case.
+        batch: The sequences.
 
     Yields:
         Differences [B, T], relative to the largest logit; each is at least as large as the one before.
     """
-    plain = oracle.disturbed(None, input_ids, attention_mask, steps)
-    scale = max(float(np.abs(plain).max(initial=0.0)), float(np.finfo(np.float32).tiny))
-    seed, largest = zlib.crc32(input_ids.tobytes()), np.zeros(plain.shape[:2])
+    seed = zlib.crc32(batch.input_ids.tobytes())
+    plain: np.ndarray | None = None
+    largest, scale = np.zeros(batch.input_ids.shape), 1.0
     for count in RUNS:
-        for _ in range(count):
-            seed += 1
-            changed = oracle.disturbed(Noise(size, seed), input_ids, attention_mask, steps)
+        noises = [Noise(size, seed + index + 1) for index in range(count)]
+        seed += count
+        runs = oracle.disturbed(noises if plain is not None else [None, *noises], batch)
+        if plain is None:
+            plain = next(runs)
+            scale = max(float(np.abs(plain).max(initial=0.0)), float(np.finfo(np.float32).tiny))
+        for changed in runs:
             np.maximum(largest, np.abs(changed - plain).max(-1) / scale, out=largest)
         yield SPREAD * np.nan_to_num(largest, nan=0.0, posinf=0.0)

@@ -15,8 +15,9 @@ A position that is out of tolerance is judged by the model itself: how much nois
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -24,17 +25,19 @@ from torch import Tensor
 from moec.compiler.common.progress import Progress
 from moec.compiler.common.verdict import Status, Verdict
 from moec.compiler.frontend.checkpoint import Checkpoint
-from moec.compiler.gates.cases import Prompts, base_cases, bounds
+from moec.compiler.gates.cases import Case, Prompts, base_cases, bounds
 from moec.compiler.gates.compare import CaseResult
 from moec.compiler.gates.noise import noise_of
-from moec.compiler.gates.reference import Oracle, available_bytes, load_source, source_bytes
+from moec.compiler.gates.reference import Oracle, in_parts
+from moec.compiler.gates.source import LOADED, open_source
 from moec.compiler.gates.tolerance import TOLERANCES, Precision, Tolerance, precision_of
 from moec.compiler.gates.trials import Trial
 from moec.compiler.gates.usage import Usage
-from moec.compiler.ir.interpreter import ActivationRounding, ProgramRunner
+from moec.compiler.ir.interpreter import ActivationRounding, WeightObserver
+from moec.compiler.ir.lockstep import Guests
 from moec.compiler.ir.program import Program
 from moec.compiler.ir.widen import widened
-from moec.targets.runners import Runner, limits_of
+from moec.targets.runners import Runner, RunnerLimits, limits_of
 
 CAPTURE_GATE = "parity: capture"
 ARTIFACT_GATE = "parity: artifact"
@@ -52,7 +55,8 @@ class ParityOptions:
         long_prompt: Tokens of the longest prompt, which gives work to every thread of the artifact's runtime.
         max_tokens: Longest sequence in tokens; cases of longer attention windows are left out and named.
         coverage_min: Share of the live experts of each layer that the coverage gate runs.
-        memory_share: Share of the free memory that the model in transformers may take.
+        capture: Whether the captured Program is compared with the model in transformers.
+        loaded: Bytes of float32 weights up to which that model is loaded; a larger one reads its weights while it runs.
         max_excused: Largest share of the positions that ties may excuse.
         min_proven: Smallest share of the positions that must be within the limit.
         retries: How often a case is repeated with other tokens because ties excuse too many of its positions.
@@ -63,7 +67,8 @@ class ParityOptions:
     long_prompt: int = 513
     max_tokens: int = 2560
     coverage_min: float = 1.0
-    memory_share: float = 0.7
+    capture: bool = True
+    loaded: int = LOADED
     max_excused: float = 0.2
     min_proven: float = 0.25
     retries: int = 3
@@ -100,7 +105,7 @@ class Evidence:
 def gather(
     gate: str,
     program: Program,
-    runner: Runner,
+    runner: Runner | None,
     oracle: Oracle,
     prompts: Prompts,
     precision: Precision,
@@ -110,21 +115,24 @@ def gather(
 ) -> Evidence:
     """Run the cases of `program` on `runner` and compare each with `oracle`.
 
+    As many cases as `reference.LOGITS` allows go through the reference together, which then reads each weight once.
+
     Args:
         gate: Name of the gate, for `progress`.
         program: The Program that `runner` should compute.
-        runner: The candidate.
+        runner: The candidate; None: `program` itself, which the interpreter runs beside the reference.
         oracle: The reference.
         prompts: Source of the token ids.
         precision: Precision whose tolerance applies.
         options: Settings.
-        progress: Called for every case.
+        progress: Called for every case, and for every part of the reference's graph.
         tolerance: Limits in place of those of `precision`, or None.
 
     Raises:
         ArtifactError: The runner fails, or its logits have another shape than the reference's.
     """
-    bound = bounds(program, limits_of(runner), options.max_tokens)
+    limits = RunnerLimits() if runner is None else limits_of(runner)
+    bound = bounds(program, limits, options.max_tokens)
     cases, left_out = base_cases(program, prompts, bound, options.long_prompt, options.greedy_tokens)
     evidence = Evidence(
         precision,
@@ -134,14 +142,24 @@ def gather(
         own_tolerance=tolerance,
     )
     trial = Trial(runner, oracle, prompts, evidence.tolerance, noise_of(program), options.max_excused, options.retries)
-    for index, case in enumerate(cases):
-        progress(gate, index, len(cases))
-        found = trial.run(case)
-        evidence.results.append(found.result)
-        evidence.usage.add(found.trace, found.proven)
-    progress(gate, len(cases), len(cases))
+
+    def size(case: Case) -> int:
+        batch, length = case.input_ids.shape
+        return int(batch * (length + case.new_tokens) * program.vocab_size * 4)
+
+    parts = in_parts(cases, size)
+    for index, part in enumerate(parts):
+        for found in trial.run(part, partial(_told, progress, gate, index, len(parts))):
+            evidence.results.append(found.result)
+            evidence.usage.add(found.trace, found.proven)
+    progress(gate, 1, 1)
     evidence.hidden = oracle.hidden.rows
     return evidence
+
+
+def _told(progress: Progress, gate: str, part: int, parts: int, done: int, total: int) -> None:
+    """Report that `done` of `total` steps of a part are finished, in percent of the gate."""
+    progress(gate, min(99, 100 * (part * total + done) // (parts * total)), 100)
 
 
 def judge_parity(gate: str, evidence: Evidence, options: ParityOptions) -> Verdict:
@@ -233,45 +251,43 @@ def gather_artifact(
     options: ParityOptions,
     progress: Progress,
     rounding: ActivationRounding | None = None,
+    guests: Guests | None = None,
+    watch: WeightObserver | None = None,
 ) -> Evidence:
-    """Compare the artifact with the final Program; `rounding` is how its kernels round activations.
+    """Compare the artifact with the final Program.
+
+    Args:
+        program: The final Program.
+        runner: The artifact.
+        prompts: Source of the token ids.
+        options: Settings.
+        progress: See `gather`.
+        rounding: How the kernels of the artifact round activations.
+        guests: Calls of experts that the reference runs beside the cases, for the coverage gate.
+        watch: Called with the values of the experts that the reference reads, for the integrity gate.
 
     Raises:
         ArtifactError: The artifact fails at run time, or its logits have another shape than the reference's.
     """
     precision = precision_of(program)
-    oracle = Oracle(program, TOLERANCES[precision].tie_margin, rounding=rounding)
+    oracle = Oracle(program, TOLERANCES[precision].tie_margin, rounding=rounding, guests=guests, weight_observer=watch)
     return gather(ARTIFACT_GATE, program, runner, oracle, prompts, precision, options, progress)
 
 
 def gather_capture(
-    checkpoint: Checkpoint,
-    program: Program,
-    prompts: Prompts,
-    options: ParityOptions,
-    progress: Progress,
-    free_memory: Callable[[], int] = available_bytes,
-) -> Evidence | Verdict:
+    checkpoint: Checkpoint, program: Program, prompts: Prompts, options: ParityOptions, progress: Progress
+) -> Evidence:
     """Compare the captured Program with the model in transformers.
 
     Both run in float32, even if the Program was captured in float16, whose rounding would hide errors of the capture.
-
-    Returns:
-        The evidence, or the verdict "not run" if the model does not fit into memory.
+    A large model is never in memory as a whole, on neither side.
     """
-    needed, allowed = source_bytes(checkpoint), int(free_memory() * options.memory_share)
-    if needed > allowed:
-        reason = (
-            f"the model in transformers would take {needed / 2**30:.1f} GiB in float32, "
-            f"and {allowed / 2**30:.1f} GiB may be used here"
-        )
-        return Verdict(CAPTURE_GATE, Status.NOT_RUN, reason, EXIT_CODE, {"needed": needed, "allowed": allowed})
     program = widened(program)
     precision = precision_of(program)
-    oracle = Oracle(program, TOLERANCES[precision].tie_margin, load_source(checkpoint))
+    oracle = Oracle(program, TOLERANCES[precision].tie_margin, open_source(checkpoint, options.loaded))
     # Both sides run in torch, so a prompt long enough for the threads of another runtime is not needed.
     options = dataclasses.replace(options, greedy_tokens=0, long_prompt=min(options.long_prompt, SHORTER_PROMPT))
-    return gather(CAPTURE_GATE, program, ProgramRunner(program), oracle, prompts, precision, options, progress)
+    return gather(CAPTURE_GATE, program, None, oracle, prompts, precision, options, progress)
 
 
 def check_capture(
@@ -283,5 +299,6 @@ def check_capture(
 ) -> Verdict:
     """The verdict on the captured `program`, run by the interpreter, against the model in transformers in float32."""
     options = options or ParityOptions()
-    evidence = gather_capture(checkpoint, program, prompts, options, progress)
-    return evidence if isinstance(evidence, Verdict) else judge_parity(CAPTURE_GATE, evidence, options)
+    if not options.capture:
+        return Verdict(CAPTURE_GATE, Status.NOT_RUN, "it is not asked for", EXIT_CODE)
+    return judge_parity(CAPTURE_GATE, gather_capture(checkpoint, program, prompts, options, progress), options)

@@ -7,6 +7,7 @@ gate does not run, since it costs two passes over the text.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from moec.compiler.common.progress import Progress
 from moec.compiler.common.verdict import Status, Verdict
 from moec.compiler.ir.program import Program
 from moec.compiler.text.corpus import held_out_text, spread, tokenize, windows
-from moec.compiler.text.perplexity import compare, perplexity
+from moec.compiler.text.perplexity import LanguageModel, compare, perplexity
 from moec.targets.runners import Runner, limits_of
 
 GATE = "quality"
@@ -43,13 +44,18 @@ class QualityOptions:
 
 
 def judge_quality(
-    program: Program, reference: Runner, candidate: Runner, directory: Path, options: QualityOptions, progress: Progress
+    program: Program,
+    reference: Callable[[np.ndarray], LanguageModel],
+    candidate: Runner,
+    directory: Path,
+    options: QualityOptions,
+    progress: Progress,
 ) -> Verdict:
-    """Compare two models on held-out text, with the logits of one window in memory at a time.
+    """Compare two models on held-out text.
 
     Args:
         program: The captured Program, for the context length.
-        reference: Runs the source model.
+        reference: Windows -> the source model, which is asked for them in order.
         candidate: Runs the artifact.
         directory: The directory with tokenizer.json.
         options: Limit and text.
@@ -62,7 +68,7 @@ def judge_quality(
     length = _length(program, candidate, options.window)
     every = windows(tokenize(directory, text), length)
     chosen = spread(every, options.windows)
-    found = compare(reference, candidate, chosen, told=lambda done, total: progress(GATE, done, total))
+    found = compare(reference(chosen), candidate, chosen, told=lambda done, total: progress(GATE, done, total))
     low, high = found.interval()
     passed = len(chosen) > 1 and high <= options.max_loss
     figures = {

@@ -2,37 +2,54 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor, fx
 
-from moec.compiler.common.errors import CheckpointError
-from moec.compiler.common.progress_bars import no_progress_bars
 from moec.compiler.common.threads import available_cores
-from moec.compiler.frontend import architecture
-from moec.compiler.frontend.adapters.lightning_attention import recompute_chunk_factors
-from moec.compiler.frontend.checkpoint import Checkpoint
-from moec.compiler.frontend.scans import scans_token_by_token
+from moec.compiler.gates.source import Source
 from moec.compiler.gates.ties import RouterWatch
-from moec.compiler.ir.interpreter import ActivationRounding, Disturbance, ProgramRunner
+from moec.compiler.ir.interpreter import ActivationRounding, Disturbance, WeightObserver
+from moec.compiler.ir.lockstep import Guests, Lockstep, Step, steps_of
 from moec.compiler.ir.program import EXPERTS, Program
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+Told = Callable[[int, int], None]
+"""Called with the number of finished parts and of all parts."""
 
-Logits = Callable[[np.ndarray, Sequence[int]], np.ndarray]
-"""Input ids [B, T] without padding, and the lengths of the steps in which they are fed -> logits [B, T, V] float32."""
+LOGITS = 192 << 20
+"""Bytes of logits that are computed together."""
 
 SMALL = 64 << 20
 """Bytes of weights below which one thread runs the reference faster than several."""
+
+
+Item = TypeVar("Item")
+
+
+def in_parts(items: Iterable[Item], size: Callable[[Item], int], most: int | None = None) -> list[list[Item]]:
+    """Items whose logits take at most `most` bytes together, by the `size` of each, but at least one in each part.
+
+    Args:
+        items: The items, in order.
+        size: Bytes of the logits of an item.
+        most: `LOGITS` if None.
+    """
+    parts: list[list[Item]] = []
+    left = 0
+    for item in items:
+        if not parts or size(item) > left:
+            parts.append([])
+            left = LOGITS if most is None else most
+        parts[-1].append(item)
+        left -= size(item)
+    return parts
 
 
 @contextmanager
@@ -72,6 +89,12 @@ SAMPLED = 64
 """Number of hidden states that are kept per layer."""
 
 
+def sampled(hidden: Tensor) -> Tensor:
+    """At most `SAMPLED` rows of hidden states [T, H], spread over the sequence."""
+    chosen = torch.linspace(0, len(hidden) - 1, min(SAMPLED, len(hidden))).long()
+    return hidden[chosen].clone()
+
+
 class HiddenStates:
     """Keeps a sample of the hidden states that the experts of each layer get, from the longest sequence.
 
@@ -90,8 +113,33 @@ class HiddenStates:
         layer = self._layers.get(node)
         if layer is not None and len(args[0]) > self._tokens.get(layer, 0):
             self._tokens[layer] = len(args[0])
-            chosen = torch.linspace(0, len(args[0]) - 1, min(SAMPLED, len(args[0]))).long()
-            self.rows[layer] = args[0][chosen].clone()
+            self.rows[layer] = sampled(args[0])
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Sequences for the reference.
+
+    Attributes:
+        input_ids: [B, T] int64.
+        attention_mask: [B, T], 0 in left padding; None: there is none.
+        steps: Lengths of the steps in which the candidate is fed; tokens after them are fed one by one.
+    """
+
+    input_ids: np.ndarray
+    attention_mask: np.ndarray | None = None
+    steps: Sequence[int] = ()
+
+    def rows(self) -> list[tuple[np.ndarray, tuple[int, ...], int]]:
+        """The parts to run: ids without padding, their steps, and the length of the padding before them."""
+        if self.attention_mask is None:
+            return [(self.input_ids, tuple(self.steps), 0)]
+        found = []
+        for ids, mask in zip(self.input_ids, self.attention_mask, strict=True):
+            start = int(len(mask) - mask.sum())
+            steps = (self.steps[0] - start, *self.steps[1:]) if self.steps else ()
+            found.append((ids[None, start:], steps, start))
+        return found
 
 
 class Oracle:
@@ -101,99 +149,121 @@ class Oracle:
     transformers as in an artifact. Then the reference is fed the same steps as the candidate.
 
     Args:
-        program: The Program that gives ties and experts, and the logits unless `logits` is given.
+        program: The Program that gives ties and experts, and the logits unless `source` is given.
         margin: `Tolerance.tie_margin`.
-        logits: Another source of logits, such as the model in transformers.
+        source: The model in transformers, whose logits are taken.
         rounding: How the artifact's kernels round activations, from `Target.activation_rounding`.
+        guests: Calls of experts to run beside the sequences.
+        weight_observer: See `moec.compiler.ir.interpreter.WeightObserver`.
     """
 
     def __init__(
         self,
         program: Program,
         margin: float,
-        logits: Logits | None = None,
+        source: Source | None = None,
         rounding: ActivationRounding | None = None,
+        guests: Guests | None = None,
+        weight_observer: WeightObserver | None = None,
     ) -> None:
         self._watch = RouterWatch(program, margin)
         self.hidden = HiddenStates(program)
-        self._runner = ProgramRunner(program, observer=self._observe, rounding=rounding)
-        self._logits = logits
-        self._by_steps = bool(program.rotary_borders)
-
-    def _observe(self, node: fx.Node, args: tuple[Any, ...], result: Any) -> None:
-        self._watch(node, args, result)
-        self.hidden(node, args, result)
+        self._runner = Lockstep(program, rounding=rounding, guests=guests, weight_observer=weight_observer)
+        self._source = source
+        self._by_steps, self._vocab_size = bool(program.rotary_borders), program.vocab_size
 
     def trace(
         self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None, steps: Sequence[int] = ()
     ) -> Trace:
-        """Run a batch of sequences.
+        """Run one batch of sequences; the arguments are those of `Batch`."""
+        return self.traces([Batch(input_ids, attention_mask, steps)])[0][0]
+
+    def traces(
+        self, batches: Sequence[Batch], candidates: Sequence[Sequence[Step]] = (), told: Told = lambda *_: None
+    ) -> tuple[list[Trace], list[np.ndarray]]:
+        """Run batches of sequences together, so that each weight is read once.
 
         Args:
-            input_ids: [B, T] int64.
-            attention_mask: [B, T], 0 in left padding. Each row is run alone, without its padding.
-            steps: Lengths of the steps of the case; tokens after them are fed one by one.
+            batches: The batches. Each row of a batch with padding is run alone, without it.
+            candidates: Batches to run beside them, as they are.
+            told: Called with the number of finished parts of the graph, and of all parts.
+
+        Returns:
+            A trace of each batch, and the logits of each candidate.
         """
-        if attention_mask is None:
-            return self._trace(input_ids, steps)
-        rows = []
-        for ids, mask in zip(input_ids, attention_mask, strict=True):
-            start = int(len(mask) - mask.sum())
-            rows.append(
-                _pad_left(self._trace(ids[None, start:], (steps[0] - start, *steps[1:]) if steps else ()), start)
-            )
-        return Trace(
-            np.concatenate([row.logits for row in rows]),
-            np.concatenate([row.tied for row in rows]),
-            {layer: np.concatenate([row.slots[layer] for row in rows]) for layer in rows[0].slots},
+        rows = [[(ids, self._steps(ids, steps), padding) for ids, steps, padding in batch.rows()] for batch in batches]
+        every = [row for own in rows for row in own]
+        watched = [self._watched(ids, steps) for ids, steps, _ in every]
+        logits = self._runner.run_together([*([step for step, _ in own] for own in watched), *candidates], told)
+        found, others = logits[: len(every)], logits[len(every) :]
+        if self._source is not None:
+            found = self._source.logits([(ids, steps) for ids, steps, _ in every], apart=self._by_steps)
+        traces = iter(
+            _pad_left(_joined(own, [watch for _, watch in seen]), padding)
+            for own, seen, (_, _, padding) in zip(found, watched, every, strict=True)
         )
+        return [_stacked([next(traces) for _ in own]) for own in rows], others
 
-    def disturbed(
-        self,
-        disturbance: Disturbance | None,
-        input_ids: np.ndarray,
-        attention_mask: np.ndarray | None,
-        steps: Sequence[int],
-    ) -> np.ndarray:
-        """Logits [B, T, V] of the Program, not of another source, with errors inside of it; the rest as in `trace`."""
-        given, self._logits, self._runner.disturbance = self._logits, None, disturbance
-        try:
-            return self.trace(input_ids, attention_mask, steps).logits
-        finally:
-            self._logits, self._runner.disturbance = given, None
+    def disturbed(self, disturbances: Sequence[Disturbance | None], batch: Batch) -> Iterator[np.ndarray]:
+        """Logits [B, T, V] of the Program, not of another source, with errors inside of it, for each disturbance.
 
-    def _trace(self, input_ids: np.ndarray, steps: Sequence[int]) -> Trace:
-        length = input_ids.shape[1]
+        As many of them as `LOGITS` allows run together.
+        """
+        rows = [(self._steps(ids, steps), ids, padding) for ids, steps, padding in batch.rows()]
+        size = batch.input_ids.size * self._vocab_size * 4
+        for part in in_parts(disturbances, lambda _: size):
+            lanes = [
+                [replace(step, disturbance=own) for step in steps_of(ids, None, steps)]
+                for own in part
+                for steps, ids, _ in rows
+            ]
+            logits = iter(self._runner.run_together(lanes))
+            for _ in part:
+                yield np.concatenate([np.pad(next(logits), [(0, 0), (padding, 0), (0, 0)]) for _, _, padding in rows])
+
+    def _steps(self, ids: np.ndarray, steps: Sequence[int]) -> tuple[int, ...]:
+        """The steps in which `ids` [B, T] are fed."""
         if not self._by_steps or not steps:
-            steps = (length,)
-        steps = (*steps, *[1] * (length - sum(steps)))
-        pieces: list[Trace] = []
-        offset = 0
-        for step in steps:
-            ids = input_ids[:, offset : offset + step]
-            self._watch.begin(*ids.shape)
-            logits = (self._runner.decode if offset else self._runner.prefill)(ids)
-            pieces.append(Trace(logits, self._watch.tied, self._watch.slots))
-            offset += step
-        self._runner.reset()
-        trace = _joined(pieces)
-        if self._logits is not None:
-            trace = dataclasses.replace(trace, logits=self._logits(input_ids, steps))
-        return trace
+            return (ids.shape[1],)
+        return (*steps, *[1] * (ids.shape[1] - sum(steps)))
+
+    def _watched(self, ids: np.ndarray, lengths: Sequence[int]) -> list[tuple[Step, RouterWatch]]:
+        """The steps of `ids`, each with the watch that observes it."""
+        found = []
+        for step in steps_of(ids, None, lengths):
+            watch = self._watch.of_step(*step.input_ids.shape)
+            found.append((replace(step, observer=partial(self._observe, watch)), watch))
+        return found
+
+    def _observe(self, watch: RouterWatch, node: fx.Node, args: tuple[Any, ...], result: Any) -> None:
+        watch(node, args, result)
+        self.hidden(node, args, result)
 
 
-def _joined(pieces: Sequence[Trace]) -> Trace:
-    """Join the traces of successive steps."""
-    if len(pieces) == 1:
-        return pieces[0]
+def _joined(logits: np.ndarray, watches: Sequence[RouterWatch]) -> Trace:
+    """The trace of successive steps with the `logits` [B, T, V]."""
     return Trace(
-        np.concatenate([piece.logits for piece in pieces], axis=1),
-        np.concatenate([piece.tied for piece in pieces], axis=1),
-        {layer: np.concatenate([piece.slots[layer] for piece in pieces], axis=1) for layer in pieces[0].slots},
+        logits,
+        np.concatenate([watch.tied for watch in watches], axis=1),
+        {layer: np.concatenate([watch.slots[layer] for watch in watches], axis=1) for layer in watches[0].slots},
+    )
+
+
+def _stacked(rows: Sequence[Trace]) -> Trace:
+    """The trace of a batch from those of its rows."""
+    if len(rows) == 1:
+        return rows[0]
+    return Trace(
+        np.concatenate([row.logits for row in rows]),
+        np.concatenate([row.tied for row in rows]),
+        {layer: np.concatenate([row.slots[layer] for row in rows]) for layer in rows[0].slots},
     )
 
 
 def _pad_left(trace: Trace, padding: int) -> Trace:
+    if not padding:
+        return trace
+
     def pad(values: np.ndarray, fill: int) -> np.ndarray:
         widths = [(0, 0), (padding, 0)] + [(0, 0)] * (values.ndim - 2)
         return np.pad(values, widths, constant_values=fill)
@@ -203,81 +273,25 @@ def _pad_left(trace: Trace, padding: int) -> Trace:
     )
 
 
-def load_source(checkpoint: Checkpoint) -> Logits:
-    """Load the checkpoint in transformers: eager attention and experts, float32, on the CPU.
+AHEAD = 512 << 20
+"""Bytes of logits of the windows that run together."""
 
-    Raises:
-        CheckpointError: Weights that the model needs are missing.
+
+class Ahead:
+    """A language model that runs windows of text before they are asked for, so that each weight is read once for many.
+
+    Args:
+        program: The Program.
+        windows: The windows [n, length], in the order in which they will be asked for.
     """
-    kind, config = architecture.model_class(checkpoint.config)
-    settings = {
-        "config": config,
-        "dtype": torch.float32,
-        "attn_implementation": "eager",
-        "trust_remote_code": checkpoint.trust_remote_code,
-        "local_files_only": True,
-        "output_loading_info": True,
-    }
-    with no_progress_bars():
-        if checkpoint.stored_plainly:
-            loaded: Any = kind.from_pretrained(checkpoint.directory, **settings)
-        else:
-            # Decoded weights under the names in the files, which transformers converts as usual.
-            weights = {name: tensor.read().to(torch.float32) for name, tensor in checkpoint.weights.items()}
-            loaded = kind.from_pretrained(None, state_dict=weights, **settings)
-    model: PreTrainedModel = loaded[0]
-    info: Mapping[str, Any] = loaded[1]
-    if missing := sorted(info["missing_keys"]):
-        raise CheckpointError(
-            f"{checkpoint.directory}: transformers finds no weights for {missing[0]} ({len(missing)} tensors)",
-            hint="these weights of the reference would be random; download the checkpoint again",
-        )
-    architecture.set_experts(model, "eager")
-    recompute_chunk_factors(model)
-    model.train(mode=False)
-    decoder = architecture.text_decoder(model)
 
-    @torch.no_grad()
-    def logits(input_ids: np.ndarray, steps: Sequence[int] = ()) -> np.ndarray:
-        ids = torch.from_numpy(input_ids)
-        with scans_token_by_token(decoder):
-            if len(steps) > 1:
-                return _step_by_step(decoder, ids, steps)
-            found: np.ndarray = decoder(
-                input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False
-            ).logits.numpy()
-        return found
+    def __init__(self, program: Program, windows: np.ndarray) -> None:
+        self._runner = Lockstep(program)
+        self._parts = iter(in_parts(windows, lambda window: window.size * program.vocab_size * 4, AHEAD))
+        self._ready = deque[np.ndarray]()
 
-    return logits
-
-
-def _step_by_step(decoder: Any, ids: Tensor, steps: Sequence[int]) -> np.ndarray:
-    """Logits [B, T, V] of `ids` [B, T] fed in steps of these lengths."""
-    # A short sequence resets dynamic rotary scaling, which otherwise keeps the frequencies of the last sequence.
-    decoder(input_ids=ids[:, :1], use_cache=False)
-    cache, past, pieces, offset = architecture.cache_argument(decoder), None, list[np.ndarray](), 0
-    for step in steps:
-        stop = offset + step
-        mask = torch.ones_like(ids[:, :stop])
-        out = decoder(input_ids=ids[:, offset:stop], attention_mask=mask, use_cache=True, **{cache: past})
-        past, offset = out[cache], stop
-        pieces.append(out.logits.numpy())
-    return np.concatenate(pieces, axis=1)
-
-
-def source_bytes(checkpoint: Checkpoint) -> int:
-    """Bytes of memory that the model in transformers takes: every weight in float32, and a quarter more for running.
-
-    Decoded weights are in memory beside the model while it is loaded.
-    """
-    values = sum(torch.Size(tensor.shape).numel() for tensor in checkpoint.weights.values())
-    return values * (5 if checkpoint.stored_plainly else 9)
-
-
-def available_bytes() -> int:
-    """Bytes of memory that this process may still take: those free on the machine, or in the container if fewer."""
-    available = int(psutil.virtual_memory().available)
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    with suppress(OSError, ValueError):  # no control groups, or no limit ("max")
-        available = min(available, int(limit.read_text()) - int(used.read_text()))
-    return available
+    def prefill(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None) -> np.ndarray:  # noqa: ARG002
+        """Logits [1, S, V] float32 of the next window, which `input_ids` [1, S] must be."""
+        if not self._ready:
+            self._ready.extend(self._runner.run_together([[Step(window[None])] for window in next(self._parts)]))
+        return self._ready.popleft()

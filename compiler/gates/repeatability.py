@@ -7,7 +7,7 @@ few times in a hundred prompts. Here one long prompt is run many times in one se
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -30,21 +30,31 @@ drops a whole term of a sum and costs 1e-3 or far more.
 """
 
 
+FEW = 5
+"""Number of runs below which many layers do not bring it."""
+
+
 @dataclass(frozen=True)
 class RepeatabilityOptions:
     """Settings of the gate.
 
     Attributes:
         runs: Number of runs.
+        layer_runs: Runs of a MoE layer that are enough: a model of many layers runs its kernels often in every run.
         tokens: Length of the prompt, if model and runner take so many; it gives work to every thread.
         seconds: After this time no further run is started, once there are `fewest`.
         fewest: Smallest number of runs.
     """
 
     runs: int = 20
+    layer_runs: int = 80
     tokens: int = 480
     seconds: float = 60.0
     fewest: int = 3
+
+    def of_layers(self, count: int) -> RepeatabilityOptions:
+        """The settings for a model of `count` MoE layers, with at least `FEW` runs."""
+        return replace(self, runs=min(self.runs, max(FEW, -(-self.layer_runs // count))))
 
 
 def judge_repeatability(

@@ -20,7 +20,7 @@ from moec.compiler.common.verdict import Status, Verdict
 from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.gates.cases import Prompts, bounds
 from moec.compiler.gates.coverage import GATE as COVERAGE_GATE
-from moec.compiler.gates.coverage import judge_coverage, run_every_expert
+from moec.compiler.gates.coverage import ExpertCalls, judge_coverage, run_every_expert
 from moec.compiler.gates.integrity import GATE as INTEGRITY_GATE
 from moec.compiler.gates.integrity import Comparisons
 from moec.compiler.gates.parity import (
@@ -38,7 +38,6 @@ from moec.compiler.gates.repeatability import EXIT_CODE as REPEATABILITY_EXIT_CO
 from moec.compiler.gates.repeatability import GATE as REPEATABILITY_GATE
 from moec.compiler.gates.repeatability import RepeatabilityOptions, judge_repeatability
 from moec.compiler.gates.tolerance import Precision, precision_of
-from moec.compiler.ir.interpreter import WeightObserver
 from moec.compiler.ir.program import Program
 from moec.targets.base import GateSubject, Target
 from moec.targets.runners import Runner, limits_of
@@ -72,6 +71,11 @@ class GateInputs:
     directory: Path
     facts: Mapping[str, Any] = field(default_factory=dict)
     threads: int = 0
+
+    @cached_property
+    def runner(self) -> Runner:
+        """The opened artifact, which all gates share."""
+        return self.target.open_reference(self.directory, threads=self.threads)
 
 
 def run_gates(
@@ -118,10 +122,7 @@ class _Run:
         self._inputs, self._options, self._repeatability, self._progress = inputs, options, repeatability, progress
         self._experts = ExpertTensors(inputs)
         self._seen: Evidence | None = None
-
-    @cached_property
-    def _runner(self) -> Runner:
-        return self._inputs.target.open_reference(self._inputs.directory, threads=self._inputs.threads)
+        self._calls: ExpertCalls | None = None
 
     def _prompts(self, program: Program) -> Prompts:
         return Prompts.of(self._inputs.checkpoint.directory, program.vocab_size, seed=self._options.seed)
@@ -132,19 +133,23 @@ class _Run:
         return check_capture(self._inputs.checkpoint, captured, prompts, self._options, self._progress)
 
     def artifact(self) -> Verdict:
-        return self.parity(ARTIFACT_GATE, self._runner)
+        return self.parity(ARTIFACT_GATE, self._inputs.runner)
 
     def parity(self, name: str, runner: Runner) -> Verdict:
         program, options = self._inputs.program, self._options
         rounding = self._inputs.target.activation_rounding(self._inputs.directory)
-        seen = gather_artifact(program, runner, self._prompts(program), options, self._progress, rounding)
+        calls, watch = None, None
         if name == ARTIFACT_GATE:
-            self._seen = seen
+            calls, watch = ExpertCalls(program, options.coverage_min), self._experts.watch
+        prompts = self._prompts(program)
+        seen = gather_artifact(program, runner, prompts, options, self._progress, rounding, calls, watch)
+        if name == ARTIFACT_GATE:
+            self._seen, self._calls = seen, calls
         verdict = judge_parity(name, seen, options)
         return replace(verdict, figures={**verdict.figures, "runner": dict(runner.facts())})
 
     def coverage(self) -> Verdict:
-        return run_coverage(self._inputs, self._seen, self._options, self._progress, self._experts.watch)
+        return run_coverage(self._inputs, self._seen, self._calls, self._options, self._progress)
 
     def integrity(self) -> Verdict:
         return self._experts.comparisons().judge(self._progress)
@@ -152,14 +157,14 @@ class _Run:
     def repeated(self) -> Verdict:
         program = self._inputs.program
         return run_repeatability(
-            program, precision_of(program), self._runner, self._options.seed, self._repeatability, self._progress
+            program, precision_of(program), self._inputs.runner, self._options.seed, self._repeatability, self._progress
         )
 
 
 class ExpertTensors:
-    """The comparison of an artifact's expert tensors with the plan's, made while the coverage gate runs.
+    """The comparison of an artifact's expert tensors with the plan's, made while the reference reads them.
 
-    An error of the comparison is kept for the integrity gate and does not fail the coverage gate.
+    An error of the comparison is kept for the integrity gate and does not fail the gate that is running.
 
     Args:
         inputs: The artifact, and what it was built from.
@@ -192,20 +197,18 @@ class ExpertTensors:
 
 
 def run_coverage(
-    inputs: GateInputs, seen: Evidence | None, options: ParityOptions, progress: Progress, watch: WeightObserver
+    inputs: GateInputs, seen: Evidence | None, calls: ExpertCalls | None, options: ParityOptions, progress: Progress
 ) -> Verdict:
-    """The verdict of the coverage gate, with the hidden states `seen.hidden` of the artifact's parity step."""
-    if seen is None:
+    """The verdict of the coverage gate, with what the artifact's parity step has `seen` and the `calls` beside it."""
+    if seen is None or calls is None:
         return Verdict(COVERAGE_GATE, Status.NOT_RUN, f"'{ARTIFACT_GATE}' did not finish", EXIT_CODE)
     runners = inputs.target.open_experts(inputs.directory, threads=inputs.threads)
     if not runners:
         reason = f"the target {inputs.target.name} cannot run single experts"
         figures = {"steps": {ARTIFACT_GATE: seen.usage.figures()}}
         return Verdict(COVERAGE_GATE, Status.NOT_RUN, reason, EXIT_CODE, figures)
-    rounding = inputs.target.activation_rounding(inputs.directory)
-    share = options.coverage_min
-    found = run_every_expert(inputs.program, runners, seen.hidden, share, progress, watch, rounding)
-    known = rounding is not None
+    share, known = options.coverage_min, inputs.target.activation_rounding(inputs.directory) is not None
+    found = run_every_expert(inputs.program, runners, calls.hidden, share, progress, outputs=calls.outputs)
     return judge_coverage(found, list(runners), seen.precision, share, seen.usage, rounding_known=known)
 
 
@@ -220,7 +223,7 @@ def run_repeatability(
     """The verdict of the repeatability gate on a prompt of random tokens of `program`."""
     length = bounds(program, limits_of(runner), options.tokens).max_tokens
     ids = Prompts(program.vocab_size, seed=seed).random(1, length)
-    return judge_repeatability(runner, ids, precision, options, progress)
+    return judge_repeatability(runner, ids, precision, options.of_layers(len(program.layers)), progress)
 
 
 def run_gate(name: str, code: int, gate: Gate) -> Verdict:

@@ -9,6 +9,7 @@ to attend to, decides likewise.
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -155,6 +156,12 @@ class RouterWatch:
         self._layers = {node: index for index, node in enumerate(program.nodes(EXPERTS))}
         self._experts = {row.index: row.num_experts for row in program.layers}
         self.begin(0, 0)
+
+    def of_step(self, batch: int, length: int) -> RouterWatch:
+        """A watch of the same Program without records, for a step of `batch` sequences of `length` tokens."""
+        watch = copy.copy(self)
+        watch.begin(batch, length)
+        return watch
 
     def begin(self, batch: int, length: int) -> None:
         """Clear the records before a step of `batch` sequences of `length` tokens."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -111,6 +111,10 @@ class ExpertCall:
     outputs: Tensor
 
 
+Routed = tuple[Tensor, Tensor, Tensor]
+"""The operands of one call of a layer's experts: hidden_states [T, H], indices [T, k] and weights [T, k]."""
+
+
 def run_experts(
     hidden_states: Tensor,
     indices: Tensor,
@@ -134,16 +138,30 @@ def run_experts(
     Returns:
         [T, H] in the dtype of `hidden_states`, accumulated in float32 (float64 for float64 input).
     """
-    accumulate = torch.promote_types(hidden_states.dtype, torch.float32)
-    out = torch.zeros(hidden_states.shape, dtype=accumulate)
-    live = torch.where(weights != 0, indices, -1)
-    for index in torch.unique(live[live >= 0]).tolist():
-        token, slot = torch.where(live == index)
-        own = expert(index)
-        inputs, share = hidden_states[token], weights[token, slot]
-        inner = gate(F.linear(rounded.gate_up(inputs), own.gate_up, own.gate_up_bias))
-        result = F.linear(rounded.down(inner), own.down, own.down_bias)
-        out.index_add_(0, token, result.to(accumulate) * share[:, None].to(accumulate))
-        if watch is not None:
-            watch(ExpertCall(index, token, slot, share, inputs, inner, result))
-    return out.to(hidden_states.dtype)
+    return run_experts_together([(hidden_states, indices, weights)], gate, expert, watch, rounded)[0]
+
+
+def run_experts_together(
+    calls: Sequence[Routed],
+    gate: Gate,
+    expert: Callable[[int], ExpertWeights],
+    watch: Callable[[ExpertCall], None] | None = None,
+    rounded: ExpertInputs = NOT_ROUNDED,
+) -> list[Tensor]:
+    """The results of `run_experts` for several calls, bit by bit, with each expert fetched once for all of them."""
+    sums = [torch.zeros(call[0].shape, dtype=torch.promote_types(call[0].dtype, torch.float32)) for call in calls]
+    live = [torch.where(weights != 0, indices, -1) for _, indices, weights in calls]
+    for index in torch.unique(torch.cat([own[own >= 0] for own in live])).tolist():
+        fetched = None
+        for (hidden_states, _, weights), own, out in zip(calls, live, sums, strict=True):
+            token, slot = torch.where(own == index)
+            if not len(token):
+                continue
+            fetched = fetched or expert(index)
+            inputs, share = hidden_states[token], weights[token, slot]
+            inner = gate(F.linear(rounded.gate_up(inputs), fetched.gate_up, fetched.gate_up_bias))
+            result = F.linear(rounded.down(inner), fetched.down, fetched.down_bias)
+            out.index_add_(0, token, result.to(out.dtype) * share[:, None].to(out.dtype))
+            if watch is not None:
+                watch(ExpertCall(index, token, slot, share, inputs, inner, result))
+    return [out.to(call[0].dtype) for out, call in zip(sums, calls, strict=True)]

@@ -7,7 +7,7 @@ expert), not the model. A cache keeps recently used weights.
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from moec.compiler.common.errors import UsageError
-from moec.compiler.ir.experts import NOT_ROUNDED, ExpertCall, ExpertInputs, ExpertWeights, run_experts
+from moec.compiler.ir.experts import NOT_ROUNDED, ExpertCall, ExpertInputs, ExpertWeights, Routed, run_experts_together
 from moec.compiler.ir.operands import Experts
 from moec.compiler.ir.program import EXPERTS, Program
 from moec.compiler.ir.weights import LazyTensor
@@ -181,6 +181,16 @@ class Interpreter:
     def _experts(
         self, node: fx.Node, values: dict[fx.Node, Any], hidden: Tensor, indices: Tensor, weights: Tensor
     ) -> Tensor:
+        return self._experts_together(node, values, [(hidden, indices, weights)])[0]
+
+    def _experts_together(self, node: fx.Node, values: Mapping[fx.Node, Any], calls: Sequence[Routed]) -> list[Tensor]:
+        """The outputs of a layer's experts for several calls; each expert that is used is read once.
+
+        Args:
+            node: The `moec::experts` node.
+            values: Values of the stacks that the graph computes, the same in all calls.
+            calls: The operands.
+        """
         own = Experts.of(node)
 
         def row(argument: Any, index: int) -> Tensor | None:
@@ -205,7 +215,7 @@ class Interpreter:
         watch = None if self.expert_observer is None else partial(self.expert_observer, node)
         up, down = self._rounded(own.gate_up_proj), self._rounded(own.down_proj)
         rounded = NOT_ROUNDED if up is None or down is None else ExpertInputs(up, down)
-        return run_experts(hidden, indices, weights, own.gate, expert, watch, rounded)
+        return run_experts_together(calls, own.gate, expert, watch, rounded)
 
 
 def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
@@ -269,9 +279,13 @@ class ProgramRunner(Interpreter):
 
     def feeds(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None) -> dict[str, Tensor]:
         """What the next step is fed; arguments as for `decode`."""
+        states = self._states or empty_states(self.program, input_ids.shape[0])
+        return {**self.inputs(input_ids, attention_mask, self._length), **states}
+
+    def inputs(self, input_ids: np.ndarray, attention_mask: np.ndarray | None, past: int) -> dict[str, Tensor]:
+        """What a step after `past` tokens is fed besides states; other arguments as for `decode`."""
         ids = torch.from_numpy(np.ascontiguousarray(input_ids, dtype=np.int64))
-        states = self._states or empty_states(self.program, ids.shape[0])
-        past, total = self._length, self._length + ids.shape[1]
+        total = past + ids.shape[1]
         mask = (
             torch.ones(ids.shape[0], total, dtype=torch.int64)
             if attention_mask is None
@@ -282,7 +296,6 @@ class ProgramRunner(Interpreter):
             "attention_mask": mask,
             "position_ids": default_positions(mask, ids.shape[1]),
             "cache_position": torch.arange(past, total),
-            **states,
         }
         return {**feeds, **self._extra(feeds)}
 

@@ -16,9 +16,9 @@ from moec.compiler.gates.parity import ARTIFACT_GATE, CAPTURE_GATE, EXIT_CODE, P
 from moec.compiler.gates.quality import EXIT_CODE as QUALITY_EXIT_CODE
 from moec.compiler.gates.quality import GATE as QUALITY_GATE
 from moec.compiler.gates.quality import QualityOptions, judge_quality, not_run
+from moec.compiler.gates.reference import Ahead
 from moec.compiler.gates.repeatability import GATE as REPEATABILITY_GATE
 from moec.compiler.gates.run import Gate, GateInputs, run_gates
-from moec.compiler.ir.interpreter import ProgramRunner
 from moec.compiler.ir.widen import widened
 from moec.compiler.pipeline.recipe import Recipe
 from moec.targets.base import Target
@@ -69,9 +69,8 @@ def _quality(inputs: GateInputs, recipe: Recipe, progress: Progress) -> Verdict:
         return not_run()
     options = QualityOptions(asked.max_loss, asked.text, asked.windows, asked.window)
     # The reference is the checkpoint's model in float32, without the rounding of an export in float16.
-    source = ProgramRunner(widened(inputs.captured))
-    runner = inputs.target.open_reference(inputs.directory, threads=0)
-    return judge_quality(inputs.captured, source, runner, inputs.checkpoint.directory, options, progress)
+    source = partial(Ahead, widened(inputs.captured))
+    return judge_quality(inputs.captured, source, inputs.runner, inputs.checkpoint.directory, options, progress)
 
 
 def _latency(inputs: GateInputs, recipe: Recipe, manifest: Mapping[str, Any], progress: Progress) -> Verdict:

@@ -190,6 +190,12 @@ class OnnxTarget(base.Target):
 
         return OnnxRunner(directory, threads=threads)
 
+    def open_reference(self, directory: Path, *, threads: int = 0) -> runners.Runner:
+        """Open the artifact; large weights are packed on the disk for it and mapped."""
+        from moec.targets.onnx.packing import open_with_little_memory
+
+        return open_with_little_memory(directory, threads)
+
     def packing(self) -> base.Packing:
         """MLAS chooses its kernels, and so the layout of packed weights, by the instruction set."""
         import onnxruntime

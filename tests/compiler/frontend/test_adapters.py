@@ -13,7 +13,7 @@ from moec.compiler.families.tiny_models import tiny_model
 from moec.compiler.frontend.adapters.base import ADAPTERS
 from moec.compiler.frontend.capture import capture
 from moec.compiler.frontend.checkpoint import Checkpoint
-from moec.compiler.gates.reference import load_source
+from moec.compiler.gates.source import load_source
 from moec.compiler.ir.interpreter import Interpreter, ProgramRunner, empty_states
 from moec.compiler.ir.program import EXPERTS, Program
 from moec.passes.routing.dynamic_routing import DynamicRouting

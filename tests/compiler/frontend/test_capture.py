@@ -23,7 +23,7 @@ from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.frontend.masks import Mask, MaskPattern, MaskUseError
 from moec.compiler.frontend.meta_model import meta_model
 from moec.compiler.frontend.recording import Recording, active_record, recording, watching
-from moec.compiler.gates.reference import load_source
+from moec.compiler.gates.source import load_source
 from moec.compiler.ir.experts import Gate
 from moec.compiler.ir.interpreter import ProgramRunner
 from moec.compiler.ir.printing import format_graph

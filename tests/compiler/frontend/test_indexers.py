@@ -19,7 +19,7 @@ from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.frontend.indexers import IndexedKeys, IndexerScores
 from moec.compiler.frontend.masks import InvertedMask, Mask
 from moec.compiler.frontend.recording import Recording
-from moec.compiler.gates.reference import load_source
+from moec.compiler.gates.source import load_source
 from moec.compiler.ir.interpreter import ProgramRunner
 from moec.compiler.ir.operands import Attention, Indexer
 from moec.compiler.ir.program import ATTENTION, INDEXER

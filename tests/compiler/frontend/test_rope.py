@@ -13,7 +13,7 @@ from moec.compiler.frontend.capture import capture
 from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.gates.cases import Prompts
 from moec.compiler.gates.parity import ParityOptions, check_capture
-from moec.compiler.gates.reference import load_source
+from moec.compiler.gates.source import load_source
 from moec.compiler.ir.interpreter import ProgramRunner
 
 BORDER = 24

@@ -23,7 +23,7 @@ from moec.compiler.frontend.scans import FUNCTIONS, scans_as_ops
 from moec.compiler.frontend.step_cache import cache_class
 from moec.compiler.gates.cases import Prompts
 from moec.compiler.gates.parity import check_capture
-from moec.compiler.gates.reference import load_source
+from moec.compiler.gates.source import load_source
 from moec.compiler.gates.tolerance import TOLERANCES, Precision
 from moec.compiler.ir.interpreter import ProgramRunner
 from moec.compiler.ir.operands import CausalConv, LinearAttention

@@ -13,9 +13,9 @@ from torch import Tensor
 from moec.compiler.common.errors import ArtifactError
 from moec.compiler.common.verdict import Status, Verdict
 from moec.compiler.frontend.checkpoint import Checkpoint
-from moec.compiler.gates.coverage import ROWS, LayerResult, judge_coverage, run_every_expert
+from moec.compiler.gates.coverage import ROWS, ExpertCalls, LayerResult, judge_coverage, run_every_expert
 from moec.compiler.gates.integrity import Comparisons
-from moec.compiler.gates.reference import SAMPLED, HiddenStates, Trace
+from moec.compiler.gates.reference import SAMPLED, Batch, HiddenStates, Oracle, Trace
 from moec.compiler.gates.tolerance import Precision
 from moec.compiler.gates.usage import Usage
 from moec.compiler.ir.interpreter import ActivationRounding, Interpreter, ProgramRunner
@@ -69,6 +69,46 @@ def test_hidden_states_are_those_of_the_longest_sequence(mixtral: Captured, hidd
     for layer, rows in hidden.items():
         assert rows.shape == (SAMPLED, program.layers[layer].hidden_size)
         assert (rows[:, None] == seen[layer][None]).all(-1).any(-1).all()
+
+
+@pytest.mark.parametrize("share", [1.0, 0.4])
+def test_the_reference_runs_the_experts_beside_the_cases(mixtral: Captured, share: float) -> None:
+    program = mixtral[1]
+    calls = ExpertCalls(program, share)
+    read: list[tuple[str, int]] = []
+    given = prompts(program)
+    oracle = Oracle(program, 0.0, guests=calls, weight_observer=lambda name, index, _: read.append((name, index)))
+    oracle.traces([Batch(given.random(1, 5)), Batch(given.random(1, 100)), Batch(given.random(2, 7))])
+    assert len(read) == len(set(read)), "an expert was read twice"
+
+    seen = HiddenStates(program)
+    given = prompts(program)
+    given.random(1, 5)
+    ProgramRunner(program, observer=seen).prefill(given.random(1, 100))
+    for layer, rows in calls.hidden.items():
+        assert torch.equal(rows, seen.rows[layer])
+
+    artifact = program_experts(zero_4kb(program, 1, 0))
+    apart = run_every_expert(program, {"": artifact}, calls.hidden, share)
+    assert run_every_expert(program, {"": artifact}, calls.hidden, share, outputs=calls.outputs) == apart
+    assert apart[1].wrong(1e-4) == [0]
+
+    before, read[:] = dict(calls.hidden), []
+    oracle.traces([Batch(given.random(1, 200))])
+    assert all(calls.hidden[layer] is rows for layer, rows in before.items()), "a layer was run again"
+
+
+def test_outputs_of_the_reference_are_not_computed_again(mixtral: Captured) -> None:
+    program = mixtral[1]
+    calls = ExpertCalls(program)
+    Oracle(program, 0.0, guests=calls).trace(prompts(program).random(1, 100))
+    changed_outputs = {layer: [output + 1 for output in outputs] for layer, outputs in calls.outputs.items()}
+    experts = {"": program_experts(program)}
+    assert not any(
+        result.wrong(1e-4) for result in run_every_expert(program, experts, calls.hidden, outputs=calls.outputs)
+    )
+    for result in run_every_expert(program, experts, calls.hidden, outputs=changed_outputs):
+        assert len(result.wrong(1e-4)) == result.layer.num_experts
 
 
 def _judge(program: Program, artifact: Program, hidden: dict[int, Tensor], share: float = 1.0) -> Verdict:

@@ -11,8 +11,9 @@ import torch
 
 from moec.compiler.common.errors import ArtifactError
 from moec.compiler.common.verdict import Status, Verdict
+from moec.compiler.frontend import streamed, turns
 from moec.compiler.frontend.checkpoint import Checkpoint
-from moec.compiler.gates import noise, parity
+from moec.compiler.gates import noise, parity, reference
 from moec.compiler.gates.cases import Case, Prompts
 from moec.compiler.gates.compare import CaseResult, Output, compare
 from moec.compiler.gates.parity import (
@@ -20,13 +21,13 @@ from moec.compiler.gates.parity import (
     ParityOptions,
     check_capture,
     gather_artifact,
-    gather_capture,
     judge_parity,
 )
 from moec.compiler.gates.reference import Trace
 from moec.compiler.gates.tolerance import TOLERANCES, Precision, precision_of
 from moec.compiler.gates.usage import Usage
 from moec.compiler.ir.interpreter import ProgramRunner
+from moec.compiler.ir.lockstep import Lockstep
 from moec.compiler.ir.program import ATTENTION, Program
 from moec.passes.quantize import Quantize
 from moec.quantize.formats import Activations
@@ -62,12 +63,53 @@ def test_a_wrong_capture_fails(mixtral: Captured) -> None:
     assert verdict.exit_code == 5
 
 
-def test_too_little_memory_is_not_run_and_no_pass(mixtral: Captured) -> None:
+def test_a_large_model_gets_the_same_verdict_with_its_weights_read_while_it_runs(
+    mixtral: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
     checkpoint, program = mixtral
-    verdict = gather_capture(checkpoint, program, prompts(program), OPTIONS, lambda *_: None, lambda: 1000)
-    assert isinstance(verdict, Verdict)
+    monkeypatch.setattr(streamed, "SMALLEST", 4096)
+    read: list[tuple[int, ...]] = []
+
+    def noted(request: turns.Request) -> torch.Tensor:
+        read.append(request.key)
+        return turns.ask(request)
+
+    monkeypatch.setattr(streamed, "ask", noted)
+    little = dataclasses.replace(OPTIONS, loaded=0)
+    verdict = check_capture(checkpoint, program, prompts(program), little)
+    assert any(row >= 0 for _, row, _ in read), "no expert was read by itself"
+    assert verdict == check_capture(checkpoint, program, prompts(program), OPTIONS)
+
+    wrong = zero_4kb(program, 0, 2)
+    assert check_capture(checkpoint, wrong, prompts(program), little).status is Status.FAIL
+
+
+def test_cases_are_compared_in_parts_of_limited_memory(mixtral: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = mixtral[1]
+    together = gather_artifact(program, ProgramRunner(program), prompts(program), OPTIONS, lambda *_: None)
+    monkeypatch.setattr(reference, "LOGITS", 1)
+    seen: list[tuple[int, int]] = []
+    runs: list[int] = []
+    real = Lockstep.run_together
+    monkeypatch.setattr(
+        Lockstep, "run_together", lambda own, steps, told: runs.append(len(steps)) or real(own, steps, told)
+    )
+
+    def told(_: str, done: int, total: int) -> None:
+        seen.append((done, total))
+
+    one_by_one = gather_artifact(program, ProgramRunner(program), prompts(program), OPTIONS, told)
+    assert len(runs) == len(together.results)
+    assert one_by_one.results == together.results
+    assert one_by_one.usage.figures() == together.usage.figures()
+    assert [done / total for done, total in seen] == sorted(done / total for done, total in seen)
+    assert seen[-1] == (1, 1)
+
+
+def test_the_capture_may_be_left_out_and_is_no_pass_then(mixtral: Captured) -> None:
+    checkpoint, program = mixtral
+    verdict = check_capture(checkpoint, program, prompts(program), dataclasses.replace(OPTIONS, capture=False))
     assert verdict.status is Status.NOT_RUN
-    assert "GiB" in verdict.summary
 
 
 def test_a_right_artifact_passes(gpt_oss: Captured) -> None:

@@ -1,6 +1,6 @@
 """The quality gate: what it measures, when it passes, and that it works through any Runner."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +10,11 @@ import pytest
 
 from moec.compiler.common.errors import CheckpointError
 from moec.compiler.common.verdict import Status, Verdict
+from moec.compiler.gates import reference
 from moec.compiler.gates.quality import EXIT_CODE, QualityOptions, judge_quality, not_run
+from moec.compiler.ir.interpreter import ProgramRunner
+from moec.compiler.ir.lockstep import Lockstep
+from moec.compiler.ir.program import Program
 from moec.compiler.text.perplexity import compare, kl_divergence, log_softmax
 from moec.targets.runners import RunnerLimits
 
@@ -44,7 +48,7 @@ class Bigram:
 
 def judge(golden_model: Path, candidate: Bigram, limit: float, **changes: Any) -> Verdict:
     options = QualityOptions(limit, **{"windows": 12, "window": 64, **changes})
-    return judge_quality(PROGRAM, Bigram(), candidate, golden_model, options, lambda *_: None)
+    return judge_quality(PROGRAM, lambda _: Bigram(), candidate, golden_model, options, lambda *_: None)
 
 
 def test_an_equal_model_passes_even_without_any_tolerance(golden_model: Path) -> None:
@@ -64,6 +68,20 @@ def test_the_divergence_of_each_window_is_known_for_paired_comparisons() -> None
     assert len(set(alone)) == 3
     first, second = (log_softmax(model.prefill(ids[:1])[0, :-1]).astype(float) for model in (Bigram(), Bigram(0.5)))
     assert alone[0] == pytest.approx((np.exp(first) * (first - second)).sum(-1).mean(), rel=1e-4)
+
+
+def test_the_reference_runs_windows_together(
+    capture_of: Callable[[str], Program], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program, told = capture_of("mixtral"), list[int]()
+    windows = np.random.default_rng(0).integers(0, program.vocab_size, (5, 12))
+    monkeypatch.setattr(reference, "AHEAD", 3 * 12 * program.vocab_size * 4)
+    real = Lockstep.run_together
+    monkeypatch.setattr(Lockstep, "run_together", lambda own, steps: told.append(len(steps)) or real(own, steps))
+    model, alone = reference.Ahead(program, windows), ProgramRunner(program)
+    for window in windows:
+        np.testing.assert_array_equal(model.prefill(window[None]), alone.prefill(window[None]))
+    assert told == [3, 2]
 
 
 def test_a_worse_model_fails_with_the_exit_code_of_quality(golden_model: Path) -> None:
@@ -99,7 +117,7 @@ def test_nan_never_passes(golden_model: Path) -> None:
 def test_it_tells_how_far_it_is(golden_model: Path) -> None:
     told: list[tuple[str, int, int]] = []
     options = QualityOptions(1.0, windows=3, window=32)
-    judge_quality(PROGRAM, Bigram(), Bigram(), golden_model, options, lambda *step: told.append(step))
+    judge_quality(PROGRAM, lambda _: Bigram(), Bigram(), golden_model, options, lambda *step: told.append(step))
     assert told == [("quality", 1, 3), ("quality", 2, 3), ("quality", 3, 3)]
 
 

@@ -90,3 +90,9 @@ def test_a_slow_artifact_is_run_less_often_and_the_verdict_says_so() -> None:
     verdict = judge_repeatability(Spoilt(lambda logits, _: logits), IDS, Precision.FP32, options)
     assert verdict.status is Status.PASS
     assert verdict.summary.startswith("3 runs")
+
+
+@pytest.mark.parametrize(("layers", "runs"), [(2, 20), (4, 20), (5, 16), (16, 5), (61, 5)])
+def test_many_layers_need_fewer_runs(layers: int, runs: int) -> None:
+    assert RepeatabilityOptions().of_layers(layers).runs == runs
+    assert RepeatabilityOptions(runs=4).of_layers(layers).runs == 4

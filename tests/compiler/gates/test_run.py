@@ -3,6 +3,7 @@
 # ruff: noqa: ARG002, ARG005 - the arguments are those of the protocols
 
 import io
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -21,8 +22,10 @@ from moec.compiler.gates.integrity import expert_weights, other_weights
 from moec.compiler.gates.reference import reference_threads
 from moec.compiler.gates.repeatability import RepeatabilityOptions
 from moec.compiler.gates.run import SEVERAL_FAILED, ExpertTensors, GateInputs, exit_code, run_gate, run_gates, table
+from moec.compiler.ir import lockstep
 from moec.compiler.ir.interpreter import ProgramRunner
 from moec.compiler.ir.program import Program
+from moec.compiler.ir.weights import Converted, LazyTensor
 from moec.targets import base, runners
 from moec.targets.stored_weights import StoredWeight
 
@@ -95,7 +98,36 @@ def test_a_right_artifact_passes_every_gate(mixtral: Captured) -> None:
     assert all(verdict.figures["seconds"] >= 0 for verdict in verdicts)
     assert verdicts[1].figures["runner"]["runtime"] == "moec interpreter"
     assert "integrity" in told
-    assert during == {"coverage"}  # which makes the values of every expert
+    assert during == {"parity: artifact"}  # whose reference makes the values of every expert
+
+
+def test_all_gates_read_each_expert_of_the_final_program_once(
+    mixtral: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint, captured = mixtral
+    reads = Counter[tuple[str, int, int]]()
+
+    class Counted(Converted):
+        def __init__(self, name: str, source: LazyTensor) -> None:
+            self.name, self.source, self.dtype = name, source, source.dtype
+
+        def rows(self, start: int, stop: int) -> torch.Tensor:
+            reads[self.name, start, stop] += 1
+            return self.source.rows(start, stop)
+
+    experts = {name: Counted(name, captured.weights[name]) for name in expert_weights(captured)}
+    final = captured.replace(weights=captured.weights.with_tensors(experts))
+    monkeypatch.setattr(lockstep, "CACHED", 0)
+    verdicts = run_gates(
+        GateInputs(checkpoint, captured, final, InterpreterTarget(captured), Path()),
+        OPTIONS,
+        repeatability=RepeatabilityOptions(runs=3, tokens=40),
+    )
+    assert {verdict.status for verdict in verdicts} == {Status.PASS}
+    assert reads.keys() == {
+        (name, index, index + 1) for name in experts for index in range(captured.weights[name].shape[0])
+    }
+    assert set(reads.values()) == {1}
 
 
 def test_a_damaged_expert_fails_parity_coverage_and_integrity(mixtral: Captured) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,7 @@ from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.gates.cases import Case, Prompts
 from moec.compiler.gates.compare import CaseResult, Output, compare
 from moec.compiler.gates.noise import RUNS, Noise, noise_of
-from moec.compiler.gates.reference import Oracle, Trace
+from moec.compiler.gates.reference import Oracle, Told, Trace
 from moec.compiler.gates.tolerance import TOLERANCES, Precision, Tolerance
 from moec.compiler.gates.trials import Compared, Trial
 from moec.compiler.ir.interpreter import ProgramRunner
@@ -31,9 +33,21 @@ class Scripted(Trial):
         super().__init__(None, None, Prompts(50, seed=1), tolerance, 0.0, 0.2, RETRIES)  # type: ignore[arg-type]
         self.found, self.fed, self.asked = found, list[Case](), 0
 
-    def _compared(self, case: Case) -> Compared:
-        error, excused = self.found[len(self.fed)]
-        self.fed.append(case)
+    def one(self, case: Case) -> Compared:
+        """The result of a case that runs beside two right ones."""
+        right = dataclasses.replace(case, name="right")
+        found = self.run([right, case, right])
+        assert [one.result.name for one in found] == ["right", case.name, "right"]
+        return found[1]
+
+    def _compared(self, cases: Sequence[Case], told: Told) -> list[Compared]:  # noqa: ARG002 - as in the class
+        return [self._try(case) for case in cases]
+
+    def _try(self, case: Case) -> Compared:
+        error, excused = 0.0, 0
+        if case.name != "right":
+            error, excused = self.found[len(self.fed)]
+            self.fed.append(case)
         result = CaseResult(case.name, error, 0.0, positions=40, excused=excused, tied=excused, top1=1.0)
         return Compared(
             case, Output(case.input_ids, np.zeros(0)), Trace(np.zeros(0), np.zeros(0), {}), result, np.zeros(0)
@@ -49,7 +63,7 @@ CASE = Case("padded", np.array([[0, 7, 7, 7]]), np.array([[0, 1, 1, 1]]), (4,))
 
 def test_a_case_that_ties_excuse_is_repeated_with_other_tokens() -> None:
     trial = Scripted((1e-3, 20), (2e-3, 15), (3e-3, 8), (0.0, 0))
-    result = trial.run(CASE).result
+    result = trial.one(CASE).result
     assert (result.error, result.excused, len(trial.fed)) == (3e-3, 8, 3)
     tokens = {tuple(case.input_ids[0].tolist()) for case in trial.fed}
     assert len(tokens) == 3
@@ -60,22 +74,22 @@ def test_a_case_that_ties_excuse_is_repeated_with_other_tokens() -> None:
 @pytest.mark.parametrize("error", [0.5, float("nan"), float("inf")])
 def test_an_error_in_any_try_counts(error: float) -> None:
     trial = Scripted((1e-3, 20), (error, 30), (0.0, 0))
-    assert not trial.run(CASE).result.error <= 1e-2
+    assert not trial.one(CASE).result.error <= 1e-2
     assert len(trial.fed) == 2
 
 
 def test_a_case_is_not_repeated_without_end_nor_without_need() -> None:
     trial = Scripted((1e-3, 30), (1e-3, 22), (1e-3, 25), (1e-3, 31), (0.0, 0))
-    assert (trial.run(CASE).result.excused, len(trial.fed), trial.asked) == (22, 1 + RETRIES, 1)
+    assert (trial.one(CASE).result.excused, len(trial.fed), trial.asked) == (22, 1 + RETRIES, 1)
     trial = Scripted((1e-3, 8), (0.0, 0))
-    trial.run(CASE)
+    trial.one(CASE)
     assert len(trial.fed) == 1
 
 
 def test_noise_is_asked_until_a_case_is_wrong() -> None:
     trial = Scripted((1e-3, 0), (0.5, 0), (0.5, 0))
     for asked in (0, 1, 1):
-        trial.run(CASE)
+        trial.one(CASE)
         assert trial.asked == asked
 
 
@@ -93,7 +107,7 @@ def test_what_noise_of_the_size_of_rounding_causes_is_explained(mixtral: Capture
     program = mixtral[1]
     runner, oracle = ProgramRunner(program), Oracle(program, TIGHT.tie_margin)
     runner.disturbance = Noise(noise_of(program), seed=5)
-    result = trial_of(program, runner, oracle).run(case_of(program, new_tokens=8)).result
+    result = trial_of(program, runner, oracle).run([case_of(program, new_tokens=8)])[0].result
     assert result.error <= TIGHT.limit
     assert result.sensitive > 10
     assert TIGHT.limit < result.sensitive_error < 1e-4
@@ -107,8 +121,8 @@ def test_a_larger_error_is_not_explained(factor: int, mixtral: Captured) -> None
     runner.disturbance = Noise(factor * noise_of(program), seed=5)
     runs: list[Any] = []
     plain = oracle.disturbed
-    oracle.disturbed = lambda *given: runs.append(given[0]) or plain(*given)  # type: ignore[method-assign, func-returns-value]
-    result = trial_of(program, runner, oracle).run(case_of(program)).result
+    oracle.disturbed = lambda *given: runs.extend(given[0]) or plain(*given)  # type: ignore[method-assign, func-returns-value]
+    result = trial_of(program, runner, oracle).run([case_of(program)])[0].result
     assert result.error > TIGHT.limit
     assert [isinstance(one, Noise) for one in runs] == [False] + [True] * sum(RUNS)
 
@@ -119,7 +133,7 @@ def test_padding_is_explained_row_by_row(mixtral: Captured) -> None:
     mask = (np.arange(9)[None] >= np.array([[0], [4]])).astype(np.int64)
     runner, oracle = ProgramRunner(program), Oracle(program, TIGHT.tie_margin)
     runner.disturbance = Noise(noise_of(program), seed=5)
-    result = trial_of(program, runner, oracle).run(Case("padded", ids * mask, mask, (7, 1, 1))).result
+    result = trial_of(program, runner, oracle).run([Case("padded", ids * mask, mask, (7, 1, 1))])[0].result
     assert result.error <= TIGHT.limit
     assert result.positions == 14
     assert result.sensitive > 5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ import pytest
 import moec
 from moec import cli
 from moec.compiler.common.artifact import read_manifest
+from moec.compiler.common.files import partial_prefix
 from moec.compiler.families.tiny_models import tiny_model
 from moec.compiler.run import packed_cache, packing
+from moec.targets.onnx import packing as onnx_packing
 from moec.targets.onnx.runner import OnnxRunner
 from moec.targets.onnx.target import OnnxTarget
 
@@ -72,6 +75,85 @@ def test_the_file_holds_what_the_kernels_pack(exported: Exported, tmp_path: Path
     assert any(key.startswith("prepacked") for key in keys)
     sizes = [(path / "model.onnx_data").stat().st_size for path in (directory, tmp_path / "packed")]
     assert sizes[1] > 1.3 * sizes[0]
+
+
+def test_weights_are_packed_in_groups(exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = exported("int4")
+    sessions: list[int] = []
+    real = ort.InferenceSession
+
+    def counted(*arguments: Any, **settings: Any) -> ort.InferenceSession:
+        sessions.append(1)
+        return real(*arguments, **settings)
+
+    def packed(name: str, together: int) -> dict[str, list[str]]:
+        monkeypatch.setattr(onnx_packing, "TOGETHER", together)
+        sessions.clear()
+        (tmp_path / name).mkdir()
+        onnx_packing.write_packed(directory, tmp_path / name)
+        assert sorted(path.name for path in (tmp_path / name).iterdir()) == ["model.onnx", "model.onnx_data"]
+        model = onnx.load(tmp_path / name / "model.onnx", load_external_data=False)
+        entries = {item.name: {e.key: e.value for e in item.external_data} for item in model.graph.initializer}
+        found = {key: own["prepacked_0"].split("|") for key, own in entries.items() if "prepacked_0" in own}
+        return {key: [digest, *(blob.split(";")[1] for blob in blobs)] for key, (digest, *blobs) in found.items()}
+
+    monkeypatch.setattr(ort, "InferenceSession", counted)
+    together = packed("together", 1 << 30)
+    assert len(sessions) == 1
+    apart = packed("apart", 1)
+    assert len(sessions) > 4
+    assert apart == together
+    assert len(apart) > 4
+    for want, found in zip(
+        steps(OnnxRunner(tmp_path / "together")), steps(OnnxRunner(tmp_path / "apart")), strict=True
+    ):
+        np.testing.assert_array_equal(found, want)
+
+
+@pytest.mark.parametrize("form", ["int4", "none"])
+def test_gates_open_a_large_artifact_packed_and_leave_nothing(
+    form: str, exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = tmp_path / "out"
+    shutil.copytree(exported(form), directory)
+    made: list[Path] = []
+    real = onnx_packing.write_packed
+
+    def noted(artifact: Path, output: Path) -> None:
+        made.append(output)
+        real(artifact, output)
+
+    monkeypatch.setattr(onnx_packing, "write_packed", noted)
+    target = OnnxTarget()
+    target.open_reference(directory)
+    assert not made, "it is small"
+    monkeypatch.setattr(onnx_packing, "LARGE", 1)
+    runner = target.open_reference(directory)
+    assert made[0].name.startswith(partial_prefix(directory)), "the next export would not remove it"
+    assert list(tmp_path.iterdir()) == [directory]
+    for want, found in zip(steps(OnnxRunner(directory)), steps(runner), strict=True):
+        np.testing.assert_array_equal(found, want)
+
+
+def test_gates_open_an_artifact_as_it_is_where_there_is_no_room(
+    exported: Exported, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = exported("int4")
+    monkeypatch.setattr(onnx_packing, "LARGE", 1)
+    packs: list[Path] = []
+
+    def full(_artifact: Path, output: Path) -> None:
+        packs.append(output)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(onnx_packing, "write_packed", full)
+    want = steps(OnnxRunner(directory))
+    for found, expected in zip(steps(OnnxTarget().open_reference(directory)), want, strict=True):
+        np.testing.assert_array_equal(found, expected)
+    assert len(packs) == 1
+    monkeypatch.setattr(onnx_packing, "COPIES", 1e15)
+    OnnxTarget().open_reference(directory)
+    assert len(packs) == 1, "it was tried without room"
 
 
 def test_plain_onnx_runtime_opens_it(exported: Exported, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from moec import cli
 from moec.compiler.frontend.capture import capture
 from moec.compiler.frontend.checkpoint import Checkpoint
-from moec.compiler.gates.reference import load_source
+from moec.compiler.gates.source import load_source
 from moec.compiler.ir.encoded_weights import Encoded
 from moec.compiler.ir.interpreter import ProgramRunner
 
