@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from moec.compiler.gates.reference import Batch, Oracle
+from moec.compiler.gates.tolerance import Precision
 from moec.compiler.ir.program import Program
 
 SIZES: Mapping[torch.dtype, float] = {torch.float32: 2e-6, torch.float16: 5e-4}
@@ -53,9 +54,9 @@ class Noise:
         return value + (random * self.size * value.abs().amax(-1, keepdim=True)).to(value.dtype)
 
 
-def noise_of(program: Program) -> float:
-    """Size of the noise that stands for the rounding of the activations of `program`."""
-    return SIZES[program.dtype]
+def noise_of(program: Program, precision: Precision) -> float:
+    """Size of the noise that stands for the rounding of activations, in `program` or an artifact of `precision`."""
+    return max(SIZES[program.dtype], SIZES[torch.float16] if precision is Precision.FP16 else 0.0)
 
 
 def explained(oracle: Oracle, size: float, batch: Batch) -> Iterator[np.ndarray]:

@@ -141,7 +141,9 @@ def gather(
         tuple(dict.fromkeys(left_out)),
         own_tolerance=tolerance,
     )
-    trial = Trial(runner, oracle, prompts, evidence.tolerance, noise_of(program), options.max_excused, options.retries)
+    trial = Trial(
+        runner, oracle, prompts, evidence.tolerance, noise_of(program, precision), options.max_excused, options.retries
+    )
 
     def size(case: Case) -> int:
         batch, length = case.input_ids.shape

@@ -94,7 +94,9 @@ def test_noise_is_asked_until_a_case_is_wrong() -> None:
 
 
 def trial_of(program: Program, runner: ProgramRunner, oracle: Oracle) -> Trial:
-    return Trial(runner, oracle, Prompts(program.vocab_size, seed=3), TIGHT, noise_of(program), 0.2, RETRIES)
+    return Trial(
+        runner, oracle, Prompts(program.vocab_size, seed=3), TIGHT, noise_of(program, Precision.FP32), 0.2, RETRIES
+    )
 
 
 def case_of(program: Program, new_tokens: int = 0) -> Case:
@@ -106,7 +108,7 @@ def test_what_noise_of_the_size_of_rounding_causes_is_explained(mixtral: Capture
     """The limit is below any rounding, so that every position is judged by the noise."""
     program = mixtral[1]
     runner, oracle = ProgramRunner(program), Oracle(program, TIGHT.tie_margin)
-    runner.disturbance = Noise(noise_of(program), seed=5)
+    runner.disturbance = Noise(noise_of(program, Precision.FP32), seed=5)
     result = trial_of(program, runner, oracle).run([case_of(program, new_tokens=8)])[0].result
     assert result.error <= TIGHT.limit
     assert result.sensitive > 10
@@ -118,7 +120,7 @@ def test_what_noise_of_the_size_of_rounding_causes_is_explained(mixtral: Capture
 def test_a_larger_error_is_not_explained(factor: int, mixtral: Captured) -> None:
     program = mixtral[1]
     runner, oracle = ProgramRunner(program), Oracle(program, TIGHT.tie_margin)
-    runner.disturbance = Noise(factor * noise_of(program), seed=5)
+    runner.disturbance = Noise(factor * noise_of(program, Precision.FP32), seed=5)
     runs: list[Any] = []
     plain = oracle.disturbed
     oracle.disturbed = lambda *given: runs.extend(given[0]) or plain(*given)  # type: ignore[method-assign, func-returns-value]
@@ -132,7 +134,7 @@ def test_padding_is_explained_row_by_row(mixtral: Captured) -> None:
     ids = Prompts(program.vocab_size, seed=2).random(2, 9)
     mask = (np.arange(9)[None] >= np.array([[0], [4]])).astype(np.int64)
     runner, oracle = ProgramRunner(program), Oracle(program, TIGHT.tie_margin)
-    runner.disturbance = Noise(noise_of(program), seed=5)
+    runner.disturbance = Noise(noise_of(program, Precision.FP32), seed=5)
     result = trial_of(program, runner, oracle).run([Case("padded", ids * mask, mask, (7, 1, 1))])[0].result
     assert result.error <= TIGHT.limit
     assert result.positions == 14
@@ -173,3 +175,9 @@ def test_a_generated_token_may_be_one_that_rounding_exchanges(explained: float, 
     output = Output(ids, want[:, :1])
     result, _ = compare(case, output, trace, TOLERANCES[Precision.FP32], np.full((1, 1), explained))
     assert result.mismatch == mismatch
+
+
+def test_an_artifact_in_half_precision_has_the_noise_of_half_precision(mixtral: Captured) -> None:
+    """A file of another exporter is compared with a Program in float32."""
+    assert noise_of(mixtral[1], Precision.FP16) == 5e-4
+    assert noise_of(mixtral[1].replace(dtype=torch.float16), Precision.INT8) == 5e-4
