@@ -10,6 +10,10 @@ from moec.compiler.common.errors import ArtifactError, UsageError, first_line
 from moec.compiler.common.files import read_json
 
 _CONTEXT = ("max_position_embeddings", "max_seq_len", "n_positions")
+LAYER_KEYS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers")
+"""Keys of config.json that hold the number of layers."""
+_LAYER_LISTS = ("layers_block_type", "layer_types", "hybrid_override_pattern")
+"""Keys with an entry for each layer."""
 DEFAULT_CONTEXT = 4096
 """Context length in tokens that is assumed where config.json states none."""
 
@@ -33,6 +37,14 @@ def context_length(config: Mapping[str, Any]) -> int | None:
     """The context length of the model in tokens, or None if config.json does not state it."""
     inner = text_config(config)
     return next((int(inner[name]) for name in _CONTEXT if isinstance(inner.get(name), int)), None)
+
+
+def layer_count(config: Mapping[str, Any]) -> int:
+    """Number of layers, or 0 if config.json does not state it. Nemotron-H only lists their types."""
+    inner = text_config(config)
+    numbers = (inner[name] for name in LAYER_KEYS if isinstance(inner.get(name), int))
+    lengths = (len(inner[name]) for name in _LAYER_LISTS if isinstance(inner.get(name), (list, str)))
+    return next(numbers, next(lengths, 0))
 
 
 def cache_length(config: Mapping[str, Any], wanted: int | None, default: int) -> int:

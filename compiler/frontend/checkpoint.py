@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from moec.compiler.common.digest import sha256_of_bytes
 from moec.compiler.common.errors import CheckpointError, first_line
 from moec.compiler.common.files import parse_json
+from moec.compiler.common.model_config import LAYER_KEYS
 from moec.compiler.frontend.architecture import is_native, notes, read_config
 from moec.compiler.frontend.names import plain_names
 from moec.compiler.frontend.source import resolve
@@ -34,9 +35,8 @@ TOKENIZER_FILES = (
 )
 
 
-_LAYERS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers")
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-"""Keys of config.json that hold the number of layers or of experts."""
+"""Keys of config.json that hold the number of experts."""
 _WIDTHS = ("hidden_size", "intermediate_size", "moe_intermediate_size", "head_dim", "num_attention_heads", "vocab_size")
 """Keys of config.json that hold the length of an axis of some tensor, or a factor of it."""
 _PACKED = 64
@@ -117,7 +117,7 @@ class Checkpoint:
             return  # without files there is nothing to compare with
         longest = max((size for entry in entries.values() for size in entry.shape), default=0)
         limits = {
-            **dict.fromkeys(_LAYERS, len(entries)),
+            **dict.fromkeys(LAYER_KEYS, len(entries)),
             **dict.fromkeys(_EXPERTS, max(longest, len(entries))),
             **dict.fromkeys(_WIDTHS, _PACKED * longest),
         }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from moec.compiler.common.model_config import context_length, text_config
+from moec.compiler.common.model_config import context_length, layer_count
 from moec.compiler.ir.operands import Experts
 from moec.compiler.ir.program import EXPERTS, MoeLayer, Program, StateSpec
 from moec.compiler.ir.weights import Constant
@@ -18,11 +18,10 @@ def model_summary(program: Program) -> dict[str, Any]:
     routed. Embeddings are counted as a whole, and tied weights once.
     """
     total, active = _parameters(program)
-    config = text_config(program.config)
     return {
         "model_type": program.config.get("model_type", ""),
         "architectures": list(program.config.get("architectures") or []),
-        "layers": config.get("num_hidden_layers", config.get("n_layers")),
+        "layers": layer_count(program.config),
         "vocab_size": program.vocab_size,
         "max_position_embeddings": context_length(program.config),
         "parameters": {"total": total, "active": active},
