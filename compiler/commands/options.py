@@ -88,6 +88,9 @@ class Routing(Group):
     expert_budget: Annotated[str | None, _routing("SHARE", "Share of the pretrained top-k to keep.")] = None
     routing_text: Annotated[Path | None, _routing("PATH", "Calibration text. (default: moec's own)")] = None
     routing_input: Annotated[bool | None, _routing(None, "Make the policy's threshold an input.")] = None
+    compensation: Annotated[
+        int | None, _routing("RANK", "Let a linear map of this rank stand in for dropped experts.")
+    ] = None
     prune_experts: Annotated[str | None, _routing("SHARE", "Share of every layer's experts to remove.")] = None
 
     def section(self) -> Mapping[str, Any]:
@@ -97,6 +100,7 @@ class Routing(Group):
             "budget": self.expert_budget,
             "text": self.routing_text,
             "runtime_input": self.routing_input,
+            "compensation": self.compensation,
             "prune": self.prune_experts,
         }
 

@@ -22,6 +22,7 @@ def account(
     program: Program,
     traces: Sequence[RoutingTrace],
     capabilities: Mapping[Phase, Capabilities],
+    added: Sequence[int] = (),
 ) -> dict[str, Any]:
     """Count the experts that `program` executes on text. The result is for JSON, and deterministic.
 
@@ -30,11 +31,12 @@ def account(
         program: The final Program.
         traces: The routing of the final Program on the text, one entry per MoE layer.
         capabilities: Phase -> capabilities of the target; a phase that cannot skip experts executes all routed slots.
+        added: Multiplications per token of what stands in for dropped experts, for each MoE layer; empty: none.
 
     Returns:
         `layers`: for each MoE layer the pretrained `top_k`, `kept_share`, `kept_by_k` (share of the tokens that use 0,
         1, ... slots) and `tokens` per expert. `kept_share`: share of all slots. `phases`: for each phase
-        `executed_flops_share`; in decode also `bytes_per_token_share` (expert weights that one token reads); and
+        `executed_flops_share`, with what stands in for dropped experts; in decode also `bytes_per_token_share` (expert weights that one token reads); and
         `reason` if experts are not skipped.
     """
     rows, kept, slots = [], np.zeros(2), 0.0
@@ -46,10 +48,11 @@ def account(
         slots += weight
         rows.append({"module": before.module, **row})
     live, routed = (float(share) for share in kept / max(slots, 1.0))
+    extra = sum(added) / max(slots, 1.0)
     return {
         "kept_share": float(np.average([row["kept_share"] for row in rows], weights=[row["top_k"] for row in rows])),
         "layers": rows,
-        "phases": {str(phase): _phase(phase, given, live, routed) for phase, given in capabilities.items()},
+        "phases": {str(phase): _phase(phase, given, live, routed, extra) for phase, given in capabilities.items()},
     }
 
 
@@ -72,8 +75,8 @@ def _expert_size(node: fx.Node) -> int:
     return sum(int(stack.meta["val"][0].numel()) for stack in (first, second))
 
 
-def _phase(phase: Phase, given: Capabilities, live: float, routed: float) -> dict[str, Any]:
-    share = live if given.skips_experts else routed
+def _phase(phase: Phase, given: Capabilities, live: float, routed: float, extra: float) -> dict[str, Any]:
+    share = (live if given.skips_experts else routed) + extra
     found: dict[str, Any] = {"executed_flops_share": share}
     if not given.skips_experts:
         return {**found, "reason": f"logical saving only: {given.reason}"}

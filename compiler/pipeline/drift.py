@@ -24,10 +24,11 @@ from moec.compiler.common.progress import Progress
 from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.measure.drift import LayerDrift, layer_drifts
 from moec.compiler.measure.expert_use import FILE, ExpertUse, Told
+from moec.compiler.pipeline.calibration_data import LENGTH
 from moec.compiler.pipeline.captures import Captures
 from moec.compiler.pipeline.program import Built, build
 from moec.compiler.pipeline.recipe import RoutingRecipe, make_recipe, target_of, with_target_defaults
-from moec.compiler.pipeline.routing import ACCOUNTED_WINDOWS, LENGTH, plan_routing
+from moec.compiler.pipeline.routing import ACCOUNTED_WINDOWS, plan_routing
 from moec.compiler.pipeline.stages import Stages, silent
 from moec.compiler.text.corpus import read_text, spread, tokenize, windows
 from moec.passes.routing.calibrate.collect import collect

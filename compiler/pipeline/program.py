@@ -97,7 +97,7 @@ def build(
     if settings and codes is None:
         with stages("accounting"):
             capable = {phase: target.capabilities(options, phase) for phase in Phase}
-            savings, use = measure_savings(settings, checkpoint, captured, program, capable)
+            savings, use = measure_savings(settings, checkpoint, captured, program, capable, routing.added_work)
             routing = replace(routing, facts={**(routing.facts or {}), "accounting": savings}, use=use)
     with stages("quantize") if weights else contextlib.nullcontext():
         in_float32 = functools.partial(_in_float32, captured, program, (*common, *routing.passes))

@@ -83,6 +83,10 @@ class RoutingRecipe(BaseModel):
     )
     text: str | None = Field(default=None, description="Calibration text: a file or a directory.")
     runtime_input: bool = Field(default=False, description="Make the policy's threshold an input with a default.")
+    text_sha256: str | None = Field(default=None, description="Digest that the calibration text must have.")
+    compensation: int = Field(
+        default=0, ge=0, le=4096, description="Rank of the linear map that stands in for dropped experts; 0: none."
+    )
     prune: Annotated[float | None, BeforeValidator(_fraction)] = Field(
         default=None, gt=0, lt=1, description="Share of every layer's experts to remove, by REAP saliency."
     )
@@ -98,8 +102,11 @@ class RoutingRecipe(BaseModel):
         sources = [self.max_quality_loss, self.parameters, self.calibration or self.budget]
         if sum(source is not None for source in sources) > 1:
             raise ValueError("give only one of: budget or calibration, max_quality_loss, parameters")
-        if self.policy == "off" and (self.runtime_input or any(source is not None for source in sources)):
+        given = self.runtime_input or self.compensation or any(source is not None for source in sources)
+        if self.policy == "off" and given:
             raise ValueError("settings of a routing policy are given without a policy")
+        if self.parameters is not None and self.compensation:
+            raise ValueError("compensation is one of the parameters of the policy if these are given")
         return self
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,19 +19,21 @@ from moec.compiler.ir.interpreter import ProgramRunner
 from moec.compiler.ir.program import Program
 from moec.compiler.measure.accounting import account
 from moec.compiler.measure.expert_use import ExpertUse
+from moec.compiler.pipeline.calibration_data import CalibrationData, text_facts
 from moec.compiler.pipeline.calibration_file import read_calibration_file
 from moec.compiler.pipeline.input_checks import check_saving
-from moec.compiler.text.corpus import read_text, tokenize, windows
+from moec.compiler.text.corpus import read_text
 from moec.compiler.text.perplexity import losses
 from moec.passes.base import Pass
 from moec.passes.canonical.common_subexpressions import CommonSubexpressions
 from moec.passes.canonical.dead_code import DeadCode
 from moec.passes.experts.prune_experts import PruneExperts, choose_removed
-from moec.passes.routing.calibrate.collect import MASSES, Collector, collect, measure_sensitivities
+from moec.passes.routing.calibrate.collect import Collector, collect
 from moec.passes.routing.calibrate.fit import fit
 from moec.passes.routing.calibrate.search import Saving, largest_saving
 from moec.passes.routing.calibrate.sensitivities import Sensitivities
 from moec.passes.routing.calibrate.traces import RoutingTrace, kept_per_layer, kept_share, replay
+from moec.passes.routing.compensation import CompensateDropped
 from moec.passes.routing.dynamic_routing import DynamicRouting
 from moec.passes.routing.policies.base import Policy
 from moec.passes.routing.policies.table import parameters_of, policy, policy_type
@@ -42,12 +44,8 @@ if TYPE_CHECKING:
     from moec.targets.base import Capabilities, Phase
 
 SCHEMA_VERSION = 1
-LENGTH = 256
-WINDOWS = 64
-SENSITIVITY_WINDOWS = 8
 ACCOUNTED_WINDOWS = 16
 """Number of windows on which savings and the use of the experts are recorded; `moec drift` exchanges them by chance."""
-STAGE = "calibrate routing"
 
 
 @dataclass(frozen=True)
@@ -66,39 +64,11 @@ class RoutingPlan:
     facts: Mapping[str, Any] | None = None
     use: ExpertUse | None = None
 
-
-@dataclass(frozen=True)
-class _CalibrationData:
-    """The model to calibrate, and the calibration text as token windows [windows, length]."""
-
-    checkpoint: Checkpoint
-    program: Program
-    text: str
-    chosen: np.ndarray
-
-    @classmethod
-    def of(cls, checkpoint: Checkpoint, program: Program, location: str | None) -> _CalibrationData:
-        text = read_text(location)
-        every = windows(tokenize(checkpoint.directory, text), LENGTH)
-        # Windows are spread over the whole text, since its parts may come from different sources.
-        return cls(checkpoint, program, text, every[:: max(1, len(every) // WINDOWS)][:WINDOWS])
-
-    def traces(self, progress: Progress) -> list[RoutingTrace]:
-        return collect(self.program, self.chosen, lambda done, total: progress(STAGE, done, total))
-
-    def sensitivities(self, name: str, progress: Progress) -> Sensitivities | None:
-        wanted = policy_type(name).sensitivities
-        if not wanted:
-            return None
-        step = max(1, len(self.chosen) // SENSITIVITY_WINDOWS)
-        sample = self.chosen[::step][:SENSITIVITY_WINDOWS]
-        return measure_sensitivities(
-            self.program,
-            sample,
-            ks="k" in wanted,
-            masses=MASSES if "mass" in wanted else (),
-            told=lambda done, total: progress("routing sensitivities", done, total),
-        )
+    @property
+    def added_work(self) -> tuple[int, ...]:
+        """Multiplications per token of what stands in for dropped experts, for each MoE layer; empty without it."""
+        found = [item for item in self.passes if isinstance(item, CompensateDropped)]
+        return tuple(0 if own is None else own.work for own in found[0].layers) if found else ()
 
 
 def calibrate(
@@ -130,7 +100,7 @@ def calibrate(
     policy_type(name)
     for budget in budgets:
         _check_budget(budget)
-    material = _CalibrationData.of(checkpoint, program, text)
+    material = CalibrationData.of(checkpoint, program, text)
     traces = material.traces(progress)
     sensitivities = material.sensitivities(name, progress)
     entries = [_entry(budget, fit(name, traces, budget, sensitivities), traces) for budget in budgets]
@@ -138,7 +108,7 @@ def calibrate(
         "schema_version": SCHEMA_VERSION,
         "policy": name,
         "checkpoint": dict(sorted(checkpoint.digests.items())),
-        "text": _text_facts(material),
+        "text": text_facts(material),
         "entries": entries,
     }
 
@@ -158,14 +128,6 @@ def _entry(budget: float, chosen: Policy, traces: Sequence[RoutingTrace]) -> dic
         "kept_share": kept_share(chosen, layers),
         "kept_per_layer": list(kept_per_layer(chosen, layers)),
         "parameters": json.loads(json.dumps(parameters_of(chosen))),
-    }
-
-
-def _text_facts(material: _CalibrationData) -> dict[str, Any]:
-    return {
-        "sha256": sha256_of_text(material.text),
-        "windows": len(material.chosen),
-        "length": material.chosen.shape[1],
     }
 
 
@@ -236,13 +198,14 @@ def plan_routing(
     check_routing(settings)
     added: list[Pass] = []
     facts: dict[str, Any] = {}
+    pretrained = program
     removed: Sequence[Sequence[int]] | None = settings.removed
     if removed is None and settings.prune:
-        material = _CalibrationData.of(checkpoint, program, settings.text)
+        material = CalibrationData.of(checkpoint, program, settings.text)
         collector = Collector(program, outputs=True)
         collector.run(material.chosen, lambda done, total: progress("expert saliency", done, total))
         removed = choose_removed(program, collector.traces(), collector.peaks(), settings.prune)
-        facts["pruning"] = {"text": _text_facts(material), "removed": [len(layer) for layer in removed]}
+        facts["pruning"] = {"text": text_facts(material), "removed": [len(layer) for layer in removed]}
     if removed is not None:
         pruning = PruneExperts(tuple(tuple(layer) for layer in removed))
         added.append(pruning)
@@ -258,14 +221,42 @@ def plan_routing(
     if settings.policy != "off":
         chosen, measured = _policy(settings, checkpoint, program, progress)
         facts |= {"policy": chosen.name, "parameters": json.loads(json.dumps(parameters_of(chosen))), **measured}
-        added += [DynamicRouting(chosen, settings.runtime_input), CommonSubexpressions(), DeadCode()]
+        added.append(DynamicRouting(chosen, settings.runtime_input))
+        if any(chosen.compensates(layer) for layer in range(len(program.layers))):
+            material = CalibrationData.of(checkpoint, pretrained, settings.text)
+            _check_text(settings, material)
+            facts["compensation"] = {"text": text_facts(material)}
+            added.append(_compensation(material, chosen, removed, progress))
+        added += [CommonSubexpressions(), DeadCode()]
     recorded = {
         "policy": settings.policy,
         "parameters": facts.get("parameters"),
         "runtime_input": settings.runtime_input,
         "removed": None if removed is None else [list(layer) for layer in removed],
     }
+    if "compensation" in facts:
+        # What stands in for dropped experts is fitted again when the artifact is validated, on the same text.
+        recorded |= {"text": settings.text, "text_sha256": facts["compensation"]["text"]["sha256"]}
     return RoutingPlan(tuple(added), recorded, facts)
+
+
+def _check_text(settings: RoutingRecipe, material: CalibrationData) -> None:
+    if settings.text_sha256 not in {None, sha256_of_text(material.text)}:
+        raise CheckpointError(
+            f"{settings.text or 'the calibration text of moec'}: not the text that the recipe was made with",
+            hint=f"give the text with sha256 {settings.text_sha256} (--routing-text)",
+        )
+
+
+def _compensation(
+    material: CalibrationData, chosen: Policy, removed: Sequence[Sequence[int]] | None, progress: Progress
+) -> CompensateDropped:
+    """The compensations of all layers, fitted on the pretrained model, for the experts that are left after pruning."""
+    fitted = material.compensations(chosen, progress)
+    gone = removed or [()] * len(fitted)
+    return CompensateDropped(
+        tuple(None if own is None else own.without(tuple(layer)) for own, layer in zip(fitted, gone, strict=True))
+    )
 
 
 def measure_savings(
@@ -274,21 +265,23 @@ def measure_savings(
     captured: Program,
     program: Program,
     capabilities: Mapping[Phase, Capabilities],
+    added: Sequence[int],
 ) -> tuple[dict[str, Any], ExpertUse | None]:
     """What the final Program executes on the calibration text, as `account` reports it, and the use of its experts.
 
-    Without a tokenizer, nothing is measured.
+    `added` are the multiplications per token that each layer executes in addition. Without a tokenizer, nothing is
+    measured.
     """
     if not (checkpoint.directory / "tokenizer.json").is_file():
         return {}, None
-    material = _CalibrationData.of(checkpoint, program, settings.text)
+    material = CalibrationData.of(checkpoint, program, settings.text)
     step = max(1, len(material.chosen) // ACCOUNTED_WINDOWS)
     chosen = material.chosen[::step][:ACCOUNTED_WINDOWS]
     traces = collect(program, chosen)
     pairs = zip(captured.layers, program.layers, strict=True)
     modules = [(before.module, before.top_k, after.num_experts) for before, after in pairs]
     use = ExpertUse.of_traces(traces, modules, chosen, sha256_of_text(material.text))
-    return account(captured, program, traces, capabilities), use
+    return account(captured, program, traces, capabilities, added), use
 
 
 def _policy(
@@ -300,9 +293,10 @@ def _policy(
     if settings.calibration is not None:
         entry = read_calibration(Path(settings.calibration), checkpoint, name, settings.budget)
         measured = {key: entry[key] for key in ("budget", "kept_share", "kept_per_layer")}
-        return policy(name, **entry["parameters"]), {"calibration": measured}
+        chosen = policy(name, **entry["parameters"])
+        return replace(chosen, compensation=settings.compensation), {"calibration": measured}
     policy_type(name)
-    material = _CalibrationData.of(checkpoint, program, settings.text)
+    material = CalibrationData.of(checkpoint, program, settings.text)
     traces, sensitivities = material.traces(progress), material.sensitivities(name, progress)
     if settings.max_quality_loss is not None:
         saving = _search(settings, material, traces, sensitivities, progress)
@@ -318,15 +312,15 @@ def _policy(
     else:
         assert settings.budget is not None, "check_routing"
         budget, searched = settings.budget, {}
-        chosen = fit(name, traces, budget, sensitivities)
+        chosen = replace(fit(name, traces, budget, sensitivities), compensation=settings.compensation)
     entry = _entry(budget, chosen, traces)
     del entry["parameters"]
-    return chosen, {"calibration": {**entry, **searched, "text": _text_facts(material)}}
+    return chosen, {"calibration": {**entry, **searched, "text": text_facts(material)}}
 
 
 def _search(
     settings: RoutingRecipe,
-    material: _CalibrationData,
+    material: CalibrationData,
     traces: Sequence[RoutingTrace],
     sensitivities: Sensitivities | None,
     progress: Progress,
@@ -337,13 +331,16 @@ def _search(
     reference = losses(ProgramRunner(material.program), sample)
 
     def evaluate(candidate: Policy) -> float:
-        routed = DynamicRouting(candidate).run(material.program).program
+        added: list[Pass] = [DynamicRouting(candidate)]
+        if settings.compensation:
+            added.append(_compensation(material, candidate, None, progress))
+        routed, _ = passes.run_passes(material.program, added)
         found = losses(ProgramRunner(routed), sample, told=lambda done, total: progress("quality search", done, total))
         return float(np.exp((found - reference).mean()) - 1)
 
     tops = [trace.weights.shape[1] for trace in traces]
     return largest_saving(
-        lambda budget: fit(settings.policy, traces, budget, sensitivities),
+        lambda budget: replace(fit(settings.policy, traces, budget, sensitivities), compensation=settings.compensation),
         evaluate,
         settings.max_quality_loss,
         least=min(len(tops) / sum(tops) + 0.02, 0.99),

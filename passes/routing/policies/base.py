@@ -128,6 +128,8 @@ class Policy(ABC):
 
     Attributes:
         renormalize: Whether to scale the kept weights so that the row sum is preserved.
+        compensation: Rank of the linear map that, with the mean output of each expert, stands in for dropped experts;
+            0: nothing does. See `moec.passes.routing.compensation`.
     """
 
     name: ClassVar[str]
@@ -144,6 +146,7 @@ class Policy(ABC):
     """Whether the rule itself never drops the largest slot, so that `select` need not add it."""
 
     renormalize: bool = True
+    compensation: int = 0
 
     @abstractmethod
     def keep(self, slots: Slots) -> Tensor | None:
@@ -181,6 +184,10 @@ class Policy(ABC):
     def renormalizes(self, layer: int) -> bool:  # noqa: ARG002 -- some policies differ from layer to layer
         """Whether the kept weights of an MoE layer are scaled."""
         return self.renormalize
+
+    def compensates(self, layer: int) -> int:  # noqa: ARG002 -- some policies differ from layer to layer
+        """The rank of the compensation of an MoE layer; 0: none."""
+        return self.compensation
 
     def require(self, valid: bool, message: str) -> None:
         """Raise a UsageError that names the policy unless `valid` is true."""

@@ -53,6 +53,11 @@ class PerLayer(Policy):
         own = self.layers[layer] if self.layers else None
         return self.renormalize and (own is None or own.renormalize)
 
+    def compensates(self, layer: int) -> int:
+        """See `Policy.compensates`."""
+        own = self.layers[layer] if layer < len(self.layers) else None
+        return 0 if own is None else own.compensation or self.compensation
+
     def keep(self, slots: Slots) -> Tensor | None:
         """See `Policy.keep`."""
         if self.layers and slots.layer >= len(self.layers):

@@ -52,6 +52,9 @@ REFUSED = {
 }
 """Published policies that depend on the batch or on later tokens -> how they do."""
 
+MOST_RANK = 4096
+"""Largest rank of a compensation; a map of the rank of the hidden state costs more than the experts that it saves."""
+
 
 def policies(extra: Iterable[EntryPoint] | None = None) -> dict[str, type[Policy]]:
     """All policies by name, built-in ones first.
@@ -111,6 +114,9 @@ def _misfit(field: Field[Any], value: Any) -> str:
     """
     if isinstance(field.default, bool):
         return "" if isinstance(value, bool) else "true or false"
+    if field.name == "compensation":
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        return "" if whole and 0 <= value <= MOST_RANK else f"a whole number between 0 and {MOST_RANK}"
     if isinstance(field.default, int | float):
         return "" if _is_number(value) else "a number"
     if isinstance(field.default, tuple):
