@@ -36,6 +36,7 @@ from moec.compiler.search.variant import Variant
 from moec.compiler.text.corpus import held_out_text
 from moec.compiler.text.perplexity import increase_interval, losses
 from moec.passes.routing.calibrate.fit import fit
+from moec.passes.routing.compensation import CompensateDropped
 from moec.passes.routing.dynamic_routing import DynamicRouting
 from moec.passes.routing.policies.per_layer import PerLayer, in_layer
 
@@ -144,8 +145,10 @@ def cost_of_evaluations(found: Opened, finished: Finished, count: int) -> tuple[
 def _program(found: Opened, variant: Variant) -> Any:
     """The Program of a variant."""
     done = [item.name for item in passes.default_passes()]
-    routed = DynamicRouting(PerLayer(layers=variant.policies))
-    program, _ = passes.run_passes(found.evaluator.program, [routed], completed=done)
+    compensations = found.evaluator.compensations
+    added = [None if own is None else compensations.of(layer, own) for layer, own in enumerate(variant.policies)]
+    steps = [DynamicRouting(PerLayer(layers=variant.policies)), CompensateDropped(tuple(added))]
+    program, _ = passes.run_passes(found.evaluator.program, steps, completed=done)
     return program.replace(weights=program.weights.with_tensors(found.evaluator.runner.weights_of(variant)))
 
 

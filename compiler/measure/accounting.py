@@ -36,8 +36,8 @@ def account(
     Returns:
         `layers`: for each MoE layer the pretrained `top_k`, `kept_share`, `kept_by_k` (share of the tokens that use 0,
         1, ... slots) and `tokens` per expert. `kept_share`: share of all slots. `phases`: for each phase
-        `executed_flops_share`, with what stands in for dropped experts; in decode also `bytes_per_token_share` (expert weights that one token reads); and
-        `reason` if experts are not skipped.
+        `executed_flops_share`, with what stands in for dropped experts; in decode also `bytes_per_token_share` (expert
+        weights that one token reads); and `reason` if experts are not skipped.
     """
     rows, kept, slots = [], np.zeros(2), 0.0
     for number, (before, trace) in enumerate(zip(captured.layers, traces, strict=True)):

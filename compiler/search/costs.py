@@ -13,6 +13,8 @@ from moec.compiler.measure.estimate.counting import count
 from moec.compiler.measure.estimate.devices import Device
 from moec.compiler.search.objectives import BYTES, DECODE, EXPERT_FLOPS, MEMORY, PREFILL, SIZE
 from moec.compiler.search.variant import FLOAT, Variant
+from moec.passes.routing import compensation
+from moec.passes.routing.policies.base import Policy
 from moec.quantize.formats import parse_format
 from moec.quantize.plan import TensorClass
 from moec.quantize.planning.sensitivity import Part, size_of
@@ -81,7 +83,8 @@ class Costs:
         self._layer_of = [expert.get(part.names[0], -1) for part in parts]
         sizes = [self._expert_weights(number) for number in range(len(program.layers))]
         slots = np.array([row.top_k * size for row, size in zip(program.layers, sizes, strict=True)], dtype=float)
-        self._slot_share = slots / max(slots.sum(), 1.0)
+        self._slots = max(float(slots.sum()), 1.0)
+        self._slot_share = slots / self._slots
         self._expert_flops = 2.0 * float(slots.sum())
 
     def of(self, variant: Variant, kept: Sequence[float] | np.ndarray) -> dict[str, float]:
@@ -91,9 +94,10 @@ class Costs:
             variant: The variant.
             kept: Share of the pretrained slots that the policy of each MoE layer keeps.
         """
+        added, stored, rows = self._compensations(variant)
         executed = float(np.dot(self._slot_share, kept))
-        work = executed if self._skips else 1.0
-        size, read = float(self._rest), float(self._rest)
+        work = (executed if self._skips else 1.0) + added / self._slots
+        size, read = float(self._rest + stored), float(self._rest + rows)
         for number, row in enumerate(self._program.layers):
             share = 1 - len(variant.removed[number]) / row.num_experts
             size += self._routers[number] * share
@@ -117,6 +121,25 @@ class Costs:
             DECODE.name: self._seconds(read + states, flops + self._counts.state_flops_at(CONTEXT)),
             PREFILL.name: self._seconds(size, PROMPT * (flops + self._counts.state_flops_at(PROMPT // 2))),
         }
+
+    def compensation_share(self, layer: int, policy: Policy | None) -> float:
+        """Work of what stands in for dropped experts in an MoE layer, relative to all slots of the layer."""
+        if policy is None or not policy.compensation:
+            return 0.0
+        row = self._program.layers[layer]
+        slots = row.top_k * self._expert_weights(layer)
+        return compensation.work(row.top_k, row.hidden_size, policy.compensation) / slots
+
+    def _compensations(self, variant: Variant) -> tuple[int, int, int]:
+        """Multiplications per token, bytes, and bytes read per token of what stands in for dropped experts."""
+        found = np.zeros(3, dtype=np.int64)
+        for row, own, removed in zip(self._program.layers, variant.policies, variant.removed, strict=True):
+            if own is not None and own.compensation:
+                experts, hidden = row.num_experts - len(removed), row.hidden_size
+                stored = compensation.size(experts, hidden, own.compensation) * self._itemsize
+                read = compensation.size(row.top_k, hidden, own.compensation) * self._itemsize
+                found += [compensation.work(row.top_k, hidden, own.compensation), stored, read]
+        return int(found[0]), int(found[1]), int(found[2])
 
     def _seconds(self, read: float, flops: float) -> float:
         by_flops = 0.0 if self._speed.flops is None else flops / self._speed.flops

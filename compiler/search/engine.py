@@ -186,7 +186,7 @@ class Search:
     @property
     def allowed(self) -> int:
         """Number of individuals that may have been measured by now."""
-        return math.ceil(self._share * len(self.seen))
+        return math.floor(self._share * len(self.seen))
 
     def _measure_some(self, population: Any) -> None:
         """Measure the individuals that would add most to the front at the optimistic end of their predictions."""

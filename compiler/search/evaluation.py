@@ -17,12 +17,15 @@ from torch import Tensor
 from moec import passes
 from moec.compiler.build.cache import tools
 from moec.compiler.common.digest import sha256_of_json, sha256_of_text
+from moec.compiler.common.errors import CheckpointError
 from moec.compiler.common.files import replacing
 from moec.compiler.common.model_config import context_length
 from moec.compiler.common.progress import Progress
 from moec.compiler.frontend.capture import capture
 from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.ir.program import Program
+from moec.compiler.pipeline.calibration_data import LENGTH, CalibrationData, compensation_windows
+from moec.compiler.search.compensations import Compensations
 from moec.compiler.search.incremental import Codes, IncrementalRunner
 from moec.compiler.search.store import Measured
 from moec.compiler.search.variant import Variant
@@ -72,6 +75,7 @@ class Evaluator:
     checkpoint: Checkpoint = field(init=False)
     program: Program = field(init=False)
     parts: tuple[Part, ...] = field(init=False)
+    compensations: Compensations = field(init=False)
     runner: IncrementalRunner = field(init=False)
     text: str = field(init=False)
     windows: np.ndarray = field(init=False)
@@ -84,8 +88,9 @@ class Evaluator:
         )
         self.program, _ = passes.run_passes(capture(self.checkpoint), passes.default_passes())
         self.parts = parts_of(self.program)
-        self.runner = IncrementalRunner(self.program, self.parts)
         self._read(text, given.windows)
+        self.compensations = Compensations(self.program, self._calibration_windows())
+        self.runner = IncrementalRunner(self.program, self.parts, None, self.compensations)
 
     def _read(self, text: str, most: int) -> None:
         length = min(self.subject.window, context_length(self.program.config) or self.subject.window)
@@ -93,6 +98,15 @@ class Evaluator:
         count = min(most, len(self._every))
         # Whole batches only, so that a measurement of a window does not depend on how many windows there are.
         self.windows = spread(self._every, max(count - count % BATCH, min(count, BATCH)))
+
+    def _calibration_windows(self) -> np.ndarray:
+        """The windows on which an export fits compensations: [n, length]; none if the text or context is too short."""
+        try:
+            material = CalibrationData.of(self.checkpoint, self.program, self.subject.text)
+        except CheckpointError:
+            return np.zeros((0, LENGTH), dtype=np.int64)
+        fits = (context_length(self.program.config) or LENGTH) >= LENGTH
+        return compensation_windows(material.chosen[: len(material.chosen) if fits else 0])
 
     def on(self, text: str, most: int) -> Evaluator:
         """An evaluator of the same model and codes on another text, whose results are not stored for the search."""
@@ -119,7 +133,7 @@ class Evaluator:
 
     def use_codes(self) -> None:
         """Use the codes that `calibrate` stored, in this process or in another."""
-        self.runner = IncrementalRunner(self.program, self.parts, self._codes())
+        self.runner = IncrementalRunner(self.program, self.parts, self._codes(), self.compensations)
 
     def evaluate(self, sections: Mapping[str, Any], start: int, stop: int) -> Measured:
         """Measure a variant on the windows [start, stop), which must be whole batches.

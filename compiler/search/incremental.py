@@ -21,6 +21,7 @@ from moec.compiler.ir.analysis import ancestors
 from moec.compiler.ir.interpreter import ProgramRunner
 from moec.compiler.ir.program import EXPERTS, Program
 from moec.compiler.ir.weights import LazyTensor
+from moec.compiler.search.compensations import Compensations
 from moec.compiler.search.variant import FLOAT, Variant
 from moec.passes.experts.prune_experts import PruneExperts, SelectedRows
 from moec.passes.routing.policies.base import select
@@ -73,13 +74,21 @@ class IncrementalRunner(ProgramRunner):
         program: Float Program after the common passes, in float32.
         parts: The parts whose formats are chosen; see `parts_of`.
         codes: See `Codes`.
+        compensations: Fits what stands in for dropped experts; needed by variants whose policies ask for it.
         state_bytes: See `STATE_BYTES`.
     """
 
     def __init__(
-        self, program: Program, parts: Sequence[Part], codes: Codes | None = None, *, state_bytes: int = STATE_BYTES
+        self,
+        program: Program,
+        parts: Sequence[Part],
+        codes: Codes | None = None,
+        compensations: Compensations | None = None,
+        *,
+        state_bytes: int = STATE_BYTES,
     ) -> None:
         super().__init__(program)
+        self._compensations = compensations
         self._parts, self._codes = tuple(parts), codes or {}
         self._part_of = {name: index for index, part in enumerate(parts) for name in part.names}
         self._numbers = {node: number for number, node in enumerate(program.nodes(EXPERTS))}
@@ -251,14 +260,19 @@ class IncrementalRunner(ProgramRunner):
         self, node: fx.Node, values: dict[fx.Node, Any], hidden: Tensor, indices: Tensor, weights: Tensor
     ) -> Tensor:
         number = self._numbers[node]
-        policy = self._variant.policies[number]
+        policy, routed = self._variant.policies[number], weights
         if policy is not None:
             weights = select(policy, 0, hidden, indices, weights)
         live = weights != 0
         experts = self.program.layers[number].num_experts - len(self._variant.removed[number])
         tokens = torch.bincount(indices[live].long(), minlength=experts)
         self._used[number] = _Used(float(live.sum()) / weights.numel(), tokens)
-        return super()._experts(node, values, hidden, indices, weights)
+        found = super()._experts(node, values, hidden, indices, weights)
+        own = None if policy is None or self._compensations is None else self._compensations.of(number, policy)
+        if own is None:
+            return found
+        dropped = torch.where(live, 0.0, routed).clamp(min=0.0)
+        return found + own.without(self._variant.removed[number]).of(hidden, indices, dropped)
 
 
 def _bytes(values: Mapping[fx.Node, Any]) -> int:

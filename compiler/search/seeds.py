@@ -10,7 +10,7 @@ import numpy as np
 from moec.compiler.common.errors import UsageError
 from moec.compiler.search.costs import Costs
 from moec.compiler.search.sensitivity import Sensitivities
-from moec.compiler.search.space import LEVELS, RULES, Genome, Space
+from moec.compiler.search.space import LEVELS, RULES, Genome, Rule, Space
 from moec.passes.routing.calibrate.collect import MASSES
 from moec.passes.routing.calibrate.fit import fit
 from moec.passes.routing.calibrate.sensitivities import Sensitivities as LayerLosses
@@ -21,7 +21,7 @@ from moec.passes.routing.policies.top_p import TopP
 from moec.quantize.formats import parse_format
 from moec.quantize.planning.allocation import Candidate, trade_off
 
-BUDGETS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
+BUDGETS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 """Shares of the slots to which policies are fitted."""
 POLICIES = ("threshold", "top-p", "layer-k")
 POINTS = 7
@@ -36,7 +36,7 @@ def seeds(space: Space, costs: Costs, sensitivities: Sensitivities, traces: Sequ
     They are the pretrained model, exact allocations of rules and levels over all layers, allocations of formats as by
     `--quantize auto`, combinations of both, and policies fitted as by `moec export`.
     """
-    mixed = list(_mixed(space, sensitivities)) if space.routing else []
+    mixed = list(_mixed(space, costs, sensitivities)) if space.routing else []
     fitted = list(_fitted(space, sensitivities, traces)) if space.routing else []
     stored = list(allocated_formats(space, costs, sensitivities))
     joint = [_joined(space, routed, held) for routed in mixed[::2] for held in stored[::2]]
@@ -44,14 +44,14 @@ def seeds(space: Space, costs: Costs, sensitivities: Sensitivities, traces: Sequ
     return [np.array(key) for key in dict.fromkeys(tuple(space.canonical(genome).tolist()) for genome in every)]
 
 
-def _mixed(space: Space, sensitivities: Sensitivities) -> Iterator[Genome]:
+def _mixed(space: Space, costs: Costs, sensitivities: Sensitivities) -> Iterator[Genome]:
     """Allocations with the least total loss for each budget, over all rules (Alloc-MoE, arXiv:2604.08133)."""
     layers = [index for index in range(len(space.slots)) if ("level", index) in space.places]
     if not layers:
         return
-    options = [_options(space, sensitivities, layer) for layer in layers]
-    losses = [[loss for _, _, loss in each] for each in options]
-    units = [[math.ceil(UNITS * level / LEVELS) for _, level, _ in each] for each in options]
+    options = [_options(space, costs, sensitivities, layer) for layer in layers]
+    losses = [[loss for *_, loss in each] for each in options]
+    units = [[unit for _, _, unit, _ in each] for each in options]
     for budget in BUDGETS:
         try:
             chosen = allocate(losses, units, int(budget * UNITS * len(layers)))
@@ -59,24 +59,25 @@ def _mixed(space: Space, sensitivities: Sensitivities) -> Iterator[Genome]:
             continue  # the budget allows less than one slot per token
         found = space.unchanged.copy()
         for layer, each, option in zip(layers, options, chosen, strict=True):
-            rule, level, _ = each[option]
+            rule, level, *_ = each[option]
             found[space.places["rule", layer]], found[space.places["level", layer]] = rule, level
         yield found
 
 
-def _options(space: Space, sensitivities: Sensitivities, layer: int) -> list[tuple[int, int, float]]:
-    """The best rule, the level and the loss, for each level."""
+def _options(space: Space, costs: Costs, sensitivities: Sensitivities, layer: int) -> list[tuple[int, int, int, float]]:
+    """Rule, level, work and loss of the choices with the least loss for each amount of work, in units of a layer's."""
     place = space.places["level", layer]
-    gene, found = space.genes[place], []
+    gene = space.genes[place]
+    best: dict[int, tuple[float, int, int]] = {}
     for level in range(gene.low, LEVELS + 1):
-        best = (math.inf, 0)
-        for rule in range(len(RULES)):
+        for rule in range(len(space.rules) if level < LEVELS else 1):
             genome = space.unchanged.copy()
             genome[place], genome[space.places["rule", layer]] = level, rule
             if space.canonical(genome)[place] == level:
-                best = min(best, (sensitivities.root(gene, genome) ** 2, rule))
-        found.append((best[1], level, best[0]))
-    return found
+                work = level / LEVELS + costs.compensation_share(layer, space.policy(layer, rule, level))
+                unit = math.ceil(UNITS * work - 1e-9)
+                best[unit] = min(best.get(unit, (math.inf, 0, 0)), (sensitivities.root(gene, genome) ** 2, rule, level))
+    return [(rule, level, unit, loss) for unit, (loss, rule, level) in sorted(best.items())]
 
 
 def _fitted(space: Space, sensitivities: Sensitivities, traces: Sequence[RoutingTrace]) -> Iterator[Genome]:
@@ -95,14 +96,14 @@ def layer_losses(space: Space, sensitivities: Sensitivities) -> LayerLosses:
     by_k, by_mass = [], []
     for layer, slots in enumerate(space.slots):
 
-        def loss(level: float, rule: tuple[str, bool], layer: int = layer) -> float:
+        def loss(level: float, rule: Rule, layer: int = layer) -> float:
             curve = sensitivities.curves.get(("level", layer, RULES.index(rule)))
             return curve.root(level) ** 2 if curve is not None and level < LEVELS else 0.0
 
         ks = range(1, slots.top_k + 1)
-        by_k.append(tuple(loss(LEVELS * k / slots.top_k, ("uniform-k", True)) for k in ks))
+        by_k.append(tuple(loss(LEVELS * k / slots.top_k, Rule("uniform-k", True)) for k in ks))
         shares = [kept_share(TopP(mass=mass), [slots]) for mass in MASSES]
-        by_mass.append(tuple(loss(LEVELS * share, ("top-p", True)) if share < 1 else 0.0 for share in shares))
+        by_mass.append(tuple(loss(LEVELS * share, Rule("top-p", True)) if share < 1 else 0.0 for share in shares))
     return LayerLosses(tuple(by_k), MASSES, tuple(by_mass))
 
 

@@ -14,7 +14,7 @@ from functools import cached_property
 import numpy as np
 
 from moec.compiler.search.costs import Costs
-from moec.compiler.search.space import LEVELS, RULES, Gene, Genome, Space
+from moec.compiler.search.space import LEVELS, Gene, Genome, Space
 
 LEVEL_SHARES = (0.0, 0.35, 0.6, 0.8)
 """Levels that are measured, as shares of the range from the smallest level to all slots."""
@@ -97,7 +97,7 @@ def probes(space: Space, costs: Costs) -> list[Probe]:
     """All measurements that the curves need, in the order of the genes."""
     found: list[Probe] = []
     for gene in space.genes:
-        rules = range(len(RULES)) if gene.kind == "level" else (0,)
+        rules = range(len(space.rules)) if gene.kind == "level" else (0,)
         for rule in rules if gene.kind != "rule" else ():
             found += _probes(space, costs, gene, rule)
     return found

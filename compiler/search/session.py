@@ -50,6 +50,8 @@ TRACED_WINDOWS = 16
 """Number of windows to whose routing policies are fitted."""
 SENSITIVITY_WINDOWS = 8
 """Number of windows on which single genes are measured."""
+BUDGET_GENERATIONS = 6
+"""Generations that a search with a time budget surely finishes."""
 _PALETTE = PaletteFormat()
 STAGES = (0.25, 0.5, 1.0)
 """Shares of the windows after which a certainly dominated individual is dropped."""
@@ -130,7 +132,8 @@ def open_search(settings: Settings, directory: Path, progress: Progress) -> Open
     )
     slots = tuple(replace(slots, layer=0) for slots in replay(traces))
     owners = tuple(_owner(evaluator, part) for part in evaluator.parts)
-    space = Space(slots, tuple(removable), formats, owners, routing)
+    widths = [row.intermediate_size for row in evaluator.program.layers] if evaluator.compensations.affordable else []
+    space = Space(slots, tuple(removable), formats, owners, routing, tuple(widths))
     speed = Speed(here()["bandwidth"]) if device is None else Speed.of(device)
     itemsize = DTYPES[settings.dtype or target.default_dtype].itemsize
     skips = target.capabilities(options, Phase.DECODE).skips_experts
@@ -249,7 +252,8 @@ def run_search(
             seed=found.settings.seed,
         )
         clock = _Clock(directory / GENERATIONS_FILE)
-        search.start(seeds(found.space, found.costs, sensitivities, found.traces)[: found.settings.population])
+        initial = seeds(found.space, found.costs, sensitivities, found.traces)
+        search.start(initial[: _most_seeds(found.settings)])
         clock.tick(search.generations[-1])
         while _more(found.settings, search, clock) and search.step():
             clock.tick(search.generations[-1])
@@ -257,6 +261,13 @@ def run_search(
     if not archive.front:
         _refuse(archive, found.settings.bounds)
     return Finished(search, clock.seconds, len(listed), len(archive.failed))
+
+
+def _most_seeds(settings: Settings) -> int:
+    """Initial individuals that are measured: half of all measurements at most, so that the search keeps its share."""
+    generations = settings.last if settings.last is not None else BUDGET_GENERATIONS
+    measured = int(settings.share * settings.population * (generations + 1))
+    return min(settings.population, max(1, measured // 2 if generations else measured))
 
 
 def _more(settings: Settings, search: Search, clock: _Clock) -> bool:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,16 +25,36 @@ from moec.passes.routing.policies.table import policy_type
 Genome = np.ndarray[tuple[int], np.dtype[np.int64]]
 LEVELS = 100
 """A level is the share of a layer's slots that is kept, in percent; this level keeps all of them."""
-RULES: tuple[tuple[str, bool], ...] = (
-    ("top-p", True),
-    ("top-p", False),
-    ("threshold", True),
-    ("threshold", False),
-    ("ratio", True),
-    ("uniform-k", True),
-    ("uniform-k", False),
+
+
+class Rule(NamedTuple):
+    """How a layer drops slots.
+
+    Attributes:
+        name: Name of the policy.
+        renormalize: Whether it renormalizes the remaining weights.
+        rank: Rank of the compensation, relative to the inner width of an expert; 0: none.
+    """
+
+    name: str
+    renormalize: bool
+    rank: float = 0.0
+
+
+RULES = (
+    Rule("top-p", True),
+    Rule("top-p", False),
+    Rule("threshold", True),
+    Rule("threshold", False),
+    Rule("ratio", True),
+    Rule("uniform-k", True),
+    Rule("uniform-k", False),
+    Rule("threshold", False, 1 / 16),
+    Rule("threshold", False, 1 / 8),
+    Rule("threshold", False, 1 / 4),
+    Rule("top-p", False, 1 / 8),
 )
-"""Policies of a layer, and whether they renormalize the remaining weights."""
+"""The rules of a layer; those with a compensation come last."""
 BISECTIONS = 24
 DIGITS = 5
 """Significant digits of a fitted parameter, which keeps recipes readable."""
@@ -66,6 +87,7 @@ class Space:
         formats: Text forms of the allowed formats of each part, the smallest first; a single entry is not varied.
         owners: The MoE layer in the same decoder layer as each part; -1: none.
         routing: Whether policies and levels are varied.
+        widths: Inner width of the experts of each MoE layer, for the ranks of compensations; empty: there are none.
     """
 
     slots: tuple[Slots, ...]
@@ -73,9 +95,15 @@ class Space:
     formats: tuple[tuple[str, ...], ...]
     owners: tuple[int, ...]
     routing: bool = True
+    widths: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_fitted", {})
+
+    @cached_property
+    def rules(self) -> tuple[Rule, ...]:
+        """The rules that a layer may have."""
+        return RULES if self.widths else tuple(rule for rule in RULES if not rule.rank)
 
     @cached_property
     def genes(self) -> tuple[Gene, ...]:
@@ -83,7 +111,7 @@ class Space:
         found: list[Gene] = []
         for index, slots in enumerate(self.slots):
             if self.routing and slots.top_k > 1:
-                found.append(Gene("rule", index, 0, len(RULES) - 1))
+                found.append(Gene("rule", index, 0, len(self.rules) - 1))
                 found.append(Gene("level", index, math.ceil(LEVELS / slots.top_k), LEVELS))
             if self.removable[index]:
                 found.append(Gene("prune", index, 0, len(self.removable[index])))
@@ -128,7 +156,7 @@ class Space:
             if place is None:
                 continue
             rule = self.places["rule", index]
-            if RULES[found[rule]][0] == "uniform-k":
+            if RULES[found[rule]].name == "uniform-k":
                 found[place] = round(LEVELS * self._whole(slots, int(found[place])) / slots.top_k)
             if found[place] >= LEVELS:
                 found[rule] = 0
@@ -175,9 +203,13 @@ class Space:
         return fitted[layer, rule, level]
 
     def _fit_anew(self, layer: int, rule: int, level: int) -> tuple[Policy, float]:
-        (name, renormalize), slots = RULES[rule], self.slots[layer]
-        kind = policy_type(name)
-        start = replace(kind.prepare(Calibration([slots], level / LEVELS)), renormalize=renormalize)
+        chosen, slots = RULES[rule], self.slots[layer]
+        kind = policy_type(chosen.name)
+        start = replace(
+            kind.prepare(Calibration([slots], level / LEVELS)),
+            renormalize=chosen.renormalize,
+            compensation=max(1, round(chosen.rank * self.widths[layer])) if chosen.rank else 0,
+        )
         if not kind.bisected:
             start = start.with_knob(self._whole(slots, level))
         else:
@@ -198,8 +230,8 @@ class Space:
         for index, own in enumerate(policies):
             if own is None or ("rule", index) not in self.places:
                 continue
-            names = [name for name, renormalize in RULES if renormalize == own.renormalize]
-            rule = RULES.index((own.name if own.name in names else names[0], own.renormalize))
+            names = [rule.name for rule in RULES if rule.renormalize == own.renormalize and not rule.rank]
+            rule = RULES.index(Rule(own.name if own.name in names else names[0], own.renormalize))
             found[self.places["rule", index]] = rule
             found[self.places["level", index]] = round(LEVELS * kept_share(own, [self.slots[index]]))
         for index, text in enumerate(formats or ()):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -213,7 +213,8 @@ def _named(finished: Finished, values: Any) -> dict[str, float]:
 def _described(policy: Policy | None) -> str:
     if policy is None:
         return ""
-    parameters = {key: value for key, value in parameters_of(policy).items() if value not in ((), True)}
+    defaults = {field.name: field.default for field in fields(policy)}
+    parameters = {key: value for key, value in parameters_of(policy).items() if value != defaults[key]}
     return " ".join([policy.name, *(f"{key}={_numbers(value)}" for key, value in parameters.items())])
 
 

@@ -10,6 +10,7 @@ import torch
 
 from moec import passes
 from moec.compiler.ir.interpreter import ProgramRunner
+from moec.compiler.pipeline.calibration_data import CalibrationData
 from moec.compiler.pipeline.program import build_program
 from moec.compiler.pipeline.recipe import make_recipe
 from moec.compiler.search.evaluation import Evaluator
@@ -17,6 +18,7 @@ from moec.compiler.search.incremental import IncrementalRunner
 from moec.compiler.search.variant import Variant
 from moec.passes.experts.prune_experts import PruneExperts
 from moec.passes.quantize import Quantize
+from moec.passes.routing.compensation import CompensateDropped
 from moec.passes.routing.dynamic_routing import DynamicRouting
 from moec.passes.routing.policies.per_layer import PerLayer
 from moec.passes.routing.policies.threshold import Threshold
@@ -30,17 +32,19 @@ def variants(evaluator: Evaluator) -> dict[str, Variant]:
     base = Variant.unchanged(evaluator.program, evaluator.parts)
     layers, parts = len(base.policies), len(base.formats)
     routed = replace(base, policies=(TopP(mass=0.6), *(Threshold(tau=0.3, renormalize=False),) * (layers - 1)))
+    ranked = tuple(replace(own, compensation=3) for own in routed.policies if own is not None)
     pruned = replace(base, removed=((1,), *((0, 2),) * (layers - 1)))
     last = ("none",) * (parts - 1)
     return {
         "base": base,
         "routed": routed,
         "last layer": replace(base, policies=(*(None,) * (layers - 1), TopP(mass=0.5))),
+        "compensated": replace(routed, policies=ranked),
         "pruned": pruned,
         "rounded": replace(base, formats=("int8:channel",) * parts),
         "palettes": replace(base, formats=("palettize4",) * parts),
         "head": replace(base, formats=(*last, "int4:32")),
-        "all": replace(routed, removed=pruned.removed, formats=("int8:channel",) * parts),
+        "all": replace(routed, policies=ranked, removed=pruned.removed, formats=("int8:channel",) * parts),
     }
 
 
@@ -49,9 +53,14 @@ def by_passes(evaluator: Evaluator, variant: Variant, ids: np.ndarray) -> np.nda
     chosen = {
         part: parse_format(text) for part, text in zip(evaluator.parts, variant.formats, strict=True) if text != "none"
     }
+    policy = PerLayer(layers=variant.policies)
+    data = CalibrationData.of(evaluator.checkpoint, evaluator.program, evaluator.subject.text)
+    fitted = data.compensations(policy, lambda *_: None)
+    added = [None if own is None else own.without(gone) for own, gone in zip(fitted, variant.removed, strict=True)]
     steps = [
         *([PruneExperts(variant.removed)] if any(variant.removed) else []),
-        *([DynamicRouting(PerLayer(layers=variant.policies))] if any(variant.policies) else []),
+        *([DynamicRouting(policy)] if any(variant.policies) else []),
+        *([CompensateDropped(tuple(added))] if any(added) else []),
         *([Quantize(plan_of(chosen))] if chosen else []),
     ]
     done = [item.name for item in passes.default_passes()]
@@ -59,10 +68,12 @@ def by_passes(evaluator: Evaluator, variant: Variant, ids: np.ndarray) -> np.nda
     return ProgramRunner(program).prefill(ids)
 
 
-@pytest.mark.parametrize("name", ["base", "routed", "last layer", "pruned", "rounded", "palettes", "head", "all"])
+@pytest.mark.parametrize(
+    "name", ["base", "routed", "last layer", "compensated", "pruned", "rounded", "palettes", "head", "all"]
+)
 def test_it_computes_what_the_passes_make(evaluator: Evaluator, variants: dict[str, Variant], name: str) -> None:
     ids = evaluator.windows[:4]
-    runner = IncrementalRunner(evaluator.program, evaluator.parts)
+    runner = IncrementalRunner(evaluator.program, evaluator.parts, None, evaluator.compensations)
     runner.evaluate(variants["base"], 0, ids)
     found = runner.evaluate(variants[name], 0, ids).logits.numpy()
     expected = by_passes(evaluator, variants[name], ids)
@@ -73,9 +84,10 @@ def test_it_computes_what_the_passes_make(evaluator: Evaluator, variants: dict[s
 
 def test_what_ran_before_changes_no_bit(evaluator: Evaluator, variants: dict[str, Variant]) -> None:
     ids = evaluator.windows[:4]
-    warm = IncrementalRunner(evaluator.program, evaluator.parts)
+    given = (evaluator.program, evaluator.parts, None, evaluator.compensations)
+    warm = IncrementalRunner(*given)
     for variant in (*variants.values(), *reversed(variants.values())):
-        cold = IncrementalRunner(evaluator.program, evaluator.parts).evaluate(variant, 0, ids)
+        cold = IncrementalRunner(*given).evaluate(variant, 0, ids)
         found = warm.evaluate(variant, 0, ids)
         assert torch.equal(found.logits, cold.logits)
         assert found.kept == cold.kept
@@ -139,8 +151,9 @@ def test_kept_is_the_share_of_the_pretrained_slots(evaluator: Evaluator, variant
 def test_the_recipe_of_a_variant_builds_it(evaluator: Evaluator, variants: dict[str, Variant], name: str) -> None:
     variant = variants[name]
     sections = variant.sections(evaluator.parts)
+    text = {"routing": {**sections["routing"], "text": evaluator.subject.text}} if "routing" in sections else {}
     assert Variant.of(sections, evaluator.program, evaluator.parts) == variant
-    recipe = make_recipe({"checkpoint": evaluator.subject.checkpoint, "target": "onnx", **sections})
+    recipe = make_recipe({"checkpoint": evaluator.subject.checkpoint, "target": "onnx", **sections, **text})
     ids = evaluator.windows[:4]
     found = ProgramRunner(build_program(recipe)).prefill(ids)
     expected = by_passes(evaluator, variant, ids)

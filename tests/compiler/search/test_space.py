@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,7 @@ from moec.compiler.search.evaluation import Evaluator
 from moec.compiler.search.objectives import EXPERT_FLOPS, SIZE
 from moec.compiler.search.operators import Excess, LayerCrossover, Moves
 from moec.compiler.search.sensitivity import Sensitivities, probes
-from moec.compiler.search.space import LEVELS, RULES, Space
+from moec.compiler.search.space import LEVELS, RULES, Rule, Space
 from moec.passes.routing.policies.base import Slots
 from moec.passes.routing.policies.per_layer import in_layer
 from moec.passes.routing.policies.threshold import Threshold
@@ -26,7 +28,8 @@ def space(evaluator: Evaluator) -> Space:
     slots = tuple(Slots(0, torch.arange(4).expand(500, 4), weights, torch.ones(500, 1)) for _ in range(LAYERS))
     formats = tuple(("int4:32", "int8:32", "fp16") for _ in evaluator.parts)
     owners = tuple(part.layer for part in evaluator.parts)
-    return Space(slots, ((3, 1), (0, 2, 5)), formats, owners)
+    widths = tuple(row.intermediate_size for row in evaluator.program.layers)
+    return Space(slots, ((3, 1), (0, 2, 5)), formats, owners, widths=widths)
 
 
 @pytest.fixture(scope="module")
@@ -61,12 +64,13 @@ def test_a_rule_keeps_what_its_level_says(space: Space, rule: int, level: int) -
     genome[space.places["rule", 1]], genome[space.places["level", 1]] = rule, level
     genome = space.canonical(genome)
     first, second = space.kept(genome)
-    step = 0.13 if RULES[rule][0] == "uniform-k" else 0.01
+    step = 0.13 if RULES[rule].name == "uniform-k" else 0.01
     assert first == 1.0
     assert second == pytest.approx(level / 100, abs=step)
     policy = space.variant(genome).policies[1]
     assert policy is not None
-    assert (policy.name, policy.renormalize) == RULES[rule]
+    assert (policy.name, policy.renormalize) == RULES[rule][:2]
+    assert policy.compensation == round(64 * RULES[rule].rank)
 
 
 def test_one_variant_has_one_spelling(space: Space) -> None:
@@ -105,6 +109,33 @@ def test_costs_follow_the_choices(space: Space, costs: Costs) -> None:
     assert less["expert-flops"] == pytest.approx(0.5, abs=0.02)
     assert all(less[name] < whole[name] for name in whole)
     assert whole["memory"] > whole["size"] > whole["bytes-per-token"] * 0.5
+
+
+def test_what_stands_in_for_dropped_experts_costs_work_and_bytes(
+    space: Space, costs: Costs, evaluator: Evaluator
+) -> None:
+    plain, rich = space.unchanged.copy(), space.unchanged.copy()
+    ranked = RULES.index(Rule("threshold", False, 1 / 8))
+    for genome, rule in ((plain, RULES.index(Rule("threshold", False))), (rich, ranked)):
+        genome[space.places["rule", 1]], genome[space.places["level", 1]] = rule, 60
+    less, more = (costs.of(space.variant(genome), space.kept(genome)) for genome in (plain, rich))
+    row = evaluator.program.layers[1]
+    hidden, rank, experts, top_k = row.hidden_size, 8, row.num_experts, row.top_k
+    slots = 3 * hidden * row.intermediate_size * top_k * len(evaluator.program.layers)
+    work = hidden * (top_k + 2 * rank) + rank
+    assert more["expert-flops"] - less["expert-flops"] == pytest.approx(work / slots)
+    assert more["size"] - less["size"] == 4 * hidden * (experts + 2 * rank)
+    assert more["bytes-per-token"] - less["bytes-per-token"] == 4 * hidden * (top_k + 2 * rank)
+    assert costs.compensation_share(1, space.variant(rich).policies[1]) == pytest.approx(
+        len(evaluator.program.layers) * work / slots
+    )
+
+
+def test_without_outputs_to_fit_them_to_there_are_no_compensations(space: Space) -> None:
+    bare = replace(space, widths=())
+    assert max(gene.high for gene in bare.genes if gene.kind == "rule") == len(bare.rules) - 1
+    assert not any(rule.rank for rule in bare.rules)
+    assert any(rule.rank for rule in space.rules)
 
 
 def test_a_target_that_cannot_skip_saves_no_work(space: Space, evaluator: Evaluator) -> None:

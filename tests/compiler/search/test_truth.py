@@ -12,7 +12,7 @@ from moec.passes.routing.policies.base import Slots
 from moec.passes.routing.policies.table import policy, policy_type
 
 
-@pytest.mark.parametrize("name", sorted({name for name, _ in RULES}))
+@pytest.mark.parametrize("name", sorted({rule.name for rule in RULES}))
 def test_every_rule_of_a_layer_can_be_described(name: str) -> None:
     weights = torch.rand(50, 4, generator=torch.Generator().manual_seed(0)).sort(-1, descending=True).values
     slots = Slots(0, torch.arange(4).expand(50, 4), weights, torch.ones(50, 1))
