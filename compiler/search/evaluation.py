@@ -63,6 +63,19 @@ class Subject:
     trust_remote_code: bool = False
 
 
+@dataclass(frozen=True, eq=False)
+class _Reference:
+    """Predictions of the pretrained model for a batch.
+
+    Attributes:
+        probabilities: p, of the next token at all positions but the last: [B, S - 1, V] float32.
+        negative_entropies: sum p log p: [B, S - 1] float32.
+    """
+
+    probabilities: Tensor
+    negative_entropies: Tensor
+
+
 CODES_WINDOWS = 96
 """Number of windows on which GPTQ is calibrated, as in an export."""
 
@@ -170,23 +183,32 @@ class Evaluator:
     def _batch(self, variant: Variant, first: int) -> Measured:
         ids = self.windows[first : first + BATCH]
         output = self.runner.evaluate(variant, (self.folder.name, first), ids)
-        expected = self._reference(first)
-        logs = log_probabilities(output.logits)
+        reference = self._reference(first)
+        logits = output.logits[:, :-1].float()
+        # KL(p || q) = sum p log p - sum p z + log sum exp z, with logits z of q: one exponential per logit.
+        normalizers = torch.logsumexp(logits, dim=-1)
         successors = torch.from_numpy(ids[:, 1:])
-        losses = -logs.gather(-1, successors[..., None])[..., 0].double().mean(-1)
-        divergences = (expected.exp() * (expected - logs)).sum(-1).double().mean(-1)
-        return Measured(tuple(losses.tolist()), tuple(divergences.tolist()), (output.kept,) * len(ids))
+        losses = normalizers - logits.gather(-1, successors[..., None])[..., 0]
+        means = torch.einsum("bsv,bsv->bs", reference.probabilities, logits)
+        divergences = (reference.negative_entropies + normalizers - means).double().mean(-1).clamp(min=0.0)
+        kept = (output.kept,) * len(ids)
+        return Measured(tuple(losses.double().mean(-1).tolist()), tuple(divergences.tolist()), kept)
 
-    def _reference(self, first: int) -> Tensor:
-        """Log probabilities of the pretrained model for a batch, computed once and stored: [B, S - 1, V] float32."""
-        path = self.folder / f"reference-{first}.npy"
-        if not path.exists():
+    def _reference(self, first: int) -> _Reference:
+        """The predictions of the pretrained model for a batch, computed once and stored."""
+        path, entropies = (self.folder / f"{what}-{first}.npy" for what in ("probabilities", "entropies"))
+        if not entropies.exists():
             ids = self.windows[first : first + BATCH]
             unchanged = Variant.unchanged(self.program, self.parts)
             logits = self.runner.evaluate(unchanged, (self.folder.name, first), ids).logits
-            with replacing(path) as partial, partial.open("wb") as file:
-                np.save(file, log_probabilities(logits).numpy())
-        return torch.from_numpy(np.load(path, mmap_mode="c"))
+            logs = torch.log_softmax(logits[:, :-1].float(), dim=-1)
+            probabilities = logs.exp()
+            for where, values in ((path, probabilities), (entropies, (probabilities * logs).sum(-1))):
+                with replacing(where) as partial, partial.open("wb") as file:
+                    np.save(file, values.numpy())
+        return _Reference(
+            torch.from_numpy(np.load(path, mmap_mode="c")), torch.from_numpy(np.load(entropies, mmap_mode="c"))
+        )
 
     def calibrate(self, formats: Sequence[str], progress: Progress) -> None:
         """Quantize every part to each of these formats by GPTQ, once, and store the codes for all workers.
@@ -235,11 +257,6 @@ def _flat(name: str, result: RoundingResult) -> list[tuple[str, Tensor]]:
     if tensor.zero_points is not None:
         found.append((f"{name}/points", tensor.zero_points))
     return [(key, value.clone().contiguous()) for key, value in found]
-
-
-def log_probabilities(logits: Tensor) -> Tensor:
-    """Log probabilities of the next token at all positions but the last: [B, S, V] -> [B, S - 1, V] float32."""
-    return torch.log_softmax(logits[:, :-1].float(), dim=-1)
 
 
 Evaluate = Callable[[Mapping[str, Any], int, int], Measured]

@@ -69,8 +69,8 @@ class Compensation:
 def added(hidden: Tensor, indices: Tensor, dropped: Tensor, table: Tensor, down: Tensor, up: Tensor) -> Tensor:
     """See `Compensation`: the reference, which is also traced into the graph."""
     own = dropped.to(hidden.dtype)
-    rows = table[indices.clamp(0, table.shape[0] - 1)]
-    means = torch.matmul(own.unsqueeze(1), rows).squeeze(1)
+    rows = table[torch.where(dropped > 0, indices, 0)]
+    means = (rows * own.unsqueeze(-1)).sum(1)
     return means + torch.matmul(torch.matmul(hidden, down) * own.sum(-1, keepdim=True), up)
 
 
@@ -93,10 +93,11 @@ class CompensateDropped(Pass):
     %y = experts(%x, %indices, %selected, ...)
     ->
     %dropped = where(%keep, 0, %weights)
-    %means = matmul(unsqueeze(%dropped, 1), index(@table, [%indices]))        # [T, 1, H]
+    %rows = index(@table, [where(gt(%dropped, 0), %indices, 0)])              # [T, k, H]
+    %means = sum(mul(%rows, unsqueeze(%dropped, -1)), [1])                    # [T, H]
     %linear = matmul(mul(matmul(%x, @down), sum(%dropped, [1], True)), @up)   # [T, H]
     %y = experts(%x, %indices, %selected, ...)
-    %sum = add(%y, add(squeeze(%means, [1]), %linear))
+    %sum = add(%y, add(%means, %linear))
     ```
 
     Attributes:

@@ -33,6 +33,7 @@ from moec.targets.coreml.executor.package import load_spec, model_file
 from moec.targets.coreml.library import coremltools_module
 from moec.targets.coreml.package import PACKAGE, WEIGHTS
 from moec.targets.coreml.target import CoremlOptions, CoremlTarget
+from tests.support.compensations import compensated
 
 Golden = Callable[[str], Any]
 
@@ -233,6 +234,12 @@ def test_a_routing_budget_at_run_time_is_an_input_with_a_default(
     assert np.abs(runner.prefill(prompt(program)) - once).max() > 1e-2
     want = ProgramRunner(program).prefill(prompt(program))
     np.testing.assert_allclose(runner.prefill(prompt(program)), want, atol=1e-4 * float(np.abs(want).max()))
+
+
+def test_what_stands_in_for_dropped_experts_is_added(tiny_checkpoint: Any, program_of: Any, lower: Any) -> None:
+    program = program_of(tiny_checkpoint("olmoe"), torch.float32)
+    routed = compensated(program, UniformK(k=1, renormalize=False))
+    check_against_interpreter(lower(routed, context=16), 1e-4)
 
 
 @pytest.mark.parametrize("length", [1, 5])

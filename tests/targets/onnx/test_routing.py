@@ -18,6 +18,7 @@ from moec.passes.routing.policies.ratio import Ratio
 from moec.passes.routing.policies.top_p import TopP
 from moec.targets.onnx.runner import OnnxRunner
 from moec.targets.onnx.target import Experts, Flavor, OnnxOptions, OnnxTarget
+from tests.support.compensations import compensated
 
 Tiny = Callable[[str], Path]
 Programs = Callable[[str], Program]
@@ -45,6 +46,15 @@ def assert_same(runner: OnnxRunner, program: Program, seed: int = 5) -> None:
         want, got = reference.decode(step), runner.decode(step)
         np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
     runner.reset()
+
+
+@pytest.mark.parametrize("experts", [Experts.KERNEL, Experts.GROUPED])
+def test_what_stands_in_for_dropped_experts_is_added(
+    tiny_checkpoint: Tiny, program_of: Programs, tmp_path: Path, experts: Experts
+) -> None:
+    program = compensated(program_of(tiny_checkpoint("olmoe")), TopP(mass=0.5, renormalize=False))
+    runner, _ = lowered(program, tmp_path / "out", experts=experts)
+    assert_same(runner, program)
 
 
 @pytest.mark.parametrize("flavor", [Flavor.DEFAULT, Flavor.PORTABLE])

@@ -23,6 +23,7 @@ from moec.targets.tensorrt import engine
 from moec.targets.tensorrt.doctor import Gpu
 from moec.targets.tensorrt.generator import EngineRunner, Rows
 from moec.targets.tensorrt.settings import Bounds, EngineSettings
+from tests.support.compensations import compensated
 
 
 class FakeSession:
@@ -132,6 +133,14 @@ def test_a_budget_is_fed_or_its_default(program_of: Any, lower: Any) -> None:
         runner.overrides = {} if override is None else {BUDGET_INPUT: np.asarray(override, np.float32)}
         want = ProgramRunner(reference).prefill(ids)
         np.testing.assert_allclose(runner.prefill(ids), want, atol=2e-5 * np.abs(want).max())
+
+
+def test_what_stands_in_for_dropped_experts_is_added(program_of: Any, lower: Any) -> None:
+    program = compensated(program_of("mixtral"), Ratio(beta=0.9, renormalize=False))
+    runner, _ = opened(lower(program, context=24))
+    ids = np.arange(3, 15)[None]
+    want = ProgramRunner(program).prefill(ids)
+    np.testing.assert_allclose(runner.prefill(ids), want, atol=2e-5 * np.abs(want).max())
 
 
 def test_left_padding(sliding: Any) -> None:

@@ -39,6 +39,7 @@ from moec.targets.tflite.experts import open_experts
 from moec.targets.tflite.reader import TfliteFile
 from moec.targets.tflite.runner import TfliteRunner
 from moec.targets.tflite.target import TfliteOptions, TfliteTarget
+from tests.support.compensations import compensated
 
 Programs = Callable[[str], Program]
 DYNAMIC = "int8-dynamic"
@@ -229,6 +230,14 @@ def test_a_policy_drops_slots_and_its_budget_is_an_input(build: Any, program_of:
     assert difference(runner.prefill(ids), pretrained) > 1e-3
     runner.overrides["routing_budget"] = np.array(1.0, np.float32)
     assert difference(runner.prefill(ids), pretrained) < 1e-5
+
+
+def test_what_stands_in_for_dropped_experts_is_added(build: Any, program_of: Programs) -> None:
+    program = compensated(program_of("golden"), TopP(mass=0.7, renormalize=False))
+    runner, ids = build.runner(program), tokens(program, 20)
+    assert difference(runner.prefill(ids), ProgramRunner(program).prefill(ids)) < 1e-5
+    plain = DynamicRouting(TopP(mass=0.7, renormalize=False)).run(program_of("golden")).program
+    assert difference(runner.prefill(ids), ProgramRunner(plain).prefill(ids)) > 1e-3
 
 
 # Formats --------------------------------------------------------------------------------------------------------------
