@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from moec.compiler.measure.accounting import account
 from moec.compiler.measure.expert_use import ExpertUse
 from moec.compiler.pipeline.calibration_data import CalibrationData, text_facts
 from moec.compiler.pipeline.calibration_file import read_calibration_file
+from moec.compiler.pipeline.compensation import check_text, compensation_pass, ranked
 from moec.compiler.pipeline.input_checks import check_saving
 from moec.compiler.text.corpus import read_text
 from moec.compiler.text.perplexity import losses
@@ -224,9 +225,9 @@ def plan_routing(
         added.append(DynamicRouting(chosen, settings.runtime_input))
         if any(chosen.compensates(layer) for layer in range(len(program.layers))):
             material = CalibrationData.of(checkpoint, pretrained, settings.text)
-            _check_text(settings, material)
+            check_text(settings, material)
             facts["compensation"] = {"text": text_facts(material)}
-            added.append(_compensation(material, chosen, removed, progress))
+            added.append(compensation_pass(material, chosen, removed, progress))
         added += [CommonSubexpressions(), DeadCode()]
     recorded = {
         "policy": settings.policy,
@@ -238,25 +239,6 @@ def plan_routing(
         # What stands in for dropped experts is fitted again when the artifact is validated, on the same text.
         recorded |= {"text": settings.text, "text_sha256": facts["compensation"]["text"]["sha256"]}
     return RoutingPlan(tuple(added), recorded, facts)
-
-
-def _check_text(settings: RoutingRecipe, material: CalibrationData) -> None:
-    if settings.text_sha256 not in {None, sha256_of_text(material.text)}:
-        raise CheckpointError(
-            f"{settings.text or 'the calibration text of moec'}: not the text that the recipe was made with",
-            hint=f"give the text with sha256 {settings.text_sha256} (--routing-text)",
-        )
-
-
-def _compensation(
-    material: CalibrationData, chosen: Policy, removed: Sequence[Sequence[int]] | None, progress: Progress
-) -> CompensateDropped:
-    """The compensations of all layers, fitted on the pretrained model, for the experts that are left after pruning."""
-    fitted = material.compensations(chosen, progress)
-    gone = removed or [()] * len(fitted)
-    return CompensateDropped(
-        tuple(None if own is None else own.without(tuple(layer)) for own, layer in zip(fitted, gone, strict=True))
-    )
 
 
 def measure_savings(
@@ -294,7 +276,7 @@ def _policy(
         entry = read_calibration(Path(settings.calibration), checkpoint, name, settings.budget)
         measured = {key: entry[key] for key in ("budget", "kept_share", "kept_per_layer")}
         chosen = policy(name, **entry["parameters"])
-        return replace(chosen, compensation=settings.compensation), {"calibration": measured}
+        return ranked(chosen, settings.compensation), {"calibration": measured}
     policy_type(name)
     material = CalibrationData.of(checkpoint, program, settings.text)
     traces, sensitivities = material.traces(progress), material.sensitivities(name, progress)
@@ -312,7 +294,7 @@ def _policy(
     else:
         assert settings.budget is not None, "check_routing"
         budget, searched = settings.budget, {}
-        chosen = replace(fit(name, traces, budget, sensitivities), compensation=settings.compensation)
+        chosen = ranked(fit(name, traces, budget, sensitivities), settings.compensation)
     entry = _entry(budget, chosen, traces)
     del entry["parameters"]
     return chosen, {"calibration": {**entry, **searched, "text": text_facts(material)}}
@@ -333,14 +315,14 @@ def _search(
     def evaluate(candidate: Policy) -> float:
         added: list[Pass] = [DynamicRouting(candidate)]
         if settings.compensation:
-            added.append(_compensation(material, candidate, None, progress))
+            added.append(compensation_pass(material, candidate, None, progress))
         routed, _ = passes.run_passes(material.program, added)
         found = losses(ProgramRunner(routed), sample, told=lambda done, total: progress("quality search", done, total))
         return float(np.exp((found - reference).mean()) - 1)
 
     tops = [trace.weights.shape[1] for trace in traces]
     return largest_saving(
-        lambda budget: replace(fit(settings.policy, traces, budget, sensitivities), compensation=settings.compensation),
+        lambda budget: ranked(fit(settings.policy, traces, budget, sensitivities), settings.compensation),
         evaluate,
         settings.max_quality_loss,
         least=min(len(tops) / sum(tops) + 0.02, 0.99),

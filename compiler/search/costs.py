@@ -14,7 +14,6 @@ from moec.compiler.measure.estimate.devices import Device
 from moec.compiler.search.objectives import BYTES, DECODE, EXPERT_FLOPS, MEMORY, PREFILL, SIZE
 from moec.compiler.search.variant import FLOAT, Variant
 from moec.passes.routing import compensation
-from moec.passes.routing.policies.base import Policy
 from moec.quantize.formats import parse_format
 from moec.quantize.plan import TensorClass
 from moec.quantize.planning.sensitivity import Part, size_of
@@ -122,13 +121,11 @@ class Costs:
             PREFILL.name: self._seconds(size, PROMPT * (flops + self._counts.state_flops_at(PROMPT // 2))),
         }
 
-    def compensation_share(self, layer: int, policy: Policy | None) -> float:
+    def compensation_share(self, layer: int, rank: int) -> float:
         """Work of what stands in for dropped experts in an MoE layer, relative to all slots of the layer."""
-        if policy is None or not policy.compensation:
-            return 0.0
         row = self._program.layers[layer]
         slots = row.top_k * self._expert_weights(layer)
-        return compensation.work(row.top_k, row.hidden_size, policy.compensation) / slots
+        return compensation.work(row.top_k, row.hidden_size, rank) / slots if rank else 0.0
 
     def _compensations(self, variant: Variant) -> tuple[int, int, int]:
         """Multiplications per token, bytes, and bytes read per token of what stands in for dropped experts."""

@@ -154,6 +154,19 @@ def shown(objective: Objective, value: float) -> str:
     return f"{value * 1e3:.3g} ms" if objective.unit == "seconds" else f"{value:.2e}"
 
 
+_SCALES = {"share": (100.0, "%"), "nats": (1.0, "nats"), "bytes": (1e-6, "MB"), "seconds": (1e3, "ms")}
+
+
+def scaled(objective: Objective, value: float) -> float:
+    """A value in the unit of plots: %, nats, MB or ms."""
+    return value * _SCALES[objective.unit][0]
+
+
+def axis(objective: Objective) -> str:
+    """Title of the axis of an objective."""
+    return f"{objective.name}, {_SCALES[objective.unit][1]}"
+
+
 def dominates(first: Sequence[float], second: Sequence[float]) -> bool:
     """Whether the first is not worse in any objective and better in at least one."""
     pairs: list[tuple[Any, Any]] = list(zip(first, second, strict=True))

@@ -1,4 +1,7 @@
-"""report.html of a search: one self-contained page whose plot points are labelled and link to their recipes."""
+"""report.html of a search: one self-contained page whose plot points are labelled and link to their recipes.
+
+The front is interactive where plotly is installed, which is in the extra `search`; every plot is there without it too.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +17,13 @@ from moec.compiler.report import plots
 from moec.compiler.report.page import Cell, Part, Section, Table, heat_map, page
 from moec.compiler.report.plots import Dot, Labels
 from moec.compiler.search.front_file import FILE, Front, Member
-from moec.compiler.search.objectives import OBJECTIVES, PERPLEXITY, Objective, shown
+from moec.compiler.search.interactive import front_plot
+from moec.compiler.search.objectives import OBJECTIVES, PERPLEXITY, Objective, axis, scaled, shown
 from moec.compiler.search.settings import SPACE_HINT
 
 REPORT = "report.html"
 MOST_CELLS = 5000
 """Largest heat map of the use of the experts; those of larger models are in front.json alone."""
-_SCALES = {"share": (100.0, "%"), "nats": (1.0, "nats"), "bytes": (1e-6, "MB"), "seconds": (1e3, "ms")}
 
 
 def write_report(directory: Path, front: Front) -> Path:
@@ -89,23 +92,16 @@ def sections(front: Front) -> list[Section]:
     ]
 
 
-def _scaled(objective: Objective, value: float) -> float:
-    return value * _SCALES[objective.unit][0]
-
-
-def _axis(objective: Objective) -> str:
-    return f"{objective.name}, {_SCALES[objective.unit][1]}"
-
-
 def _front(front: Front) -> list[Part]:
     goals = [OBJECTIVES[name] for name in front.objectives]
-    parts = []
+    interactive = front_plot(front) if front.members else None
+    parts = [] if interactive is None else [Part(plot=interactive)]
     for up, across in combinations(goals, 2):
         dots = [_dot(member, goals, across, up) for member in front.members]
         labels = Labels(
             f"front-{across.name}-{up.name}", f"{up.title} by {across.title}", f"{len(dots)} recipes, each a point."
         )
-        parts.append(Part(plot=Markup(plots.scatter(labels, dots, (_axis(across), _axis(up))))))
+        parts.append(Part(plot=Markup(plots.scatter(labels, dots, (axis(across), axis(up))))))
     rows = [
         (
             Cell(member.name),
@@ -125,9 +121,9 @@ def _dot(member: Member, goals: Sequence[Objective], across: Objective, up: Obje
     values = member.held_out.values
     text = f"{member.name}: " + ", ".join(f"{item.name} {shown(item, values[item.name])}" for item in goals)
     ends = (member.held_out.perplexity.low, member.held_out.perplexity.high) if up is PERPLEXITY else (None, None)
-    low, high = (None if end is None else _scaled(up, end) for end in ends)
+    low, high = (None if end is None else scaled(up, end) for end in ends)
     return Dot(
-        _scaled(across, values[across.name]), _scaled(up, values[up.name]), text, f"member-{member.name}", low, high
+        scaled(across, values[across.name]), scaled(up, values[up.name]), text, f"member-{member.name}", low, high
     )
 
 

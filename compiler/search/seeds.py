@@ -74,7 +74,7 @@ def _options(space: Space, costs: Costs, sensitivities: Sensitivities, layer: in
             genome = space.unchanged.copy()
             genome[place], genome[space.places["rule", layer]] = level, rule
             if space.canonical(genome)[place] == level:
-                work = level / LEVELS + costs.compensation_share(layer, space.policy(layer, rule, level))
+                work = level / LEVELS + costs.compensation_share(layer, space.rank(layer, rule))
                 unit = math.ceil(UNITS * work - 1e-9)
                 best[unit] = min(best.get(unit, (math.inf, 0, 0)), (sensitivities.root(gene, genome) ** 2, rule, level))
     return [(rule, level, unit, loss) for unit, (loss, rule, level) in sorted(best.items())]

@@ -194,6 +194,11 @@ class Space:
             ]
         )
 
+    def rank(self, layer: int, rule: int) -> int:
+        """Rank of the compensation that a rule has in a layer; 0: none."""
+        share = RULES[rule].rank
+        return max(1, round(share * self.widths[layer])) if share else 0
+
     def _fit(self, layer: int, rule: int, level: int) -> tuple[Policy | None, float]:
         if level >= LEVELS:
             return None, 1.0
@@ -208,7 +213,7 @@ class Space:
         start = replace(
             kind.prepare(Calibration([slots], level / LEVELS)),
             renormalize=chosen.renormalize,
-            compensation=max(1, round(chosen.rank * self.widths[layer])) if chosen.rank else 0,
+            compensation=self.rank(layer, rule),
         )
         if not kind.bisected:
             start = start.with_knob(self._whole(slots, level))

@@ -9,16 +9,20 @@ import numpy as np
 import pytest
 import torch
 
+from moec import passes
 from moec.compiler.commands.token_view import coloured, experts_by_token
 from moec.compiler.common.artifact import read_manifest
 from moec.compiler.common.errors import CheckpointError, LoweringError, OutputError, UsageError
 from moec.compiler.frontend.checkpoint import Checkpoint
+from moec.compiler.ir.interpreter import ProgramRunner
 from moec.compiler.ir.program import Program
 from moec.compiler.measure.accounting import account, token_view
-from moec.compiler.pipeline import routing
+from moec.compiler.pipeline import calibration_data, routing
 from moec.compiler.pipeline.export import compile_recipe, validate_artifact
 from moec.compiler.pipeline.recipe import RoutingRecipe, make_recipe
 from moec.compiler.pipeline.stages import silent
+from moec.compiler.text.corpus import HELD_OUT, read_text, tokenize, windows
+from moec.compiler.text.perplexity import losses
 from moec.passes.routing.calibrate.collect import collect, measure_sensitivities
 from moec.passes.routing.dynamic_routing import DynamicRouting
 from moec.passes.routing.policies.table import policy
@@ -27,8 +31,9 @@ from moec.targets.base import Capabilities, Phase
 
 @pytest.fixture(autouse=True)
 def little_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"LENGTH": 32, "WINDOWS": 8, "SENSITIVITY_WINDOWS": 1, "ACCOUNTED_WINDOWS": 2}.items():
-        monkeypatch.setattr(routing, name, value)
+    for name, value in {"LENGTH": 32, "WINDOWS": 8, "SENSITIVITY_WINDOWS": 1}.items():
+        monkeypatch.setattr(calibration_data, name, value)
+    monkeypatch.setattr(routing, "ACCOUNTED_WINDOWS", 2)
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +97,41 @@ def test_a_calibration_file_serves_its_checkpoint_policy_and_budgets(
         routing.read_calibration(tmp_path / "none", checkpoint, "ratio", 0.5)
 
 
+def test_what_stands_in_for_dropped_experts_is_fitted_and_recorded(
+    checkpoint: Checkpoint, program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"LENGTH": 256, "WINDOWS": 16}.items():
+        monkeypatch.setattr(calibration_data, name, value)
+    given: dict[str, Any] = {"policy": "threshold", "parameters": {"tau": 0.25, "renormalize": False}}
+    plain = plan(checkpoint, program, **given)
+    given["parameters"] |= {"compensation": 16}
+    found = plan(checkpoint, program, **given)
+    assert found.recorded is not None
+    assert plain.recorded is not None
+    digest = found.recorded["text_sha256"]
+    assert "text_sha256" not in plain.recorded
+    assert plan(checkpoint, program, **given, text_sha256=digest).recorded == found.recorded
+    (tmp_path / "other.txt").write_text("words and more words. " * 2000)
+    with pytest.raises(CheckpointError, match="not the text that the recipe was made with"):
+        plan(checkpoint, program, **given, text=str(tmp_path / "other.txt"), text_sha256=digest)
+    ids = windows(tokenize(checkpoint.directory, read_text(None, shipped=HELD_OUT)), 256, 12)
+    done = [item.name for item in passes.default_passes()]
+    base, dropped, compensated = (
+        losses(ProgramRunner(passes.run_passes(program, steps, completed=done)[0]), ids).mean()
+        for steps in ((), plain.passes, found.passes)
+    )
+    assert compensated - base < 0.75 * (dropped - base)
+    layer = program.layers[0]
+    assert plain.added_work == ()
+    assert found.added_work == (layer.hidden_size * (layer.top_k + 32) + 16,) * len(program.layers)
+
+
+def test_a_budget_and_a_compensation_leave_the_kept_weights(checkpoint: Checkpoint, program: Program) -> None:
+    found = plan(checkpoint, program, policy="ratio", budget=0.5, compensation=4)
+    assert isinstance(found.passes[0], DynamicRouting)
+    assert (found.passes[0].policy.compensation, found.passes[0].policy.renormalize) == (4, False)
+
+
 @pytest.mark.parametrize("content", [b"", b"  \n", b"\x00\x01\xff", b"few words"])
 def test_texts_that_cannot_serve(checkpoint: Checkpoint, program: Program, tmp_path: Path, content: bytes) -> None:
     (tmp_path / "text.txt").write_bytes(content)
@@ -140,6 +180,9 @@ def test_the_search_stays_within_the_bound(checkpoint: Checkpoint, program: Prog
         {"policy": "top-p", "max_quality_loss": "much"},
         {"prune": 1.0},
         {"policies": "top-p"},
+        {"compensation": 8},
+        {"policy": "top-p", "budget": 0.5, "compensation": -1},
+        {"policy": "top-p", "parameters": {"mass": 0.5}, "compensation": 8},
     ],
 )
 def test_sections_that_contradict_themselves(fields: dict[str, Any]) -> None:
