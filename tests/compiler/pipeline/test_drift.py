@@ -12,7 +12,7 @@ from moec import cli
 from moec.compiler.common.artifact import read_manifest, write_manifest
 from moec.compiler.common.errors import ArtifactError
 from moec.compiler.measure.expert_use import FILE
-from moec.compiler.pipeline import drift, routing
+from moec.compiler.pipeline import calibration_data, drift
 from moec.compiler.pipeline.drift import find_drift
 from moec.compiler.pipeline.export import compile_recipe
 from moec.compiler.pipeline.recipe import make_recipe
@@ -24,7 +24,7 @@ TEXTS = Path(__file__).resolve().parents[3] / "golden_models" / "olmoe-tiny" / "
 def little_text() -> Any:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {"LENGTH": 64, "WINDOWS": 16, "SENSITIVITY_WINDOWS": 1}.items():
-            patch.setattr(routing, name, value)
+            patch.setattr(calibration_data, name, value)
         patch.setattr(drift, "LENGTH", 64)
         yield
 
