@@ -235,9 +235,10 @@ class Search:
             short = not item.complete and len(differences) > 1
             variances.append(float(differences.var(ddof=1)) / len(differences) if short else 0.0)
         spread = np.array(variances)
-        self._loss = Surrogate(roots, np.array(losses), spread, self._theta, refit=refit)
+        classes = self.sensitivities.classes
+        self._loss = Surrogate(roots, np.array(losses), spread, self._theta, refit=refit, classes=classes)
         self._theta = self._loss.theta
-        self._divergence = Surrogate(roots, np.array(divergences), spread, self._theta, refit=False)
+        self._divergence = Surrogate(roots, np.array(divergences), spread, self._theta, refit=False, classes=classes)
 
     def _roots(self, keys: Sequence[Key]) -> np.ndarray:
         return np.array([self.sensitivities.roots(np.array(key)) for key in keys])

@@ -33,23 +33,30 @@ UNITS = 100
 def seeds(space: Space, costs: Costs, sensitivities: Sensitivities, traces: Sequence[RoutingTrace]) -> list[Genome]:
     """Distinct initial individuals, the most useful first.
 
-    They are the pretrained model, exact allocations of rules and levels over all layers, allocations of formats as by
-    `--quantize auto`, combinations of both, and policies fitted as by `moec export`.
+    They are the pretrained model, exact allocations of rules and levels over all layers, with compensations and
+    without, allocations of formats as by `--quantize auto`, combinations of both, and policies fitted as by `moec
+    export`.
     """
-    mixed = list(_mixed(space, costs, sensitivities)) if space.routing else []
-    fitted = list(_fitted(space, sensitivities, traces)) if space.routing else []
     stored = list(allocated_formats(space, costs, sensitivities))
-    joint = [_joined(space, routed, held) for routed in mixed[::2] for held in stored[::2]]
-    every = [space.unchanged, *mixed, *stored, *joint, *fitted]
+    every: list[Genome] = [space.unchanged]
+    fitted: list[Genome] = []
+    if space.routing:
+        plain = [index for index, rule in enumerate(space.rules) if not rule.rank]
+        ranked = [index for index, rule in enumerate(space.rules) if rule.rank]
+        best = list(_mixed(space, costs, sensitivities, ranked or plain))
+        every += best + [_joined(space, routed, held) for held in stored[::3] for routed in best]
+        every += _mixed(space, costs, sensitivities, plain) if ranked else []
+        fitted += _fitted(space, sensitivities, traces)
+    every += [*stored, *fitted]
     return [np.array(key) for key in dict.fromkeys(tuple(space.canonical(genome).tolist()) for genome in every)]
 
 
-def _mixed(space: Space, costs: Costs, sensitivities: Sensitivities) -> Iterator[Genome]:
-    """Allocations with the least total loss for each budget, over all rules (Alloc-MoE, arXiv:2604.08133)."""
+def _mixed(space: Space, costs: Costs, sensitivities: Sensitivities, rules: Sequence[int]) -> Iterator[Genome]:
+    """Allocations with the least total loss for each budget, over these rules (Alloc-MoE, arXiv:2604.08133)."""
     layers = [index for index in range(len(space.slots)) if ("level", index) in space.places]
     if not layers:
         return
-    options = [_options(space, costs, sensitivities, layer) for layer in layers]
+    options = [_options(space, costs, sensitivities, layer, rules) for layer in layers]
     losses = [[loss for *_, loss in each] for each in options]
     units = [[unit for _, _, unit, _ in each] for each in options]
     for budget in BUDGETS:
@@ -64,13 +71,15 @@ def _mixed(space: Space, costs: Costs, sensitivities: Sensitivities) -> Iterator
         yield found
 
 
-def _options(space: Space, costs: Costs, sensitivities: Sensitivities, layer: int) -> list[tuple[int, int, int, float]]:
+def _options(
+    space: Space, costs: Costs, sensitivities: Sensitivities, layer: int, rules: Sequence[int]
+) -> list[tuple[int, int, int, float]]:
     """Rule, level, work and loss of the choices with the least loss for each amount of work, in units of a layer's."""
     place = space.places["level", layer]
     gene = space.genes[place]
     best: dict[int, tuple[float, int, int]] = {}
     for level in range(gene.low, LEVELS + 1):
-        for rule in range(len(space.rules) if level < LEVELS else 1):
+        for rule in rules if level < LEVELS else rules[:1]:
             genome = space.unchanged.copy()
             genome[place], genome[space.places["rule", layer]] = level, rule
             if space.canonical(genome)[place] == level:

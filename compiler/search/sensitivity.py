@@ -14,7 +14,7 @@ from functools import cached_property
 import numpy as np
 
 from moec.compiler.search.costs import Costs
-from moec.compiler.search.space import LEVELS, Gene, Genome, Space
+from moec.compiler.search.space import LEVELS, RULES, Gene, Genome, Space
 
 LEVEL_SHARES = (0.0, 0.35, 0.6, 0.8)
 """Levels that are measured, as shares of the range from the smallest level to all slots."""
@@ -80,9 +80,25 @@ class Sensitivities:
         """The genes that have a curve."""
         return tuple(gene for gene in self._space.genes if gene.kind != "rule")
 
+    @cached_property
+    def classes(self) -> np.ndarray:
+        """The kind of change behind each of `roots`: [2 groups] integers."""
+        kinds = sorted({gene.kind for gene in self.groups})
+        own = np.array([kinds.index(gene.kind) for gene in self.groups], dtype=np.int64)
+        return np.concatenate([own, own + len(kinds)])
+
     def roots(self, genome: Genome) -> np.ndarray:
-        """Square root of the divergence that each group causes alone: [groups]."""
-        return np.array([self.root(gene, genome) for gene in self.groups])
+        """Square root of the divergence that each group causes alone: [2 groups].
+
+        Groups whose rule has a compensation have places of their own in the second half, since a compensation restores
+        what all tokens miss in common, and so lowers the loss more than the divergence.
+        """
+        found = np.array([self.root(gene, genome) for gene in self.groups])
+        ranked = np.array([gene.kind == "level" and self._ranked(gene, genome) for gene in self.groups], dtype=bool)
+        return np.concatenate([np.where(ranked, 0.0, found), np.where(ranked, found, 0.0)])
+
+    def _ranked(self, gene: Gene, genome: Genome) -> bool:
+        return RULES[self._space.value(genome, "rule", gene.index, 0)].rank > 0
 
     def root(self, gene: Gene, genome: Genome) -> float:
         """Square root of the divergence that one group causes alone."""

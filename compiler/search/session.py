@@ -264,10 +264,10 @@ def run_search(
 
 
 def _most_seeds(settings: Settings) -> int:
-    """Initial individuals that are measured: half of all measurements at most, so that the search keeps its share."""
+    """Initial individuals that are measured: a third of all measurements, so that the search has the others."""
     generations = settings.last if settings.last is not None else BUDGET_GENERATIONS
     measured = int(settings.share * settings.population * (generations + 1))
-    return min(settings.population, max(1, measured // 2 if generations else measured))
+    return min(settings.population, max(1, measured // 3 if generations else measured))
 
 
 def _more(settings: Settings, search: Search, clock: _Clock) -> bool:

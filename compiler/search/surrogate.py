@@ -6,8 +6,9 @@ Williams, "Gaussian Processes for Machine Learning", 2006, chapters 2 and 5) wit
 
     a sum_g f_g f'_g  +  c exp(-|e - e'|^2 / 2 l^2 - (log S - log S')^2 / 2 m^2)  +  n,
 
-with f = v^2 / S and e = v / |v|. The term of a scales the contribution of single genes, the term of c models their
-interaction and its dependence on the size of the change, and n is noise.
+with f = v^2 / S and e = v / |v|; after the f_g follow their sums over each kind of gene. The term of a scales the
+contribution of single genes and of kinds of genes, the term of c models their interaction and its dependence on the
+size of the change, and n is noise.
 """
 
 from __future__ import annotations
@@ -36,17 +37,20 @@ Array = np.ndarray
 
 @dataclass(frozen=True)
 class _Features:
-    """Features of n individuals: shares of S [n, G], unit directions [n, G] and logarithms of S [n]."""
+    """Features of n individuals: shares of S [n, G + C], unit directions [n, G] and logarithms of S [n]."""
 
     shares: Array
     directions: Array
     logs: Array
 
     @classmethod
-    def of(cls, roots: Array) -> _Features:
+    def of(cls, roots: Array, classes: Array | None) -> _Features:
         squares = roots**2
         sums = np.maximum(squares.sum(axis=1, keepdims=True), FLOOR)
-        return cls(squares / sums, roots / np.sqrt(sums), np.log(sums[:, 0]))
+        shares = squares / sums
+        if classes is not None:
+            shares = np.hstack([shares, shares @ np.eye(int(classes.max()) + 1)[classes]])
+        return cls(shares, roots / np.sqrt(sums), np.log(sums[:, 0]))
 
 
 def _kernel(theta: Array, first: _Features, second: _Features) -> Array:
@@ -68,12 +72,21 @@ class Surrogate:
         variances: Variances of `losses`, [n]; 0 for individuals that were measured on all windows.
         theta: Parameters of an earlier fit to start from.
         refit: Whether to fit the parameters to these individuals; otherwise `theta` is used as it is.
+        classes: The kind of each gene, [G] integers below C; None: all genes are of different kinds.
     """
 
     def __init__(
-        self, roots: Array, losses: Array, variances: Array, theta: Array | None = None, *, refit: bool = True
+        self,
+        roots: Array,
+        losses: Array,
+        variances: Array,
+        theta: Array | None = None,
+        *,
+        refit: bool = True,
+        classes: Array | None = None,
     ) -> None:
-        self._features = _Features.of(roots)
+        self._classes = classes
+        self._features = _Features.of(roots, classes)
         sums = np.exp(self._features.logs)
         self._ratios, self._noise = losses / sums - 1.0, variances / sums**2
         self.theta = START if theta is None else theta
@@ -86,7 +99,7 @@ class Surrogate:
 
     def predict(self, roots: Array) -> tuple[Array, Array]:
         """Mean and standard deviation of the predicted loss, nats, [n] each, for roots [n, G]."""
-        features = _Features.of(roots)
+        features = _Features.of(roots, self._classes)
         sums = np.exp(features.logs)
         cross = _kernel(self.theta, features, self._features)
         own = np.array([_kernel(self.theta, one, one)[0, 0] for one in _each(features)])

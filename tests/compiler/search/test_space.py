@@ -12,8 +12,10 @@ from moec.compiler.search.costs import Costs, Speed
 from moec.compiler.search.evaluation import Evaluator
 from moec.compiler.search.objectives import EXPERT_FLOPS, SIZE
 from moec.compiler.search.operators import Excess, LayerCrossover, Moves
+from moec.compiler.search.seeds import seeds
 from moec.compiler.search.sensitivity import Sensitivities, probes
 from moec.compiler.search.space import LEVELS, RULES, Rule, Space
+from moec.passes.routing.calibrate.traces import RoutingTrace
 from moec.passes.routing.policies.base import Slots
 from moec.passes.routing.policies.per_layer import in_layer
 from moec.passes.routing.policies.threshold import Threshold
@@ -205,9 +207,42 @@ def test_between_two_measurements_the_root_is_interpolated(space: Space, sensiti
     genome = space.unchanged.copy()
     genome[space.places["level", 0]] = 90
     genome[space.places["level", 1]] = 70
-    roots = dict(
-        zip([(gene.kind, gene.index) for gene in sensitivities.groups], sensitivities.roots(genome), strict=True)
-    )
+    places = [(gene.kind, gene.index) for gene in sensitivities.groups]
+    roots = dict(zip(places, sensitivities.roots(genome)[: len(places)], strict=True))
     assert roots["level", 0] == pytest.approx(0.1)
     assert roots["level", 1] == pytest.approx(0.3 * 0.1**0.5)
     assert roots["format", 0] == 0
+
+
+def test_a_compensated_layer_has_a_place_of_its_own_in_what_the_surrogate_sees(
+    space: Space, sensitivities: Sensitivities
+) -> None:
+    groups = len(sensitivities.groups)
+    place = next(index for index, gene in enumerate(sensitivities.groups) if (gene.kind, gene.index) == ("level", 1))
+    for rule in (Rule("threshold", False), Rule("threshold", False, 1 / 8)):
+        genome = space.unchanged.copy()
+        genome[space.places["rule", 1]], genome[space.places["level", 1]] = RULES.index(rule), 50
+        found = sensitivities.roots(genome)
+        assert np.flatnonzero(found).tolist() == [place + (groups if rule.rank else 0)]
+    classes = sensitivities.classes
+    assert len(classes) == 2 * groups
+    assert classes[place] != classes[place + groups]
+    assert len(set(classes.tolist())) == 2 * len({gene.kind for gene in sensitivities.groups})
+
+
+def test_the_first_individuals_are_of_both_kinds_at_every_budget(
+    space: Space, costs: Costs, sensitivities: Sensitivities
+) -> None:
+    traces = [RoutingTrace(own.weights, own.indices, own.hidden[:, 0]) for own in space.slots]
+    found = seeds(space, costs, sensitivities, traces)
+    assert np.array_equal(found[0], space.unchanged)
+    ranked = [
+        [space.rank(layer, space.value(genome, "rule", layer, 0)) > 0 for layer in range(LAYERS)] for genome in found
+    ]
+    kept = [costs.of(space.variant(genome), space.kept(genome))["expert-flops"] for genome in found]
+    for own in (True, False):
+        shares = [share for each, share in zip(ranked, kept, strict=True) if any(each) is own]
+        assert min(shares) < 0.45
+        assert len({round(share, 1) for share in shares}) > 4
+    # With a compensation, the work of its map is part of the budget.
+    assert all(share <= 0.91 for each, share in zip(ranked, kept, strict=True) if any(each))
