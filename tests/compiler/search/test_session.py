@@ -50,7 +50,6 @@ def test_the_front_is_measured_and_grows(reference: dict[str, Any]) -> None:
     assert volumes == sorted(volumes)
     assert len(volumes) == 4
     assert len(search.archive.found) <= 0.6 * len(search.seen)
-    assert len(search.archive.found) > 0.5 * len(search.seen)
     initial = [item for item in search.archive.found.values() if item.generation == 0]
     assert len(initial) <= 8
     assert all(item.complete for item in search.archive.front)
