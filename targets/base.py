@@ -239,6 +239,8 @@ class Target(ABC):
             if kind not in self.weight_formats or tensor.format.scale_type not in scale_types:
                 users.setdefault(str(tensor.format), []).append(name)
         known = f"{', '.join(sorted(self.weight_formats))} with scales of {' or '.join(sorted(scale_types))}"
+        if scale_types != self.scale_types:
+            known += f" where activations are {str(program.dtype).removeprefix('torch.')}"
         for form, names in users.items():
             reason = f"{form} ({len(names)} weights) is not supported here; weights may be {known}"
             yield Rejection(self.name, names[0], reason)
