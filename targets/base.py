@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from moec.compiler.ir.interpreter import ActivationRounding
     from moec.compiler.ir.program import Program
     from moec.passes.base import Pass
-    from moec.targets.model_files import FileFormat
+    from moec.targets.model_files import FileFormat, ModelFile
     from moec.targets.stored_weights import StoredWeight
 
 
@@ -257,7 +257,7 @@ class Target(ABC):
             reason = f"a state of kind {kind} is not supported here; layers may keep states of the kinds {carried}"
             yield Rejection(self.name, f"layer {layers[0]}{more}", reason)
 
-    def file_format(self) -> FileFormat | None:
+    def file_format(self) -> FileFormat[ModelFile] | None:
         """The format of files of other tools that this target's runtime runs and moec's compiler does not know."""
         return None
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
@@ -147,20 +147,23 @@ class ModelFile(Protocol):
         """Every node of the graph."""
 
 
+Opened = TypeVar("Opened")
+
+
 @dataclass(frozen=True)
-class FileFormat:
-    """A format of files that a target's runtime can run.
+class FileFormat(Generic[Opened]):
+    """A format of files of other tools.
 
     Attributes:
         name: Its name.
         sign: What a file of it is recognised by, for people.
         matches: Path and first bytes of a file, or of a directory none -> whether it is of the format.
         open: Opens a file. Raises ArtifactError if it is damaged.
-        needs: Module that must be installed, and the extra that brings it.
+        needs: Module that must be installed, and the extra that brings it; empty if moec itself needs it.
     """
 
     name: str
     sign: str
     matches: Callable[[Path, bytes], bool]
-    open: Callable[[Path], ModelFile]
-    needs: tuple[str, str]
+    open: Callable[[Path], Opened]
+    needs: tuple[str, str] = ("", "")

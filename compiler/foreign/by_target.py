@@ -17,7 +17,7 @@ from moec.compiler.foreign.model import Choices, Cost, ForeignModel, Unseen
 from moec.compiler.foreign.routing import chosen_per_layer
 from moec.compiler.foreign.stepping import Feeds, SteppingRunner, feeds
 from moec.compiler.ir.program import Program
-from moec.targets.model_files import FileFormat, FileSession, Operator, StoredTensor
+from moec.targets.model_files import FileFormat, FileSession, ModelFile, Operator, StoredTensor
 from moec.targets.runners import Runner
 
 
@@ -32,7 +32,7 @@ class TargetFile(ForeignModel):
         ArtifactError: It is damaged.
     """
 
-    def __init__(self, path: Path, form: FileFormat) -> None:
+    def __init__(self, path: Path, form: FileFormat[ModelFile]) -> None:
         self.path, self.files, self._file = path, (path,), form.open(path)
         self.format = form.name  # type: ignore[misc]  # of the object, since one class opens all
         self.producer, self.runtime = self._file.producer, self._file.runtime

@@ -5,50 +5,31 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from moec.compiler.common.errors import MissingExtraError, UsageError
 from moec.compiler.foreign.model import ForeignModel
 from moec.targets import get_target, target_names
-from moec.targets.model_files import FileFormat
+from moec.targets.model_files import FileFormat, ModelFile
 
 HEAD = 4096
 """Bytes at the start of a file by which it is recognised."""
 
 
-@dataclass(frozen=True)
-class Format:
-    """A format.
+def _open(form: FileFormat[ForeignModel], path: Path) -> ForeignModel:
+    """Open a file.
 
-    Attributes:
-        name: Its name.
-        sign: What a file of it is recognised by, for people.
-        matches: Path and first bytes of a file, or of a directory none -> whether it is of the format.
-        opener: Opens a file as a `ForeignModel`.
-        needs: Module that must be installed, and the extra that brings it; empty if moec itself needs it.
+    Raises:
+        MissingExtraError: Its runtime is not installed.
+        ArtifactError: It is damaged.
     """
-
-    name: str
-    sign: str
-    matches: Callable[[Path, bytes], bool]
-    opener: Callable[[Path], ForeignModel]
-    needs: tuple[str, str] = ("", "")
-
-    def open(self, path: Path) -> ForeignModel:
-        """Open a file.
-
-        Raises:
-            MissingExtraError: Its runtime is not installed.
-            ArtifactError: It is damaged.
-        """
-        module, extra = self.needs
-        if module and importlib.util.find_spec(module) is None:
-            raise MissingExtraError(
-                f"{path}: {self.name} needs {module}, which is not installed", hint=f"pip install 'moec[{extra}]'"
-            )
-        return self.opener(path)
+    module, extra = form.needs
+    if module and importlib.util.find_spec(module) is None:
+        raise MissingExtraError(
+            f"{path}: {form.name} needs {module}, which is not installed", hint=f"pip install 'moec[{extra}]'"
+        )
+    return form.open(path)
 
 
 def _opener(place: str, name: str) -> Callable[[Path], ForeignModel]:
@@ -85,25 +66,29 @@ def _is_gguf(path: Path, head: bytes) -> bool:  # noqa: ARG001
     return head[:4] == b"GGUF"
 
 
-FORMATS: tuple[Format, ...] = (
-    Format("ONNX", "a protobuf with a graph", _is_onnx, _opener("onnx", "OnnxModel")),
-    Format("OpenVINO", "XML with a net", _is_openvino, _opener("openvino", "OpenvinoModel"), ("openvino", "openvino")),
-    Format("TFLite", "the letters TFL3", _is_tflite, _opener("tflite", "TfliteModel"), ("ai_edge_litert", "tflite")),
-    Format("GGUF", "the letters GGUF", _is_gguf, _opener("gguf", "GgufModel"), ("llama_cpp", "gguf")),
+FORMATS: tuple[FileFormat[ForeignModel], ...] = (
+    FileFormat("ONNX", "a protobuf with a graph", _is_onnx, _opener("onnx", "OnnxModel")),
+    FileFormat(
+        "OpenVINO", "XML with a net", _is_openvino, _opener("openvino", "OpenvinoModel"), ("openvino", "openvino")
+    ),
+    FileFormat(
+        "TFLite", "the letters TFL3", _is_tflite, _opener("tflite", "TfliteModel"), ("ai_edge_litert", "tflite")
+    ),
+    FileFormat("GGUF", "the letters GGUF", _is_gguf, _opener("gguf", "GgufModel"), ("llama_cpp", "gguf")),
 )
 """The formats whose runtimes are known here."""
 
 
-def formats() -> tuple[Format, ...]:
+def formats() -> tuple[FileFormat[ForeignModel], ...]:
     """Every format that can be judged, those of targets included."""
     offered = (form for name in target_names() if (form := get_target(name).file_format()) is not None)
     return (
         *FORMATS,
-        *(Format(own.name, own.sign, own.matches, partial(_by_target, own), own.needs) for own in offered),
+        *(FileFormat(own.name, own.sign, own.matches, partial(_by_target, own), own.needs) for own in offered),
     )
 
 
-def _by_target(form: FileFormat, path: Path) -> ForeignModel:
+def _by_target(form: FileFormat[ModelFile], path: Path) -> ForeignModel:
     from moec.compiler.foreign.by_target import TargetFile
 
     return TargetFile(path, form)
@@ -131,7 +116,7 @@ def recognise(path: Path) -> ForeignModel:
         names = ", ".join(own.name for own, _ in found)
         raise UsageError(f"{path}: it holds several models: {names}", hint="give one of these files")
     location, form = chosen[0]
-    return form.open(location)
+    return _open(form, location)
 
 
 MAIN = ("model", "openvino_model", "decoder_model_merged")
@@ -143,7 +128,7 @@ def _inside(path: Path) -> Iterator[Path]:
         yield from sorted(own for own in path.iterdir() if not own.name.startswith("."))
 
 
-def _format(path: Path) -> Format | None:
+def _format(path: Path) -> FileFormat[ForeignModel] | None:
     head = b""
     if path.is_file():
         with path.open("rb") as file:

@@ -14,7 +14,7 @@ import numpy as np
 from moec.targets.coreml.executor import MilModel, TensorDescriptor
 from moec.targets.coreml.executor.model import MilSession
 from moec.targets.coreml.executor.plan import plan_function
-from moec.targets.model_files import Feeds, FileFormat, Operator, Port, Product, StoredTensor
+from moec.targets.model_files import Feeds, FileFormat, ModelFile, Operator, Port, Product, StoredTensor
 
 if TYPE_CHECKING:
     from moec.targets.coreml.executor.constants import Constant
@@ -31,7 +31,7 @@ def is_package(path: Path, head: bytes) -> bool:  # noqa: ARG001
     return path.is_dir() and (path / "Manifest.json").is_file() and (path / "Data").is_dir()
 
 
-FORMAT = FileFormat(
+FORMAT: FileFormat[ModelFile] = FileFormat(
     "Core ML",
     "a package with Manifest.json and Data",
     is_package,

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from moec.compiler.ir.program import Program
     from moec.targets.coreml.interface import Shape
     from moec.targets.coreml.lower import Built
-    from moec.targets.model_files import FileFormat
+    from moec.targets.model_files import FileFormat, ModelFile
     from moec.targets.stored_weights import StoredWeight
 
 DEFAULT_CONTEXT = 2048
@@ -196,7 +196,7 @@ class CoremlTarget(base.Target):
 
         return stored_weights(directory)
 
-    def file_format(self) -> FileFormat:
+    def file_format(self) -> FileFormat[ModelFile]:
         """Packages of coremltools and others, which run here in moec's executor."""
         from moec.targets.coreml.model_file import FORMAT
 

@@ -12,6 +12,7 @@ from moec import cli
 from moec.compiler.common.errors import ArtifactError, MissingExtraError, UsageError
 from moec.compiler.foreign import formats
 from moec.compiler.foreign.formats import recognise
+from moec.targets.model_files import FileFormat
 
 
 def test_a_name_says_nothing(foreign_onnx: Callable[..., Path], tmp_path: Path) -> None:
@@ -41,7 +42,9 @@ def test_several_models(foreign_onnx: Callable[..., Path], tmp_path: Path) -> No
 
 def test_a_missing_runtime(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"NEW!")
-    new = formats.Format("NEW", "NEW!", lambda _, head: head == b"NEW!", ("onnx", "OnnxModel"), ("not_there", "new"))
+    new = FileFormat(
+        "NEW", "NEW!", lambda _, head: head == b"NEW!", lambda path: pytest.fail(str(path)), ("not_there", "new")
+    )
     monkeypatch.setattr(formats, "FORMATS", (new,))
     with pytest.raises(MissingExtraError, match="NEW needs not_there") as caught:
         recognise(tmp_path)
