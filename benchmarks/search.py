@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
+import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,10 +29,11 @@ from moec.compiler.common import markdown
 from moec.compiler.common.errors import UsageError
 from moec.compiler.ir.interpreter import ProgramRunner
 from moec.compiler.search.archive import Archive, Individual
+from moec.compiler.search.evaluation import Evaluator
 from moec.compiler.search.seeds import allocated_formats, layer_losses
 from moec.compiler.search.session import Finished, Opened, open_search, run_search
 from moec.compiler.search.settings import make_settings
-from moec.compiler.search.store import Measured
+from moec.compiler.search.store import Measured, Store
 from moec.compiler.search.truth import MOST, surrogate_facts
 from moec.compiler.search.variant import Variant
 from moec.compiler.text.corpus import held_out_text
@@ -56,16 +59,23 @@ def silent(*_: Any) -> None:
 class Stranger:
     """Individuals of other origin than the search, in an archive of their own: numbers stand for variants."""
 
-    def __init__(self, found: Opened, variants: Sequence[Variant], archive: Archive) -> None:
+    def __init__(self, found: Opened, variants: Sequence[Variant], archive: Archive, folder: Path) -> None:
         self.variants = variants
         self.archive = Archive(self, found.costs, archive.reference, archive.objectives, {})
         for number, variant in enumerate(variants):
-            sections = variant.sections(found.evaluator.parts)
-            measured = found.evaluator.evaluate(sections, 0, len(found.evaluator.windows))
-            self.archive.add((number,), measured, 0, None)
+            self.archive.add((number,), stored(found.evaluator, variant, folder), 0, None)
 
     def variant(self, genome: np.ndarray) -> Variant:
         return self.variants[int(genome[0])]
+
+
+def stored(evaluator: Evaluator, variant: Variant, folder: Path) -> Measured:
+    """A measurement on all windows, from a directory if it is there."""
+    kept, sections = Store(folder, evaluator.context), variant.sections(evaluator.parts)
+    known = kept.get(sections)
+    if known.windows < len(evaluator.windows):
+        kept.put(sections, known.windows, evaluator.evaluate(sections, known.windows, len(evaluator.windows)))
+    return kept.get(sections)
 
 
 def commands(found: Opened, finished: Finished, count: int) -> list[Variant]:
@@ -73,8 +83,8 @@ def commands(found: Opened, finished: Finished, count: int) -> list[Variant]:
     space, parts = found.space, found.evaluator.parts
     measured = layer_losses(space, finished.search.sensitivities)
     unchanged = Variant.unchanged(found.evaluator.program, parts)
-    stored = [tuple(_preset(part.name, text) for part in parts) for text in PRESETS]
-    stored += [space.variant(g).formats for g in allocated_formats(space, found.costs, finished.search.sensitivities)]
+    formats = [tuple(_preset(part.name, text) for part in parts) for text in PRESETS]
+    formats += [space.variant(g).formats for g in allocated_formats(space, found.costs, finished.search.sensitivities)]
     routed: list[Variant] = []
     for budget, name in itertools.product(BUDGETS, POLICIES):
         try:
@@ -82,7 +92,7 @@ def commands(found: Opened, finished: Finished, count: int) -> list[Variant]:
         except UsageError:
             continue
         routed.append(replace(unchanged, policies=tuple(in_layer(chosen, i) for i in range(len(space.slots)))))
-    grid = [replace(one, formats=formats) for one, formats in itertools.product(routed, stored)]
+    grid = [replace(one, formats=chosen) for one, chosen in itertools.product(routed, formats)]
     order = np.random.default_rng(0).permutation(len(grid))
     return list(dict.fromkeys(grid[index] for index in order))[:count]
 
@@ -99,54 +109,88 @@ def chance(found: Opened, count: int, seed: int) -> Iterator[Variant]:
         yield space.variant(space.canonical(random.integers(space.low, space.high + 1)))
 
 
-def on_held_out(finished: Finished, found: Opened, held: Any, space: Any, front: Sequence[Individual]) -> np.ndarray:
+def on_held_out(
+    finished: Finished, found: Opened, held: Evaluator, space: Any, front: Sequence[Individual], folder: Path
+) -> np.ndarray:
     """Objectives of a front on held-out text, with the upper end of the interval of perplexity: [n, m + 1]."""
     reference = held.evaluate({}, 0, len(held.windows))
-    rows = np.array([finished.search.archive.row(item.values) for item in front])
+    count = len(finished.search.archive.objectives)
+    rows = np.array([finished.search.archive.row(item.values) for item in front]).reshape(-1, count)
     best = finished.search.volume.best(np.zeros((0, rows.shape[1])), rows, MOST)
     judged = Archive(space, found.costs, reference, finished.search.archive.objectives, {})
     result = []
     for index, _ in best:
         key = front[index].genome
-        measured: Measured = held.evaluate(
-            space.variant(np.array(key)).sections(found.evaluator.parts), 0, len(held.windows)
-        )
+        measured = stored(held, space.variant(np.array(key)), folder)
         high = increase_interval(judged.differences(measured))[1]
         result.append([*judged.row(judged.values(key, measured)), high])
-    return np.array(result)
+    return np.array(result).reshape(-1, count + 1)
 
 
-def cost_of_evaluations(found: Opened, finished: Finished, count: int) -> tuple[float, float, float]:
-    """Seconds of an incremental evaluation, of a plain run of the same windows, and the mean of their ratios.
+class Timed:
+    """Times the measurements of a search, in alternation with plain runs of the same individuals on the same windows.
 
-    The last individuals that the search measured are run again, in the order in which it ran them and in alternation
-    with what perplexity took before: passes that make the Program are not counted, its run window by window is.
+    Passes that make the Program are not counted, its run window by window is.
+
+    Args:
+        found: The search; its evaluator is timed from now on.
+        every: One of so many measured individuals is run plainly too.
     """
-    evaluator, windows = found.evaluator, found.evaluator.windows
-    measured = sorted(list(finished.search.archive.found)[-count:])
-    pairs = []
-    evaluator.use_codes()
-    evaluator.evaluate({}, 0, len(windows))
-    for key in measured:
-        variant = found.space.variant(np.array(key))
-        start = time.process_time()
-        fast = evaluator.evaluate(variant.sections(evaluator.parts), 0, len(windows))
-        middle = time.process_time()
-        runner = ProgramRunner(_program(found, variant))
-        runner.prefill(windows[:1])  # weights are read and rounded once in either case
+
+    def __init__(self, found: Opened, every: int) -> None:
+        self._found, self._every, self._evaluate = found, every, found.evaluator.evaluate
+        self.spent: dict[str, list[float]] = {}
+        self.plain: list[float] = []
+        found.evaluator.evaluate = self
+
+    def __call__(self, sections: Mapping[str, Any], start: int, stop: int) -> Measured:
+        """See `Evaluator.evaluate`."""
         begin = time.process_time()
-        plain = losses(runner, windows)
-        pairs.append((middle - start, time.process_time() - begin))
-        assert np.abs(plain - np.array(fast.losses)).max() < EXACT
-    taken = np.array(pairs)
-    return float(taken[:, 0].mean()), float(taken[:, 1].mean()), float((taken[:, 0] / taken[:, 1]).mean())
+        measured = self._evaluate(sections, start, stop)
+        taken = self.spent.setdefault(json.dumps(sections, sort_keys=True), [0.0, 0.0])
+        taken[0] += time.process_time() - begin
+        taken[1] += stop - start
+        last = start > 0 and stop == len(self._found.evaluator.windows)
+        if last and len(self.spent) % self._every == 0:
+            self._run_plainly(sections, start, stop, measured)
+        return measured
+
+    def end(self) -> None:
+        """Time no further measurements."""
+        del self._found.evaluator.evaluate
+
+    def _run_plainly(self, sections: Mapping[str, Any], start: int, stop: int, measured: Measured) -> None:
+        evaluator = self._found.evaluator
+        variant = Variant.of(sections, evaluator.program, evaluator.parts)
+        runner = ProgramRunner(_program(self._found, variant))
+        runner.prefill(evaluator.windows[:1])  # weights are read and rounded before
+        begin = time.process_time()
+        plain = losses(runner, evaluator.windows[start:stop])
+        self.plain.append((time.process_time() - begin) / (stop - start))
+        assert np.abs(plain - np.array(measured.losses)).max() < EXACT
+
+    def of(self, finished: Finished) -> dict[str, float]:
+        """CPU time per window of all measured individuals, of those after the initial ones, and of the plain runs."""
+        plain = float(np.mean(self.plain))
+        found = {"plain perplexity, CPU ms per window": 1e3 * plain}
+        for name, first in (("evaluation", 0), ("evaluation after the initial ones", 1)):
+            keys = [key for key, item in finished.search.archive.found.items() if item.generation >= first]
+            parts = self._found.evaluator.parts
+            sections = [self._found.space.variant(np.array(key)).sections(parts) for key in keys]
+            rows = [self.spent.get(json.dumps(one, sort_keys=True), [0.0, 0.0]) for one in sections]
+            seconds, windows = np.array(rows).sum(axis=0)
+            found[f"{name} / plain"] = float(seconds / windows) / plain
+        return found
 
 
 def _program(found: Opened, variant: Variant) -> Any:
     """The Program of a variant."""
     done = [item.name for item in passes.default_passes()]
     compensations = found.evaluator.compensations
-    added = [None if own is None else compensations.of(layer, own) for layer, own in enumerate(variant.policies)]
+    added = []
+    for layer, (policy, removed) in enumerate(zip(variant.policies, variant.removed, strict=True)):
+        own = None if policy is None else compensations.of(layer, policy)
+        added.append(None if own is None else own.without(removed))
     steps = [DynamicRouting(PerLayer(layers=variant.policies)), CompensateDropped(tuple(added))]
     program, _ = passes.run_passes(found.evaluator.program, steps, completed=done)
     return program.replace(weights=program.weights.with_tensors(found.evaluator.runner.weights_of(variant)))
@@ -165,23 +209,25 @@ def one_seed(arguments: argparse.Namespace, seed: int, folder: Path) -> dict[str
             "seed": seed,
         }
     )
-    found = open_search(settings, folder / f"seed-{seed}", silent)
+    own = folder / f"seed-{seed}"
+    found = open_search(settings, own, silent)
+    timed = Timed(found, arguments.every)
     started = time.perf_counter()
-    finished = run_search(found, folder / f"seed-{seed}", executor="local", jobs=1, store=folder, progress=silent)
+    finished = run_search(found, own, executor="local", jobs=1, store=own, progress=silent)
     seconds = time.perf_counter() - started
+    timed.end()
     archive, volume = finished.search.archive, finished.search.volume
     count = len(archive.found)
     held = found.evaluator.on(held_out_text(None), arguments.held_out_windows)
-    before = Stranger(found, commands(found, finished, count), archive)
-    random = Stranger(found, list(chance(found, count, seed)), archive)
-    fronts = {
-        "search": on_held_out(finished, found, held, found.space, archive.front),
-        "commands": on_held_out(finished, found, held, before, before.archive.front),
-        "chance": on_held_out(finished, found, held, random, random.archive.front),
-    }
+    others = {"commands": Stranger(found, commands(found, finished, count), archive, folder)}
+    if seed < arguments.chance_seeds:
+        others["chance"] = Stranger(found, list(chance(found, count, seed)), archive, folder)
+    fronts = {"search": on_held_out(finished, found, held, found.space, archive.front, folder)}
+    for name, other in others.items():
+        fronts[name] = on_held_out(finished, found, held, other, other.archive.front, folder)
     volumes = {name: volume.of(rows[:, :-1]) for name, rows in fronts.items()}
-    fast, plain, ratio = cost_of_evaluations(found, finished, arguments.timed)
     surrogate = surrogate_facts(finished)
+    missing = float("nan")
     least = {name: min((row[1] for row in rows if row[-1] <= 0.01), default=1.0) for name, rows in fronts.items()}
     return {
         "individuals": float(len(finished.search.seen)),
@@ -190,12 +236,10 @@ def one_seed(arguments: argparse.Namespace, seed: int, folder: Path) -> dict[str
         "seconds of the search": seconds,
         **{f"hypervolume, {name}": value for name, value in volumes.items()},
         "search / commands": volumes["search"] / volumes["commands"],
-        "search / chance": volumes["search"] / max(volumes["chance"], 1e-9),
-        "rank correlation": float("nan") if surrogate.rank_correlation is None else surrogate.rank_correlation,
+        "search / chance": volumes["search"] / volumes["chance"] if "chance" in volumes else missing,
+        "rank correlation": missing if surrogate.rank_correlation is None else surrogate.rank_correlation,
         **{f"least expert FLOPs within 1 %, {name}": value for name, value in least.items()},
-        "evaluation, CPU s": fast,
-        "plain perplexity, CPU s": plain,
-        "evaluation / plain": ratio,
+        **timed.of(finished),
     }
 
 
@@ -208,9 +252,10 @@ def main() -> None:
         population=64,
         generations=12,
         seeds=1,
+        chance_seeds=1,
         windows=32,
         held_out_windows=48,
-        timed=10,
+        every=6,
         page="",
         folder="",
     )
@@ -218,10 +263,13 @@ def main() -> None:
     about = describe()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(arguments.folder or temporary)
-        rows = [one_seed(arguments, seed, folder) for seed in range(arguments.seeds)]
+        rows = []
+        for seed in range(arguments.seeds):
+            rows.append(one_seed(arguments, seed, folder))
+            print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     table = []
-    for name in rows[0]:
-        values = [row[name] for row in rows]
+    for name in dict.fromkeys(name for row in rows for name in row):
+        values = [row[name] for row in rows if np.isfinite(row.get(name, np.nan))] or [np.nan]
         mean = float(np.mean(values))
         draws = np.random.default_rng(0).choice(values, (2000, len(values))).mean(axis=1)
         low, high = np.quantile(draws, [0.025, 0.975])

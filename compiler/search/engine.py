@@ -29,11 +29,13 @@ try:
     from pymoo.algorithms.moo.nsga2 import NSGA2
     from pymoo.algorithms.moo.nsga3 import NSGA3
     from pymoo.core.evaluator import Evaluator
+    from pymoo.core.population import Population
     from pymoo.core.problem import Problem
     from pymoo.core.termination import NoTermination
     from pymoo.problems.static import StaticProblem
     from pymoo.util.ref_dirs import get_reference_directions
 
+    from moec.compiler.search.course import Course
     from moec.compiler.search.operators import Change, Excess, LayerCrossover, Moves, Within
 except ImportError as error:  # pragma: no cover - says which extra is missing
     raise MissingExtraError(
@@ -42,6 +44,11 @@ except ImportError as error:  # pragma: no cover - says which extra is missing
 
 OPTIMISM = 1.0
 """Standard deviations that are subtracted from a predicted loss when individuals are chosen for measurement."""
+TAILS = 0.8
+"""Share of a generation that differs from measured individuals in its last layers alone, so that it costs less."""
+THRIFT = 2.0
+"""Exponent of the price that a contribution to the front is divided by. On olmoe-tiny with 124 measurements 1 ends at a
+hypervolume of 0.4177 with 0.34 of the nodes run, 2 at 0.4159 with 0.20, and no price at 0.4122 with 0.83."""
 REFIT_EVERY = 4
 """Number of generations between fits of the surrogate's kernel."""
 WORST: Mapping[str, float] = {PERPLEXITY.name: 0.1, DIVERGENCE.name: 0.1}
@@ -78,6 +85,7 @@ class Search:
         costs: Computes the objectives that are not measured.
         archive: Holds the measured individuals, the objectives and the limits.
         sensitivities: Measured sensitivity of every gene.
+        course: Tells what a measurement costs, given the earlier ones.
         measure: See `Measure`.
         population: Individuals per generation.
         share: Largest share of all individuals that is measured.
@@ -90,6 +98,7 @@ class Search:
         costs: Costs,
         archive: Archive,
         sensitivities: Sensitivities,
+        course: Course,
         measure: Measure,
         *,
         population: int,
@@ -97,7 +106,7 @@ class Search:
         seed: int,
     ) -> None:
         self.space, self.costs, self.archive, self.sensitivities = space, costs, archive, sensitivities
-        self._measure, self._population, self._share = measure, population, share
+        self._measure, self._population, self._share, self._course = measure, population, share, course
         self._random = np.random.default_rng([seed, 1])
         moves = Moves(space, sensitivities)
         excess = Excess(space, costs, archive.limits)
@@ -115,6 +124,7 @@ class Search:
         objectives = len(self.archive.objectives)
         common = {
             "pop_size": self._population,
+            "n_offsprings": self._population - math.floor(TAILS * self._population),
             "crossover": crossover,
             "mutation": mutation,
             "repair": repair,
@@ -170,6 +180,7 @@ class Search:
         population = self._algorithm.ask()
         if population is None or not len(population):
             return False
+        population = Population.merge(population, Population.new("X", self._tails()))
         population.set("X", np.array([self.space.canonical(row) for row in population.get("X")]))
         self.seen |= dict.fromkeys(self._key(row) for row in population.get("X"))
         self._measure_some(population)
@@ -179,6 +190,21 @@ class Search:
         self._algorithm.tell(infills=population)
         self._tell(number)
         return True
+
+    def _tails(self) -> np.ndarray:
+        """Children of the front, or of all that were measured, that differ from a parent in its last layers alone."""
+        parents = [np.array(item.genome) for item in self.archive.front or self.archive.complete]
+        known = {*self.seen, *map(self._key, self._algorithm.pop.get("X"))}
+        found: dict[Key, None] = {}
+        for _ in range(4 * self._population if parents else 0):
+            if len(found) >= math.floor(TAILS * self._population):
+                break
+            parent, other = (parents[int(self._random.integers(len(parents)))] for _ in range(2))
+            child = self._course.child(parent, other, self._moves, self._random)
+            key = self._key(self._moves.repaired(child, self._excess))
+            if key not in known:
+                found[key] = None
+        return np.array(list(found), dtype=np.int64).reshape(-1, len(self.space.genes))
 
     def _key(self, row: Any) -> Key:
         return tuple(int(value) for value in self.space.canonical(np.asarray(row)))
@@ -200,7 +226,8 @@ class Search:
         rows, within, sure = self._hoped(fresh)
         candidates = [index for index in range(len(fresh)) if within[index]]
         front = np.array([self.archive.row(item.values) for item in self.archive.front])
-        best = self.volume.best(front, rows[candidates], count)
+        prices = [self._course.price(fresh[index]) ** THRIFT for index in candidates]
+        best = self.volume.best(front, rows[candidates], count, prices)
         chosen = [candidates[index] for index, _ in best]
         # Some of the remaining measurements go to the most uncertain individuals.
         rest = sorted((index for index in range(len(fresh)) if index not in chosen), key=lambda index: -sure[index])
@@ -219,6 +246,7 @@ class Search:
         for key in fresh:
             if key in measured:
                 self.archive.add(key, measured[key], generation, expected[key])
+                self._course.record(key)
             else:
                 self.archive.failed.add(key)
 

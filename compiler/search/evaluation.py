@@ -38,6 +38,8 @@ from moec.quantize.planning.sensitivity import Part, parts_of, plan_of
 
 BATCH = 4
 """Windows per batch."""
+POSITIONS = 8
+"""Positions of a batch whose logits are summed at once."""
 
 
 @dataclass(frozen=True)
@@ -186,10 +188,13 @@ class Evaluator:
         reference = self._reference(first)
         logits = output.logits[:, :-1].float()
         # KL(p || q) = sum p log p - sum p z + log sum exp z, with logits z of q: one exponential per logit.
-        normalizers = torch.logsumexp(logits, dim=-1)
+        # A few positions at a time stay in the processor's cache, which takes a third of the time of all at once.
+        parts = torch.split(logits, POSITIONS, dim=1)
+        normalizers = torch.cat([torch.logsumexp(part, dim=-1) for part in parts], dim=1)
         successors = torch.from_numpy(ids[:, 1:])
         losses = normalizers - logits.gather(-1, successors[..., None])[..., 0]
-        means = torch.einsum("bsv,bsv->bs", reference.probabilities, logits)
+        # NumPy's einsum is one pass over both; torch's copies them first and takes eight times as long.
+        means = torch.from_numpy(np.einsum("bsv,bsv->bs", reference.probabilities.numpy(), logits.numpy()))
         divergences = (reference.negative_entropies + normalizers - means).double().mean(-1).clamp(min=0.0)
         kept = (output.kept,) * len(ids)
         return Measured(tuple(losses.double().mean(-1).tolist()), tuple(divergences.tolist()), kept)

@@ -8,12 +8,13 @@ by `policies.base.select`, the reference of `moec::select`.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor, fx
 
@@ -30,8 +31,8 @@ from moec.quantize.lazy import Float16, palettized, quantized
 from moec.quantize.methods.rounding import RoundingResult
 from moec.quantize.planning.sensitivity import Part
 
-STATE_BYTES = 1 << 30
-"""Memory limit of the cached values, in bytes."""
+STATE_BYTES = 4 << 30
+"""Memory limit of the cached values, in bytes; an eighth of the free memory if that is less."""
 Codes = Mapping[tuple[str, str], RoundingResult]
 """Name of a tensor and text form of a format -> calibrated codes; other tensors are rounded to nearest."""
 
@@ -75,7 +76,7 @@ class IncrementalRunner(ProgramRunner):
         parts: The parts whose formats are chosen; see `parts_of`.
         codes: See `Codes`.
         compensations: Fits what stands in for dropped experts; needed by variants whose policies ask for it.
-        state_bytes: See `STATE_BYTES`.
+        state_bytes: Memory limit of the cached values; None: see `STATE_BYTES`.
     """
 
     def __init__(
@@ -85,7 +86,7 @@ class IncrementalRunner(ProgramRunner):
         codes: Codes | None = None,
         compensations: Compensations | None = None,
         *,
-        state_bytes: int = STATE_BYTES,
+        state_bytes: int | None = None,
     ) -> None:
         super().__init__(program)
         self._compensations = compensations
@@ -104,7 +105,10 @@ class IncrementalRunner(ProgramRunner):
         self._states_kept: OrderedDict[tuple[Hashable, ...], tuple[dict[fx.Node, Any], dict[int, _Used]]] = (
             OrderedDict()
         )
-        self._state_limit, self._state_used = state_bytes, 0
+        free = min(STATE_BYTES, psutil.virtual_memory().available // 8)
+        self._state_limit, self._state_used = free if state_bytes is None else state_bytes, 0
+        self._holders: Counter[int] = Counter()
+        """Identity of a cached tensor -> the number of cached states that share it."""
         self.executed = 0
         """Number of nodes that have been run so far."""
 
@@ -116,6 +120,12 @@ class IncrementalRunner(ProgramRunner):
         """Sort key that places variants with the same first choices next to each other."""
         self._variant = variant
         return tuple(str(self._choice(site)) for _, site in self._sites)
+
+    @property
+    def course(self) -> tuple[tuple[float, tuple[str, int]], ...]:
+        """The choices in graph order, each with the share of the nodes that run if all choices before it are known."""
+        first, count = self._cuts[0], len(self._nodes)
+        return tuple(((count - start) / (count - first), site) for start, site in self._sites)
 
     @torch.no_grad()
     def evaluate(self, variant: Variant, batch: Hashable, input_ids: np.ndarray) -> Output:
@@ -166,10 +176,14 @@ class IncrementalRunner(ProgramRunner):
             return
         held = {node: values[node] for node in self._crossing[cut] if node in values}
         self._states_kept[key] = (held, dict(self._used))
-        self._state_used += _bytes(held)
+        for value in _tensors(held):
+            self._state_used += 0 if self._holders[id(value)] else value.nbytes
+            self._holders[id(value)] += 1
         while self._state_used > self._state_limit:
             _, (old, _) = self._states_kept.popitem(last=False)
-            self._state_used -= _bytes(old)
+            for value in _tensors(old):
+                self._holders[id(value)] -= 1
+                self._state_used -= 0 if self._holders[id(value)] else value.nbytes
 
     def _key(self, batch: Hashable, cut: int) -> tuple[Hashable, ...]:
         """The batch, the cut and all choices before the cut."""
@@ -275,5 +289,5 @@ class IncrementalRunner(ProgramRunner):
         return found + own.without(self._variant.removed[number]).of(hidden, indices, dropped)
 
 
-def _bytes(values: Mapping[fx.Node, Any]) -> int:
-    return sum(value.numel() * value.element_size() for value in values.values() if isinstance(value, Tensor))
+def _tensors(values: Mapping[fx.Node, Any]) -> list[Tensor]:
+    return [value for value in values.values() if isinstance(value, Tensor)]

@@ -26,6 +26,7 @@ from moec.compiler.pipeline.program import DTYPES
 from moec.compiler.pipeline.refusals import check_target
 from moec.compiler.search.archive import Archive
 from moec.compiler.search.costs import Costs, Speed
+from moec.compiler.search.course import Course
 from moec.compiler.search.engine import Generation, Key, Search
 from moec.compiler.search.evaluation import BATCH, Evaluator, Subject
 from moec.compiler.search.objectives import OBJECTIVES, Objective, check_objectives, shown
@@ -246,6 +247,7 @@ def run_search(
             found.costs,
             archive,
             sensitivities,
+            Course(found.space, found.evaluator.runner.course),
             measuring.individuals,
             population=found.settings.population,
             share=found.settings.share,

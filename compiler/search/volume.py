@@ -36,8 +36,10 @@ class Volume:
         found: Array = scaled[(scaled < 1.0).all(axis=1)]
         return found
 
-    def best(self, front: Array, candidates: Array, count: int) -> list[tuple[int, float]]:
-        """Greedily choose the candidates that would add most to a front.
+    def best(
+        self, front: Array, candidates: Array, count: int, prices: Sequence[float] | None = None
+    ) -> list[tuple[int, float]]:
+        """Greedily choose the candidates that would add most to a front for their price.
 
         The contribution of a candidate never grows as others join the front (submodularity), so earlier contributions
         are upper bounds and most need not be computed again.
@@ -46,24 +48,29 @@ class Volume:
             front: The present front, [n, m].
             candidates: The candidates, [c, m].
             count: Maximum number of candidates to choose.
+            prices: What each candidate costs, above 0, [c]; None: all cost the same.
 
         Returns:
             Index and contribution of each chosen candidate, in order; candidates that add nothing are left out.
         """
         known, base = np.asarray(front).reshape(-1, len(self._worst)), self.of(front)
-        # Entries: negative contribution, index, and the number of chosen candidates when it was computed.
-        waiting = [(-(self.of(np.vstack([known, row])) - base), index, 0) for index, row in enumerate(candidates)]
+        costs = [1.0] * len(candidates) if prices is None else list(prices)
+        # Entries: negative contribution for the price, index, and the number of chosen candidates when it was computed.
+        waiting = [
+            (-(self.of(np.vstack([known, row])) - base) / costs[index], index, 0)
+            for index, row in enumerate(candidates)
+        ]
         heapq.heapify(waiting)
         chosen: list[tuple[int, float]] = []
         while waiting and len(chosen) < count:
-            gain, index, round_ = heapq.heappop(waiting)
-            if -gain <= 1e-12:
+            worth, index, round_ = heapq.heappop(waiting)
+            if -worth <= 1e-12:
                 break
             if round_ == len(chosen):
-                chosen.append((index, -gain))
+                chosen.append((index, -worth * costs[index]))
                 known = np.vstack([known, candidates[index]])
                 base = self.of(known)
             else:
                 again = self.of(np.vstack([known, candidates[index]])) - base
-                heapq.heappush(waiting, (-again, index, len(chosen)))
+                heapq.heappush(waiting, (-again / costs[index], index, len(chosen)))
         return chosen

@@ -6,49 +6,17 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 
 from moec.compiler.search.costs import Costs, Speed
 from moec.compiler.search.evaluation import Evaluator
 from moec.compiler.search.objectives import EXPERT_FLOPS, SIZE
 from moec.compiler.search.operators import Excess, LayerCrossover, Moves
 from moec.compiler.search.seeds import seeds
-from moec.compiler.search.sensitivity import Sensitivities, probes
-from moec.compiler.search.space import LEVELS, RULES, Rule, Space
+from moec.compiler.search.sensitivity import Sensitivities
+from moec.compiler.search.space import RULES, Rule, Space
 from moec.passes.routing.calibrate.traces import RoutingTrace
-from moec.passes.routing.policies.base import Slots
 from moec.passes.routing.policies.per_layer import in_layer
 from moec.passes.routing.policies.threshold import Threshold
-
-LAYERS = 2
-
-
-@pytest.fixture(scope="module")
-def space(evaluator: Evaluator) -> Space:
-    random = torch.Generator().manual_seed(0)
-    weights = torch.rand(500, 4, generator=random).softmax(-1).sort(-1, descending=True).values
-    slots = tuple(Slots(0, torch.arange(4).expand(500, 4), weights, torch.ones(500, 1)) for _ in range(LAYERS))
-    formats = tuple(("int4:32", "int8:32", "fp16") for _ in evaluator.parts)
-    owners = tuple(part.layer for part in evaluator.parts)
-    widths = tuple(row.intermediate_size for row in evaluator.program.layers)
-    return Space(slots, ((3, 1), (0, 2, 5)), formats, owners, widths=widths)
-
-
-@pytest.fixture(scope="module")
-def costs(evaluator: Evaluator) -> Costs:
-    pruned = evaluator.runner.pruned_weights
-    return Costs(evaluator.program, evaluator.parts, pruned, itemsize=4, skips=True, speed=Speed(1e9, 1e9))
-
-
-@pytest.fixture(scope="module")
-def sensitivities(space: Space, costs: Costs) -> Sensitivities:
-    """The first layer loses ten times as much as the second."""
-
-    def loss(key: tuple[str, int, int], place: float) -> float:
-        lost = 1 - place / LEVELS if key[0] == "level" else 0.01
-        return lost**2 * (1.0 if key[1] == 0 else 0.1)
-
-    return Sensitivities(space, costs, [loss(probe.key, probe.place) for probe in probes(space, costs)])
 
 
 def test_the_pretrained_model_is_an_individual(space: Space) -> None:
@@ -92,7 +60,7 @@ def test_those_that_matter_least_go_first(space: Space) -> None:
 
 
 def test_the_nearest_individual_keeps_as_much(space: Space) -> None:
-    policies = [in_layer(Threshold(tau=0.2, importance=(1.0, 0.9)), layer) for layer in range(LAYERS)]
+    policies = [in_layer(Threshold(tau=0.2, importance=(1.0, 0.9)), layer) for layer in range(len(space.slots))]
     found = space.nearest(policies, ["int8:32"] * len(space.formats))
     assert [type(policy) for policy in space.variant(found).policies] == [Threshold, Threshold]
     assert set(space.variant(found).formats) == {"int8:32"}
@@ -159,7 +127,7 @@ def test_repair_meets_the_limits_where_it_costs_least(space: Space, costs: Costs
 
 def test_budget_moves_to_where_it_is_missed_most(space: Space, sensitivities: Sensitivities) -> None:
     genome = space.unchanged.copy()
-    levels = [space.places["level", layer] for layer in range(LAYERS)]
+    levels = [space.places["level", layer] for layer in range(len(space.slots))]
     genome[levels] = 60
     found = Moves(space, sensitivities).move_slots(genome, np.random.default_rng(0))
     assert found[levels[0]] > 60 > found[levels[1]]
@@ -168,7 +136,7 @@ def test_budget_moves_to_where_it_is_missed_most(space: Space, sensitivities: Se
 
 def test_layers_swap_rule_and_level_together(space: Space, sensitivities: Sensitivities) -> None:
     genome = space.unchanged.copy()
-    pairs = [[space.places["rule", layer], space.places["level", layer]] for layer in range(LAYERS)]
+    pairs = [[space.places["rule", layer], space.places["level", layer]] for layer in range(len(space.slots))]
     genome[pairs[0]], genome[pairs[1]] = [2, 40], [4, 70]
     found = Moves(space, sensitivities).swap(genome, np.random.default_rng(0))
     assert found[pairs[0]].tolist() == [4, 70]
@@ -237,7 +205,7 @@ def test_the_first_individuals_are_of_both_kinds_at_every_budget(
     found = seeds(space, costs, sensitivities, traces)
     assert np.array_equal(found[0], space.unchanged)
     ranked = [
-        [space.rank(layer, space.value(genome, "rule", layer, 0)) > 0 for layer in range(LAYERS)] for genome in found
+        [space.rank(layer, space.value(genome, "rule", layer, 0)) > 0 for layer in range(len(space.slots))] for genome in found
     ]
     kept = [costs.of(space.variant(genome), space.kept(genome))["expert-flops"] for genome in found]
     for own in (True, False):

@@ -43,6 +43,15 @@ def test_what_adds_nothing_is_not_chosen() -> None:
     assert volume.best(front, np.array([[0.3, 0.3], [0.1, 0.9], [2.0, 0.0]]), 3) == [(1, pytest.approx(0.01))]
 
 
+def test_of_equal_candidates_the_cheapest_is_chosen_and_a_better_one_may_cost_more() -> None:
+    volume, front = Volume([1.0, 1.0]), np.array([[0.9, 0.9]])
+    candidates = np.array([[0.5, 0.5], [0.5, 0.5], [0.3, 0.3]])
+    assert [index for index, _ in volume.best(front, candidates, 1, [1.0, 0.9, 1.5])] == [2]
+    assert [index for index, _ in volume.best(front, candidates, 1, [1.0, 0.5, 1.5])] == [1]
+    found = volume.best(front, candidates, 3, [1.0, 0.5, 1.5])
+    assert found == [(1, pytest.approx(0.25 - 0.01)), (2, pytest.approx(0.49 - 0.25))]
+
+
 def test_no_pair_beats_the_greedy_choice_by_much() -> None:
     random = np.random.default_rng(1)
     volume, candidates = Volume([1.0, 1.0]), random.random((8, 2))
