@@ -236,7 +236,7 @@ def one_seed(arguments: argparse.Namespace, seed: int, folder: Path) -> dict[str
         "seconds of the search": seconds,
         **{f"hypervolume, {name}": value for name, value in volumes.items()},
         "search / commands": volumes["search"] / volumes["commands"],
-        "search / chance": volumes["search"] / volumes["chance"] if "chance" in volumes else missing,
+        "search / chance": volumes["search"] / volumes["chance"] if volumes.get("chance") else missing,
         "rank correlation": missing if surrogate.rank_correlation is None else surrogate.rank_correlation,
         **{f"least expert FLOPs within 1 %, {name}": value for name, value in least.items()},
         **timed.of(finished),

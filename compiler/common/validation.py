@@ -75,6 +75,8 @@ def _usage_error(model: type[BaseModel], error: ValidationError, where: str) -> 
     if first["type"] in {"literal_error", "enum"} and isinstance(given, str):
         choices = _choices(model, location) or (str(first.get("ctx", {}).get("expected", "")),)
         return unknown(given, choices, f"{at}: unknown value", "the values")
+    if first["type"] == "value_error":  # raised by a model of ours, whose message says all
+        return UsageError(f"{at}: {first['ctx']['error']}", hint="see --help for what each option takes")
     return UsageError(f"{at}: {first['msg']}, got {given!r}", hint="see --help for what each option takes")
 
 

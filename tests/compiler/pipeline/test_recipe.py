@@ -112,3 +112,9 @@ def test_nothing_near_is_not_guessed() -> None:
 def test_choices() -> None:
     assert choices_of(Literal["a", "b"] | None) == ("a", "b")
     assert choices_of(int) == ()
+
+
+def test_a_rule_of_a_section_is_told_in_its_own_words() -> None:
+    with pytest.raises(UsageError) as caught:
+        make_recipe({"checkpoint": "a/b", "target": "onnx", "routing": {"compensation": 16}})
+    assert str(caught.value) == "recipe.routing: settings of a routing policy are given without a policy"
