@@ -47,7 +47,7 @@ MODEL = Path(__file__).resolve().parents[1] / "golden_models" / "olmoe-tiny"
 OBJECTIVES = "perplexity,expert-flops,size"
 POLICIES = ("threshold", "top-p", "capped", "layer-k", "ratio", "entropy", "margin", "uniform-k")
 BUDGETS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
-PRESETS = ("fp16", "int8:128", "int4:128", "int4:32")
+PRESETS = ("fp16", "int8", "int4", "int4:32")
 EXACT = 1e-3
 """Difference of logits that tells a wrong evaluation from another order of sums."""
 
@@ -83,7 +83,8 @@ def commands(found: Opened, finished: Finished, count: int) -> list[Variant]:
     space, parts = found.space, found.evaluator.parts
     measured = layer_losses(space, finished.search.sensitivities)
     unchanged = Variant.unchanged(found.evaluator.program, parts)
-    formats = [tuple(_preset(part.name, text) for part in parts) for text in PRESETS]
+    offered = [(part.name, space.formats[index]) for index, part in enumerate(parts)]
+    formats = [tuple(_preset(name, own, text) for name, own in offered) for text in PRESETS]
     formats += [space.variant(g).formats for g in allocated_formats(space, found.costs, finished.search.sensitivities)]
     routed: list[Variant] = []
     for budget, name in itertools.product(BUDGETS, POLICIES):
@@ -97,9 +98,10 @@ def commands(found: Opened, finished: Finished, count: int) -> list[Variant]:
     return list(dict.fromkeys(grid[index] for index in order))[:count]
 
 
-def _preset(part: str, text: str) -> str:
-    """Presets of 4 bits leave embedding and head 8."""
-    return text.replace("int4", "int8") if part in ("embedding", "lm_head") else text
+def _preset(part: str, offered: Sequence[str], text: str) -> str:
+    """The format of a part in a preset: those of 4 bits leave embedding and head 8, and blocks are the largest."""
+    own = text.replace("int4", "int8") if part in ("embedding", "lm_head") else text
+    return next((name for name in (own, f"{own}:128", f"{own}:64", f"{own}:32") if name in offered), own)
 
 
 def chance(found: Opened, count: int, seed: int) -> Iterator[Variant]:
