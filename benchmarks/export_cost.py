@@ -2,8 +2,10 @@
 
     python benchmarks/export_cost.py [--work DIR]
     python benchmarks/export_cost.py --large [--layers 16] [--work DIR]
+    python benchmarks/export_cost.py --side-by-side 4 [--rounds 3]
 
 The second form exports the shape of OLMoE-1B-7B to int4 with all gates. It needs 14 GB of disk beside the checkpoint.
+The third exports the model of `make demo` alone and so many times at once, in turn.
 Each measurement runs in a separate process. Memory is RssAnon from /proc, without pages of mapped files, which the
 system can drop at any time; total RSS is printed beside it.
 """
@@ -13,6 +15,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -134,11 +138,36 @@ def measure_large(work: Path, layers: int) -> None:
         print(f"| {name} | {row['cpu_s']:.0f} | {row['peak_anon_gb']:.2f} | {passed} | {left} |", flush=True)
 
 
+def measure_side_by_side(count: int, rounds: int) -> None:
+    """Print the CPU time of an export of the golden model alone, and of each of `count` at once."""
+    model = Path(__file__).parents[1] / "golden_models" / "olmoe-tiny"
+    found: dict[int, list[float]] = {1: [], count: []}
+    for _ in range(rounds):
+        for together, seconds in found.items():
+            with tempfile.TemporaryDirectory() as folder:
+                command = [sys.executable, "-m", "moec", "export", str(model), "--target", "onnx", "-q", "-o"]
+                running = [subprocess.Popen([*command, str(Path(folder) / str(i))]) for i in range(together)]
+                for process in running:
+                    _, status, usage = os.wait4(process.pid, 0)
+                    process.returncode = os.waitstatus_to_exitcode(status)
+                    assert process.returncode == 0, process.returncode
+                    seconds.append(usage.ru_utime + usage.ru_stime)
+    alone = statistics.median(found[1])
+    print("\n| exports at once | CPU s of each | ratio |\n|---|---|---|")
+    for together, seconds in found.items():
+        ratios = [value / alone for value in (min(seconds), statistics.median(seconds), max(seconds))]
+        print(f"| {together} | {statistics.median(seconds):.1f} | {ratios[1]:.2f} [{ratios[0]:.2f}, {ratios[2]:.2f}] |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, help="where to keep the checkpoints")
     parser.add_argument("--large", action="store_true", help="export the shape of OLMoE-1B-7B with all gates")
     parser.add_argument("--layers", type=int, default=16, help="layers of that shape")
+    parser.add_argument(
+        "--side-by-side", type=int, default=0, metavar="N", help="export the golden model N times at once"
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of exports side by side")
     parser.add_argument("--child", nargs=argparse.REMAINDER)
     options = parser.parse_args()
     if options.child:
@@ -151,6 +180,9 @@ def main() -> None:
         print(json.dumps(call))
         return
     print(describe())
+    if options.side_by_side:
+        measure_side_by_side(options.side_by_side, options.rounds)
+        return
     with tempfile.TemporaryDirectory() as temporary:
         work = options.work or Path(temporary)
         if options.large:

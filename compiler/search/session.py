@@ -125,8 +125,6 @@ def open_search(settings: Settings, directory: Path, progress: Progress) -> Open
     storage, routing = any(item.storage for item in counted), any(item.routing for item in counted)
     check_target(target, evaluator.program, options)
     formats = _formats(evaluator, target, options, storage=storage)
-    evaluator.calibrate(sorted({text for each in formats for text in each if text != FLOAT}), progress)
-    evaluator.use_codes()
     traces, peaks = _traced(evaluator, progress, outputs=storage)
     removable = (
         _removable(evaluator, rank_removable(evaluator.program, traces, peaks)) if storage else [()] * len(traces)
@@ -143,6 +141,8 @@ def open_search(settings: Settings, directory: Path, progress: Progress) -> Open
     )
     found = Opened(settings, target, options, evaluator, space, costs, tuple(traces))
     _check_limits(found)
+    evaluator.calibrate(sorted({text for each in formats for text in each if text != FLOAT}), progress)
+    evaluator.use_codes()
     return found
 
 
