@@ -34,7 +34,7 @@ from moec.compiler.search.seeds import allocated_formats, layer_losses
 from moec.compiler.search.session import Finished, Opened, open_search, run_search
 from moec.compiler.search.settings import make_settings
 from moec.compiler.search.store import Measured, Store
-from moec.compiler.search.truth import MOST, surrogate_facts
+from moec.compiler.search.truth import surrogate_facts
 from moec.compiler.search.variant import Variant
 from moec.compiler.text.corpus import held_out_text
 from moec.compiler.text.perplexity import increase_interval, losses
@@ -112,13 +112,13 @@ def chance(found: Opened, count: int, seed: int) -> Iterator[Variant]:
 
 
 def on_held_out(
-    finished: Finished, found: Opened, held: Evaluator, space: Any, front: Sequence[Individual], folder: Path
+    finished: Finished, found: Opened, held: Evaluator, space: Any, front: Sequence[Individual], folder: Path, most: int
 ) -> np.ndarray:
-    """Objectives of a front on held-out text, with the upper end of the interval of perplexity: [n, m + 1]."""
+    """Objectives of the best of a front on held-out text, and the upper end of perplexity's interval: [n, m + 1]."""
     reference = held.evaluate({}, 0, len(held.windows))
     count = len(finished.search.archive.objectives)
     rows = np.array([finished.search.archive.row(item.values) for item in front]).reshape(-1, count)
-    best = finished.search.volume.best(np.zeros((0, rows.shape[1])), rows, MOST)
+    best = finished.search.volume.best(np.zeros((0, rows.shape[1])), rows, most)
     judged = Archive(space, found.costs, reference, finished.search.archive.objectives, {})
     result = []
     for index, _ in best:
@@ -222,11 +222,11 @@ def one_seed(arguments: argparse.Namespace, seed: int, folder: Path) -> dict[str
     count = len(archive.found)
     held = found.evaluator.on(held_out_text(None), arguments.held_out_windows)
     others = {"commands": Stranger(found, commands(found, finished, count), archive, folder)}
-    if seed < arguments.chance_seeds:
+    if seed >= arguments.seeds - arguments.chance_seeds:
         others["chance"] = Stranger(found, list(chance(found, count, seed)), archive, folder)
-    fronts = {"search": on_held_out(finished, found, held, found.space, archive.front, folder)}
+    fronts = {"search": on_held_out(finished, found, held, found.space, archive.front, folder, arguments.members)}
     for name, other in others.items():
-        fronts[name] = on_held_out(finished, found, held, other, other.archive.front, folder)
+        fronts[name] = on_held_out(finished, found, held, other, other.archive.front, folder, arguments.members)
     volumes = {name: volume.of(rows[:, :-1]) for name, rows in fronts.items()}
     surrogate = surrogate_facts(finished)
     missing = float("nan")
@@ -258,6 +258,7 @@ def main() -> None:
         windows=32,
         held_out_windows=48,
         every=6,
+        members=48,
         page="",
         folder="",
     )

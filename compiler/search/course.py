@@ -6,6 +6,7 @@ from a measured parent in its last layers alone costs less than one that differs
 
 from __future__ import annotations
 
+from collections import Counter, deque
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,6 +18,8 @@ GENES = {"policy": ("rule", "level"), "prune": ("prune",), "format": ("format",)
 """Kind of a choice of the runner -> the genes that encode it."""
 TRIES = 8
 """Number of changes that are tried for one that reaches a tail."""
+RECENT = 16
+"""Number of individuals whose states are taken to be cached: what 2 GiB hold for small models and the usual text."""
 FIXED = 0.15
 """Time of a measurement that does not depend on the choices, as a share of a whole one: the losses of the logits."""
 
@@ -37,16 +40,21 @@ class Course:
                 found.append((share, places))
         self._shares = [share for share, _ in found]
         self._places = [np.array(places) for _, places in found]
-        self._known: set[tuple[int, ...]] = set()
+        self._known: Counter[tuple[int, ...]] = Counter()
+        self.recent: deque[tuple[int, ...]] = deque()
+        """The individuals that were measured last, which later ones resume from."""
 
     def record(self, genome: Sequence[int]) -> None:
-        """Remember a measured individual, whose states later ones resume from."""
+        """Remember a measured individual."""
+        self.recent.append(tuple(int(value) for value in genome))
         self._known.update(self._prefixes(np.asarray(genome)))
+        if len(self.recent) > RECENT:
+            self._known.subtract(self._prefixes(np.array(self.recent.popleft())))
 
     def price(self, genome: Sequence[int]) -> float:
         """Time of a measurement as a share of one that starts from the tokens."""
         for share, prefix in zip(self._shares, self._prefixes(np.asarray(genome)), strict=True):
-            if prefix not in self._known:
+            if not self._known[prefix]:
                 return FIXED + (1 - FIXED) * share
         return FIXED
 

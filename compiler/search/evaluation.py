@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moec import passes
 from moec.compiler.build.cache import tools
-from moec.compiler.common.digest import sha256_of_json, sha256_of_text
+from moec.compiler.common.digest import sha256_of_bytes, sha256_of_json, sha256_of_text
 from moec.compiler.common.errors import CheckpointError
 from moec.compiler.common.files import replacing
 from moec.compiler.common.model_config import context_length
@@ -103,16 +103,21 @@ class Evaluator:
         )
         self.program, _ = passes.run_passes(capture(self.checkpoint), passes.default_passes())
         self.parts = parts_of(self.program)
-        self._read(text, given.windows)
-        self.compensations = Compensations(self.program, self._calibration_windows())
+        every = self._windows_of(text)
+        fitted = self._calibration_windows()
+        self._codes_windows = spread(every, CODES_WINDOWS)
+        self._measure_on(text, _without(every, [*fitted, *self._codes_windows], given.windows), given.windows)
+        self.compensations = Compensations(self.program, fitted)
         self.runner = IncrementalRunner(self.program, self.parts, None, self.compensations)
 
-    def _read(self, text: str, most: int) -> None:
+    def _windows_of(self, text: str) -> np.ndarray:
         length = min(self.subject.window, context_length(self.program.config) or self.subject.window)
-        self.text, self._every = text, windows(tokenize(self.checkpoint.directory, text), length)
-        count = min(most, len(self._every))
+        return windows(tokenize(self.checkpoint.directory, text), length)
+
+    def _measure_on(self, text: str, every: np.ndarray, most: int) -> None:
+        count = min(most, len(every))
         # Whole batches only, so that a measurement of a window does not depend on how many windows there are.
-        self.windows = spread(self._every, max(count - count % BATCH, min(count, BATCH)))
+        self.text, self.windows = text, spread(every, max(count - count % BATCH, min(count, BATCH)))
 
     def _calibration_windows(self) -> np.ndarray:
         """The windows on which an export fits compensations: [n, length]; none if the text or context is too short."""
@@ -128,7 +133,7 @@ class Evaluator:
         other = copy.copy(self)
         for name in ("context", "folder"):
             other.__dict__.pop(name, None)
-        other._read(text, most)
+        other._measure_on(text, self._windows_of(text), most)
         return other
 
     @cached_property
@@ -137,7 +142,7 @@ class Evaluator:
         return {
             "source": dict(sorted(self.checkpoint.digests.items())),
             "text": sha256_of_text(self.text),
-            "windows": list(self.windows.shape),
+            "windows": [*self.windows.shape, sha256_of_bytes(self.windows.tobytes())],
             "tools": tools(),
         }
 
@@ -221,14 +226,15 @@ class Evaluator:
         The inputs of a tensor come from the pretrained model, so its codes do not depend on the formats of other parts.
         Formats that do not have 4 bits are rounded to nearest, as in an export.
         """
-        every = spread(self._every, CODES_WINDOWS)
         for text in formats:
             fmt = parse_format(text)
             path = self._codes_path(text)
             if not isinstance(fmt, IntegerFormat) or fmt.bits != 4 or path.exists():
                 continue
             fitting = [part for part in self.parts if self._fits(part, fmt)]
-            found = calibrate(self.program, plan_of(dict.fromkeys(fitting, fmt)), every, progress=progress).rounded
+            found = calibrate(
+                self.program, plan_of(dict.fromkeys(fitting, fmt)), self._codes_windows, progress=progress
+            ).rounded
             with replacing(path) as partial:
                 save_file({key: value for name, result in found.items() for key, value in _flat(name, result)}, partial)
 
@@ -254,6 +260,13 @@ class Evaluator:
                     tensor = QuantizedTensor(resolved, codes, held[f"{name}/scales"], held.get(f"{name}/points"))
                     found[name, text] = RoundingResult(tensor, ())
         return found
+
+
+def _without(every: np.ndarray, used: Sequence[np.ndarray], least: int) -> np.ndarray:
+    """The windows [n, length] on which nothing was fitted; all of them if fewer than `least` are left."""
+    seen = {row.tobytes() for row in used}
+    fresh = np.array([index for index, row in enumerate(every) if row.tobytes() not in seen], dtype=np.int64)
+    return every[fresh] if len(fresh) >= least else every
 
 
 def _flat(name: str, result: RoundingResult) -> list[tuple[str, Tensor]]:

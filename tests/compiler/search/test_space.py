@@ -205,7 +205,8 @@ def test_the_first_individuals_are_of_both_kinds_at_every_budget(
     found = seeds(space, costs, sensitivities, traces)
     assert np.array_equal(found[0], space.unchanged)
     ranked = [
-        [space.rank(layer, space.value(genome, "rule", layer, 0)) > 0 for layer in range(len(space.slots))] for genome in found
+        [space.rank(layer, space.value(genome, "rule", layer, 0)) > 0 for layer in range(len(space.slots))]
+        for genome in found
     ]
     kept = [costs.of(space.variant(genome), space.kept(genome))["expert-flops"] for genome in found]
     for own in (True, False):
