@@ -41,11 +41,12 @@ class Moec:
 
     def __init__(self, directory: str) -> None:
         from moec.targets import get_target
+        from moec.targets.runners import last_logits
 
-        self.runner = get_target("onnx").open(Path(directory), threads=1)
+        self.runner, self.last_logits = get_target("onnx").open(Path(directory), threads=1), last_logits
 
     def prefill(self, ids: np.ndarray) -> None:
-        self.runner.prefill(ids)
+        self.last_logits(self.runner, ids, start=True)
 
     def decode(self, ids: np.ndarray) -> None:
         self.runner.decode(ids)

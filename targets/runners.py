@@ -61,7 +61,8 @@ class RunnerLimits:
 class Runner(Protocol):
     """Runs an artifact. This is the only interface of gates, `moec run`, perplexity and benchmarks. Arrays are numpy.
 
-    Optional extensions: `LimitedRunner`, `AdjustableRunner`, `ForkableRunner`, `BatchingRunner` and `CountingRunner`.
+    Optional extensions: `LimitedRunner`, `AdjustableRunner`, `LastLogitsRunner`, `ForkableRunner`, `BatchingRunner` and
+    `CountingRunner`.
     """
 
     def reset(self) -> None:
@@ -96,6 +97,14 @@ class AdjustableRunner(Protocol):
     """
 
     overrides: dict[str, np.ndarray]
+
+
+@runtime_checkable
+class LastLogitsRunner(Protocol):
+    """A runner that need not compute the logits of every token; the function `last_logits` checks for it."""
+
+    def decode_last(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None) -> np.ndarray:
+        """As `Runner.decode`, with the logits of the last token alone: [B, V]."""
 
 
 @runtime_checkable
@@ -165,6 +174,22 @@ def fork(runner: Runner) -> Runner:
             hint="finish or close the other generation first, or open the artifact again with moec.load",
         )
     return runner.fork()
+
+
+def last_logits(runner: Runner, input_ids: np.ndarray, *, start: bool) -> np.ndarray:
+    """The logits [B, V] after the last of new tokens, as generating needs them.
+
+    Args:
+        runner: Any runner.
+        input_ids: The new tokens [B, S].
+        start: Whether to start new sequences with them.
+    """
+    if not isinstance(runner, LastLogitsRunner):
+        logits: np.ndarray = (runner.prefill if start else runner.decode)(input_ids)[:, -1]
+        return logits
+    if start:
+        runner.reset()
+    return runner.decode_last(input_ids)
 
 
 def can_batch(runner: Runner) -> bool:

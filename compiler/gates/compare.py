@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +12,7 @@ from moec.compiler.gates.cases import Case
 from moec.compiler.gates.reference import Trace
 from moec.compiler.gates.tolerance import TOKEN_TIE, Tolerance
 from moec.compiler.text.perplexity import kl_divergence, log_softmax
-from moec.targets.runners import Runner
+from moec.targets.runners import LastLogitsRunner, Runner
 
 Step = Callable[[np.ndarray, np.ndarray | None], np.ndarray]
 """`Runner.prefill` or `Runner.decode`."""
@@ -70,16 +70,19 @@ class Output:
 def run_case(runner: Runner, case: Case) -> Output:
     """Feed a case step by step, then generate. The last generated token is not fed, since its logits are not needed.
 
+    Before it generates, a runner that can compute the logits of the last token alone is fed once more in this way, as
+    sessions feed a prompt, and what it says then counts.
+
     Raises:
         ArtifactError: The runtime fails, or the logits do not have the shape [B, S, V].
     """
-    ids, pieces, offset = case.input_ids, list[np.ndarray](), 0
     runner.reset()
-    for step in case.steps:
-        stop = offset + step
-        mask = None if case.attention_mask is None else case.attention_mask[:, :stop]
-        pieces.append(_call(runner.decode if offset else runner.prefill, ids[:, offset:stop], mask, case.name))
-        offset = stop
+    ids, pieces = case.input_ids, list(_fed(case, runner.prefill, runner.decode))
+    if case.new_tokens and isinstance(runner, LastLogitsRunner):
+        runner.reset()
+        step = _at_last_row(runner.decode_last)
+        *_, last = _fed(case, step, step)
+        pieces[-1] = np.concatenate([pieces[-1][:, :-1], last[:, -1:]], axis=1)
     for index in range(case.new_tokens):
         token = pieces[-1][:, -1].argmax(-1)[:, None].astype(np.int64)
         ids = np.concatenate([ids, token], axis=1)
@@ -87,6 +90,28 @@ def run_case(runner: Runner, case: Case) -> Output:
             pieces.append(_call(runner.decode, token, None, case.name))
     runner.reset()
     return Output(ids, np.concatenate(pieces, axis=1))
+
+
+def _fed(case: Case, first: Step, following: Step) -> Iterator[np.ndarray]:
+    """The logits of each step of a case."""
+    offset = 0
+    for step in case.steps:
+        stop = offset + step
+        mask = None if case.attention_mask is None else case.attention_mask[:, :stop]
+        yield _call(following if offset else first, case.input_ids[:, offset:stop], mask, case.name)
+        offset = stop
+
+
+def _at_last_row(decode_last: Step) -> Step:
+    """A step with the logits [B, V] of the last token in the last row of [B, S, V], and zeros before."""
+
+    def step(ids: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
+        last = decode_last(ids, mask)
+        logits = np.zeros((*ids.shape, *last.shape[1:]), last.dtype)
+        logits[:, -1] = last
+        return logits
+
+    return step
 
 
 def _call(step: Step, ids: np.ndarray, mask: np.ndarray | None, name: str) -> np.ndarray:

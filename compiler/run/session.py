@@ -12,7 +12,7 @@ import numpy as np
 from moec.compiler.text.sampling import Sampling
 from moec.compiler.text.stops import StopStrings
 from moec.compiler.text.tokenizer import TextStream
-from moec.targets.runners import BatchingRunner, Row, Runner, limits_of
+from moec.targets.runners import BatchingRunner, Row, Runner, last_logits, limits_of
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -123,15 +123,14 @@ class Session:
             self.reset()
         while position < len(ids):
             piece = list(ids[position : position + self._most(position, len(ids))])
-            step = self.runner.decode if position else self.runner.prefill
             try:
-                logits = step(np.asarray([piece], dtype=np.int64))
+                (logits,) = last_logits(self.runner, np.asarray([piece], dtype=np.int64), start=not position)
             except BaseException:
                 self.tokens = []  # the state of the runner is unknown, so the next sequence starts again
                 raise
             self.tokens += piece
             position += len(piece)
-            yield logits[0, -1]
+            yield logits
 
     def _most(self, position: int, length: int) -> int:
         """The number of tokens to feed after the first `position` of `length` tokens.

@@ -70,6 +70,8 @@ AXIS_NAMES = {
     "total_sequence": "total_sequence_length",
 }
 """Dynamic axes as optimum names them: transformers.js looks for `batch_size` when it makes an empty past."""
+CUT_SEQUENCE = "logits_length"
+"""Name of the axis of the tokens whose logits are computed: values with axes of one name must be equally long."""
 
 
 class Context:
@@ -94,6 +96,8 @@ class Context:
         self.layers: list[dict[str, tuple[ir.Value, torch.dtype]]] = []
         self.rejections: list[Rejection] = []
         self.memo: dict[Any, Any] = {}
+        # Nodes whose values hold only the last tokens, see `lowerings.last_logits`.
+        self.cut: set[fx.Node] = set()
         self._values: dict[fx.Node, Any] = {}
         self._constants: dict[Any, ir.Value] = {}
         self._symbols = {str(symbol): AXIS_NAMES.get(name, name) for name, symbol in program.dims.items()}
@@ -107,7 +111,7 @@ class Context:
         fake = node.meta.get("val")
         if isinstance(value, ir.Value) and isinstance(fake, torch.Tensor) and value.name not in self.initializers:
             value.type = ir.TensorType(DTYPES[fake.dtype])
-            value.shape = self.shape_of(fake.shape)
+            value.shape = self.traced_shape(node)
 
     def __contains__(self, node: fx.Node) -> bool:
         """Whether `node` has been lowered."""
@@ -140,6 +144,13 @@ class Context:
     def shape_of(self, sizes: Sequence[Any]) -> ir.Shape:
         """A torch shape, with symbolic sizes, as an ONNX shape."""
         return ir.Shape([self.dim(size) for size in sizes])
+
+    def traced_shape(self, node: fx.Node) -> ir.Shape:
+        """The shape of the value of `node`, with symbolic sizes."""
+        shape = self.shape_of(node.meta["val"].shape)
+        if node not in self.cut:
+            return shape
+        return ir.Shape([CUT_SEQUENCE if size == AXIS_NAMES["sequence"] else size for size in shape])
 
     def dim(self, size: Any) -> int | str:
         """A torch size as a number or the name of an axis."""

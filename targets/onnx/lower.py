@@ -20,13 +20,14 @@ from moec.compiler.ir.operands import Attention
 from moec.compiler.ir.program import ATTENTION, EXPERTS, Program, TensorSpec, module_of
 from moec.compiler.ir.weights import LazyTensor
 from moec.targets.common.table import lookup
-from moec.targets.onnx.context import AXIS_NAMES, DTYPES, MS, Context, Dialect
+from moec.targets.onnx.context import AXIS_NAMES, CUT_SEQUENCE, DTYPES, MS, Context, Dialect
 from moec.targets.onnx.experts import LAYERS
 from moec.targets.onnx.files import data_name
+from moec.targets.onnx.lowerings import last_logits
 from moec.targets.onnx.lowerings.group_query import share_lengths
 from moec.targets.onnx.lowerings.linear import untransposed_weights
 from moec.targets.onnx.lowerings.quantized import Packed
-from moec.targets.onnx.runner import MAX_SHARED_LENGTH, ROUTING_OUTPUTS, routing_outputs
+from moec.targets.onnx.runner import MAX_SHARED_LENGTH, NUM_LOGITS, ROUTING_OUTPUTS, routing_outputs
 from moec.targets.onnx.stored import TABLE
 
 IR_VERSION = 11
@@ -50,9 +51,12 @@ def build(program: Program, dialect: Dialect, *, routing: bool = False) -> tuple
     """
     ctx = Context(program, dialect, untransposed_weights(program.graph, program.weights.resolve))
     inputs = _inputs(ctx)
+    head = last_logits.head_of(program) if dialect.input_defaults else ()
     for node in program.graph.nodes:
         if node.op == "call_function":
             ctx.module = module_of(node)
+            if node in head[:1]:
+                inputs.insert(len(inputs) - len(program.states), last_logits.keep_last(ctx, head))
             if node.target is EXPERTS:
                 ctx.begin_layer(node)
             ctx.set(node, lookup(dialect.table, node, dialect.target)(ctx, node))
@@ -155,7 +159,7 @@ def _outputs(ctx: Context) -> list[ir.Value]:
         if value.name in {output.name for output in outputs} or value.producer() is None:
             value = ctx.op("Identity", value)
         value.type = ir.TensorType(DTYPES[dtype])
-        value.shape = ir.Shape(_axes(specs[name])) if name in specs else ctx.shape_of(fake.shape)
+        value.shape = ir.Shape(_axes(specs[name])) if name in specs else ctx.traced_shape(node)
         value.name = name
         outputs.append(value)
     return outputs
@@ -173,20 +177,25 @@ def _routing_outputs(ctx: Context) -> list[ir.Value]:
     return outputs
 
 
-def signature(program: Program, *, routing: bool = False) -> Mapping[str, Any]:
-    """Inputs, outputs and states for moec.json; `routing` as for `build`."""
+def signature(program: Program, *, routing: bool = False, defaults: bool = True) -> Mapping[str, Any]:
+    """Inputs, outputs and states for moec.json; `routing` as for `build`, `defaults` as `Dialect.input_defaults`."""
 
     def row(spec: TensorSpec) -> dict[str, Any]:
         return {"name": spec.name, "shape": _axes(spec), "dtype": str(spec.dtype).removeprefix("torch.")}
 
+    inputs = [row(spec) for spec in program.inputs if spec.name not in SYNTHESISED]
+    tokens = "sequence"
+    if defaults and last_logits.head_of(program):
+        inputs.append({"name": NUM_LOGITS, "shape": [], "dtype": "int64"})
+        tokens = CUT_SEQUENCE
     logits = program.outputs()["logits"].meta["val"]
-    returned = [TensorSpec("logits", ("batch", "sequence", int(logits.shape[-1])), torch.float32)]
+    returned = [TensorSpec("logits", ("batch", tokens, int(logits.shape[-1])), torch.float32)]
     for layer in program.layers if routing else ():
         indices, weights = routing_outputs(layer.index)
         returned.append(TensorSpec(indices, ("tokens", layer.top_k), torch.int64))
         returned.append(TensorSpec(weights, ("tokens", layer.top_k), torch.float32))
     return {
-        "inputs": [row(spec) for spec in program.inputs if spec.name not in SYNTHESISED],
+        "inputs": inputs,
         "outputs": [row(spec) for spec in returned],
         "states": [
             {"layer": state.layer, "kind": state.kind, "input": row(state.input), "output": row(state.output)}

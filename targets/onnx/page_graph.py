@@ -102,8 +102,9 @@ def _add_routing(model: onnx.ModelProto, layers: Sequence[Mapping[str, Any]]) ->
 
 
 def _require_scalars(model: onnx.ModelProto) -> dict[str, float]:
-    """Remove the defaults of scalar inputs, and return them by name."""
-    scalars = {item.name for item in model.graph.input if not item.type.tensor_type.shape.dim}
+    """Remove the defaults of scalar inputs in floating point, and return them by name."""
+    kinds = {item.name: item.type.tensor_type for item in model.graph.input}
+    scalars = {name for name, kind in kinds.items() if not kind.shape.dim and kind.elem_type == onnx.TensorProto.FLOAT}
     found = {
         item.name: float(onnx.numpy_helper.to_array(item)) for item in model.graph.initializer if item.name in scalars
     }

@@ -22,6 +22,8 @@ MAX_SHARED_LENGTH = "moec.max_shared_length"
 """Key in the model's metadata: see `moec.compiler.ir.analysis.max_shared_length`; missing where there is no limit."""
 ROUTING_OUTPUTS = "moec.routing_outputs"
 """Key in the model's metadata: MoE layer -> number of experts, where the model returns the experts of each token."""
+NUM_LOGITS = "num_logits_to_keep"
+"""Optional input: number of last tokens whose logits are computed, 0 for all. The name is that of transformers.js."""
 ERROR_SEVERITY = 3
 """Severity from which ONNX Runtime prints messages: errors, but not warnings."""
 
@@ -123,6 +125,18 @@ class OnnxRunner(Runner):
         Raises:
             ArtifactError: ONNX Runtime fails.
         """
+        return self._step(input_ids, attention_mask, 0)
+
+    def decode_last(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None) -> np.ndarray:
+        """Continue the sequences; see `moec.targets.runners.LastLogitsRunner`.
+
+        Raises:
+            ArtifactError: ONNX Runtime fails.
+        """
+        return self._step(input_ids, attention_mask, 1)[:, -1]
+
+    def _step(self, input_ids: np.ndarray, attention_mask: np.ndarray | None, kept: int) -> np.ndarray:
+        """Continue the sequences; `kept` is the number of last tokens whose logits are needed, 0 for all."""
         batch, length = input_ids.shape
         if self._shared and self._states.length and batch > 1 and length > 1:
             return self._decode_one_by_one(input_ids, attention_mask)
@@ -133,6 +147,7 @@ class OnnxRunner(Runner):
             "input_ids": np.ascontiguousarray(input_ids, dtype=np.int64),
             "attention_mask": mask,
             "position_ids": np.ascontiguousarray(positions),
+            NUM_LOGITS: np.asarray(kept, np.int64),
         }
         values = {
             name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in feeds.items() if name in self._inputs

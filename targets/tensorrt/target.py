@@ -150,7 +150,10 @@ class TensorrtTarget(base.Target):
             settings = build_engine(directory, settings, options, ctx, limit, progress)
             files.append(builder.ENGINES[settings.library])
         return base.Lowered(
-            tuple(files), lower.signature(program), tuple(ctx.rejections), _facts(model, ctx, settings, form)
+            tuple(files),
+            lower.signature(program, defaults=False),
+            tuple(ctx.rejections),
+            _facts(model, ctx, settings, form),
         )
 
     def open(self, directory: Path, *, threads: int = 0) -> runners.Runner:
@@ -243,7 +246,7 @@ def make_settings(program: Program, options: TensorrtOptions, form: Form) -> Eng
     from moec.targets.tensorrt.profiles import profiles, trtexec
 
     sizes = _sizes(program.config, options)
-    made = profiles(signature(program), sizes)
+    made = profiles(signature(program, defaults=False), sizes)
     module = module_name(options.library) if options.engine else RTX
     return EngineSettings(
         onnx=MODEL,

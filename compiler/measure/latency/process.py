@@ -27,7 +27,7 @@ from moec.compiler.measure.latency.demands import TIMES, Cold, Demand, Workload
 from moec.compiler.measure.latency.sampling import Plan, growth, longest, pinned, sample
 from moec.compiler.measure.latency.timings import CANDIDATE
 from moec.targets import get_target
-from moec.targets.runners import Runner
+from moec.targets.runners import Runner, last_logits
 
 Told = Callable[[int, int], None]
 
@@ -151,7 +151,7 @@ def cold(artifacts: Mapping[str, str], context: int, threads: int) -> dict[str, 
     start = time.perf_counter()
     runner = open_artifact(directory, threads)
     opened = time.perf_counter()
-    int(runner.prefill(ids)[0, -1].argmax())
+    int(last_logits(runner, ids, start=True)[0].argmax())
     answered = time.perf_counter()
     return {Cold.LOAD: opened - start, Cold.FIRST_TOKEN: answered - start, Cold.PEAK_RSS: _peak_rss()}
 

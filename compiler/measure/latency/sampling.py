@@ -19,7 +19,7 @@ import psutil
 
 from moec.compiler.measure.latency.demands import Demand, Workload
 from moec.compiler.measure.latency.timings import Call, Decision, Series, judge
-from moec.targets.runners import Runner, limits_of
+from moec.targets.runners import Runner, last_logits, limits_of
 
 STEPS = 4
 """Counted decode steps of a turn; one more before them loads the CPU caches with this artifact's weights."""
@@ -158,7 +158,7 @@ class _Session:
         prompt = self._ids(self.context)
         for name in self.order:
             runner = self.runners[name]
-            prefill[name].add([timed(partial(runner.prefill, prompt))])
+            prefill[name].add([timed(partial(last_logits, runner, prompt, start=True))])
         start = time.perf_counter()
         for _ in range(growth(self.context) // (STEPS + 1)):
             self.order.reverse()

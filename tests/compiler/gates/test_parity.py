@@ -253,6 +253,25 @@ def test_excused_positions_prove_no_expert(mixtral: Captured) -> None:
     assert tokens(tied) <= tokens(clean) - 4 * (excused - generated)
 
 
+class LastAlone(ProgramRunner):
+    """Computes the logits of one token alone on request: that of slot `place`, which should be the last."""
+
+    place = -1
+
+    def decode_last(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None) -> np.ndarray:
+        row: np.ndarray = self.decode(input_ids, attention_mask)[:, self.place]
+        return row
+
+
+@pytest.mark.parametrize(("place", "status"), [(-1, Status.PASS), (0, Status.FAIL)])
+def test_logits_of_the_last_token_alone_are_judged(place: int, status: Status, mixtral: Captured) -> None:
+    """Sessions feed prompts in this way, so a runner that is right otherwise fails."""
+    program = mixtral[1]
+    runner = LastAlone(program)
+    runner.place = place
+    assert check_artifact(program, runner, prompts(program), OPTIONS).status is status
+
+
 class Limited(ProgramRunner):
     """A phone: one sequence, no padding, 20 tokens, one decoded token at a time."""
 

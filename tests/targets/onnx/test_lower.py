@@ -15,7 +15,7 @@ import torch
 from moec.compiler.common.errors import ArtifactError, LoweringError
 from moec.compiler.ir.program import ATTENTION
 from moec.targets.onnx.experts import OnnxExperts
-from moec.targets.onnx.runner import OnnxRunner
+from moec.targets.onnx.runner import NUM_LOGITS, OnnxRunner
 from moec.targets.onnx.target import OnnxOptions, OnnxTarget
 
 aten = torch.ops.aten
@@ -117,7 +117,7 @@ def test_signature_is_that_of_the_file(tiny_checkpoint: Any, lower_checkpoint: A
     assert [(item["name"], item["shape"]) for item in inputs] == [(value.name, shape(value)) for value in graph.input]
     outputs = [*said["outputs"], *(state["output"] for state in said["states"])]
     assert [(item["name"], item["shape"]) for item in outputs] == [(value.name, shape(value)) for value in graph.output]
-    assert [item["name"] for item in said["inputs"]] == ["input_ids", "attention_mask", "position_ids"]
+    assert [item["name"] for item in said["inputs"]] == ["input_ids", "attention_mask", "position_ids", NUM_LOGITS]
 
 
 def test_a_damaged_model_is_an_artifact_error(tmp_path: Path) -> None:
