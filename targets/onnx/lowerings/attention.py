@@ -15,6 +15,7 @@ from moec.compiler.ir.program import ATTENTION
 from moec.targets.common.arguments import result_dtype
 from moec.targets.onnx.context import DTYPES, Context, Lowering, np_dtype
 from moec.targets.onnx.lowerings.group_query import group_query_attention
+from moec.targets.onnx.lowerings.heads import apart, side_by_side
 
 
 def _attention(ctx: Context, node: fx.Node) -> Sequence[ir.Value]:
@@ -23,17 +24,27 @@ def _attention(ctx: Context, node: fx.Node) -> Sequence[ir.Value]:
         return group_query_attention(ctx, node, mask)
     if own.sinks is not None:
         return decomposed(ctx, node, mask)
+    operands = [side_by_side(ctx, item) for item in (own.query, own.key, own.value)]
+    flat, heads = None not in operands, own.query.meta["val"].shape[1]
+    if not flat:
+        operands = [ctx.tensor(item) for item in (own.query, own.key, own.value)]
+    counts: dict[str, Any] = {}
+    if flat:
+        counts = {"q_num_heads": int(heads), "kv_num_heads": int(own.key.meta["val"].shape[1])}
     out, present_key, present_value = ctx.ops(
         "Attention",
-        *(ctx.tensor(argument) for argument in (own.query, own.key, own.value)),
+        *operands,
         mask,
         ctx.tensor(own.past_key),
         ctx.tensor(own.past_value),
         outputs=3,
         scale=own.scale,
         softcap=own.softcap,
+        **counts,
     )
-    return ctx.op("Transpose", out, perm=[0, 2, 1, 3]), present_key, present_value
+    width = int(own.value.meta["val"].shape[3])
+    out = apart(ctx, own.query, out, width) if flat else ctx.op("Transpose", out, perm=[0, 2, 1, 3])
+    return out, present_key, present_value
 
 
 def attended(ctx: Context, node: fx.Node) -> ir.Value:

@@ -24,6 +24,7 @@ from moec.compiler.ir.operands import Attention
 from moec.compiler.ir.program import CACHE_KINDS, INDEXER, Program, StateSpec, module_of
 from moec.targets.common.arguments import result_dtype
 from moec.targets.onnx.context import MS, Context, np_dtype
+from moec.targets.onnx.lowerings.heads import apart, side_by_side
 
 HEAD_MULTIPLE = 8
 RECURRENT_KINDS = {"conv", "recurrent"}
@@ -75,7 +76,7 @@ def group_query_attention(ctx: Context, node: fx.Node, allowed: ir.Value) -> Seq
         do_rotary=0,
         **attributes,
     )
-    out, used = ctx.op("Reshape", out, ctx.ints(0, 0, heads, width)), int(value.meta["val"].shape[3])
+    out, used = apart(ctx, query, out, width), int(value.meta["val"].shape[3])
     if used < width:
         out = ctx.op("Slice", out, ctx.ints(0), ctx.ints(used), ctx.ints(3))
     return out, present_key, present_value
@@ -84,6 +85,9 @@ def group_query_attention(ctx: Context, node: fx.Node, allowed: ir.Value) -> Seq
 def _flat(ctx: Context, argument: fx.Node, width: int) -> ir.Value:
     """[B, H, S, D] -> [B, S, H * width], each head filled up with zeros."""
     _, heads, _, used = argument.meta["val"].shape
+    flat = side_by_side(ctx, argument)
+    if flat is not None and used == width:
+        return flat
     value = ctx.tensor(argument)
     if used < width:
         value = ctx.op("Pad", value, ctx.ints(0, 0, 0, 0, 0, 0, 0, width - used))

@@ -49,11 +49,16 @@ def _layer_norm(ctx: Context, node: fx.Node) -> ir.Value:
     return ctx.op("LayerNormalization", ctx.tensor(x, dtype), scale, shift, axis=-1, epsilon=real(eps))
 
 
-def _rotary(ctx: Context, node: fx.Node) -> ir.Value:
-    """`RotaryEmbedding` takes half of cos and sin, [B, S, D / 2]; all layers share these halves."""
+def takes_tables(node: fx.Node) -> bool:
+    """Whether `RotaryEmbedding` takes the tables of a `moec::rotary` node: [B, 1, S, D], for x [B, H, S, D]."""
     own = Rotary.of(node)
-    x, cos, sin = own.x, own.cos, own.sin
-    dtype, width = result_dtype(node), int(x.meta["val"].shape[-1])
+    return rank(node) == 4 and all(rank(table) == 4 and table.meta["val"].shape[1] == 1 for table in (own.cos, own.sin))
+
+
+def half_tables(ctx: Context, node: fx.Node) -> tuple[ir.Value, ir.Value]:
+    """Half of cos and sin, [B, S, D / 2], as `RotaryEmbedding` takes them; all layers share these halves."""
+    own = Rotary.of(node)
+    x, dtype, width = own.x, result_dtype(node), int(own.x.meta["val"].shape[-1])
 
     def half(table: Any) -> ir.Value:
         def make() -> ir.Value:
@@ -67,7 +72,7 @@ def _rotary(ctx: Context, node: fx.Node) -> ir.Value:
 
         return ctx.shared(("rotary half", table, width, dtype), make)
 
-    return ctx.op("RotaryEmbedding", ctx.tensor(x), half(cos), half(sin))
+    return half(own.cos), half(own.sin)
 
 
 def rotary_plain(ctx: Context, node: fx.Node) -> ir.Value:
@@ -82,15 +87,14 @@ def rotary_plain(ctx: Context, node: fx.Node) -> ir.Value:
     return ctx.op("Add", ctx.op("Mul", value, ctx.tensor(cos, dtype)), ctx.op("Mul", turned, ctx.tensor(sin, dtype)))
 
 
-def _rotary_any(ctx: Context, node: fx.Node) -> ir.Value:
-    own = Rotary.of(node)
-    tables = (own.cos, own.sin)
-    fits = all(rank(table) == 4 and table.meta["val"].shape[1] == 1 for table in tables) and rank(node) == 4
-    return _rotary(ctx, node) if fits else rotary_plain(ctx, node)
+def _rotary(ctx: Context, node: fx.Node) -> ir.Value:
+    if not takes_tables(node):
+        return rotary_plain(ctx, node)
+    return ctx.op("RotaryEmbedding", ctx.tensor(Rotary.of(node).x), *half_tables(ctx, node))
 
 
 TABLE: Mapping[Any, Lowering] = {
     RMS_NORM: _rms_norm,
-    ROTARY: _rotary_any,
+    ROTARY: _rotary,
     aten.layer_norm.default: _layer_norm,
 }

@@ -44,9 +44,18 @@ def reshape_target(source: Sequence[Any], target: Sequence[Any]) -> list[int] | 
     return out if unknown <= 1 else None
 
 
+def _before_reshape(value: ir.Value) -> ir.Value | None:
+    """The input of the Reshape that made `value`, or None."""
+    made = value.producer()
+    return made.inputs[0] if made is not None and made.op_type == "Reshape" else None
+
+
 def _reshape(ctx: Context, node: fx.Node) -> ir.Value:
     source = _source(node)
     value = ctx.tensor(source)
+    undone = _before_reshape(value)
+    if undone is not None and undone.shape == ctx.traced_shape(node):
+        return undone  # as after attention, which joins its heads
     fixed = reshape_target(source.meta["val"].shape, node.meta["val"].shape)
     if fixed is not None:
         return ctx.op("Reshape", value, ctx.ints(*fixed))

@@ -86,6 +86,15 @@ def test_the_input_is_left_out_where_the_head_is_not_the_end(program_of: Any, ti
     other.meta = dict(hidden.meta)
     assert head_of(program.replace(graph=_with_logits(summed, total))) == ()
     assert head_of(program.replace(graph=shared)) == ()
+    capped = program.copy_graph()
+    logits = capped.output_node().args[0][0]
+    with capped.inserting_after(logits):
+        bounded = capped.call_function(aten.tanh.default, (logits,))
+    bounded.meta = dict(logits.meta)
+    assert head_of(program.replace(graph=_with_logits(capped, bounded))) == (logits, bounded)
+    with capped.inserting_after(logits):
+        capped.call_function(aten.neg.default, (logits,)).meta = dict(logits.meta)
+    assert head_of(program.replace(graph=capped)) == ()
     model, _ = lower.build(program.replace(graph=shared), onnx_dialect(contrib=True))
     assert NUM_LOGITS not in {value.name for value in model.graph.inputs}
 
