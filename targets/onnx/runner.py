@@ -12,6 +12,7 @@ from typing import Any, Self
 import numpy as np
 import onnxruntime as ort
 
+from moec.compiler.common.denormals import can_flush_denormals, denormals_as_zeros
 from moec.compiler.common.errors import ArtifactError
 from moec.compiler.common.threads import should_spin, threads_for
 from moec.targets.onnx.files import WEB_FOLDER, model_path
@@ -77,8 +78,11 @@ class OnnxRunner(Runner):
         if path.parent.name == WEB_FOLDER:
             # Decode weights once, as the page of `moec web` does: in this form, products with codes are slow.
             options.add_session_config_entry("session.disable_quant_qdq", "1")
+        if can_flush_denormals():
+            options.add_session_config_entry("session.set_denormal_as_zero", "1")
         try:
-            self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            with denormals_as_zeros():
+                self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # the only common base class of ONNX Runtime's exceptions
             raise ArtifactError(
                 f"{path}: ONNX Runtime cannot load it: {str(error).splitlines()[0]}",
@@ -157,7 +161,8 @@ class OnnxRunner(Runner):
                 array.astype(self._inputs.get(name, array.dtype), copy=False)
             )
         try:
-            results = self._states.run(values, batch, length)
+            with denormals_as_zeros():
+                results = self._states.run(values, batch, length)
         except Exception as error:  # the only common base class of ONNX Runtime's exceptions
             raise failed(error) from error
         self._count_experts(results, mask[:, total - length :])

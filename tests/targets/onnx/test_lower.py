@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -143,3 +145,22 @@ def test_runner_profile(tiny_checkpoint: Any, lower_checkpoint: Any) -> None:
     spent = runner.kernel_times()
     assert spent["MatMul"] > 0
     assert runner.facts()["threads"] == 1
+
+
+def test_a_session_leaves_the_floats_of_its_process_alone(tiny_checkpoint: Any, lower_checkpoint: Any) -> None:
+    """In a new process, since ONNX Runtime's option has an effect on the thread of the first session alone."""
+    model = lower_checkpoint(tiny_checkpoint("olmoe"))
+    code = (
+        "import sys; from pathlib import Path; import numpy as np\n"
+        "from moec.targets.onnx.runner import OnnxRunner\n"
+        "runner = OnnxRunner(Path(sys.argv[1]), threads=1)\n"
+        "inside, run = [], runner._states.run\n"
+        "tenth = lambda: float(np.finfo(np.float32).tiny * np.float32(0.1))\n"
+        "runner._states.run = lambda *given: (inside.append(tenth()), run(*given))[1]\n"
+        "runner.prefill(np.array([[1, 2]]))\n"
+        "print(inside == [0.0], tenth() > 0)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(model.directory)], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["True", "True"]
