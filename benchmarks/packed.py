@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -97,7 +98,7 @@ def main() -> None:
         print(f"packing and comparing took {time.perf_counter() - began:.1f} s")
         directories = {"as they are": plain, "packed": packed}
         opening(directories, options.starts)
-        compare({name: Moec(str(directory)) for name, directory in directories.items()}, options.rounds)
+        compare({name: partial(Moec, str(directory)) for name, directory in directories.items()}, options.rounds)
 
 
 if __name__ == "__main__":

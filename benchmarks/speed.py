@@ -5,7 +5,7 @@
 DIR is a moec artifact of the ONNX target; `--genai` names a directory for onnxruntime-genai; `--hf` an ONNX file that
 transformers.exporters.OnnxExporter wrote. Times are CPU milliseconds of the process: the median over rounds of each
 round's best, with the ratio to the first model. Token ids are random, so only random checkpoints of equal widths can be
-compared.
+compared. A prompt is fed for the logits of its last token, where a model can compute these alone.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -39,11 +40,11 @@ class Model(Protocol):
 class Moec:
     """A moec artifact with its own runner."""
 
-    def __init__(self, directory: str) -> None:
+    def __init__(self, directory: str, threads: int = 1) -> None:
         from moec.targets import get_target
         from moec.targets.runners import last_logits
 
-        self.runner, self.last_logits = get_target("onnx").open(Path(directory), threads=1), last_logits
+        self.runner, self.last_logits = get_target("onnx").open(Path(directory), threads=threads), last_logits
 
     def prefill(self, ids: np.ndarray) -> None:
         self.last_logits(self.runner, ids, start=True)
@@ -55,11 +56,11 @@ class Moec:
 class Genai:
     """A model of onnxruntime-genai."""
 
-    def __init__(self, directory: str) -> None:
+    def __init__(self, directory: str, threads: int = 1) -> None:
         import onnxruntime_genai as og
 
         config = og.Config(directory)
-        config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": 1}}}}))
+        config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}))
         self.og, self.model = og, og.Model(config)
         self.generator: Any = None
 
@@ -78,7 +79,7 @@ class Genai:
 class LlamaCpp:
     """A GGUF file in llama.cpp, through the bindings of llama-cpp-python."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, threads: int = 1) -> None:
         import llama_cpp
 
         self.library = llama_cpp
@@ -86,7 +87,7 @@ class LlamaCpp:
         self.model = llama_cpp.llama_model_load_from_file(path.encode(), llama_cpp.llama_model_default_params())
         settings = llama_cpp.llama_context_default_params()
         settings.n_ctx, settings.n_batch, settings.n_ubatch = 1024, 512, 512
-        settings.n_threads = settings.n_threads_batch = 1
+        settings.n_threads = settings.n_threads_batch = threads
         self.context = llama_cpp.llama_init_from_model(self.model, settings)
         assert self.context, f"{path}: llama.cpp cannot load it"
         self.batch, self.length = llama_cpp.llama_batch_init(512, 0, 1), 0
@@ -160,6 +161,13 @@ def cpu_ms(call: Callable[[], None]) -> float:
     return (time.process_time() - start) * 1e3
 
 
+def wall_ms(call: Callable[[], None]) -> float:
+    """Wall-clock milliseconds of one call."""
+    start = time.perf_counter()
+    call()
+    return (time.perf_counter() - start) * 1e3
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("models", nargs="*")
@@ -172,30 +180,53 @@ def main() -> None:
         (options.genai, Genai),
         (options.hf, Exported),
     ]
-    compare(
-        {item.split("=")[0]: kind(item.split("=", 1)[1]) for items, kind in kinds for item in items}, options.rounds
-    )
+    named = [(item.partition("="), kind) for items, kind in kinds for item in items]
+    compare({name: partial(kind, path) for (name, _, path), kind in named}, options.rounds)
 
 
-def compare(models: Mapping[str, Model], rounds: int) -> None:
-    """Measure the models alternately and print a table."""
+Opener = Callable[[], Model]
+
+
+def compare(
+    openers: Mapping[str, Opener],
+    rounds: int,
+    *,
+    prompts: Sequence[int] = (PROMPT,),
+    openings: int = 1,
+    threads: int = 1,
+) -> None:
+    """Measure models alternately and print a table.
+
+    Args:
+        openers: Opens each model.
+        rounds: Number of measured rounds of each opening.
+        prompts: Lengths of the prompts; decode steps follow one of `PROMPT` tokens.
+        openings: How often all models are opened anew: memory addresses make equal sessions differ by some percent.
+        threads: Of the models; with several, wall-clock time is measured.
+    """
     print(describe())
-    random = np.random.default_rng(0)
-    found: dict[str, dict[str, list[float]]] = {name: {"prefill": [], "decode": []} for name in models}
-    for turn in range(rounds + 1):  # the first round warms up
-        for name, model in models.items():
-            ids = random.integers(3, 31999, (1, PROMPT))
-            prefill = cpu_ms(lambda model=model, ids=ids: model.prefill(ids))
-            steps = [cpu_ms(lambda model=model: model.decode(random.integers(3, 31999, (1, 1)))) for _ in range(STEPS)]
-            if turn:
-                found[name]["prefill"].append(prefill)
-                found[name]["decode"].append(min(steps))
+    random, spent = np.random.default_rng(0), cpu_ms if threads == 1 else wall_ms
+    phases = ["decode", *(f"prefill {length}" for length in prompts)]
+    found: dict[str, dict[str, list[float]]] = {name: {phase: [] for phase in phases} for name in openers}
+    for _ in range(openings):
+        models = {name: opener() for name, opener in openers.items()}
+        for turn in range(rounds + 1):  # the first round warms up
+            for name, model in models.items():
+                figures = {}
+                for length in sorted(prompts, reverse=True):
+                    ids = random.integers(3, 31999, (1, length))
+                    figures[f"prefill {length}"] = spent(partial(model.prefill, ids))
+                steps = [spent(partial(model.decode, random.integers(3, 31999, (1, 1)))) for _ in range(STEPS)]
+                for phase, value in {**figures, "decode": min(steps)}.items():
+                    if turn:
+                        found[name][phase].append(value)
+        del models
     first = next(iter(found.values()))
-    print(f"\n| model | decode ms | ratio | prefill {PROMPT} ms | ratio |\n|---|---|---|---|---|")
-    for name, figures in found.items():
+    print(f"\n| model | {' | '.join(f'{phase} ms | ratio' for phase in phases)} |\n|{'---|' * (1 + 2 * len(phases))}")
+    for name, own in found.items():
         cells = []
-        for phase in ("decode", "prefill"):
-            value = statistics.median(figures[phase])
+        for phase in phases:
+            value = statistics.median(own[phase])
             cells.append(f"{value:.1f} | {value / statistics.median(first[phase]):.2f}")
         print(f"| {name} | {' | '.join(cells)} |")
 

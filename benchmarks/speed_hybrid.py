@@ -19,6 +19,7 @@ import argparse
 import statistics
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from arguments import add_flags
 from checkpoints import random_hybrid_checkpoint, random_qwen3_5_checkpoint
 from machine import describe
-from speed import STEPS, Genai, Model, Moec, compare, cpu_ms
+from speed import STEPS, Genai, Moec, Opener, compare, cpu_ms
 from speed_int4 import build_genai, expert_activations_in_int8
 
 SHORT = 128
@@ -121,7 +122,7 @@ def _state_bytes(model: Moec) -> tuple[list[int], list[int]]:
     return recurrent, [size for name, size in states.items() if name.endswith((".key", ".value"))]
 
 
-def beside_genai(work: Path) -> dict[str, Model]:
+def beside_genai(work: Path) -> dict[str, Opener]:
     """Qwen3.5-MoE in onnxruntime-genai and in moec, in the order of the table."""
     from moec.compiler.run.packing import pack_into
 
@@ -132,10 +133,10 @@ def beside_genai(work: Path) -> dict[str, Model]:
     if not packed.is_dir():
         pack_into(artifact, packed, lambda *_: None)
     return {
-        "onnxruntime-genai int4, as its builder makes it": Genai(str(built)),
-        "onnxruntime-genai int4, int8 activations for experts": Genai(str(rounded)),
-        "moec int4": Moec(str(artifact)),
-        "moec int4, packed": Moec(str(packed)),
+        "onnxruntime-genai int4, as its builder makes it": partial(Genai, str(built)),
+        "onnxruntime-genai int4, int8 activations for experts": partial(Genai, str(rounded)),
+        "moec int4": partial(Moec, str(artifact)),
+        "moec int4, packed": partial(Moec, str(packed)),
     }
 
 
@@ -143,7 +144,9 @@ def beside_transformers(work: Path, rounds: int, long: int) -> None:
     """Qwen3-Next in transformers and in moec, and moec after a short and a long past."""
     checkpoint = random_hybrid_checkpoint(work / "qwen3-next-1gb")
     artifact = export_int4(checkpoint, work / "qwen3-next-int4")
-    compare({"transformers, bfloat16": Transformers(checkpoint), "moec int4": Moec(str(artifact))}, rounds)
+    compare(
+        {"transformers, bfloat16": partial(Transformers, checkpoint), "moec int4": partial(Moec, str(artifact))}, rounds
+    )
     print(f"\n{describe()}\n")
     print(by_past(artifact, (SHORT, long), rounds))
 
