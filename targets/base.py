@@ -103,6 +103,26 @@ class Packing:
     instruction_set: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class WeightSizes:
+    """Bytes of the weights of an artifact as its runtime reads them.
+
+    Attributes:
+        dense: Bytes of the weights that every token reads.
+        experts: For each MoE layer, bytes of one expert.
+        counts: For each MoE layer, its number of experts.
+    """
+
+    dense: int
+    experts: tuple[int, ...]
+    counts: tuple[int, ...]
+
+    @property
+    def total(self) -> int:
+        """Bytes of all weights, without tables of which a token reads one row."""
+        return self.dense + sum(size * count for size, count in zip(self.experts, self.counts, strict=True))
+
+
 ExpertsRunner = Callable[[int, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 """Index of a MoE layer, hidden_states [T, H], top_k indices [T, k] and routing weights [T, k] -> output [T, H].
 
@@ -328,6 +348,15 @@ class Target(ABC):
             ArtifactError: The runtime fails.
         """
         raise UsageError(f"the {self.name} target does not pack weights", hint="run the artifact as it is")
+
+    def weight_sizes(self, directory: Path) -> WeightSizes:
+        """How many bytes of an artifact, or of packed weights, every token reads, and how many one expert has.
+
+        Raises:
+            UsageError: Experts of this target, or of this artifact, cannot be left on the disk.
+        """
+        reason = f"{directory}: the {self.name} target does not leave experts on the disk"
+        raise UsageError(reason, hint="export with --target onnx --quantize int4")
 
     def gates(self) -> tuple[TargetGate, ...]:
         """Gates that only this target has; they run after the integrity gate."""

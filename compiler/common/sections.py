@@ -109,12 +109,21 @@ class LayerShare(Part):
     kept_share: Number
 
 
+class Paged(Part):
+    """What a token reads from disk at one size of memory."""
+
+    memory_share: Number
+    hit_rate: Number
+    read_share: Number
+
+
 class Accounting(Part):
     """What dynamic routing saves."""
 
     phases: dict[str, Phase] = {}
     layers: list[LayerShare] = []
     kept_share: Number | None = None
+    paging: list[Paged] = []
 
 
 class Pruning(Part):

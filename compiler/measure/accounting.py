@@ -10,11 +10,18 @@ import torch
 from torch import fx
 
 from moec.compiler.ir.program import EXPERTS, Program
+from moec.compiler.measure.expert_use import sequence_of
+from moec.compiler.measure.paging import TOKENS, reuse_distances
 from moec.passes.routing.calibrate.collect import Collector
 from moec.targets.base import Capabilities, Phase
 
 if TYPE_CHECKING:
     from moec.passes.routing.calibrate.traces import RoutingTrace
+
+MEMORY_SHARES = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
+"""Shares of the expert weights for which paging is estimated."""
+MOST_USES = 100_000
+"""Uses of an expert that are simulated for it, which takes about a second."""
 
 
 def account(
@@ -37,7 +44,8 @@ def account(
         `layers`: for each MoE layer the pretrained `top_k`, `kept_share`, `kept_by_k` (share of the tokens that use 0,
         1, ... slots) and `tokens` per expert. `kept_share`: share of all slots. `phases`: for each phase
         `executed_flops_share`, with what stands in for dropped experts; in decode also `bytes_per_token_share` (expert
-        weights that one token reads); and `reason` if experts are not skipped.
+        weights that one token reads); and `reason` if experts are not skipped. `paging`: what a token reads from disk
+        if memory holds a share of the expert weights (`_paging`).
     """
     rows, kept, slots = [], np.zeros(2), 0.0
     for number, (before, trace) in enumerate(zip(captured.layers, traces, strict=True)):
@@ -53,7 +61,33 @@ def account(
         "kept_share": float(np.average([row["kept_share"] for row in rows], weights=[row["top_k"] for row in rows])),
         "layers": rows,
         "phases": {str(phase): _phase(phase, given, live, routed, extra) for phase, given in capabilities.items()},
+        "paging": _paging(program, traces),
     }
+
+
+def _paging(program: Program, traces: Sequence[RoutingTrace]) -> list[dict[str, float]]:
+    """For several sizes of memory, what a token finds in it and reads from disk.
+
+    Returns:
+        `memory_share`: share of all expert weights that memory holds, those that were used last. `hit_rate`: share of
+        a token's experts that are among them. `read_share`: expert weights that a token reads from disk, relative to
+        all expert weights.
+    """
+    counts = [layer.num_experts for layer in program.layers]
+    sizes = [_expert_size(node) for node in program.nodes(EXPERTS)]
+    tokens = max(1, min(TOKENS, MOST_USES // max(1, sum(layer.top_k for layer in program.layers))))
+    totals = [trace.indices.numel() // layer.top_k for trace, layer in zip(traces, program.layers, strict=True)]
+    sequences = [sequence_of(trace, total, tokens) for trace, total in zip(traces, totals, strict=True)]
+    found = reuse_distances(sequences, counts, sizes)
+    whole = sum(count * size for count, size in zip(counts, sizes, strict=True))
+    return [
+        {
+            "memory_share": share,
+            "hit_rate": found.hit_rate(int(share * whole)),
+            "read_share": found.read(int(share * whole)) / whole,
+        }
+        for share in MEMORY_SHARES
+    ]
 
 
 def _layer(top_k: int, experts: int, trace: RoutingTrace) -> dict[str, Any]:

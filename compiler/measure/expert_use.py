@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, 
 
 from moec.compiler.common.errors import ArtifactError, first_line
 from moec.compiler.common.files import read_json
+from moec.compiler.measure.paging import TOKENS
 from moec.compiler.text.perplexity import LanguageModel
 from moec.targets.runners import CountingRunner
 
@@ -45,6 +46,9 @@ class _Layer(BaseModel):
     module: str = Field(description="Name of the MoE layer.")
     top_k: PositiveInt = Field(description="Slots per token of the pretrained router.")
     tokens: list[list[NonNegativeInt]] = Field(description="[windows][experts]: tokens that each expert computes.")
+    sequence: list[list[NonNegativeInt]] = Field(
+        default_factory=list, description="[tokens][]: the experts that each of the first tokens uses; empty: unknown."
+    )
 
 
 class _File(BaseModel):
@@ -63,11 +67,13 @@ class LayerUse:
         module: Name of the layer.
         top_k: Slots per token of the pretrained router.
         tokens: Tokens that each expert computes in each window, [windows, experts] int64; dropped slots do not count.
+        sequence: For each of the first tokens, the experts that it uses; empty if that was not recorded.
     """
 
     module: str
     top_k: int
     tokens: np.ndarray
+    sequence: tuple[tuple[int, ...], ...] = ()
 
     def dropped(self, length: int) -> float:
         """Share of the pretrained slots that were dropped, for windows of `length` tokens."""
@@ -119,7 +125,7 @@ class ExpertUse:
         for trace, (module, top_k, experts) in zip(traces, modules, strict=True):
             indices, live = (value.reshape(len(windows), -1).numpy() for value in (trace.indices, trace.weights != 0))
             counted = [np.bincount(row[used], minlength=experts) for row, used in zip(indices, live, strict=True)]
-            layers.append(LayerUse(module, top_k, np.array(counted, dtype=np.int64)))
+            layers.append(LayerUse(module, top_k, np.array(counted, dtype=np.int64), sequence_of(trace, windows.size)))
         return cls(sha256, windows.shape[1], tuple(layers))
 
     @classmethod
@@ -154,7 +160,12 @@ class ExpertUse:
         Raises:
             OSError: The file system refuses.
         """
-        layers = [_Layer(module=one.module, top_k=one.top_k, tokens=one.tokens.tolist()) for one in self.layers]
+        layers = [
+            _Layer(
+                module=one.module, top_k=one.top_k, tokens=one.tokens.tolist(), sequence=list(map(list, one.sequence))
+            )
+            for one in self.layers
+        ]
         windows = len(self.layers[0].tokens)
         content = _File(text=_Text(sha256=self.sha256, windows=windows, length=self.length), layers=layers)
         text = json.dumps(content.model_dump(), separators=(",", ":"), sort_keys=True)
@@ -177,5 +188,24 @@ class ExpertUse:
         for layer in content.layers:
             if len(layer.tokens) != content.text.windows or len({len(row) for row in layer.tokens}) != 1:
                 raise ArtifactError(f"{path}: damaged: {layer.module} has not one row per window", hint=hint)
-        layers = (LayerUse(one.module, one.top_k, np.array(one.tokens, dtype=np.int64)) for one in content.layers)
+            if any(expert >= len(layer.tokens[0]) for row in layer.sequence for expert in row):
+                raise ArtifactError(f"{path}: damaged: {layer.module} has not so many experts", hint=hint)
+        if len({len(layer.sequence) for layer in content.layers}) > 1:
+            raise ArtifactError(f"{path}: damaged: its layers have sequences of different lengths", hint=hint)
+        layers = (
+            LayerUse(one.module, one.top_k, np.array(one.tokens, dtype=np.int64), tuple(map(tuple, one.sequence)))
+            for one in content.layers
+        )
         return cls(content.text.sha256, content.text.length, tuple(layers))
+
+
+def sequence_of(trace: RoutingTrace, total: int, tokens: int = TOKENS) -> tuple[tuple[int, ...], ...]:
+    """The experts that each of the first tokens of a trace uses, without those that routing dropped.
+
+    Args:
+        trace: The trace; families that pass every slot alone have a row for each slot.
+        total: Number of all its tokens.
+        tokens: Number of tokens at most.
+    """
+    rows = (value.reshape(total, -1)[:tokens].numpy() for value in (trace.indices, trace.weights != 0))
+    return tuple(tuple(row[used].tolist()) for row, used in zip(*rows, strict=True))

@@ -140,6 +140,12 @@ def sections(report: Mapping[str, Any]) -> list[Section]:
             _experts_per_token(accounting),
             "the artifact has no dynamic routing (--routing)",
         ),
+        Section(
+            "paging",
+            "If memory holds only a part of the experts",
+            _paging(report["routing"].get("accounting", {}).get("paging", [])),
+            "the artifact has no dynamic routing (--routing)",
+        ),
         Section("errors", "Error of the weights by layer", _errors(report), "no weight is quantized (--quantize)"),
         Section("trade-off", "Size against quality", _trade_off(report), "formats were not chosen by --quantize auto"),
         Section("timings", "Time by stage", _timings(report["timings"]), "no stage was timed"),
@@ -273,6 +279,13 @@ def heat_map(caption: str, layers: Sequence[Mapping[str, Any]]) -> Part:
         for position, layer in enumerate(layers)
     ]
     return Part(Table(caption, ("Layer", *map(str, range(width))), rows, dense=True))
+
+
+def _paging(rows: Sequence[Mapping[str, Any]]) -> list[Part]:
+    caption = "Memory and reads as shares of all expert weights; memory holds the experts that were used last."
+    header = ("Memory", "Experts found in it", "A token reads from disk")
+    cells = [[_number(f"{row[key]:.1%}") for key in ("memory_share", "hit_rate", "read_share")] for row in rows]
+    return [Part(Table(caption, header, cells))] if rows else []
 
 
 def _experts_per_token(layers: Sequence[Mapping[str, Any]]) -> list[Part]:

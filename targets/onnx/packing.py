@@ -117,7 +117,7 @@ def write_packed(directory: Path, output: Path) -> None:
     path = model_path(directory)
     model = onnx.load(path, load_external_data=False)
     weights = {item.name: item for item in model.graph.initializer if item.external_data}
-    for name in {_external(item)["location"] for item in weights.values()}:
+    for name in {external(item)["location"] for item in weights.values()}:
         shutil.copyfile(path.parent / name, output / name)
     for names in _groups(model, weights):
         with tempfile.TemporaryDirectory(dir=output) as temporary:
@@ -131,7 +131,7 @@ def _groups(model: onnx.ModelProto, weights: dict[str, onnx.TensorProto]) -> Ite
     group, size, seen = set[str](), 0, set[str]()
     for node in model.graph.node:
         own = set(node.input) & weights.keys() - seen
-        needed = sum(int(_external(weights[name])["length"]) for name in own)
+        needed = sum(int(external(weights[name])["length"]) for name in own)
         if group and size + needed > TOGETHER:
             yield frozenset(group)
             group, size = set(), 0
@@ -172,7 +172,7 @@ def _packed_constants(
 
 def _append(item: onnx.TensorProto, source: Path, weight: onnx.TensorProto, output: Path) -> None:
     """Append what kernels packed of `item`, from the data file in `source`, to the data file of `weight`."""
-    with (source / DATA).open("rb") as given, (output / _external(weight)["location"]).open("r+b") as data:
+    with (source / DATA).open("rb") as given, (output / external(weight)["location"]).open("r+b") as data:
         for entry in item.external_data:
             if not entry.key.startswith(PACKED):
                 continue
@@ -197,6 +197,6 @@ def _copy(source: BinaryIO, target: BinaryIO, count: int) -> None:
         count -= len(piece)
 
 
-def _external(item: onnx.TensorProto) -> dict[str, str]:
+def external(item: onnx.TensorProto) -> dict[str, str]:
     """Where the values of `item` are: `location`, `offset` and `length`."""
     return {entry.key: entry.value for entry in item.external_data}

@@ -210,6 +210,12 @@ class OnnxTarget(base.Target):
 
         return pack(directory, output)
 
+    def weight_sizes(self, directory: Path) -> base.WeightSizes:
+        """The places of the weights in the data files, by the graph."""
+        from moec.targets.onnx.places import places_of
+
+        return places_of(directory).sizes()
+
     def open_experts(self, directory: Path, *, threads: int = 0) -> Mapping[str, base.ExpertsRunner]:
         """The experts of each layer as a subgraph of the model."""
         from moec.targets.onnx.experts import OnnxExperts

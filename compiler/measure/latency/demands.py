@@ -8,17 +8,16 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from moec.compiler.common.errors import UsageError
+from moec.compiler.common.sizes import BYTES, amount
 
 DEFAULT_CONTEXT = 128
 """Prompt length of a budget without a number: `decode` means `decode128`."""
 
 SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0}
-BYTES = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 EXAMPLE = "such as decode.p50=12ms,prefill128.p90=300ms,first_token=1s,load=2s,peak_rss=1.5GB,size=400MB"
 
 _WORKLOAD = re.compile(r"(decode|prefill)([1-9][0-9]*)?\.(p50|p90|p99)")
-_AMOUNT = re.compile(r"([0-9]*\.?[0-9]+)\s*([A-Za-z]+)")
 
 
 class Cold(StrEnum):
@@ -96,13 +95,7 @@ def _budget(key: str, text: str) -> Demand:
 
 
 def _amount(key: str, text: str, units: Mapping[str, float]) -> float:
-    match = _AMOUNT.fullmatch(text)
-    if not match or match[2] not in units or not float(match[1]):
-        raise UsageError(
-            f"latency budget: {key} has the value '{text}'",
-            hint=f"give a positive number with a unit: {', '.join(units)}",
-        )
-    return float(match[1]) * units[match[2]]
+    return amount(text, units, f"latency budget: {key}")
 
 
 def regressions(contexts: tuple[int, ...], most: float) -> tuple[Demand, ...]:

@@ -52,9 +52,10 @@ MANIFEST = {
     "rejections": [{"source": "onnx", "where": "layers.1", "reason": "no kernel"}],
     "tensor_bytes": {"experts": 4_000_000, "attention": 1000},
 }
+PAGING = [{"memory_share": 0.5, "hit_rate": 0.75, "read_share": 0.03125}]
 FULL = {
     **MANIFEST,
-    "routing": {"accounting": {"layers": LAYERS}},
+    "routing": {"accounting": {"layers": LAYERS, "paging": PAGING}},
     "quantization": {
         "layers": {"layer 0": 0.02, "layer 1": 0.03},
         "auto": {"trade_off": POINTS, "chosen": POINTS[1]},
@@ -231,11 +232,12 @@ def _sections(directory: Path) -> dict[str, Section]:
 def test_what_was_not_measured_is_said_and_never_left_out(written: Path, full: Path) -> None:
     report.write(written, MANIFEST, VERDICTS, TIMINGS)
     empty = {key for key, section in _sections(written).items() if not section.parts}
-    assert empty == {"latency", "utilisation", "slots", "errors", "trade-off"}
+    assert empty == {"latency", "utilisation", "slots", "paging", "errors", "trade-off"}
     page = _Page((written / report.HTML).read_text(encoding="utf-8"))
     assert page.text.count("Not measured: ") == len(empty)
     report.write(full, FULL, (*VERDICTS[:2], MEASURED), TIMINGS)
     assert all(section.parts for section in _sections(full).values())
+    assert "50.0%75.0%3.1%" in "".join(_Page((full / report.HTML).read_text(encoding="utf-8")).text.split())
 
 
 def test_every_plot_has_title_description_and_its_figures_in_a_table(full: Path) -> None:
