@@ -85,7 +85,12 @@ def merge(recipe: Path | None, given: Mapping[str, Any]) -> Recipe:
 
 
 def load(
-    directory: str | Path, *, threads: int = 0, inputs: Mapping[str, float] | None = None, pack: bool = True
+    directory: str | Path,
+    *,
+    threads: int = 0,
+    inputs: Mapping[str, float] | None = None,
+    pack: bool = True,
+    memory_limit: str | int | None = None,
 ) -> Generator:
     """Open an artifact: `moec.load(directory).generate("...", max_new_tokens=40)`.
 
@@ -95,12 +100,15 @@ def load(
         inputs: Values of scalar inputs that have a default, such as {"routing_budget": 0.7}.
         pack: Open weights in the layout of this machine's kernels, which the first call makes and keeps in the user's
             cache if the artifact is large; `note` of the result says what could not be done.
+        memory_limit: Bytes of memory for weights, or a text such as "2GB": dense weights stay in memory, and experts
+            are read from the disk when tokens are routed to them. None: what the container allows.
 
     Raises:
         ArtifactError: The directory is not an artifact, or the artifact is damaged.
-        UsageError: The artifact has no input of one of these names, or the registry no such version.
+        UsageError: The artifact has no input of one of these names, the registry no such version, or the limit cannot
+            be kept.
     """
     from moec.compiler.build.registry import resolve
     from moec.compiler.run.generate import Generator
 
-    return Generator(resolve(Path(directory)), threads=threads, inputs=inputs, pack=pack)
+    return Generator(resolve(Path(directory)), threads=threads, inputs=inputs, pack=pack, memory_limit=memory_limit)

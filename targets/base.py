@@ -17,6 +17,7 @@ from moec.compiler.common.errors import MissingExtraError, UsageError
 from moec.compiler.common.progress import Progress
 from moec.compiler.common.rejections import Rejection
 from moec.targets.next_steps import CHAT, SERVE, VALIDATE, NextStep
+from moec.targets.paging import PagingRunner, WeightSizes
 from moec.targets.runners import Runner
 
 if TYPE_CHECKING:
@@ -101,26 +102,6 @@ class Packing:
     runtime: str
     cpu: str
     instruction_set: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class WeightSizes:
-    """Bytes of the weights of an artifact as its runtime reads them.
-
-    Attributes:
-        dense: Bytes of the weights that every token reads.
-        experts: For each MoE layer, bytes of one expert.
-        counts: For each MoE layer, its number of experts.
-    """
-
-    dense: int
-    experts: tuple[int, ...]
-    counts: tuple[int, ...]
-
-    @property
-    def total(self) -> int:
-        """Bytes of all weights, without tables of which a token reads one row."""
-        return self.dense + sum(size * count for size, count in zip(self.experts, self.counts, strict=True))
 
 
 ExpertsRunner = Callable[[int, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
@@ -357,6 +338,22 @@ class Target(ABC):
         """
         reason = f"{directory}: the {self.name} target does not leave experts on the disk"
         raise UsageError(reason, hint="export with --target onnx --quantize int4")
+
+    def open_paged(
+        self, directory: Path, memory: Callable[[], int], *, threads: int = 0, drop_cache: bool = False
+    ) -> PagingRunner:
+        """Open packed weights and leave experts on the disk until tokens are routed to them.
+
+        Args:
+            directory: Packed weights, for which `weight_sizes` gives an answer.
+            memory: Bytes of memory that experts may take now; dense weights are not among them.
+            threads: As for `open`.
+            drop_cache: Whether experts that memory no longer holds leave the page cache of the system, too.
+
+        Raises:
+            ArtifactError: The runtime fails, or the weights are packed for another machine.
+        """
+        raise NotImplementedError(f"the {self.name} target has no weight_sizes")
 
     def gates(self) -> tuple[TargetGate, ...]:
         """Gates that only this target has; they run after the integrity gate."""

@@ -19,6 +19,7 @@ from moec.compiler.common.errors import MoecError, UsageError
 
 if TYPE_CHECKING:
     from moec.compiler.run.conversation import Conversation
+    from moec.compiler.run.session import Statistics
 
 HELP = """\
 /reset        start a new conversation; the system prompt stays
@@ -141,7 +142,7 @@ class _Chat:
         elif counts.finish == "length":
             self.console.note(f"the answer was cut at {counts.new_tokens} tokens (--max-new-tokens)")
         if self.stats:
-            self.console.note(counts.line())
+            self._note(counts)
         return True
 
     def _reset(self, _rest: str) -> None:
@@ -156,8 +157,12 @@ class _Chat:
         counts, limit = self.conversation.statistics, self.conversation.generator.context_length
         turns = sum(message["role"] == "user" for message in self.conversation.messages)
         used = counts.prompt_tokens + counts.new_tokens
-        self.console.note(counts.line())
+        self._note(counts)
         self.console.note(f"turns: {turns}; context: {used} tokens" + (f" of {limit}" if limit else ""))
+
+    def _note(self, counts: Statistics) -> None:
+        for line in counts.lines():
+            self.console.note(line)
 
     def _help(self, _rest: str) -> None:
         self.console.note(HELP)

@@ -69,8 +69,10 @@ def run(
         "decode_seconds": counted.decode_seconds,
         "tokens_per_second": counted.decode_rate,
         "finish": counted.finish,
+        "disk": None if counted.disk is None else counted.disk.record(counted.steps),
     }
     console.result({"text": written, **figures}, lambda: None)
     if generation.stats:
-        console.note(counted.line())
+        for line in counted.lines():
+            console.note(line)
     return 0

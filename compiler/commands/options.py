@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 
 from moec.compiler.commands.console import Console
 from moec.compiler.commands.flags import Group, numbers
+from moec.compiler.common.sizes import byte_count
 
 if TYPE_CHECKING:
     from moec.compiler.run.generate import Generator
@@ -197,18 +198,36 @@ class Running(Group):
         bool, typer.Option("--no-pack", help="Open the weights as they are, and not packed for this machine.")
     ] = False
 
+    memory_limit: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Memory for weights, such as 2GB: experts beyond it are read from disk. (default: the container's)",
+        ),
+    ] = None
+
     def generator(self, directory: Path, console: Console) -> Generator:
         """Open an artifact, and say what could not be packed.
 
         Raises:
             ArtifactError: The directory is not an artifact, or the artifact is damaged.
-            UsageError: An input is not `NAME=NUMBER`, or the artifact has no such input.
+            UsageError: An input is not `NAME=NUMBER`, the artifact has no such input, or the limit on memory cannot be
+                kept.
         """
         from moec.compiler.run.generate import Generator
 
-        inputs, pack = numbers(self.inputs or (), "--input"), not self.no_pack
+        inputs, memory = numbers(self.inputs or (), "--input"), None
+        if self.memory_limit is not None:
+            memory = byte_count(self.memory_limit, "--memory-limit")
         with console.progress() as progress:
-            opened = Generator(directory, threads=self.threads, inputs=inputs, pack=pack, progress=progress)
+            opened = Generator(
+                directory,
+                threads=self.threads,
+                inputs=inputs,
+                pack=not self.no_pack,
+                memory_limit=memory,
+                progress=progress,
+            )
         if opened.note:
             console.note(opened.note)
         return opened

@@ -8,12 +8,16 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import mmap
 from collections.abc import Iterator
+from pathlib import Path
 
 from moec.compiler.common.errors import OutOfMemoryError
 
 ADDRESS_SPACE = 3 << 29
 """Bytes of address space that an export maps before it reads a weight: torch, transformers and a runtime."""
+
+STATM = Path("/proc/self/statm")
 
 KEPT = 128 << 20
 """Bytes of freed memory that the C library may keep."""
@@ -42,6 +46,16 @@ def check_address_space() -> None:
             f"this process may map {limit / 2**30:.2f} GiB, and the libraries alone take {ADDRESS_SPACE / 2**30} GiB",
             hint="raise the limit (ulimit -v); to limit memory, use the limit of a container",
         )
+
+
+def resident_bytes() -> tuple[int, int]:
+    """Bytes of this process that are in memory: what is its own, and pages of files. Linux only.
+
+    Raises:
+        OSError: There is no /proc.
+    """
+    _, resident, of_files, *_ = (int(item) * mmap.PAGESIZE for item in STATM.read_text(encoding="ascii").split())
+    return resident - of_files, of_files
 
 
 def keep_freed_memory() -> None:

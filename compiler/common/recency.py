@@ -18,6 +18,10 @@ class RecentExperts:
         self._order = dict[tuple[int, int], None]()
         """Layer and number of each expert, the one that was used last at the end."""
 
+    def __contains__(self, expert: tuple[int, int]) -> bool:
+        """Whether memory holds an expert, given by layer and number."""
+        return expert in self._order
+
     def use(self, layer: int, experts: Iterable[int]) -> tuple[list[int], list[tuple[int, int]]]:
         """Use experts of a layer at once.
 

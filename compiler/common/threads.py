@@ -11,11 +11,10 @@ import contextlib
 import functools
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
-CGROUPS = Path("/sys/fs/cgroup")
-OWN_CGROUPS = Path("/proc/self/cgroup")
+from moec.compiler.common.control_groups import control_groups
 
 
 def environment() -> Mapping[str, str]:
@@ -76,29 +75,12 @@ def cpu_quota() -> float | None:
 
     The limits of all groups from its own up to the root apply. Inside of a container the root is that of the container.
     """
-    limits = [limit for group in _groups() if (limit := _limit(group)) is not None]
+    limits = [limit for group in control_groups("cpu") if (limit := _limit(group)) is not None]
     return min(limits, default=None)
 
 
 def _affinity() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _groups() -> Iterator[Path]:
-    """Directories of the control groups that limit the CPU time of this process."""
-    try:
-        lines = OWN_CGROUPS.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return
-    for line in lines:
-        _, controllers, name = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        # Version 2 has one tree, version 1 one for each set of controllers.
-        roots = (CGROUPS / controllers, CGROUPS / "cpu") if controllers else (CGROUPS, CGROUPS / "unified")
-        for root in roots:
-            own = root / name.strip("/")
-            yield from (path for path in (own, *own.parents) if path == root or root in path.parents)
 
 
 def _limit(group: Path) -> float | None:

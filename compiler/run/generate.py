@@ -22,6 +22,7 @@ from moec.compiler.common.model_config import (
     vocabulary_size,
 )
 from moec.compiler.common.progress import Progress
+from moec.compiler.common.sizes import byte_count
 from moec.compiler.run.packing import open_packed
 from moec.compiler.run.session import Answer, Session, Statistics
 from moec.compiler.text.sampling import Sampling, sampling_of
@@ -45,11 +46,13 @@ class Generator:
         inputs: Values of scalar inputs that have a default, such as {"routing_budget": 0.7}.
         pack: Whether to open packed weights, and to pack those of a large artifact now if nobody has
             (`moec.compiler.run.packing`).
+        memory_limit: Bytes of memory for weights, or a text such as "2GB": experts are left on the disk until tokens
+            are routed to them. None: what the container allows.
         progress: Called while weights are packed.
 
     Raises:
         ArtifactError: The directory is not an artifact, or a file is missing.
-        UsageError: The artifact has no input of one of these names.
+        UsageError: The artifact has no input of one of these names, or the limit cannot be kept.
         MissingExtraError: The runtime of the target is not installed.
     """
 
@@ -60,6 +63,7 @@ class Generator:
         threads: int = 0,
         inputs: Mapping[str, float] | None = None,
         pack: bool = True,
+        memory_limit: str | int | None = None,
         progress: Progress = lambda *_: None,
     ) -> None:
         self.directory = Path(directory).expanduser()
@@ -78,9 +82,14 @@ class Generator:
         target = get_target(name)
         self.note = ""
         """What packing could not do, for people; empty if there is nothing to say."""
+        memory = byte_count(memory_limit, "memory_limit") if isinstance(memory_limit, str) else memory_limit
         if pack:
-            opened = open_packed(self.directory, self.manifest, target, threads=threads, progress=progress)
+            opened = open_packed(
+                self.directory, self.manifest, target, threads=threads, memory=memory, progress=progress
+            )
             self.runner, self.note = opened
+        elif memory is not None:
+            raise UsageError("a limit on memory needs packed weights", hint="leave out --no-pack, or pack=False")
         else:
             self.runner = target.open(self.directory, threads=threads)
         self.context_length = _least(context_length(config), limits_of(self.runner).max_sequence)

@@ -19,6 +19,7 @@ from moec.compiler.common.artifact import read_manifest, write_manifest
 from moec.compiler.common.errors import ArtifactError, MoecError, OutputError, UsageError, first_line
 from moec.compiler.common.progress import Progress
 from moec.compiler.common.staging import staged
+from moec.compiler.run.memory_limit import MemoryLimit
 from moec.compiler.run.packed_cache import (
     DESCRIPTION,
     Packed,
@@ -46,6 +47,7 @@ def open_packed(
     target: Target,
     *,
     threads: int,
+    memory: int | None = None,
     cache: PackedCache | None = None,
     progress: Progress = lambda *_: None,
 ) -> tuple[Runner, str]:
@@ -56,33 +58,56 @@ def open_packed(
         manifest: Its moec.json.
         target: Its target.
         threads: Threads of the runtime.
+        memory: Bytes of memory for weights (`moec.compiler.run.memory_limit`); None: what the container allows.
         cache: The cache; None is that of the user.
         progress: Called while weights are packed.
 
     Raises:
         ArtifactError: The artifact itself cannot be opened.
+        UsageError: `memory` is too small, or the experts cannot be left on the disk.
     """
-    packing = target.packing()
+    packing, limit = target.packing(), MemoryLimit.of(memory)
+    if memory is not None:
+        target.weight_sizes(artifact)  # raises for experts that cannot be left on the disk, before they are packed
+
+    def opened(directory: Path) -> tuple[Runner, str]:
+        if limit is None:
+            return target.open(directory, threads=threads), ""
+        return limit.open(directory, manifest, target, threads)
+
     if "packed" in manifest:
-        return target.open(artifact, threads=threads), _stale(manifest["packed"], packing)
+        return _with_note(opened(artifact), _stale(manifest["packed"], packing))
     if packing is None:
         return target.open(artifact, threads=threads), ""
     cache = PackedCache() if cache is None else cache
-    found = cache.find(str(manifest["digest"]), packing)
-    note = ""
-    if found is None and model_bytes(artifact, manifest) >= WORTHWHILE:
-        try:
-            found = cache.pack(artifact, target, packing, progress)
-        except FAILURES as error:
-            note = f"weights are not packed: {first_line(error)}"
+    found, note = cache.find(str(manifest["digest"]), packing), ""
+    if found is None and (memory is not None or model_bytes(artifact, manifest) >= WORTHWHILE):
+        found, note = _packed_now(artifact, target, packing, cache, progress)
     if found is not None:
         with contextlib.suppress(OSError):  # a cache that cannot be written forgets what was used last
             os.utime(found.directory / DESCRIPTION, (time.time(), time.time()))
         try:
-            return target.open(found.directory, threads=threads), note
+            return _with_note(opened(found.directory), note)
         except ArtifactError as error:  # another process has removed it
             note = f"packed weights are not used: {first_line(error)}"
+    if memory is not None:
+        raise UsageError(f"{artifact}: a limit on memory needs packed weights; {note}", hint="moec pack says more")
     return target.open(artifact, threads=threads), note
+
+
+def _packed_now(
+    artifact: Path, target: Target, packing: Packing, cache: PackedCache, progress: Progress
+) -> tuple[Packed | None, str]:
+    """Pack an artifact into the cache; None with a note if that fails."""
+    try:
+        return cache.pack(artifact, target, packing, progress), ""
+    except FAILURES as error:
+        return None, f"weights are not packed: {first_line(error)}"
+
+
+def _with_note(opened: tuple[Runner, str], note: str) -> tuple[Runner, str]:
+    """What was opened, with one more note."""
+    return opened[0], "; ".join(filter(None, (note, opened[1])))
 
 
 def _stale(recorded: Mapping[str, Any], packing: Packing | None) -> str:

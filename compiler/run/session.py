@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from moec.compiler.run.disk_use import DiskUse
 from moec.compiler.text.sampling import Sampling
 from moec.compiler.text.stops import StopStrings
 from moec.compiler.text.tokenizer import TextStream
@@ -34,6 +35,8 @@ class Statistics:
         decode_seconds: Time of all decode steps.
         finish: "stop" after an end token or a stop string, "length" after the largest number of tokens; empty before
             the end.
+        steps: Number of decode steps.
+        disk: What all decode steps read from disk; None before the end.
     """
 
     prompt_tokens: int = 0
@@ -42,6 +45,8 @@ class Statistics:
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     finish: Literal["", "stop", "length"] = ""
+    steps: int = 0
+    disk: DiskUse | None = None
 
     @property
     def decode_rate(self) -> float:
@@ -55,6 +60,10 @@ class Statistics:
             f"prompt: {self.prompt_tokens} tokens{kept} in {self.prefill_seconds:.3f} s; "
             f"new: {self.new_tokens} tokens, {self.decode_rate:.1f} tokens/s"
         )
+
+    def lines(self) -> list[str]:
+        """The figures, with what decode steps read from disk in a second line."""
+        return [self.line(), *([self.disk.line(self.steps)] if self.disk is not None and self.steps else [])]
 
 
 class Session:
@@ -175,6 +184,15 @@ class Answer:
         for logits in self._prefill():  # noqa: B007 - the logits of the last piece give the first token
             if len(self.session.tokens) < len(seen):
                 yield None
+        start = DiskUse.until_now(self.session.runner)
+        try:
+            yield from self._decoded(logits, random, seen)
+        finally:
+            counts.disk = DiskUse.until_now(self.session.runner).since(start)
+
+    def _decoded(self, logits: np.ndarray, random: np.random.Generator, seen: list[int]) -> Iterator[int]:
+        """Yield the new tokens, of which `logits` [V] give the first one; `seen` are the tokens of the prompt."""
+        counts = self.statistics
         while (token := self.sampling.choose(logits, random, seen)) not in self.end_tokens:
             counts.new_tokens += 1
             seen.append(token)
@@ -187,6 +205,7 @@ class Answer:
             start = time.perf_counter()
             (logits,) = self.session.feed(seen)
             counts.decode_seconds += time.perf_counter() - start
+            counts.steps += 1
         counts.finish = "stop"
 
     def _prefill(self) -> Iterator[np.ndarray]:

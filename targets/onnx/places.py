@@ -14,10 +14,10 @@ from pathlib import Path
 import onnx
 
 from moec.compiler.common.errors import UsageError
-from moec.targets.base import WeightSizes
 from moec.targets.onnx.experts import LAYERS
 from moec.targets.onnx.files import model_path
 from moec.targets.onnx.packing import PACKED, external
+from moec.targets.paging import WeightSizes
 
 KERNELS = ("QMoE", "MoE")
 """Kernels that compute all experts of a layer and read only those that tokens are routed to."""
@@ -61,11 +61,11 @@ class ExpertLayer:
         """Bytes of one expert."""
         return sum(place.length for place in self.stacks) // self.count
 
-    def places(self, expert: int) -> Iterator[Place]:
-        """Where one expert lies."""
+    def places(self, expert: int, number: int = 1) -> Iterator[Place]:
+        """Where an expert lies, or several beginning with it."""
         for place in self.stacks:
             length = place.length // self.count
-            yield Place(place.file, place.offset + expert * length, length)
+            yield Place(place.file, place.offset + expert * length, number * length)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +74,13 @@ class Places:
 
     Attributes:
         dense: Weights that every token reads.
+        tables: Weights of which a token reads one row.
         layers: The experts of each MoE layer.
         packed: Whether the kernels' own layout is stored.
     """
 
     dense: tuple[Place, ...]
+    tables: tuple[Place, ...]
     layers: tuple[ExpertLayer, ...]
     packed: bool
 
@@ -111,9 +113,9 @@ def places_of(directory: Path) -> Places:
         layers.append(_layer(found, entry))
         of_experts |= {item.name for item in found}
     read = {name for node in model.graph.node for name in node.input[node.op_type in TABLES :]}
-    rest = [item for name, item in stored.items() if name in read - of_experts]
-    dense = tuple(place for item in rest for place in read_places(item))
-    return Places(dense, tuple(layers), any(_blobs(item) for item in stored.values()))
+    dense = [place for name in sorted(read - of_experts) if name in stored for place in read_places(stored[name])]
+    rows = [place for name in sorted(stored.keys() - read) for place in read_places(stored[name])]
+    return Places(tuple(dense), tuple(rows), tuple(layers), any(_blobs(item) for item in stored.values()))
 
 
 def _layer(found: list[onnx.TensorProto], entry: Mapping[str, tuple[str, int]]) -> ExpertLayer:

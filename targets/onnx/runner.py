@@ -82,7 +82,7 @@ class OnnxRunner(Runner):
             options.add_session_config_entry("session.set_denormal_as_zero", "1")
         try:
             with denormals_as_zeros():
-                self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+                self.session = self._open(path, options)
         except Exception as error:  # the only common base class of ONNX Runtime's exceptions
             raise ArtifactError(
                 f"{path}: ONNX Runtime cannot load it: {str(error).splitlines()[0]}",
@@ -104,6 +104,10 @@ class OnnxRunner(Runner):
         self.threads = threads
         self.overrides: dict[str, np.ndarray] = {}
         """See `moec.targets.runners.AdjustableRunner`."""
+
+    def _open(self, path: Path, options: ort.SessionOptions) -> Any:
+        """The session of the graph at `path`."""
+        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
     def fork(self) -> Self:
         """A second runner with its own states on the same session; ONNX Runtime allows concurrent runs of a session."""

@@ -9,7 +9,12 @@ from typing import Any, Protocol
 import numpy as np
 import onnxruntime as ort
 
-NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
+NUMPY = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+}
 INITIAL_CAPACITY = 256
 """Initial capacity of a buffer in tokens; a full buffer is doubled."""
 

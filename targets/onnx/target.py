@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -12,7 +12,7 @@ from moec.compiler.common.choices import Choice
 from moec.compiler.common.errors import UsageError
 from moec.compiler.common.progress import Progress
 from moec.compiler.common.rejections import Rejection
-from moec.targets import base, runners
+from moec.targets import base, paging, runners
 
 if TYPE_CHECKING:
     from moec.compiler.ir.interpreter import ActivationRounding
@@ -210,11 +210,19 @@ class OnnxTarget(base.Target):
 
         return pack(directory, output)
 
-    def weight_sizes(self, directory: Path) -> base.WeightSizes:
+    def weight_sizes(self, directory: Path) -> paging.WeightSizes:
         """The places of the weights in the data files, by the graph."""
         from moec.targets.onnx.places import places_of
 
         return places_of(directory).sizes()
+
+    def open_paged(
+        self, directory: Path, memory: Callable[[], int], *, threads: int = 0, drop_cache: bool = False
+    ) -> paging.PagingRunner:
+        """Map the weights, and read experts when tokens are routed to them."""
+        from moec.targets.onnx.paging import PagedRunner
+
+        return PagedRunner(directory, memory, threads=threads, drop_cache=drop_cache)
 
     def open_experts(self, directory: Path, *, threads: int = 0) -> Mapping[str, base.ExpertsRunner]:
         """The experts of each layer as a subgraph of the model."""

@@ -16,7 +16,7 @@ from moec.compiler.common.artifact import read_manifest
 from moec.compiler.measure.expert_use import ExpertUse
 from moec.compiler.measure.paging import Layers, ReuseDistances, drawn_sequence, reuse_distances
 from moec.targets import get_target
-from moec.targets.base import WeightSizes
+from moec.targets.paging import WeightSizes
 
 SHARES = (0.25, 0.5, 0.75, 1.0)
 """Limits that are estimated if none is given, as shares of all weights."""

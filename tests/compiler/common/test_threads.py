@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
-from moec.compiler.common import threads
+from moec.compiler.common import control_groups, threads
 
 
 @pytest.fixture(autouse=True)
@@ -21,8 +21,8 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     monkeypatch.setattr(psutil, "cpu_count", lambda logical=True: 8)  # noqa: ARG005
     monkeypatch.setattr(os, "getloadavg", lambda: (0.3, 9.0, 9.0))
-    monkeypatch.setattr(threads, "CGROUPS", tmp_path / "cgroup")
-    monkeypatch.setattr(threads, "OWN_CGROUPS", tmp_path / "own")
+    monkeypatch.setattr(control_groups, "CGROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(control_groups, "OWN_CGROUPS", tmp_path / "own")
     threads.cpu_quota.cache_clear()
     yield tmp_path
     threads.cpu_quota.cache_clear()
