@@ -5,7 +5,9 @@
 A random OLMoE of the widths of OLMoE-1B-7B is exported in int4 and packed, and written as GGUF: Q4_0, and Q8_0 where
 moec has int8 (embedding and lm_head). Each run is a new process in a memory control group (needs root; version 1 or 2),
 whose limit is a part of the packed weights' bytes, or in none. Before each run the pages of its files are dropped. It
-generates greedily after a prompt of random tokens, on one thread. llama.cpp maps its file and does not repack weights.
+continues a prompt of random tokens on one thread: greedily, which a random model soon does in a loop of few tokens that
+need few experts, and with random tokens, whose routing is nearly uniform. A text repeats experts more than the one and
+less than the other. llama.cpp maps its file and does not repack weights.
 
 Everything is kept in DIR, results in DIR/rows.jsonl, and a run that is there is not repeated. Eight layers need 11 GB
 of disk while they are built and 6 GB afterwards. llama.cpp is that of `pytest -m interop`, or of `--llama-python`: a
@@ -15,6 +17,7 @@ python with llama-cpp-python and gguf.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import shutil
@@ -35,6 +38,7 @@ sys.path.insert(0, str(HERE))
 WIDTHS = {"hidden_size": 2048, "num_experts": 64, "num_experts_per_tok": 8, "intermediate_size": 1024}
 WIDTHS |= {"vocab_size": 50304, "num_attention_heads": 16, "num_key_value_heads": 16}
 PROMPT, TOKENS = 24, 96
+TEXTS = ("random tokens", "greedy")
 GROUP = "moec-paging"
 ROWS: dict[str, tuple[str, bool]] = {
     "moec": ("moec", False),
@@ -65,6 +69,12 @@ def drop_pages(files: list[Path]) -> None:
         os.close(descriptor)
 
 
+def read_ahead(path: Path) -> str:
+    """The kB that the kernel reads ahead on the disk of `path`, at most."""
+    device = path.stat().st_dev
+    return Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb").read_text().strip()
+
+
 def open_moec(directory: Path, paged: bool) -> tuple[Callable[[np.ndarray], np.ndarray], Any]:
     """A function of new token ids, and the runner."""
     from moec.compiler.common.artifact import read_manifest
@@ -84,6 +94,8 @@ def open_llama(path: Path) -> Callable[[np.ndarray], np.ndarray]:
     """A function of new token ids."""
     import llama_cpp
 
+    quiet = llama_cpp.llama_log_callback(lambda *_: None)
+    llama_cpp.llama_log_set(quiet, None)
     llama_cpp.llama_backend_init()
     settings = llama_cpp.llama_model_default_params()
     settings.use_mmap, settings.use_extra_bufts = True, False
@@ -102,7 +114,7 @@ def open_llama(path: Path) -> Callable[[np.ndarray], np.ndarray]:
             batch.token[index], batch.pos[index] = token, length + index
             batch.n_seq_id[index], batch.seq_id[index][0], batch.logits[index] = 1, 0, index + 1 == ids.size
         length += ids.size
-        assert llama_cpp.llama_decode(context, batch) == 0
+        assert llama_cpp.llama_decode(context, batch) == 0, quiet
         return np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(context, -1), (WIDTHS["vocab_size"],))
 
     return step
@@ -128,8 +140,9 @@ def watch_routing(runner: Any) -> list[list[list[int]]]:
     return found
 
 
-def generate(kind: str, path: Path, limit: int) -> dict[str, Any]:
+def generate(kind: str, path: Path, limit: int, text: str) -> dict[str, Any]:
     """One run in this process."""
+    random = np.random.default_rng(0)
     drop_pages([file for file in (path.iterdir() if path.is_dir() else [path]) if file.is_file()])
     if limit:
         join_group(limit)
@@ -139,15 +152,16 @@ def generate(kind: str, path: Path, limit: int) -> dict[str, Any]:
     else:
         step, runner = open_moec(path, kind == "moec")
     opened = time.perf_counter()
-    logits = step(np.random.default_rng(0).integers(3, 50000, PROMPT))
+    logits = step(random.integers(3, 50000, PROMPT))
     paged = hasattr(runner, "paging")
     first, before, routing = time.perf_counter(), read_bytes(), watch_routing(runner) if paged else []
     counts = (runner.paging.uses.copy(), runner.paging.hits.copy()) if paged else None
-    seconds, text = [], []
+    seconds, chosen = [], []
     for _ in range(TOKENS):
-        text.append(int(logits.argmax()))
+        chosen.append(int(logits.argmax()))
+        token = chosen[-1] if text == "greedy" else int(random.integers(3, 50000))
         began = time.perf_counter()
-        logits = step(np.array(text[-1:]))
+        logits = step(np.array([token]))
         seconds.append(time.perf_counter() - began)
     found: dict[str, Any] = {
         "open": opened - start,
@@ -155,7 +169,7 @@ def generate(kind: str, path: Path, limit: int) -> dict[str, Any]:
         "median": statistics.median(seconds),
         "mean": statistics.mean(seconds),
         "read": (read_bytes() - before) / TOKENS,
-        "text": text,
+        "chosen": chosen,
     }
     if counts is not None:
         uses, hits = runner.paging.uses - counts[0], runner.paging.hits - counts[1]
@@ -271,13 +285,13 @@ def llama_python() -> str:
     return str(environment("gguf", lines(HERE.parent / "tests" / "interop" / "gguf-requirements.txt")))
 
 
-def table(rows: dict[str, list[dict[str, Any]]]) -> str:
+def table(rows: dict[tuple[str, str], list[dict[str, Any]]]) -> str:
     """A row for each way to run, with medians over rounds."""
     lines = [
-        "| runs | open s | prompt s | ms per token, median | mean | tokens/s | MB read per token | estimated | found |",
+        "| tokens | run | open s | prompt s | ms per token, median | mean | MB read per token | estimated | found |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for name, found in rows.items():
+    for (text, name), found in rows.items():
 
         def median(key: str, found: list[dict[str, Any]] = found) -> float:
             return statistics.median(row[key] for row in found)
@@ -286,24 +300,26 @@ def table(rows: dict[str, list[dict[str, Any]]]) -> str:
         if "estimated" in found[0]:
             estimated, hits = f"{median('estimated') / 1e6:.1f}", f"{median('hit_rate'):.0%}"
         lines.append(
-            f"| {name} | {median('open'):.1f} | {median('prompt'):.2f} | {median('median') * 1e3:.1f} "
-            f"| {median('mean') * 1e3:.1f} | {1 / median('mean'):.1f} | {median('read') / 1e6:.1f} | {estimated} "
-            f"| {hits} |"
+            f"| {text} | {name} | {median('open'):.1f} | {median('prompt'):.2f} | {median('median') * 1e3:.1f} "
+            f"| {median('mean') * 1e3:.1f} | {median('read') / 1e6:.1f} | {estimated} | {hits} |"
         )
     return "\n".join(lines)
 
 
-def sentence(rows: dict[str, list[dict[str, Any]]], limit: int, sizes: tuple[int, int]) -> str:
+def sentence(rows: dict[tuple[str, str], list[dict[str, Any]]], limit: int, sizes: tuple[int, int], ahead: str) -> str:
     """What the table cannot say."""
-    texts = {kind: {tuple(row["text"]) for name, found in rows.items() if ROWS[name][0] in kind for row in found}
-             for kind in (("moec", "kernel"), ("llama",))}  # fmt: skip
-    same = all(len(found) <= 1 for found in texts.values())
+    same = all(
+        len({tuple(row["chosen"]) for (of, name), found in rows.items() if of == text and ROWS[name][0] in kinds
+             for row in found}) <= 1
+        for text in TEXTS for kinds in (("moec", "kernel"), ("llama",))
+    )  # fmt: skip
     uniform = [row["uniform"] for found in rows.values() for row in found if "uniform" in row]
-    drawn = f" With equally likely experts it would be {statistics.median(uniform) / 1e6:.1f} MB." if uniform else ""
+    drawn = f" With equally likely experts it is {statistics.median(uniform) / 1e6:.1f} MB." if uniform else ""
     return (
         f"The group has {limit / 1e6:.0f} MB for the whole process; weights are {sizes[0] / 1e6:.0f} MB (moec) and "
-        f"{sizes[1] / 1e6:.0f} MB (llama.cpp). Texts of {TOKENS} tokens are "
-        f"{'the same in every run' if same else 'NOT the same in every run'} of each.{drawn}"
+        f"{sizes[1] / 1e6:.0f} MB (llama.cpp). The disk reads {ahead} kB ahead. The {TOKENS} most likely tokens are "
+        f"{'the same' if same else 'NOT the same'} in every run of each. Estimated is what `moec estimate` computes "
+        f"from the experts that the run used.{drawn}"
     )
 
 
@@ -318,13 +334,13 @@ def main() -> None:
     parser.add_argument("--llama-python", help="a python with llama-cpp-python and gguf")
     parser.add_argument("-o", "--output", type=Path, help="page of the documentation")
     parser.add_argument("--write-gguf", nargs=2, type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--generate", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--generate", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.write_gguf:
         write_gguf(*options.write_gguf)
     elif options.generate:
-        kind, path, limit = options.generate
-        print(json.dumps(generate(kind, Path(path), int(limit))))
+        kind, path, limit, text = options.generate
+        print(json.dumps(generate(kind, Path(path), int(limit), text)))
     else:
         measure(options)
 
@@ -344,25 +360,25 @@ def measure(options: argparse.Namespace) -> None:
     size = get_target("onnx").weight_sizes(packed).total
     limit, log = int(options.share * size), options.work / "rows.jsonl"
     done = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
-    rows: dict[str, list[dict[str, Any]]] = {}
-    for turn in range(options.rounds):
-        for name, (kind, limited) in ROWS.items():
-            run = in_llama if kind == "llama" else in_moec
-            if run is None:
-                continue
-            key = [name, turn, options.layers, limit]
-            known = next((row["found"] for row in done if row["key"] == key), None)
-            if known is None:
-                path = file if kind == "llama" else packed
-                known = json.loads(run("--generate", kind, str(path), str(limit * limited)).splitlines()[-1])
-                with log.open("a") as stream:
-                    stream.write(json.dumps({"key": key, "found": known}) + "\n")
-            rows.setdefault(name, []).append(known)
-            print(name, {key: value for key, value in known.items() if key != "text"}, flush=True)
-    text = f"{table(rows)}\n\n{sentence(rows, limit, (size, file.stat().st_size if in_llama else 0))} {machine}."
-    print(text)
+    rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for turn, text, (name, (kind, limited)) in itertools.product(range(options.rounds), TEXTS, ROWS.items()):
+        run = in_llama if kind == "llama" else in_moec
+        if run is None:
+            continue
+        key = [text, name, turn, options.layers, limit]
+        known = next((row["found"] for row in done if row["key"] == key), None)
+        if known is None:
+            path = file if kind == "llama" else packed
+            known = json.loads(run("--generate", kind, str(path), str(limit * limited), text).splitlines()[-1])
+            with log.open("a") as stream:
+                stream.write(json.dumps({"key": key, "found": known}) + "\n")
+        rows.setdefault((text, name), []).append(known)
+        print(text, name, {key: value for key, value in known.items() if key != "chosen"}, flush=True)
+    sizes = (size, file.stat().st_size if in_llama else 0)
+    page = f"{table(rows)}\n\n{sentence(rows, limit, sizes, read_ahead(packed))} {machine}."
+    print(page)
     if options.output:
-        put(text, options.output, name="paging")
+        put(page, options.output, name="paging")
 
 
 if __name__ == "__main__":

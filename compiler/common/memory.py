@@ -70,6 +70,13 @@ def keep_freed_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, KEPT)
 
 
+def return_freed_memory() -> None:
+    """Let glibc return freed memory to the kernel. Other C libraries are left alone."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
 @contextlib.contextmanager
 def fewer_garbage_collections() -> Iterator[None]:
     """Let the garbage collector run less often, for a trace or the gates, which keep most objects that they make.

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ import onnxruntime as ort
 
 from moec.compiler.common.errors import ArtifactError
 from moec.compiler.common.mapped_files import Advice, MappedFile
+from moec.compiler.common.memory import return_freed_memory
 from moec.compiler.common.recency import RecentExperts
 from moec.targets.onnx.experts import EXTERNAL_DATA, LAYERS
 from moec.targets.onnx.files import model_path
@@ -31,7 +33,7 @@ from moec.targets.onnx.runner import OnnxRunner
 from moec.targets.onnx.states import NUMPY
 from moec.targets.paging import ExpertPaging
 
-POLL = 1e-4
+POLL = 3e-4
 """Seconds between two looks at the routing of a running step."""
 
 
@@ -111,12 +113,14 @@ class Pager:
             self._leave(step)
 
     def _watch(self) -> None:
-        with self._changed:
-            while not self._closed:
+        while not self._closed:
+            with self._changed:
+                while not self._running and not self._closed:
+                    self._changed.wait()
                 for step in self._running:
                     while (number := len(step.used)) < len(self.layers) and step.is_routed(self.layers[number]):
                         self._use(step, number)
-                self._changed.wait(POLL if self._running else None)
+            time.sleep(POLL)
 
     def _use(self, step: Step, number: int) -> None:
         """Read ahead what a layer uses and was not seen before, and give back what was used least recently."""
@@ -280,6 +284,7 @@ class PagedRunner(OnnxRunner):
         self.reset()
         for counts in self.expert_tokens.values():
             counts[:] = 0
+        return_freed_memory()  # that of the graph, 20 MB
         pager = Pager(places.layers, files, memory, drop_cache=drop_cache)
         weakref.finalize(self.session, pager.close)
         self.session.pager, self.paging = pager, pager.counts
