@@ -38,7 +38,8 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Packed:
         key = (form, flavor, dtype)
         if key not in made:
             directory = tmp_path_factory.mktemp("made")
-            quantize, options = {"format": form, "rounding": "rtn"}, {"flavor": flavor, "routing_outputs": True}
+            quantize = {"format": form, "rounding": "rtn"}
+            options = {"flavor": flavor, "routing_outputs": True, "experts": "kernel"}
             moec.export(
                 checkpoint,
                 target="onnx",
@@ -64,7 +65,13 @@ def steps(runner: OnnxRunner) -> list[np.ndarray]:
 
 @pytest.mark.parametrize(
     ("form", "flavor", "dtype"),
-    [("int4", "default", "fp32"), ("int8", "default", "fp32"), ("int4", "genai", "fp32"), ("int4", "default", "fp16")],
+    [
+        ("int4", "default", "fp32"),
+        ("int8", "default", "fp32"),
+        ("int4", "genai", "fp32"),
+        ("int4", "default", "fp16"),
+        ("none", "default", "fp32"),
+    ],
 )
 @pytest.mark.parametrize(("experts", "drop"), [(0, True), (3, False), (1000, True)])
 def test_the_bits_are_those_without_a_limit(
@@ -148,6 +155,10 @@ def test_exactly_what_is_missing_is_read_and_what_is_old_given_back(
     # The one that was used least recently goes, with what lies beside it as far as nothing is held there.
     assert done("give")[:2] == ranges(0, 0)
     assert done("give")[2:] == ranges(1, 1)
+    step([4, 5], [2, 5])
+    assert done("read") == ranges(1, 5)
+    assert layers[1].count == 8
+    assert done("give") == [*ranges(0, 0, 4), *ranges(1, 4), *ranges(1, 6, 2)], "3, 4 and 5 are held"
 
 
 def test_forks_and_batches_of_them(packed: Packed) -> None:
@@ -201,10 +212,19 @@ def test_the_thread_ends_with_the_runner(packed: Packed) -> None:
 
 def test_a_model_whose_steps_fail_still_ends_them(packed: Packed) -> None:
     runner = PagedRunner(packed(), lambda: 0, threads=1)
-    runner.overrides = {"nonsense": np.zeros(1, np.float32)}
+    session = runner.session._session
+
+    class Failing:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(session, name)
+
+        def run_with_iobinding(self, _: Any) -> None:
+            raise RuntimeError("no")
+
+    runner.session._session = Failing()
     with pytest.raises(ArtifactError, match="cannot run"):
         runner.prefill(IDS)
-    runner.overrides = {}
+    runner.session._session = session
     assert runner.session.pager is not None
     assert not runner.session.pager._running
     runner.prefill(IDS)
