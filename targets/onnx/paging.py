@@ -301,7 +301,6 @@ class PagedRunner(OnnxRunner):
         session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
         return WatchedSession(session, self._added)
 
-    def decode(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None) -> np.ndarray:
-        """See `OnnxRunner.decode`."""
+    def _step(self, input_ids: np.ndarray, attention_mask: np.ndarray | None, kept: int) -> np.ndarray:
         self.session.expect(input_ids.size)
-        return super().decode(input_ids, attention_mask)
+        return super()._step(input_ids, attention_mask, kept)
