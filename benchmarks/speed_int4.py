@@ -69,6 +69,7 @@ ROWS: dict[str, Row] = {
     "moec int4, cache in place, packed": Row("int4", "genai", packed=True),
     "moec int4:128 in all classes": Row(ALL_128),
     "moec int4:128 in all classes, cache in place": Row(ALL_128, "genai"),
+    "moec int4:128 in all classes, cache in place, half of the slots": Row(ALL_128, "genai", halved=True),
     "moec int4:128 in all classes, in onnxruntime-genai": Row(ALL_128, "genai", Genai),
     "moec int4:32 in all classes": Row(ALL_32),
 }
@@ -164,7 +165,7 @@ def write_gguf(checkpoint: Path, file: Path) -> None:
     writer.add_head_count_kv(BASE["num_key_value_heads"])
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(10000.0)
-    writer.addexpert_count(BASE["num_experts"])
+    writer.add_expert_count(BASE["num_experts"])
     writer.add_expert_used_count(BASE["num_experts_per_tok"])
     writer.add_vocab_size(BASE["vocab_size"])
     writer.add_tokenizer_model("no_vocab")
