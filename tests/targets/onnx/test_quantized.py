@@ -82,8 +82,10 @@ def test_the_kernels_for_quantized_weights_are_those_that_run(
     runner.decode(IDS[:, -1:])
     spent = runner.kernel_times()
     assert {"QMoE", "MatMulNBits", "GatherBlockQuantized"} <= spent.keys()
-    assert not {"MoE", "DequantizeLinear", "QuantizeLinear", "Gemm", "FusedMatMul", "Gather"} & spent.keys()
+    assert not {"MoE", "DequantizeLinear", "QuantizeLinear", "Gemm", "FusedMatMul"} & spent.keys()
     model = ir.load(tmp_path / "model.onnx")
+    # ONNX Runtime's optimiser may gather the sizes of a shape, but the artifact gathers no row of a float embedding.
+    assert not [node for node in model.graph if node.op_type == "Gather"]
     assert [node.inputs[1].name for node in model.graph if node.op_type == "MatMul"] == [  # type: ignore[union-attr]
         f"model.layers.{layer}.mlp.gate.weight.T" for layer in range(2)
     ]

@@ -16,7 +16,7 @@ from moec.passes.routing.dynamic_routing import BUDGET_INPUT, DynamicRouting
 from moec.passes.routing.policies.base import Policy
 from moec.passes.routing.policies.ratio import Ratio
 from moec.passes.routing.policies.top_p import TopP
-from moec.targets.onnx.runner import OnnxRunner
+from moec.targets.onnx.runner import NUM_LOGITS, OnnxRunner
 from moec.targets.onnx.target import Experts, Flavor, OnnxOptions, OnnxTarget
 from tests.support.compensations import compensated
 
@@ -83,7 +83,7 @@ def test_the_threshold_can_be_fed_and_need_not_be(program_of: Programs, tmp_path
     off, on = programs(program_of("mixtral"), Ratio(beta=0.9), runtime=True)
     runner, _ = lowered(on, tmp_path / "on")
     assert_same(runner, on)
-    assert [item.name for item in runner.session.get_overridable_initializers()] == [BUDGET_INPUT]
+    assert [item.name for item in runner.session.get_overridable_initializers()] == [BUDGET_INPUT, NUM_LOGITS]
     runner.overrides[BUDGET_INPUT] = np.asarray(0.0, np.float32)
     ids = np.arange(3, 20)[None]
     want = ProgramRunner(off).prefill(ids)
