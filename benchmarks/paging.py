@@ -194,50 +194,20 @@ def write_gguf(checkpoint: Path, file: Path) -> None:
     """Write the checkpoint as GGUF, quantized by the package gguf."""
     import gguf
     import torch
-    from safetensors import safe_open
-    from speed_int4 import GGUF_LAYER_NAMES, GGUF_NAMES
+    from gguf_files import is_float, write_olmoe
 
-    config = json.loads((checkpoint / "config.json").read_text())
-    writer = gguf.GGUFWriter(file.with_suffix(".partial"), "olmoe")
-    writer.add_vocab_size(config["vocab_size"])
-    writer.add_tokenizer_model("no_vocab")
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_freq_base(10000.0)
-    writer.add_expert_count(config["num_experts"])
-    writer.add_expert_used_count(config["num_experts_per_tok"])
     kinds = gguf.GGMLQuantizationType
 
-    def add(name: str, values: Any, kind: Any) -> None:
+    def coded(name: str, values: torch.Tensor) -> tuple[Any, Any]:
         data = values.float().numpy()
-        if data.ndim == 1 or "ffn_gate_inp" in name:
-            writer.add_tensor(f"{name}.weight", data)
-            return
+        if is_float(name, values):
+            return data, None
+        kind = kinds.Q4_0 if name.startswith("blk.") else kinds.Q8_0
         # An expert at a time: quantizing takes several times the memory of what it is given.
-        parts = data if data.ndim == 3 else [data]
-        coded = [gguf.quants.quantize(part, kind) for part in parts]
-        writer.add_tensor(f"{name}.weight", np.stack(coded) if data.ndim == 3 else coded[0], raw_dtype=kind)
+        parts = [gguf.quants.quantize(part, kind) for part in (data if data.ndim == 3 else [data])]
+        return np.stack(parts) if data.ndim == 3 else parts[0], kind
 
-    with safe_open(checkpoint / "model.safetensors", "pt") as tensors:
-        for name, other in GGUF_NAMES.items():
-            add(other, tensors.get_tensor(f"{name}.weight"), kinds.Q8_0)
-        for layer in range(config["num_hidden_layers"]):
-            prefix = f"model.layers.{layer}"
-            for name, other in GGUF_LAYER_NAMES.items():
-                add(f"blk.{layer}.{other}", tensors.get_tensor(f"{prefix}.{name}.weight"), kinds.Q4_0)
-            for name in ("gate", "up", "down"):
-                each = [f"{prefix}.mlp.experts.{index}.{name}_proj.weight" for index in range(config["num_experts"])]
-                stack = torch.stack([tensors.get_tensor(one) for one in each])
-                add(f"blk.{layer}.ffn_{name}_exps", stack, kinds.Q4_0)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_olmoe(checkpoint, file.with_suffix(".partial"), coded)
     file.with_suffix(".partial").rename(file)
 
 

@@ -33,7 +33,8 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from checkpoints import BASE, random_checkpoint, random_lfm2_checkpoint
+from checkpoints import random_checkpoint, random_lfm2_checkpoint
+from gguf_files import is_float, write_olmoe
 from routing_latency import mass_for
 from speed import Genai, LlamaCpp, Model, Moec, Opener, compare
 
@@ -121,20 +122,6 @@ def expert_activations_in_int8(built: Path, directory: Path) -> Path:
     return directory
 
 
-GGUF_LAYER_NAMES = {
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "mlp.gate": "ffn_gate_inp",
-}
-GGUF_NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-
-
 def build_llama_cpp(checkpoint: Path, file: Path) -> Path:
     """Write the checkpoint as GGUF without a vocabulary and quantize it with llama.cpp, once."""
     if file.is_file():
@@ -142,7 +129,7 @@ def build_llama_cpp(checkpoint: Path, file: Path) -> Path:
     import llama_cpp
 
     whole, partial = file.with_suffix(".f16"), file.with_suffix(".partial")
-    write_gguf(checkpoint, whole)
+    write_olmoe(checkpoint, whole, in_half_precision)
     settings = llama_cpp.llama_model_quantize_default_params()
     settings.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0
     assert llama_cpp.llama_model_quantize(str(whole).encode(), str(partial).encode(), settings) == 0
@@ -151,46 +138,9 @@ def build_llama_cpp(checkpoint: Path, file: Path) -> Path:
     return file
 
 
-def write_gguf(checkpoint: Path, file: Path) -> None:
-    """Write the checkpoint as GGUF in half precision, without a vocabulary."""
-    import gguf
-    from safetensors import safe_open
-
-    writer = gguf.GGUFWriter(file, "olmoe")
-    writer.add_context_length(BASE["max_position_embeddings"])
-    writer.add_embedding_length(BASE["hidden_size"])
-    writer.add_block_count(BASE["num_hidden_layers"])
-    writer.add_feed_forward_length(BASE["intermediate_size"])
-    writer.add_head_count(BASE["num_attention_heads"])
-    writer.add_head_count_kv(BASE["num_key_value_heads"])
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_expert_count(BASE["num_experts"])
-    writer.add_expert_used_count(BASE["num_experts_per_tok"])
-    writer.add_vocab_size(BASE["vocab_size"])
-    writer.add_tokenizer_model("no_vocab")
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
-
-    def add(name: str, values: Any) -> None:
-        float_ = values.ndim == 1 or "ffn_gate_inp" in name
-        writer.add_tensor(f"{name}.weight", (values.float() if float_ else values.half()).numpy())
-
-    with safe_open(checkpoint / "model.safetensors", "pt") as tensors:
-        for name, other in GGUF_NAMES.items():
-            add(other, tensors.get_tensor(f"{name}.weight"))
-        stored = set(tensors.keys())
-        for layer in range(BASE["num_hidden_layers"]):
-            prefix = f"model.layers.{layer}"
-            for name, other in GGUF_LAYER_NAMES.items():
-                add(f"blk.{layer}.{other}", tensors.get_tensor(f"{prefix}.{name}.weight"))
-            for name in ("gate", "up", "down"):
-                each = [f"{prefix}.mlp.experts.{index}.{name}_proj.weight" for index in range(BASE["num_experts"])]
-                assert stored.issuperset(each)
-                add(f"blk.{layer}.ffn_{name}_exps", torch.stack([tensors.get_tensor(one) for one in each]))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+def in_half_precision(name: str, values: torch.Tensor) -> tuple[Any, None]:
+    """Vectors and routers in float32, other tensors in float16."""
+    return (values.float() if is_float(name, values) else values.half()).numpy(), None
 
 
 def openers_of(work: Path, threads: int, *, llama_cpp: bool) -> dict[str, Callable[[], Opener]]:

@@ -336,11 +336,15 @@ class Target(ABC):
         Raises:
             UsageError: Experts of this target, or of this artifact, cannot be left on the disk.
         """
-        reason = f"{directory}: the {self.name} target does not leave experts on the disk"
-        raise UsageError(reason, hint="export with --target onnx --quantize int4")
+        raise self._keeps_experts(directory)
 
     def open_paged(
-        self, directory: Path, memory: Callable[[], int], *, threads: int = 0, drop_cache: bool = False
+        self,
+        directory: Path,
+        memory: Callable[[], int],  # noqa: ARG002
+        *,
+        threads: int = 0,  # noqa: ARG002
+        drop_cache: bool = False,  # noqa: ARG002
     ) -> PagingRunner:
         """Open packed weights and leave experts on the disk until tokens are routed to them.
 
@@ -352,8 +356,13 @@ class Target(ABC):
 
         Raises:
             ArtifactError: The runtime fails, or the weights are packed for another machine.
+            UsageError: As for `weight_sizes`.
         """
-        raise NotImplementedError(f"the {self.name} target has no weight_sizes")
+        raise self._keeps_experts(directory)
+
+    def _keeps_experts(self, directory: Path) -> UsageError:
+        reason = f"{directory}: the {self.name} target does not leave experts on the disk"
+        return UsageError(reason, hint="export with --target onnx --quantize int4")
 
     def gates(self) -> tuple[TargetGate, ...]:
         """Gates that only this target has; they run after the integrity gate."""

@@ -34,3 +34,12 @@ def amount(text: str, units: Mapping[str, float], where: str) -> float:
 def byte_count(text: str, where: str) -> int:
     """A size in bytes; see `amount`."""
     return int(amount(text.strip(), BYTES, where))
+
+
+def size_text(count: float) -> str:
+    """Bytes with a decimal unit, such as "1.5 MB"."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"

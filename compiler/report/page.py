@@ -15,6 +15,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from moec.compiler.common.sizes import size_text
 from moec.compiler.report import plots
 from moec.compiler.report.describe import describe_built, describe_file
 from moec.compiler.report.plots import Labels
@@ -108,7 +109,7 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"size": size, "seconds": _seconds}
+    environment.filters |= {"size": size_text, "seconds": _seconds}
     return environment
 
 
@@ -156,7 +157,7 @@ def _foreign(found: Mapping[str, Any]) -> Section:
     """What a model file of another exporter holds."""
     about = Table("The file.", ("", ""), [(_text(name), _text(text)) for name, text in describe_file(found)[:-1]])
     rows = [
-        (_text(row["class"]), _text(row["precision"]), _number(str(row["tensors"])), _number(size(row["bytes"])))
+        (_text(row["class"]), _text(row["precision"]), _number(str(row["tensors"])), _number(size_text(row["bytes"])))
         for row in found["tensors"]
     ]
     held = Table("Its tensors; classes are found by shape.", ("Class", "Precision", "Tensors", "Size"), rows)
@@ -233,7 +234,9 @@ def _sizes(report: Mapping[str, Any]) -> Section:
     if classes:
         ordered = dict(sorted(classes.items(), key=lambda item: -item[1]))
         labels = Labels(
-            "sizes-plot", "Bytes by tensor class", f"{_largest(ordered)} takes the most, {size(max(ordered.values()))}."
+            "sizes-plot",
+            "Bytes by tensor class",
+            f"{_largest(ordered)} takes the most, {size_text(max(ordered.values()))}.",
         )
         names = [name.replace("_", " ") for name in ordered]
         plot = plots.bars(labels, names, [value / 1e6 for value in ordered.values()], "MB")
@@ -245,8 +248,8 @@ def _sizes(report: Mapping[str, Any]) -> Section:
 
 def _shares(caption: str, of: str, values: Mapping[str, int]) -> Table:
     total = sum(values.values()) or 1
-    rows = [(_text(name), _number(size(value)), _number(f"{value / total:.1%}")) for name, value in values.items()]
-    rows.append((_text("all"), _number(size(sum(values.values()))), _number("100.0%")))
+    rows = [(_text(name), _number(size_text(value)), _number(f"{value / total:.1%}")) for name, value in values.items()]
+    rows.append((_text("all"), _number(size_text(sum(values.values()))), _number("100.0%")))
     return Table(caption, (of, "Size", "Share"), rows)
 
 
@@ -350,7 +353,7 @@ def _trade_off(report: Mapping[str, Any]) -> list[Part]:
     listed = sorted([(point, "") for point in points] + [(chosen, "chosen")], key=lambda item: item[0]["bytes"])
     rows = [
         (
-            _text(size(point["bytes"])),
+            _text(size_text(point["bytes"])),
             _number(f"{point['share_of_fp16']:.3f}"),
             _number(f"{point['predicted_increase']:+.3%}"),
             _text(note),
@@ -383,15 +386,6 @@ def _text(text: str) -> Cell:
 
 def _number(text: str) -> Cell:
     return Cell(text, number=True)
-
-
-def size(count: float) -> str:
-    """Bytes with a decimal unit, such as "1.5 MB"."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} GB"
 
 
 def _seconds(value: float) -> str:

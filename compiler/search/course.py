@@ -49,7 +49,7 @@ class Course:
         self.recent.append(tuple(int(value) for value in genome))
         self._known.update(self._prefixes(np.asarray(genome)))
         if len(self.recent) > RECENT:
-            self._known.subtract(self._prefixes(np.array(self.recent.popleft())))
+            self._known -= Counter(self._prefixes(np.array(self.recent.popleft())))
 
     def price(self, genome: Sequence[int]) -> float:
         """Time of a measurement as a share of one that starts from the tokens."""

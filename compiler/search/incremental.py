@@ -183,7 +183,9 @@ class IncrementalRunner(ProgramRunner):
             _, (old, _) = self._states_kept.popitem(last=False)
             for value in _tensors(old):
                 self._holders[id(value)] -= 1
-                self._state_used -= 0 if self._holders[id(value)] else value.nbytes
+                if not self._holders[id(value)]:
+                    del self._holders[id(value)]
+                    self._state_used -= value.nbytes
 
     def _key(self, batch: Hashable, cut: int) -> tuple[Hashable, ...]:
         """The batch, the cut and all choices before the cut."""

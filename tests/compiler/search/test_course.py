@@ -72,3 +72,7 @@ def test_a_child_shares_the_first_choices_with_its_parent(
     assert np.median(prices) < 0.6
     assert prices.max() == 1
     assert len({tuple(child) for child in children}) > 50
+    # Another individual that differs everywhere gives its genes to the tail alone.
+    crossed = np.array([course.child(parent, space.low, moves, random) for _ in range(200)])
+    embedding = space.places["format", 0]
+    assert np.mean(crossed[:, embedding] != parent[embedding]) < 0.3

@@ -274,3 +274,5 @@ def test_other_targets_do_not_leave_experts_on_the_disk(tmp_path: Path) -> None:
         target: Any = get_target(name)
         with pytest.raises(UsageError, match=f"the {name} target does not leave experts on the disk"):
             target.weight_sizes(tmp_path)
+        with pytest.raises(UsageError, match="does not leave experts on the disk"):
+            target.open_paged(tmp_path, lambda: 0)
