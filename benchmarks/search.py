@@ -1,9 +1,9 @@
 """A search against the commands that were there before it, and against chance: `python benchmarks/search.py`.
 
 All three have the same text, the same windows and as many true evaluations. Each offers the front of what it measured
-on the text of the search; hypervolume is that of these fronts on held-out text. Commands are all policies at all
-budgets with all presets and allocations of `auto`, in an order that covers the grid evenly; chance draws every gene
-anew.
+on the text of the search; hypervolume is that of these fronts on held-out text, on all of it and text by text. Commands
+are all policies at all budgets with all presets and allocations of `auto`, in an order that covers the grid evenly;
+chance draws every gene anew.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +30,14 @@ from moec.compiler.common.errors import UsageError
 from moec.compiler.ir.interpreter import ProgramRunner
 from moec.compiler.search.archive import Archive, Individual
 from moec.compiler.search.evaluation import Evaluator
+from moec.compiler.search.objectives import EXPERT_FLOPS
 from moec.compiler.search.seeds import allocated_formats, layer_losses
 from moec.compiler.search.session import Finished, Opened, open_search, run_search
 from moec.compiler.search.settings import make_settings
 from moec.compiler.search.store import Measured, Store
 from moec.compiler.search.truth import surrogate_facts
 from moec.compiler.search.variant import Variant
-from moec.compiler.text.corpus import held_out_text
+from moec.compiler.text.corpus import HELD_OUT, held_out_text, read_text, tokenize
 from moec.compiler.text.perplexity import increase_interval, losses
 from moec.passes.routing.calibrate.fit import fit
 from moec.passes.routing.compensation import CompensateDropped
@@ -44,10 +45,11 @@ from moec.passes.routing.dynamic_routing import DynamicRouting
 from moec.passes.routing.policies.per_layer import PerLayer, in_layer
 
 MODEL = Path(__file__).resolve().parents[1] / "golden_models" / "olmoe-tiny"
-OBJECTIVES = "perplexity,expert-flops,size"
 POLICIES = ("threshold", "top-p", "capped", "layer-k", "ratio", "entropy", "margin", "uniform-k")
 BUDGETS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 PRESETS = ("fp16", "int8", "int4", "int4:32")
+LITTLE = 0.01
+"""Increase of perplexity up to which savings are reported."""
 EXACT = 1e-3
 """Difference of logits that tells a wrong evaluation from another order of sums."""
 
@@ -111,22 +113,64 @@ def chance(found: Opened, count: int, seed: int) -> Iterator[Variant]:
         yield space.variant(space.canonical(random.integers(space.low, space.high + 1)))
 
 
+class HeldOut:
+    """The best of a front on held-out text.
+
+    Args:
+        reference: The pretrained model on all windows.
+        found: The search.
+        space: The search space, or a `Stranger`.
+        measured: Genome -> measurements on all windows.
+    """
+
+    def __init__(
+        self, reference: Measured, found: Opened, space: Any, measured: Mapping[tuple[int, ...], Measured]
+    ) -> None:
+        self._reference, self._found, self._space, self._measured = reference, found, space, measured
+
+    def rows(self, windows: Sequence[int]) -> np.ndarray:
+        """Objectives on some of the windows: [n, m]."""
+        goals = self._found.settings.goals
+        judged = Archive(self._space, self._found.costs, some(self._reference, windows), goals, {})
+        values = [judged.values(key, some(each, windows)) for key, each in self._measured.items()]
+        return np.array([judged.row(each) for each in values]).reshape(-1, len(goals))
+
+    def least(self, most: float) -> float:
+        """Least expert FLOPs whose 95 % interval of the increase of perplexity is at most `most`; 1.0 if none is."""
+        judged = Archive(self._space, self._found.costs, self._reference, (), {})
+        sure = [
+            judged.values(key, each)[EXPERT_FLOPS.name]
+            for key, each in self._measured.items()
+            if increase_interval(judged.differences(each))[1] <= most
+        ]
+        return min([1.0, *sure])
+
+
+def some(measured: Measured, windows: Sequence[int]) -> Measured:
+    """The measurements of some of the windows."""
+    return Measured(*(tuple(each[index] for index in windows) for each in astuple(measured)))
+
+
 def on_held_out(
     finished: Finished, found: Opened, held: Evaluator, space: Any, front: Sequence[Individual], folder: Path, most: int
-) -> np.ndarray:
-    """Objectives of the best of a front on held-out text, and the upper end of perplexity's interval: [n, m + 1]."""
+) -> HeldOut:
+    """Measure the best of a front on held-out text."""
     reference = held.evaluate({}, 0, len(held.windows))
-    count = len(finished.search.archive.objectives)
-    rows = np.array([finished.search.archive.row(item.values) for item in front]).reshape(-1, count)
+    rows = np.array([finished.search.archive.row(item.values) for item in front])
     best = finished.search.volume.best(np.zeros((0, rows.shape[1])), rows, most)
-    judged = Archive(space, found.costs, reference, finished.search.archive.objectives, {})
-    result = []
-    for index, _ in best:
-        key = front[index].genome
-        measured = stored(held, space.variant(np.array(key)), folder)
-        high = increase_interval(judged.differences(measured))[1]
-        result.append([*judged.row(judged.values(key, measured)), high])
-    return np.array(result).reshape(-1, count + 1)
+    keys = [front[index].genome for index, _ in best]
+    return HeldOut(reference, found, space, {key: stored(held, space.variant(np.array(key)), folder) for key in keys})
+
+
+def texts(held: Evaluator) -> dict[str, list[int]]:
+    """The held-out texts that moec includes -> the windows in them."""
+    folder = held.checkpoint.directory
+    starts = [len(tokenize(folder, read_text(shipped=HELD_OUT[:number]))) for number in range(1, len(HELD_OUT) + 1)]
+    window = held.windows.shape[1]
+    # Windows are spread evenly; see `spread`.
+    places = np.arange(len(held.windows)) * (starts[-1] // window) // len(held.windows) * window
+    owners = np.searchsorted(starts[:-1], places, side="right")
+    return {name: np.flatnonzero(owners == number).tolist() for number, name in enumerate(HELD_OUT)}
 
 
 class Timed:
@@ -204,7 +248,7 @@ def one_seed(arguments: argparse.Namespace, seed: int, folder: Path) -> dict[str
         {
             "checkpoint": arguments.checkpoint,
             "target": "onnx",
-            "objectives": OBJECTIVES,
+            "objectives": arguments.objectives,
             "population": arguments.population,
             "generations": arguments.generations,
             "windows": arguments.windows,
@@ -227,10 +271,14 @@ def one_seed(arguments: argparse.Namespace, seed: int, folder: Path) -> dict[str
     fronts = {"search": on_held_out(finished, found, held, found.space, archive.front, folder, arguments.members)}
     for name, other in others.items():
         fronts[name] = on_held_out(finished, found, held, other, other.archive.front, folder, arguments.members)
-    volumes = {name: volume.of(rows[:, :-1]) for name, rows in fronts.items()}
+    every = range(len(held.windows))
+    volumes = {name: volume.of(front.rows(every)) for name, front in fronts.items()}
+    by_text = {
+        f"search / commands, {name}": volume.of(fronts["search"].rows(own)) / volume.of(fronts["commands"].rows(own))
+        for name, own in texts(held).items()
+    }
     surrogate = surrogate_facts(finished)
     missing = float("nan")
-    least = {name: min((row[1] for row in rows if row[-1] <= 0.01), default=1.0) for name, rows in fronts.items()}
     return {
         "individuals": float(len(finished.search.seen)),
         "true evaluations": float(count),
@@ -238,9 +286,10 @@ def one_seed(arguments: argparse.Namespace, seed: int, folder: Path) -> dict[str
         "seconds of the search": seconds,
         **{f"hypervolume, {name}": value for name, value in volumes.items()},
         "search / commands": volumes["search"] / volumes["commands"],
+        **by_text,
         "search / chance": volumes["search"] / volumes["chance"] if volumes.get("chance") else missing,
         "rank correlation": missing if surrogate.rank_correlation is None else surrogate.rank_correlation,
-        **{f"least expert FLOPs within 1 %, {name}": value for name, value in least.items()},
+        **{f"least expert FLOPs within 1 %, {name}": front.least(LITTLE) for name, front in fronts.items()},
         **timed.of(finished),
     }
 
@@ -251,6 +300,7 @@ def main() -> None:
     add_flags(
         parser,
         checkpoint=str(MODEL),
+        objectives="perplexity,expert-flops,size",
         population=64,
         generations=12,
         seeds=1,

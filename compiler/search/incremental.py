@@ -32,7 +32,7 @@ from moec.quantize.methods.rounding import RoundingResult
 from moec.quantize.planning.sensitivity import Part
 
 STATE_BYTES = 4 << 30
-"""Memory limit of the cached values, in bytes; an eighth of the free memory if that is less."""
+"""Memory limit of the cached values, in bytes; a quarter of the free memory if that is less."""
 Codes = Mapping[tuple[str, str], RoundingResult]
 """Name of a tensor and text form of a format -> calibrated codes; other tensors are rounded to nearest."""
 
@@ -105,7 +105,7 @@ class IncrementalRunner(ProgramRunner):
         self._states_kept: OrderedDict[tuple[Hashable, ...], tuple[dict[fx.Node, Any], dict[int, _Used]]] = (
             OrderedDict()
         )
-        free = min(STATE_BYTES, psutil.virtual_memory().available // 8)
+        free = min(STATE_BYTES, psutil.virtual_memory().available // 4)
         self._state_limit, self._state_used = free if state_bytes is None else state_bytes, 0
         self._holders: Counter[int] = Counter()
         """Identity of a cached tensor -> the number of cached states that share it."""

@@ -33,19 +33,18 @@ UNITS = 100
 def seeds(space: Space, costs: Costs, sensitivities: Sensitivities, traces: Sequence[RoutingTrace]) -> list[Genome]:
     """Distinct initial individuals, the most useful first.
 
-    They are the pretrained model, exact allocations of rules and levels over all layers, with compensations and
-    without, allocations of formats as by `--quantize auto`, combinations of both, and policies fitted as by `moec
+    They are the pretrained model, exact allocations of rules and levels over all layers, also without compensations,
+    allocations of formats as by `--quantize auto`, combinations of both, and policies fitted as by `moec
     export`.
     """
     stored = list(allocated_formats(space, costs, sensitivities))
     every: list[Genome] = [space.unchanged]
     fitted: list[Genome] = []
     if space.routing:
-        plain = [index for index, rule in enumerate(space.rules) if not rule.rank]
-        ranked = [index for index, rule in enumerate(space.rules) if rule.rank]
-        best = list(_mixed(space, costs, sensitivities, ranked or plain))
+        best = list(_mixed(space, costs, sensitivities, range(len(space.rules))))
         every += best + [_joined(space, routed, held) for held in stored[::3] for routed in best]
-        every += _mixed(space, costs, sensitivities, plain) if ranked else []
+        plain = [index for index, rule in enumerate(space.rules) if not rule.rank]
+        every += _mixed(space, costs, sensitivities, plain)
         fitted += _fitted(space, sensitivities, traces)
     every += [*stored, *fitted]
     return [np.array(key) for key in dict.fromkeys(tuple(space.canonical(genome).tolist()) for genome in every)]

@@ -266,10 +266,12 @@ def run_search(
 
 
 def _most_seeds(settings: Settings) -> int:
-    """Initial individuals that are measured: a third of all measurements, so that the search has the others."""
+    """Initial individuals that are measured: few, since they share no choices, and so each runs from the first node."""
     generations = settings.last if settings.last is not None else BUDGET_GENERATIONS
     measured = int(settings.share * settings.population * (generations + 1))
-    return min(settings.population, max(1, measured // 3 if generations else measured))
+    if not generations:
+        return min(settings.population, max(1, measured))
+    return max(1, min(3 * settings.population // 8, measured // 3))
 
 
 def _more(settings: Settings, search: Search, clock: _Clock) -> bool:
