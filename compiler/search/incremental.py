@@ -31,8 +31,11 @@ from moec.quantize.lazy import Float16, palettized, quantized
 from moec.quantize.methods.rounding import RoundingResult
 from moec.quantize.planning.sensitivity import Part
 
-STATE_BYTES = 4 << 30
-"""Memory limit of the cached values, in bytes; a quarter of the free memory if that is less."""
+STATE_BYTES = 2 << 30
+"""Memory limit of the cached values, in bytes."""
+STATE_SHARE = 1 / 4
+"""Largest share of what they and the free memory take together. It is asked again for every batch, so that several
+workers of a machine leave each other room: n of them take n / (n + 3) of it."""
 Codes = Mapping[tuple[str, str], RoundingResult]
 """Name of a tensor and text form of a format -> calibrated codes; other tensors are rounded to nearest."""
 
@@ -76,7 +79,7 @@ class IncrementalRunner(ProgramRunner):
         parts: The parts whose formats are chosen; see `parts_of`.
         codes: See `Codes`.
         compensations: Fits what stands in for dropped experts; needed by variants whose policies ask for it.
-        state_bytes: Memory limit of the cached values; None: see `STATE_BYTES`.
+        state_bytes: Memory limit of the cached values; None: see `STATE_BYTES` and `STATE_SHARE`.
     """
 
     def __init__(
@@ -105,8 +108,7 @@ class IncrementalRunner(ProgramRunner):
         self._states_kept: OrderedDict[tuple[Hashable, ...], tuple[dict[fx.Node, Any], dict[int, _Used]]] = (
             OrderedDict()
         )
-        free = min(STATE_BYTES, psutil.virtual_memory().available // 4)
-        self._state_limit, self._state_used = free if state_bytes is None else state_bytes, 0
+        self._state_bytes, self._state_used = state_bytes, 0
         self._holders: Counter[int] = Counter()
         """Identity of a cached tensor -> the number of cached states that share it."""
         self.executed = 0
@@ -150,6 +152,7 @@ class IncrementalRunner(ProgramRunner):
                 self.executed += 1
                 for dead in self._last_use[node]:
                     values.pop(dead, None)
+        self._drop_oldest()
         logits = values[self.program.outputs()["logits"]].float()
         used = [self._used[number] for number in range(len(self.program.layers))]
         return Output(logits, tuple(one.kept for one in used), tuple(one.tokens for one in used))
@@ -179,7 +182,12 @@ class IncrementalRunner(ProgramRunner):
         for value in _tensors(held):
             self._state_used += 0 if self._holders[id(value)] else value.nbytes
             self._holders[id(value)] += 1
-        while self._state_used > self._state_limit:
+
+    def _drop_oldest(self) -> None:
+        """Drop the states that were used longest ago until the others fit into the limit."""
+        room = self._state_used + psutil.virtual_memory().available
+        limit = min(STATE_BYTES, int(STATE_SHARE * room)) if self._state_bytes is None else self._state_bytes
+        while self._state_used > limit:
             _, (old, _) = self._states_kept.popitem(last=False)
             for value in _tensors(old):
                 self._holders[id(value)] -= 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from moec.compiler.ir.interpreter import ProgramRunner
 from moec.compiler.pipeline.calibration_data import CalibrationData
 from moec.compiler.pipeline.program import build_program
 from moec.compiler.pipeline.recipe import make_recipe
+from moec.compiler.search import incremental
 from moec.compiler.search.evaluation import Evaluator
 from moec.compiler.search.incremental import IncrementalRunner
 from moec.compiler.search.variant import Variant
@@ -176,3 +178,16 @@ def test_the_use_of_the_experts_is_counted_in_the_numbering_of_the_pretrained_mo
     assert sum(routed[0]) < sum(before[0])
     assert len(evaluator.expert_use({}, 1)) == len(before)
     assert sum(evaluator.expert_use({}, 1)[0]) == 2 * tokens
+
+
+def test_states_give_way_to_other_processes(
+    evaluator: Evaluator, variants: dict[str, Variant], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(free: int) -> int:
+        monkeypatch.setattr(incremental.psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
+        runner = IncrementalRunner(evaluator.program, evaluator.parts)
+        for name in ("base", "head", "routed", "head"):
+            runner.evaluate(variants[name], 0, evaluator.windows[:4])
+        return runner.executed
+
+    assert run(1 << 40) < run(1 << 16)
