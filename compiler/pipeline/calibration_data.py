@@ -10,7 +10,7 @@ import numpy as np
 from moec.compiler.common.digest import sha256_of_text
 from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.ir.program import Program
-from moec.compiler.text.corpus import read_text, spread, tokenize, windows
+from moec.compiler.text.corpus import read_text, tokenize, windows
 from moec.passes.routing.calibrate.collect import MASSES, collect, measure_sensitivities
 from moec.passes.routing.calibrate.compensation import fit_compensations
 from moec.passes.routing.calibrate.sensitivities import Sensitivities
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 LENGTH = 256
 WINDOWS = 64
 SENSITIVITY_WINDOWS = 8
-COMPENSATION_WINDOWS = 32
-"""Number of windows on which the stand-ins for dropped experts are fitted."""
 STAGE = "calibrate routing"
 
 
@@ -71,14 +69,9 @@ class CalibrationData:
         return fit_compensations(
             self.program,
             policy,
-            compensation_windows(self.chosen),
+            self.chosen,
             lambda done, total: progress("compensation of dropped experts", done, total),
         )
-
-
-def compensation_windows(every: np.ndarray) -> np.ndarray:
-    """The windows of a calibration text [n, length] on which compensations are fitted."""
-    return spread(every, COMPENSATION_WINDOWS)
 
 
 def text_facts(material: CalibrationData) -> dict[str, Any]:

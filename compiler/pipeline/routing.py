@@ -202,23 +202,12 @@ def plan_routing(
     pretrained = program
     removed: Sequence[Sequence[int]] | None = settings.removed
     if removed is None and settings.prune:
-        material = CalibrationData.of(checkpoint, program, settings.text)
-        collector = Collector(program, outputs=True)
-        collector.run(material.chosen, lambda done, total: progress("expert saliency", done, total))
-        removed = choose_removed(program, collector.traces(), collector.peaks(), settings.prune)
-        facts["pruning"] = {"text": text_facts(material), "removed": [len(layer) for layer in removed]}
+        removed, facts["pruning"] = _choose_removed(
+            settings.prune, CalibrationData.of(checkpoint, program, settings.text), program, progress
+        )
     if removed is not None:
-        pruning = PruneExperts(tuple(tuple(layer) for layer in removed))
-        added.append(pruning)
-        pruned = pruning.run(program)
-        if pruned.rejections:
-            raise LoweringError(
-                "experts cannot be pruned: "
-                + "; ".join(f"{rejection.where}: {rejection.reason}" for rejection in pruned.rejections[:4]),
-                hint="export without --prune-experts; --routing lets tokens use fewer experts",
-            )
-        program = pruned.program
-    chosen: Policy | None = None
+        added.append(PruneExperts(tuple(tuple(layer) for layer in removed)))
+        program = _pruned(added[0], program)
     if settings.policy != "off":
         chosen, measured = _policy(settings, checkpoint, program, progress)
         facts |= {"policy": chosen.name, "parameters": json.loads(json.dumps(parameters_of(chosen))), **measured}
@@ -239,6 +228,32 @@ def plan_routing(
         # What stands in for dropped experts is fitted again when the artifact is validated, on the same text.
         recorded |= {"text": settings.text, "text_sha256": facts["compensation"]["text"]["sha256"]}
     return RoutingPlan(tuple(added), recorded, facts)
+
+
+def _choose_removed(
+    share: float, material: CalibrationData, program: Program, progress: Progress
+) -> tuple[Sequence[Sequence[int]], dict[str, Any]]:
+    """The share of each layer's experts that matter least on a text, and what moec.json says of the choice."""
+    collector = Collector(program, outputs=True)
+    collector.run(material.chosen, lambda done, total: progress("expert saliency", done, total))
+    removed = choose_removed(program, collector.traces(), collector.peaks(), share)
+    return removed, {"text": text_facts(material), "removed": [len(layer) for layer in removed]}
+
+
+def _pruned(pruning: Pass, program: Program) -> Program:
+    """The Program without the experts.
+
+    Raises:
+        LoweringError: The router of a layer is of a kind whose experts cannot be removed.
+    """
+    result = pruning.run(program)
+    if result.rejections:
+        raise LoweringError(
+            "experts cannot be pruned: "
+            + "; ".join(f"{rejection.where}: {rejection.reason}" for rejection in result.rejections[:4]),
+            hint="export without --prune-experts; --routing lets tokens use fewer experts",
+        )
+    return result.program
 
 
 def measure_savings(

@@ -24,7 +24,7 @@ from moec.compiler.common.progress import Progress
 from moec.compiler.frontend.capture import capture
 from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.ir.program import Program
-from moec.compiler.pipeline.calibration_data import LENGTH, CalibrationData, compensation_windows
+from moec.compiler.pipeline.calibration_data import LENGTH, CalibrationData
 from moec.compiler.search.compensations import Compensations
 from moec.compiler.search.incremental import Codes, IncrementalRunner
 from moec.compiler.search.store import Measured
@@ -126,7 +126,7 @@ class Evaluator:
         except CheckpointError:
             return np.zeros((0, LENGTH), dtype=np.int64)
         fits = (context_length(self.program.config) or LENGTH) >= LENGTH
-        return compensation_windows(material.chosen[: len(material.chosen) if fits else 0])
+        return material.chosen[: len(material.chosen) if fits else 0]
 
     def on(self, text: str, most: int) -> Evaluator:
         """An evaluator of the same model and codes on another text, whose results are not stored for the search."""
