@@ -180,13 +180,14 @@ class Timed:
 
     Args:
         found: The search; its evaluator is timed from now on.
-        every: One of so many measured individuals is run plainly too.
+        every: One of so many individuals that are measured on all windows is run plainly too.
     """
 
     def __init__(self, found: Opened, every: int) -> None:
         self._found, self._every, self._evaluate = found, every, found.evaluator.evaluate
         self.spent: dict[str, list[float]] = {}
         self.plain: list[float] = []
+        self._whole = 0
         found.evaluator.evaluate = self
 
     def __call__(self, sections: Mapping[str, Any], start: int, stop: int) -> Measured:
@@ -196,9 +197,10 @@ class Timed:
         taken = self.spent.setdefault(json.dumps(sections, sort_keys=True), [0.0, 0.0])
         taken[0] += time.process_time() - begin
         taken[1] += stop - start
-        last = start > 0 and stop == len(self._found.evaluator.windows)
-        if last and len(self.spent) % self._every == 0:
-            self._run_plainly(sections, start, stop, measured)
+        if start > 0 and stop == len(self._found.evaluator.windows):
+            self._whole += 1
+            if self._whole % self._every == 0:
+                self._run_plainly(sections, start, stop, measured)
         return measured
 
     def end(self) -> None:
