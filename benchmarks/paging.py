@@ -222,7 +222,7 @@ def estimates(directory: Path, routing: list[list[list[int]]], room: int) -> dic
     from moec.targets import get_target
 
     sizes = get_target("onnx").weight_sizes(directory)
-    known = reuse_distances(routing, sizes.counts, sizes.experts, warm_up=1.5 / len(routing[0]))
+    known = reuse_distances(routing, sizes.counts, sizes.experts, warm_up=1.5 / len(routing[0]), from_start=True)
     recorded = estimate_paging(directory, [sizes.dense + room], directory)
     (limit,) = recorded["limits"]
     return {
