@@ -20,7 +20,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent))
 import speed
 
-RUNTIMES = ("moec.targets.onnx.target", "onnxruntime_genai", "llama_cpp")
+RUNTIMES = ("moec.targets.onnx.runner", "moec.targets.onnx.target", "onnxruntime_genai", "llama_cpp")
 """Modules that are imported before a model is opened, where they are installed."""
 
 

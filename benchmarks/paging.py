@@ -12,7 +12,7 @@ which repeat no token and so repeat experts least. llama.cpp maps its file and d
 row says so.
 
 Estimated is what `moec estimate` computes from the experts that the run used, prompt included, and, where dynamic
-routing recorded those of the calibration text, from the record.
+routing recorded those of the calibration text, from the record: for a long text, and for the start of a run.
 
 Everything is kept in DIR, results in DIR/rows.jsonl, and a run that is there is not repeated. Eight layers need 14 GB
 of disk while they are built and 10 GB afterwards; 16 layers 26 and 20. llama.cpp is that of `pytest -m interop`, or of
@@ -25,6 +25,7 @@ import argparse
 import itertools
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -229,6 +230,7 @@ def estimates(directory: Path, routing: list[list[list[int]]], room: int) -> dic
         "estimated": known.read(room),
         "routing": recorded["routing"]["source"],
         "recorded": limit["bytes_per_token"],
+        "at_start": limit["bytes_per_token_at_start"],
         "recorded_hits": limit["hit_rate"],
     }
 
@@ -243,14 +245,14 @@ def table(rows: dict[tuple[str, str], list[dict[str, Any]]]) -> str:
         def median(key: str, found: list[dict[str, Any]] = found) -> float:
             return statistics.median(row[key] for row in found)
 
-        if any("given_up" in row for row in found):
-            lines.append(f"| {text} | {name} | given up after {PATIENCE} s | | | | | | | |")
+        if ended := next((row["ended"] for row in found if "ended" in row), ""):
+            lines.append(f"| {text} | {name} | {ended} | | | | | | | |")
             continue
         estimated, recorded, hits = "", "", ""
         if "estimated" in found[0]:
             estimated, hits = f"{median('estimated') / 1e6:.1f}", f"{median('hit_rate'):.0%}"
             if found[0]["routing"] == "recorded":
-                recorded = f"{median('recorded') / 1e6:.1f}"
+                recorded = " / ".join(f"{median(key) / 1e6:.1f}" for key in ("recorded", "at_start") if key in found[0])
         lines.append(
             f"| {text} | {name} | {median('open'):.1f} | {median('prompt'):.2f} | {median('median') * 1e3:.1f} "
             f"| {median('mean') * 1e3:.1f} | {median('read') / 1e6:.1f} | {estimated} | {recorded} | {hits} |"
@@ -336,12 +338,16 @@ def measure(options: argparse.Namespace) -> None:
 
 
 def run_once(run: Callable[..., str] | None, request: list[Any]) -> dict[str, Any]:
-    """What a run found; that it was given up if it takes too long."""
+    """What a run found; or why it ended without."""
     assert run
     try:
         found: dict[str, Any] = json.loads(run("--generate", json.dumps(request), timeout=PATIENCE).splitlines()[-1])
     except subprocess.TimeoutExpired:
-        return {"given_up": True}
+        return {"ended": f"given up after {PATIENCE} s"}
+    except subprocess.CalledProcessError as error:
+        if error.returncode != -signal.SIGKILL:
+            raise
+        return {"ended": "killed: out of memory"}
     return found
 
 
