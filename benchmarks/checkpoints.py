@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +141,16 @@ def repeated_checkpoint(directory: Path, **overrides: Any) -> Path:
     Names and shapes are those of `LARGE`, so it is read like 13.8 GB, and takes 1.3 GB of disk. The experts of a layer
     differ.
     """
+    return _written(directory, overrides, lambda name: re.sub(r"layers\.\d+", "layers", name))
+
+
+def large_checkpoint(directory: Path, **overrides: Any) -> Path:
+    """Write a random OLMoE checkpoint of the widths of `LARGE` (once), one tensor after another."""
+    return _written(directory, overrides, lambda name: name)
+
+
+def _written(directory: Path, overrides: Mapping[str, Any], stored_as: Callable[[str], str]) -> Path:
+    """Write a random checkpoint of the widths of `LARGE`; tensors whose names map to the same one share its bytes."""
     if (directory / "model.safetensors").is_file():
         return directory
     import torch
@@ -151,21 +161,21 @@ def repeated_checkpoint(directory: Path, **overrides: Any) -> Path:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     directory.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(directory)
-    random, places, table = torch.Generator().manual_seed(0), dict[str, list[int]](), dict[str, Any]()
-    with tempfile.TemporaryFile(dir=directory) as data:
-        for name, value in _per_expert(model.state_dict()):
-            kind = re.sub(r"layers\.\d+", "layers", name)
-            if kind not in places:
-                values = torch.ones(value) if len(value) == 1 else torch.randn(value, generator=random).mul_(0.02)
-                start = data.tell()
-                data.write(values.to(torch.bfloat16).view(torch.uint8).numpy().data)
-                places[kind] = [start, data.tell()]
-            table[name] = {"dtype": "BF16", "shape": list(value), "data_offsets": places[kind]}
-        header = json.dumps(table).encode()
-        data.seek(0)
-        with (directory / "model.safetensors").open("wb") as file:
-            file.write(len(header).to_bytes(8, "little") + header)
-            shutil.copyfileobj(data, file, 1 << 24)
+    shapes, end = dict(_per_expert(model.state_dict())), 0
+    places, table = dict[str, list[int]](), dict[str, Any]()
+    for name, shape in shapes.items():
+        if (stored := stored_as(name)) not in places:
+            places[stored] = [end, end := end + 2 * math.prod(shape)]
+        table[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": places[stored]}
+    random, header = torch.Generator().manual_seed(0), json.dumps(table).encode()
+    partial = directory / "model.partial"
+    with partial.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for name, shape in shapes.items():
+            if places.pop(stored_as(name), None):
+                values = torch.ones(shape) if len(shape) == 1 else torch.randn(shape, generator=random).mul_(0.02)
+                file.write(values.to(torch.bfloat16).view(torch.uint8).numpy().data)
+    partial.rename(directory / "model.safetensors")
     return directory
 
 

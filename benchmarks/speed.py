@@ -42,7 +42,14 @@ class Moec:
 
     def __init__(self, directory: str, threads: int = 1) -> None:
         from moec.targets import get_target
-        from moec.targets.runners import last_logits
+
+        try:
+            from moec.targets.runners import last_logits
+        except ImportError:  # an earlier moec, which computes all logits
+
+            def last_logits(runner: Any, input_ids: np.ndarray, *, start: bool) -> np.ndarray:  # noqa: ARG001
+                logits: np.ndarray = runner.prefill(input_ids)
+                return logits
 
         self.runner, self.last_logits = get_target("onnx").open(Path(directory), threads=threads), last_logits
 
@@ -156,16 +163,14 @@ class Exported:
 
 def cpu_ms(call: Callable[[], None]) -> float:
     """CPU milliseconds that the process spends in one call."""
-    start = time.process_time()
-    call()
-    return (time.process_time() - start) * 1e3
+    return spent_ms(time.process_time, call)
 
 
-def wall_ms(call: Callable[[], None]) -> float:
-    """Wall-clock milliseconds of one call."""
-    start = time.perf_counter()
+def spent_ms(clock: Callable[[], float], call: Callable[[], None]) -> float:
+    """Milliseconds of one call by a clock."""
+    start = clock()
     call()
-    return (time.perf_counter() - start) * 1e3
+    return (clock() - start) * 1e3
 
 
 def main() -> None:
@@ -185,6 +190,8 @@ def main() -> None:
 
 
 Opener = Callable[[], Model]
+Times = dict[str, list[list[float]]]
+"""Phase -> for each opening, the milliseconds of each round."""
 
 
 def compare(
@@ -194,8 +201,8 @@ def compare(
     prompts: Sequence[int] = (PROMPT,),
     openings: int = 1,
     threads: int = 1,
-) -> None:
-    """Measure models alternately and print a table.
+) -> dict[str, Times]:
+    """Measure models alternately, print a table, and return what it is made of.
 
     Args:
         openers: Opens each model.
@@ -205,30 +212,54 @@ def compare(
         threads: Of the models; with several, wall-clock time is measured.
     """
     print(describe())
-    random, spent = np.random.default_rng(0), cpu_ms if threads == 1 else wall_ms
-    phases = ["decode", *(f"prefill {length}" for length in prompts)]
-    found: dict[str, dict[str, list[float]]] = {name: {phase: [] for phase in phases} for name in openers}
+    random, phases = np.random.default_rng(0), ["decode", *(f"prefill {length}" for length in prompts)]
+    found: dict[str, Times] = {name: {phase: [] for phase in phases} for name in openers}
     for _ in range(openings):
         models = {name: opener() for name, opener in openers.items()}
+        for times in found.values():
+            for of_phase in times.values():
+                of_phase.append([])
         for turn in range(rounds + 1):  # the first round warms up
             for name, model in models.items():
+                # A model in a process of its own has the clock of that process.
+                clock = time.perf_counter if threads > 1 else getattr(model, "cpu_seconds", time.process_time)
                 figures = {}
                 for length in sorted(prompts, reverse=True):
                     ids = random.integers(3, 31999, (1, length))
-                    figures[f"prefill {length}"] = spent(partial(model.prefill, ids))
-                steps = [spent(partial(model.decode, random.integers(3, 31999, (1, 1)))) for _ in range(STEPS)]
+                    figures[f"prefill {length}"] = spent_ms(clock, partial(model.prefill, ids))
+                steps = [
+                    spent_ms(clock, partial(model.decode, random.integers(3, 31999, (1, 1)))) for _ in range(STEPS)
+                ]
                 for phase, value in {**figures, "decode": min(steps)}.items():
                     if turn:
-                        found[name][phase].append(value)
+                        found[name][phase][-1].append(value)
         del models
-    first = next(iter(found.values()))
-    print(f"\n| model | {' | '.join(f'{phase} ms | ratio' for phase in phases)} |\n|{'---|' * (1 + 2 * len(phases))}")
-    for name, own in found.items():
+    print(f"\n{table(found, dict.fromkeys(found, next(iter(found))))}")
+    return found
+
+
+def table(found: Mapping[str, Times], base: Mapping[str, str]) -> str:
+    """A row for each model: medians, and their ratio to those of another one, with its range over the openings.
+
+    Args:
+        found: What `compare` returns.
+        base: Name of a model -> name of that which it is compared with.
+    """
+    phases = list(next(iter(found.values())))
+    lines = [
+        f"| model | {' | '.join(f'{phase} ms | ratio' for phase in phases)} |",
+        f"|{'---|' * (1 + 2 * len(phases))}",
+    ]
+    for name, other in base.items():
         cells = []
         for phase in phases:
-            value = statistics.median(own[phase])
-            cells.append(f"{value:.1f} | {value / statistics.median(first[phase]):.2f}")
-        print(f"| {name} | {' | '.join(cells)} |")
+            own, its = found[name][phase], found[other][phase]
+            whole = [statistics.median(value for opening in times for value in opening) for times in (own, its)]
+            each = [statistics.median(mine) / statistics.median(yours) for mine, yours in zip(own, its, strict=True)]
+            spread = f" ({min(each):.2f} to {max(each):.2f})" if len(each) > 1 and name != other else ""
+            cells.append(f"{whole[0]:.1f} | {whole[0] / whole[1]:.2f}{spread}")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -96,10 +96,12 @@ class MappedFile:
             cache: Whether to take them out of the page cache, too; else the kernel keeps them as long as it has room.
         """
         start, stop = -(-offset // PAGE) * PAGE, (offset + length) // PAGE * PAGE
-        if start < stop:
-            self.advise(start, stop - start, Advice.DONTNEED)
-            if cache:
-                os.posix_fadvise(self._file, start, stop - start, os.POSIX_FADV_DONTNEED)
+        for one in self.mappings:  # the range may lie in several
+            first, last = max(start, one.offset), min(stop, one.offset + one.length)
+            if first < last:
+                self.advise(first, last - first, Advice.DONTNEED)
+        if cache and start < stop:
+            os.posix_fadvise(self._file, start, stop - start, os.POSIX_FADV_DONTNEED)
 
     def lock(self, offset: int, length: int) -> str:
         """Keep a range in memory and read it now.

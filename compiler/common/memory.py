@@ -22,7 +22,11 @@ STATM = Path("/proc/self/statm")
 KEPT = 128 << 20
 """Bytes of freed memory that the C library may keep."""
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
+_MAPPED_BUFFERS = 65536
+"""How many buffers glibc maps by themselves unless it is told otherwise: DEFAULT_MMAP_MAX in malloc.c."""
+_MOST = (1 << 31) - 1
+"""The largest value that mallopt takes: an int."""
 _LARGEST_THRESHOLD = 32 << 20
 """The largest value that glibc accepts on 64 bits: DEFAULT_MMAP_THRESHOLD_MAX in malloc.c."""
 
@@ -68,6 +72,27 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, _LARGEST_THRESHOLD)
         mallopt(_M_TRIM_THRESHOLD, KEPT)
+
+
+@contextlib.contextmanager
+def reusing_freed_memory() -> Iterator[None]:
+    """Let large buffers that follow one another share memory, which is returned at the end. Only glibc does so.
+
+    By default glibc maps a buffer of 32 MiB or more anew each time, and the kernel clears each page on its first use.
+    Afterwards memory is kept as `keep_freed_memory` says: glibc cannot be asked what it did before.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        yield
+        return
+    mallopt(_M_MMAP_MAX, 0)
+    mallopt(_M_TRIM_THRESHOLD, _MOST)
+    try:
+        yield
+    finally:
+        mallopt(_M_MMAP_MAX, _MAPPED_BUFFERS)
+        keep_freed_memory()
+        return_freed_memory()
 
 
 def return_freed_memory() -> None:

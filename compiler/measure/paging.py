@@ -18,6 +18,9 @@ TOKENS = 512
 WARM_UP = 0.25
 """Share of a sequence that only fills the memory and is not counted."""
 
+NEVER = np.iinfo(np.int64).max
+"""Reuse distance of an expert that was not used before."""
+
 Layers = Sequence[Sequence[Sequence[int]]]
 """[MoE layer][token][slot] -> the expert; a slot that routing dropped is left out."""
 
@@ -57,15 +60,22 @@ class ReuseDistances:
 
 
 def reuse_distances(
-    layers: Layers, counts: Sequence[int], sizes: Sequence[int], warm_up: float = WARM_UP
+    layers: Layers,
+    counts: Sequence[int],
+    sizes: Sequence[int],
+    warm_up: float = WARM_UP,
+    *,
+    from_start: bool = False,
 ) -> ReuseDistances:
-    """The reuse distances of a sequence, as if every expert had been used once before it begins, the first one last.
+    """The reuse distances of a sequence.
 
     Args:
         layers: The sequence, with the same number of tokens in every layer.
         counts: For each MoE layer, its number of experts.
         sizes: For each MoE layer, bytes of one expert.
         warm_up: Share of the tokens, from the start, that do not count.
+        from_start: Whether nothing is in memory when the sequence begins, so that the first use of an expert is a miss
+            whatever the size of the memory; else every expert was used once before, the first one last.
     """
     starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
     weights = np.repeat(np.asarray(sizes, np.int64), counts)
@@ -79,7 +89,8 @@ def reuse_distances(
             # The experts of a layer are known, and read, together.
             places = starts[layer] + np.asarray(rows[token], np.int64)
             if token >= ignored:
-                found[layer] += ((last >= last[places, None]) @ weights).tolist()
+                distances = (last >= last[places, None]) @ weights
+                found[layer] += np.where(from_start & (last[places] < 0), NEVER, distances).tolist()
             last[places] = clock + np.arange(places.size)
             clock += places.size
     return ReuseDistances(tuple(np.array(row, np.int64) for row in found), tuple(sizes), tokens - ignored)

@@ -9,6 +9,15 @@ MODEL = "model.onnx"
 WEB_FOLDER = "onnx"
 """Folder in which transformers.js looks for models, unless it is told another one."""
 
+PACKED = "prepacked_"
+"""Beginning of the keys under which a constant names what kernels packed, in its file:
+`KERNEL+DIGEST|OFFSET;BYTES;CHECKSUM|...`."""
+
+
+def is_packed(path: Path) -> bool:
+    """Whether the graph at `path` names constants that kernels packed; such constants are never in the graph itself."""
+    return PACKED.encode() in path.read_bytes()
+
 
 def model_path(directory: Path) -> Path:
     """The graph of the artifact in `directory`: `model.onnx`, or with `--flavor web` the one in the folder `onnx`."""

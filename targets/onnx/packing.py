@@ -12,28 +12,27 @@ each time with other weights as constants and the rest as inputs, and what it pa
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
 import onnx
 import onnxruntime as ort
 
 from moec.compiler.common.errors import ArtifactError
 from moec.compiler.common.files import partial_prefix
-from moec.targets.onnx.experts import EXTERNAL_DATA
-from moec.targets.onnx.files import MODEL, WEB_FOLDER, data_name, model_path
+from moec.targets.onnx.experts import EXTERNAL_DATA, LAYERS
+from moec.targets.onnx.files import MODEL, PACKED, WEB_FOLDER, data_name, model_path
 from moec.targets.onnx.runner import OnnxRunner, session_options
 
 TOGETHER = 256 << 20
 """Bytes of weights that are packed at a time, but those of one node at least."""
 PAGE = 4096
 """Offsets of packed weights are multiples of this, as ONNX Runtime writes them, so that they can be mapped."""
-PACKED = "prepacked_"
-"""Beginning of the keys under which a constant names what kernels packed, in its file:
-`KERNEL+DIGEST|OFFSET;BYTES;CHECKSUM|...`."""
 PIECE = 1 << 24
 """Bytes that are copied at a time."""
 DATA = "packed.data"
@@ -123,7 +122,39 @@ def write_packed(directory: Path, output: Path) -> None:
         with tempfile.TemporaryDirectory(dir=output) as temporary:
             for item in _packed_constants(path, model, names, Path(temporary)):
                 _append(item, Path(temporary), weights[item.name], output)
+    for name in _half_scales(model, weights):
+        _widen(weights[name], path.parent, output)
     (output / MODEL).write_bytes(model.SerializeToString())
+
+
+def _half_scales(model: onnx.ModelProto, weights: dict[str, onnx.TensorProto]) -> list[str]:
+    """Names of the scales in half precision of kernels of experts that compute in float32."""
+    described = [json.loads(item.value) for item in model.metadata_props if item.key == LAYERS]
+    kinds = {name: kind for layers in described for layer in layers for name, kind in layer.values()}
+    float32 = {name for name, kind in kinds.items() if kind == onnx.TensorProto.FLOAT}
+    names = [
+        name for node in model.graph.node if node.op_type == "QMoE" and float32 & set(node.input) for name in node.input
+    ]
+    half = onnx.TensorProto.FLOAT16
+    return [name for name in dict.fromkeys(names) if name in weights and weights[name].data_type == half]
+
+
+def _widen(item: onnx.TensorProto, source: Path, output: Path) -> None:
+    """Store a constant in float32, at the end of its data file. The values stay the same.
+
+    The kernel of experts computes with scales in float32, and ONNX Runtime would convert them into private memory.
+    """
+    entries = external(item)
+    name, offset, count = entries["location"], int(entries.get("offset", 0)), int(entries["length"]) // 2
+    values = np.fromfile(source / name, np.float16, count, offset=offset).astype(np.float32)
+    with (output / name).open("r+b") as data:
+        start = -(-data.seek(0, 2) // PAGE) * PAGE
+        data.seek(start)
+        data.write(values.data)
+    item.data_type = onnx.TensorProto.FLOAT
+    del item.external_data[:]
+    for key, value in {"location": name, "offset": start, "length": values.nbytes}.items():
+        item.external_data.add(key=key, value=str(value))
 
 
 def _groups(model: onnx.ModelProto, weights: dict[str, onnx.TensorProto]) -> Iterator[frozenset[str]]:

@@ -13,7 +13,7 @@ import json
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from moec.compiler.common.memory import return_freed_memory
 from moec.compiler.common.recency import RecentExperts
 from moec.targets.onnx.experts import EXTERNAL_DATA, LAYERS
 from moec.targets.onnx.files import model_path
-from moec.targets.onnx.places import ExpertLayer, places_of
+from moec.targets.onnx.places import ExpertLayer, Place, places_of
 from moec.targets.onnx.runner import OnnxRunner
 from moec.targets.onnx.states import NUMPY
 from moec.targets.paging import ExpertPaging
@@ -245,6 +245,15 @@ class WatchedSession:
             self.pager.end(step)
 
 
+def beside(places: Sequence[Place], size: int) -> Iterator[tuple[int, int]]:
+    """Offsets and lengths of what lies beside places of a file of `size` bytes: before, between and after them."""
+    start = 0
+    for place in sorted(places, key=lambda one: one.offset):
+        yield start, max(0, place.offset - start)
+        start = max(start, place.offset + place.length)
+    yield start, max(0, size - start)
+
+
 class PagedRunner(OnnxRunner):
     """A runner that reads experts when tokens are routed to them; see `moec.targets.paging.PagingRunner`.
 
@@ -275,6 +284,12 @@ class PagedRunner(OnnxRunner):
                     f"{directory}: ONNX Runtime does not map the experts: they are packed for another machine",
                     hint="pack the artifact here: moec pack",
                 )
+        for name, file in files.items():
+            # Opening has read everything. What is not read again would leave no room for experts until the kernel
+            # has dropped it, and it drops pages first that were read ahead and are not used yet.
+            dense = [place for place in places.dense if place.file == name]
+            for offset, length in beside(dense, (folder / name).stat().st_size):
+                file.give_back(offset, length, cache=drop_cache)
         for place in places.tables:
             files[place.file].advise(place.offset, place.length, Advice.RANDOM)
         refused = {reason for one in places.dense if (reason := files[one.file].lock(one.offset, one.length))}

@@ -15,8 +15,8 @@ import onnx
 
 from moec.compiler.common.errors import UsageError
 from moec.targets.onnx.experts import LAYERS
-from moec.targets.onnx.files import model_path
-from moec.targets.onnx.packing import PACKED, external
+from moec.targets.onnx.files import PACKED, model_path
+from moec.targets.onnx.packing import external
 from moec.targets.paging import WeightSizes
 
 KERNELS = ("QMoE", "MoE")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import statistics
@@ -14,8 +15,9 @@ import onnxruntime as ort
 
 from moec.compiler.common.denormals import can_flush_denormals, denormals_as_zeros
 from moec.compiler.common.errors import ArtifactError
+from moec.compiler.common.memory import reusing_freed_memory
 from moec.compiler.common.threads import should_spin, threads_for
-from moec.targets.onnx.files import WEB_FOLDER, model_path
+from moec.targets.onnx.files import WEB_FOLDER, is_packed, model_path
 from moec.targets.onnx.states import NUMPY, GrowingStates, SharedBufferStates, StateRow
 from moec.targets.runners import Row, Runner, RunnerLimits
 
@@ -81,7 +83,9 @@ class OnnxRunner(Runner):
         if can_flush_denormals():
             options.add_session_config_entry("session.set_denormal_as_zero", "1")
         try:
-            with denormals_as_zeros():
+            # Each packed weight is converted once more, and what was converted is dropped for what is stored.
+            memory = reusing_freed_memory() if is_packed(path) else contextlib.nullcontext()
+            with denormals_as_zeros(), memory:
                 self.session = self._open(path, options)
         except Exception as error:  # the only common base class of ONNX Runtime's exceptions
             raise ArtifactError(
@@ -205,15 +209,19 @@ class OnnxRunner(Runner):
 
         Each node counts with its median over the steps, so that an interrupted step has no effect.
         """
+        spent: dict[str, int] = {}
+        for (op, _), time in self.node_times().items():
+            spent[op] = spent.get(op, 0) + time
+        return spent
+
+    def node_times(self) -> Mapping[tuple[str, str], int]:
+        """Nanoseconds of each node, by op type and name: the median over the steps so far. Ends profiling."""
         path = Path(self.session.end_profiling())
         events = json.loads(path.read_text())
         path.unlink()
         nodes: dict[tuple[str, str], list[int]] = {}
         for event in events:
-            op = event.get("args", {}).get("op_name")
-            if op and event["name"].endswith("_kernel_time"):
-                nodes.setdefault((op, event["name"]), []).append(int(event["dur"]) * 1000)
-        spent: dict[str, int] = {}
-        for (op, _), times in nodes.items():
-            spent[op] = spent.get(op, 0) + int(statistics.median(times))
-        return spent
+            op, name = event.get("args", {}).get("op_name"), event["name"]
+            if op and name.endswith("_kernel_time"):
+                nodes.setdefault((op, name.removesuffix("_kernel_time")), []).append(int(event["dur"]) * 1000)
+        return {node: int(statistics.median(times)) for node, times in nodes.items()}

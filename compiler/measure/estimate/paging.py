@@ -20,6 +20,8 @@ from moec.targets.paging import WeightSizes
 
 SHARES = (0.25, 0.5, 0.75, 1.0)
 """Limits that are estimated if none is given, as shares of all weights."""
+PROMPT, ANSWER = 32, 64
+"""Tokens of the start of a run, when nothing is in memory: those that fill it, and those whose reads are estimated."""
 RECORDED = "the experts that tokens of the calibration text used one after another"
 COUNTED = "each expert's share of the calibration text; tokens are assumed to be independent of each other"
 UNIFORM = "no routing is recorded in the artifact: all experts are assumed to be equally likely, which no model does"
@@ -55,7 +57,7 @@ def estimate_paging(directory: Path, limits: Sequence[int], packed: Path | None 
     manifest = read_manifest(directory)
     sizes = get_target(str(manifest.get("recipe", {}).get("target"))).weight_sizes(packed or directory)
     routing = routing_of(directory, manifest, sizes.counts)
-    found = reuse_distances(routing.layers, sizes.counts, sizes.experts)
+    found, starts = reuse_distances(routing.layers, sizes.counts, sizes.experts), _starts(routing.layers, sizes)
     wanted = limits or [int(share * sizes.total) for share in SHARES]
     return {
         "artifact": str(directory),
@@ -64,7 +66,7 @@ def estimate_paging(directory: Path, limits: Sequence[int], packed: Path | None 
         "least_bytes": least_memory(sizes, manifest),
         "routing": {"source": routing.source, "basis": routing.basis, "tokens": found.tokens},
         "token_uses_bytes": found.used,
-        "limits": [_limit(memory, sizes, found) for memory in wanted],
+        "limits": [_limit(memory, sizes, found, starts) for memory in wanted],
     }
 
 
@@ -74,13 +76,22 @@ def least_memory(sizes: WeightSizes, manifest: Mapping[str, Any]) -> int:
     return sizes.dense + max(size * count for size, count in zip(sizes.experts, slots, strict=True))
 
 
-def _limit(memory: int, sizes: WeightSizes, found: ReuseDistances) -> dict[str, Any]:
+def _starts(layers: Layers, sizes: WeightSizes) -> list[ReuseDistances]:
+    """The sequence cut in runs of `PROMPT` and `ANSWER` tokens, each of which begins with nothing in memory."""
+    length = PROMPT + ANSWER
+    runs = [[row[start : start + length] for row in layers] for start in range(0, len(layers[0]) - length + 1, length)]
+    share = (PROMPT + 0.5) / length
+    return [reuse_distances(run, sizes.counts, sizes.experts, share, from_start=True) for run in runs]
+
+
+def _limit(memory: int, sizes: WeightSizes, found: ReuseDistances, starts: Sequence[ReuseDistances]) -> dict[str, Any]:
     room = memory - sizes.dense
     return {
         "memory": memory,
         "fits": room >= 0,
         "hit_rate": found.hit_rate(room),
         "bytes_per_token": found.read(room),
+        "bytes_per_token_at_start": float(np.mean([run.read(room) for run in starts])) if starts else None,
         "hit_rate_by_layer": list(found.hit_rates(room)),
     }
 
@@ -120,5 +131,8 @@ def describe_paging(found: Mapping[str, Any]) -> list[tuple[str, str]]:
                 f"a token reads {row['bytes_per_token'] / 1e6:.1f} MB from disk; {row['hit_rate']:.1%} of its experts "
                 f"are in memory ({min(layers):.1%} to {max(layers):.1%} by layer)"
             )
+            if row["bytes_per_token_at_start"] is not None:
+                begun = f"{row['bytes_per_token_at_start'] / 1e6:.1f} MB"
+                text += f"; at the start of a run, {begun} ({ANSWER} tokens after a prompt of {PROMPT})"
         rows.append((f"with {row['memory'] / 1e6:.0f} MB", text))
     return rows

@@ -78,6 +78,24 @@ def test_pages_are_given_back_as_a_whole(cache: bool, mapped: tuple[Path, Mapped
     assert amount(path, "Rss") == 0
 
 
+def test_a_range_of_several_mappings_is_given_back(tmp_path: Path) -> None:
+    path = tmp_path / "parts"
+    path.write_bytes(bytes(range(PAGES)) * PAGE)
+    with path.open("rb") as file:
+        parts = [
+            mmap.mmap(file.fileno(), 8 * PAGE, access=mmap.ACCESS_READ, offset=start * PAGE) for start in (0, 16, 40)
+        ]
+    for part in parts:
+        sum(part[::PAGE])
+    mapped = MappedFile(path)
+    assert len(mapped.mappings) == 3
+    assert amount(path, "Rss") == 24 * PAGE
+    mapped.give_back(4 * PAGE, 40 * PAGE, cache=False)
+    assert amount(path, "Rss") == 8 * PAGE
+    for part in parts:
+        part.close()
+
+
 def test_a_refusal_to_lock_has_a_reason_and_the_pages_are_read(mapped: tuple[Path, MappedFile]) -> None:
     path, file = mapped
     file._library.mlock2 = lambda *_: -1

@@ -44,11 +44,13 @@ def cases(draw: st.DrawFn) -> tuple[Sequences, list[int], list[int]]:
 
 
 @settings(max_examples=150, deadline=None)
-@given(cases(), st.integers(0, 120))
-def test_distances_are_those_of_a_simulated_memory(case: tuple[Sequences, list[int], list[int]], memory: int) -> None:
+@given(cases(), st.integers(0, 120), st.booleans())
+def test_distances_are_those_of_a_simulated_memory(
+    case: tuple[Sequences, list[int], list[int]], memory: int, from_start: bool
+) -> None:
     layers, counts, sizes = case
     simulated, fast = Naive(sizes, memory), RecentExperts(sizes, memory)
-    for layer, count in reversed(list(enumerate(counts))):
+    for layer, count in [] if from_start else reversed(list(enumerate(counts))):
         for expert in reversed(range(count)):
             assert simulated.use(layer, [expert]) == fast.use(layer, [expert])
     hits, read = [0] * len(layers), 0
@@ -59,7 +61,7 @@ def test_distances_are_those_of_a_simulated_memory(case: tuple[Sequences, list[i
             hits[layer] += len(rows[token]) - len(missing)
             read += len(missing) * sizes[layer]
         assert fast.held == sum(sizes[layer] for layer, _ in simulated.held) <= memory
-    found = reuse_distances(layers, counts, sizes, warm_up=0)
+    found = reuse_distances(layers, counts, sizes, warm_up=0, from_start=from_start)
     uses = [sum(map(len, rows)) for rows in layers]
     assert found.hit_rates(memory) == tuple(
         pytest.approx(hit / use) if use else 1.0 for hit, use in zip(hits, uses, strict=True)

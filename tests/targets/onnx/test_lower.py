@@ -145,6 +145,13 @@ def test_runner_profile(tiny_checkpoint: Any, lower_checkpoint: Any) -> None:
     spent = runner.kernel_times()
     assert spent["MatMul"] > 0
     assert runner.facts()["threads"] == 1
+    runner = OnnxRunner(model.directory, threads=1, profile=True)
+    runner.prefill(np.array([[3, 4, 5]]))
+    found = runner.node_times()
+    graph = onnx.load(model.directory / "model.onnx", load_external_data=False).graph
+    (head,) = [node for node in graph.node if "logits" in node.output]
+    assert found[head.op_type, head.name] > 0, "nodes have the names of the graph"
+    assert {op for op, _ in found} == spent.keys()
 
 
 def test_a_session_leaves_the_floats_of_its_process_alone(tiny_checkpoint: Any, lower_checkpoint: Any) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from moec.compiler.common.files import partial_prefix
 from moec.compiler.families.tiny_models import tiny_model
 from moec.compiler.run import packed_cache, packing
 from moec.targets.onnx import packing as onnx_packing
+from moec.targets.onnx import runner as onnx_runner
 from moec.targets.onnx.runner import OnnxRunner
 from moec.targets.onnx.target import OnnxTarget
 
@@ -75,6 +77,41 @@ def test_the_file_holds_what_the_kernels_pack(exported: Exported, tmp_path: Path
     assert any(key.startswith("prepacked") for key in keys)
     sizes = [(path / "model.onnx_data").stat().st_size for path in (directory, tmp_path / "packed")]
     assert sizes[1] > 1.3 * sizes[0]
+
+
+def test_scales_of_experts_are_stored_as_the_kernel_computes_with_them(exported: Exported, tmp_path: Path) -> None:
+    """In float32: ONNX Runtime would convert scales in half precision into private memory."""
+    directory = exported("int4")
+    packing.pack_into(directory, tmp_path / "packed", lambda *_: None)
+    found = []
+    for path in (directory, tmp_path / "packed"):
+        model = onnx.load(path / "model.onnx", load_external_data=False)
+        (kernel, *_) = [node for node in model.graph.node if node.op_type == "QMoE"]
+        constants = {item.name: item for item in model.graph.initializer}
+        scales = [constants[kernel.input[index]] for index in (3, 6)]
+        found.append([onnx.numpy_helper.to_array(item, base_dir=str(path)) for item in scales])
+    for given, stored in zip(*found, strict=True):
+        assert (given.dtype, stored.dtype) == (np.float16, np.float32)
+        np.testing.assert_array_equal(stored, given.astype(np.float32))
+
+
+def test_memory_is_reused_while_packed_weights_are_opened(
+    exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reused: list[bool] = []
+
+    @contextlib.contextmanager
+    def noted() -> Iterator[None]:
+        reused.append(True)
+        yield
+
+    directory = exported("int4")
+    packing.pack_into(directory, tmp_path / "packed", lambda *_: None)
+    monkeypatch.setattr(onnx_runner, "reusing_freed_memory", noted)
+    OnnxRunner(directory)
+    assert not reused, "its weights are converted once, into memory that stays"
+    OnnxRunner(tmp_path / "packed")
+    assert reused
 
 
 def test_weights_are_packed_in_groups(exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

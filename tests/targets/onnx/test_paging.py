@@ -113,6 +113,30 @@ def test_the_counts_are_those_of_a_memory_that_is_simulated(experts: int, packed
     assert (hits.sum() == 0) == (experts == 0)
 
 
+@pytest.mark.parametrize("drop", [False, True])
+def test_all_but_dense_weights_is_given_back_when_it_is_open(
+    drop: bool, packed: Packed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Opening reads the weights that the kernels packed once more, too, and nobody reads those again."""
+    directory, given = packed(), list[tuple[int, int]]()
+
+    def noted(_: MappedFile, offset: int, length: int, *, cache: bool) -> None:
+        assert cache == drop
+        given.append((offset, offset + length))
+
+    monkeypatch.setattr(MappedFile, "give_back", noted)
+    places = places_of(directory)
+    PagedRunner(directory, lambda: 10**9, threads=1, drop_cache=drop)
+    touched = np.zeros((directory / "model.onnx_data").stat().st_size, bool)
+    for start, stop in given:
+        touched[start:stop] = True
+    dense = np.zeros_like(touched)
+    for place in places.dense:
+        dense[place.offset : place.offset + place.length] = True
+    assert 0 < dense.sum() < touched.size / 2
+    np.testing.assert_array_equal(touched, ~dense)
+
+
 def test_exactly_what_is_missing_is_read_and_what_is_old_given_back(
     packed: Packed, monkeypatch: pytest.MonkeyPatch
 ) -> None:

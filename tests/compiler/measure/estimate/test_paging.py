@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -67,9 +68,27 @@ def test_the_recorded_sequence_is_replayed(copied: Path) -> None:
     assert 0.1 < some["hit_rate"] < 0.9
     assert some["bytes_per_token"] == pytest.approx((1 - some["hit_rate"]) * found["token_uses_bytes"])
     assert (everything["hit_rate"], everything["bytes_per_token"]) == (1, 0)
+    assert none["bytes_per_token_at_start"] == found["token_uses_bytes"]
+    new = sum(
+        sum(expert not in {*itertools.chain(*run[:at])} for expert in run[at])
+        for layer in use.layers
+        for start in range(0, 480, 96)
+        for run in [layer.sequence[start : start + 96]]
+        for at in range(32, 96)
+    )
+    assert everything["bytes_per_token_at_start"] == pytest.approx(new * sizes.experts[0] / (5 * 64))
+    assert some["bytes_per_token_at_start"] > everything["bytes_per_token_at_start"] > 0
     rows = dict(describe_paging(found))
     assert "do not fit" in rows[f"with {(sizes.dense - 1) / 1e6:.0f} MB"]
     assert rows["with 1000 MB"].startswith("a token reads 0.0 MB from disk; 100.0%")
+    assert "; at the start of a run, " in rows["with 1000 MB"]
+
+
+def test_a_short_sequence_says_nothing_of_the_start_of_a_run(copied: Path) -> None:
+    edit(copied, lambda content: [layer.update(sequence=layer["sequence"][:95]) for layer in content["layers"]])
+    found = estimate_paging(copied, [10**9])
+    assert found["limits"][0]["bytes_per_token_at_start"] is None
+    assert "start of a run" not in dict(describe_paging(found))["with 1000 MB"]
 
 
 def test_without_a_sequence_tokens_are_drawn_and_it_says_so(copied: Path) -> None:
