@@ -61,6 +61,7 @@ class States(Part):
     count: Count
     kinds: list[str]
     bytes_per_token: Count
+    cache_dtypes: list[str] = []
     bytes_fixed: Count = 0
 
 
