@@ -149,10 +149,18 @@ class WeightClass(Part):
     relative_error: Number | None = None
 
 
+class KvCache(Part):
+    """Format of the KV cache, and digests of its scales."""
+
+    format: str
+    scales: Annotated[dict[str, str] | None, PRESENT] = None
+
+
 class Quantization(Part):
     """Decisions and errors of quantization."""
 
     classes: dict[str, WeightClass] = {}
+    kv_cache: Annotated[KvCache | None, PRESENT] = None
     kept: dict[str, dict[str, Count]] = {}
 
 

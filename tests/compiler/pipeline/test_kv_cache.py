@@ -120,26 +120,6 @@ def test_weights_and_cache_together(golden_model: Path) -> None:
     assert counts.parameters == floats.parameters
 
 
-@pytest.mark.parametrize(
-    ("target", "flags", "said"),
-    [
-        ("onnx", ["--kv-cache", "int8"], "the onnx target keeps keys and values in floats with these options"),
-        ("onnx", ["--kv-cache", "int8", "--flavor", "portable"], "keeps keys and values in floats"),
-        ("tflite", ["--kv-cache", "int8"], "the tflite target keeps keys and values in floats"),
-        ("onnx", ["--kv-cache", "float8", "--flavor", "genai"], "kv_cache"),
-    ],
-)
-def test_what_cannot_be_had_is_refused_before_anything_is_captured(
-    target: str, flags: list[str], said: str, golden_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    wanted = ["export", str(golden_model), "-t", target, "-o", str(tmp_path / "out"), *flags]
-    assert cli.dispatch(wanted) == 2
-    error = " ".join(capsys.readouterr().err.split())
-    assert said in error
-    assert "hint" in error
-    assert not (tmp_path / "out").exists()
-
-
 def test_a_model_that_the_flavor_refuses_is_refused_before_the_text_is_read(
     tiny_checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
