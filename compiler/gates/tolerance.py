@@ -32,7 +32,7 @@ class Precision(StrEnum):
     INT8_DYNAMIC = "int8-dynamic"
     """Quantized weights, and activations that kernels round to int8."""
     INT8_CACHE = "int8-cache"
-    """Float weights and activations, and keys and values that are kept in int8."""
+    """Weights and activations in float32, and keys and values that are kept in int8."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,15 +97,15 @@ TOLERANCES: Mapping[Precision, Tolerance] = {
         agreement=0.9,
     ),
     Precision.INT8_CACHE: Tolerance(
-        1e-2,
-        1e-2,
+        3e-3,
+        3e-3,
         False,
         "the reference rounds keys and values as kernels do, so only those are left that float rounding moves across "
-        "the border of two codes: by less than 2e-3 in fp32 in 19 of 20 tiny models and by 9e-3 in one, with a mean KL "
-        "of 2e-5 and the same token at 99.8 % of the positions or more; rounding itself moves the logits of a trained "
-        "model by 6e-2, and integrity compares the scales",
-        divergence=1e-3,
-        agreement=0.95,
+        "the border of two codes: by less than 2e-3 in 19 of 20 tiny models, with a mean KL of 2e-5 and the same token "
+        "at 99.8 % of the positions or more; codes that are cut off in place of rounded are off by 1e-2, new tokens "
+        "that are read as floats by 4e-2",
+        divergence=1e-4,
+        agreement=0.98,
     ),
 }
 
@@ -149,14 +149,16 @@ TOKEN_TIE = 1e-5
 
 
 def precision_of(program: Program) -> Precision:
-    """The coarsest precision in `program`: `weight_precision`, or that of its KV cache if its weights are floats.
+    """The coarsest precision in `program`: `weight_precision`, or that of its KV cache if all else is float32.
+
+    Half precision has a larger limit of its own, and what it moves across a border is explained by noise.
 
     Raises:
         UsageError: As for `weight_precision`.
     """
     found = weight_precision(program)
     coded = any(not state.input.dtype.is_floating_point for state in program.caches)
-    return Precision.INT8_CACHE if coded and found in {Precision.FP32, Precision.FP16} else found
+    return Precision.INT8_CACHE if coded and found is Precision.FP32 else found
 
 
 def weight_precision(program: Program) -> Precision:

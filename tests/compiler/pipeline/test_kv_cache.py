@@ -5,11 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from moec import cli
 from moec.compiler.api import export
 from moec.compiler.common.artifact import read_manifest
 from moec.compiler.common.errors import ArtifactError, LoweringError
+from moec.compiler.ir import ops
 from moec.compiler.measure.estimate.counting import count
 from moec.compiler.pipeline import quantization
 from moec.compiler.pipeline.captures import Captures
@@ -72,6 +75,18 @@ def test_validate_reads_the_scales_back(artifact: Path, golden_model: Path, monk
     assert verdicts["parity: artifact"]["figures"]["precision"] == "int8-cache"
     assert verdicts["coverage"]["summary"].count("fp32") == 1
     assert (artifact / "moec.json").read_bytes() == before
+
+
+def test_parity_finds_codes_that_are_cut_off_in_place_of_rounded(
+    artifact: Path, golden_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut_off(values: Tensor, scale: Tensor) -> Tensor:
+        return (values.float() / scale[:, None]).trunc().clamp(-128, 127).to(torch.int8)
+
+    monkeypatch.setattr(ops, "to_codes", cut_off)
+    assert cli.dispatch(["validate", str(artifact), "--against", str(golden_model), "-q"]) == 5
+    verdicts = json.loads((artifact / "report.json").read_text())["verdicts"]
+    assert [item["gate"] for item in verdicts if item["status"] == "fail"] == ["parity: artifact"]
 
 
 def test_scales_that_moec_json_does_not_record_are_an_error(artifact: Path) -> None:
