@@ -109,9 +109,9 @@ def _scale(ctx: Context, argument: fx.Node, width: int) -> ir.Value:
     name, used = str(argument.target), int(argument.meta["val"].shape[1])
     value = ctx.tensor(argument)
     ctx.others[name] = {"initializer": name, "transposed": False}
-    return (
-        value if used == width else ctx.op("Pad", value, ctx.ints(0, 0, 0, width - used), ctx.constant(np.float32(1)))
-    )
+    if used == width:
+        return value
+    return ctx.op("Pad", value, ctx.ints(0, 0, 0, width - used), ctx.constant(np.float32(1)))
 
 
 def _lengths(ctx: Context, query: fx.Node) -> tuple[ir.Value, ir.Value]:
