@@ -7,8 +7,8 @@ can show that codes are right. Comparing them with the checkpoint shows whether 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -53,6 +53,20 @@ class RecordedCodes:
 
     rows: Codes
     sha256: str
+
+
+@dataclass(frozen=True)
+class RecordedCalibration:
+    """What calibration chose for an artifact, read back from it.
+
+    Attributes:
+        codes: Weight name -> its codes; empty if no weight was rounded by calibration.
+        cache_scales: Input name of a state -> scales of its channels, [heads, width] float32; empty if the KV cache
+            holds floats.
+    """
+
+    codes: Mapping[str, RecordedCodes] = field(default_factory=dict)
+    cache_scales: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

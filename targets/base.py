@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -222,45 +222,37 @@ class Target(ABC):
         return ()
 
     def refusals(self, program: Program, options: TargetOptions) -> tuple[Rejection, ...]:
-        """Kinds of states and weight formats that this target does not support; if it supports all, what `lint` finds.
+        """Kinds of states, formats of caches and of weights that are not supported; if all are, what `lint` finds.
 
-        `lint` is not asked about a Program with unsupported kinds, so it need not handle them.
+        `lint` is not asked about a Program with unsupported ones, so it need not handle them.
         """
-        return (*self._unknown_states(program), *self._unknown_formats(program)) or self.lint(program, options)
+        from moec.targets.common.unsupported import unsupported
 
-    def _unknown_formats(self, program: Program) -> Iterator[Rejection]:
-        from moec.quantize.lazy import Coded
-
-        users, scale_types = dict[str, list[str]](), self.scale_types_of(program)
-        for name in program.weight_names():
-            tensor = program.weights[name]
-            if not isinstance(tensor, Coded):
-                continue
-            kind = str(tensor.format).partition(":")[0]
-            if kind not in self.weight_formats or tensor.format.scale_type not in scale_types:
-                users.setdefault(str(tensor.format), []).append(name)
-        known = f"{', '.join(sorted(self.weight_formats))} with scales of {' or '.join(sorted(scale_types))}"
-        if scale_types != self.scale_types:
-            known += f" where activations are {str(program.dtype).removeprefix('torch.')}"
-        for form, names in users.items():
-            reason = f"{form} ({len(names)} weights) is not supported here; weights may be {known}"
-            yield Rejection(self.name, names[0], reason)
+        return tuple(unsupported(self, program, options)) or self.lint(program, options)
 
     def scale_types_of(self, program: Program) -> frozenset[str]:  # noqa: ARG002
         """The dtypes of scales that are supported in this Program."""
         return self.scale_types
 
-    def _unknown_states(self, program: Program) -> Iterator[Rejection]:
-        carried = ", ".join(sorted(self.state_kinds))
-        for kind in sorted({state.kind for state in program.states} - self.state_kinds):
-            layers = [state.layer for state in program.states if state.kind == kind]
-            more = f" and {len(layers) - 1} more" if len(layers) > 1 else ""
-            reason = f"a state of kind {kind} is not supported here; layers may keep states of the kinds {carried}"
-            yield Rejection(self.name, f"layer {layers[0]}{more}", reason)
-
     def file_format(self) -> FileFormat[ModelFile] | None:
         """The format of files of other tools that this target's runtime runs and moec's compiler does not know."""
         return None
+
+    def cache_formats(self, options: TargetOptions) -> frozenset[str]:  # noqa: ARG002
+        """Formats other than floats in which artifacts can keep keys and values: "int8", with a scale per channel."""
+        return frozenset()
+
+    def check_cache(self, options: TargetOptions, form: str) -> None:
+        """Refuse a format of the KV cache that artifacts with these options cannot have.
+
+        Raises:
+            UsageError: `form` is not among `cache_formats`.
+        """
+        if form not in self.cache_formats(options):
+            raise UsageError(
+                f"--kv-cache {form}: the {self.name} target keeps keys and values in floats with these options",
+                hint="leave it out, or export with --target onnx --flavor genai",
+            )
 
     def auto_formats(self, options: TargetOptions, tensor_class: str) -> tuple[str, ...]:  # noqa: ARG002
         """Quantized formats that `--quantize auto` may give to weights of a class: those that kernels compute with."""

@@ -186,6 +186,7 @@ def test_inspect_artifact_and_checkpoint(
         "layers": 2,
         "kinds": ["key", "value"],
         "bytes_per_token": 2 * 2 * 2 * 16 * 4,
+        "cache_dtypes": ["float32"],
         "bytes_fixed": 0,
     }
     assert checkpoint["captured"] is True

@@ -114,6 +114,9 @@ class Quantize(Group):
         str | None,
         _quantize("fp16|int8|int4|palettize4|none|auto|keep", "Format of the weights; also one such as int4:128."),
     ] = None
+    kv_cache: Annotated[
+        str | None, _quantize("float|int8", "Format of keys and values in the KV cache. (default: float)")
+    ] = None
     rounding: Annotated[str | None, _quantize("auto|rtn|gptq", "How weights are rounded. (default: auto)")] = None
     activations: Annotated[
         str | None,

@@ -61,6 +61,7 @@ class States(Part):
     count: Count
     kinds: list[str]
     bytes_per_token: Count
+    cache_dtypes: list[str] = []
     bytes_fixed: Count = 0
 
 
@@ -148,10 +149,18 @@ class WeightClass(Part):
     relative_error: Number | None = None
 
 
+class KvCache(Part):
+    """Format of the KV cache, and digests of its scales."""
+
+    format: str
+    scales: Annotated[dict[str, str] | None, PRESENT] = None
+
+
 class Quantization(Part):
     """Decisions and errors of quantization."""
 
     classes: dict[str, WeightClass] = {}
+    kv_cache: Annotated[KvCache | None, PRESENT] = None
     kept: dict[str, dict[str, Count]] = {}
 
 

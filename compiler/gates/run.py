@@ -37,7 +37,7 @@ from moec.compiler.gates.reference import reference_threads
 from moec.compiler.gates.repeatability import EXIT_CODE as REPEATABILITY_EXIT_CODE
 from moec.compiler.gates.repeatability import GATE as REPEATABILITY_GATE
 from moec.compiler.gates.repeatability import RepeatabilityOptions, judge_repeatability
-from moec.compiler.gates.tolerance import Precision, precision_of
+from moec.compiler.gates.tolerance import Precision, precision_of, weight_precision
 from moec.compiler.ir.program import Program
 from moec.targets.base import GateSubject, Target
 from moec.targets.runners import Runner, limits_of
@@ -209,7 +209,8 @@ def run_coverage(
         return Verdict(COVERAGE_GATE, Status.NOT_RUN, reason, EXIT_CODE, figures)
     share, known = options.coverage_min, inputs.target.activation_rounding(inputs.directory) is not None
     found = run_every_expert(inputs.program, runners, calls.hidden, share, progress, outputs=calls.outputs)
-    return judge_coverage(found, list(runners), seen.precision, share, seen.usage, rounding_known=known)
+    precision = weight_precision(inputs.program)
+    return judge_coverage(found, list(runners), precision, share, seen.usage, rounding_known=known)
 
 
 def run_repeatability(

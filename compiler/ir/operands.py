@@ -139,6 +139,8 @@ class Attention(_View):
     window: int
     softcap: float
     selected: fx.Node | None
+    key_scale: fx.Node | None
+    value_scale: fx.Node | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -113,7 +113,7 @@ torch.library.define(
     "moec::attention",
     "(Tensor query, Tensor key, Tensor value, Tensor past_key, Tensor past_value, Tensor cache_position, "
     "Tensor? attention_mask, Tensor? sinks, float scale, str kind, int window, float softcap, "
-    "Tensor? selected=None) "
+    "Tensor? selected=None, Tensor? key_scale=None, Tensor? value_scale=None) "
     "-> (Tensor, Tensor, Tensor)",
 )
 
@@ -162,15 +162,20 @@ def attention(
     window: int,
     softcap: float,
     selected: Tensor | None = None,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Scaled dot product attention over a growing KV cache, whose layout each target chooses.
+
+    With scales, the cache holds codes (`to_codes`), and attention reads all keys and values as codes times scale, those
+    of the new tokens too.
 
     Args:
         query: [B, Hq, S, D], rotary embedding applied.
         key: [B, Hkv, S, D]; Hq is a multiple of Hkv.
         value: [B, Hkv, S, Dv].
-        past_key: [B, Hkv, P, D].
-        past_value: [B, Hkv, P, Dv].
+        past_key: [B, Hkv, P, D]; int8 with scales.
+        past_value: [B, Hkv, P, Dv]; int8 with scales.
         cache_position: Slots of the new tokens in the cache, [S] int64: P, P + 1, ...
         attention_mask: [B, P + S] integer or bool, 0 where the slot is padding; None without padding.
         sinks: Logit per head that joins the softmax and is then dropped, [Hq] (gpt-oss), or None.
@@ -179,12 +184,16 @@ def attention(
         window: See `visible`.
         softcap: `cap * tanh(logits / cap)` where it is not 0 (Gemma 2).
         selected: Of the visible slots, those to attend to, [B, S, P + S] bool (see `moec::indexer`); None: all.
+        key_scale: Scale of each channel of the keys in the cache, [Hkv, D] float32; None: the cache holds the keys.
+        value_scale: Likewise of the values, [Hkv, Dv]; given if and only if `key_scale` is.
 
     Returns:
-        Output [B, S, Hq, Dv], present key [B, Hkv, P + S, D] and present value [B, Hkv, P + S, Dv]. A padding token
-        that may attend to nothing yields the mean over all slots, as in the eager mode of transformers, and not NaN.
+        Output [B, S, Hq, Dv], present key [B, Hkv, P + S, D] and present value [B, Hkv, P + S, Dv], in the dtype of the
+        past. A padding token that may attend to nothing yields the mean over all slots, as in the eager mode of
+        transformers, and not NaN.
     """
-    keys, values = torch.cat([past_key, key], dim=2), torch.cat([past_value, value], dim=2)
+    present_key, keys = _appended(past_key, key, key_scale)
+    present_value, values = _appended(past_value, value, value_scale)
     groups = query.shape[1] // keys.shape[1]
     logits = torch.matmul(query, keys.repeat_interleave(groups, 1).transpose(-1, -2)).float() * scale
     if softcap:
@@ -198,7 +207,22 @@ def attention(
         logits = torch.cat([logits, column], dim=-1)
     probabilities = logits.softmax(-1)[..., : keys.shape[2]].to(values.dtype)
     out = torch.matmul(probabilities, values.repeat_interleave(groups, 1))
-    return out.transpose(1, 2).contiguous(), keys, values
+    return out.transpose(1, 2).contiguous(), present_key, present_value
+
+
+def to_codes(values: Tensor, scale: Tensor) -> Tensor:
+    """Keys or values [B, H, S, D] as codes of a cache: values / scale [H, D], to nearest, halves to even, int8."""
+    codes = (values.float() / scale[:, None]).round()
+    return codes.clamp(torch.iinfo(torch.int8).min, torch.iinfo(torch.int8).max).to(torch.int8)
+
+
+def _appended(past: Tensor, new: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The cache after `new` tokens, and what attention reads of it, in the dtype of `new`."""
+    if scale is None:
+        present = torch.cat([past, new], dim=2)
+        return present, present
+    present = torch.cat([past, to_codes(new, scale)], dim=2)
+    return present, (present.float() * scale[:, None]).to(new.dtype)
 
 
 @torch.library.register_fake("moec::attention")  # type: ignore[untyped-decorator]
@@ -209,8 +233,8 @@ def _(
     total = past_key.shape[2] + key.shape[2]
     return (
         query.new_empty(batch, length, heads, value.shape[-1]),
-        key.new_empty(batch, key.shape[1], total, key.shape[-1]),
-        value.new_empty(batch, value.shape[1], total, past_value.shape[-1]),
+        past_key.new_empty(batch, key.shape[1], total, key.shape[-1]),
+        past_value.new_empty(batch, value.shape[1], total, past_value.shape[-1]),
     )
 
 

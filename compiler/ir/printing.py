@@ -16,6 +16,7 @@ _DTYPES = {
     torch.bfloat16: "bf16",
     torch.int64: "i64",
     torch.int32: "i32",
+    torch.int8: "i8",
     torch.bool: "bool",
     torch.complex64: "c64",
 }

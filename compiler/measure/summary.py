@@ -61,6 +61,7 @@ def _states(program: Program) -> dict[str, Any]:
         "layers": len({state.layer for state in program.states}),
         "kinds": sorted({state.kind for state in program.states}),
         "bytes_per_token": per_token,
+        "cache_dtypes": sorted({str(state.input.dtype).removeprefix("torch.") for state in program.caches}),
         # Per sequence, independent of its length.
         "bytes_fixed": sum(map(_bytes, program.states)) - per_token,
     }

@@ -32,6 +32,7 @@ from moec.compiler.pipeline.routing import ACCOUNTED_WINDOWS, plan_routing
 from moec.compiler.pipeline.stages import Stages, silent
 from moec.compiler.text.corpus import read_text, spread, tokenize, windows
 from moec.passes.routing.calibrate.collect import collect
+from moec.quantize.recorded import RecordedCalibration
 from moec.targets import get_target
 from moec.targets.runners import CountingRunner, limits_of
 
@@ -189,7 +190,9 @@ def _built(manifest: Mapping[str, Any], against: str, revision: str | None, trus
             hint="give the checkpoint that the artifact was exported from",
         )
     target, options = target_of(recipe)
-    return build(with_target_defaults(recipe, target), target, options, Stages(silent), Captures(), {})
+    return build(
+        with_target_defaults(recipe, target), target, options, Stages(silent), Captures(), RecordedCalibration()
+    )
 
 
 @dataclass(frozen=True)

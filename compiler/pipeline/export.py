@@ -29,7 +29,7 @@ from moec.compiler.pipeline.input_checks import check_demands, check_inputs
 from moec.compiler.pipeline.program import Built, build
 from moec.compiler.pipeline.quantization import manifest_facts, tensor_bytes
 from moec.compiler.pipeline.recipe import Recipe, make_recipe, target_of
-from moec.compiler.pipeline.recorded_codes import recorded_codes
+from moec.compiler.pipeline.recorded_codes import recorded_calibration
 from moec.compiler.pipeline.refusals import check_target
 from moec.compiler.pipeline.routing import check_routing
 from moec.compiler.pipeline.stages import Stages, silent
@@ -199,8 +199,8 @@ def validate_artifact(
         target, options = target_of(recipe)
         checkpoint = Checkpoint.open(against, revision=revision, trust_remote_code=trust_remote_code)
         _check_source(directory, manifest, checkpoint)
-        codes = recorded_codes(target, directory, manifest)
-    built = build(recipe, target, options, stages, Captures(), codes)
+        recorded = recorded_calibration(target, directory, manifest)
+    built = build(recipe, target, options, stages, Captures(), recorded)
     with stages("gates"):
         verdicts = prove(_gate_inputs(built, target, directory, manifest), recipe, manifest, progress)
     report.write(directory, manifest, verdicts, stages.timings)

@@ -52,6 +52,8 @@ def check_inputs(recipe: Recipe, output: Path, *, overwrite: bool) -> tuple[Reci
         check_saving(recipe.routing)
     if recipe.quantize is not None and not recipe.quantize.does_nothing:
         calibration_text(recipe.quantize)
+        if recipe.quantize.cache:
+            target.check_cache(options, recipe.quantize.kv_cache)
         if recipe.quantize.format not in ("auto", KEEP):
             requested(recipe.quantize.format)
     if recipe.inputs_embeds and not target.takes_embeddings:
@@ -136,7 +138,7 @@ def _check_space(recipe: Recipe, config: Mapping[str, Any], output: Path) -> Non
         return
     files = Path(recipe.checkpoint).expanduser().glob("model*.safetensors")
     weights = 8 * sum(path.stat().st_size for path in files) / stored
-    quantized = recipe.quantize is not None and not recipe.quantize.does_nothing
+    quantized = recipe.quantize is not None and recipe.quantize.weights
     bits = QUANTIZED_BITS if quantized else FLOAT_BITS[recipe.dtype or "fp16"]
     pruned = (recipe.routing.prune or 0) if recipe.routing is not None else 0
     needed = weights * bits / 8 * (1 - pruned) * NEEDED_SHARE

@@ -26,7 +26,7 @@ from moec.passes.base import Pass
 from moec.passes.inputs_embeds import InputsEmbeds
 from moec.quantize.formats import Activations
 from moec.quantize.keep import SupportedFormats
-from moec.quantize.recorded import RecordedCodes
+from moec.quantize.recorded import RecordedCalibration
 from moec.targets.base import Phase, Target, TargetOptions
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
@@ -58,7 +58,7 @@ def build(
     options: TargetOptions,
     stages: Stages,
     captures: Captures,
-    codes: Mapping[str, RecordedCodes] | None = None,
+    recorded: RecordedCalibration | None = None,
 ) -> Built:
     """Make the final Program.
 
@@ -68,8 +68,8 @@ def build(
         options: The target's options.
         stages: Called for each stage.
         captures: Programs that were captured before.
-        codes: Weight name -> calibrated codes of the artifact that was built from the recipe, which replace
-            calibration; None if there is no artifact yet.
+        recorded: What calibration chose for the artifact that was built from the recipe, which replaces calibration;
+            None if there is no artifact yet.
 
     Raises:
         MoecError: A stage failed; subclass and message say why.
@@ -86,7 +86,7 @@ def build(
 
     def check(program: Program, *quantize: Pass) -> None:
         """Let the target refuse the Program now, since calibration and search take minutes to hours."""
-        if codes is None:
+        if recorded is None:
             check_target(target, _run((*quantize, *target.passes(options)), program, log)[0], options)
 
     if settings or (weights and weights.format == "auto"):
@@ -94,7 +94,7 @@ def build(
     with stages("routing") if settings else contextlib.nullcontext():
         routing = plan_routing(settings, checkpoint, program, stages.progress)
         program, log = _run(routing.passes, program, log)
-    if settings and codes is None:
+    if settings and recorded is None:
         with stages("accounting"):
             capable = {phase: target.capabilities(options, phase) for phase in Phase}
             savings, use = measure_savings(settings, checkpoint, captured, program, capable, routing.added_work)
@@ -102,7 +102,7 @@ def build(
     with stages("quantize") if weights else contextlib.nullcontext():
         in_float32 = functools.partial(_in_float32, captured, program, (*common, *routing.passes))
         material = QuantizationInputs(checkpoint, program, in_float32, check, stages.progress)
-        quantization = plan_quantization(weights, material, _formats(recipe, target, options), codes)
+        quantization = plan_quantization(weights, material, _formats(recipe, target, options), recorded)
         final, log = _run((*quantization.passes, *target.passes(options)), program, log)
     model = _described(captured, final, (routing.recorded or {}).get("removed"))
     return Built(checkpoint, captured, final, model, _pass_log(log), routing, quantization)

@@ -1,16 +1,17 @@
-"""From the quantize section of a recipe to a pass: the plan, calibrated rounding, and the records in moec.json."""
+"""From the quantize section of a recipe to passes: the plan, calibrated rounding, and the records in moec.json."""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from moec.compiler.common.digest import sha256_of_text
+from moec.compiler.common.errors import UsageError
 from moec.compiler.common.progress import Progress
 from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.ir.program import Program
@@ -21,8 +22,10 @@ from moec.compiler.text.corpus import spread, tokenize, windows
 from moec.passes.base import Pass
 from moec.passes.keep_codes import KeepCodes
 from moec.passes.quantize import Quantize
+from moec.passes.quantize_cache import QuantizeCache
 from moec.quantize.formats import FP16, Activations, IntegerFormat
 from moec.quantize.keep import SupportedFormats
+from moec.quantize.kv_cache import measure_scales, sha256_of_scale, unit_scales
 from moec.quantize.lazy import Coded, Float16
 from moec.quantize.methods.calibrated import Calibration, calibrate
 from moec.quantize.methods.gptq import GptqOptions
@@ -30,7 +33,7 @@ from moec.quantize.methods.rounding import Method, RoundingResult
 from moec.quantize.plan import QuantizationPlan, TensorClass, requested, with_activations
 from moec.quantize.planning.auto import Choice, choose, round_significant
 from moec.quantize.planning.sensitivity import NEAREST, AvailableFormats, Rounding, size_of
-from moec.quantize.recorded import RecordedCodes, matrices_of, sha256_of
+from moec.quantize.recorded import RecordedCalibration, matrices_of, sha256_of
 from moec.quantize.tensor_classes import weight_roles
 
 SENSITIVITY_WINDOWS = 16
@@ -76,24 +79,41 @@ def plan_quantization(
     settings: QuantizeRecipe | None,
     material: QuantizationInputs,
     held: SupportedFormats,
-    recorded_codes: Mapping[str, RecordedCodes] | None,
+    recorded: RecordedCalibration | None,
 ) -> Quantization:
-    """Decide a recipe's quantization. Text is read and the model is run only for calibrated rounding and for `auto`.
+    """Decide a recipe's quantization.
+
+    Text is read and the model is run only for calibrated rounding, for `auto` and for the scales of a KV cache.
 
     Args:
         settings: The quantize section of the recipe.
         material: Checkpoint and Program.
         held: The formats that the target can hold, for `keep` and `auto`.
-        recorded_codes: Weight name -> codes of an artifact of this recipe, which replace calibration; None if there is
-            no artifact yet.
+        recorded: What calibration chose for an artifact of this recipe, which replaces calibration; None if there is no
+            artifact yet.
 
     Raises:
-        UsageError: The plan is not valid, or a block size does not divide a dimension.
+        UsageError: The plan is not valid, a block size does not divide a dimension, or there is no KV cache to round.
         LoweringError: The target does not support a format of the plan.
         CheckpointError: There is no tokenizer, or the text is missing, empty, binary or too short.
     """
     if settings is None or settings.does_nothing:
         return Quantization()
+    if settings.cache and recorded is None:
+        _check_cache(settings, material)
+    found = Quantization(recorded=settings.model_dump(mode="json"))
+    if settings.weights:
+        found = _of_weights(settings, material, held, recorded)
+    return _with_cache(found, settings, material, recorded) if settings.cache else found
+
+
+def _of_weights(
+    settings: QuantizeRecipe,
+    material: QuantizationInputs,
+    held: SupportedFormats,
+    recorded_calibration: RecordedCalibration | None,
+) -> Quantization:
+    """The quantization of weights; arguments and errors as for `plan_quantization`."""
     if settings.format == KEEP:
         return _kept(settings, material.program, held)
     chosen = _choose(settings, material, held.formats) if settings.format == "auto" else None
@@ -102,8 +122,8 @@ def plan_quantization(
     if activations is not Activations.FLOAT:
         plan = with_activations(plan, activations)
     method = _method(settings, plan, material.checkpoint)
-    if recorded_codes is not None:
-        return Quantization((Quantize(plan, recorded=recorded_codes),))
+    if recorded_calibration is not None:
+        return Quantization((Quantize(plan, recorded=recorded_calibration.codes),))
     # moec.json holds no path of the text; its effect is in the plan and the codes.
     fixed = {
         "format": plan.to_dict(),
@@ -142,6 +162,44 @@ def _calibrated(
     }
     codes = {name: sha256_of(matrices_of(item.tensor)) for name, item in sorted(found.rounded.items())}
     return found.rounded, {"calibration": calibration, "codes": codes}
+
+
+def _check_cache(settings: QuantizeRecipe, material: QuantizationInputs) -> None:
+    """Refuse a KV cache in 8 bits before the text is read."""
+    scales = unit_scales(material.program)
+    if not scales:
+        raise UsageError(
+            f"--kv-cache {settings.kv_cache}: the model has no attention whose keys and values alone are its cache",
+            hint="export without --kv-cache",
+        )
+    material.check(material.program, QuantizeCache(scales))
+
+
+def _with_cache(
+    found: Quantization,
+    settings: QuantizeRecipe,
+    material: QuantizationInputs,
+    recorded: RecordedCalibration | None,
+) -> Quantization:
+    """`found` with a KV cache in 8 bits, whose scales are measured on the text or those of an artifact."""
+    if recorded is not None:
+        return replace(found, passes=(*found.passes, QuantizeCache(recorded.cache_scales)))
+    text, tokens = _calibration_windows(settings, material.checkpoint)
+    scales = measure_scales(
+        material.in_float32(), tokens, lambda done, total: material.progress("scales of the KV cache", done, total)
+    )
+    facts = {
+        "format": settings.kv_cache,
+        "sha256": sha256_of_text(text),
+        "windows": len(tokens),
+        "length": settings.window,
+        "scales": {name: sha256_of_scale(scale) for name, scale in sorted(scales.items())},
+    }
+    return Quantization(
+        (*found.passes, QuantizeCache(scales)),
+        {**(found.recorded or {}), "calibration": None, "calibration_sha256": facts["sha256"]},
+        {**found.facts, "kv_cache": facts},
+    )
 
 
 def _kept(settings: QuantizeRecipe, program: Program, held: SupportedFormats) -> Quantization:

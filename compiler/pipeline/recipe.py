@@ -11,6 +11,7 @@ routing:                               # see docs/routing.md; without it every t
   budget: 0.6                          # or max_quality_loss: 1%, or calibration: FILE, or parameters: {mass: 0.9}
 quantize:                              # see docs/quantization.md; `quantize: int4` is short for the format alone
   format: int4                         # fp16, int8, int4, none, auto, keep, a format such as int4:128, or a plan
+  kv_cache: int8                       # or float, the default
   calibration: texts/
 coverage:
   min: 25%                             # of the experts of each layer that are run one by one; all by default
@@ -111,7 +112,7 @@ class RoutingRecipe(BaseModel):
 
 
 class QuantizeRecipe(BaseModel):
-    """The formats in which weights are stored."""
+    """The formats in which weights are stored, and keys and values kept."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -123,6 +124,10 @@ class QuantizeRecipe(BaseModel):
     rounding: Literal["auto", "rtn", "gptq"] = Field(
         default="auto",
         description="To nearest, or GPTQ on calibration text; auto takes GPTQ if a format has 4 bits.",
+    )
+    kv_cache: Literal["float", "int8"] = Field(
+        default="float",
+        description="Format of keys and values in the KV cache; int8 has a scale per channel, measured on text.",
     )
     calibration: str | None = Field(default=None, description="Calibration text: a file or a directory.")
     calibration_sha256: str | None = Field(default=None, description="Digest that the calibration text must have.")
@@ -144,7 +149,17 @@ class QuantizeRecipe(BaseModel):
     @property
     def does_nothing(self) -> bool:
         """Whether the section leaves the model unchanged."""
-        return self.format == "none"
+        return not self.weights and not self.cache
+
+    @property
+    def weights(self) -> bool:
+        """Whether weights get another format."""
+        return self.format != "none"
+
+    @property
+    def cache(self) -> bool:
+        """Whether the KV cache gets another format."""
+        return self.kv_cache != "float"
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -223,7 +238,7 @@ class Recipe(BaseModel):
     options: dict[str, Any] = Field(default_factory=dict, description="Options of the target.")
     routing: RoutingRecipe | None = Field(default=None, description="Dynamic routing and expert pruning.")
     quantize: Annotated[QuantizeRecipe | None, BeforeValidator(_section_of_format)] = Field(
-        default=None, description="The formats in which weights are stored."
+        default=None, description="The formats of weights and of the KV cache."
     )
     coverage: CoverageRecipe = Field(default=CoverageRecipe(), description="Demands of the coverage gate.")
     quality: QualityRecipe | None = Field(default=None, description="Demands of the quality gate.")

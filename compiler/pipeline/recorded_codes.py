@@ -1,4 +1,4 @@
-"""The calibrated codes of an artifact, checked against the formats of the plan and the digests in moec.json."""
+"""What calibration chose for an artifact, checked against the formats of the plan and the digests in moec.json."""
 
 from __future__ import annotations
 
@@ -12,12 +12,42 @@ import torch
 
 from moec.compiler.common.errors import ArtifactError
 from moec.quantize.formats import IntegerFormat
+from moec.quantize.kv_cache import scale_name, sha256_of_scale
 from moec.quantize.methods.tensors import QuantizedTensor
-from moec.quantize.recorded import RecordedCodes
+from moec.quantize.recorded import RecordedCalibration, RecordedCodes
 from moec.targets.base import Target
 from moec.targets.stored_weights import Codes, StoredWeight
 
 HINT = "export it again"
+
+
+def recorded_calibration(target: Target, directory: Path, manifest: Mapping[str, Any]) -> RecordedCalibration:
+    """The codes of weights and the scales of the KV cache of an artifact; arguments as for `recorded_codes`.
+
+    Raises:
+        ArtifactError: moec.json does not record them, or the artifact lacks one or has another.
+    """
+    codes = recorded_codes(target, directory, manifest)
+    return RecordedCalibration(codes, _cache_scales(target, directory, manifest))
+
+
+def _cache_scales(target: Target, directory: Path, manifest: Mapping[str, Any]) -> Mapping[str, torch.Tensor]:
+    """Input name of a state -> the scales of its channels in the artifact; empty for a cache of floats."""
+    facts = manifest.get("quantization", {}).get("kv_cache")
+    if facts is None:
+        return {}
+    digests, stored = facts.get("scales"), target.stored_weights(directory)
+    if not isinstance(digests, Mapping):
+        raise ArtifactError(f"{directory}: its moec.json does not record the scales of the KV cache", hint=HINT)
+    found = {}
+    for state, digest in digests.items():
+        name = scale_name(state)
+        if name not in stored:
+            raise ArtifactError(f"{directory}: {name} is missing", hint=HINT)
+        found[state] = torch.from_numpy(stored[name].values(0, np.iinfo(np.int64).max).copy())
+        if sha256_of_scale(found[state]) != digest:
+            raise ArtifactError(f"{directory}: {name} is not what moec.json records", hint=HINT)
+    return found
 
 
 def recorded_codes(target: Target, directory: Path, manifest: Mapping[str, Any]) -> Mapping[str, RecordedCodes]:

@@ -84,12 +84,15 @@ def _model_rows(model: Mapping[str, Any]) -> list[Row]:
     growth = f"{size_text(states['bytes_per_token'])} per token"
     if states.get("bytes_fixed"):
         growth += f", {size_text(states['bytes_fixed'])} per sequence"
+    kinds = f"{states['count']} ({', '.join(states['kinds'])})"
+    if "int8" in states.get("cache_dtypes", ()):
+        kinds += ", the KV cache in int8"
     vocabulary = f"vocabulary {model['vocab_size']}"
     return [
         ("layers", f"{model['layers']}, of which {len(model['moe_layers'])} with experts"),
         ("experts", _beside(_experts(model), _experts(source) if source else "")),
         ("parameters", _beside(_parameters(model), _parameters(source) if source else "")),
-        ("states", f"{states['count']} ({', '.join(states['kinds'])}), {growth}"),
+        ("states", f"{kinds}, {growth}"),
         ("context", f"{context} tokens, {vocabulary}" if context else vocabulary),
         *remarks(model),
     ]

@@ -102,7 +102,11 @@ def _routing(routing: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _quantization(quantization: Mapping[str, Any]) -> dict[str, Any]:
-    return {"error of": quantization.get("layers", {}), "classes": quantization.get("classes", {})}
+    return {
+        "error of": quantization.get("layers", {}),
+        "classes": quantization.get("classes", {}),
+        "KV cache": quantization.get("kv_cache", {}).get("format"),
+    }
 
 
 def _gates(report: Report) -> Iterator[tuple[str, Any]]:

@@ -152,9 +152,12 @@ def _experts(model: Mapping[str, Any]) -> int:
 
 
 def _formats(manifest: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Format of weights -> tensor classes that have it, both sorted; empty if nothing is quantized."""
+    """Format -> tensor classes that have it, both sorted, and the KV cache; empty if nothing is quantized."""
     held: dict[str, list[str]] = {}
-    for name, found in sorted(manifest.get("quantization", {}).get("classes", {}).items()):
+    quantization = manifest.get("quantization", {})
+    if cache := quantization.get("kv_cache"):
+        held[cache["format"]] = ["KV cache"]
+    for name, found in sorted(quantization.get("classes", {}).items()):
         for form in found.get("formats", {}):
             held.setdefault(manifest.get("recipe", {}).get("dtype", form) if form == "none" else form, []).append(name)
     return dict(sorted(held.items()))

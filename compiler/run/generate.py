@@ -125,10 +125,11 @@ class Generator:
 
     @property
     def rounds_coarsely(self) -> bool:
-        """Whether another order of summation is likely to show in texts: float16, or activations rounded to int8."""
-        classes = self.manifest.get("quantization", {}).get("classes", {})
-        formats = [form for found in classes.values() for form in found.get("formats", {})]
-        return self.manifest.get("recipe", {}).get("dtype") == "fp16" or any("int8-dynamic" in form for form in formats)
+        """Whether another order of summation is likely to show in texts: float16, or activations or caches in int8."""
+        found = self.manifest.get("quantization", {})
+        formats = [form for each in found.get("classes", {}).values() for form in each.get("formats", {})]
+        rounded = "kv_cache" in found or any("int8-dynamic" in form for form in formats)
+        return self.manifest.get("recipe", {}).get("dtype") == "fp16" or rounded
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

@@ -14,6 +14,7 @@ NUMPY = {
     "tensor(float16)": np.float16,
     "tensor(int64)": np.int64,
     "tensor(int32)": np.int32,
+    "tensor(int8)": np.int8,
 }
 INITIAL_CAPACITY = 256
 """Initial capacity of a buffer in tokens; a full buffer is doubled."""

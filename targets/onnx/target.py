@@ -120,6 +120,11 @@ class OnnxTarget(base.Target):
         """MatMulNBits has the scales in the dtype of its activations, so float32 would be rounded in an fp16 graph."""
         return self.scale_types - ({"fp32"} if program.dtype.itemsize == 2 else set())
 
+    def cache_formats(self, options: base.TargetOptions) -> frozenset[str]:
+        """`GroupQueryAttention` reads and writes codes in its buffers; standard `Attention` has no such form."""
+        assert isinstance(options, OnnxOptions)
+        return frozenset({"int8"}) if options.flavor is Flavor.GENAI else frozenset()
+
     def auto_formats(self, options: base.TargetOptions, tensor_class: str) -> tuple[str, ...]:
         """ONNX Runtime's kernels take zero points; standard ops take neither zero points nor quantized experts."""
         assert isinstance(options, OnnxOptions)

@@ -45,6 +45,9 @@ CASES = {
         10,
         "no",
     ),
+    "a KV cache in codes": (["-t", "onnx", "--kv-cache", "int8"], 2, "keeps keys and values in floats"),
+    "a KV cache in codes, TFLite": (["-t", "tflite", "--kv-cache", "int8"], 2, "leave it out"),
+    "an unknown format of the KV cache": (["-t", "onnx", "--kv-cache", "float8"], 2, "float, int8"),
     "a budget that is none": (["-t", "onnx", "--latency-budget", "decode.p50=fast"], 2, "fast"),
     "an output that is a file": (["-t", "onnx", "-o", "file"], 11, "is a file"),
 }

@@ -53,6 +53,41 @@ def test_text_and_padded_batch(genai: Any, export_golden: Callable[[str], Path])
     assert answer(texts) == [answer([text])[0] for text in texts]
 
 
+@pytest.mark.parametrize("beams", [1, 3])
+def test_cache_in_int8(genai: Any, golden_model: Path, tmp_path: Path, beams: int) -> None:
+    """Its buffers are int8: greedily and with beams, it finds what a search over moec's own runner finds."""
+    import moec
+    from moec.targets import get_target
+
+    wanted = {"kv_cache": "int8", "windows": 4, "window": 64}
+    moec.export(golden_model, target="onnx", output=tmp_path / "out", flavor="genai", gates=False, quantize=wanted)
+    model, own = genai.Model(str(tmp_path / "out")), get_target("onnx").open(tmp_path / "out", threads=1)
+    prompt, new = np.arange(40, 60, dtype=np.int32), 16
+    parameters = genai.GeneratorParams(model)
+    parameters.set_search_options(max_length=len(prompt) + new, num_beams=beams)
+    generator = genai.Generator(model, parameters)
+    generator.append_tokens(prompt)
+    while not generator.is_done():
+        generator.generate_next_token()
+    found = list(generator.get_sequence(0))
+    if beams == 1:
+        generator.rewind_to(len(prompt) + 4)
+        while not generator.is_done():
+            generator.generate_next_token()
+        assert list(generator.get_sequence(0)) == found
+    held = [(0.0, prompt.tolist())]
+    for _ in range(new):
+        logits = [own.prefill(np.asarray([ids]))[0, -1].astype(np.float64) for _, ids in held]
+        scores = [each - each.max() - np.log(np.exp(each - each.max()).sum()) for each in logits]
+        grown = [
+            (total + score[token], [*ids, int(token)])
+            for (total, ids), score in zip(held, scores, strict=True)
+            for token in np.argsort(-score)[:beams]
+        ]
+        held = sorted(grown, key=lambda item: -item[0])[:beams]
+    assert found == held[0][1]
+
+
 def test_names_of_execution_providers(genai: Any, export_golden: Callable[[str], Path]) -> None:
     """It knows every name that `--provider` takes, whether or not this build has the provider."""
     directory = export_golden("genai")

@@ -113,7 +113,7 @@ def count(program: Program, kept_share: float = 1.0) -> Counts:
         dict(read),
         flops,
         state_bytes,
-        2.0 * state_bytes / program.dtype.itemsize,
+        2.0 * sum(math.prod(size for size in own.input.shape if isinstance(size, int)) for own in program.caches),
         int(found["parameters"]["total"]),
         int(found["parameters"]["active"]),
         sum(node.op == "call_function" for node in program.graph.nodes),

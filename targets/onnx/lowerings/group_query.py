@@ -7,6 +7,9 @@ The kernel has one head size, a multiple of 8, for queries, keys and values, and
 Narrower heads, such as the values of multi-head latent attention, are filled up with zeros, which change no product:
 
     query, key, value [B, H, S, D] -> Pad to [B, H, S, W] -> GroupQueryAttention -> [B, S, H, W] -> Slice [..., :D]
+
+The kernel keeps a cache in int8 too, with a scale for each channel: it rounds new keys and values when it appends them,
+to nearest, and computes with codes times scale, in the same step already.
 """
 
 from __future__ import annotations
@@ -27,6 +30,8 @@ from moec.targets.onnx.context import MS, Context, np_dtype
 from moec.targets.onnx.lowerings.heads import apart, side_by_side
 
 HEAD_MULTIPLE = 8
+CODE_BITS = 8
+"""Bits of a key or value in a cache of codes."""
 RECURRENT_KINDS = {"conv", "recurrent"}
 
 
@@ -54,9 +59,12 @@ def group_query_attention(ctx: Context, node: fx.Node, allowed: ir.Value) -> Seq
     query, key, value = own.query, own.key, own.value
     dtype, width = result_dtype(query), cache_width(ctx.program)
     heads, groups = (int(item.meta["val"].shape[1]) for item in (query, key))
-    attributes: dict[str, float] = {"local_window_size": own.window} if own.kind == "sliding" else {}
+    attributes: dict[str, float | str] = {"local_window_size": own.window} if own.kind == "sliding" else {}
     if own.softcap:
         attributes["softcap"] = own.softcap
+    scales = [_scale(ctx, item, width) for item in (own.key_scale, own.value_scale) if item is not None]
+    if scales:
+        attributes |= {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": CODE_BITS}
     out, present_key, present_value = ctx.ops(
         "GroupQueryAttention",
         *(_flat(ctx, item, width) for item in (query, key, value)),
@@ -68,6 +76,7 @@ def group_query_attention(ctx: Context, node: fx.Node, allowed: ir.Value) -> Seq
         None,
         _bias(ctx, allowed, dtype),
         None if own.sinks is None else ctx.tensor(own.sinks, dtype),
+        *scales,
         outputs=3,
         domain=MS,
         num_heads=heads,
@@ -93,6 +102,16 @@ def _flat(ctx: Context, argument: fx.Node, width: int) -> ir.Value:
         value = ctx.op("Pad", value, ctx.ints(0, 0, 0, 0, 0, 0, 0, width - used))
     turned = ctx.op("Transpose", value, perm=[0, 2, 1, 3])
     return ctx.op("Reshape", turned, ctx.ints(0, 0, heads * width))
+
+
+def _scale(ctx: Context, argument: fx.Node, width: int) -> ir.Value:
+    """Scales of a cache of codes, [heads, width] float32; those of the zeros that fill up a head are 1."""
+    name, used = str(argument.target), int(argument.meta["val"].shape[1])
+    value = ctx.tensor(argument)
+    ctx.others[name] = {"initializer": name, "transposed": False}
+    if used == width:
+        return value
+    return ctx.op("Pad", value, ctx.ints(0, 0, 0, width - used), ctx.constant(np.float32(1)))
 
 
 def _lengths(ctx: Context, query: fx.Node) -> tuple[ir.Value, ir.Value]:

@@ -47,6 +47,7 @@ WRONG: tuple[tuple[dict[str, Any], str], ...] = (
     ({"routing": {"pruning": {"removed": ["x"]}}}, "routing.pruning.removed.0"),
     ({"quantization": {"classes": []}}, "quantization.classes"),
     ({"quantization": {"kept": {"attention": "text"}}}, "quantization.kept.attention"),
+    ({"quantization": {"kv_cache": {"format": 8}}}, "quantization.kv_cache.format"),
     ({"tensor_bytes": {"attention": None}}, "tensor_bytes.attention"),
     ({"facts": {"ops": 3}}, "facts.ops"),
     ({"source": {"bytes": -1}}, "source.bytes"),

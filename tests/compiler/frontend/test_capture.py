@@ -67,6 +67,7 @@ def test_a_convolution_state_is_in_the_state_table(hybrid: Any) -> None:
         "layers": 3,
         "kinds": ["conv", "key", "value"],
         "bytes_per_token": 2 * 2 * 16 * 4,
+        "cache_dtypes": ["float32"],
         "bytes_fixed": 2 * CHANNELS * KERNEL * 4,
     }
 

@@ -16,7 +16,7 @@ from moec.compiler.frontend.checkpoint import Checkpoint
 from moec.compiler.gates.coverage import ROWS, ExpertCalls, LayerResult, judge_coverage, run_every_expert
 from moec.compiler.gates.integrity import Comparisons
 from moec.compiler.gates.reference import SAMPLED, Batch, HiddenStates, Oracle, Trace
-from moec.compiler.gates.tolerance import Precision
+from moec.compiler.gates.tolerance import EXPERT_LIMITS, Precision
 from moec.compiler.gates.usage import Usage
 from moec.compiler.ir.interpreter import ActivationRounding, Interpreter, ProgramRunner
 from moec.compiler.ir.operands import Experts
@@ -231,7 +231,7 @@ def test_a_runner_of_another_shape_is_an_error(mixtral: Captured, hidden: dict[i
 
 def test_the_limit_belongs_to_the_precision() -> None:
     results = [LayerResult(row, dict.fromkeys(range(4), 2e-2)) for row in LAYERS]
-    statuses = {each: judge_coverage(results, [""], each, 1.0, Usage(LAYERS)).status for each in Precision}
+    statuses = {each: judge_coverage(results, [""], each, 1.0, Usage(LAYERS)).status for each in EXPERT_LIMITS}
     assert [each for each, status in statuses.items() if status is Status.PASS] == [
         Precision.INT8,
         Precision.INT4,
