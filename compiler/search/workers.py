@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import queue
 import subprocess
@@ -171,17 +172,23 @@ def on_ray(evaluator: Evaluator, jobs: int) -> Iterator[Run]:
         MissingExtraError: Ray is not installed.
     """
     with ray_cluster() as ray:
-        actor: Any = ray.remote(num_cpus=max(1, available_cores() // jobs), max_restarts=-1)(_Actor)
+        cores = _reserved(jobs, int(ray.cluster_resources().get("CPU", 1)))
+        actor: Any = ray.remote(num_cpus=cores, max_restarts=-1)(_Actor)
         actors = [actor.remote(asdict(evaluator.subject), list(sys.path)) for _ in range(jobs)]
+        # Ray keeps an actor for which no node has room waiting, and what it is asked with it.
+        starting, free = {worker.pid.remote(): worker for worker in actors}, deque[Any]()
 
         def run(tasks: Sequence[Task]) -> Iterator[tuple[int, Measured | None]]:
-            waiting, free = deque((index, 0) for index in range(len(tasks))), deque(actors)
+            waiting = deque((index, 0) for index in range(len(tasks)))
             running: dict[Any, tuple[int, int, Any]] = {}
             while waiting or running:
                 while waiting and free:
                     (index, tries), worker = waiting.popleft(), free.popleft()
                     running[worker.evaluate.remote(asdict(tasks[index]))] = (index, tries, worker)
-                (ready,), _ = ray.wait(list(running), num_returns=1)
+                (ready,), _ = ray.wait([*running, *starting], num_returns=1)
+                if ready in starting:
+                    free.append(starting.pop(ready))
+                    continue
                 index, tries, worker = running.pop(ready)
                 free.append(worker)
                 try:
@@ -195,6 +202,14 @@ def on_ray(evaluator: Evaluator, jobs: int) -> Iterator[Run]:
                     raise MoecError(f"a worker failed: {' '.join(str(error.cause).split())[:300]}") from error
 
         yield run
+
+
+def _reserved(jobs: int, cores: int) -> float:
+    """Cores that each of `jobs` actors reserves in a cluster of `cores`: whole ones, or a unit fraction of one.
+
+    So many fractions fill each node's cores without a rest that no actor fits into.
+    """
+    return max(1, available_cores() // jobs) if jobs <= cores else 1 / math.ceil(jobs / cores)
 
 
 class _Actor:
