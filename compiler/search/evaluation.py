@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,7 @@ class Subject:
         window: Tokens per window.
         revision: Branch, tag or commit of a hub id.
         trust_remote_code: Run modelling code of the checkpoint.
+        folder: Where an earlier evaluator of this subject stored outputs and codes; None: in `directory`, by context.
     """
 
     checkpoint: str
@@ -63,6 +64,7 @@ class Subject:
     window: int = 256
     revision: str | None = None
     trust_remote_code: bool = False
+    folder: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,6 +133,7 @@ class Evaluator:
     def on(self, text: str, most: int) -> Evaluator:
         """An evaluator of the same model and codes on another text, whose results are not stored for the search."""
         other = copy.copy(self)
+        other.subject = replace(self.subject, folder=None)
         for name in ("context", "folder"):
             other.__dict__.pop(name, None)
         other._measure_on(text, self._windows_of(text), most)
@@ -149,7 +152,17 @@ class Evaluator:
     @cached_property
     def folder(self) -> Path:
         """Directory of stored data of this checkpoint and text."""
+        if self.subject.folder is not None:
+            return Path(self.subject.folder)
         return Path(self.subject.directory) / f"pretrained-{sha256_of_json(self.context)[:16]}"
+
+    @property
+    def shared_subject(self) -> Subject:
+        """The subject for a worker, which uses the same stored data.
+
+        The worker cannot find it by the context: Ray, for example, brings distributions of its own into the path.
+        """
+        return replace(self.subject, folder=str(self.folder.resolve()))
 
     def use_codes(self) -> None:
         """Use the codes that `calibrate` stored, in this process or in another."""

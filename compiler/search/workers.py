@@ -155,7 +155,7 @@ class _Pool:
 @contextlib.contextmanager
 def in_processes(evaluator: Evaluator, jobs: int) -> Iterator[Run]:
     """Measure in `jobs` local processes, which share the cores."""
-    pool = _Pool(evaluator.subject, jobs)
+    pool = _Pool(evaluator.shared_subject, jobs)
     try:
         yield pool.run
     finally:
@@ -174,7 +174,7 @@ def on_ray(evaluator: Evaluator, jobs: int) -> Iterator[Run]:
     with ray_cluster() as ray:
         cores = _reserved(jobs, int(ray.cluster_resources().get("CPU", 1)))
         actor: Any = ray.remote(num_cpus=cores, max_restarts=-1)(_Actor)
-        actors = [actor.remote(asdict(evaluator.subject), list(sys.path)) for _ in range(jobs)]
+        actors = [actor.remote(asdict(evaluator.shared_subject), list(sys.path)) for _ in range(jobs)]
         # Ray keeps an actor for which no node has room waiting, and what it is asked with it.
         starting, free = {worker.pid.remote(): worker for worker in actors}, deque[Any]()
 

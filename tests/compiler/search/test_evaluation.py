@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 
+from moec.compiler.search import evaluation
 from moec.compiler.search.evaluation import Evaluator, Subject
 from moec.compiler.text.corpus import tokenize, windows
 
@@ -34,3 +36,14 @@ def test_other_windows_of_a_text_are_another_context(evaluator: Evaluator) -> No
     fewer = evaluator.on(evaluator.text, 4)
     assert fewer.context != evaluator.context
     assert fewer.folder != evaluator.folder
+
+
+def test_a_worker_uses_the_stored_codes_whatever_is_in_its_path(
+    evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subject = evaluator.shared_subject
+    monkeypatch.setattr(evaluation, "tools", lambda: {"installed": ["another-1.0.dist-info"]})
+    worker = Evaluator(subject)
+    assert worker.context != evaluator.context
+    assert worker.folder == evaluator.folder.resolve()
+    assert worker.on(evaluator.text * 2, 8).folder != worker.folder

@@ -72,7 +72,7 @@ def cluster(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     ("cluster", "jobs", "reserved"), [(2, 1, 2), (2, 2, 1), (2, 3, 0.5), (2, 4, 0.5), (8, 4, 1)], indirect=["cluster"]
 )
 def test_all_workers_have_room(cluster: Cluster, jobs: int, reserved: float) -> None:
-    evaluator: Any = SimpleNamespace(subject=SimpleNamespace())
+    evaluator: Any = SimpleNamespace(shared_subject=SimpleNamespace())
     with on_ray(evaluator, jobs) as run:
         for _ in range(2):
             results = dict(run([Task({}, 0, stop) for stop in range(1, 10)]))
@@ -84,6 +84,6 @@ def test_all_workers_have_room(cluster: Cluster, jobs: int, reserved: float) -> 
 @pytest.mark.parametrize("cluster", [4], indirect=True)
 def test_a_worker_that_ray_keeps_waiting_gets_no_task(cluster: Cluster) -> None:
     cluster.free = 1.0  # somebody else has the others
-    evaluator: Any = SimpleNamespace(subject=SimpleNamespace())
+    evaluator: Any = SimpleNamespace(shared_subject=SimpleNamespace())
     with on_ray(evaluator, 3) as run:
         assert len(list(run([Task({}, 0, 4)] * 7))) == 7
