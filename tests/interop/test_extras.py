@@ -120,8 +120,8 @@ def test_a_search_on_a_local_ray_survives_a_worker_that_is_killed(golden_model: 
         "objectives": "perplexity,expert-flops",
         "windows": 4,
         "window": 32,
-        "population": 12,
-        "generations": 2,
+        "population": 32,
+        "generations": 3,
     }
     answers = []
     for executor in ("local", "ray"):
