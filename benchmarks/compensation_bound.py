@@ -39,10 +39,18 @@ def variants(found: Opened, level: int) -> Iterator[tuple[str, Variant]]:
     """Without a compensation, with renormalized weights, and with compensations of growing rank."""
     space, rows = found.space, found.evaluator.program.layers
     unchanged = Variant.unchanged(found.evaluator.program, found.evaluator.parts)
-    kinds = {"none": (False, 0), "none, renormalized": (True, 0), "rank 1/4": (False, 4), "full rank": (False, 1)}
-    for name, (renormalize, part) in kinds.items():
+    none, quarter, full = (
+        [0] * len(rows),
+        [row.intermediate_size // 4 for row in rows],
+        [row.hidden_size for row in rows],
+    )
+    for name, renormalize, ranks in (
+        ("none", False, none),
+        ("none, renormalized", True, none),
+        ("rank 1/4", False, quarter),
+        ("full rank", False, full),
+    ):
         fitted = [space.policy(index, RULES.index(Rule("threshold", renormalize)), level) for index in range(len(rows))]
-        ranks = [0 if not part else row.hidden_size if part == 1 else row.intermediate_size // part for row in rows]
         chosen = [replace(own, compensation=rank) for own, rank in zip(fitted, ranks, strict=True) if own is not None]
         yield name, replace(unchanged, policies=tuple(chosen))
 

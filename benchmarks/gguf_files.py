@@ -1,71 +1,90 @@
-"""Writes OLMoE checkpoints as GGUF files without a vocabulary, with the names of llama.cpp's own converter."""
+"""Writes OLMoE checkpoints as GGUF files without a vocabulary, with the names of llama.cpp's own converter.
+
+Needs no torch where the checkpoint has only types that NumPy has.
+"""
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
-LAYER_NAMES = {
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "mlp.gate": "ffn_gate_inp",
-}
-NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-
-Coded = Callable[[str, torch.Tensor], tuple[Any, Any]]
+Coded = Callable[[str, Any], tuple[Any, Any]]
 """Name of a tensor in the file, and its values -> the array that is stored, and its type; None: that of the array."""
 
 
-def is_float(name: str, values: torch.Tensor) -> bool:
+def is_float(name: str, values: Any) -> bool:
     """Whether llama.cpp wants a tensor in float32: a vector or a router."""
     return values.ndim == 1 or "ffn_gate_inp" in name
 
 
-def write_olmoe(checkpoint: Path, file: Path, coded: Coded) -> None:
-    """Write a checkpoint of one safetensors file as GGUF."""
+def write_olmoe(
+    checkpoint: Path, file: Path, coded: Coded, *, framework: str = "torch", experts_used: int | None = None
+) -> None:
+    """Write a checkpoint of one safetensors file as GGUF.
+
+    Args:
+        checkpoint: Directory of the checkpoint.
+        file: The file to write.
+        coded: See `Coded`.
+        framework: "torch" or "numpy": what tensors are read as.
+        experts_used: Experts per token that the file states; None: those of the checkpoint.
+    """
     import gguf
     from safetensors import safe_open
 
     config = json.loads((checkpoint / "config.json").read_text())
+    layers = config["num_hidden_layers"]
     writer = gguf.GGUFWriter(file, "olmoe")
+    writer.add_name("olmoe")
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
-    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_block_count(layers)
     writer.add_feed_forward_length(config["intermediate_size"])
     writer.add_head_count(config["num_attention_heads"])
     writer.add_head_count_kv(config["num_key_value_heads"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_freq_base(10000.0)
+    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
     writer.add_expert_count(config["num_experts"])
-    writer.add_expert_used_count(config["num_experts_per_tok"])
+    writer.add_expert_used_count(config["num_experts_per_tok"] if experts_used is None else experts_used)
     writer.add_vocab_size(config["vocab_size"])
     writer.add_tokenizer_model("no_vocab")
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.OLMOE, layers)
 
-    def add(name: str, values: torch.Tensor) -> None:
-        data, kind = coded(name, values)
-        writer.add_tensor(f"{name}.weight", data, raw_dtype=kind)
+    def add(name: str, values: Any) -> None:
+        stored = names.get_name(name)
+        data, kind = coded(stored, values)
+        writer.add_tensor(f"{stored}.weight", data, raw_dtype=kind)
 
-    with safe_open(checkpoint / "model.safetensors", "pt") as tensors:
-        for name, other in NAMES.items():
-            add(other, tensors.get_tensor(f"{name}.weight"))
-        for layer in range(config["num_hidden_layers"]):
-            prefix = f"model.layers.{layer}"
-            for name, other in LAYER_NAMES.items():
-                add(f"blk.{layer}.{other}", tensors.get_tensor(f"{prefix}.{name}.weight"))
-            for name in ("gate", "up", "down"):
-                each = [f"{prefix}.mlp.experts.{index}.{name}_proj.weight" for index in range(config["num_experts"])]
-                add(f"blk.{layer}.ffn_{name}_exps", torch.stack([tensors.get_tensor(one) for one in each]))
+    with safe_open(checkpoint / "model.safetensors", framework) as tensors:
+        for name in sorted(tensors.keys()):
+            if ".experts." not in name:
+                add(name.removesuffix(".weight"), tensors.get_tensor(name))
+        stack = importlib.import_module(framework).stack
+        for layer in range(layers):
+            prefix = f"model.layers.{layer}.mlp.experts"
+            for name in ("gate_proj", "up_proj", "down_proj"):
+                each = [f"{prefix}.{index}.{name}.weight" for index in range(config["num_experts"])]
+                add(f"{prefix}.{name}", stack([tensors.get_tensor(one) for one in each]))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def quantize(source: Path, output: Path, kind: int) -> None:
+    """Let llama.cpp quantize a file.
+
+    Args:
+        source: A GGUF file.
+        output: The file to write.
+        kind: A number of llama.cpp's llama_ftype: 2 is Q4_0.
+    """
+    import llama_cpp
+
+    parameters = llama_cpp.llama_model_quantize_default_params()
+    parameters.ftype = kind
+    if llama_cpp.llama_model_quantize(str(source).encode(), str(output).encode(), parameters):
+        raise SystemExit(f"llama.cpp cannot quantize {source}")

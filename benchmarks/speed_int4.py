@@ -45,7 +45,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from apart import Apart, environment_of, first_tokens
 from checkpoints import large_checkpoint, random_checkpoint, random_lfm2_checkpoint
-from gguf_files import is_float, write_olmoe
+from gguf_files import is_float, quantize, write_olmoe
 from kernels import kernel_table
 from machine import describe
 from routing_latency import mass_for
@@ -168,9 +168,7 @@ def build_llama_cpp(checkpoint: Callable[[], Path], file: Path) -> Path:
 
     whole, partial = file.with_suffix(".f16"), file.with_suffix(".partial")
     write_olmoe(checkpoint(), whole, in_half_precision)
-    settings = llama_cpp.llama_model_quantize_default_params()
-    settings.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0
-    assert llama_cpp.llama_model_quantize(str(whole).encode(), str(partial).encode(), settings) == 0
+    quantize(whole, partial, llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0)
     whole.unlink()
     partial.rename(file)
     return file

@@ -251,7 +251,7 @@ class Target(ABC):
         if form not in self.cache_formats(options):
             raise UsageError(
                 f"--kv-cache {form}: the {self.name} target keeps keys and values in floats with these options",
-                hint="leave it out, or export with --target onnx --flavor genai",
+                hint="leave it out; docs/quantization.md says which targets and options have such a cache",
             )
 
     def auto_formats(self, options: TargetOptions, tensor_class: str) -> tuple[str, ...]:  # noqa: ARG002
