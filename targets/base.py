@@ -354,7 +354,7 @@ class Target(ABC):
 
     def _keeps_experts(self, directory: Path) -> UsageError:
         reason = f"{directory}: the {self.name} target does not leave experts on the disk"
-        return UsageError(reason, hint="export with --target onnx --quantize int4")
+        return UsageError(reason, hint="docs/run.md says which artifacts can run in less memory than their weights")
 
     def gates(self) -> tuple[TargetGate, ...]:
         """Gates that only this target has; they run after the integrity gate."""
