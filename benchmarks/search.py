@@ -310,7 +310,7 @@ def main() -> None:
         windows=32,
         held_out_windows=48,
         every=6,
-        members=48,
+        members=128,
         page="",
         folder="",
     )

@@ -214,6 +214,8 @@ def parameters(name: str, traits: Traits, chance: random.Random) -> dict[str, An
         found = {key: value for key, value in found.items() if key not in optional}
     if chance.random() < 0.25:
         found["renormalize"] = False
+    if name == "threshold" and chance.random() < 0.3:
+        found["absolute"] = True
     return found
 
 

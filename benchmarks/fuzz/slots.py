@@ -55,7 +55,8 @@ def _kept(policy: str, given: Parameters, layer: int, hidden: Tensor, experts: T
             within = ranked.cumsum(-1) - ranked < share * total
             return within & (rank < of_layer("caps", ranked.shape[1]))
         case "threshold":
-            return (ranked * of_layer("importance", 1) >= given["tau"] * total) | (ranked == largest)
+            unit = 1.0 if given.get("absolute") else total
+            return (ranked * of_layer("importance", 1) >= given["tau"] * unit) | (ranked == largest)
         case "ratio":
             return ranked >= min(given["beta"] * of_layer("scale", 1), 1.0) * largest
         case "layer-k":

@@ -100,6 +100,10 @@ class Sensitivities:
     def _ranked(self, gene: Gene, genome: Genome) -> bool:
         return RULES[self._space.value(genome, "rule", gene.index, 0)].rank > 0
 
+    def loss(self, genome: Genome) -> float:
+        """Divergence of an individual by the additive model, nats per token."""
+        return float((self.roots(genome) ** 2).sum())
+
     def root(self, gene: Gene, genome: Genome) -> float:
         """Square root of the divergence that one group causes alone."""
         value = self._space.value(genome, gene.kind, gene.index, 0)

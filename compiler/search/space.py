@@ -21,6 +21,7 @@ from moec.passes.routing.calibrate.sensitivities import Calibration
 from moec.passes.routing.calibrate.traces import kept_share
 from moec.passes.routing.policies.base import Policy, Slots
 from moec.passes.routing.policies.table import policy_type
+from moec.passes.routing.policies.threshold import Threshold
 
 Genome = np.ndarray[tuple[int], np.dtype[np.int64]]
 LEVELS = 100
@@ -55,6 +56,8 @@ RULES = (
     Rule("top-p", False, 1 / 8),
 )
 """The rules of a layer; those with a compensation come last."""
+VARYING = 1e-3
+"""`threshold` compares the weights themselves if the relative standard deviation of their sums is above this."""
 BISECTIONS = 24
 DIGITS = 5
 """Significant digits of a fitted parameter, which keeps recipes readable."""
@@ -210,17 +213,22 @@ class Space:
     def _fit_anew(self, layer: int, rule: int, level: int) -> tuple[Policy, float]:
         chosen, slots = RULES[rule], self.slots[layer]
         kind = policy_type(chosen.name)
-        start = replace(
-            kind.prepare(Calibration([slots], level / LEVELS)),
-            renormalize=chosen.renormalize,
-            compensation=self.rank(layer, rule),
-        )
+        start = kind.prepare(Calibration([slots], level / LEVELS))
+        if isinstance(start, Threshold) and not chosen.renormalize and self._varies(slots):
+            # In units of the mean sum, so that the range of tau is the same for all routers.
+            start = replace(start, absolute=True, importance=(_digits(1.0 / float(slots.total.mean())),))
+        start = replace(start, renormalize=chosen.renormalize, compensation=self.rank(layer, rule))
         if not kind.bisected:
             start = start.with_knob(self._whole(slots, level))
         else:
             start, _ = nearest_knob(start, [slots], level / LEVELS, steps=BISECTIONS)
-            start = start.with_knob(float(f"{start.knob_value:.{DIGITS}g}"))
+            start = start.with_knob(_digits(start.knob_value))
         return start, kept_share(start, [slots])
+
+    @staticmethod
+    def _varies(slots: Slots) -> bool:
+        """Whether the weights of the tokens have different sums."""
+        return float(slots.total.std()) > VARYING * float(slots.total.mean())
 
     @staticmethod
     def _whole(slots: Slots, level: int) -> int:
@@ -243,3 +251,7 @@ class Space:
             if ("format", index) in self.places and text in self.formats[index]:
                 found[self.places["format", index]] = self.formats[index].index(text)
         return self.canonical(found)
+
+
+def _digits(value: float) -> float:
+    return float(f"{value:.{DIGITS}g}")

@@ -19,4 +19,7 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "random-drop": {"probability": 0.5},
     "per-layer": {"layers": [{"policy": "top-p", "mass": 0.8}, {"policy": "threshold", "tau": 0.2}]},
 }
-POLICIES = {built_in.name: policy(built_in.name, **PARAMETERS[built_in.name]) for built_in in BUILT_IN}
+POLICIES = {
+    **{built_in.name: policy(built_in.name, **PARAMETERS[built_in.name]) for built_in in BUILT_IN},
+    "threshold of weights": policy("threshold", tau=0.1, importance=[1.0, 0.5], absolute=True),
+}

@@ -1,4 +1,4 @@
-"""The policy `threshold`: the routing weight times the layer's importance is compared with one threshold."""
+"""The policy `threshold`: a routing weight times the importance of its layer is compared with one threshold."""
 
 from __future__ import annotations
 
@@ -24,9 +24,13 @@ class Threshold(Policy):
     w_i / sum_j w_j * importance_l >= tau, computed as w_i >= min(tau / importance_l * sum_j w_j, max_j w_j), which
     keeps the largest slot (and equal ones) if no slot reaches the threshold.
 
+    The weights of some routers do not sum to one (`norm_topk_prob` is false). There, a small sum means that the experts
+    of the token matter little, which its shares do not show; `absolute` compares w_i * importance_l itself with tau.
+
     Attributes:
         tau: The threshold.
         importance: One positive number per MoE layer; empty: 1 in every layer.
+        absolute: Compare the weights, instead of their shares of the row sum.
     """
 
     name: ClassVar[str] = "threshold"
@@ -36,6 +40,7 @@ class Threshold(Policy):
 
     tau: float = 0.0
     importance: tuple[float, ...] = ()
+    absolute: bool = False
 
     def __post_init__(self) -> None:
         self.require(self.tau >= 0, f"tau must be at least 0, not {self.tau}")
@@ -52,10 +57,10 @@ class Threshold(Policy):
 
     def keep(self, slots: Slots) -> Tensor:
         """See `Policy.keep`."""
-        return slots.weights >= bound(slots, self.operand(slots), at_layer(self.importance, slots.layer))
-
-
-def bound(slots: Slots, tau: Tensor | float, importance: float) -> Tensor:
-    """The smallest weight that is kept: [T, 1] float32, at most the largest of the row."""
-    share = tau if importance == 1.0 else tau * (1.0 / importance)
-    return torch.minimum(slots.total * share, slots.largest)
+        tau, importance = self.operand(slots), at_layer(self.importance, slots.layer)
+        least = tau if importance == 1.0 else tau * (1.0 / importance)
+        if not self.absolute:
+            return slots.weights >= torch.minimum(slots.total * least, slots.largest)
+        if isinstance(least, torch.Tensor):
+            return slots.weights >= torch.minimum(slots.largest, least)
+        return slots.weights >= slots.largest.clamp(max=least)

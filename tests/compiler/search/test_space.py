@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from moec.compiler.search.costs import Costs, Speed
 from moec.compiler.search.evaluation import Evaluator
@@ -14,7 +15,7 @@ from moec.compiler.search.operators import Excess, LayerCrossover, Moves
 from moec.compiler.search.seeds import seeds
 from moec.compiler.search.sensitivity import Probe, Sensitivities, probes
 from moec.compiler.search.space import LEVELS, RULES, Rule, Space
-from moec.passes.routing.calibrate.traces import RoutingTrace
+from moec.passes.routing.calibrate.traces import RoutingTrace, kept_share
 from moec.passes.routing.policies.per_layer import in_layer
 from moec.passes.routing.policies.threshold import Threshold
 
@@ -41,6 +42,22 @@ def test_a_rule_keeps_what_its_level_says(space: Space, rule: int, level: int) -
     assert policy is not None
     assert (policy.name, policy.renormalize) == RULES[rule][:2]
     assert policy.compensation == round(64 * RULES[rule].rank)
+
+
+def test_a_threshold_compares_the_weights_where_they_do_not_sum_to_one(space: Space) -> None:
+    rule = RULES.index(Rule("threshold", False))
+    wide = space.slots[0]
+    tokens = torch.arange(wide.weights.shape[0])
+    varied = replace(wide, weights=wide.weights * (0.25 + 0.5 * (tokens % 3))[:, None])
+    summed = replace(wide, weights=wide.shares)
+    for slots, absolute in ((varied, True), (summed, False)):
+        other = replace(space, slots=(slots, slots))
+        policy = other.policy(0, rule, 60)
+        assert isinstance(policy, Threshold)
+        assert policy.absolute is absolute
+        assert kept_share(policy, [slots]) == pytest.approx(0.6, abs=0.01)
+        # The sum stays, so that the absolute weights decide nothing.
+        assert not getattr(other.policy(0, RULES.index(Rule("threshold", True)), 60), "absolute", None)
 
 
 def test_one_variant_has_one_spelling(space: Space) -> None:
@@ -221,3 +238,28 @@ def test_the_first_individuals_are_compensated_where_the_measurements_say_so(
     assert len({round(share, 1) for share in shares}) > 4
     # The work of a compensation is part of the budget.
     assert all(share <= 0.91 for each, share in zip(ranked, kept, strict=True) if each)
+
+
+@pytest.mark.parametrize("formats", [True, False])
+def test_the_first_individuals_have_one_rule_for_all_layers(space: Space, costs: Costs, formats: bool) -> None:
+    space = space if formats else replace(space, formats=((space.formats[0][-1:]),) * len(space.formats))
+    own, common = (RULES.index(Rule(name, False)) for name in ("top-p", "uniform-k")), RULES.index(Rule("ratio", True))
+    best = dict(enumerate(own))
+
+    def loss(probe: Probe) -> float:
+        kind, layer, rule = probe.key
+        if kind != "level":
+            return 1e-4
+        return (1 - probe.place / LEVELS) ** 2 * (0.4 if rule == best[layer] else 0.6 if rule == common else 1.0)
+
+    measured = Sensitivities(space, costs, [loss(probe) for probe in probes(space, costs)])
+    found = seeds(
+        space, costs, measured, [RoutingTrace(own.weights, own.indices, own.hidden[:, 0]) for own in space.slots]
+    )
+    used = [
+        {space.value(one, "rule", layer, 0) for layer in (0, 1) if space.value(one, "level", layer, 0) < LEVELS}
+        for one in found[1:8]
+    ]
+    assert max(map(len, used)) == 1
+    assert {common} in used
+    assert any([space.value(one, "rule", layer, 0) for layer in (0, 1)] == [best[0], best[1]] for one in found[8:])

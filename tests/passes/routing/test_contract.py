@@ -48,6 +48,7 @@ POLICIES: dict[str, Policy] = {
     "layer-k": LayerK(ks=(2, 1)),
     "top-p": TopP(mass=0.7, slack=(1.0, 1.5)),
     "threshold": Threshold(tau=0.2, importance=(1.0, 0.5)),
+    "threshold of weights": Threshold(tau=0.1, importance=(1.0, 0.5), absolute=True),
     "capped": Capped(mass=0.8, caps=(3, 2)),
     "ratio": Ratio(beta=0.4, scale=(1.0, 1.5)),
     "entropy": Entropy(center=2.0, location=(0.7, 0.7), spread=(0.3, 0.3)),
@@ -176,6 +177,7 @@ def test_half_precision_weights_keep_their_type(policy: Policy) -> None:
 KNOBS = {
     "top-p": [0.0, 0.3, 0.5, 0.9, 1.0],
     "threshold": [1.0, 0.4, 0.2, 0.05, 0.0],
+    "threshold of weights": [1.0, 0.4, 0.2, 0.05, 0.0],
     "capped": [0.0, 0.3, 0.5, 0.9, 1.0],
     "ratio": [2.0, 1.0, 0.5, 0.1, 0.0],
     "entropy": [-9.0, 1.0, 2.0, 3.5, 99.0],

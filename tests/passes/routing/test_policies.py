@@ -86,6 +86,15 @@ def test_threshold(weights: list[float], sixteenths: int, importance: float) -> 
 
 
 @settings(deadline=None)
+@given(rows, st.integers(0, 32), st.sampled_from([0.25, 0.5, 1.0, 2.0]))
+def test_threshold_of_the_weights_themselves(weights: list[float], sixteenths: int, importance: float) -> None:
+    policy = Threshold(tau=sixteenths / 16, importance=(importance,), absolute=True)
+    reached = {i for i, w in enumerate(weights) if w * importance >= sixteenths / 16}
+    largest = {i for i, w in enumerate(weights) if w == max(weights)}
+    assert kept(policy, weights) == reached | largest
+
+
+@settings(deadline=None)
 @given(rows, st.integers(0, 16), st.sampled_from([0.5, 1.0, 2.0]))
 def test_ratio(weights: list[float], sixteenths: int, scale: float) -> None:
     beta = min(sixteenths / 16 * scale, 1.0)
