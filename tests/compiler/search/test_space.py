@@ -250,7 +250,7 @@ def test_the_first_individuals_have_one_rule_for_all_layers(space: Space, costs:
         kind, layer, rule = probe.key
         if kind != "level":
             return 1e-4
-        return (1 - probe.place / LEVELS) ** 2 * (0.4 if rule == best[layer] else 0.6 if rule == common else 1.0)
+        return (1 - probe.place / LEVELS) ** 2 * (0.4 if rule == best[layer] else 0.5 if rule == common else 1.0)
 
     measured = Sensitivities(space, costs, [loss(probe) for probe in probes(space, costs)])
     found = seeds(
