@@ -15,6 +15,7 @@ from moec.passes.canonical.dead_code import DeadCode
 from moec.passes.routing.dynamic_routing import BUDGET_INPUT, DynamicRouting
 from moec.passes.routing.policies.base import Policy
 from moec.passes.routing.policies.ratio import Ratio
+from moec.passes.routing.policies.threshold import Threshold
 from moec.passes.routing.policies.top_p import TopP
 from moec.targets.onnx.runner import NUM_LOGITS, OnnxRunner
 from moec.targets.onnx.target import Experts, Flavor, OnnxOptions, OnnxTarget
@@ -58,11 +59,19 @@ def test_what_stands_in_for_dropped_experts_is_added(
 
 
 @pytest.mark.parametrize("flavor", [Flavor.DEFAULT, Flavor.PORTABLE])
-@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
+@pytest.mark.parametrize(
+    ("family", "policy"),
+    [
+        ("mixtral", TopP(mass=0.6)),
+        ("deepseek_v3", TopP(mass=0.6)),
+        ("mixtral", Threshold(tau=0.45, absolute=True)),  # its weights sum to 1
+        ("deepseek_v3", Threshold(tau=0.83, absolute=True)),  # and these to routed_scaling_factor, 2.5
+    ],
+)
 def test_parity_with_sorted_and_unsorted_slots(
-    family: str, flavor: Flavor, program_of: Programs, tmp_path: Path
+    family: str, policy: Policy, flavor: Flavor, program_of: Programs, tmp_path: Path
 ) -> None:
-    off, on = programs(program_of(family), TopP(mass=0.6))
+    off, on = programs(program_of(family), policy)
     runner, _ = lowered(on, tmp_path / "on", flavor)
     assert_same(runner, on)
     ids = np.arange(3, 20)[None]
