@@ -51,6 +51,8 @@ LATELY = 0.75
 THRIFT = 2.0
 """Exponent of the price that a contribution to the front is divided by. Above 1, since a contribution is a hope and the
 price is known."""
+SCREENED = 4
+"""Children that are proposed for each that becomes an individual; a prediction costs next to nothing."""
 REFIT_EVERY = 4
 """Number of generations between fits of the surrogate's kernel."""
 WORST: Mapping[str, float] = {PERPLEXITY.name: 0.1, DIVERGENCE.name: 0.1}
@@ -77,6 +79,21 @@ class Generation:
     measured: int
     volume: float
     front: int
+
+
+@dataclass(frozen=True, eq=False)
+class _Hoped:
+    """The optimistic end of the predictions for some individuals.
+
+    Attributes:
+        rows: Objectives: [n, m].
+        within: Whether each may meet the limits.
+        unsure: Standard deviation of each predicted loss: [n].
+    """
+
+    rows: np.ndarray
+    within: list[bool]
+    unsure: np.ndarray
 
 
 class Search:
@@ -203,8 +220,9 @@ class Search:
         recent = [np.array(key) for key in self._course.recent if key in listed] or parents
         known = {*self.seen, *map(self._key, self._algorithm.pop.get("X"))}
         found: dict[Key, None] = {}
-        for _ in range(4 * self._population if parents else 0):
-            if len(found) >= math.floor(TAILS * self._population):
+        wanted = math.floor(TAILS * self._population)
+        for _ in range(4 * SCREENED * self._population if parents else 0):
+            if len(found) >= SCREENED * wanted:
                 break
             near = recent if self._random.random() < LATELY else parents
             parent, other = (each[int(self._random.integers(len(each)))] for each in (near, parents))
@@ -212,7 +230,14 @@ class Search:
             key = self._key(self._moves.repaired(child, self._excess))
             if key not in known:
                 found[key] = None
-        return np.array(list(found), dtype=np.int64).reshape(-1, len(self.space.genes))
+        return np.array(self._screened(list(found), wanted), dtype=np.int64).reshape(-1, len(self.space.genes))
+
+    def _screened(self, keys: list[Key], wanted: int) -> list[Key]:
+        """The children that promise most, then the first of the others, until there are as many as wanted."""
+        if len(keys) <= wanted:
+            return keys
+        best = [keys[index] for index in self._promising(keys, self._hoped(keys), wanted)]
+        return list(dict.fromkeys([*best, *keys]))[:wanted]
 
     def _key(self, row: Any) -> Key:
         return tuple(int(value) for value in self.space.canonical(np.asarray(row)))
@@ -231,16 +256,21 @@ class Search:
         count = min(self.allowed - len(self.archive.found), len(fresh))
         if count <= 0:
             return
-        rows, within, sure = self._hoped(fresh)
-        candidates = [index for index in range(len(fresh)) if within[index]]
-        front = np.array([self.archive.row(item.values) for item in self.archive.front])
-        prices = [self._course.price(fresh[index]) ** THRIFT for index in candidates]
-        best = self.volume.best(front, rows[candidates], count, prices)
-        chosen = [candidates[index] for index, _ in best]
+        hoped = self._hoped(fresh)
+        chosen = self._promising(fresh, hoped, count)
         # Some of the remaining measurements go to the most uncertain individuals.
-        rest = sorted((index for index in range(len(fresh)) if index not in chosen), key=lambda index: -sure[index])
+        rest = sorted(
+            (index for index in range(len(fresh)) if index not in chosen), key=lambda index: -hoped.unsure[index]
+        )
         chosen += rest[: max(0, min(count - len(chosen), count // 4))]
         self._take([fresh[index] for index in chosen], len(self.generations))
+
+    def _promising(self, keys: Sequence[Key], hoped: _Hoped, count: int) -> list[int]:
+        """Indices of the individuals that would add most to the front for their price, if all goes well."""
+        candidates = [index for index in range(len(keys)) if hoped.within[index]]
+        front = np.array([self.archive.row(item.values) for item in self.archive.front])
+        prices = [self._course.price(keys[index]) ** THRIFT for index in candidates]
+        return [candidates[index] for index, _ in self.volume.best(front, hoped.rows[candidates], count, prices)]
 
     def _take(self, keys: Sequence[Key], generation: int) -> None:
         """Measure individuals and record the prediction made for each before."""
@@ -283,8 +313,7 @@ class Search:
         genome = np.array(key)
         return self.costs.of(self.space.variant(genome), self.space.kept(genome))
 
-    def _hoped(self, keys: Sequence[Key]) -> tuple[np.ndarray, list[bool], np.ndarray]:
-        """Optimistic objectives [n, m], whether each may meet the limits, and the uncertainty of each loss [n]."""
+    def _hoped(self, keys: Sequence[Key]) -> _Hoped:
         means, deviations = self._predicted(keys)
         rows, within = [], []
         for index, key in enumerate(keys):
@@ -294,7 +323,7 @@ class Search:
             }
             rows.append(self.archive.row(values))
             within.append(self.archive.within(values))
-        return np.array(rows), within, deviations[PERPLEXITY.name]
+        return _Hoped(np.array(rows), within, deviations[PERPLEXITY.name])
 
     def _predicted(self, keys: Sequence[Key]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         roots = self._roots(keys)
