@@ -175,8 +175,9 @@ def on_ray(evaluator: Evaluator, jobs: int) -> Iterator[Run]:
         cores = _reserved(jobs, int(ray.cluster_resources().get("CPU", 1)))
         actor: Any = ray.remote(num_cpus=cores, max_restarts=-1)(_Actor)
         actors = [actor.remote(asdict(evaluator.shared_subject), list(sys.path)) for _ in range(jobs)]
-        # Ray keeps an actor for which no node has room waiting, and what it is asked with it.
-        starting, free = {worker.pid.remote(): worker for worker in actors}, deque[Any]()
+        # Ray keeps an actor for which no node has room waiting, and what it is asked with it. While it restarts one, a
+        # task fails at once, as if it had ended the worker; with retries, the call waits until the actor runs.
+        starting, free = {_running(worker): worker for worker in actors}, deque[Any]()
 
         def run(tasks: Sequence[Task]) -> Iterator[tuple[int, Measured | None]]:
             waiting = deque((index, 0) for index in range(len(tasks)))
@@ -187,13 +188,19 @@ def on_ray(evaluator: Evaluator, jobs: int) -> Iterator[Run]:
                     running[worker.evaluate.remote(asdict(tasks[index]))] = (index, tries, worker)
                 (ready,), _ = ray.wait([*running, *starting], num_returns=1)
                 if ready in starting:
+                    try:
+                        ray.get(ready)
+                    except ray.exceptions.RayActorError as error:
+                        raise MoecError(f"a worker cannot start: {' '.join(str(error).split())[:300]}") from error
                     free.append(starting.pop(ready))
                     continue
                 index, tries, worker = running.pop(ready)
-                free.append(worker)
                 try:
-                    yield index, Measured.of(ray.get(ready))
+                    found = Measured.of(ray.get(ready))
+                    free.append(worker)
+                    yield index, found
                 except ray.exceptions.RayActorError:
+                    starting[_running(worker)] = worker
                     if tries + 1 < TRIES:
                         waiting.append((index, tries + 1))
                     else:
@@ -202,6 +209,11 @@ def on_ray(evaluator: Evaluator, jobs: int) -> Iterator[Run]:
                     raise MoecError(f"a worker failed: {' '.join(str(error.cause).split())[:300]}") from error
 
         yield run
+
+
+def _running(worker: Any) -> Any:
+    """A call that an actor answers as soon as it runs."""
+    return worker.pid.options(max_task_retries=-1).remote()
 
 
 def _reserved(jobs: int, cores: int) -> float:
