@@ -195,7 +195,11 @@ class Numbers:
 
 _PARAMETERS: Mapping[str, Callable[[Numbers], dict[str, Any]]] = {
     "top-p": lambda draw: {"mass": draw.one(0.2, 1.0), "slack": draw.each(0.5, 2.0)},
-    "threshold": lambda draw: {"tau": draw.one(0.05, 0.5), "importance": draw.each(0.3, 1.0)},
+    "threshold": lambda draw: {
+        "tau": draw.one(0.05, 0.5),
+        "importance": draw.each(0.3, 1.0),
+        "absolute": draw.chance.random() < 0.3,
+    },
     "ratio": lambda draw: {"beta": draw.one(0.1, 1.0), "scale": draw.each(0.3, 1.2)},
     "layer-k": lambda draw: {"ks": draw.counts()},
     "capped": lambda draw: {"mass": draw.one(0.4, 1.0), "caps": draw.counts()},
@@ -214,8 +218,6 @@ def parameters(name: str, traits: Traits, chance: random.Random) -> dict[str, An
         found = {key: value for key, value in found.items() if key not in optional}
     if chance.random() < 0.25:
         found["renormalize"] = False
-    if name == "threshold" and chance.random() < 0.3:
-        found["absolute"] = True
     return found
 
 

@@ -25,7 +25,7 @@ from moec.quantize.planning.allocation import Candidate, trade_off
 BUDGETS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 """Shares of the slots to which policies are fitted, and of the work for exact allocations."""
 FINE = tuple(share / 100 for share in range(95, 25, -5))
-"""Shares of the work for allocations with one rule for all layers; every second one is in `BUDGETS`."""
+"""Shares of the work for allocations with one rule for all layers, if there are no formats to combine them with."""
 POLICIES = ("threshold", "top-p", "layer-k")
 POINTS = 7
 """Number of format allocations between the smallest and the most accurate."""
@@ -45,9 +45,8 @@ def seeds(space: Space, costs: Costs, sensitivities: Sensitivities, traces: Sequ
     every: list[Genome] = [space.unchanged]
     fitted: list[Genome] = []
     if space.routing:
-        alike = list(_alike(space, costs, sensitivities))
-        few = alike[1::2]
-        every += [*few, *(_joined(space, routed, held) for held in stored[::3] for routed in few)] if stored else alike
+        alike = list(_alike(space, costs, sensitivities, BUDGETS if stored else FINE))
+        every += [*alike, *(_joined(space, routed, held) for held in stored[::3] for routed in alike)]
         plain = [index for index, rule in enumerate(space.rules) if not rule.rank]
         for rules in (range(len(space.rules)), plain):
             every += _mixed(space, costs, sensitivities, rules, BUDGETS)
@@ -56,9 +55,9 @@ def seeds(space: Space, costs: Costs, sensitivities: Sensitivities, traces: Sequ
     return [np.array(key) for key in dict.fromkeys(tuple(space.canonical(genome).tolist()) for genome in every)]
 
 
-def _alike(space: Space, costs: Costs, sensitivities: Sensitivities) -> Iterator[Genome]:
+def _alike(space: Space, costs: Costs, sensitivities: Sensitivities, budgets: Sequence[float]) -> Iterator[Genome]:
     """For each budget, of the allocations with one rule for all layers, the one with the least total loss."""
-    every = [list(_mixed(space, costs, sensitivities, [rule], FINE)) for rule in range(len(space.rules))]
+    every = [list(_mixed(space, costs, sensitivities, [rule], budgets)) for rule in range(len(space.rules))]
     for listed in zip_longest(*every):
         yield min((genome for genome in listed if genome is not None), key=sensitivities.loss)
 
